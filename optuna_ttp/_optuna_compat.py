@@ -1,0 +1,96 @@
+"""Every private touch of Optuna (4.8 to 5.x), and nothing else."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+
+_TPE_RELATIVE_PARAMS = "tpe:relative_params"
+# Optuna's own chunk length for system attributes.
+_CHUNK = 2045
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def write_user_attr(study: optuna.Study, trial: FrozenTrial, key: str, value: Any) -> None:
+    """Set a user attribute of a running trial from a sampler or pruner."""
+    study._storage.set_trial_user_attr(trial._trial_id, key, value)
+
+
+def read_user_attrs(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+    """Return a trial's user attributes as they are in the storage now."""
+    attributes: dict[str, Any] = study._storage.get_trial_user_attrs(trial._trial_id)
+    return attributes
+
+
+def trials_of(
+    study: optuna.Study, states: tuple[TrialState, ...] = FINISHED
+) -> list[FrozenTrial]:
+    """Return the trials in these states without copying them. They must not be changed."""
+    return study._get_trials(deepcopy=False, states=states, use_cache=False)
+
+
+def study_key(study: optuna.Study) -> int:
+    """Return the study's id in its storage."""
+    return int(study._study_id)
+
+
+def trial_key(trial: FrozenTrial) -> int:
+    """Return the trial's id in its storage."""
+    return int(trial._trial_id)
+
+
+def fixed_params(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+    """Return the parameters that an enqueued trial has fixed."""
+    attributes = study._storage.get_trial_system_attrs(trial._trial_id)
+    return dict(attributes.get("fixed_params", {}))
+
+
+def single_value(distribution: BaseDistribution) -> Any:
+    """Return the first value of a distribution, the only one where ``single()`` holds."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[0]
+    return distribution.low  # type: ignore[attr-defined]
+
+
+def is_multi_objective(study: optuna.Study) -> bool:
+    """Tell whether a study, or a bracket of one, has several objectives."""
+    return len(study.directions) > 1
+
+
+def innermost_sampler(sampler: BaseSampler) -> BaseSampler:
+    """Return the sampler inside of any :class:`~optuna.samplers.PartialFixedSampler`."""
+    while isinstance(sampler, optuna.samplers.PartialFixedSampler):
+        sampler = sampler._base_sampler
+    return sampler
+
+
+def share_relative_params(
+    study: optuna.Study, trial: FrozenTrial, params: dict[str, Any]
+) -> None:
+    """Tell other workers which of several draws was taken.
+
+    The TPE sampler leaves its last draw on the running trial, for the constant liar of other
+    workers. Where several were drawn and another one was taken, that has to be put right.
+    """
+    attributes = study._storage.get_trial_system_attrs(trial._trial_id)
+    n_chunks = 0
+    while f"{_TPE_RELATIVE_PARAMS}:{n_chunks}" in attributes:
+        n_chunks += 1
+    if n_chunks == 0:
+        return
+    # Chunks cannot be deleted; blanks at the end do not change what the text means.
+    text = json.dumps(params).ljust((n_chunks - 1) * _CHUNK + 1)
+    for start in range(0, len(text), _CHUNK):
+        study._storage.set_trial_system_attr(
+            trial._trial_id,
+            f"{_TPE_RELATIVE_PARAMS}:{start // _CHUNK}",
+            text[start : start + _CHUNK],
+        )

@@ -1,0 +1,168 @@
+"""Training times of thousands of configurations from a table of simulated ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optuna_ttp.dynamics._heavy_ball import simulate_heavy_ball
+from optuna_ttp.dynamics._linearised_model import LinearisedModel
+from optuna_ttp.dynamics._target import Target
+
+
+_MOMENTA = (0.0, 0.8, 0.95, 0.99)
+_N_RATES = 7
+# Below this change of the steepest direction a step, training time is inverse in the step.
+_SLOW = 0.05
+_FAST = 2.0
+# A slower target than this is beyond any horizon.
+_MAX_STEPS = 1_000_000
+# Nodes that need so many times the slow regime's intrinsic time wander about and are given up.
+_PATIENCE = 5.0
+
+
+@dataclass(frozen=True, eq=False)
+class ResponseSurface:
+    """Steps to one target as a function of learning rate, batch size and momentum.
+
+    In the slow regime all configurations need the same intrinsic time
+    ``tau = eta_e (T - m / (1 - m))``, with ``eta_e = eta / (1 - m)``; ``log tau`` is smooth
+    elsewhere. It is tabulated by exact simulation and interpolated linearly in three coordinates:
+    ``-log(1 - m)``, ``log B``, and ``log(eta_e h_1)`` scaled to run from the slow regime to twice
+    the full-batch stability limit ``2 (1 + m) / (1 - m)`` of the momentum.
+
+    Attributes:
+        momenta:
+            ``-log(1 - m)`` of the nodes, ascending.
+        log_batches:
+            ``log B`` of the nodes, ascending.
+        log_tau:
+            Shape (momenta, batches, rates); infinite where the target was not reached.
+        curvature:
+            ``h_1``.
+    """
+
+    momenta: NDArray[np.float64]
+    log_batches: NDArray[np.float64]
+    log_tau: NDArray[np.float64]
+    curvature: float
+
+    @classmethod
+    def build(cls, model: LinearisedModel, target: Target, *, seed: int = 0) -> ResponseSurface:
+        """Simulate the nodes.
+
+        Args:
+            model:
+                The linearised model.
+            target:
+                What to reach.
+            seed:
+                For the order of the samples.
+
+        Returns:
+            The surface.
+        """
+        curvature = max(float(model.curvatures[0]), 1e-30)
+        sizes = _batch_nodes(model.n_samples)
+        momenta = np.array(_MOMENTA)
+        m, b, u = np.meshgrid(momenta, sizes, np.linspace(0, 1, _N_RATES), indexing="ij")
+        effective = _SLOW * (_fastest(m) / _SLOW) ** u / curvature
+
+        def simulated(
+            rate: NDArray[np.float64],
+            size: NDArray[np.float64],
+            mass: NDArray[np.float64],
+            max_steps: NDArray[np.float64],
+        ) -> NDArray[np.float64]:
+            curves = simulate_heavy_ball(
+                model,
+                rate,
+                size.astype(np.int64),
+                mass,
+                max_steps=np.ceil(max_steps).astype(np.int64),
+                target=target,
+                seed=seed,
+            )
+            watched = curves.losses if curves.accuracies is None else curves.accuracies
+            steps = [
+                target.first_passage(s, w) for s, w in zip(curves.steps, watched, strict=True)
+            ]
+            return np.where(curves.blown_up, np.inf, steps)
+
+        slow = np.array([_SLOW / curvature])
+        still = np.zeros(1)
+        slow_steps = simulated(slow, sizes[-1:], still, np.array([_MAX_STEPS]))
+        patience = _PATIENCE * np.minimum(slow_steps * slow, _MAX_STEPS * slow) / effective
+        steps = simulated(
+            (effective * (1 - m)).ravel(),
+            b.ravel(),
+            m.ravel(),
+            np.minimum(patience + 50.0 / (1 - m), _MAX_STEPS).ravel(),
+        ).reshape(m.shape)
+        log_tau = np.log(effective * np.maximum(steps - m / (1 - m), 0.5))
+        return cls(-np.log1p(-momenta), np.log(sizes), log_tau, curvature)
+
+    def steps(
+        self,
+        learning_rate: NDArray[np.float64],
+        batch_size: NDArray[np.float64],
+        momentum: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Return interpolated steps to the target.
+
+        Args:
+            learning_rate:
+                Shape ``(K,)``.
+            batch_size:
+                Shape ``(K,)``.
+            momentum:
+                Shape ``(K,)``.
+
+        Returns:
+            Steps of shape ``(K,)``; infinite beyond the fastest node, and where most of the
+            surrounding nodes do not reach the target.
+        """
+        effective = learning_rate / (1 - momentum)
+        u = np.log(effective * self.curvature / _SLOW) / np.log(_fastest(momentum) / _SLOW)
+        corners = [
+            _bracket(self.momenta, -np.log1p(-momentum)),
+            _bracket(self.log_batches, np.log(batch_size)),
+            _bracket(np.linspace(0, 1, self.log_tau.shape[2]), u),
+        ]
+        total, weights = np.zeros(len(u)), np.zeros(len(u))
+        for i in (0, 1):
+            for j in (0, 1):
+                for k in (0, 1):
+                    node = self.log_tau[corners[0][i], corners[1][j], corners[2][k]]
+                    share = corners[0][2 + i] * corners[1][2 + j] * corners[2][2 + k]
+                    finite = np.isfinite(node)
+                    total += np.where(finite, share * np.where(finite, node, 0.0), 0.0)
+                    weights += np.where(finite, share, 0.0)
+        reached = (weights > 0.5) & (u <= 1.0)
+        tau = np.exp(total / np.where(weights > 0, weights, 1.0))
+        lag = momentum / (1 - momentum)
+        return np.where(reached, np.ceil(tau / effective + lag), np.inf)
+
+
+def _fastest(momentum: NDArray[np.float64]) -> NDArray[np.float64]:
+    return _FAST * 2.0 * (1 + momentum) / (1 - momentum)
+
+
+def _batch_nodes(n_samples: int) -> NDArray[np.float64]:
+    """Powers of eight from eight up, and N."""
+    powers = 8.0 ** np.arange(1, 9)
+    return np.concatenate([powers[powers < 0.7 * n_samples], [float(n_samples)]])
+
+
+def _bracket(
+    nodes: NDArray[np.float64], values: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Neighbouring nodes and their weights; the outermost node beyond the ends."""
+    if len(nodes) == 1:
+        zeros = np.zeros(len(values), dtype=np.int64)
+        return zeros, zeros, np.ones(len(values)), np.zeros(len(values))
+    low = np.clip(np.searchsorted(nodes, values) - 1, 0, len(nodes) - 2)
+    share = np.clip((values - nodes[low]) / (nodes[low + 1] - nodes[low]), 0.0, 1.0)
+    return low, low + 1, 1 - share, share

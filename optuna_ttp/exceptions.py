@@ -1,0 +1,35 @@
+"""Exceptions and warnings of this package, so that users can catch or filter them by class.
+
+Wrong arguments raise :exc:`ValueError` or :exc:`TypeError`; the classes here are for what can only
+be found out later. Every warning derives from :class:`OptunaTTPWarning`.
+"""
+
+from __future__ import annotations
+
+
+class OptunaTTPError(Exception):
+    """Base class of the exceptions of this package."""
+
+
+class StoreError(OptunaTTPError):
+    """The spectrum store cannot be opened, read or written."""
+
+
+class FingerprintMismatchError(OptunaTTPError):
+    """A spectrum belongs to another model, data set or loss than the task at hand."""
+
+
+class OptunaTTPWarning(UserWarning):
+    """Base class of the warnings of this package."""
+
+
+class DataOrderWarning(OptunaTTPWarning):
+    """A data loader shuffles; the samples were taken in a fixed order instead."""
+
+
+class UnreliablePredictionWarning(OptunaTTPWarning):
+    """Predictions disagree with observed training, or rest on an extrapolation."""
+
+
+class UncheckedSamplerWarning(OptunaTTPWarning):
+    """The base sampler cannot be asked for several candidates; its first proposal is used."""

@@ -1,0 +1,165 @@
+"""Which trial parameter is which hyperparameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import fields
+from numbers import Real
+from typing import Any
+from typing import NamedTuple
+
+
+Source = str | float | Callable[[Mapping[str, Any]], float | None]
+_EXAMPLES = {"learning_rate": 0.01, "batch_size": 32, "momentum": 0.9}
+
+
+class Configuration(NamedTuple):
+    """Values of the three hyperparameters."""
+
+    learning_rate: float
+    batch_size: int
+    momentum: float
+
+
+class MissingParameterError(ValueError):
+    """The map reads a parameter that the trial does not have."""
+
+
+@dataclass(frozen=True)
+class HyperparameterMap:
+    """Where learning rate, batch size and momentum come from.
+
+    Each is the name of a trial parameter, a fixed number, or a function of the trial's parameters
+    (a mapping from names to values). A function may return :obj:`None` where the hyperparameter
+    means nothing, for example in the branch of a conditional space that uses another optimiser:
+    such a trial gets no prediction.
+
+    Example:
+        >>> mapping = HyperparameterMap(
+        ...     learning_rate="lr", batch_size=lambda p: 2 ** p["log2_batch"], momentum=0.9
+        ... )
+        >>> mapping.resolve({"lr": 0.01, "log2_batch": 5})
+        Configuration(learning_rate=0.01, batch_size=32, momentum=0.9)
+
+    Args:
+        learning_rate:
+            The parameter called ``"learning_rate"`` by default.
+        batch_size:
+            The parameter called ``"batch_size"`` by default.
+        momentum:
+            The parameter called ``"momentum"`` by default.
+
+    Raises:
+        TypeError:
+            If a source is no name, number or function.
+    """
+
+    learning_rate: Source = "learning_rate"
+    batch_size: Source = "batch_size"
+    momentum: Source = "momentum"
+
+    def __post_init__(self) -> None:
+        for field, source in self._sources():
+            is_number = isinstance(source, Real) and not isinstance(source, bool)
+            if not (isinstance(source, str) or is_number or callable(source)):
+                raise TypeError(
+                    f"{field} must be a parameter's name, a number or a function of the trial's "
+                    f"parameters but got {source!r}."
+                )
+
+    def resolve(self, params: Mapping[str, Any]) -> Configuration | None:
+        """Return the hyperparameters of a trial.
+
+        Args:
+            params:
+                The trial's parameters.
+
+        Returns:
+            The three values, or :obj:`None` where the trial has none of the parameters that are
+            read, or a function says that it does not apply.
+
+        Raises:
+            MissingParameterError:
+                If the trial has some of the parameters, but not all.
+            TypeError:
+                If a value is no number.
+        """
+        values: dict[str, Any] = {}
+        missing: dict[str, str] = {}
+        for field, source in self._sources():
+            try:
+                if isinstance(source, str):
+                    values[field] = params[source]
+                else:
+                    values[field] = source(params) if callable(source) else source
+            except KeyError as error:
+                missing[field] = str(error.args[0]) if error.args else "?"
+        if missing:
+            if not self._reads_any(params):
+                return None
+            field, name = next(iter(missing.items()))
+            raise MissingParameterError(
+                f"The hyperparameter map reads {field} from the parameter {name!r}, but the trial "
+                f"only has {sorted(params)}. Name the right parameter, give a fixed value "
+                f"(HyperparameterMap({field}={_EXAMPLES[field]})), or pass a function that "
+                "returns None where there is none."
+            )
+        if any(value is None for value in values.values()):
+            return None
+        for field, value in values.items():
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"{field} must be a number but got {value!r}.")
+        if values["batch_size"] != int(values["batch_size"]):
+            raise ValueError(f"batch_size must be a whole number but got {values['batch_size']}.")
+        return Configuration(
+            float(values["learning_rate"]), int(values["batch_size"]), float(values["momentum"])
+        )
+
+    def parameters_read(self, params: Mapping[str, Any]) -> frozenset[str]:
+        """Return the names of the parameters that :meth:`resolve` reads.
+
+        Args:
+            params:
+                An example of the trial's parameters, for the functions to read.
+
+        Returns:
+            Names, also of parameters that the example lacks.
+        """
+        recorder = _Recorder(params)
+        for _, source in self._sources():
+            if isinstance(source, str):
+                recorder.read.add(source)
+            elif callable(source):
+                try:
+                    source(recorder)
+                except KeyError:
+                    continue
+        return frozenset(recorder.read)
+
+    def _reads_any(self, params: Mapping[str, Any]) -> bool:
+        return bool(self.parameters_read(params) & set(params))
+
+    def _sources(self) -> Iterator[tuple[str, Source]]:
+        for field in fields(self):
+            yield field.name, getattr(self, field.name)
+
+
+class _Recorder(Mapping[str, Any]):
+    """Parameters that remember which of them were read."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self._params = params
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return self._params[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)

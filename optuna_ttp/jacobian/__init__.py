@@ -1,0 +1,17 @@
+"""How the outputs move when the weights move: a task in, the eigenpairs of its empirical NTK out.
+
+With outputs ``f`` of shape ``(N, C)`` and trainable weights ``w`` of shape ``(D,)``, the Jacobian
+is ``J = df/dw`` of shape ``(N C, D)`` and the empirical neural tangent kernel
+``Theta = J J^T``, of shape ``(N C, N C)``; row ``n C + c`` belongs to output ``c`` of sample
+``n`` (Zancato et al., NeurIPS 2020, eq. 2).
+"""
+
+from __future__ import annotations
+
+from optuna_ttp.jacobian._compute import compute_spectrum
+from optuna_ttp.jacobian._eigenpairs import Eigenpairs
+from optuna_ttp.jacobian._eigenpairs import eigenpairs
+from optuna_ttp.jacobian._exact import exact_gram
+
+
+__all__ = ["Eigenpairs", "compute_spectrum", "eigenpairs", "exact_gram"]

@@ -1,0 +1,130 @@
+"""From a task to its spectrum."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from datetime import timezone
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from optuna_ttp.jacobian._eigenpairs import eigenpairs
+from optuna_ttp.jacobian._exact import exact_gram
+from optuna_ttp.spectrum import check_truncation
+from optuna_ttp.spectrum import Spectrum
+from optuna_ttp.spectrum import SpectrumMetadata
+from optuna_ttp.throughput import measure_throughput
+from optuna_ttp.version import __version__
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
+
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def compute_spectrum(
+    task: FineTuningTask,
+    *,
+    rank: int | None = None,
+    explained_trace: float | None = None,
+    engine: str = "exact",
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    max_memory: int = 4 * 2**30,
+    measure_speed: bool = True,
+    show_progress_bar: bool = True,
+) -> Spectrum:
+    """Compute the Jacobian eigenspectrum of a task.
+
+    Example:
+        >>> task = FineTuningTask(model, (x, y))
+        >>> spectrum = compute_spectrum(task, explained_trace=0.999)
+
+    Args:
+        task:
+            What is fine-tuned.
+        rank:
+            Keep at most so many eigenpairs. All that rise above rounding errors by default.
+        explained_trace:
+            Keep the fewest eigenpairs that hold this share of the trace of the kernel.
+        engine:
+            ``"exact"``, the only one so far.
+        dtype:
+            Precision of the Jacobian, ``"float32"`` (the default) or ``"float64"``. Eigenpairs
+            are always computed in double precision.
+        device:
+            Where to compute. A GPU where there is one by default, else where the model is.
+        max_memory:
+            Bytes for Jacobian rows and the kernel matrix. 4 GiB by default.
+        measure_speed:
+            Time a few training steps, so that predictions can be given in seconds. On by default.
+        show_progress_bar:
+            Show a progress bar where the standard error stream is a terminal. On by default.
+
+    Returns:
+        The spectrum with its metadata.
+
+    Raises:
+        ValueError:
+            If a setting is out of its range, or the task cannot be differentiated; see
+            :func:`~optuna_ttp.jacobian.exact_gram`.
+    """
+    check_truncation(rank, explained_trace)
+    if engine != "exact":
+        raise ValueError(f'engine must be "exact" but got {engine!r}.')
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(_DTYPES)} but got {dtype!r}.")
+    resolved = _resolve_device(task, device)
+    started = time.perf_counter()
+    fingerprint = task.fingerprint
+    initial_outputs = task.initial_outputs(resolved, _DTYPES[dtype])
+    gram = exact_gram(
+        task,
+        device=resolved,
+        dtype=_DTYPES[dtype],
+        max_memory=max_memory,
+        show_progress_bar=show_progress_bar,
+    )
+    pairs = eigenpairs(gram, rank=rank, explained_trace=explained_trace)
+    throughput = measure_throughput(task, device=resolved) if measure_speed else None
+    return Spectrum(
+        eigenvalues=pairs.eigenvalues,
+        eigenvectors=pairs.eigenvectors.astype(np.float32 if dtype == "float32" else np.float64),
+        trace=pairs.trace,
+        initial_outputs=initial_outputs,
+        targets=task.targets,
+        loss=task.loss,
+        throughput=throughput,
+        metadata=SpectrumMetadata(
+            fingerprint=fingerprint,
+            name=task.name,
+            engine=engine,
+            dtype=dtype,
+            device=str(resolved),
+            n_parameters=task.n_parameters,
+            compute_seconds=time.perf_counter() - started,
+            created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            package_version=__version__,
+            torch_version=torch.__version__,
+        ),
+    )
+
+
+def _resolve_device(task: FineTuningTask, device: str | torch.device | None) -> torch.device:
+    if device is not None:
+        try:
+            resolved = torch.device(device)
+            torch.empty(0, device=resolved)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"device must be one that torch can use here but got {device!r}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        return resolved
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return next(task.model.parameters()).device

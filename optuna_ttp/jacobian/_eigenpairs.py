@@ -1,0 +1,80 @@
+"""Eigenpairs of the kernel, in double precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optuna_ttp.spectrum import n_explaining
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenpairs:
+    """The largest eigenpairs of a symmetric positive semi-definite matrix.
+
+    Attributes:
+        eigenvalues:
+            Shape ``(r,)``, positive, in descending order.
+        eigenvectors:
+            Shape ``(N C, r)``, orthonormal columns.
+        trace:
+            The trace of the whole matrix, the dropped eigenvalues included.
+    """
+
+    eigenvalues: NDArray[np.float64]
+    eigenvectors: NDArray[np.float64]
+    trace: float
+
+
+def eigenpairs(
+    gram: NDArray[Any], *, rank: int | None = None, explained_trace: float | None = None
+) -> Eigenpairs:
+    """Decompose a kernel matrix in double precision.
+
+    Args:
+        gram:
+            Symmetric positive semi-definite, of shape ``(n, n)``.
+        rank:
+            Keep at most so many pairs. All by default.
+        explained_trace:
+            Keep the fewest pairs that hold this share of the trace. All by default.
+
+    Returns:
+        The pairs whose eigenvalue is above the rounding error of the input's precision.
+
+    Raises:
+        ValueError:
+            If the matrix is zero (no trainable parameter moves any output), or not finite.
+    """
+    n = len(gram)
+    trace = float(np.trace(gram, dtype=np.float64))
+    if not np.isfinite(gram).all():
+        raise ValueError(
+            f"The kernel must be finite but overflowed in {gram.dtype}. Scale the inputs, or "
+            'compute with dtype="float64".'
+        )
+    if not trace > 0:
+        raise ValueError("The Jacobian must not be zero: no trainable parameter moves any output.")
+    matrix = gram.astype(np.float64)
+    if rank is not None and explained_trace is None and n > 1500 and rank < n // 5:
+        from scipy.sparse.linalg import eigsh
+
+        # A fixed start vector, so that the same matrix gives the same pairs.
+        start = np.random.default_rng(0).standard_normal(n)
+        values, vectors = eigsh(matrix, k=rank, v0=start)
+    else:
+        from scipy.linalg import eigh
+
+        values, vectors = eigh(matrix, overwrite_a=True, driver="evd")
+    order = np.argsort(values)[::-1]
+    values, vectors = values[order], vectors[:, order]
+    floor = values[0] * float(np.finfo(gram.dtype).eps)
+    n_kept = int(np.count_nonzero(values > floor))
+    if explained_trace is not None:
+        n_kept = min(n_kept, n_explaining(values, explained_trace * trace))
+    if rank is not None:
+        n_kept = min(n_kept, rank)
+    return Eigenpairs(values[:n_kept].copy(), vectors[:, :n_kept].copy(), trace)

@@ -1,0 +1,99 @@
+"""What is predicted for one configuration, or for many at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+CONVERGES = "converges"
+DIVERGES = "diverges"
+NOT_REACHED = "not_reached"
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The predicted training time of one configuration or of an array of them.
+
+    Where :meth:`~optuna_ttp.TrainingTimePredictor.predict` was given scalars, the arrays have the
+    shape ``()``, and ``float(prediction.steps)`` or :attr:`outcome` read like plain values.
+
+    Attributes:
+        learning_rate:
+            The configurations' learning rates. All attributes have their common shape, where
+            nothing else is said.
+        batch_size:
+            Their batch sizes.
+        momentum:
+            Their momenta.
+        steps:
+            Optimiser steps to the target; infinity where it is not reached.
+        epochs:
+            The same in passes over the data.
+        seconds:
+            The same in seconds of training; NaN where the time of a step is not known.
+        outcomes:
+            ``"converges"``, ``"diverges"`` or ``"not_reached"`` (within the horizon).
+        stability:
+            Learning rate over the largest stable one. Training above one may go through a loss
+            spike, or never recover from it.
+        max_steps:
+            The horizon, in steps.
+        strides:
+            Optimiser steps that were simulated as one; one means exactly.
+        curve_steps:
+            Steps of the predicted loss curve, in a last axis; NaN after its end.
+        curve_losses:
+            Training loss, over all samples, at these steps.
+    """
+
+    learning_rate: NDArray[np.float64]
+    batch_size: NDArray[np.int64]
+    momentum: NDArray[np.float64]
+    steps: NDArray[np.float64]
+    epochs: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    outcomes: NDArray[np.str_]
+    stability: NDArray[np.float64]
+    max_steps: NDArray[np.int64]
+    strides: NDArray[np.int64]
+    curve_steps: NDArray[np.float64]
+    curve_losses: NDArray[np.float64]
+
+    @property
+    def outcome(self) -> str:
+        """The outcome of a single configuration.
+
+        Raises:
+            ValueError:
+                If there are several; use :attr:`outcomes`.
+        """
+        if self.outcomes.size != 1:
+            raise ValueError(
+                f"outcome is for a single configuration but got {self.outcomes.size}. "
+                "Use outcomes."
+            )
+        return str(self.outcomes.item())
+
+    def __len__(self) -> int:
+        return int(self.steps.size)
+
+    def __str__(self) -> str:
+        if self.steps.size != 1:
+            kinds, counts = np.unique(self.outcomes, return_counts=True)
+            listing = ", ".join(f"{c} {k}" for k, c in zip(kinds, counts, strict=True))
+            return f"{self.steps.size} configurations: {listing}"
+        outcome = self.outcome
+        if outcome == CONVERGES:
+            text = f"{self.steps.item():,.0f} steps ({self.epochs.item():.3g} epochs"
+            if np.isfinite(self.seconds.item()):
+                text += f", {self.seconds.item():.3g} s"
+            return f"converges: {text})"
+        if outcome == DIVERGES:
+            return (
+                f"diverges: the learning rate is {self.stability.item():.3g} times the largest "
+                "stable one"
+            )
+        return f"not_reached within {self.max_steps.item():,} steps"

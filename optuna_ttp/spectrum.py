@@ -1,0 +1,316 @@
+"""The Jacobian eigenspectrum of a task: plain arrays, all that predictions need."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import replace
+import io
+import json
+from numbers import Integral
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optuna_ttp.loss import Loss
+from optuna_ttp.throughput import Throughput
+
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SpectrumMetadata:
+    """Where a spectrum comes from.
+
+    Attributes:
+        fingerprint:
+            The :attr:`~optuna_ttp.FineTuningTask.fingerprint` of its task.
+        name:
+            The task's name, for people.
+        engine:
+            How the Jacobian was contracted.
+        dtype:
+            Precision of the Jacobian.
+        device:
+            Where it was computed.
+        n_parameters:
+            The number D of trainable weights.
+        compute_seconds:
+            Wall-clock seconds it took, the timing of training steps included.
+        created_at:
+            When, in ISO 8601, UTC.
+        package_version:
+            Version of this package.
+        torch_version:
+            Version of PyTorch.
+    """
+
+    fingerprint: str
+    name: str
+    engine: str
+    dtype: str
+    device: str
+    n_parameters: int
+    compute_seconds: float
+    created_at: str
+    package_version: str
+    torch_version: str
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The largest eigenpairs of the empirical NTK, and the outputs and targets at the start.
+
+    Attributes:
+        eigenvalues:
+            Of ``Theta = J J^T``, not divided by N; shape ``(r,)``, positive, descending.
+        eigenvectors:
+            Shape ``(N C, r)``; row ``n C + c`` belongs to output c of sample n.
+        trace:
+            Trace of the whole kernel, dropped eigenvalues included.
+        initial_outputs:
+            Outputs of the pretrained model, shape ``(N, C)``.
+        targets:
+            Class indices of shape ``(N,)``, or real targets of shape ``(N, C)``.
+        loss:
+            The training loss.
+        throughput:
+            Seconds per step, or :obj:`None` where it was not measured.
+        metadata:
+            Where it comes from.
+    """
+
+    eigenvalues: NDArray[np.float64]
+    eigenvectors: NDArray[np.floating[Any]]
+    trace: float
+    initial_outputs: NDArray[np.float64]
+    targets: NDArray[Any]
+    loss: Loss
+    throughput: Throughput | None
+    metadata: SpectrumMetadata
+
+    def __post_init__(self) -> None:
+        shape = self.initial_outputs.shape
+        if len(shape) != 2 or self.eigenvectors.shape != (shape[0] * shape[1], self.rank):
+            raise ValueError(
+                "The arrays of a spectrum must have shapes (r,), (N C, r) and (N, C) but got "
+                f"{self.eigenvalues.shape}, {self.eigenvectors.shape} and {shape}."
+            )
+        expected = (shape[0],) if self.loss.kind == "cross_entropy" else shape
+        if self.targets.shape != expected:
+            raise ValueError(
+                f"The targets of a spectrum must have shape {expected} but got "
+                f"{self.targets.shape}."
+            )
+        if not (self.rank and self.eigenvalues[-1] > 0 and (np.diff(self.eigenvalues) <= 0).all()):
+            raise ValueError("The eigenvalues must be positive and descending.")
+        for name in ("eigenvalues", "eigenvectors", "initial_outputs"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise ValueError(f"The {name} of a spectrum must be finite.")
+
+    def __repr__(self) -> str:
+        return (
+            f"Spectrum(name={self.metadata.name!r}, n_samples={self.n_samples}, "
+            f"n_outputs={self.n_outputs}, rank={self.rank}, "
+            f"explained_trace={self.explained_trace:.4f})"
+        )
+
+    @property
+    def rank(self) -> int:
+        """The number r of eigenpairs that are kept."""
+        return len(self.eigenvalues)
+
+    @property
+    def n_samples(self) -> int:
+        """The number N of samples."""
+        return int(self.initial_outputs.shape[0])
+
+    @property
+    def n_outputs(self) -> int:
+        """The number C of outputs."""
+        return int(self.initial_outputs.shape[1])
+
+    @property
+    def explained_trace(self) -> float:
+        """The share of the kernel's trace that the kept eigenvalues hold."""
+        return min(1.0, float(self.eigenvalues.sum()) / self.trace)
+
+    def truncate(
+        self, *, rank: int | None = None, explained_trace: float | None = None
+    ) -> Spectrum:
+        """Return a spectrum with fewer eigenpairs.
+
+        Args:
+            rank:
+                Keep at most so many. All by default.
+            explained_trace:
+                Keep the fewest that hold this share of the trace. All by default.
+
+        Returns:
+            A new spectrum; this one where nothing is dropped.
+
+        Raises:
+            ValueError:
+                If a setting is out of its range, or more of the trace is asked for than is kept.
+        """
+        check_truncation(rank, explained_trace)
+        n_kept = self.rank if rank is None else min(rank, self.rank)
+        if explained_trace is not None:
+            if explained_trace > self.explained_trace + 1e-6:
+                raise ValueError(
+                    f"explained_trace must be at most {self.explained_trace:.6f}, what this "
+                    f"spectrum holds, but got {explained_trace}. Compute it again with more."
+                )
+            n_kept = min(n_kept, n_explaining(self.eigenvalues, explained_trace * self.trace))
+        if n_kept == self.rank:
+            return self
+        return replace(
+            self,
+            eigenvalues=self.eigenvalues[:n_kept],
+            eigenvectors=self.eigenvectors[:, :n_kept],
+        )
+
+    def to_bytes(self) -> bytes:
+        """Return the spectrum as a compressed NumPy archive; no pickle is involved."""
+        header: dict[str, Any] = {
+            "format": _FORMAT,
+            "trace": self.trace,
+            "loss": asdict(self.loss),
+            "metadata": asdict(self.metadata),
+            "throughput_device": None if self.throughput is None else self.throughput.device,
+        }
+        arrays: dict[str, NDArray[Any]] = {
+            "eigenvalues": self.eigenvalues,
+            "eigenvectors": self.eigenvectors,
+            "initial_outputs": self.initial_outputs,
+            "targets": self.targets,
+            "header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
+        }
+        if self.throughput is not None:
+            arrays["throughput_batch_sizes"] = self.throughput.batch_sizes
+            arrays["throughput_seconds"] = self.throughput.seconds
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Spectrum:
+        """Read what :meth:`to_bytes` wrote.
+
+        Args:
+            data:
+                The archive.
+
+        Returns:
+            The spectrum.
+
+        Raises:
+            ValueError:
+                If the bytes are no spectrum, or one of a newer format.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+                arrays = {key: archive[key] for key in archive.files}
+            header = json.loads(arrays.pop("header").tobytes())
+            written_as = header["format"]
+        # Foreign or damaged bytes make numpy's, zipfile's and json's parsers raise all sorts.
+        except Exception as error:
+            raise ValueError(
+                f"These bytes are no spectrum ({type(error).__name__} while reading them)."
+            ) from error
+        if written_as != _FORMAT:
+            raise ValueError(
+                f"The spectrum must have format {_FORMAT} but got {written_as}. "
+                "It was written by another version of optuna_ttp."
+            )
+        try:
+            loss = dict(header["loss"])
+            if loss["class_weights"] is not None:
+                loss["class_weights"] = tuple(loss["class_weights"])
+            throughput = None
+            if header["throughput_device"] is not None:
+                throughput = Throughput(
+                    arrays.pop("throughput_batch_sizes"),
+                    arrays.pop("throughput_seconds"),
+                    header["throughput_device"],
+                )
+            return cls(
+                trace=float(header["trace"]),
+                loss=Loss(**loss),
+                throughput=throughput,
+                metadata=SpectrumMetadata(**header["metadata"]),
+                **arrays,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"These bytes are no spectrum: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the spectrum to a file, replacing it as a whole or not at all.
+
+        Args:
+            path:
+                Where to write.
+        """
+        target = Path(path)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        try:
+            partial.write_bytes(self.to_bytes())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Spectrum:
+        """Read a file that :meth:`save` wrote.
+
+        Args:
+            path:
+                Where to read.
+
+        Returns:
+            The spectrum.
+
+        Raises:
+            ValueError:
+                If the file is no spectrum.
+        """
+        return cls.from_bytes(Path(path).read_bytes())
+
+
+def check_truncation(rank: int | None, explained_trace: float | None) -> None:
+    """Refuse a rank below 1 and a share of the trace outside (0, 1].
+
+    Args:
+        rank:
+            The most eigenpairs to keep, or :obj:`None`.
+        explained_trace:
+            The share of the trace to keep, or :obj:`None`.
+
+    Raises:
+        ValueError:
+            If one is out of its range.
+    """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1):
+        raise ValueError(f"rank must be a positive integer but got {rank!r}.")
+    if explained_trace is not None and not 0.0 < explained_trace <= 1.0:
+        raise ValueError(f"explained_trace must be in (0, 1] but got {explained_trace!r}.")
+
+
+def n_explaining(eigenvalues: NDArray[np.float64], amount: float) -> int:
+    """Return how many of the largest eigenvalues (descending) sum up to the amount, at least one.
+
+    Args:
+        eigenvalues:
+            Shape ``(r,)``, descending.
+        amount:
+            The sum to reach. All are needed where it is out of reach.
+
+    Returns:
+        A count from 1 to ``r``.
+    """
+    cumulated = np.cumsum(eigenvalues)
+    return min(int(np.searchsorted(cumulated, amount * (1 - 1e-12))) + 1, len(eigenvalues))
