@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import json
 from typing import Any
+from typing import Generic
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
@@ -17,6 +22,27 @@ _TPE_RELATIVE_PARAMS = "tpe:relative_params"
 # Optuna's own chunk length for system attributes.
 _CHUNK = 2045
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+_T = TypeVar("_T")
+
+
+class PerStudy(Generic[_T]):
+    """Something for each study, forgotten with the study's storage and when it is pickled.
+
+    A study's id does not tell studies apart: it is the same in any two in-memory storages.
+    """
+
+    def __init__(self, make: Callable[[], _T]) -> None:
+        self._make = make
+        self._made: WeakKeyDictionary[BaseStorage, dict[int, _T]] = WeakKeyDictionary()
+
+    def __getitem__(self, study: optuna.Study) -> _T:
+        made = self._made.setdefault(study._storage, {})
+        if study._study_id not in made:
+            made[study._study_id] = self._make()
+        return made[study._study_id]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._make,)
 
 
 def write_user_attr(study: optuna.Study, trial: FrozenTrial, key: str, value: Any) -> None:
@@ -30,27 +56,20 @@ def read_user_attrs(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
     return attributes
 
 
-def trials_of(
-    study: optuna.Study, states: tuple[TrialState, ...] = FINISHED
-) -> list[FrozenTrial]:
+def trials_of(study: optuna.Study, states: tuple[TrialState, ...] = FINISHED) -> list[FrozenTrial]:
     """Return the trials in these states without copying them. They must not be changed."""
     return study._get_trials(deepcopy=False, states=states, use_cache=False)
 
 
-def study_key(study: optuna.Study) -> int:
-    """Return the study's id in its storage."""
-    return int(study._study_id)
-
-
-def trial_key(trial: FrozenTrial) -> int:
-    """Return the trial's id in its storage."""
-    return int(trial._trial_id)
-
-
 def fixed_params(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-    """Return the parameters that an enqueued trial has fixed."""
+    """Return what an enqueued trial, or a sampler around the one in use, has fixed."""
+    fixed: dict[str, Any] = {}
+    sampler = study.sampler
+    while isinstance(sampler, optuna.samplers.PartialFixedSampler):
+        fixed = {**sampler._fixed_params, **fixed}
+        sampler = sampler._base_sampler
     attributes = study._storage.get_trial_system_attrs(trial._trial_id)
-    return dict(attributes.get("fixed_params", {}))
+    return {**fixed, **attributes.get("fixed_params", {})}
 
 
 def single_value(distribution: BaseDistribution) -> Any:
@@ -72,9 +91,7 @@ def innermost_sampler(sampler: BaseSampler) -> BaseSampler:
     return sampler
 
 
-def share_relative_params(
-    study: optuna.Study, trial: FrozenTrial, params: dict[str, Any]
-) -> None:
+def share_relative_params(study: optuna.Study, trial: FrozenTrial, params: dict[str, Any]) -> None:
     """Tell other workers which of several draws was taken.
 
     The TPE sampler leaves its last draw on the running trial, for the constant liar of other

@@ -78,27 +78,30 @@ class HyperparameterMap:
                 The trial's parameters.
 
         Returns:
-            The three values, or :obj:`None` where the trial has none of the parameters that are
-            read, or a function says that it does not apply.
+            The three values, or :obj:`None` where a function says that it does not apply, or
+            where the map is the default one and the trial has none of its parameters.
 
         Raises:
             MissingParameterError:
-                If the trial has some of the parameters, but not all.
+                If the trial lacks a parameter. The default map is not meant for every study, and
+                may lack all three; any other map is meant for the trial at hand.
             TypeError:
                 If a value is no number.
+            ValueError:
+                If the batch size is not a whole number.
         """
         values: dict[str, Any] = {}
         missing: dict[str, str] = {}
         for field, source in self._sources():
-            try:
-                if isinstance(source, str):
-                    values[field] = params[source]
-                else:
-                    values[field] = source(params) if callable(source) else source
-            except KeyError as error:
-                missing[field] = str(error.args[0]) if error.args else "?"
+            value, name = _read(source, params)
+            if name is None:
+                values[field] = value
+            else:
+                missing[field] = name
+        if any(value is None for value in values.values()):
+            return None
         if missing:
-            if not self._reads_any(params):
+            if self == HyperparameterMap() and not self._reads_any(params):
                 return None
             field, name = next(iter(missing.items()))
             raise MissingParameterError(
@@ -107,12 +110,10 @@ class HyperparameterMap:
                 f"(HyperparameterMap({field}={_EXAMPLES[field]})), or pass a function that "
                 "returns None where there is none."
             )
-        if any(value is None for value in values.values()):
-            return None
         for field, value in values.items():
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise TypeError(f"{field} must be a number but got {value!r}.")
-        if values["batch_size"] != int(values["batch_size"]):
+        if not float(values["batch_size"]).is_integer():
             raise ValueError(f"batch_size must be a whole number but got {values['batch_size']}.")
         return Configuration(
             float(values["learning_rate"]), int(values["batch_size"]), float(values["momentum"])
@@ -145,6 +146,39 @@ class HyperparameterMap:
     def _sources(self) -> Iterator[tuple[str, Source]]:
         for field in fields(self):
             yield field.name, getattr(self, field.name)
+
+
+def map_or_default(hyperparameters: HyperparameterMap | None) -> HyperparameterMap:
+    """Return an argument called ``hyperparameters``, or what it is by default.
+
+    Args:
+        hyperparameters:
+            The argument.
+
+    Returns:
+        A map.
+
+    Raises:
+        TypeError:
+            If it is anything else than a map.
+    """
+    if hyperparameters is None:
+        return HyperparameterMap()
+    if not isinstance(hyperparameters, HyperparameterMap):
+        raise TypeError(
+            f"hyperparameters must be a HyperparameterMap but got {hyperparameters!r}."
+        )
+    return hyperparameters
+
+
+def _read(source: Source, params: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """The value, and the name of the parameter that is missing for it."""
+    try:
+        if isinstance(source, str):
+            return params[source], None
+        return (source(params) if callable(source) else source), None
+    except KeyError as error:
+        return None, str(error.args[0]) if error.args else "?"
 
 
 class _Recorder(Mapping[str, Any]):

@@ -7,6 +7,9 @@ import math
 from typing import Any
 from typing import TYPE_CHECKING
 
+from optuna.trial import TrialState
+
+from optuna_ttp._optuna_compat import FINISHED
 from optuna_ttp._optuna_compat import read_user_attrs
 from optuna_ttp._optuna_compat import trials_of
 from optuna_ttp._optuna_compat import write_user_attr
@@ -52,7 +55,8 @@ class TrialRecord:
         paid_seconds:
             From the trial's start to its end.
         avoided_seconds:
-            What a skipped trial would have cost at most.
+            What a skipped trial would have cost, by estimate: the share of its budget that trials
+            which ran took on average, or their mean seconds where there is no budget.
         prediction_seconds:
             What its prediction took.
         value:
@@ -105,15 +109,15 @@ class Report:
 
     @property
     def avoided_seconds(self) -> float:
-        """Seconds that the skipped trials would have taken, had each run to its budget."""
+        """Seconds that the skipped trials would have taken, by estimate."""
         return _sum(record.avoided_seconds for record in self.records)
 
     @property
     def saved_seconds(self) -> float:
         """The seconds avoided, less those of the predictions and of the spectra. May be negative.
 
-        An upper bound: a wrapped pruner, or an objective that gives up on NaN, might have stopped
-        some of the skipped trials early.
+        An estimate, because nobody knows when a wrapped pruner, or an objective that gives up on
+        NaN, would have stopped the skipped trials.
         """
         return self.avoided_seconds - self.prediction_seconds - self.spectrum_seconds
 
@@ -127,7 +131,9 @@ class Report:
             f"{'value':>9}  decision"
         ]
         for r in self.records:
-            predicted = _number(r.predicted_steps, ",.0f") if r.outcome == "converges" else r.outcome
+            predicted = (
+                _number(r.predicted_steps, ",.0f") if r.outcome == "converges" else r.outcome
+            )
             decision = r.decision or "-"
             lines.append(
                 f"{r.number:>5}  {r.state:<8}  {predicted or '-':>11}  "
@@ -136,11 +142,11 @@ class Report:
             )
         lines.append(
             f"{len(self.records)} trials, {self.n_skipped} skipped before their first step. "
-            f"Paid {self.paid_seconds:.1f} s; avoided at most {self.avoided_seconds:.1f} s."
+            f"Paid {self.paid_seconds:.1f} s; avoided about {self.avoided_seconds:.1f} s."
         )
         lines.append(
             f"Net of the spectrum ({self.spectrum_seconds:.1f} s) and of the predictions "
-            f"({self.prediction_seconds:.1f} s): {self.saved_seconds:.1f} s saved at most."
+            f"({self.prediction_seconds:.1f} s): about {self.saved_seconds:.1f} s saved."
         )
         return "\n".join(lines)
 
@@ -159,17 +165,13 @@ def report(study: optuna.Study) -> Report:
         A table when printed, the records and sums as attributes.
     """
     trials = sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number)
-    ran = [_paid_seconds(t) for t in trials if (entry(t, DECISION) or {}).get("decision") != SKIP]
-    ran = [seconds for seconds in ran if math.isfinite(seconds)]
-    typical = sum(ran) / len(ran) if ran else math.nan
+    typical = _typical_cost(trials)
     spectra = {
         p["fingerprint"]: p["spectrum_seconds"]
         for p in (entry(trial, PREDICTION) for trial in trials)
         if p is not None
     }
-    return Report(
-        tuple(_record(trial, typical) for trial in trials), float(sum(spectra.values()))
-    )
+    return Report(tuple(_record(trial, typical) for trial in trials), float(sum(spectra.values())))
 
 
 def entry(trial: FrozenTrial, key: str) -> dict[str, Any] | None:
@@ -295,7 +297,7 @@ def stored_entry(study: optuna.Study, trial: FrozenTrial, key: str) -> dict[str,
 
 
 def n_skipped_in_a_row(study: optuna.Study) -> int:
-    """Return how many of the newest finished trials were skipped without one that ran.
+    """Return how many of the newest trials were skipped without one that ran, or still runs.
 
     Args:
         study:
@@ -305,23 +307,57 @@ def n_skipped_in_a_row(study: optuna.Study) -> int:
         A count.
     """
     count = 0
-    for trial in sorted(trials_of(study), key=lambda t: t.number, reverse=True):
+    trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
+    for trial in sorted(trials, key=lambda t: t.number, reverse=True):
         decision = entry(trial, DECISION)
+        if decision is None and trial.state == TrialState.RUNNING:
+            continue  # Nothing is decided about it yet.
         if decision is None or decision["decision"] != SKIP:
             break
         count += 1
     return count
 
 
-def _record(trial: FrozenTrial, typical_seconds: float) -> TrialRecord:
+@dataclass(frozen=True)
+class _TypicalCost:
+    """What trials cost here that were not skipped.
+
+    Attributes:
+        seconds:
+            Their mean seconds; NaN where none ran.
+        share:
+            The mean share of their budget that they took; one where none had a budget.
+    """
+
+    seconds: float
+    share: float
+
+
+def _typical_cost(trials: list[FrozenTrial]) -> _TypicalCost:
+    seconds, shares = [], []
+    for trial in trials:
+        paid = _paid_seconds(trial)
+        if (entry(trial, DECISION) or {}).get("decision") == SKIP or not math.isfinite(paid):
+            continue
+        seconds.append(paid)
+        budget = (entry(trial, PREDICTION) or {}).get("budget_seconds")
+        if budget:
+            shares.append(min(1.0, paid / budget))
+    return _TypicalCost(
+        sum(seconds) / len(seconds) if seconds else math.nan,
+        sum(shares) / len(shares) if shares else 1.0,
+    )
+
+
+def _record(trial: FrozenTrial, typical: _TypicalCost) -> TrialRecord:
     prediction = entry(trial, PREDICTION) or {}
     decision = entry(trial, DECISION) or {}
     paid = _paid_seconds(trial)
     avoided = 0.0
     if decision.get("decision") == SKIP:
         budget = prediction.get("budget_seconds")
-        # Without a budget, a trial that was skipped would have cost what trials cost here.
-        avoided = typical_seconds if budget is None else budget
+        # Wrapped pruners and the objective stop trials early, so few would have used it up.
+        avoided = typical.seconds if budget is None else typical.share * budget
     values = trial.values or []
     return TrialRecord(
         number=trial.number,

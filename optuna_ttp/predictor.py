@@ -16,6 +16,7 @@ from optuna_ttp.dynamics import max_learning_rate
 from optuna_ttp.dynamics import ResponseSurface
 from optuna_ttp.dynamics import simulate_heavy_ball
 from optuna_ttp.dynamics import Target
+from optuna_ttp.dynamics import Trajectories
 from optuna_ttp.prediction import CONVERGES
 from optuna_ttp.prediction import DIVERGES
 from optuna_ttp.prediction import NOT_REACHED
@@ -24,9 +25,10 @@ from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.throughput import Throughput
 
 
-# Between one and two times the stability limit a network often recovers from its loss spike (the
-# catapult of Lewkowycz et al., 2020, arXiv 2003.02218); above it, it hardly ever does.
-_HOPELESS_STABILITY = 2.0
+# Above the stability limit a network first goes through a loss spike. Most recover from it up to a
+# few times the limit, where their curvature has dropped (the catapult of Lewkowycz et al., 2020,
+# arXiv 2003.02218: up to two times for linear networks, about six with ReLU).
+_HOPELESS_STABILITY = 4.0
 # What the response surface is built from; it ranks candidates, it does not promise times.
 _SURFACE_TRACE = 0.98
 
@@ -149,6 +151,7 @@ class TrainingTimePredictor:
                 The horizon in steps, if another one than the predictor's.
             full_curve:
                 Simulate the loss curves up to the horizon. By default they end at the target.
+                There is no curve of a configuration that is predicted to diverge.
 
         Returns:
             Steps, epochs, seconds, outcome and loss curve.
@@ -161,33 +164,33 @@ class TrainingTimePredictor:
             learning_rate, batch_size, momentum, self.max_steps if max_steps is None else max_steps
         )
         shape = rate.shape
-        factor = self.calibration.factor
-        curves = simulate_heavy_ball(
-            self._model,
-            rate.ravel(),
-            size.ravel(),
-            mass.ravel(),
-            # The horizon counts real steps; the simulation's own clock runs differently.
-            max_steps=np.ceil(horizon.ravel() / factor).astype(np.int64),
-            target=None if full_curve else self.target,
-            exact=self.exact,
-            seed=self.seed,
-        )
-        watched = curves.losses
-        if self.target.quantity == "accuracy" and curves.accuracies is not None:
-            watched = curves.accuracies
-        steps = np.array(
-            [
-                np.ceil(factor * self.target.first_passage(s, w))
-                for s, w in zip(curves.steps, watched, strict=True)
-            ]
-        ).reshape(shape)
         stability = rate / self.max_learning_rate(size, mass)
-        steps[steps > horizon] = np.inf
+        hopeless = stability > _HOPELESS_STABILITY
+        # Nobody needs the curve of a configuration that blows up, so it is not simulated.
+        kept = np.flatnonzero(~hopeless.ravel())
+        curves = self._simulate(
+            rate.ravel()[kept],
+            size.ravel()[kept],
+            mass.ravel()[kept],
+            horizon.ravel()[kept],
+            full_curve=full_curve,
+        )
+        watched = curves.losses if curves.accuracies is None else curves.accuracies
+        reached = np.full(rate.size, np.inf)
+        reached[kept] = [
+            np.ceil(self.calibration.factor * self.target.first_passage(s, w))
+            for s, w in zip(curves.steps, watched, strict=True)
+        ]
+        blown_up = hopeless.ravel().copy()
+        blown_up[kept] |= curves.blown_up
+        reached[blown_up | (reached > horizon.ravel())] = np.inf
+        steps = reached.reshape(shape)
         outcomes = np.where(np.isfinite(steps), CONVERGES, NOT_REACHED)
-        hopeless = curves.blown_up.reshape(shape) | (stability > _HOPELESS_STABILITY)
-        outcomes = np.where(hopeless, DIVERGES, outcomes)
-        steps = np.where(hopeless, np.inf, steps)
+        outcomes = np.where(blown_up.reshape(shape), DIVERGES, outcomes)
+        strides = np.ones(rate.size, dtype=np.int64)
+        strides[kept] = curves.strides
+        curve = np.full((2, rate.size, curves.steps.shape[1]), np.nan)
+        curve[:, kept] = curves.steps * self.calibration.factor, curves.losses
         return Prediction(
             learning_rate=rate,
             batch_size=size,
@@ -198,9 +201,9 @@ class TrainingTimePredictor:
             outcomes=outcomes,
             stability=stability,
             max_steps=horizon,
-            strides=curves.strides.reshape(shape),
-            curve_steps=(curves.steps * factor).reshape(*shape, -1),
-            curve_losses=curves.losses.reshape(*shape, -1),
+            strides=strides.reshape(shape),
+            curve_steps=curve[0].reshape(*shape, -1),
+            curve_losses=curve[1].reshape(*shape, -1),
         )
 
     def score(
@@ -209,7 +212,7 @@ class TrainingTimePredictor:
         """Return approximate seconds to the target for many configurations, in microseconds each.
 
         For ranking candidates: interpolated in a response surface, which is built by simulation
-        when it is first needed (seconds), from the eigenpairs that hold 98 % of the kernel's trace.
+        when it is first needed (seconds), from the eigenpairs that hold 98 % of the trace.
 
         Args:
             learning_rate:
@@ -230,7 +233,9 @@ class TrainingTimePredictor:
         rate, size, mass, _ = self._check_configuration(
             learning_rate, batch_size, momentum, self.max_steps
         )
-        steps = self._surface.steps(rate.ravel(), size.ravel(), mass.ravel()).reshape(rate.shape)
+        steps = self._surface.steps(
+            rate.ravel(), size.ravel().astype(np.float64), mass.ravel()
+        ).reshape(rate.shape)
         steps = steps * self.calibration.factor
         hopeless = rate > _HOPELESS_STABILITY * self.max_learning_rate(size, mass)
         steps = np.where(hopeless | (steps > self.max_steps), np.inf, steps)
@@ -282,6 +287,28 @@ class TrainingTimePredictor:
             self.spectrum.truncate(explained_trace=share), device=self._device
         )
         return ResponseSurface.build(model, self.target, seed=self.seed)
+
+    def _simulate(
+        self,
+        rate: NDArray[np.float64],
+        size: NDArray[np.int64],
+        mass: NDArray[np.float64],
+        horizon: NDArray[np.int64],
+        *,
+        full_curve: bool,
+    ) -> Trajectories:
+        return simulate_heavy_ball(
+            self._model,
+            rate,
+            size,
+            mass,
+            # The horizon counts real steps; the simulation's own clock runs differently.
+            max_steps=np.ceil(horizon / self.calibration.factor).astype(np.int64),
+            target=self.target,
+            full_curves=full_curve,
+            exact=self.exact,
+            seed=self.seed,
+        )
 
     def _resolve_target(
         self, loss: float | None, fraction: float | None, accuracy: float | None

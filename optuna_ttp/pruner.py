@@ -12,14 +12,16 @@ import warnings
 import numpy as np
 from optuna.logging import get_logger
 from optuna.pruners import BasePruner
+from optuna.trial import TrialState
 
+from optuna_ttp._optuna_compat import FINISHED
 from optuna_ttp._optuna_compat import is_multi_objective
-from optuna_ttp._optuna_compat import study_key
-from optuna_ttp._optuna_compat import trial_key
+from optuna_ttp._optuna_compat import PerStudy
 from optuna_ttp._optuna_compat import trials_of
 from optuna_ttp.exceptions import UnreliablePredictionWarning
 from optuna_ttp.hyperparameters import Configuration
 from optuna_ttp.hyperparameters import HyperparameterMap
+from optuna_ttp.hyperparameters import map_or_default
 from optuna_ttp.hyperparameters import MissingParameterError
 from optuna_ttp.ledger import DECISION
 from optuna_ttp.ledger import n_skipped_in_a_row
@@ -118,24 +120,23 @@ class TTPPruner(BasePruner):
                 "max_seconds needs to know the time of a step, but the spectrum was computed with "
                 "measure_speed=False. Give max_steps or max_epochs instead."
             )
-        if not tolerance >= 1:
-            raise ValueError(f"tolerance must be at least 1 but got {tolerance}.")
+        if not 1 <= tolerance < math.inf:
+            raise ValueError(f"tolerance must be finite and at least 1 but got {tolerance}.")
         if max_consecutive < 1:
             raise ValueError(f"max_consecutive must be at least 1 but got {max_consecutive}.")
         self._predictor = predictor
         self._wrapped = wrapped_pruner
-        self._map = HyperparameterMap() if hyperparameters is None else hyperparameters
+        self._map = map_or_default(hyperparameters)
         self._budgets = {name: value for name, value in budgets.items() if value is not None}
         self._tolerance = tolerance
         self._max_consecutive = max_consecutive
         self._warned = False
-        self._skipped: dict[tuple[int, int], bool] = {}
+        # By the trial's number. What is not in here is read from the storage.
+        self._skipped: PerStudy[dict[int, bool]] = PerStudy(dict)
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        # What is skipped can be read from the storage.
-        state["_skipped"] = {}
         del state["_lock"]
         return state
 
@@ -158,7 +159,7 @@ class TTPPruner(BasePruner):
         Raises:
             ValueError:
                 If the study has several objectives, or the map reads a parameter that no trial of
-                the study has.
+                the study has, or a hyperparameter is out of its range.
         """
         if is_multi_objective(study):
             raise ValueError(
@@ -169,10 +170,10 @@ class TTPPruner(BasePruner):
         return False if self._wrapped is None else bool(self._wrapped.prune(study, trial))
 
     def _is_skipped(self, study: Study, trial: FrozenTrial) -> bool:
-        key = (study_key(study), trial_key(trial))
         with self._lock:
-            if key in self._skipped:
-                return self._skipped[key]
+            known = self._skipped[study]
+            if trial.number in known:
+                return known[trial.number]
         # The storage knows where another process asked before, as ask-and-tell may do.
         decision = stored_entry(study, trial, DECISION)
         if decision is not None:
@@ -180,9 +181,9 @@ class TTPPruner(BasePruner):
         else:
             skipped = self._decide(study, trial)
         with self._lock:
-            while len(self._skipped) >= 1024:
-                self._skipped.pop(next(iter(self._skipped)))
-            self._skipped[key] = skipped
+            while len(known) >= 1024:
+                known.pop(next(iter(known)))
+            known[trial.number] = skipped
         return skipped
 
     def _decide(self, study: Study, trial: FrozenTrial) -> bool:
@@ -206,16 +207,16 @@ class TTPPruner(BasePruner):
             budget_steps=budget,
             prediction_seconds=time.perf_counter() - started,
         )
-        reason = self._objection(prediction, budget)
-        if reason is None:
+        objection = self._objection(prediction, budget)
+        if objection is None:
             record_decision(study, trial, RUN, f"predicted: {prediction}")
             return False
         override = self._override(study, predictor)
         if override is not None:
-            record_decision(study, trial, RUN, f"{override}, although {reason}")
+            record_decision(study, trial, RUN, f"{override}, although {objection}")
             return False
-        record_decision(study, trial, SKIP, reason)
-        _logger.info(f"Trial {trial.number} is skipped: {reason}.")
+        record_decision(study, trial, SKIP, objection)
+        _logger.info(f"Trial {trial.number} is skipped: {objection}.")
         return True
 
     def _objection(self, prediction: Prediction, budget: float) -> str | None:
@@ -304,7 +305,8 @@ def resolve_for_trial(
     try:
         return mapping.resolve(trial.params)
     except MissingParameterError:
-        seen = {name for t in trials_of(study) for name in t.params}
+        trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
+        seen = {name for t in trials for name in t.params}
         if mapping.parameters_read(trial.params) <= seen | set(trial.params):
             return None
         raise

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 import time
 from typing import Any
 from typing import TYPE_CHECKING
 
 import numpy as np
+from optuna.distributions import BaseDistribution
 from optuna.logging import get_logger
 from optuna.samplers import BaseSampler
 from optuna.samplers import CmaEsSampler
@@ -25,10 +27,12 @@ from optuna.trial import TrialState
 from optuna_ttp._optuna_compat import fixed_params
 from optuna_ttp._optuna_compat import innermost_sampler
 from optuna_ttp._optuna_compat import is_multi_objective
+from optuna_ttp._optuna_compat import PerStudy
 from optuna_ttp._optuna_compat import share_relative_params
 from optuna_ttp._optuna_compat import single_value
 from optuna_ttp._optuna_compat import trials_of
-from optuna_ttp.hyperparameters import HyperparameterMap
+from optuna_ttp.hyperparameters import map_or_default
+from optuna_ttp.hyperparameters import MissingParameterError
 from optuna_ttp.ledger import PREDICTION
 from optuna_ttp.ledger import record_paid
 from optuna_ttp.ledger import record_prediction
@@ -41,9 +45,10 @@ from optuna_ttp.training_log import calibration_of
 
 if TYPE_CHECKING:
     from optuna import Study
-    from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
+    from optuna_ttp.hyperparameters import Configuration
+    from optuna_ttp.hyperparameters import HyperparameterMap
     from optuna_ttp.predictor import TrainingTimePredictor
 
 
@@ -127,18 +132,24 @@ class TTPSampler(BaseSampler):
             )
         if base_sampler is not None and not isinstance(base_sampler, BaseSampler):
             raise TypeError(f"base_sampler must be a sampler but got {base_sampler!r}.")
+        for name, distribution in (search_space or {}).items():
+            if not isinstance(distribution, BaseDistribution):
+                raise TypeError(
+                    f"search_space must map names to distributions but got {distribution!r} for "
+                    f"{name!r}."
+                )
         if n_candidates < 1:
             raise ValueError(f"n_candidates must be at least 1 but got {n_candidates}.")
         if not 0.0 <= exploration <= 1.0:
             raise ValueError(f"exploration must be in [0, 1] but got {exploration}.")
         self._predictor = predictor
         self._base = TPESampler(seed=seed) if base_sampler is None else base_sampler
-        self._map = HyperparameterMap() if hyperparameters is None else hyperparameters
+        self._map = map_or_default(hyperparameters)
         self._given_space = None if search_space is None else dict(search_space)
         self._n_candidates = n_candidates
         self._exploration = exploration
         self._rng = np.random.default_rng(seed)
-        self._intersection = IntersectionSearchSpace(include_pruned=True)
+        self._intersection = PerStudy(partial(IntersectionSearchSpace, include_pruned=True))
 
     def __str__(self) -> str:
         return f"TTPSampler({self._base})"
@@ -204,25 +215,26 @@ class TTPSampler(BaseSampler):
         """
         known = self._known_params(study, trial)
         examples = {name: single_value(d) for name, d in search_space.items()}
-        if not self._applies({**examples, **known}):
-            return self._base.sample_relative(study, trial, search_space)
+        # What the base sampler would get without us, in its own order: its draws depend on it.
         inferred = self._base.infer_relative_search_space(study, trial)
-        base_space = {n: d for n, d in search_space.items() if n in inferred}
-        relative = self._base.sample_relative(study, trial, base_space) if base_space else {}
-        if not self._may_complete(search_space, relative):
+        base_space = {name: search_space[name] for name in inferred if name in search_space}
+        relative = self._base.sample_relative(study, trial, base_space)
+        if not (
+            self._applies({**examples, **known})
+            and self._may_complete(search_space, relative)
+            and self._chooses(study, redrawn=bool(relative))
+        ):
+            # Where a parameter is left out, the base sampler is asked once the trial suggests it.
             return relative
-        candidates = [self._complete(study, trial, search_space, relative)]
-        if self._chooses(study, redrawn=bool(relative)):
-            relatives = [relative]
-            for _ in range(self._n_candidates - 1):
-                again = self._base.sample_relative(study, trial, base_space) if relative else {}
-                relatives.append(again)
-                candidates.append(self._complete(study, trial, search_space, again))
-            chosen = self._fastest(study, [{**c, **known} for c in candidates])
-            if relative:
-                share_relative_params(study, trial, relatives[chosen])
-            return candidates[chosen]
-        return candidates[0]
+        relatives = [relative]
+        for _ in range(self._n_candidates - 1):
+            again = self._base.sample_relative(study, trial, base_space) if relative else {}
+            relatives.append(again)
+        candidates = [self._complete(study, trial, search_space, r) for r in relatives]
+        chosen = self._fastest([{**candidate, **known} for candidate in candidates])
+        if relative:
+            share_relative_params(study, trial, relatives[chosen])
+        return candidates[chosen]
 
     def sample_independent(
         self,
@@ -275,9 +287,13 @@ class TTPSampler(BaseSampler):
             if trial.datetime_start is not None:
                 now = datetime.now(trial.datetime_start.tzinfo)
                 record_paid(study, trial, (now - trial.datetime_start).total_seconds())
-            # A failed trial may not have got as far as suggesting its parameters.
             if state != TrialState.FAIL and stored_entry(study, trial, PREDICTION) is None:
-                self._record_prediction(study, trial)
+                try:
+                    self._record_prediction(study, trial)
+                except MissingParameterError:
+                    # A pruned trial may not have got as far as suggesting its parameters.
+                    if state == TrialState.COMPLETE:
+                        raise
         finally:
             self._base.after_trial(study, trial, state, values)
 
@@ -305,7 +321,7 @@ class TTPSampler(BaseSampler):
             return {n: d for n, d in self._given_space.items() if not d.single()}
         if not isinstance(innermost_sampler(self._base), _INDEPENDENT):
             return {}
-        space = self._intersection.calculate(study)
+        space = self._intersection[study].calculate(study)
         example = self._example_params(study)
         names = self._map.parameters_read(example)
         if not names or not names <= set(space):
@@ -319,8 +335,8 @@ class TTPSampler(BaseSampler):
         return {}
 
     def _known_params(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
-        """Values that are settled before sampling: enqueued, suggested, or the only possible."""
-        space = self._given_space or self._intersection.calculate(study)
+        """Values that are settled before sampling: fixed, suggested, or the only possible."""
+        space = {**self._intersection[study].calculate(study), **(self._given_space or {})}
         singles = {n: single_value(d) for n, d in space.items() if d.single()}
         return {**singles, **fixed_params(study, trial), **trial.params}
 
@@ -354,14 +370,12 @@ class TTPSampler(BaseSampler):
         candidate = dict(relative)
         # Sorted, because the order of a dictionary may differ between processes.
         for name in sorted(set(search_space) - set(relative)):
-            candidate[name] = self._base.sample_independent(
-                study, trial, name, search_space[name]
-            )
+            candidate[name] = self._base.sample_independent(study, trial, name, search_space[name])
         return candidate
 
-    def _fastest(self, study: Study, candidates: list[dict[str, Any]]) -> int:
-        """The candidate with the shortest predicted time; the first where none has one."""
-        resolved = [self._map.resolve(candidate) for candidate in candidates]
+    def _fastest(self, candidates: list[dict[str, Any]]) -> int:
+        """The candidate with the shortest predicted time; the first where one has none."""
+        resolved = [self._resolve(candidate) for candidate in candidates]
         if any(configuration is None for configuration in resolved):
             return 0
         rates, sizes, momenta = zip(
@@ -371,3 +385,10 @@ class TTPSampler(BaseSampler):
         chosen = int(np.argmin(seconds))
         _logger.debug(f"Predicted seconds of the candidates: {np.round(seconds, 3).tolist()}.")
         return chosen
+
+    def _resolve(self, candidate: dict[str, Any]) -> Configuration | None:
+        try:
+            return self._map.resolve(candidate)
+        except MissingParameterError:
+            # The candidate is in a branch of a conditional space whose parameters are not known.
+            return None

@@ -189,7 +189,7 @@ class FineTuningTask:
         """
         if device.type == "cuda":
             # Before that there is no random state of the device that could be kept.
-            torch.cuda.init()  # type: ignore[no-untyped-call]
+            torch.cuda.init()
         with (
             _preserved_random_state(),
             _preserved_attributes(self.model),
@@ -375,6 +375,11 @@ def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _check_parameters(model: torch.nn.Module) -> None:
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise TypeError(
+            "TorchScript modules are not supported, because their weights cannot be exchanged. "
+            "Pass the module that was scripted or traced."
+        )
     parameters = list(model.named_parameters())
     lazy = [n for n, p in parameters if isinstance(p, torch.nn.parameter.UninitializedParameter)]
     if lazy:
@@ -657,7 +662,7 @@ def _plain_attributes(value: Any) -> dict[str, Any]:
 @contextmanager
 def _preserved_random_state() -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    initialised = torch.cuda.is_initialized()
     devices = range(torch.cuda.device_count()) if initialised else []
     with torch.random.fork_rng(devices=list(devices)):
         try:
@@ -700,14 +705,20 @@ def _cudnn_for(model: torch.nn.Module, device: torch.device, training: bool) -> 
     if device.type != "cuda" or training:
         yield
         return
-    cudnn = torch.backends.cudnn
-    # The backward pass of cuDNN's recurrent layers only exists in training mode; and by default
-    # convolutions round their inputs to ten bits (TF32), which is not single precision.
-    recurrent = any(isinstance(m, torch.nn.RNNBase) for m in model.modules())
-    with cudnn.flags(
-        enabled=cudnn.enabled and not recurrent,
-        benchmark=cudnn.benchmark,
-        deterministic=cudnn.deterministic,
-        allow_tf32=False,
-    ):
+    cudnn: Any = torch.backends.cudnn
+    # By default convolutions round their inputs to ten bits (TF32), which is not single precision.
+    # From PyTorch 2.9 on each operation has a setting, which must not be mixed with the older one.
+    changes: list[tuple[Any, str, Any]] = [(cudnn, "allow_tf32", False)]
+    if hasattr(cudnn, "conv"):
+        changes = [(cudnn.conv, "fp32_precision", "ieee")]
+    # The backward pass of cuDNN's recurrent layers only exists in training mode.
+    if any(isinstance(m, torch.nn.RNNBase) for m in model.modules()):
+        changes.append((cudnn, "enabled", False))
+    before = [getattr(owner, name) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
         yield
+    finally:
+        for (owner, name, _), value in zip(changes, before, strict=True):
+            setattr(owner, name, value)

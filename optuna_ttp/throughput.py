@@ -46,6 +46,8 @@ class Throughput:
                 "batch_sizes and seconds must have the same length of at least one but got "
                 f"{len(self.batch_sizes)} and {len(self.seconds)}."
             )
+        if self.batch_sizes[0] < 1:
+            raise ValueError(f"batch_sizes must be positive but got {self.batch_sizes}.")
         if np.any(np.diff(self.batch_sizes) <= 0) or np.any(np.diff(self.seconds) < 0):
             raise ValueError(
                 "batch_sizes must ascend and seconds must not descend but got "
@@ -92,7 +94,7 @@ def measure_throughput(
         device:
             Where to run.
         batch_sizes:
-            What to measure; sizes above the number of samples are left out.
+            What to measure. In place of sizes above N it is N.
         seconds_per_size:
             Stop repeating a batch size after so long. 0.3 s by default.
 

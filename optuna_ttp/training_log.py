@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 from typing import Any
+from typing import SupportsFloat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 
 CURVE = "ttp:curve"
+# A curve ends where the loss is NaN, or so large that sums of losses would overflow.
+_BLOWN_UP = 1e300
 
 
 class TrainingLog:
@@ -58,14 +61,16 @@ class TrainingLog:
         # A pruned or failed trial's curve is an observation like any other.
         self.close()
 
-    def step(self, loss: float) -> None:
+    def step(self, loss: SupportsFloat) -> None:
         """Record the mini-batch loss of one optimiser step, as a mean over the batch.
 
         Args:
             loss:
                 The loss. A tensor of one element will do.
         """
-        self._losses.append(float(loss))
+        # A tensor that requires gradients warns about being converted, but not about its item.
+        item = getattr(loss, "item", None)
+        self._losses.append(float(loss if item is None else item()))
         # What is written as training goes on survives a killed process.
         if len(self._losses) == self._next_write:
             self._next_write *= 2
@@ -76,7 +81,7 @@ class TrainingLog:
         if not self._losses:
             return
         losses = np.array(self._losses)
-        finite = np.isfinite(losses)
+        finite = np.abs(losses) < _BLOWN_UP
         n_finite = len(losses) if finite.all() else int(np.argmin(finite))
         # Loss i is that of the weights after i steps.
         points = _recorded_steps(n_finite)
@@ -143,7 +148,10 @@ def calibration_of(study: optuna.Study, predictor: TrainingTimePredictor) -> Cal
     predicted, observed = [], []
     for trial in trials_of(study):
         prediction = entry(trial, PREDICTION)
-        if prediction is None or prediction["fingerprint"] != predictor.spectrum.metadata.fingerprint:
+        if (
+            prediction is None
+            or prediction["fingerprint"] != predictor.spectrum.metadata.fingerprint
+        ):
             continue
         if prediction["target"] != predictor.target.value:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 import types
 from typing import Any
 
@@ -40,7 +41,8 @@ class TiedWeights(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.encoder(x).tanh()
-        return self.head(self.decoder(self.encoder(hidden).tanh()))
+        outputs: torch.Tensor = self.head(self.decoder(self.encoder(hidden).tanh()))
+        return outputs
 
 
 class Recurrent(torch.nn.Module):
@@ -51,7 +53,8 @@ class Recurrent(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _, last = self.gru(x.reshape(len(x), 3, 2))
-        return self.head(last[0])
+        outputs: torch.Tensor = self.head(last[0])
+        return outputs
 
 
 class Attention(torch.nn.Module):
@@ -65,7 +68,8 @@ class Attention(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.embed(x.reshape(len(x), 3, 2))
         mixed, _ = self.attention(hidden, hidden, hidden)
-        return self.head(self.norm(hidden + mixed).mean(dim=1))
+        outputs: torch.Tensor = self.head(self.norm(hidden + mixed).mean(dim=1))
+        return outputs
 
 
 class TextClassifier(torch.nn.Module):
@@ -92,7 +96,8 @@ class TwoInputs(torch.nn.Module):
         self.head = torch.nn.Linear(4, 3)
 
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.left(x) + self.right(z)))
+        outputs: torch.Tensor = self.head(torch.tanh(self.left(x) + self.right(z)))
+        return outputs
 
 
 def grouped_cnn() -> torch.nn.Module:
@@ -174,6 +179,7 @@ CASES = (
 )
 
 
+@cache
 def spectrum(
     loss: str | torch.nn.Module | Loss = "cross_entropy",
     n_samples: int = 12,

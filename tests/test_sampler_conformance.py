@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from optuna.samplers import BaseSampler
-from optuna.samplers import GPSampler
 from optuna.samplers import RandomSampler
 from optuna.samplers import TPESampler
 from optuna.testing.pytest_samplers import BasicSamplerTestCase
@@ -16,17 +15,21 @@ import pytest
 from optuna_ttp import HyperparameterMap
 from optuna_ttp import TTPSampler
 from tests.models import small_predictor
+from tests.studies import QuickGPSampler
 
 
 # The suites' parameters are called x and y, or param_0 and so on. With a map that reads `x`, our
 # own choice between candidates is at work; with the default map, this is the base sampler.
 def _choosing(base: BaseSampler) -> TTPSampler:
     mapping = HyperparameterMap(
-        learning_rate=lambda p: 1e-3 * (1.0 + abs(p["x"])) if _is_number(p["x"]) else None,
+        learning_rate=lambda p: 0.1 + 0.01 * abs(p["x"]) if _is_number(p.get("x")) else None,
         batch_size=8,
         momentum=0.0,
     )
-    return TTPSampler(small_predictor(), base, hyperparameters=mapping, seed=0)
+    # Without exploration, the suites' relative proposals always are our own.
+    return TTPSampler(
+        small_predictor(), base, hyperparameters=mapping, n_candidates=3, exploration=0.0, seed=0
+    )
 
 
 def _is_number(value: object) -> bool:
@@ -37,48 +40,39 @@ def _passing(base: BaseSampler) -> TTPSampler:
     return TTPSampler(small_predictor(), base, seed=0)
 
 
-def _relative_bases() -> list[Callable[[], BaseSampler]]:
-    return [
-        lambda: _passing(TPESampler(n_startup_trials=0)),
-        lambda: _choosing(TPESampler(n_startup_trials=0)),
-        lambda: _passing(GPSampler(n_startup_trials=0, deterministic_objective=True)),
-        lambda: _choosing(GPSampler(n_startup_trials=0)),
-    ]
+def _gp() -> BaseSampler:
+    return QuickGPSampler(n_startup_trials=0, deterministic_objective=True)
 
 
-_IDS = ["tpe-passing", "tpe-choosing", "gp-passing", "gp-choosing"]
+_CHOOSING: dict[str, Callable[[], BaseSampler]] = {
+    "random-choosing": lambda: _choosing(RandomSampler()),
+    "tpe-choosing": lambda: _choosing(TPESampler(n_startup_trials=0)),
+    "gp-choosing": lambda: _choosing(_gp()),
+}
+_ALL: dict[str, Callable[[], BaseSampler]] = {
+    **_CHOOSING,
+    "random-passing": lambda: _passing(RandomSampler()),
+    "tpe-passing": lambda: _passing(TPESampler(n_startup_trials=0)),
+    "gp-passing": lambda: _passing(_gp()),
+}
 
 
 class TestBasic(BasicSamplerTestCase):
-    @pytest.fixture(
-        params=[
-            lambda: _passing(RandomSampler()),
-            lambda: _choosing(RandomSampler()),
-            *_relative_bases(),
-        ],
-        ids=["random-passing", "random-choosing", *_IDS],
-    )
+    @pytest.fixture(params=list(_ALL.values()), ids=list(_ALL))
     def sampler(self, request: pytest.FixtureRequest) -> Callable[[], BaseSampler]:
         factory: Callable[[], BaseSampler] = request.param
         return factory
 
 
 class TestRelative(RelativeSamplerTestCase):
-    @pytest.fixture(params=_relative_bases(), ids=_IDS)
+    @pytest.fixture(params=list(_CHOOSING.values()), ids=list(_CHOOSING))
     def sampler(self, request: pytest.FixtureRequest) -> Callable[[], BaseSampler]:
         factory: Callable[[], BaseSampler] = request.param
         return factory
 
 
 class TestMultiObjective(MultiObjectiveSamplerTestCase):
-    @pytest.fixture(
-        params=[
-            lambda: _passing(RandomSampler()),
-            lambda: _choosing(RandomSampler()),
-            *_relative_bases(),
-        ],
-        ids=["random-passing", "random-choosing", *_IDS],
-    )
+    @pytest.fixture(params=list(_ALL.values()), ids=list(_ALL))
     def sampler(self, request: pytest.FixtureRequest) -> Callable[[], BaseSampler]:
         factory: Callable[[], BaseSampler] = request.param
         return factory

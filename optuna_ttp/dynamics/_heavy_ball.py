@@ -21,6 +21,8 @@ from optuna_ttp.dynamics._target import Target
 
 # The largest change of the steepest direction, relative, in one coarse step (see `strides`).
 _COARSE_STEP = 0.25
+# A time to the target that was found in fewer coarse steps than this is found again in finer ones.
+_MIN_COARSE_STEPS = 64
 # A loss so many times the initial one is given up.
 _BLOW_UP = 100.0
 
@@ -57,6 +59,7 @@ def simulate_heavy_ball(
     *,
     max_steps: NDArray[np.int64],
     target: Target | None = None,
+    full_curves: bool = False,
     exact: bool = False,
     seed: int = 0,
 ) -> Trajectories:
@@ -75,6 +78,8 @@ def simulate_heavy_ball(
             Optimiser steps after which a curve ends, of shape ``(K,)``.
         target:
             A curve ends where it reaches this. By default all run to their last step.
+        full_curves:
+            Go on behind the target. Off by default.
         exact:
             Never take several slow steps as one, see :func:`strides`. Off by default.
         seed:
@@ -87,26 +92,34 @@ def simulate_heavy_ball(
     stride = np.ones(n_configurations, dtype=np.int64)
     if not exact:
         stride = strides(model, learning_rate, momentum, max_steps)
-    coarse_batch = np.minimum(batch_size * stride, model.n_samples)
     curves: list[list[tuple[float, float, float]]] = [[] for _ in range(n_configurations)]
     blown_up = np.zeros(n_configurations, dtype=bool)
-    for size in np.unique(coarse_batch):
-        members = np.flatnonzero(coarse_batch == size)
-        rate, mass = _coarse_optimiser(
-            learning_rate[members], momentum[members], stride[members].astype(np.float64)
-        )
-        blown_up[members] = _simulate_group(
-            model,
-            torch.as_tensor(rate),
-            torch.as_tensor(mass),
-            int(size),
-            stride[members],
-            np.ceil(max_steps[members] / stride[members]).astype(np.int64),
-            target,
-            seed,
-            [curves[k] for k in members],
-        )
-    length = max(map(len, curves))
+    todo = np.arange(n_configurations)
+    while len(todo):
+        coarse_batch = np.minimum(batch_size[todo] * stride[todo], model.n_samples)
+        coarse = stride[todo] > 1
+        for size, is_coarse in sorted(set(zip(coarse_batch, coarse, strict=True))):
+            members = todo[(coarse_batch == size) & (coarse == is_coarse)]
+            rate, mass = _coarse_optimiser(
+                learning_rate[members], momentum[members], stride[members].astype(np.float64)
+            )
+            blown_up[members] = _simulate_group(
+                model,
+                torch.as_tensor(rate),
+                torch.as_tensor(mass),
+                _batches(model, int(size), seed, across_epochs=bool(is_coarse)),
+                stride[members],
+                np.ceil(max_steps[members] / stride[members]).astype(np.int64),
+                target,
+                full_curves,
+                [curves[k] for k in members],
+            )
+        refined = _refined_strides(curves, stride, target)
+        todo = np.flatnonzero(refined < stride)
+        for early in todo:
+            curves[early].clear()
+        stride = refined
+    length = max(map(len, curves), default=0)
     padded = np.full((3, n_configurations, length), np.nan)
     for k, curve in enumerate(curves):
         padded[:, k, : len(curve)] = np.array(curve).T
@@ -132,7 +145,8 @@ def strides(
     curvature ``h_1``), ``s`` steps of batch size ``B`` move the outputs like one step of batch
     size ``s B`` (the linear scaling rule: drift ``s eta_e`` and noise ``eta_e^2 s / B`` are the
     same). ``s`` is chosen so that ``s eta_e h_1`` is at most 0.25. That is coarse for the steepest
-    direction, but the time to a target is set by directions many times flatter. Curves of fewer
+    direction, but the time to a target is mostly set by directions many times flatter; where it
+    is not, the target is met after few coarse steps and found again in finer ones. Curves of fewer
     than 64 steps are never shortened.
 
     Args:
@@ -152,6 +166,29 @@ def strides(
     allowed = np.minimum(_COARSE_STEP / change, max_steps / 64.0)
     powers: NDArray[np.float64] = np.floor(np.log2(np.clip(allowed, 1.0, 2.0**40)))
     return (2.0**powers).astype(np.int64)
+
+
+def _refined_strides(
+    curves: list[list[tuple[float, float, float]]],
+    stride: NDArray[np.int64],
+    target: Target | None,
+) -> NDArray[np.int64]:
+    """Finer strides for curves that met their target after few coarse steps.
+
+    A coarse step smears the start of training by up to half its length.
+    """
+    refined = stride.copy()
+    if target is None:
+        return refined
+    for k, curve in enumerate(curves):
+        if stride[k] == 1:
+            continue
+        points = np.array(curve)
+        reached = target.reached(points[:, 2 if target.quantity == "accuracy" else 1])
+        step = points[reached.argmax(), 0]
+        if reached.any() and step < _MIN_COARSE_STEPS * stride[k]:
+            refined[k] = 2 ** int(np.log2(max(1.0, step / _MIN_COARSE_STEPS)))
+    return refined
 
 
 def _coarse_optimiser(
@@ -176,14 +213,14 @@ def _simulate_group(
     model: LinearisedModel,
     learning_rate: torch.Tensor,
     momentum: torch.Tensor,
-    batch_size: int,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
     stride: NDArray[np.int64],
     max_coarse_steps: NDArray[np.int64],
     target: Target | None,
-    seed: int,
+    full_curves: bool,
     curves: list[list[tuple[float, float, float]]],
 ) -> NDArray[np.bool_]:
-    """Advance configurations of one batch size together; append to their curves."""
+    """Advance configurations that see the same batches together; append to their curves."""
     features = model.features
     rank = features.shape[2]
     rate = learning_rate.to(features)[:, None]
@@ -193,7 +230,6 @@ def _simulate_group(
     blown_up = np.zeros(len(curves), dtype=bool)
     active = np.arange(len(curves))
     with_accuracy = target is not None and target.quantity == "accuracy"
-    batches = _batches(model, batch_size, seed)
     limit = _BLOW_UP * float(model.loss(model.initial_outputs[None]))
     next_record = 0
     step = 0
@@ -209,7 +245,7 @@ def _simulate_group(
             bad = ~(losses <= limit)
             blown_up[active[bad]] = True
             done = bad | (step >= max_coarse_steps[active])
-            if target is not None:
+            if target is not None and not full_curves:
                 done |= target.reached(shares if with_accuracy else losses)
             if done.all():
                 return blown_up
@@ -227,23 +263,30 @@ def _simulate_group(
 
 
 def _batches(
-    model: LinearisedModel, batch_size: int, seed: int
+    model: LinearisedModel, batch_size: int, seed: int, *, across_epochs: bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield ``Psi_b (B C, r)``, ``f_0 (B C,)``, soft targets and normalisers, without end."""
+    """Yield ``Psi_b (B C, r)``, ``f_0 (B C,)``, soft targets and normalisers, without end.
+
+    Each epoch is a permutation that ends with a smaller batch, as in training. The batch of a
+    coarse step stands for several of these, and goes on into the next epoch instead.
+    """
     n_samples, _, rank = model.features.shape
+    whole = [model.features, model.initial_outputs, model.soft_targets, model.normalisers]
     generator = torch.Generator().manual_seed(seed)
+    rest = [a[:0] for a in whole]
     while True:
-        arrays = (
-            model.features,
-            model.initial_outputs,
-            model.soft_targets,
-            model.normalisers,
-        )
+        epoch = whole
         if batch_size < n_samples:
             order = torch.randperm(n_samples, generator=generator).to(model.features.device)
-            arrays = tuple(a[order] for a in arrays)  # type: ignore[assignment]
-        for start in range(0, n_samples, batch_size):
+            epoch = [a[order] for a in whole]
+            if len(rest[0]):
+                epoch = [torch.cat(pair) for pair in zip(rest, epoch, strict=True)]
+        n_used = len(epoch[0])
+        if across_epochs:
+            n_used -= n_used % batch_size
+        for start in range(0, n_used, batch_size):
             psi, offset, soft_targets, normalisers = (
-                a[start : start + batch_size] for a in arrays
+                a[start : min(start + batch_size, n_used)] for a in epoch
             )
             yield psi.reshape(-1, rank), offset.reshape(-1), soft_targets, normalisers
+        rest = [a[n_used:] for a in epoch]

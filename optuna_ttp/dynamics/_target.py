@@ -50,6 +50,8 @@ class Target:
         if last == 0:
             return float(steps[0])
         before, after, goal = values[last - 1], values[last], self.value
+        if not np.isfinite(before):
+            return float(steps[last])
         if self.quantity == "loss" and after > 0:
             before, after, goal = np.log(before), np.log(after), np.log(goal)
         share = (goal - before) / (after - before) if after != before else 1.0

@@ -71,7 +71,8 @@ def eigenpairs(
         values, vectors = eigh(matrix, overwrite_a=True, driver="evd")
     order = np.argsort(values)[::-1]
     values, vectors = values[order], vectors[:, order]
-    floor = values[0] * float(np.finfo(gram.dtype).eps)
+    # Rounding in the matrix, or in its decomposition.
+    floor = values[0] * max(np.finfo(gram.dtype).eps, n * np.finfo(np.float64).eps)
     n_kept = int(np.count_nonzero(values > floor))
     if explained_trace is not None:
         n_kept = min(n_kept, n_explaining(values, explained_trace * trace))

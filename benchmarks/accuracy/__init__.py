@@ -1,0 +1,3 @@
+"""Predicted against real training."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Cost of the Jacobian engines."""
+
+from __future__ import annotations

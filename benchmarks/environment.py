@@ -1,0 +1,45 @@
+"""Where a measurement was made."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from datetime import timezone
+import importlib.metadata
+import os
+from pathlib import Path
+import platform
+import sys
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Return date, machine, versions and the command, for the results' files."""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{
+            name: importlib.metadata.version(name)
+            for name in ("optuna_ttp", "optuna", "torch", "numpy", "scipy")
+        },
+    }
+
+
+def _module_name() -> str:
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    return Path(sys.argv[0]).stem if spec is None else str(spec.name)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

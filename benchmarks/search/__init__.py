@@ -1,0 +1,3 @@
+"""Searches with and without predictions."""
+
+from __future__ import annotations

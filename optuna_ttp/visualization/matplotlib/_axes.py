@@ -1,0 +1,54 @@
+"""Axes to draw into."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+
+
+def label_plainly(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers, also where it spans less than a decade.
+
+    Args:
+        axis:
+            The axis.
+    """
+    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import StrMethodFormatter
+
+    low, high = axis.get_view_interval()
+    narrow = high < 200 * low
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def resolve_axes(ax: Axes | None) -> Axes:
+    """Return the given axes, or those of a new figure.
+
+    Args:
+        ax:
+            Axes or :obj:`None`.
+
+    Returns:
+        Axes.
+
+    Raises:
+        ImportError:
+            If Matplotlib is not installed.
+    """
+    if ax is not None:
+        return ax
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "Plots need Matplotlib: pip install 'optuna_ttp[visualization]'."
+        ) from error
+    axes: Axes = pyplot.subplots()[1]
+    return axes

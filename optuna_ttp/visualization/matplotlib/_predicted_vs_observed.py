@@ -1,0 +1,69 @@
+"""Predicted against observed training time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_ttp._optuna_compat import trials_of
+from optuna_ttp.ledger import entry
+from optuna_ttp.ledger import PREDICTION
+from optuna_ttp.training_log import observed_steps
+from optuna_ttp.visualization.matplotlib._axes import label_plainly
+from optuna_ttp.visualization.matplotlib._axes import resolve_axes
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    import optuna
+
+    from optuna_ttp.predictor import TrainingTimePredictor
+
+
+def plot_predicted_vs_observed(
+    study: optuna.Study, predictor: TrainingTimePredictor, *, ax: Axes | None = None
+) -> Axes:
+    """Plot predicted against observed steps to the target, one point a trial.
+
+    Trials that did not record their training loss with :class:`~optuna_ttp.TrainingLog`, or did
+    not reach the target, have no point.
+
+    Args:
+        study:
+            A study with our sampler or pruner.
+        predictor:
+            Knows the target.
+        ax:
+            Axes to draw into. A new figure by default.
+
+    Returns:
+        The axes.
+    """
+    ax = resolve_axes(ax)
+    points = []
+    for trial in trials_of(study):
+        prediction = entry(trial, PREDICTION)
+        if prediction is not None and prediction["steps"] is not None:
+            points.append((prediction["steps"], observed_steps(trial, predictor)))
+    predicted, observed = np.array(points, dtype=float).reshape(-1, 2).T
+    shown = np.isfinite(observed) & (observed > 0)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    if shown.any():
+        both = np.concatenate([predicted[shown], observed[shown]])
+        ends = np.array([both.min() / 1.5, both.max() * 1.5])
+        ax.plot(ends, ends, color="0.6", linewidth=1, label="equal")
+        ax.fill_between(
+            ends, ends / 1.25, ends * 1.25, color="0.9", linewidth=0, label="within a factor 1.25"
+        )
+        ax.plot(
+            predicted[shown], observed[shown], "o", color="tab:blue", alpha=0.8, label="trials"
+        )
+        ax.legend()
+    for axis in (ax.xaxis, ax.yaxis):
+        label_plainly(axis)
+    ax.set_xlabel("Predicted steps to the target")
+    ax.set_ylabel("Observed steps to the target")
+    ax.set_title("Predicted against observed training time")
+    return ax

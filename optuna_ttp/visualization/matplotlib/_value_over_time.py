@@ -1,0 +1,95 @@
+"""The best value against the seconds spent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import math
+from typing import TYPE_CHECKING
+
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from optuna_ttp._optuna_compat import trials_of
+from optuna_ttp.visualization.matplotlib._axes import resolve_axes
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    import optuna
+
+
+def best_over_time(
+    study: optuna.Study, *, head_start: float = 0.0
+) -> tuple[list[float], list[float]]:
+    """Return when the best value improved, and to what.
+
+    Args:
+        study:
+            A study with one objective.
+        head_start:
+            Seconds that were spent before its first trial.
+
+    Returns:
+        Seconds since the start of the first trial, the head start added, and best values.
+    """
+    sign = 1.0 if study.direction == StudyDirection.MINIMIZE else -1.0
+    ended = [
+        (trial.datetime_complete, trial)
+        for trial in trials_of(study)
+        if trial.datetime_complete is not None and trial.datetime_start is not None
+    ]
+    if not ended:
+        return [], []
+    begin = min(trial.datetime_start for _, trial in ended if trial.datetime_start is not None)
+    seconds, values, best = [], [], math.inf
+    for end, trial in sorted(ended, key=lambda pair: pair[0]):
+        if trial.state == TrialState.COMPLETE and sign * trial.values[0] < best:
+            best = sign * trial.values[0]
+            seconds.append(head_start + (end - begin).total_seconds())
+            values.append(trial.values[0])
+    return seconds, values
+
+
+def plot_value_over_time(
+    studies: Mapping[str, optuna.Study],
+    *,
+    head_start: Mapping[str, float] | None = None,
+    end: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Plot the best value so far against the seconds spent, one line a study.
+
+    Args:
+        studies:
+            Studies by the name in the legend.
+        head_start:
+            Seconds spent before the first trial, by name, such as those of a spectrum. None by
+            default.
+        end:
+            Draw the lines up to here, in seconds. Up to the last improvement of all by default.
+        ax:
+            Axes to draw into. A new figure by default.
+
+    Returns:
+        The axes.
+    """
+    ax = resolve_axes(ax)
+    curves = {
+        name: best_over_time(study, head_start=(head_start or {}).get(name, 0.0))
+        for name, study in studies.items()
+    }
+    last = max((seconds[-1] for seconds, _ in curves.values() if seconds), default=1.0)
+    for name, (seconds, values) in curves.items():
+        if seconds:
+            ax.step(
+                [*seconds, max(end or last, seconds[-1])],
+                [*values, values[-1]],
+                where="post",
+                label=name,
+            )
+    ax.set_xlabel("Seconds spent")
+    ax.set_ylabel("Best objective value")
+    ax.set_title("Best value against seconds")
+    if any(seconds for seconds, _ in curves.values()):
+        ax.legend()
+    return ax

@@ -1,0 +1,171 @@
+"""Search spaces, objectives and trials that the tests of the Optuna side share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+import math
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+from optuna.samplers import GPSampler
+from optuna.storages import BaseStorage
+from optuna.testing.storages import StorageSupplier
+
+from optuna_ttp import TrainingLog
+from optuna_ttp import TrainingTimePredictor
+from optuna_ttp import TTPPruner
+from optuna_ttp import TTPSampler
+from tests.models import small_spectrum
+
+
+if TYPE_CHECKING:
+    from optuna._gp.acqf import BaseAcquisitionFunc
+
+
+# The predicted times run from one step to far beyond the horizon, and the largest learning rates
+# diverge.
+SPACE: dict[str, BaseDistribution] = {
+    "learning_rate": FloatDistribution(1e-5, 100.0, log=True),
+    "batch_size": IntDistribution(1, 24),
+    "momentum": FloatDistribution(0.0, 0.95),
+}
+FAST = {"learning_rate": 0.1, "batch_size": 8, "momentum": 0.0}  # about 12 steps
+SLOW = {"learning_rate": 0.03, "batch_size": 8, "momentum": 0.0}  # about 40 steps
+HOPELESS = {"learning_rate": 1e-5, "batch_size": 8, "momentum": 0.0}
+DIVERGING = {"learning_rate": 50.0, "batch_size": 8, "momentum": 0.0}
+STORAGES = [
+    "inmemory",
+    "sqlite",
+    "cached_sqlite",
+    "journal",
+    "grpc_rdb",
+    "grpc_journal_file",
+]
+
+
+class QuickGPSampler(GPSampler):
+    """Takes the best of a few points instead of climbing to the top of the acquisition function.
+
+    The climb takes nine tenths of the time, and nothing here depends on how high it gets.
+    """
+
+    def _optimize_acqf(
+        self, acqf: BaseAcquisitionFunc, best_params: np.ndarray | None
+    ) -> np.ndarray:
+        points = acqf.search_space.sample_normalized_params(8, rng=self._rng.rng)
+        return np.asarray(points[np.argmax(acqf.eval_acqf_no_grad(points))])
+
+
+@cache
+def quick_predictor() -> TrainingTimePredictor:
+    """A predictor with a short horizon, so that no prediction takes more than milliseconds."""
+    return TrainingTimePredictor(small_spectrum(), target_fraction=0.5, max_steps=60)
+
+
+@contextmanager
+def storage(kind: str) -> Iterator[BaseStorage]:
+    """A fresh storage; the gRPC kinds come with a server on a free port of the loopback."""
+    with StorageSupplier(kind) as supplied:
+        yield supplied
+
+
+def suggest(trial: optuna.Trial) -> dict[str, Any]:
+    """Suggest the three hyperparameters, in an order that is not that of their names."""
+    return {
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 100.0, log=True),
+        "batch_size": trial.suggest_int("batch_size", 1, 24),
+        "momentum": trial.suggest_float("momentum", 0.0, 0.95),
+    }
+
+
+def predicted_steps(params: dict[str, Any]) -> float:
+    """The prediction for a trial's parameters."""
+    return float(quick_predictor().predict(**{n: params[n] for n in SPACE}).steps)
+
+
+def predicted_seconds(proposed: list[dict[str, Any]]) -> NDArray[np.float64]:
+    """The same in seconds, for many trials; 1,000 where the target is out of reach."""
+    seconds = quick_predictor().score(**{n: [p[n] for p in proposed] for n in SPACE})
+    return np.where(np.isfinite(seconds), seconds, 1e3)
+
+
+def losses(steps_to_target: float, n_steps: int) -> NDArray[np.float64]:
+    """An exponential curve from the initial loss that is at the target after so many steps."""
+    predictor = quick_predictor()
+    share = predictor.target.value / predictor.initial_loss
+    return np.asarray(predictor.initial_loss * share ** (np.arange(n_steps) / steps_to_target))
+
+
+def objective(trial: optuna.Trial) -> float:
+    """Train a little, on an exponential curve; report; stop when told to."""
+    steps = predicted_steps(suggest(trial))
+    if trial.should_prune():
+        raise optuna.TrialPruned
+    loss = math.nan
+    with TrainingLog(trial) as log:
+        for step, loss in enumerate(losses(min(steps, 1e4), 6)):
+            log.step(loss)
+            trial.report(loss, step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+    return float(loss)
+
+
+def asked(study: optuna.Study, params: dict[str, Any]) -> optuna.Trial:
+    """A running trial with these hyperparameters."""
+    study.enqueue_trial(params)
+    return study.ask(SPACE)
+
+
+def add_observed(
+    study: optuna.Study,
+    observed: Callable[[float], float],
+    rates: tuple[float, ...] = (0.05, 0.07, 0.1, 0.15, 0.22, 0.3),
+    predictor: TrainingTimePredictor | None = None,
+) -> None:
+    """Run trials whose curves reach the target after so many steps as the function says.
+
+    Args:
+        study: The study, whose sampler or pruner writes down what was predicted.
+        observed: From predicted to observed steps.
+        rates: The trials' learning rates.
+        predictor: What predicts, where it is not `quick_predictor`.
+    """
+    for rate in rates:
+        trial = asked(study, {**FAST, "learning_rate": rate})
+        if isinstance(study.pruner, TTPPruner):
+            assert not trial.should_prune()
+        prediction = (predictor or quick_predictor()).predict(rate, 8, 0.0)
+        steps = observed(float(prediction.steps))
+        with TrainingLog(trial) as log:
+            for loss in losses(steps, math.ceil(1.5 * steps) + 2):
+                log.step(loss)
+        study.tell(trial, rate)
+
+
+def work(storage_url: str, study_name: str, seed: int, n_trials: int) -> None:
+    """What one of several worker processes does."""
+    study = optuna.load_study(
+        study_name=study_name,
+        storage=storage_url,
+        sampler=TTPSampler(quick_predictor(), n_candidates=3, seed=seed),
+        pruner=TTPPruner(quick_predictor(), max_steps=500),
+    )
+    study.optimize(objective, n_trials=n_trials)
+
+
+def proposals(sampler: optuna.samplers.BaseSampler, n_trials: int) -> list[dict[str, Any]]:
+    """The parameters of a study's first trials."""
+    study = optuna.create_study(sampler=sampler)
+    # What is good has nothing to do with what is fast.
+    study.optimize(lambda trial: abs(suggest(trial)["momentum"] - 0.5), n_trials)
+    return [trial.params for trial in study.trials]

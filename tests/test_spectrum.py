@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+from dataclasses import replace
+import io
+import json
+import os
+from pathlib import Path
+import pickle
+from typing import Any
+import zipfile
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+import torch
+
+from optuna_ttp.loss import Loss
+from optuna_ttp.spectrum import n_explaining
+from optuna_ttp.spectrum import Spectrum
+from optuna_ttp.throughput import Throughput
+from tests.cases import spectrum
+
+
+def _variants() -> dict[str, Spectrum]:
+    weighted = torch.nn.CrossEntropyLoss(torch.tensor([1.0, 0.25, 2.0]), label_smoothing=0.125)
+    throughput = Throughput(np.array([2, 8]), np.array([0.25, 0.5]), device="cpu")
+    plain = spectrum()
+    return {
+        "cross-entropy": plain,
+        "weighted": spectrum(weighted),
+        "mse": spectrum("mse"),
+        "throughput": replace(plain, throughput=throughput),
+        "single precision": replace(plain, eigenvectors=plain.eigenvectors.astype(np.float32)),
+        "foreign name": replace(plain, metadata=replace(plain.metadata, name="Über\n'\"\0")),
+        "truncated": plain.truncate(rank=2),
+    }
+
+
+def _assert_same(first: Spectrum, second: Spectrum) -> None:
+    for name in ("eigenvalues", "eigenvectors", "initial_outputs", "targets"):
+        expected, actual = getattr(first, name), getattr(second, name)
+        np.testing.assert_array_equal(actual, expected)
+        assert actual.dtype == expected.dtype
+    assert first.trace == second.trace
+    assert first.loss == second.loss
+    assert first.metadata == second.metadata
+    assert (first.throughput is None) == (second.throughput is None)
+    if first.throughput is not None and second.throughput is not None:
+        np.testing.assert_array_equal(first.throughput.batch_sizes, second.throughput.batch_sizes)
+        np.testing.assert_array_equal(first.throughput.seconds, second.throughput.seconds)
+        assert first.throughput.device == second.throughput.device
+
+
+@pytest.mark.parametrize("name", _variants())
+def test_bytes_and_pickle_keep_everything(name: str) -> None:
+    original = _variants()[name]
+    _assert_same(original, Spectrum.from_bytes(original.to_bytes()))
+    _assert_same(original, pickle.loads(pickle.dumps(original)))
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    path = tmp_path / "mine.spectrum"
+    spectrum().save(path)
+    _assert_same(spectrum(), Spectrum.load(str(path)))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_save_replaces_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "mine.spectrum"
+    spectrum().save(path)
+    spectrum("mse").save(path)
+    _assert_same(spectrum("mse"), Spectrum.load(path))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Elsewhere an open file cannot be replaced.")
+def test_reader_of_the_old_file_is_not_disturbed(tmp_path: Path) -> None:
+    path = tmp_path / "mine.spectrum"
+    spectrum().save(path)
+    with path.open("rb") as old:
+        spectrum("mse").save(path)
+        _assert_same(spectrum(), Spectrum.from_bytes(old.read()))
+
+
+def test_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "mine.spectrum"
+    spectrum().save(path)
+    unserialisable = replace(spectrum(), metadata=replace(spectrum().metadata, name=object()))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        unserialisable.save(path)
+    _assert_same(spectrum(), Spectrum.load(path))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_save_where_it_cannot_replace_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="folder"):
+        spectrum().save(folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def _archive(**arrays: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=True, **arrays)
+    return buffer.getvalue()
+
+
+def _rewritten(changes: dict[str, Any]) -> bytes:
+    """The bytes of a spectrum with another header."""
+    with np.load(io.BytesIO(spectrum().to_bytes())) as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    header = {**json.loads(arrays["header"].tobytes()), **changes}
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    return _archive(**arrays)
+
+
+def _single_array() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    return buffer.getvalue()
+
+
+def _foreign_zip() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("header.npy", b"nothing numpy knows")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"hello world, this is no spectrum",
+        b"\x80\x04\x95 pickled",
+        spectrum().to_bytes()[:200],
+        spectrum().to_bytes()[:-100],
+        _single_array(),
+        _foreign_zip(),
+        _archive(),
+        _archive(eigenvalues=np.ones(3)),
+        _archive(header=np.frombuffer(b"{}", dtype=np.uint8)),
+        _archive(header=np.frombuffer(b"[1, 2]", dtype=np.uint8)),
+        _archive(header=np.frombuffer(b"{not json", dtype=np.uint8)),
+        _archive(header=np.array([{"a": 1}], dtype=object)),
+        _rewritten({"loss": {"kind": "hinge"}}),
+        _rewritten({"loss": 3}),
+        _rewritten({"metadata": {"unknown": 1}}),
+        _rewritten({"trace": None}),
+        _rewritten({"throughput_device": "cpu"}),
+    ],
+)
+def test_bytes_that_are_no_spectrum_are_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="These bytes are no spectrum"):
+        Spectrum.from_bytes(data)
+
+
+def test_file_that_is_no_spectrum_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match="no spectrum"):
+        Spectrum.load(tmp_path / "text")
+    with pytest.raises(FileNotFoundError):
+        Spectrum.load(tmp_path / "missing")
+
+
+def test_spectrum_of_another_format_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must have format 1 but got 99.*another version"):
+        Spectrum.from_bytes(_rewritten({"format": 99}))
+
+
+def test_pickled_arrays_are_not_executed() -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return pytest.fail, ("The pickle was executed.",)
+
+    header = np.frombuffer(b'{"format": 1}', dtype=np.uint8)
+    with pytest.raises(ValueError, match="no spectrum"):
+        Spectrum.from_bytes(_archive(header=header, targets=np.array([Trap()], dtype=object)))
+
+
+@given(position=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans())
+@settings(max_examples=150)
+def test_damaged_bytes_give_a_value_error_or_a_whole_spectrum(
+    position: float, flip: int, cut: bool
+) -> None:
+    data = bytearray(spectrum().to_bytes())
+    index = int(position * len(data))
+    if cut:
+        del data[index:]
+    else:
+        data[index] ^= flip
+    try:
+        read = Spectrum.from_bytes(bytes(data))
+    except ValueError:
+        return
+    # Some bytes of a zip file, such as times, mean nothing.
+    _assert_same(spectrum(), read)
+
+
+# Truncation
+
+
+def test_truncate_by_rank() -> None:
+    whole = spectrum()
+    assert whole.rank == 21
+    cut = whole.truncate(rank=4)
+    np.testing.assert_array_equal(cut.eigenvalues, whole.eigenvalues[:4])
+    np.testing.assert_array_equal(cut.eigenvectors, whole.eigenvectors[:, :4])
+    assert cut.trace == whole.trace
+    assert cut.explained_trace == pytest.approx(whole.eigenvalues[:4].sum() / whole.trace)
+    numpy_rank: Any = np.int64(4)
+    assert whole.truncate(rank=numpy_rank).rank == 4
+    assert whole.truncate(rank=21) is whole
+    assert whole.truncate(rank=1000) is whole
+    assert whole.truncate() is whole
+
+
+@given(share=st.floats(1e-6, 1.0))
+@settings(max_examples=50)
+def test_truncate_by_trace_keeps_the_fewest_that_explain_it(share: float) -> None:
+    whole = spectrum()
+    cut = whole.truncate(explained_trace=share)
+    assert cut.explained_trace >= share - 1e-9
+    if cut.rank > 1:
+        assert whole.eigenvalues[: cut.rank - 1].sum() < share * whole.trace
+
+
+def test_truncate_by_both_keeps_the_fewer() -> None:
+    whole = spectrum()
+    by_trace = whole.truncate(explained_trace=0.9).rank
+    assert whole.truncate(rank=2, explained_trace=0.9).rank == min(2, by_trace)
+    assert whole.truncate(rank=20, explained_trace=0.9).rank == by_trace
+
+
+def test_truncate_cannot_explain_more_than_is_kept() -> None:
+    cut = spectrum().truncate(rank=2)
+    with pytest.raises(ValueError, match=r"explained_trace must be at most 0\.\d+, what this"):
+        cut.truncate(explained_trace=0.999)
+    assert cut.truncate(explained_trace=cut.explained_trace) is cut
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.5, 3.0, True, float("inf"), float("nan"), "3"])
+def test_rank_that_is_no_positive_integer_is_refused(rank: Any) -> None:
+    with pytest.raises(ValueError, match="rank must be a positive integer but got"):
+        spectrum().truncate(rank=rank)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.0001, float("inf"), float("nan")])
+def test_share_of_the_trace_out_of_range_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"explained_trace must be in \(0, 1\] but got"):
+        spectrum().truncate(explained_trace=share)
+
+
+@given(values=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20), share=st.floats(0.0, 1.5))
+def test_n_explaining_is_the_smallest_sufficient_count(values: list[float], share: float) -> None:
+    descending = np.sort(values)[::-1]
+    amount = share * descending.sum()
+    n = n_explaining(descending, amount)
+    assert 1 <= n <= len(values)
+    assert n == len(values) or descending[:n].sum() >= amount * (1 - 1e-9)
+    assert n == 1 or descending[: n - 1].sum() < amount
+
+
+# Wrong arrays
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eigenvectors": np.ones((36, 3))}, "must have shapes"),
+        ({"eigenvectors": np.ones((35, 21))}, "must have shapes"),
+        ({"initial_outputs": np.zeros(36)}, "must have shapes"),
+        ({"targets": np.zeros(11, dtype=int)}, r"targets of a spectrum must have shape \(12,\)"),
+        ({"targets": np.zeros((12, 3))}, r"targets of a spectrum must have shape \(12,\)"),
+        ({"loss": Loss("mse")}, r"targets of a spectrum must have shape \(12, 3\)"),
+        ({"eigenvalues": np.linspace(1, 2, 21)}, "positive and descending"),
+        ({"eigenvalues": np.linspace(1, 0, 21)}, "positive and descending"),
+        ({"eigenvalues": np.full(21, np.nan)}, "positive and descending"),
+        ({"eigenvectors": np.full((36, 21), np.nan)}, "eigenvectors of a spectrum must be finite"),
+        ({"initial_outputs": np.full((12, 3), np.inf)}, "initial_outputs of a spectrum must be"),
+        ({"eigenvalues": np.ones(0), "eigenvectors": np.ones((36, 0))}, "positive and desc"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(spectrum(), **changes)
+
+
+def test_repr_and_sizes() -> None:
+    one = replace(spectrum(), metadata=replace(spectrum().metadata, name="mine"))
+    assert (one.n_samples, one.n_outputs, one.rank) == (12, 3, 21)
+    assert repr(one) == (
+        "Spectrum(name='mine', n_samples=12, n_outputs=3, rank=21, explained_trace=1.0000)"
+    )

@@ -1,0 +1,81 @@
+"""Plots with Matplotlib."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+import numpy as np
+import optuna
+
+from optuna_ttp import TrainingLog
+from optuna_ttp import TTPPruner
+from optuna_ttp import TTPSampler
+from optuna_ttp.visualization.matplotlib import plot_decisions
+from optuna_ttp.visualization.matplotlib import plot_predicted_vs_observed
+from optuna_ttp.visualization.matplotlib import plot_value_over_time
+from tests.models import small_predictor
+
+
+def _study() -> optuna.Study:
+    predictor = small_predictor()
+    study = optuna.create_study(
+        sampler=TTPSampler(predictor, seed=0), pruner=TTPPruner(predictor, max_steps=200)
+    )
+    for rate in (1e-7, 0.05, 0.2, 1e4):
+        study.enqueue_trial({"learning_rate": rate, "batch_size": 8, "momentum": 0.0})
+
+    def objective(trial: optuna.Trial) -> float:
+        rate = trial.suggest_float("learning_rate", 1e-8, 1e5, log=True)
+        trial.suggest_categorical("batch_size", [8, 16])
+        trial.suggest_float("momentum", 0.0, 0.9)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+        with TrainingLog(trial) as log:
+            for step in range(300):
+                log.step(predictor.initial_loss * float(np.exp(-rate * step)))
+        return rate
+
+    study.optimize(objective, n_trials=4)
+    return study
+
+
+def test_predicted_against_observed_has_a_point_for_each_trial_that_reached_the_target() -> None:
+    ax = plot_predicted_vs_observed(_study(), small_predictor(), ax=Figure().subplots())
+    (points,) = [line for line in ax.lines if line.get_label() == "trials"]
+    assert len(points.get_xydata()) == 2
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+
+
+def test_decisions_are_grouped_by_what_was_decided_and_why() -> None:
+    ax = plot_decisions(_study(), ax=Figure().subplots())
+    labels = sorted(str(line.get_label()) for line in ax.lines)
+    assert labels == ["ran (2)", "skipped: diverges (1)", "skipped: too slow (1)"]
+
+
+def test_value_over_time_has_a_line_for_each_study_that_starts_after_its_head_start() -> None:
+    study = _study()
+    ax = plot_value_over_time(
+        {"a": study, "b": study}, head_start={"b": 100.0}, end=200.0, ax=Figure().subplots()
+    )
+    first, second = ax.lines
+    assert [line.get_label() for line in ax.lines] == ["a", "b"]
+    assert np.asarray(second.get_xdata())[0] >= 100.0 > np.asarray(first.get_xdata())[0]
+    assert np.asarray(first.get_xdata())[-1] == 200.0
+
+
+def test_an_empty_study_gives_empty_plots() -> None:
+    study = optuna.create_study()
+    for ax in (
+        plot_predicted_vs_observed(study, small_predictor(), ax=Figure().subplots()),
+        plot_decisions(study, ax=Figure().subplots()),
+        plot_value_over_time({"empty": study}, ax=Figure().subplots()),
+    ):
+        assert not [line for line in ax.lines if len(np.asarray(line.get_xdata()))]
+
+
+def test_without_axes_a_new_figure_is_made() -> None:
+    from matplotlib import pyplot
+
+    try:
+        assert plot_decisions(_study()).figure is not None
+    finally:
+        pyplot.close("all")
