@@ -142,16 +142,16 @@ def test_several_processes_share_a_study(tmp_path: Path) -> None:
     name = optuna.create_study(storage=url).study_name
     study = optuna.load_study(study_name=name, storage=url)
     context = multiprocessing.get_context("spawn")
-    worker = context.Process(target=work, args=(url, name, 0, 8))
+    worker = context.Process(target=work, args=(url, name, 0, 5))
     worker.start()
     while worker.is_alive() and not study.trials:
         time.sleep(0.05)
     # The other one has begun; from here on both are at work.
-    work(url, name, 1, 4)
+    work(url, name, 1, 3)
     worker.join(timeout=300)
     assert worker.exitcode == 0
-    _check(study.trials, 12)
-    assert len({trial.params["learning_rate"] for trial in study.trials}) == 12
+    _check(study.trials, 8)
+    assert len({trial.params["learning_rate"] for trial in study.trials}) == 8
 
 
 def test_ask_and_tell() -> None:

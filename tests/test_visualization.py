@@ -41,7 +41,7 @@ def _study() -> optuna.Study:
 def test_predicted_against_observed_has_a_point_for_each_trial_that_reached_the_target() -> None:
     ax = plot_predicted_vs_observed(_study(), small_predictor(), ax=Figure().subplots())
     (points,) = [line for line in ax.lines if line.get_label() == "trials"]
-    assert len(points.get_xydata()) == 2
+    assert np.asarray(points.get_xydata()).shape == (2, 2)
     assert ax.get_xscale() == ax.get_yscale() == "log"
 
 
