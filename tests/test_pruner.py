@@ -180,15 +180,6 @@ def test_one_pruner_serves_several_studies() -> None:
     assert _is_skipped(_study(pruner), DIVERGING)
 
 
-def test_decisions_about_many_trials_are_all_remembered() -> None:
-    study = _study(**_tight(), max_consecutive=2000)
-    trial = asked(study, SLOW)
-    assert trial.should_prune()
-    for _ in range(3):
-        assert _is_skipped(study, SLOW)
-    assert trial.should_prune()
-
-
 def test_the_wrapped_pruner_decides_about_trials_that_run() -> None:
     wrapped = _Asked(False, True, False)
     study = _study(_pruner(wrapped_pruner=wrapped))

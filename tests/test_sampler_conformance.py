@@ -72,7 +72,7 @@ class TestRelative(RelativeSamplerTestCase):
 
 
 class TestMultiObjective(MultiObjectiveSamplerTestCase):
-    @pytest.fixture(params=list(_ALL.values()), ids=list(_ALL))
+    @pytest.fixture(params=list(_CHOOSING.values()), ids=list(_CHOOSING))
     def sampler(self, request: pytest.FixtureRequest) -> Callable[[], BaseSampler]:
         factory: Callable[[], BaseSampler] = request.param
         return factory

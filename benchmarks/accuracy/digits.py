@@ -3,7 +3,7 @@
 Learning rates over two decades up to beyond the stability limit, batch sizes 8, 32, 128, momentum
 0 and 0.9, targets at 70, 50, 30 and 15 % of the initial loss, one seed a configuration. Beside our
 simulation stands the plain rule ``c / effective learning rate``, with ``c`` fitted on all real
-times in hindsight. Writes ``digits.csv`` and ``digits.json``.
+times in hindsight. Writes ``digits.csv``, ``digits.json`` and ``digits.md`` (the README's table).
 
 Run with ``python -m benchmarks.accuracy.digits``.
 """
@@ -61,7 +61,9 @@ def main() -> None:
         writer.writerows(rows)
     summary = {"environment": environment(), **_summary(rows)}
     (options.output / "digits.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    table = _table(summary)
+    (options.output / "digits.md").write_text(table)
+    print(table)
 
 
 def _rows(
@@ -139,6 +141,36 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "c_over_effective_learning_rate_in_hindsight": _errors(rule / real),
         }
     return summary
+
+
+def _table(summary: dict[str, Any]) -> str:
+    where = summary["environment"]
+    lines = [
+        "| target | mean error | median error | 95th percentile | predicted over real | "
+        "mean error of `c / effective learning rate` |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for target, figures in summary.items():
+        if target == "environment":
+            continue
+        ours, rule = figures["ours"], figures["c_over_effective_learning_rate_in_hindsight"]
+        lines.append(
+            f"| {target} | {ours['mean_absolute_error']:.0%} | "
+            f"{ours['median_absolute_error']:.0%} | {ours['p95_absolute_error']:.0%} | "
+            f"{ours['bias_factor']:.2f} | {rule['mean_absolute_error']:.0%} |"
+        )
+    counts = [figures for target, figures in summary.items() if target != "environment"]
+    late = [figures["reached_but_predicted_not"] for figures in counts]
+    early = [figures["not_reached_but_predicted_so"] for figures in counts]
+    lines += [
+        "",
+        f"Measured {where['date']} with `{where['command']}` over "
+        f"{counts[0]['configurations']} configurations, one seed each; errors where both reached "
+        f"the target. Per target, {min(late)} to {max(late)} configurations reached it although "
+        f"predicted not to, {min(early)} to {max(early)} the other way round.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def _errors(ratio: NDArray[np.float64]) -> dict[str, float]:
