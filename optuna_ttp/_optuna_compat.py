@@ -56,6 +56,11 @@ def read_user_attrs(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
     return attributes
 
 
+def fail_trial(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Mark a trial as failed that cannot even begin, so that it does not stay running for ever."""
+    study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+
 def trials_of(study: optuna.Study, states: tuple[TrialState, ...] = FINISHED) -> list[FrozenTrial]:
     """Return the trials in these states without copying them. They must not be changed."""
     return study._get_trials(deepcopy=False, states=states, use_cache=False)

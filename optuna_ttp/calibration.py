@@ -105,23 +105,38 @@ def _kendall(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     return 0.0 if math.isnan(tau) else float(tau)
 
 
-def smooth(losses: ArrayLike) -> NDArray[np.float64]:
+def smooth(losses: ArrayLike, points: ArrayLike | None = None) -> NDArray[np.float64]:
     """Smooth a curve of mini-batch losses by a centred mean whose width grows with the step.
 
     The window covers 10 % of the step on each side, at least two points: wide enough for
-    mini-batch noise, narrow on the logarithmic scale on which training times differ.
+    mini-batch noise, narrow on the logarithmic scale on which training times differ. At the end of
+    the curve, where the window has one side only, a straight line through it takes the mean's
+    place: a mean would lag behind, and a trial that stops at its target would never seem to reach
+    it.
 
     Args:
         losses:
             One value a step, of shape ``(T,)``.
+        points:
+            Steps at which the smoothed curve is wanted, of shape ``(P,)``. All by default.
 
     Returns:
-        The smoothed curve, of the same shape.
+        The smoothed curve at these steps.
     """
     values = np.asarray(losses, dtype=np.float64)
-    t = np.arange(len(values))
-    half = np.maximum(2, t // 10)
-    low, high = np.maximum(0, t - half), np.minimum(len(values), t + half + 1)
-    # Each window by itself: in differences of one running sum a spike would drown what follows.
-    sums = np.add.reduceat(np.append(values, 0.0), np.stack([low, high], axis=1).ravel())[::2]
-    return np.asarray(sums / (high - low))
+    wanted = np.arange(len(values)) if points is None else np.asarray(points, dtype=np.int64)
+    return np.array([_smoothed(values, int(t)) for t in wanted], dtype=np.float64)
+
+
+def _smoothed(values: NDArray[np.float64], t: int) -> float:
+    half = max(2, t // 10)
+    start = max(0, t - half)
+    window = values[start : t + half + 1]
+    mean = float(window.mean())
+    if t + half < len(values) or len(window) < 3 or not math.isfinite(mean):
+        return mean
+    x = np.arange(start, start + len(window)) - t
+    centred = x - x.mean()
+    slope = float(centred @ (window - mean) / (centred @ centred))
+    # Losses do not go below what was seen just because they were falling.
+    return max(mean - slope * float(x.mean()), float(window.min()))

@@ -29,7 +29,3 @@ class DataOrderWarning(OptunaTTPWarning):
 
 class UnreliablePredictionWarning(OptunaTTPWarning):
     """Predictions disagree with observed training, or rest on an extrapolation."""
-
-
-class UncheckedSamplerWarning(OptunaTTPWarning):
-    """The base sampler cannot be asked for several candidates; its first proposal is used."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import fields
+import math
 from numbers import Real
 from typing import Any
 from typing import NamedTuple
@@ -35,7 +36,9 @@ class HyperparameterMap:
     Each is the name of a trial parameter, a fixed number, or a function of the trial's parameters
     (a mapping from names to values). A function may return :obj:`None` where the hyperparameter
     means nothing, for example in the branch of a conditional space that uses another optimiser:
-    such a trial gets no prediction.
+    such a trial gets no prediction. A batch size above the number of samples counts as that
+    number, which is all that a data loader gives. A sampler or pruner with a lambda cannot be
+    pickled; use a function of a module where that matters.
 
     Example:
         >>> mapping = HyperparameterMap(
@@ -55,6 +58,8 @@ class HyperparameterMap:
     Raises:
         TypeError:
             If a source is no name, number or function.
+        ValueError:
+            If a fixed number is out of its range.
     """
 
     learning_rate: Source = "learning_rate"
@@ -69,6 +74,8 @@ class HyperparameterMap:
                     f"{field} must be a parameter's name, a number or a function of the trial's "
                     f"parameters but got {source!r}."
                 )
+            if is_number:
+                _check_fixed(field, float(source))  # type: ignore[arg-type]
 
     def resolve(self, params: Mapping[str, Any]) -> Configuration | None:
         """Return the hyperparameters of a trial.
@@ -106,7 +113,8 @@ class HyperparameterMap:
             field, name = next(iter(missing.items()))
             raise MissingParameterError(
                 f"The hyperparameter map reads {field} from the parameter {name!r}, but the trial "
-                f"only has {sorted(params)}. Name the right parameter, give a fixed value "
+                f"only has {sorted(params)}. Name the right parameter, suggest it before "
+                f"should_prune() is called, give a fixed value "
                 f"(HyperparameterMap({field}={_EXAMPLES[field]})), or pass a function that "
                 "returns None where there is none."
             )
@@ -169,6 +177,21 @@ def map_or_default(hyperparameters: HyperparameterMap | None) -> HyperparameterM
             f"hyperparameters must be a HyperparameterMap but got {hyperparameters!r}."
         )
     return hyperparameters
+
+
+def _check_fixed(field: str, value: float) -> None:
+    good = {
+        "learning_rate": 0.0 < value < math.inf,
+        "batch_size": value >= 1.0 and value.is_integer(),
+        "momentum": 0.0 <= value < 1.0,
+    }
+    if not good[field]:
+        wanted = {
+            "learning_rate": "positive and finite",
+            "batch_size": "a positive whole number",
+            "momentum": "in [0, 1)",
+        }
+        raise ValueError(f"A fixed {field} must be {wanted[field]} but got {value:g}.")
 
 
 def _read(source: Source, params: Mapping[str, Any]) -> tuple[Any, str | None]:

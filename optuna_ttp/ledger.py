@@ -94,7 +94,7 @@ class Report:
 
     @property
     def n_skipped(self) -> int:
-        """The number of trials that were skipped before their first step."""
+        """The number of trials that were skipped on their prediction."""
         return sum(record.decision == SKIP for record in self.records)
 
     @property
@@ -141,7 +141,7 @@ class Report:
                 f"{_number(r.value, '.4g'):>9}  {decision}{': ' + r.reason if r.reason else ''}"
             )
         lines.append(
-            f"{len(self.records)} trials, {self.n_skipped} skipped before their first step. "
+            f"{len(self.records)} trials, {self.n_skipped} skipped on their prediction. "
             f"Paid {self.paid_seconds:.1f} s; avoided about {self.avoided_seconds:.1f} s."
         )
         lines.append(

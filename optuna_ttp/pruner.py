@@ -51,8 +51,8 @@ class TTPPruner(BasePruner):
 
     A trial is hopeless where training is predicted to diverge, or to miss the target within the
     trial's budget. The decision is made the first time that the objective calls
-    ``trial.should_prune()``: call it once the hyperparameters are suggested, before training. From
-    then on the wrapped pruner decides.
+    ``trial.should_prune()``: call it once the hyperparameters are suggested, before training, or
+    the steps before that call are paid for. From then on the wrapped pruner decides.
 
     Example:
         >>> def objective(trial):
@@ -131,6 +131,7 @@ class TTPPruner(BasePruner):
         self._tolerance = tolerance
         self._max_consecutive = max_consecutive
         self._warned = False
+        self._told = False
         # By the trial's number. What is not in here is read from the storage.
         self._skipped: PerStudy[dict[int, bool]] = PerStudy(dict)
         self._lock = threading.Lock()
@@ -145,7 +146,7 @@ class TTPPruner(BasePruner):
         self._lock = threading.Lock()
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Decide about a trial that has not begun; ask the wrapped pruner about one that has.
+        """Decide about a trial when first asked about it; from then on ask the wrapped pruner.
 
         Args:
             study:
@@ -189,6 +190,7 @@ class TTPPruner(BasePruner):
     def _decide(self, study: Study, trial: FrozenTrial) -> bool:
         configuration = resolve_for_trial(self._map, study, trial)
         if configuration is None:
+            self._say_that_nothing_applies(trial)
             reason = "no prediction: the hyperparameter map does not apply to this trial"
             record_decision(study, trial, RUN, reason)
             return False
@@ -218,6 +220,16 @@ class TTPPruner(BasePruner):
         record_decision(study, trial, SKIP, objection)
         _logger.info(f"Trial {trial.number} is skipped: {objection}.")
         return True
+
+    def _say_that_nothing_applies(self, trial: FrozenTrial) -> None:
+        if self._map == HyperparameterMap() and trial.params and not self._told:
+            self._told = True
+            _logger.warning(
+                f"Trial {trial.number} has no 'learning_rate', 'batch_size' and 'momentum' (it "
+                f"has {', '.join(map(repr, sorted(trial.params)))}), so nothing is predicted for "
+                "it. "
+                "Pass hyperparameters=HyperparameterMap(...) if they have other names."
+            )
 
     def _objection(self, prediction: Prediction, budget: float) -> str | None:
         """Why a trial should not run, in words, or :obj:`None`."""

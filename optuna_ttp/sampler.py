@@ -24,6 +24,7 @@ from optuna.samplers import TPESampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import TrialState
 
+from optuna_ttp._optuna_compat import fail_trial
 from optuna_ttp._optuna_compat import fixed_params
 from optuna_ttp._optuna_compat import innermost_sampler
 from optuna_ttp._optuna_compat import is_multi_objective
@@ -173,6 +174,7 @@ class TTPSampler(BaseSampler):
                 If the study has several objectives and a :class:`~optuna_ttp.TTPPruner`.
         """
         if is_multi_objective(study) and isinstance(study.pruner, TTPPruner):
+            fail_trial(study, trial)
             raise ValueError(
                 "Optuna does not prune in studies with several objectives, but this one has "
                 f"{len(study.directions)} and a TTPPruner. Use TTPSampler alone."
@@ -302,13 +304,15 @@ class TTPSampler(BaseSampler):
         configuration = resolve_for_trial(self._map, study, trial)
         if configuration is None:
             return
-        configuration = clip_batch_size(configuration, self._predictor)
         started = time.perf_counter()
-        prediction = self._predictor.predict(*configuration)
+        # The trial itself is not finished yet, so nothing is learned from it here.
+        predictor = self._predictor.calibrated(calibration_of(study, self._predictor))
+        configuration = clip_batch_size(configuration, predictor)
+        prediction = predictor.predict(*configuration)
         record_prediction(
             study,
             trial,
-            self._predictor,
+            predictor,
             configuration,
             prediction,
             budget_steps=float("inf"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import replace
 import hashlib
 import json
 import os
@@ -153,6 +154,7 @@ class SpectrumStore:
             settings:
                 Keyword arguments of :func:`~optuna_ttp.compute_spectrum`. Engine, precision and
                 truncation belong to what is looked for; the others only matter when computing.
+                The time of a step is measured where the stored spectrum lacks it.
 
         Returns:
             The spectrum.
@@ -169,6 +171,12 @@ class SpectrumStore:
                 f"Read the spectrum of {task.name!r} in {time.perf_counter() - started:.2f} s; "
                 f"computing it took {stored.metadata.compute_seconds:.1f} s."
             )
+            if stored.throughput is None and settings.get("measure_speed", True):
+                from optuna_ttp.jacobian import resolve_device
+                from optuna_ttp.throughput import measure_throughput
+
+                device = resolve_device(task, settings.get("device"))
+                return replace(stored, throughput=measure_throughput(task, device=device))
             return stored
         from optuna_ttp.jacobian import compute_spectrum
 
@@ -232,9 +240,15 @@ class SpectrumStore:
                 ``engine``, ``dtype``, ``rank`` and ``explained_trace`` as it was computed with.
 
         Raises:
+            ValueError:
+                If the spectrum was not computed with these settings.
             StoreError:
                 If the database fails.
         """
+        if not isinstance(spectrum, Spectrum):
+            raise TypeError(f"spectrum must be a Spectrum but got {type(spectrum).__name__}.")
+        _complete(settings)
+        _check_settings(spectrum, settings)
         metadata = spectrum.metadata
         data = spectrum.to_bytes()
         key = _key(metadata.fingerprint, settings)
@@ -329,7 +343,9 @@ class SpectrumStore:
         for secret in (self._url.password, *self._url.query.values()):
             if secret:
                 reason = reason.replace(str(secret), "***")
-        return StoreError(f"Could not {verb} the store {_without_secrets(self._url)}: {reason}")
+        if isinstance(error, ModuleNotFoundError):
+            reason += ". Install the database's driver"
+        return StoreError(f"Could not {verb} the store {_without_secrets(self._url)}: {reason}.")
 
 
 def _default_url() -> str:
@@ -373,6 +389,23 @@ def _complete(settings: dict[str, Any]) -> dict[str, Any]:
     kinds = {"rank": int, "explained_trace": float}
     plain = {k: kinds[k](v) if k in kinds and v is not None else v for k, v in settings.items()}
     return {**_SETTING_DEFAULTS, **plain}
+
+
+def _check_settings(spectrum: Spectrum, settings: dict[str, Any]) -> None:
+    """Refuse to file a spectrum where another one would be looked for."""
+    made = {"engine": spectrum.metadata.engine, "dtype": spectrum.metadata.dtype}
+    for name, value in made.items():
+        if settings.get(name, value) != value:
+            raise ValueError(
+                f"The spectrum was computed with {name}={value!r} but got {name}="
+                f"{settings[name]!r} to store it under."
+            )
+    rank = settings.get("rank")
+    if rank is not None and spectrum.rank > rank:
+        raise ValueError(
+            f"The spectrum has rank {spectrum.rank} but got rank={rank} to store it under. "
+            "Truncate it first."
+        )
 
 
 def _key(fingerprint: str, settings: dict[str, Any]) -> str:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 CURVE = "ttp:curve"
 # A curve ends where the loss is NaN, or so large that sums of losses would overflow.
 _BLOWN_UP = 1e300
+# How far above the target a curve may end and count as having reached it.
+_AT_TARGET = 1.05
 
 
 class TrainingLog:
@@ -85,7 +87,7 @@ class TrainingLog:
         n_finite = len(losses) if finite.all() else int(np.argmin(finite))
         # Loss i is that of the weights after i steps.
         points = _recorded_steps(n_finite)
-        smoothed = smooth(losses[:n_finite])[points] if n_finite else np.zeros(0)
+        smoothed = smooth(losses[:n_finite], points)
         self._trial.set_user_attr(
             CURVE,
             {
@@ -130,7 +132,12 @@ def observed_steps(trial: FrozenTrial, predictor: TrainingTimePredictor) -> floa
     curve = observed_curve(trial)
     if curve is None or predictor.target.quantity != "loss" or not len(curve[0]):
         return float("nan")
-    return predictor.target.first_passage(*curve)
+    steps, losses = curve
+    passage = predictor.target.first_passage(steps, losses)
+    # A trial that stops at its target ends on it, give or take the noise of the last batches.
+    if not np.isfinite(passage) and losses[-1] <= _AT_TARGET * predictor.target.value:
+        return float(steps[-1])
+    return passage
 
 
 def calibration_of(study: optuna.Study, predictor: TrainingTimePredictor) -> Calibration:

@@ -197,9 +197,7 @@ def test_the_text_of_a_report() -> None:
     ]
     assert first.split() == ["0", "COMPLETE", "1,234", "123", "20", "0.25", "run:", "because"]
     assert second.split() == ["1", "PRUNED", "diverges", "-", "1", "-", "skip:", "because"]
-    assert sums == (
-        "2 trials, 1 skipped before their first step. Paid 21.0 s; avoided about 50.0 s."
-    )
+    assert sums == ("2 trials, 1 skipped on their prediction. Paid 21.0 s; avoided about 50.0 s.")
     assert net == (
         "Net of the spectrum (3.0 s) and of the predictions (1.0 s): about 46.0 s saved."
     )

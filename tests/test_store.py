@@ -112,10 +112,35 @@ def test_where_and_how_fast_it_is_computed_is_no_setting(url: str) -> None:
     first = store.get_or_compute(counting.task, **QUICK)
     counting.n_calls = 0
     second = store.get_or_compute(
-        counting.task, device="cpu", max_memory=2**28, show_progress_bar=False
+        counting.task,
+        device="cpu",
+        max_memory=2**28,
+        show_progress_bar=False,
+        measure_speed=False,
     )
     assert counting.n_calls == 0
     _assert_equal(first, second)
+
+
+def test_the_time_of_a_step_is_measured_where_the_stored_spectrum_lacks_it() -> None:
+    store = SpectrumStore("sqlite://")
+    task = Counting().task
+    assert store.get_or_compute(task, **QUICK).throughput is None
+    again = store.get_or_compute(task, show_progress_bar=False)
+    assert again.throughput is not None
+    assert len(store.list()) == 1
+
+
+def test_a_spectrum_is_not_stored_under_settings_that_it_was_not_computed_with() -> None:
+    store = SpectrumStore("sqlite://")
+    with pytest.raises(ValueError, match=r"has rank \d+ but got rank=1"):
+        store.put(spectrum(), rank=1)
+    other = "float32" if spectrum().metadata.dtype == "float64" else "float64"
+    with pytest.raises(ValueError, match=f"but got dtype='{other}' to store it under"):
+        store.put(spectrum(), dtype=other)
+    with pytest.raises(TypeError, match="must be a Spectrum but got int"):
+        store.put(3)  # type: ignore[arg-type]
+    assert store.list() == []
 
 
 def test_defaults_and_numpy_numbers_name_the_same_spectrum(url: str) -> None:

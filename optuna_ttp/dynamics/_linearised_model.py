@@ -102,6 +102,19 @@ class LinearisedModel:
             per_sample = -(self.soft_targets * outputs.log_softmax(dim=2)).sum(dim=2)
         return per_sample.sum(dim=1) / self.normalisers.sum()
 
+    @property
+    def loss_floor(self) -> float:
+        """The lowest training loss that any outputs have.
+
+        The entropy of the soft targets for the cross-entropy: zero without label smoothing. Zero
+        for the mean squared error.
+        """
+        if self.kind == "mse":
+            return 0.0
+        q = self.soft_targets.double()
+        entropy = -torch.xlogy(q, q / q.sum(dim=1, keepdim=True).clamp(min=1e-300)).sum()
+        return max(0.0, float(entropy / self.normalisers.double().sum()))
+
     def accuracy(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return the share of samples classified rightly for outputs ``(K, N, C)``."""
         if self.labels is None:

@@ -13,12 +13,10 @@ from optuna_ttp.dynamics._target import Target
 
 
 _MOMENTA = (0.0, 0.8, 0.95, 0.99)
-_N_RATES = 7
+_N_RATES = 9
 # Below this change of the steepest direction a step, training time is inverse in the step.
 _SLOW = 0.05
-_FAST = 2.0
-# A slower target than this is beyond any horizon.
-_MAX_STEPS = 1_000_000
+_FAST = 8.0
 # Nodes that need so many times the slow regime's intrinsic time wander about and are given up.
 _PATIENCE = 5.0
 
@@ -27,11 +25,11 @@ _PATIENCE = 5.0
 class ResponseSurface:
     """Steps to one target as a function of learning rate, batch size and momentum.
 
-    In the slow regime all configurations need the same intrinsic time
-    ``tau = eta_e (T - m / (1 - m))``, with ``eta_e = eta / (1 - m)``; ``log tau`` is smooth
-    elsewhere. It is tabulated by exact simulation and interpolated linearly in three coordinates:
-    ``-log(1 - m)``, ``log B``, and ``log(eta_e h_1)`` scaled to run from the slow regime to twice
-    the full-batch stability limit ``2 (1 + m) / (1 - m)`` of the momentum.
+    In the slow regime all configurations need the same intrinsic time ``eta_e T``, with the
+    effective learning rate ``eta_e = eta / (1 - m)``; its logarithm is smooth elsewhere. It is
+    tabulated by simulation and interpolated linearly in three coordinates: ``-log(1 - m)``,
+    ``log B``, and ``log(eta_e h_1)`` scaled to run from the slow regime to eight times the
+    full-batch stability limit ``2 (1 + m) / (1 - m)`` of the momentum.
 
     Attributes:
         momenta:
@@ -50,7 +48,9 @@ class ResponseSurface:
     curvature: float
 
     @classmethod
-    def build(cls, model: LinearisedModel, target: Target, *, seed: int = 0) -> ResponseSurface:
+    def build(
+        cls, model: LinearisedModel, target: Target, *, max_steps: int, seed: int = 0
+    ) -> ResponseSurface:
         """Simulate the nodes.
 
         Args:
@@ -58,6 +58,8 @@ class ResponseSurface:
                 The linearised model.
             target:
                 What to reach.
+            max_steps:
+                Nodes that take longer count as out of reach.
             seed:
                 For the order of the samples.
 
@@ -93,15 +95,15 @@ class ResponseSurface:
 
         slow = np.array([_SLOW / curvature])
         still = np.zeros(1)
-        slow_steps = simulated(slow, sizes[-1:], still, np.array([_MAX_STEPS]))
-        patience = _PATIENCE * np.minimum(slow_steps * slow, _MAX_STEPS * slow) / effective
+        slow_steps = simulated(slow, sizes[-1:], still, np.array([float(max_steps)]))
+        patience = _PATIENCE * np.minimum(slow_steps, max_steps) * slow / effective
         steps = simulated(
             (effective * (1 - m)).ravel(),
             b.ravel(),
             m.ravel(),
-            np.minimum(patience + 50.0 / (1 - m), _MAX_STEPS).ravel(),
+            np.minimum(patience + 50.0 / (1 - m), max_steps).ravel(),
         ).reshape(m.shape)
-        log_tau = np.log(effective * np.maximum(steps - m / (1 - m), 0.5))
+        log_tau = np.log(effective * np.maximum(steps, 1.0))
         return cls(-np.log1p(-momenta), np.log(sizes), log_tau, curvature)
 
     def steps(
@@ -140,10 +142,9 @@ class ResponseSurface:
                     finite = np.isfinite(node)
                     total += np.where(finite, share * np.where(finite, node, 0.0), 0.0)
                     weights += np.where(finite, share, 0.0)
-        reached = (weights > 0.5) & (u <= 1.0)
+        reached = (weights > 0.5) & (u <= 1.0 + 1e-9)
         tau = np.exp(total / np.where(weights > 0, weights, 1.0))
-        lag = momentum / (1 - momentum)
-        return np.where(reached, np.ceil(tau / effective + lag), np.inf)
+        return np.where(reached, np.ceil(tau / effective), np.inf)
 
 
 def _fastest(momentum: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -9,9 +9,10 @@ is ``J = df/dw`` of shape ``(N C, D)`` and the empirical neural tangent kernel
 from __future__ import annotations
 
 from optuna_ttp.jacobian._compute import compute_spectrum
+from optuna_ttp.jacobian._compute import resolve_device
 from optuna_ttp.jacobian._eigenpairs import Eigenpairs
 from optuna_ttp.jacobian._eigenpairs import eigenpairs
 from optuna_ttp.jacobian._exact import exact_gram
 
 
-__all__ = ["Eigenpairs", "compute_spectrum", "eigenpairs", "exact_gram"]
+__all__ = ["Eigenpairs", "compute_spectrum", "eigenpairs", "exact_gram", "resolve_device"]

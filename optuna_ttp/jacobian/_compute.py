@@ -78,7 +78,7 @@ def compute_spectrum(
         raise ValueError(f'engine must be "exact" but got {engine!r}.')
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {sorted(_DTYPES)} but got {dtype!r}.")
-    resolved = _resolve_device(task, device)
+    resolved = resolve_device(task, device)
     started = time.perf_counter()
     fingerprint = task.fingerprint
     initial_outputs = task.initial_outputs(resolved, _DTYPES[dtype])
@@ -114,7 +114,22 @@ def compute_spectrum(
     )
 
 
-def _resolve_device(task: FineTuningTask, device: str | torch.device | None) -> torch.device:
+def resolve_device(task: FineTuningTask, device: str | torch.device | None) -> torch.device:
+    """Return where to compute: as asked, else on a GPU where there is one, else with the model.
+
+    Args:
+        task:
+            Knows where the model is.
+        device:
+            What was asked for, or :obj:`None`.
+
+    Returns:
+        A device that works.
+
+    Raises:
+        ValueError:
+            If the device asked for cannot be used here.
+    """
     if device is not None:
         try:
             resolved = torch.device(device)
