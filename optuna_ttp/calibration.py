@@ -22,6 +22,11 @@ _PRIOR_SD = 0.7
 _NOISE_SD = 0.25
 _MIN_OBSERVATIONS = 5
 _MIN_AGREEMENT = 0.2
+# Typical errors below this (a factor 1.65) do no harm, even where a search has come down to trials
+# that are so alike that noise decides their order.
+_HARMLESS_ERROR = 0.5
+# What counts as the error where a target was reached that was predicted to be out of reach.
+_LARGE_ERROR = 3.0
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,14 @@ class Calibration:
             The number of trials behind it.
         rank_agreement:
             Kendall's tau of predicted and observed times; NaN for fewer than two trials.
+        log_error:
+            Root mean square of log(observed steps / corrected prediction); NaN for no trials.
     """
 
     log_offset: float = 0.0
     n_observed: int = 0
     rank_agreement: float = math.nan
+    log_error: float = math.nan
 
     @property
     def factor(self) -> float:
@@ -50,10 +58,14 @@ class Calibration:
     def trusted(self) -> bool:
         """Whether predictions may steer a search.
 
-        They may until five observed trials say that they do not even rank configurations
-        (Kendall's tau below 0.2).
+        They may until five observed trials say that they neither rank configurations (Kendall's
+        tau below 0.2) nor come close (a typical error above a factor 1.65).
         """
-        return self.n_observed < _MIN_OBSERVATIONS or self.rank_agreement >= _MIN_AGREEMENT
+        return (
+            self.n_observed < _MIN_OBSERVATIONS
+            or self.rank_agreement >= _MIN_AGREEMENT
+            or self.log_error <= _HARMLESS_ERROR
+        )
 
 
 def calibrate(predicted: Sequence[float], observed: Sequence[float]) -> Calibration:
@@ -71,8 +83,8 @@ def calibrate(predicted: Sequence[float], observed: Sequence[float]) -> Calibrat
             Steps as observed, of the same length.
 
     Returns:
-        The offset, the count and the rank agreement. Pairs that are NaN, not positive, or whose
-        observed time is infinite are left out.
+        The offset, the count, the rank agreement and the error. Pairs that are NaN, not positive,
+        or whose observed time is infinite are left out.
 
     Raises:
         ValueError:
@@ -89,7 +101,9 @@ def calibrate(predicted: Sequence[float], observed: Sequence[float]) -> Calibrat
     finite = np.isfinite(p)
     differences = np.log(o[finite] / p[finite])
     offset = differences.sum() / (len(differences) + _NOISE_SD**2 / _PRIOR_SD**2)
-    return Calibration(float(offset), len(p), _kendall(p, o))
+    errors = np.concatenate([differences - offset, np.full((~finite).sum(), _LARGE_ERROR)])
+    log_error = float(np.sqrt((errors**2).mean())) if len(errors) else math.nan
+    return Calibration(float(offset), len(p), _kendall(p, o), log_error)
 
 
 def _kendall(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:

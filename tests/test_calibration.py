@@ -98,6 +98,23 @@ def test_trust_needs_agreement_once_five_trials_are_seen(
     assert calibrate(list(predicted), list(observed)).trusted == trusted
 
 
+def test_close_predictions_are_trusted_also_where_noise_decides_the_order() -> None:
+    predicted = [10.0, 11.0, 12.0, 13.0, 14.0, 15.0]
+    calibration = calibrate(predicted, predicted[::-1])
+    assert calibration.rank_agreement == pytest.approx(-1.0)
+    assert calibration.trusted
+
+
+def test_the_error_is_what_the_offset_leaves() -> None:
+    factors = np.array([0.5, 1.0, 2.0, 4.0])
+    calibration = calibrate([10.0] * 4, list(10.0 * factors))
+    left = np.log(factors) - calibration.log_offset
+    assert calibration.log_error == pytest.approx(float(np.sqrt((left**2).mean())))
+    # A target that was reached although predicted to be out of reach is a large error.
+    assert calibrate([10.0, math.inf], [10.0, 20.0]).log_error > 1.0
+    assert math.isnan(calibrate([], []).log_error)
+
+
 # Smoothing
 
 

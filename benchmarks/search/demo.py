@@ -78,7 +78,8 @@ def _figures(
         "head_start_seconds": search.head_start,
         "trials": len(ledger.records),
         "skipped": ledger.n_skipped,
-        "reached_target": len(ratios),
+        "reached_target": search.n_reached,
+        "wasted_seconds": search.wasted_seconds,
         "prediction_error_factor": math.exp(float(np.median(finite))) if finite else math.nan,
         "prediction_error_factor_p90": (
             math.exp(float(np.quantile(finite, 0.9))) if finite else math.nan
@@ -139,6 +140,7 @@ def _table(summary: dict[str, Any]) -> str:
         ("trials", "trials", ".0f"),
         ("of these skipped before the first step", "skipped", ".0f"),
         ("trials that reached the target", "reached_target", ".0f"),
+        ("search seconds spent on trials that did not", "wasted_seconds", ".1f"),
         ("typical factor between predicted and real steps", "prediction_error_factor", ".2f"),
     ]
     where = summary["environment"]
