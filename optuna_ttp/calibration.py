@@ -55,6 +55,16 @@ class Calibration:
         return math.exp(self.log_offset)
 
     @property
+    def typical_factor(self) -> float:
+        """By what factor a predicted time is typically off: two until five trials have told.
+
+        At least 1.5, because a few lucky trials prove little.
+        """
+        if self.n_observed < _MIN_OBSERVATIONS:
+            return 2.0
+        return max(1.5, math.exp(self.log_error))
+
+    @property
     def trusted(self) -> bool:
         """Whether predictions may steer a search.
 

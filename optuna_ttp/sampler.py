@@ -1,4 +1,4 @@
-"""The sampler: among what its base sampler finds good, it prefers what trains fast."""
+"""The sampler: among what its base sampler finds good, it avoids what trains slowly."""
 
 from __future__ import annotations
 
@@ -71,12 +71,14 @@ _INDEPENDENT = (
 class TTPSampler(BaseSampler):
     """Prefers, among several proposals of its base sampler, the one predicted to train fastest.
 
-    The base sampler is asked for a few candidates; the one with the shortest predicted time to
-    the target (in seconds, or in steps where the time of a step is not known) is proposed. A share
-    of the trials takes the first candidate, whatever is predicted. Parameters other than learning
-    rate, batch size and momentum come along with the chosen candidate; in a search space that has
-    none of the three, this sampler is its base sampler. So it is once the predictions turn out not
-    to rank the trials that ran.
+    The base sampler is asked for a few candidates. The first one is proposed, unless its predicted
+    time to the target (in seconds, or in steps where the time of a step is not known) is clearly
+    longer than the shortest of all: by more than predictions are typically off, a factor of two
+    until trials have told (see :class:`~optuna_ttp.Calibration`). Then it is the first that is
+    not. A share of the trials takes the first candidate, whatever is predicted. Parameters other
+    than learning rate, batch size and momentum come along with the chosen candidate; in a search
+    space that has none of the three, this sampler is its base sampler. So it is once the
+    predictions turn out neither to rank the trials that ran nor to come close.
 
     Several candidates are drawn where the base sampler permits it: from
     :class:`~optuna.samplers.RandomSampler` and :class:`~optuna.samplers.TPESampler` always, from
@@ -233,7 +235,8 @@ class TTPSampler(BaseSampler):
             again = self._base.sample_relative(study, trial, base_space) if relative else {}
             relatives.append(again)
         candidates = [self._complete(study, trial, search_space, r) for r in relatives]
-        chosen = self._fastest([{**candidate, **known} for candidate in candidates])
+        margin = calibration_of(study, self._predictor).typical_factor
+        chosen = self._choose([{**candidate, **known} for candidate in candidates], margin)
         if relative:
             share_relative_params(study, trial, relatives[chosen])
         return candidates[chosen]
@@ -377,8 +380,11 @@ class TTPSampler(BaseSampler):
             candidate[name] = self._base.sample_independent(study, trial, name, search_space[name])
         return candidate
 
-    def _fastest(self, candidates: list[dict[str, Any]]) -> int:
-        """The candidate with the shortest predicted time; the first where one has none."""
+    def _choose(self, candidates: list[dict[str, Any]], margin: float) -> int:
+        """The first candidate within a margin of the shortest predicted time.
+
+        Between candidates that predictions cannot tell apart, the base sampler knows better.
+        """
         resolved = [self._resolve(candidate) for candidate in candidates]
         if any(configuration is None for configuration in resolved):
             return 0
@@ -386,7 +392,7 @@ class TTPSampler(BaseSampler):
             *(clip_batch_size(c, self._predictor) for c in resolved if c is not None), strict=True
         )
         seconds = self._predictor.score(rates, sizes, momenta)
-        chosen = int(np.argmin(seconds))
+        chosen = int(np.argmax(seconds <= margin * seconds.min()))
         _logger.debug(f"Predicted seconds of the candidates: {np.round(seconds, 3).tolist()}.")
         return chosen
 

@@ -115,6 +115,13 @@ def test_the_error_is_what_the_offset_leaves() -> None:
     assert math.isnan(calibrate([], []).log_error)
 
 
+def test_the_typical_factor_is_two_until_trials_have_told() -> None:
+    assert calibrate([10.0] * 4, [100.0, 1.0, 100.0, 1.0]).typical_factor == 2.0
+    assert calibrate([10.0] * 6, [10.0] * 6).typical_factor == 1.5
+    told = calibrate([10.0] * 6, [100.0, 1.0] * 3)
+    assert told.typical_factor == pytest.approx(10.0)
+
+
 # Smoothing
 
 
