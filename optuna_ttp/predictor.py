@@ -27,8 +27,8 @@ from optuna_ttp.throughput import Throughput
 
 # Above the stability limit a network first goes through a loss spike, and most recover from it up
 # to several times the limit, where their curvature has dropped (the catapult of Lewkowycz et al.,
-# 2020, arXiv 2003.02218). At eight times the limit four of six runs of the demo's network still
-# got to 15 % of their initial loss, at 24 times none; up to there the simulation tells better.
+# 2020, arXiv 2003.02218). Chosen after the fact: at eight times the limit four of six runs of the
+# demo's network still got to 15 % of their initial loss (benchmarks/accuracy/results/digits.csv).
 _HOPELESS_STABILITY = 8.0
 # What the response surface is built from; it ranks candidates, it does not promise times.
 _SURFACE_TRACE = 0.98

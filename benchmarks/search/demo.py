@@ -34,13 +34,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first one (default: 0)")
     parser.add_argument("--seconds", type=float, default=40.0, help="budget (default: 40)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         plain, wrapped, predictor = _demo.compare(
             seconds=options.seconds, seed=seed, say=lambda line: print(f"  {line}", flush=True)
         )
