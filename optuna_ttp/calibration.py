@@ -2,8 +2,8 @@
 
 Linearised training is wrong by a factor that depends on the depth of the target much more than on
 the hyperparameters: a few observed trials of a task tell most of it. Here the logarithm of
-observed over predicted time gets one offset with a normal prior, in closed form; and trust is the
-rank agreement of predicted and observed times.
+observed over predicted time gets one offset with a normal prior, in closed form; and trust is lost
+where the predictions neither rank the observed times nor come close to them.
 """
 
 from __future__ import annotations

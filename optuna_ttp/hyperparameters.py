@@ -68,14 +68,13 @@ class HyperparameterMap:
 
     def __post_init__(self) -> None:
         for field, source in self._sources():
-            is_number = isinstance(source, Real) and not isinstance(source, bool)
-            if not (isinstance(source, str) or is_number or callable(source)):
+            if isinstance(source, Real) and not isinstance(source, bool):
+                _check_fixed(field, float(source))
+            elif not (isinstance(source, str) or callable(source)):
                 raise TypeError(
                     f"{field} must be a parameter's name, a number or a function of the trial's "
                     f"parameters but got {source!r}."
                 )
-            if is_number:
-                _check_fixed(field, float(source))  # type: ignore[arg-type]
 
     def resolve(self, params: Mapping[str, Any]) -> Configuration | None:
         """Return the hyperparameters of a trial.

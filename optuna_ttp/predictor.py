@@ -176,15 +176,11 @@ class TrainingTimePredictor:
             horizon.ravel()[kept],
             full_curve=full_curve,
         )
-        watched = curves.losses if curves.accuracies is None else curves.accuracies
         reached = np.full(rate.size, np.inf)
-        reached[kept] = [
-            np.ceil(self.calibration.factor * self.target.first_passage(s, w))
-            for s, w in zip(curves.steps, watched, strict=True)
-        ]
+        reached[kept] = np.ceil(self.calibration.factor * curves.first_passages(self.target))
+        reached[reached > horizon.ravel()] = np.inf
         blown_up = hopeless.ravel().copy()
         blown_up[kept] |= curves.blown_up
-        reached[blown_up | (reached > horizon.ravel())] = np.inf
         steps = reached.reshape(shape)
         outcomes = np.where(np.isfinite(steps), CONVERGES, NOT_REACHED)
         outcomes = np.where(blown_up.reshape(shape), DIVERGES, outcomes)

@@ -69,7 +69,7 @@ _INDEPENDENT = (
 
 
 class TTPSampler(BaseSampler):
-    """Prefers, among several proposals of its base sampler, the one predicted to train fastest.
+    """Passes over those proposals of its base sampler that are predicted to train slowly.
 
     The base sampler is asked for a few candidates. The first one is proposed, unless its predicted
     time to the target (in seconds, or in steps where the time of a step is not known) is clearly
@@ -226,7 +226,8 @@ class TTPSampler(BaseSampler):
         if not (
             self._applies({**examples, **known})
             and self._may_complete(search_space, relative)
-            and self._chooses(study, redrawn=bool(relative))
+            and self._may_choose(redrawn=bool(relative))
+            and (calibration := calibration_of(study, self._predictor)).trusted
         ):
             # Where a parameter is left out, the base sampler is asked once the trial suggests it.
             return relative
@@ -235,8 +236,9 @@ class TTPSampler(BaseSampler):
             again = self._base.sample_relative(study, trial, base_space) if relative else {}
             relatives.append(again)
         candidates = [self._complete(study, trial, search_space, r) for r in relatives]
-        margin = calibration_of(study, self._predictor).typical_factor
-        chosen = self._choose([{**candidate, **known} for candidate in candidates], margin)
+        chosen = self._choose(
+            [{**candidate, **known} for candidate in candidates], calibration.typical_factor
+        )
         if relative:
             share_relative_params(study, trial, relatives[chosen])
         return candidates[chosen]
@@ -360,12 +362,10 @@ class TTPSampler(BaseSampler):
             return True
         return isinstance(innermost_sampler(self._base), _INDEPENDENT)
 
-    def _chooses(self, study: Study, *, redrawn: bool) -> bool:
+    def _may_choose(self, *, redrawn: bool) -> bool:
         if self._n_candidates == 1 or self._rng.random() < self._exploration:
             return False
-        if redrawn and not isinstance(innermost_sampler(self._base), _REDRAWABLE):
-            return False
-        return calibration_of(study, self._predictor).trusted
+        return not redrawn or isinstance(innermost_sampler(self._base), _REDRAWABLE)
 
     def _complete(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 import json
 import math
 import multiprocessing
@@ -63,7 +62,6 @@ BASES: dict[str, Callable[[], BaseSampler]] = {
     "nsgaii": lambda: samplers.NSGAIISampler(seed=0, population_size=4),
     "nsgaiii": lambda: samplers.NSGAIIISampler(seed=0, population_size=4),
 }
-needs_cmaes = pytest.mark.skipif(find_spec("cmaes") is None, reason="cmaes is not installed")
 
 
 def _study(
@@ -249,7 +247,6 @@ def test_every_sampler_of_optuna_can_be_the_base(base: Callable[[], BaseSampler]
     _check(study.trials, 12)
 
 
-@needs_cmaes
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_cmaes_can_be_the_base() -> None:
     study = _study(samplers.CmaEsSampler(seed=0, warn_independent_sampling=False))

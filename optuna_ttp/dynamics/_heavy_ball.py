@@ -50,6 +50,20 @@ class Trajectories:
     blown_up: NDArray[np.bool_]
     strides: NDArray[np.int64]
 
+    def first_passages(self, target: Target) -> NDArray[np.float64]:
+        """Return the step at which each curve is at the target.
+
+        Args:
+            target:
+                The target that the curves were simulated for.
+
+        Returns:
+            Shape ``(K,)``; infinite where the target is not reached or the loss blew up.
+        """
+        watched = self.losses if self.accuracies is None else self.accuracies
+        steps = [target.first_passage(s, w) for s, w in zip(self.steps, watched, strict=True)]
+        return np.where(self.blown_up, np.inf, np.array(steps, dtype=np.float64))
+
 
 def simulate_heavy_ball(
     model: LinearisedModel,

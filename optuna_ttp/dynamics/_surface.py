@@ -16,6 +16,7 @@ _MOMENTA = (0.0, 0.8, 0.95, 0.99)
 _N_RATES = 9
 # Below this change of the steepest direction a step, training time is inverse in the step.
 _SLOW = 0.05
+# Where the predictor gives up: the surface need not go further.
 _FAST = 8.0
 # Nodes that need so many times the slow regime's intrinsic time wander about and are given up.
 _PATIENCE = 5.0
@@ -87,11 +88,7 @@ class ResponseSurface:
                 target=target,
                 seed=seed,
             )
-            watched = curves.losses if curves.accuracies is None else curves.accuracies
-            steps = [
-                target.first_passage(s, w) for s, w in zip(curves.steps, watched, strict=True)
-            ]
-            return np.where(curves.blown_up, np.inf, steps)
+            return curves.first_passages(target)
 
         slow = np.array([_SLOW / curvature])
         still = np.zeros(1)
@@ -126,24 +123,27 @@ class ResponseSurface:
             Steps of shape ``(K,)``; infinite beyond the fastest node, and where most of the
             surrounding nodes do not reach the target.
         """
+        from scipy.interpolate import RegularGridInterpolator
+
         effective = learning_rate / (1 - momentum)
         u = np.log(effective * self.curvature / _SLOW) / np.log(_fastest(momentum) / _SLOW)
-        corners = [
-            _bracket(self.momenta, -np.log1p(-momentum)),
-            _bracket(self.log_batches, np.log(batch_size)),
-            _bracket(np.linspace(0, 1, self.log_tau.shape[2]), u),
-        ]
-        total, weights = np.zeros(len(u)), np.zeros(len(u))
-        for i in (0, 1):
-            for j in (0, 1):
-                for k in (0, 1):
-                    node = self.log_tau[corners[0][i], corners[1][j], corners[2][k]]
-                    share = corners[0][2 + i] * corners[1][2 + j] * corners[2][2 + k]
-                    finite = np.isfinite(node)
-                    total += np.where(finite, share * np.where(finite, node, 0.0), 0.0)
-                    weights += np.where(finite, share, 0.0)
-        reached = (weights > 0.5) & (u <= 1.0 + 1e-9)
-        tau = np.exp(total / np.where(weights > 0, weights, 1.0))
+        axes = (self.momenta, self.log_batches, np.linspace(0, 1, self.log_tau.shape[2]))
+        # Beyond the ends, the outermost nodes.
+        points = np.stack(
+            [
+                np.clip(values, nodes[0], nodes[-1])
+                for values, nodes in zip(
+                    (-np.log1p(-momentum), np.log(batch_size), u), axes, strict=True
+                )
+            ],
+            axis=1,
+        )
+        finite = np.isfinite(self.log_tau)
+        # Nodes out of reach take no part: the sum over the others, over their share.
+        total = RegularGridInterpolator(axes, np.where(finite, self.log_tau, 0.0))(points)
+        share = RegularGridInterpolator(axes, finite.astype(np.float64))(points)
+        reached = (share > 0.5) & (u <= 1.0 + 1e-9)
+        tau = np.exp(total / np.where(share > 0, share, 1.0))
         return np.where(reached, np.ceil(tau / effective), np.inf)
 
 
@@ -155,15 +155,3 @@ def _batch_nodes(n_samples: int) -> NDArray[np.float64]:
     """Powers of eight from eight up, and N."""
     powers = 8.0 ** np.arange(1, 9)
     return np.concatenate([powers[powers < 0.7 * n_samples], [float(n_samples)]])
-
-
-def _bracket(
-    nodes: NDArray[np.float64], values: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Neighbouring nodes and their weights; the outermost node beyond the ends."""
-    if len(nodes) == 1:
-        zeros = np.zeros(len(values), dtype=np.int64)
-        return zeros, zeros, np.ones(len(values)), np.zeros(len(values))
-    low = np.clip(np.searchsorted(nodes, values) - 1, 0, len(nodes) - 2)
-    share = np.clip((values - nodes[low]) / (nodes[low + 1] - nodes[low]), 0.0, 1.0)
-    return low, low + 1, 1 - share, share
