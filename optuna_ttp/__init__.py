@@ -15,6 +15,8 @@ from optuna_ttp.version import __version__
 
 if TYPE_CHECKING:
     from optuna_ttp.calibration import Calibration
+    from optuna_ttp.dynamics import Schedule
+    from optuna_ttp.dynamics import Smoothing
     from optuna_ttp.hyperparameters import HyperparameterMap
     from optuna_ttp.jacobian import compute_spectrum
     from optuna_ttp.ledger import Report
@@ -38,6 +40,8 @@ _MODULES = {
     "Loss": "loss",
     "Prediction": "prediction",
     "Report": "ledger",
+    "Schedule": "dynamics",
+    "Smoothing": "dynamics",
     "Spectrum": "spectrum",
     "SpectrumStore": "store",
     "TTPPruner": "pruner",
@@ -56,6 +60,8 @@ __all__ = [
     "Loss",
     "Prediction",
     "Report",
+    "Schedule",
+    "Smoothing",
     "Spectrum",
     "SpectrumStore",
     "TTPPruner",

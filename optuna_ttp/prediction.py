@@ -30,12 +30,22 @@ class Prediction:
             Their momenta.
         steps:
             Optimiser steps to the target; infinity where it is not reached.
+        steps_low:
+            Lower end of the interval that is to hold the real steps eight times out of ten.
+        steps_high:
+            Its upper end.
         epochs:
-            The same in passes over the data.
+            Passes over the data to the target.
         seconds:
-            The same in seconds of training; NaN where the time of a step is not known.
+            Seconds of training to the target; NaN where the time of a step is not known.
         outcomes:
             ``"converges"``, ``"diverges"`` or ``"not_reached"`` (within the horizon).
+        p_converges:
+            How likely the target is reached within the horizon.
+        p_diverges:
+            How likely training never recovers. The rest to one is ``"not_reached"``.
+        reliable:
+            Whether the network is still described by its linearisation where the target is.
         stability:
             Learning rate over the largest stable one. Training above one may go through a loss
             spike, or never recover from it.
@@ -44,23 +54,36 @@ class Prediction:
         strides:
             Optimiser steps that were simulated as one; one means exactly.
         curve_steps:
-            Steps of the predicted loss curve, in a last axis; NaN after its end.
-        curve_losses:
-            Training loss, over all samples, at these steps.
+            Steps of the predicted curves, in a last axis; NaN after their end.
+        curves:
+            What was simulated at these steps, with the first of the seeds: ``"loss"``,
+            ``"accuracy"`` (of classifiers), ``"validation_loss"`` and ``"validation_accuracy"``
+            (where the task has validation data and full curves were asked for, or the target is
+            one of them), and ``"smoothed_loss"`` (where the predictor has a smoothing).
     """
 
     learning_rate: NDArray[np.float64]
     batch_size: NDArray[np.int64]
     momentum: NDArray[np.float64]
     steps: NDArray[np.float64]
+    steps_low: NDArray[np.float64]
+    steps_high: NDArray[np.float64]
     epochs: NDArray[np.float64]
     seconds: NDArray[np.float64]
     outcomes: NDArray[np.str_]
+    p_converges: NDArray[np.float64]
+    p_diverges: NDArray[np.float64]
+    reliable: NDArray[np.bool_]
     stability: NDArray[np.float64]
     max_steps: NDArray[np.int64]
     strides: NDArray[np.int64]
     curve_steps: NDArray[np.float64]
-    curve_losses: NDArray[np.float64]
+    curves: dict[str, NDArray[np.float64]]
+
+    @property
+    def curve_losses(self) -> NDArray[np.float64]:
+        """Training loss, over all samples, at :attr:`curve_steps`."""
+        return self.curves["loss"]
 
     @property
     def outcome(self) -> str:
@@ -85,15 +108,17 @@ class Prediction:
             kinds, counts = np.unique(self.outcomes, return_counts=True)
             listing = ", ".join(f"{c} {k}" for k, c in zip(kinds, counts, strict=True))
             return f"{self.steps.size} configurations: {listing}"
+        doubt = "" if self.reliable.item() else "; unreliable so deep, see the interval"
         outcome = self.outcome
         if outcome == CONVERGES:
             text = f"{self.steps.item():,.0f} steps ({self.epochs.item():.3g} epochs"
             if np.isfinite(self.seconds.item()):
                 text += f", {self.seconds.item():.3g} s"
-            return f"converges: {text})"
+            interval = f"{self.steps_low.item():,.0f} to {self.steps_high.item():,.0f} steps"
+            return f"converges: {text}), 80 % interval {interval}{doubt}"
         if outcome == DIVERGES:
             return (
                 f"diverges: the learning rate is {self.stability.item():.3g} times the largest "
-                "stable one"
+                f"stable one (probability {self.p_diverges.item():.0%})"
             )
-        return f"not_reached within {self.max_steps.item():,} steps"
+        return f"not_reached within {self.max_steps.item():,} steps{doubt}"

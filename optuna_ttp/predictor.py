@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 import math
 from typing import Any
+from typing import get_args
+from typing import Literal
+import warnings
 
 import numpy as np
 from numpy.typing import ArrayLike
 from numpy.typing import NDArray
 
 from optuna_ttp.calibration import Calibration
+from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
-from optuna_ttp.dynamics import max_learning_rate
 from optuna_ttp.dynamics import ResponseSurface
-from optuna_ttp.dynamics import simulate_heavy_ball
+from optuna_ttp.dynamics import SampleConvergence
+from optuna_ttp.dynamics import Sampling
+from optuna_ttp.dynamics import Schedule
+from optuna_ttp.dynamics import SGD
+from optuna_ttp.dynamics import simulate
+from optuna_ttp.dynamics import simulate_equation
+from optuna_ttp.dynamics import Smoothing
+from optuna_ttp.dynamics import StabilityLimit
 from optuna_ttp.dynamics import Target
 from optuna_ttp.dynamics import Trajectories
+from optuna_ttp.exceptions import UnreliablePredictionWarning
 from optuna_ttp.prediction import CONVERGES
 from optuna_ttp.prediction import DIVERGES
 from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.throughput import Throughput
+from optuna_ttp.uncertainty import deviation
+from optuna_ttp.uncertainty import is_reliable
+from optuna_ttp.uncertainty import linearisation_sd
+from optuna_ttp.uncertainty import probability_below
+from optuna_ttp.uncertainty import probability_of_divergence
+from optuna_ttp.uncertainty import stability_sd
+from optuna_ttp.uncertainty import Z_90
 
 
+Method = Literal["linear", "sde", "ode"]
 # Above the stability limit a network first goes through a loss spike, and most recover from it up
 # to several times the limit, where their curvature has dropped (the catapult of Lewkowycz et al.,
 # 2020, arXiv 2003.02218). Chosen after the fact: at eight times the limit four of six runs of the
@@ -37,31 +58,68 @@ _SURFACE_TRACE = 0.98
 class TrainingTimePredictor:
     """Predicts how long training takes until the training loss is at a target. It trains nothing.
 
-    The network is linearised at its pretrained weights, and mini-batch SGD with heavy-ball
-    momentum is simulated on the linearised model with the user's own learning rate, batch size
-    and momentum. The training time is the first step at which the training loss is at or below
-    the target (Zancato et al., NeurIPS 2020, section 5).
+    The network is linearised at its pretrained weights, and mini-batch SGD is simulated on the
+    linearised model with the user's own learning rate, batch size and momentum. The training time
+    is the first step at which the watched quantity is at the target (Zancato et al., NeurIPS 2020,
+    section 5). Exactly one of the ``target_`` arguments must be given.
 
     Example:
         >>> predictor = TrainingTimePredictor(spectrum, target_fraction=0.3)
         >>> print(predictor.predict(learning_rate=0.01, batch_size=32, momentum=0.9))
-        converges: 121 steps (9.68 epochs, 0.71 s)
+        converges: 121 steps (9.68 epochs, 0.71 s), 80 % interval 104 to 142 steps
 
     Args:
         spectrum:
             The Jacobian eigenspectrum of the task.
         target_loss:
-            The training loss to reach. Exactly one of the three targets must be given.
+            The training loss to reach.
         target_fraction:
             The same as a fraction of the initial training loss.
         target_accuracy:
             The training accuracy to reach.
+        target_validation_loss:
+            The validation loss to reach; the task must have validation data.
+        target_validation_accuracy:
+            The validation accuracy to reach, likewise.
+        target_epsilon:
+            The paper's ``T_eps``: the first step at which the training loss is within this share
+            of its whole change of its value at the horizon. See
+            :class:`~optuna_ttp.dynamics.Target`.
         max_steps:
             The horizon: a target that takes more steps is ``"not_reached"``. 10,000 by default.
         throughput:
             Seconds per step. What was measured with the spectrum by default.
+        smoothing:
+            Watch the smoothed loss of the mini-batches, as a training log shows it, instead of the
+            loss over all samples: a ``target_loss``, ``target_fraction`` or ``target_epsilon`` is
+            that of this curve. Off by default.
+        dampening:
+            Of :class:`torch.optim.SGD`. Zero by default.
+        nesterov:
+            Of :class:`torch.optim.SGD`. Off by default.
+        weight_decay:
+            L2 weight decay of :class:`torch.optim.SGD`. Zero by default. With learning-rate
+            multipliers the decay of what was learned is approximate, that of the pretrained
+            weights is not.
+        schedule:
+            A :class:`~optuna_ttp.Schedule`, or a function from the number of steps done to what
+            multiplies the learning rate. Constant by default.
+        sampling:
+            ``"shuffle"``, a permutation an epoch (the default), or ``"replacement"``.
+        n_samples:
+            The number of samples that will be trained on, where the spectrum is that of a random
+            subset. Those of the spectrum by default.
+        method:
+            ``"linear"``, the exact simulation of the linearised model (the default); ``"sde"`` or
+            ``"ode"``, the paper's equation 1 with and without noise, as a baseline.
+        kernel_growth:
+            What the kernel is multiplied by as the loss falls, see
+            :class:`~optuna_ttp.dynamics.KernelGrowth`. Nothing by default.
+        n_seeds:
+            Orders of the samples that are simulated; the prediction is their geometric mean. Two
+            by default.
         seed:
-            For the order of the samples in the simulation.
+            Of the first of them.
         device:
             Where to simulate. The CPU by default, which is faster for small spectra.
         exact:
@@ -72,7 +130,11 @@ class TrainingTimePredictor:
 
     Raises:
         ValueError:
-            If not exactly one target is given, or it is out of its range.
+            If not exactly one target is given, or an argument is out of its range.
+
+    Warns:
+        UnreliablePredictionWarning:
+            If the network is no longer described by its linearisation where the target is.
     """
 
     def __init__(
@@ -82,8 +144,21 @@ class TrainingTimePredictor:
         target_loss: float | None = None,
         target_fraction: float | None = None,
         target_accuracy: float | None = None,
+        target_validation_loss: float | None = None,
+        target_validation_accuracy: float | None = None,
+        target_epsilon: float | None = None,
         max_steps: int = 10_000,
         throughput: Throughput | None = None,
+        smoothing: Smoothing | None = None,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        schedule: Schedule | Callable[[int], float] | None = None,
+        sampling: Sampling = "shuffle",
+        n_samples: int | None = None,
+        method: Method = "linear",
+        kernel_growth: KernelGrowth | None = None,
+        n_seeds: int = 2,
         seed: int = 0,
         device: str = "cpu",
         exact: bool = False,
@@ -91,14 +166,54 @@ class TrainingTimePredictor:
     ) -> None:
         if not isinstance(spectrum, Spectrum):
             raise TypeError(f"spectrum must be a Spectrum but got {type(spectrum).__name__}.")
+        if smoothing is not None and not isinstance(smoothing, Smoothing):
+            raise TypeError(f"smoothing must be a Smoothing but got {smoothing!r}.")
         self.spectrum = spectrum
-        self.max_steps = _check_max_steps(max_steps)
+        self.max_steps = _check_count("max_steps", max_steps)
+        self.n_seeds = _check_count("n_seeds", n_seeds)
+        self.n_samples = spectrum.n_samples
+        if n_samples is not None:
+            self.n_samples = _check_count("n_samples", n_samples)
+        if self.n_samples < spectrum.n_samples:
+            raise ValueError(
+                f"n_samples must be at least {spectrum.n_samples}, the samples of the spectrum, "
+                f"but got {n_samples}. Use task.subset() for fewer."
+            )
         self.throughput = spectrum.throughput if throughput is None else throughput
+        self.smoothing = smoothing
+        self.schedule = Schedule.of(schedule)
+        self.sampling = _check_choice("sampling", sampling, get_args(Sampling))
+        self.method = _check_choice("method", method, get_args(Method))
+        self.kernel_growth = kernel_growth
         self.seed = seed
         self.exact = exact
         self.calibration = Calibration() if calibration is None else calibration
         self._device = device
-        self.target = self._resolve_target(target_loss, target_fraction, target_accuracy)
+        self._sgd = _check_sgd(dampening, nesterov, weight_decay, spectrum)
+        if self.method != "linear" and (smoothing is not None or kernel_growth is not None):
+            raise ValueError(
+                f'smoothing and kernel_growth belong to method="linear" but got method={method!r}.'
+            )
+        self.target = self._resolve_target(
+            {
+                "target_loss": target_loss,
+                "target_fraction": target_fraction,
+                "target_accuracy": target_accuracy,
+                "target_validation_loss": target_validation_loss,
+                "target_validation_accuracy": target_validation_accuracy,
+                "target_epsilon": target_epsilon,
+            }
+        )
+        if not self.reliable:
+            warnings.warn(
+                f"At {self.depth:.0%} of the initial training loss the network is no longer "
+                "described by its linearisation: on the linearised path its own loss is "
+                f"{deviation(spectrum.probe, self.depth):.1f} times the predicted one. The "
+                "intervals say so; record trials with TrainingLog to correct the predictions, or "
+                "choose a target that is less deep.",
+                UnreliablePredictionWarning,
+                stacklevel=2,
+            )
 
     def __repr__(self) -> str:
         return (
@@ -108,12 +223,49 @@ class TrainingTimePredictor:
 
     def __getstate__(self) -> dict[str, Any]:
         # The linearised model is derived from the spectrum, and larger.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_model", "_surface")}
+        derived = ("_model", "_surface", "_stability_limit")
+        return {k: v for k, v in self.__dict__.items() if k not in derived}
 
     @property
     def initial_loss(self) -> float:
         """The training loss at the pretrained weights."""
         return float(self._model.loss(self._model.initial_outputs[None]))
+
+    @cached_property
+    def depth(self) -> float:
+        """Training loss over the initial one where the target is, on the linearised path.
+
+        The lowest loss that is possible, with label smoothing, counts as zero. Of a target that
+        depends on the end of the curve it is not known: NaN.
+        """
+        floor, initial = self._model.loss_floor, self.initial_loss
+        if self.target.settled:
+            return math.nan
+        if self.target.quantity in ("loss", "smoothed_loss"):
+            return (self.target.value - floor) / (initial - floor)
+        rate = np.array([0.5 / max(float(self._model.curvatures[0]), 1e-30)])
+        size = np.array([self.spectrum.n_samples])
+        curves = simulate(
+            self._model, SGD.of(rate), size, max_steps=np.array([20_000]), target=self.target
+        )
+        return (float(np.nanmin(curves.curves["loss"])) - floor) / (initial - floor)
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the network is still described by its linearisation where the target is."""
+        depth = self.depth
+        return math.isnan(depth) or is_reliable(self.spectrum.probe, depth)
+
+    def sample_convergence(self) -> SampleConvergence:
+        """Return how the predicted time depends on the number of samples of the spectrum.
+
+        Its :meth:`~optuna_ttp.dynamics.SampleConvergence.recommended` says how many samples a
+        spectrum should have.
+
+        Returns:
+            Predicted times of random subsets of the spectrum's samples.
+        """
+        return self._sample_convergence
 
     def calibrated(self, calibration: Calibration) -> TrainingTimePredictor:
         """Return a predictor that corrects its times by what was learned from observed trials.
@@ -147,15 +299,16 @@ class TrainingTimePredictor:
             batch_size:
                 Whole numbers from 1 to N.
             momentum:
-                In [0, 1), as in :class:`torch.optim.SGD` without dampening. Zero by default.
+                In [0, 1), as in :class:`torch.optim.SGD`. Zero by default.
             max_steps:
                 The horizon in steps, if another one than the predictor's.
             full_curve:
-                Simulate the loss curves up to the horizon. By default they end at the target.
-                There is no curve of a configuration that is predicted to diverge.
+                Simulate the curves up to the horizon, with those of the validation samples. By
+                default they end at the target. There is no curve of a configuration that is
+                predicted to diverge.
 
         Returns:
-            Steps, epochs, seconds, outcome and loss curve.
+            Steps, epochs, seconds, interval, outcome and curves.
 
         Raises:
             ValueError:
@@ -165,51 +318,119 @@ class TrainingTimePredictor:
             learning_rate, batch_size, momentum, self.max_steps if max_steps is None else max_steps
         )
         shape = rate.shape
-        stability = rate / self.max_learning_rate(size, mass)
+        rate, size, mass, horizon = rate.ravel(), size.ravel(), mass.ravel(), horizon.ravel()
+        stability = rate / self._largest(size, mass)
         hopeless = stability > _HOPELESS_STABILITY
         # Nobody needs the curve of a configuration that blows up, so it is not simulated.
-        kept = np.flatnonzero(~hopeless.ravel())
-        curves = self._simulate(
-            rate.ravel()[kept],
-            size.ravel()[kept],
-            mass.ravel()[kept],
-            horizon.ravel()[kept],
-            full_curve=full_curve,
+        kept = np.flatnonzero(~hopeless)
+        runs = self._simulate(
+            rate[kept], size[kept], mass[kept], horizon[kept], full_curve=full_curve
         )
-        reached = np.full(rate.size, np.inf)
-        reached[kept] = np.ceil(self.calibration.factor * curves.first_passages(self.target))
-        reached[reached > horizon.ravel()] = np.inf
-        blown_up = hopeless.ravel().copy()
-        blown_up[kept] |= curves.blown_up
-        steps = reached.reshape(shape)
+        times = _Times.of(runs, self.target, len(rate), kept)
+        slower, subset_sd = self._subset_correction
+        median = np.exp(times.log_mean + slower) * self.calibration.factor
+        steps = np.where(np.isfinite(times.log_mean), np.ceil(median - 1e-9), np.inf)
+        late = steps > horizon
+        sd = np.sqrt(
+            times.log_sd**2
+            + linearisation_sd(self.spectrum.probe, self.depth) ** 2
+            + self._truncation_log_error**2
+            + subset_sd**2
+            + stability_sd(stability) ** 2
+        )
+        p_diverges = probability_of_divergence(stability, times.blown_up)
+        p_converges = (1.0 - p_diverges) * probability_below(steps, sd, horizon)
+        steps = np.where(late, np.inf, steps)
         outcomes = np.where(np.isfinite(steps), CONVERGES, NOT_REACHED)
-        outcomes = np.where(blown_up.reshape(shape), DIVERGES, outcomes)
-        strides = np.ones(rate.size, dtype=np.int64)
-        strides[kept] = curves.strides
-        curve = np.full((2, rate.size, curves.steps.shape[1]), np.nan)
-        curve[:, kept] = curves.steps * self.calibration.factor, curves.losses
+        outcomes = np.where(times.blown_up | hopeless, DIVERGES, outcomes)
+        widths = np.exp(Z_90 * sd)
+        epochs = steps / np.ceil(self.n_samples / size)
+        seconds = steps * self.seconds_per_step(size)
+        first = runs[0]
+        strides = np.ones(len(rate), dtype=np.int64)
+        strides[kept] = first.strides
+        length = first.steps.shape[1]
+
+        def whole(values: NDArray[np.float64]) -> NDArray[np.float64]:
+            padded = np.full((len(rate), length), np.nan)
+            padded[kept] = values
+            return padded.reshape(*shape, -1)
+
         return Prediction(
-            learning_rate=rate,
-            batch_size=size,
-            momentum=mass,
-            steps=steps,
-            epochs=steps / np.ceil(self.spectrum.n_samples / size),
-            seconds=steps * self.seconds_per_step(size),
-            outcomes=outcomes,
-            stability=stability,
-            max_steps=horizon,
+            learning_rate=rate.reshape(shape),
+            batch_size=size.reshape(shape),
+            momentum=mass.reshape(shape),
+            steps=steps.reshape(shape),
+            steps_low=np.floor(median / widths).reshape(shape),
+            steps_high=np.ceil(median * widths).reshape(shape),
+            epochs=epochs.reshape(shape),
+            seconds=seconds.reshape(shape),
+            outcomes=outcomes.reshape(shape),
+            p_converges=p_converges.reshape(shape),
+            p_diverges=p_diverges.reshape(shape),
+            reliable=np.full(shape, self.reliable),
+            stability=stability.reshape(shape),
+            max_steps=horizon.reshape(shape),
             strides=strides.reshape(shape),
-            curve_steps=curve[0].reshape(*shape, -1),
-            curve_losses=curve[1].reshape(*shape, -1),
+            curve_steps=whole(first.steps * self.calibration.factor * math.exp(slower)),
+            curves={name: whole(values) for name, values in first.curves.items()},
         )
 
     def score(
-        self, learning_rate: ArrayLike, batch_size: ArrayLike, momentum: ArrayLike = 0.0
+        self,
+        learning_rate: ArrayLike,
+        batch_size: ArrayLike,
+        momentum: ArrayLike = 0.0,
+        *,
+        simulate_outside: bool = True,
     ) -> NDArray[np.float64]:
         """Return approximate seconds to the target for many configurations, in microseconds each.
 
         For ranking candidates: interpolated in a response surface, which is built by simulation
-        when it is first needed (seconds), from the eigenpairs that hold 98 % of the trace.
+        when it is first needed (seconds), from the eigenpairs that hold 98 % of the trace. What
+        the surface would have to extrapolate (see :meth:`is_extrapolated`) is simulated instead.
+
+        Args:
+            learning_rate:
+                Positive.
+            batch_size:
+                Whole numbers from 1 to N.
+            momentum:
+                In [0, 1). Zero by default.
+            simulate_outside:
+                Turn off where speed matters more. On by default.
+
+        Returns:
+            Seconds (steps where the time of a step is not known) of the common shape; infinite
+            where the target is out of reach or training is predicted to diverge.
+
+        Raises:
+            ValueError:
+                If a hyperparameter is out of its range.
+        """
+        rate, size, mass, horizon = self._check_configuration(
+            learning_rate, batch_size, momentum, self.max_steps
+        )
+        shape = rate.shape
+        rate, size, mass, horizon = rate.ravel(), size.ravel(), mass.ravel(), horizon.ravel()
+        hopeless = rate > _HOPELESS_STABILITY * self._largest(size, mass)
+        steps, outside = self._scored(rate, size, mass)
+        outside &= ~hopeless
+        if simulate_outside and outside.any():
+            chosen = np.flatnonzero(outside)
+            runs = self._simulate(
+                rate[chosen], size[chosen], mass[chosen], horizon[chosen], n_seeds=1
+            )
+            steps[chosen] = runs[0].first_passages(self.target)
+        steps = steps * self.calibration.factor * math.exp(self._subset_correction[0])
+        steps = np.where(hopeless | (steps > horizon), np.inf, steps)
+        per_step = self.seconds_per_step(size)
+        return np.asarray(steps * np.where(np.isnan(per_step), 1.0, per_step)).reshape(shape)
+
+    def is_extrapolated(
+        self, learning_rate: ArrayLike, batch_size: ArrayLike, momentum: ArrayLike = 0.0
+    ) -> NDArray[np.bool_]:
+        """Tell where the response surface would have to extrapolate.
 
         Args:
             learning_rate:
@@ -220,24 +441,15 @@ class TrainingTimePredictor:
                 In [0, 1). Zero by default.
 
         Returns:
-            Seconds (steps where the time of a step is not known) of the common shape; infinite
-            where the target is out of reach or training is predicted to diverge.
-
-        Raises:
-            ValueError:
-                If a hyperparameter is out of its range.
+            The common shape: momentum above 0.99, batches of fewer than four samples, the border
+            of what reaches the target, and everything where the learning rate follows a schedule
+            or the target depends on the end of the curve.
         """
         rate, size, mass, _ = self._check_configuration(
             learning_rate, batch_size, momentum, self.max_steps
         )
-        steps = self._surface.steps(
-            rate.ravel(), size.ravel().astype(np.float64), mass.ravel()
-        ).reshape(rate.shape)
-        steps = steps * self.calibration.factor
-        hopeless = rate > _HOPELESS_STABILITY * self.max_learning_rate(size, mass)
-        steps = np.where(hopeless | (steps > self.max_steps), np.inf, steps)
-        per_step = self.seconds_per_step(size)
-        return np.asarray(steps * np.where(np.isnan(per_step), 1.0, per_step))
+        outside = self._scored(rate.ravel(), size.ravel(), mass.ravel())[1]
+        return outside.reshape(rate.shape)
 
     def seconds_per_step(self, batch_size: ArrayLike) -> NDArray[np.float64]:
         """Return the seconds of a training step; NaN where they were not measured.
@@ -265,17 +477,19 @@ class TrainingTimePredictor:
                 In [0, 1). Zero by default.
 
         Returns:
-            Learning rates of the common shape; see :func:`optuna_ttp.dynamics.max_learning_rate`.
+            Learning rates of the common shape; see
+            :class:`optuna_ttp.dynamics.StabilityLimit`.
         """
         _, size, mass, _ = self._check_configuration(1.0, batch_size, momentum, self.max_steps)
-        flat = max_learning_rate(
-            self._model.curvatures, self.spectrum.n_samples, size.ravel(), mass.ravel()
-        )
-        return flat.reshape(size.shape)
+        return self._largest(size.ravel(), mass.ravel()).reshape(size.shape)
 
     @cached_property
     def _model(self) -> LinearisedModel:
         return LinearisedModel.from_spectrum(self.spectrum, device=self._device)
+
+    @cached_property
+    def _stability_limit(self) -> StabilityLimit:
+        return StabilityLimit.of(self._model.curvatures, self.n_samples)
 
     @cached_property
     def _surface(self) -> ResponseSurface:
@@ -283,7 +497,81 @@ class TrainingTimePredictor:
         model = LinearisedModel.from_spectrum(
             self.spectrum.truncate(explained_trace=share), device=self._device
         )
-        return ResponseSurface.build(model, self.target, max_steps=self.max_steps, seed=self.seed)
+        return ResponseSurface.build(
+            model,
+            self.target,
+            max_steps=self.max_steps,
+            sampling=self.sampling,
+            smoothing=self.smoothing,
+            growth=self.kernel_growth,
+            seed=self.seed,
+            **self._sgd,
+        )
+
+    @cached_property
+    def _sample_convergence(self) -> SampleConvergence:
+        return SampleConvergence.measure(
+            self._model, self.target, growth=self.kernel_growth, seed=self.seed
+        )
+
+    @cached_property
+    def _subset_correction(self) -> tuple[float, float]:
+        if self.n_samples == self.spectrum.n_samples:
+            return 0.0, 0.0
+        return self._sample_convergence.extrapolate(self.n_samples)
+
+    @cached_property
+    def _truncation_log_error(self) -> float:
+        """What the dropped eigenpairs change, from what dropping as much again changes."""
+        kept = self.spectrum.explained_trace
+        if kept > 1.0 - 1e-6 or self.target.settled:
+            return 0.0
+        model = LinearisedModel.from_spectrum(
+            self.spectrum.truncate(explained_trace=max(1.0 - 2.0 * (1.0 - kept), 0.01))
+        )
+        rate = 0.5 / max(float(self._model.curvatures[0]), 1e-30)
+        times = [
+            simulate(
+                m,
+                SGD.of(rate),
+                np.array([m.n_samples]),
+                max_steps=np.array([50_000]),
+                target=self.target,
+            ).first_passages(self.target)[0]
+            for m in (self._model, model)
+        ]
+        if not np.isfinite(times).all():
+            return 1.0
+        return abs(math.log(max(times[1], 1.0) / max(times[0], 1.0)))
+
+    def _largest(self, size: NDArray[np.int64], mass: NDArray[np.float64]) -> NDArray[np.float64]:
+        return self._stability_limit.max_learning_rate(
+            size,
+            mass,
+            nesterov=bool(self._sgd["nesterov"]),
+            replacement=self.sampling == "replacement",
+        )
+
+    def _scored(
+        self, rate: NDArray[np.float64], size: NDArray[np.int64], mass: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Steps from the response surface, and where they are extrapolated."""
+        if not self.schedule.is_constant or self.target.settled or self.method != "linear":
+            return np.full(len(rate), np.inf), np.ones(len(rate), dtype=bool)
+        sizes = self._simulated_size(size).astype(np.float64)
+        return self._surface.steps(rate, sizes, mass)
+
+    def _simulated_size(self, size: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The batch size that makes as much noise among the spectrum's samples.
+
+        ``gamma = (N - B) / ((N - 1) B)`` on all ``N`` samples is that of
+        ``N_0 / (1 + gamma (N_0 - 1))`` among the ``N_0`` samples of the spectrum.
+        """
+        n, own = self.n_samples, self.spectrum.n_samples
+        if n == own:
+            return size
+        gamma = (n - size) / ((n - 1) * size)
+        return np.maximum(1, np.rint(own / (1.0 + gamma * (own - 1)))).astype(np.int64)
 
     def _simulate(
         self,
@@ -292,68 +580,109 @@ class TrainingTimePredictor:
         mass: NDArray[np.float64],
         horizon: NDArray[np.int64],
         *,
-        full_curve: bool,
-    ) -> Trajectories:
-        return simulate_heavy_ball(
-            self._model,
-            rate,
-            size,
-            mass,
-            # The horizon counts real steps; the simulation's own clock runs differently.
-            max_steps=np.ceil(horizon / self.calibration.factor).astype(np.int64),
-            target=self.target,
-            full_curves=full_curve,
-            exact=self.exact,
-            seed=self.seed,
-        )
+        full_curve: bool = False,
+        n_seeds: int | None = None,
+    ) -> list[Trajectories]:
+        """One simulation a seed."""
+        sgd = SGD.of(rate, mass, schedule=self.schedule, **self._sgd)
+        # The horizon counts real steps; the simulation's own clock runs differently.
+        slower = self.calibration.factor * math.exp(self._subset_correction[0])
+        steps = np.maximum(1, np.ceil(horizon / slower)).astype(np.int64)
+        sizes = self._simulated_size(size)
+        full_curve = full_curve or self.target.settled
+        if self.method != "linear":
+            return [
+                simulate_equation(
+                    self._model,
+                    sgd,
+                    sizes,
+                    max_steps=steps,
+                    method=self.method,
+                    target=self.target,
+                    full_curves=full_curve,
+                    seed=self.seed + k,
+                )
+                for k in range(self.n_seeds if n_seeds is None else n_seeds)
+            ]
+        noisy = self.sampling == "replacement" or (sizes < self.spectrum.n_samples).any()
+        wanted = self.n_seeds if n_seeds is None else n_seeds
+        return [
+            simulate(
+                self._model,
+                sgd,
+                sizes,
+                max_steps=steps,
+                target=self.target,
+                full_curves=full_curve,
+                exact=self.exact or self.target.settled,
+                sampling=self.sampling,
+                smoothing=self.smoothing,
+                growth=self.kernel_growth,
+                seed=self.seed + k,
+            )
+            for k in range(wanted if noisy else 1)
+        ]
 
-    def _resolve_target(
-        self, loss: float | None, fraction: float | None, accuracy: float | None
-    ) -> Target:
-        given = [v for v in (loss, fraction, accuracy) if v is not None]
+    def _resolve_target(self, arguments: dict[str, float | None]) -> Target:
+        given = {name: value for name, value in arguments.items() if value is not None}
         if len(given) != 1:
             raise ValueError(
-                "Exactly one of target_loss, target_fraction and target_accuracy must be given "
-                f"but got {len(given)}."
+                f"Exactly one of {', '.join(arguments)} must be given but got {len(given)}."
             )
-        initial = self.initial_loss
-        if accuracy is not None:
-            return self._accuracy_target(accuracy)
-        if fraction is not None:
-            if not 0.0 < fraction < 1.0:
-                raise ValueError(f"target_fraction must be in (0, 1) but got {fraction}.")
-            return self._loss_target(fraction * initial)
-        assert loss is not None
+        name, value = next(iter(given.items()))
+        if name == "target_epsilon":
+            if not 0.0 < value < 1.0:
+                raise ValueError(f"target_epsilon must be in (0, 1) but got {value}.")
+            return Target("loss" if self.smoothing is None else "smoothed_loss", value, True)
+        if "validation" in name and self._model.validation is None:
+            raise ValueError(
+                f"{name} needs validation data: FineTuningTask(..., validation_data=...) before "
+                "the spectrum is computed, but got a spectrum without."
+            )
+        if name.endswith("accuracy"):
+            return self._accuracy_target(name, value)
+        if name == "target_fraction":
+            if not 0.0 < value < 1.0:
+                raise ValueError(f"target_fraction must be in (0, 1) but got {value}.")
+            value *= self.initial_loss
+        return self._loss_target(name, float(value))
+
+    def _loss_target(self, name: str, loss: float) -> Target:
+        watched = self._model.validation if "validation" in name else self._model
+        assert watched is not None
+        kind = "validation" if "validation" in name else "training"
+        initial = float(watched.loss(watched.initial_outputs[None]))
         if not (math.isfinite(loss) and loss > 0.0):
-            raise ValueError(f"target_loss must be positive and finite but got {loss}.")
+            raise ValueError(f"{name} must be positive and finite but got {loss}.")
         if loss >= initial:
             raise ValueError(
-                f"target_loss must be below the initial training loss {initial:.4g} but got "
+                f"{name} must be below the initial {kind} loss {initial:.4g} but got "
                 f"{loss}: no step would be needed."
             )
-        return self._loss_target(float(loss))
-
-    def _loss_target(self, loss: float) -> Target:
-        floor = self._model.loss_floor
-        if loss <= floor * (1 + 1e-6):
+        if loss <= watched.loss_floor * (1 + 1e-6):
             raise ValueError(
-                f"The target loss must be above {floor:.4g}, the lowest that label smoothing and "
-                f"class weights leave possible, but got {loss:.4g}."
+                f"The target loss must be above {watched.loss_floor:.4g}, the lowest that label "
+                f"smoothing and class weights leave possible, but got {loss:.4g}."
             )
-        return Target("loss", loss)
+        if kind == "validation":
+            return Target("validation_loss", loss)
+        return Target("loss" if self.smoothing is None else "smoothed_loss", loss)
 
-    def _accuracy_target(self, accuracy: float) -> Target:
+    def _accuracy_target(self, name: str, accuracy: float) -> Target:
+        watched = self._model.validation if "validation" in name else self._model
+        assert watched is not None
+        kind = "validation" if "validation" in name else "training"
         if not 0.0 < accuracy <= 1.0:
-            raise ValueError(f"target_accuracy must be in (0, 1] but got {accuracy}.")
-        if self._model.labels is None:
-            raise ValueError("target_accuracy needs classes but the model has one real output.")
-        initial = float(self._model.accuracy(self._model.initial_outputs[None]))
+            raise ValueError(f"{name} must be in (0, 1] but got {accuracy}.")
+        if watched.labels is None:
+            raise ValueError(f"{name} needs classes but the model has one real output.")
+        initial = float(watched.accuracy(watched.initial_outputs[None]))
         if accuracy <= initial:
             raise ValueError(
-                f"target_accuracy must be above the initial training accuracy {initial:.4g} but "
+                f"{name} must be above the initial {kind} accuracy {initial:.4g} but "
                 f"got {accuracy}: no step would be needed."
             )
-        return Target("accuracy", float(accuracy))
+        return Target("accuracy" if kind == "training" else "validation_accuracy", float(accuracy))
 
     def _check_configuration(
         self,
@@ -371,7 +700,7 @@ class TrainingTimePredictor:
         if rate.size == 0:
             raise ValueError("At least one configuration must be given but got none.")
         _refuse(rate, (rate > 0) & np.isfinite(rate), "learning_rate must be positive and finite")
-        n = self.spectrum.n_samples
+        n = self.n_samples
         _refuse(
             size,
             (size >= 1) & (size <= n) & (size == np.floor(size)),
@@ -391,7 +720,59 @@ def _refuse(values: NDArray[np.float64], good: NDArray[np.bool_], message: str) 
         raise ValueError(f"{message} but got {values[~good].flat[0]}.")
 
 
-def _check_max_steps(max_steps: int) -> int:
-    if isinstance(max_steps, bool) or not 1 <= max_steps <= 2**53 or max_steps != int(max_steps):
-        raise ValueError(f"max_steps must be a positive integer but got {max_steps!r}.")
-    return int(max_steps)
+def _check_count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not 1 <= value <= 2**53 or value != int(value):
+        raise ValueError(f"{name} must be a positive integer but got {value!r}.")
+    return int(value)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)} but got {value!r}.")
+    return value
+
+
+def _check_sgd(
+    dampening: float, nesterov: bool, weight_decay: float, spectrum: Spectrum
+) -> dict[str, Any]:
+    if not 0.0 <= dampening < 1.0:
+        raise ValueError(f"dampening must be in [0, 1) but got {dampening}.")
+    if nesterov and dampening:
+        raise ValueError(
+            f"Nesterov momentum needs zero dampening, as in PyTorch, but got {dampening}."
+        )
+    if not (math.isfinite(weight_decay) and weight_decay >= 0.0):
+        raise ValueError(f"weight_decay must not be negative but got {weight_decay}.")
+    if weight_decay and spectrum.weight_outputs is None:
+        raise ValueError(
+            "weight_decay needs a spectrum that knows what the weights contribute to the outputs "
+            "but got one that was computed by an older version. Compute it again."
+        )
+    return {"dampening": dampening, "nesterov": bool(nesterov), "weight_decay": weight_decay}
+
+
+@dataclass(frozen=True, eq=False)
+class _Times:
+    """Training times over the seeds, as logarithms, of shape ``(K,)``."""
+
+    log_mean: NDArray[np.float64]
+    log_sd: NDArray[np.float64]
+    blown_up: NDArray[np.bool_]
+
+    @classmethod
+    def of(
+        cls, runs: list[Trajectories], target: Target, count: int, kept: NDArray[np.int64]
+    ) -> _Times:
+        """Where most seeds do not reach the target, the time is infinite."""
+        logs = np.log(np.maximum([run.first_passages(target) for run in runs], 1e-9))
+        reached = np.isfinite(logs)
+        n_reached = reached.sum(axis=0)
+        mean = np.where(reached, logs, 0.0).sum(axis=0) / np.maximum(n_reached, 1)
+        squares = np.where(reached, (logs - mean) ** 2, 0.0).sum(axis=0)
+        log_mean = np.full(count, np.inf)
+        log_mean[kept] = np.where(2 * n_reached > len(runs), mean, np.inf)
+        log_sd = np.zeros(count)
+        log_sd[kept] = np.sqrt(squares / np.maximum(n_reached - 1, 1))
+        blown_up = np.ones(count, dtype=bool)
+        blown_up[kept] = 2 * np.array([run.blown_up for run in runs]).sum(axis=0) > len(runs)
+        return cls(log_mean, log_sd, blown_up)

@@ -19,7 +19,9 @@ from optuna_ttp.loss import Loss
 from optuna_ttp.throughput import Throughput
 
 
-_FORMAT = 1
+_FORMAT = 2
+# Format 1 knew no weight decay, no validation samples and no probe.
+_READABLE = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,48 @@ class SpectrumMetadata:
 
 
 @dataclass(frozen=True, eq=False)
+class Validation:
+    """Samples that are not trained on, as the linearised network sees them.
+
+    Attributes:
+        features:
+            ``J_v J^T V Lambda^(-1/2)`` with the Jacobian ``J_v`` of the validation samples: the
+            cross kernel in the coordinates of the kept eigenpairs; shape ``(N_v C, r)``.
+        initial_outputs:
+            Outputs of the pretrained model, shape ``(N_v, C)``.
+        targets:
+            Class indices of shape ``(N_v,)``, or real targets of shape ``(N_v, C)``.
+    """
+
+    features: NDArray[np.floating[Any]]
+    initial_outputs: NDArray[np.float64]
+    targets: NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """How far the network is from its linearisation, seen without a step of training.
+
+    The weights are displaced along the path on which gradient flow takes the linearised network,
+    and the network's own loss and gradient are looked at there. See
+    :func:`optuna_ttp.jacobian.probe_linearisation`.
+
+    Attributes:
+        fractions:
+            Training loss of the linearised network over the initial one at the P points, from 1
+            downwards; shape ``(P,)``.
+        real_fractions:
+            That of the network itself at the same weights.
+        gradient_ratios:
+            Squared norm of the network's gradient over that of the linearised network.
+    """
+
+    fractions: NDArray[np.float64]
+    real_fractions: NDArray[np.float64]
+    gradient_ratios: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
 class Spectrum:
     """The largest eigenpairs of the empirical NTK, and the outputs and targets at the start.
 
@@ -82,6 +126,13 @@ class Spectrum:
             Seconds per step, or :obj:`None` where it was not measured.
         metadata:
             Where it comes from.
+        weight_outputs:
+            ``J w_0``, what the weights themselves contribute to the linearised outputs, of shape
+            ``(N, C)``: weight decay needs it. :obj:`None` where it was not computed.
+        validation:
+            The validation samples, or :obj:`None` where the task has none.
+        probe:
+            How far the network is from its linearisation, or :obj:`None` where it was not probed.
     """
 
     eigenvalues: NDArray[np.float64]
@@ -92,6 +143,9 @@ class Spectrum:
     loss: Loss
     throughput: Throughput | None
     metadata: SpectrumMetadata
+    weight_outputs: NDArray[np.float64] | None = None
+    validation: Validation | None = None
+    probe: Probe | None = None
 
     def __post_init__(self) -> None:
         shape = self.initial_outputs.shape
@@ -168,10 +222,14 @@ class Spectrum:
             n_kept = min(n_kept, n_explaining(self.eigenvalues, explained_trace * self.trace))
         if n_kept == self.rank:
             return self
+        validation = self.validation
+        if validation is not None:
+            validation = replace(validation, features=validation.features[:, :n_kept])
         return replace(
             self,
             eigenvalues=self.eigenvalues[:n_kept],
             eigenvectors=self.eigenvectors[:, :n_kept],
+            validation=validation,
         )
 
     def to_bytes(self) -> bytes:
@@ -190,6 +248,11 @@ class Spectrum:
             "targets": self.targets,
             "header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
         }
+        if self.weight_outputs is not None:
+            arrays["weight_outputs"] = self.weight_outputs
+        for prefix, part in (("validation", self.validation), ("probe", self.probe)):
+            for key, value in (vars(part) if part is not None else {}).items():
+                arrays[f"{prefix}.{key}"] = value
         if self.throughput is not None:
             arrays["throughput_batch_sizes"] = self.throughput.batch_sizes
             arrays["throughput_seconds"] = self.throughput.seconds
@@ -222,9 +285,9 @@ class Spectrum:
             raise ValueError(
                 f"These bytes are no spectrum ({type(error).__name__} while reading them)."
             ) from error
-        if written_as != _FORMAT:
+        if written_as not in _READABLE:
             raise ValueError(
-                f"The spectrum must have format {_FORMAT} but got {written_as}. "
+                f"The spectrum must have format {_FORMAT} or older but got {written_as}. "
                 "It was written by another version of optuna_ttp."
             )
         try:
@@ -238,8 +301,18 @@ class Spectrum:
                     arrays.pop("throughput_seconds"),
                     header["throughput_device"],
                 )
+            parts = {
+                name: {
+                    key.partition(".")[2]: arrays.pop(key)
+                    for key in sorted(arrays)
+                    if key.startswith(f"{name}.")
+                }
+                for name in ("validation", "probe")
+            }
             return cls(
                 trace=float(header["trace"]),
+                validation=Validation(**parts["validation"]) if parts["validation"] else None,
+                probe=Probe(**parts["probe"]) if parts["probe"] else None,
                 loss=Loss(**loss),
                 throughput=throughput,
                 metadata=SpectrumMetadata(**header["metadata"]),

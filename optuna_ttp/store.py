@@ -154,7 +154,8 @@ class SpectrumStore:
             settings:
                 Keyword arguments of :func:`~optuna_ttp.compute_spectrum`. Engine, precision and
                 truncation belong to what is looked for; the others only matter when computing.
-                The time of a step is measured where the stored spectrum lacks it.
+                The time of a step is measured, and the linearisation probed, where the stored
+                spectrum lacks it.
 
         Returns:
             The spectrum.
@@ -171,13 +172,7 @@ class SpectrumStore:
                 f"Read the spectrum of {task.name!r} in {time.perf_counter() - started:.2f} s; "
                 f"computing it took {stored.metadata.compute_seconds:.1f} s."
             )
-            if stored.throughput is None and settings.get("measure_speed", True):
-                from optuna_ttp.jacobian import resolve_device
-                from optuna_ttp.throughput import measure_throughput
-
-                device = resolve_device(task, settings.get("device"))
-                return replace(stored, throughput=measure_throughput(task, device=device))
-            return stored
+            return self._completed(task, stored, identity, settings)
         from optuna_ttp.jacobian import compute_spectrum
 
         spectrum = compute_spectrum(task, **settings)
@@ -187,6 +182,27 @@ class SpectrumStore:
             "and stored it."
         )
         return spectrum
+
+    def _completed(
+        self,
+        task: FineTuningTask,
+        stored: Spectrum,
+        identity: dict[str, Any],
+        settings: dict[str, Any],
+    ) -> Spectrum:
+        """Add what an older or hastier computation left out."""
+        from optuna_ttp.jacobian import probe_linearisation
+        from optuna_ttp.jacobian import resolve_device
+        from optuna_ttp.throughput import measure_throughput
+
+        if stored.probe is None and settings.get("probe", True):
+            device = resolve_device(task, settings.get("device"))
+            stored = probe_linearisation(task, stored, device=device)
+            self.put(stored, overwrite=True, **identity)
+        if stored.throughput is None and settings.get("measure_speed", True):
+            device = resolve_device(task, settings.get("device"))
+            return replace(stored, throughput=measure_throughput(task, device=device))
+        return stored
 
     def get(self, task: FineTuningTask | str, **settings: Any) -> Spectrum | None:
         """Return a stored spectrum.
@@ -230,12 +246,14 @@ class SpectrumStore:
             )
         return spectrum
 
-    def put(self, spectrum: Spectrum, **settings: Any) -> None:
-        """Store a spectrum. One that is already there for the same task and settings is kept.
+    def put(self, spectrum: Spectrum, *, overwrite: bool = False, **settings: Any) -> None:
+        """Store a spectrum.
 
         Args:
             spectrum:
                 What to store.
+            overwrite:
+                Replace one that is there for the same task and settings. It is kept by default.
             settings:
                 ``engine``, ``dtype``, ``rank`` and ``explained_trace`` as it was computed with.
 
@@ -266,6 +284,8 @@ class SpectrumStore:
             "data": data,
         }
         with self._connection("write") as connection:
+            if overwrite:
+                connection.execute(_spectra.delete().where(_spectra.c.key == key))
             present = sa.select(_spectra.c.key).where(_spectra.c.key == key)
             if connection.execute(present).first() is not None:
                 return

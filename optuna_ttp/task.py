@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import contextmanager
+import copy
 from dataclasses import asdict
 import functools
 import hashlib
 import json
+import math
 import random
 import re
 from types import CodeType
@@ -73,6 +75,12 @@ class FineTuningTask:
         name:
             A name for people to read. It is not part of the fingerprint. The class name of the
             model by default.
+        validation_data:
+            Samples that are not trained on, in any of the forms of ``data``. With them the
+            validation loss and accuracy can be predicted. None by default.
+        learning_rate_multipliers:
+            From the beginning of parameters' names to what multiplies their learning rate, as
+            parameter groups do: ``{"head.": 10.0}``. The longest beginning counts; one by default.
 
     Raises:
         TypeError:
@@ -89,6 +97,8 @@ class FineTuningTask:
         loss: str | torch.nn.Module | Loss = "cross_entropy",
         forward: Callable[[torch.nn.Module, Any], torch.Tensor] | None = None,
         name: str | None = None,
+        validation_data: Any = None,
+        learning_rate_multipliers: Mapping[str, float] | None = None,
     ) -> None:
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module but got {type(model).__name__}.")
@@ -105,6 +115,8 @@ class FineTuningTask:
             raw_targets, self._data_digest = self._read_all()
             self.n_outputs = self._check_outputs()
         self.targets = _check_targets(raw_targets, self.loss, self.n_outputs)
+        self.multipliers = _multipliers(self.model, learning_rate_multipliers or {})
+        self.validation = self._validation_task(validation_data)
 
     def __repr__(self) -> str:
         return (
@@ -144,7 +156,43 @@ class FineTuningTask:
             _hash_tensor(digest, f"buffer {name}", buffer)
         _hash_function(digest, self.forward)
         digest.update(self._data_digest)
+        # Only where they are used, so that older fingerprints stay.
+        if any(factor != 1.0 for factor in self.multipliers.values()):
+            digest.update(json.dumps(self.multipliers, sort_keys=True).encode())
+        if self.validation is not None:
+            digest.update(b"validation" + self.validation._data_digest)
         return digest.hexdigest()
+
+    def subset(self, n_samples: int, *, seed: int = 0) -> FineTuningTask:
+        """Return the same task on a random subset of its training samples.
+
+        The subsets of one seed are nested.
+
+        Args:
+            n_samples:
+                From 1 to N.
+            seed:
+                Of the draw.
+
+        Returns:
+            A new task.
+
+        Raises:
+            ValueError:
+                If there are not so many samples.
+        """
+        if isinstance(n_samples, bool) or not 1 <= n_samples <= self.n_samples:
+            raise ValueError(
+                f"n_samples must be from 1 to {self.n_samples}, the samples of the task, but got "
+                f"{n_samples!r}."
+            )
+        chosen = np.random.default_rng(seed).permutation(self.n_samples)[:n_samples]
+        part = copy.copy(self)
+        part._indices = [self._indices[i] for i in sorted(chosen)]
+        with _preserved_random_state():
+            raw_targets, part._data_digest = part._read_all()
+        part.targets = _check_targets(raw_targets, self.loss, self.n_outputs)
+        return part
 
     def batches(
         self, batch_size: int, device: torch.device, dtype: torch.dtype, *, start: int = 0
@@ -226,6 +274,20 @@ class FineTuningTask:
                 f"{len(outputs)} samples, the first one sample {bad[0]}."
             )
         return outputs
+
+    def _validation_task(self, data: Any) -> FineTuningTask | None:
+        if data is None:
+            return None
+        try:
+            task = FineTuningTask(self.model, data, self.loss, self.forward)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"validation_data: {error}") from error
+        if task.n_outputs != self.n_outputs:
+            raise ValueError(
+                f"validation_data must lead to {self.n_outputs} outputs, like the training data, "
+                f"but got {task.n_outputs}."
+            )
+        return task
 
     def _check_reproducible(self) -> None:
         # Augmentation often changes an item with probability one half, so several are read twice.
@@ -398,6 +460,27 @@ def _check_parameters(model: torch.nn.Module) -> None:
             raise ValueError(f"The model's weights must be finite but {name!r} is not.")
         if parameter.is_complex():
             raise TypeError(f"Complex parameters are not supported but {name!r} is complex.")
+
+
+def _multipliers(model: torch.nn.Module, given: Mapping[str, float]) -> dict[str, float]:
+    """The learning-rate multiplier of each trainable parameter."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    for start, factor in given.items():
+        if not (math.isfinite(factor) and factor > 0):
+            raise ValueError(
+                f"learning_rate_multipliers must be positive but got {factor} for {start!r}. "
+                "Use requires_grad_(False) for weights that are not trained."
+            )
+        if not any(name.startswith(start) for name in names):
+            raise ValueError(
+                "learning_rate_multipliers must be given for the beginning of a trainable "
+                f"parameter's name but got {start!r}. Names are like {', '.join(names[:3])}."
+            )
+    multipliers = {}
+    for name in names:
+        fitting = [start for start in given if name.startswith(start)]
+        multipliers[name] = float(given[max(fitting, key=len)]) if fitting else 1.0
+    return multipliers
 
 
 def _read_data_argument(data: Any) -> tuple[Any, list[int], Callable[[list[Any]], Any]]:

@@ -94,7 +94,10 @@ def predicted_steps(params: dict[str, Any]) -> float:
 
 def predicted_seconds(proposed: list[dict[str, Any]]) -> NDArray[np.float64]:
     """The same in seconds, for many trials; 1,000 where the target is out of reach."""
-    seconds = quick_predictor().score(**{n: [p[n] for p in proposed] for n in SPACE})
+    rates, sizes, momenta = (
+        [p[n] for p in proposed] for n in ("learning_rate", "batch_size", "momentum")
+    )
+    seconds = quick_predictor().score(rates, sizes, momenta)
     return np.where(np.isfinite(seconds), seconds, 1e3)
 
 

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from optuna_ttp.dynamics import LinearisedModel
-from optuna_ttp.dynamics import max_learning_rate
 from optuna_ttp.dynamics import mse_gradient_descent
-from optuna_ttp.dynamics import simulate_heavy_ball
+from optuna_ttp.dynamics import mse_gradient_flow
+from optuna_ttp.dynamics import SGD
+from optuna_ttp.dynamics import simulate
+from optuna_ttp.dynamics import StabilityLimit
 from optuna_ttp.dynamics import Target
 from optuna_ttp.dynamics import Trajectories
 from optuna_ttp.loss import Loss
@@ -35,14 +37,20 @@ def _simulate(
     rate, size, mass, steps = np.broadcast_arrays(
         *map(np.atleast_1d, (learning_rate, batch_size, momentum, max_steps))
     )
-    return simulate_heavy_ball(
+    return simulate(
         model,
-        rate.astype(np.float64),
+        SGD.of(rate, mass),
         size.astype(np.int64),
-        mass.astype(np.float64),
         max_steps=steps.astype(np.int64),
         **settings,
     )
+
+
+def _max_learning_rate(
+    curvatures: NDArray[np.float64], n_samples: int, batch_size: Any, momentum: Any
+) -> NDArray[np.float64]:
+    limit = StabilityLimit.of(curvatures, n_samples)
+    return limit.max_learning_rate(np.asarray(batch_size), np.asarray(momentum))
 
 
 def _double(one: Spectrum) -> LinearisedModel:
@@ -96,13 +104,13 @@ def test_simulated_mse_equals_the_closed_form(relative_rate: float, rank: int | 
     rate = relative_rate * _stable_rate(one)
     curves = _simulate(LinearisedModel.from_spectrum(one), rate, 12, max_steps=500, exact=True)
     closed = mse_gradient_descent(one, rate, curves.steps[0])
-    np.testing.assert_allclose(curves.losses[0], closed, rtol=1e-4)
+    np.testing.assert_allclose(curves.curves["loss"][0], closed, rtol=1e-4)
 
 
 def test_gradient_flow_is_the_limit_of_small_steps() -> None:
     one = spectrum("mse")
     rate = 0.2 * _stable_rate(one)
-    flow = mse_gradient_descent(one, rate, [10, 40], continuous=True)
+    flow = mse_gradient_flow(one, rate, [10, 40])
     errors = [
         np.abs(mse_gradient_descent(one, rate / n, [10 * n, 40 * n]) - flow).max()
         for n in (10, 100, 1000)
@@ -117,7 +125,7 @@ def test_gradient_flow_equals_equation_5_of_zancato_et_al() -> None:
     dy = (one.targets - one.initial_outputs).ravel()
     p = (dy @ one.eigenvectors) ** 2
     t, eta = 7.0, 0.05
-    ours = mse_gradient_descent(one, eta * dy.size / 2.0, [t], continuous=True)[0] * dy.size
+    ours = mse_gradient_flow(one, eta * dy.size / 2.0, [t])[0] * dy.size
     theirs = (np.exp(-2.0 * eta * one.eigenvalues * t) * p).sum()
     assert ours == pytest.approx(theirs + dy @ dy - p.sum(), rel=1e-12)
 
@@ -144,7 +152,7 @@ def test_simulated_heavy_ball_equals_the_closed_form_of_its_roots(
         # A stable heavy ball may overshoot at first.
         assert expected.max() > 99 * expected[0]
         return
-    np.testing.assert_allclose(curves.losses[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(curves.curves["loss"][0], expected, rtol=1e-6)
 
 
 # Real training
@@ -206,9 +214,8 @@ def test_simulation_equals_real_training_of_a_linear_model_step_by_step(
     )
     losses, accuracies = _train(_LOSSES[loss], 0.02, batch_size, momentum, 60, seed=3)
     steps = curves.steps[0].astype(int)
-    np.testing.assert_allclose(curves.losses[0], np.array(losses)[steps], rtol=1e-8)
-    assert curves.accuracies is not None
-    np.testing.assert_allclose(curves.accuracies[0], np.array(accuracies)[steps])
+    np.testing.assert_allclose(curves.curves["loss"][0], np.array(losses)[steps], rtol=1e-8)
+    np.testing.assert_allclose(curves.curves["accuracy"][0], np.array(accuracies)[steps])
 
 
 def test_configurations_simulated_together_equal_each_alone() -> None:
@@ -216,23 +223,26 @@ def test_configurations_simulated_together_equal_each_alone() -> None:
     rates, sizes = [0.01, 0.2, 0.1, 0.05, 0.3], [12, 4, 5, 4, 12]
     masses, steps = [0.0, 0.9, 0.5, 0.0, 0.9], [30, 90, 60, 7, 1]
     together = _simulate(model, rates, sizes, masses, steps)
-    assert together.losses.shape == together.steps.shape
+    assert together.curves["loss"].shape == together.steps.shape
     for k, configuration in enumerate(zip(rates, sizes, masses, steps, strict=True)):
         alone = _simulate(model, *configuration)
-        n = alone.losses.shape[1]
-        np.testing.assert_allclose(together.losses[k, :n], alone.losses[0], rtol=1e-12)
+        n = alone.curves["loss"].shape[1]
+        np.testing.assert_allclose(
+            together.curves["loss"][k, :n], alone.curves["loss"][0], rtol=1e-12
+        )
         np.testing.assert_array_equal(together.steps[k, :n], alone.steps[0])
-        assert np.isnan(together.losses[k, n:]).all()
+        assert np.isnan(together.curves["loss"][k, n:]).all()
         assert np.isnan(together.steps[k, n:]).all()
 
 
 def test_seed_decides_the_order_of_mini_batches_only() -> None:
     model = _double(spectrum())
-    first, same, other = (_simulate(model, 0.1, 5, seed=s).losses for s in (1, 1, 2))
+    first, same, other = (_simulate(model, 0.1, 5, seed=s).curves["loss"] for s in (1, 1, 2))
     np.testing.assert_array_equal(first, same)
     assert not np.allclose(first, other)
     np.testing.assert_array_equal(
-        _simulate(model, 0.1, 12, seed=1).losses, _simulate(model, 0.1, 12, seed=2).losses
+        _simulate(model, 0.1, 12, seed=1).curves["loss"],
+        _simulate(model, 0.1, 12, seed=2).curves["loss"],
     )
 
 
@@ -246,7 +256,7 @@ def test_simulation_on_every_device_is_the_same(device: torch.device) -> None:
     expected = _simulate(_double(spectrum()), [0.1, 0.2], 5, 0.5)
     model = LinearisedModel.from_spectrum(spectrum(), device=device)
     actual = _simulate(model, [0.1, 0.2], 5, 0.5)
-    np.testing.assert_allclose(actual.losses, expected.losses, rtol=1e-4)
+    np.testing.assert_allclose(actual.curves["loss"], expected.curves["loss"], rtol=1e-4)
 
 
 # What is recorded
@@ -263,7 +273,9 @@ def test_curves_start_at_zero_end_at_the_horizon_and_leave_no_gap(
     assert (steps[0], steps[-1]) == (0, max_steps)
     assert (np.diff(steps) >= 1).all()
     assert (np.diff(steps) <= np.maximum(1, 0.04 * steps[:-1])).all()
-    assert curves.losses[0, 0] == pytest.approx(float(model.loss(model.initial_outputs[None])))
+    assert curves.curves["loss"][0, 0] == pytest.approx(
+        float(model.loss(model.initial_outputs[None]))
+    )
 
 
 def test_curve_ends_where_the_target_is_reached() -> None:
@@ -271,18 +283,16 @@ def test_curve_ends_where_the_target_is_reached() -> None:
     target = Target("loss", 0.8 * float(model.loss(model.initial_outputs[None])))
     ended = _simulate(model, 0.1, 12, max_steps=500, target=target, exact=True)
     whole = _simulate(model, 0.1, 12, max_steps=500, exact=True)
-    n = ended.losses.shape[1]
-    assert n < whole.losses.shape[1]
-    np.testing.assert_array_equal(ended.losses[0], whole.losses[0, :n])
-    assert ended.losses[0, -1] <= target.value < ended.losses[0, -2]
+    n = ended.curves["loss"].shape[1]
+    assert n < whole.curves["loss"].shape[1]
+    np.testing.assert_array_equal(ended.curves["loss"][0], whole.curves["loss"][0, :n])
+    assert ended.curves["loss"][0, -1] <= target.value < ended.curves["loss"][0, -2]
 
 
 def test_accuracy_target_ends_a_curve() -> None:
     model = _double(spectrum())
     ended = _simulate(model, 0.1, 12, max_steps=2000, target=Target("accuracy", 0.75))
-    assert ended.accuracies is not None
-    assert ended.accuracies[0, -1] >= 0.75 > ended.accuracies[0, :-1].max()
-    assert _simulate(model, 0.1, 12).accuracies is None
+    assert ended.curves["accuracy"][0, -1] >= 0.75 > ended.curves["accuracy"][0, :-1].max()
 
 
 def test_single_real_output_has_no_accuracy() -> None:
@@ -308,7 +318,7 @@ def test_training_just_below_the_limit_does_not_blow_up() -> None:
     rate = 0.99 * _stable_rate(one)
     curves = _simulate(LinearisedModel.from_spectrum(one), rate, 12, max_steps=1000)
     assert not curves.blown_up[0]
-    assert curves.losses[0, -1] < curves.losses[0, 0]
+    assert curves.curves["loss"][0, -1] < curves.curves["loss"][0, 0]
 
 
 # Several steps as one
@@ -327,7 +337,9 @@ def test_time_with_strides_is_within_two_per_cent_of_the_exact_one(
     model = _double(_wide_spectrum(loss))
     initial = float(model.loss(model.initial_outputs[None]))
     rate = 0.01 * (1.0 - momentum) / float(model.curvatures[0])
-    least = _simulate(model, 1.0 / float(model.curvatures[0]), 40, max_steps=2000).losses.min()
+    least = (
+        _simulate(model, 1.0 / float(model.curvatures[0]), 40, max_steps=2000).curves["loss"].min()
+    )
     strides = []
     for share in (0.9, 0.6, 0.4, 0.2):
         target = Target("loss", least + share * (initial - least))
@@ -336,7 +348,7 @@ def test_time_with_strides_is_within_two_per_cent_of_the_exact_one(
             curves = _simulate(
                 model, rate, batch_size, momentum, 20_000, target=target, exact=exact
             )
-            times.append(target.first_passage(curves.steps[0], curves.losses[0]))
+            times.append(target.first_passage(curves.steps[0], curves.curves["loss"][0]))
         assert math.isfinite(times[0])
         assert times[1] == pytest.approx(times[0], rel=0.02)
         strides.append(int(curves.strides[0]))
@@ -352,8 +364,8 @@ def test_coarse_steps_keep_the_rate_of_the_heavy_ball_to_second_order(momentum: 
     curves = _simulate(_double(one), rate, 12, momentum, 1000)
     assert curves.strides[0] == 8
     least = mse_gradient_descent(one, 1.0 / h, [10_000])[0]
-    late = (curves.steps[0] > 100) & (curves.losses[0] > least * (1 + 1e-9))
-    slope = np.polyfit(curves.steps[0][late], np.log(curves.losses[0][late] - least), 1)[0]
+    late = (curves.steps[0] > 100) & (curves.curves["loss"][0] > least * (1 + 1e-9))
+    slope = np.polyfit(curves.steps[0][late], np.log(curves.curves["loss"][0][late] - least), 1)[0]
     slow_root = np.roots([1.0, -(1.0 + momentum - rate * h), momentum]).max()
     assert slope == pytest.approx(2 * np.log(slow_root), rel=0.03)
 
@@ -472,16 +484,16 @@ def test_stability_limit_agrees_with_simulated_least_squares(
     batch_size: int, momentum: float
 ) -> None:
     model = _least_squares(128, 32)
-    limit = max_learning_rate(model.curvatures, 128, np.array([batch_size]), np.array([momentum]))[
-        0
-    ]
+    limit = _max_learning_rate(model.curvatures, 128, [batch_size], [momentum])[0]
     ratios = np.linspace(0.75, 1.35, 13)
     grows = []
     for seed in range(3):
         curves = _simulate(
             model, list(ratios * limit), batch_size, momentum, 1000, exact=True, seed=seed
         )
-        grows.append(curves.blown_up | (curves.losses[:, -1] > curves.losses[:, 0]))
+        grows.append(
+            curves.blown_up | (curves.curves["loss"][:, -1] > curves.curves["loss"][:, 0])
+        )
     often = np.mean(grows, axis=0) > 0.5
     critical = ratios[np.argmax(often)]
     assert often[-1]
@@ -497,29 +509,29 @@ def test_full_batch_limit_is_that_of_the_heavy_ball(
     momentum: float, curvatures: list[float]
 ) -> None:
     h = np.sort(curvatures)[::-1]
-    limit = max_learning_rate(h, 50, np.array([50]), np.array([momentum]))[0]
+    limit = _max_learning_rate(h, 50, np.array([50]), np.array([momentum]))[0]
     assert limit == pytest.approx(2 * (1 + momentum) / h[0], rel=1e-9)
 
 
 def test_limit_rises_with_the_batch_size_to_that_of_the_full_batch() -> None:
     h = np.array([3.0, 1.0, 0.5])
     sizes = np.arange(1, 101)
-    limits = max_learning_rate(h, 100, sizes, np.full(100, 0.9))
+    limits = _max_learning_rate(h, 100, sizes, np.full(100, 0.9))
     assert (np.diff(limits) > 0).all()
     assert limits[-1] == pytest.approx(2 * 1.9 / 3.0)
     # Small batches: S = 1 for eta h_1 << 2 (1 + m), at eta = 2 (1 - m) B / tr(H).
-    tiny = max_learning_rate(np.full(1000, 1.0), 10**9, np.array([1]), np.array([0.0]))[0]
+    tiny = _max_learning_rate(np.full(1000, 1.0), 10**9, np.array([1]), np.array([0.0]))[0]
     assert tiny == pytest.approx(2.0 / 1000, rel=0.01)
 
 
 def test_flat_loss_has_no_limit() -> None:
-    assert max_learning_rate(np.zeros(3), 5, np.array([2]), np.array([0.0])) == [np.inf]
-    limit = max_learning_rate(np.array([2.0, 0.0]), 5, np.array([5]), np.array([0.0]))
+    assert _max_learning_rate(np.zeros(3), 5, np.array([2]), np.array([0.0])) == [np.inf]
+    limit = _max_learning_rate(np.array([2.0, 0.0]), 5, np.array([5]), np.array([0.0]))
     assert limit[0] == pytest.approx(1.0)
 
 
 def test_single_sample_has_no_noise() -> None:
-    limit = max_learning_rate(np.array([2.0]), 1, np.array([1]), np.array([0.0]))[0]
+    limit = _max_learning_rate(np.array([2.0]), 1, np.array([1]), np.array([0.0]))[0]
     assert limit == pytest.approx(1.0)
 
 

@@ -16,7 +16,7 @@ import torch
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.jacobian import compute_spectrum
 from optuna_ttp.jacobian import eigenpairs
-from optuna_ttp.jacobian import exact_gram
+from optuna_ttp.jacobian import exact_kernel
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.task import FineTuningTask
 from tests.cases import Case
@@ -94,8 +94,8 @@ def test_gram_matrix_equals_brute_force(name: str, device: torch.device) -> None
     one = case(name)
     jacobian = brute_force_jacobian(one)
     task = FineTuningTask(one.model, one.data, forward=one.forward)
-    single = exact_gram(task, device=device)
-    double = exact_gram(task, device=device, dtype=torch.float64)
+    single = exact_kernel(task, device=device).gram
+    double = exact_kernel(task, device=device, dtype=torch.float64).gram
     assert single.dtype == np.float32
     assert double.dtype == np.float64
     assert _relative_error(single, jacobian @ jacobian.T) < 1e-4
@@ -111,26 +111,26 @@ def test_many_small_gradients_do_not_drown_in_a_few_large_ones(device: torch.dev
     layer = torch.nn.Linear(x.shape[1], 1, bias=False)
     task = FineTuningTask(layer, (x, torch.zeros(2, 1)), loss="mse")
     jacobian = x.double().numpy()
-    gram = exact_gram(task, device=device)
+    gram = exact_kernel(task, device=device).gram
     assert _relative_error(gram, jacobian @ jacobian.T) < 1e-4
     budget = _smallest_budget(task, torch.float32, 1)
-    blocked = exact_gram(task, device=device, max_memory=budget)
+    blocked = exact_kernel(task, device=device, max_memory=budget).gram
     assert _relative_error(blocked, jacobian @ jacobian.T) < 1e-4
 
 
 def test_frozen_parameters_do_not_count() -> None:
     one = case("frozen parameters")
-    frozen = exact_gram(FineTuningTask(one.model, one.data), device=CPU)
-    free = exact_gram(FineTuningTask(one.model.requires_grad_(True), one.data), device=CPU)
+    frozen = exact_kernel(FineTuningTask(one.model, one.data), device=CPU).gram
+    free = exact_kernel(FineTuningTask(one.model.requires_grad_(True), one.data), device=CPU).gram
     assert np.trace(free) > 1.01 * np.trace(frozen)
 
 
 def test_parameter_that_moves_no_output_changes_nothing() -> None:
     model = mlp()
-    expected = exact_gram(FineTuningTask(model, vectors(5)), device=CPU)
+    expected = exact_kernel(FineTuningTask(model, vectors(5)), device=CPU).gram
     model.register_parameter("unused", torch.nn.Parameter(torch.ones(7)))
     np.testing.assert_allclose(
-        exact_gram(FineTuningTask(model, vectors(5)), device=CPU), expected, rtol=1e-6
+        exact_kernel(FineTuningTask(model, vectors(5)), device=CPU).gram, expected, rtol=1e-6
     )
 
 
@@ -138,7 +138,7 @@ def test_output_that_no_parameter_moves_has_zero_rows() -> None:
     def forward(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([model(x)[:, :2], x[:, :1]], dim=1)
 
-    gram = exact_gram(FineTuningTask(mlp(), vectors(4), forward=forward), device=CPU)
+    gram = exact_kernel(FineTuningTask(mlp(), vectors(4), forward=forward), device=CPU).gram
     assert (gram[2::3] == 0).all()
     assert (np.diag(gram)[:2] > 0).all()
 
@@ -146,7 +146,7 @@ def test_output_that_no_parameter_moves_has_zero_rows() -> None:
 def test_single_sample_and_single_output() -> None:
     x, _ = vectors(1)
     task = FineTuningTask(torch.nn.Linear(6, 1), (x, torch.zeros(1, 1)), loss="mse")
-    gram = exact_gram(task, device=CPU)
+    gram = exact_kernel(task, device=CPU).gram
     np.testing.assert_allclose(gram, [[float((x**2).sum()) + 1.0]], rtol=1e-6)
 
 
@@ -155,8 +155,8 @@ def test_model_that_casts_to_half_precision_inside_is_no_mixing() -> None:
         rounded: torch.Tensor = model(x).to(torch.bfloat16).float()
         return rounded
 
-    gram = exact_gram(FineTuningTask(mlp(), vectors(4), forward=forward), device=CPU)
-    expected = exact_gram(FineTuningTask(mlp(), vectors(4)), device=CPU)
+    gram = exact_kernel(FineTuningTask(mlp(), vectors(4), forward=forward), device=CPU).gram
+    expected = exact_kernel(FineTuningTask(mlp(), vectors(4)), device=CPU).gram
     assert _relative_error(gram, expected) < 0.02
 
 
@@ -181,9 +181,9 @@ def test_gram_matrix_does_not_depend_on_the_blocks(
     n_samples: int, n_held: int, dtype: torch.dtype
 ) -> None:
     task = FineTuningTask(mlp(), vectors(n_samples))
-    whole = exact_gram(task, device=CPU, dtype=dtype)
+    whole = exact_kernel(task, device=CPU, dtype=dtype).gram
     budget = _smallest_budget(task, dtype, n_held)
-    blocked = exact_gram(task, device=CPU, dtype=dtype, max_memory=budget)
+    blocked = exact_kernel(task, device=CPU, dtype=dtype, max_memory=budget).gram
     precision = 1e-14 if dtype == torch.float64 else 1e-6
     np.testing.assert_allclose(blocked, whole, rtol=0, atol=precision * np.abs(whole).max())
 
@@ -192,10 +192,10 @@ def test_gram_matrix_does_not_depend_on_the_blocks(
 def test_too_small_memory_budget_is_refused(dtype: torch.dtype) -> None:
     task = FineTuningTask(mlp(), vectors(6))
     budget = _smallest_budget(task, dtype, 1)
-    exact_gram(task, device=CPU, dtype=dtype, max_memory=budget)
+    exact_kernel(task, device=CPU, dtype=dtype, max_memory=budget)
     for too_small in (budget - 1, 1, 0, -5):
         with pytest.raises(ValueError, match=r"max_memory must be at least .* 18 outputs and 163"):
-            exact_gram(task, device=CPU, dtype=dtype, max_memory=too_small)
+            exact_kernel(task, device=CPU, dtype=dtype, max_memory=too_small)
 
 
 # What cannot be differentiated
@@ -217,13 +217,13 @@ def test_samples_that_mix_across_the_batch_are_refused(
 ) -> None:
     task = FineTuningTask(mlp(), vectors(), forward=lambda model, x: model(mix(x)))
     with pytest.raises(ValueError, match=r"sample \d+ depend on the other samples of its batch"):
-        exact_gram(task, device=device)
+        exact_kernel(task, device=device)
 
 
 def test_batch_norm_without_running_statistics_is_refused() -> None:
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(1, track_running_stats=False), cnn())
     with pytest.raises(ValueError, match="depend on the other samples of its batch"):
-        exact_gram(FineTuningTask(model, images(5)), device=CPU)
+        exact_kernel(FineTuningTask(model, images(5)), device=CPU)
 
 
 def test_gradients_that_are_not_finite_are_refused(device: torch.device) -> None:

@@ -135,13 +135,14 @@ def test_prediction_in_words() -> None:
     one = predictor.predict(0.1, 4)
     assert str(one) == (
         f"converges: {one.steps.item():,.0f} steps ({one.epochs.item():.3g} epochs, "
-        f"{one.seconds.item():.3g} s)"
+        f"{one.seconds.item():.3g} s), 80 % interval {one.steps_low.item():,.0f} to "
+        f"{one.steps_high.item():,.0f} steps"
     )
     assert " s)" not in str(TrainingTimePredictor(spectrum(), target_fraction=0.6).predict(0.1, 4))
     assert str(predictor.predict(1e-6, 4)) == "not_reached within 10,000 steps"
     limit = predictor.max_learning_rate(4).item()
     assert str(predictor.predict(12 * limit, 4)) == (
-        "diverges: the learning rate is 12 times the largest stable one"
+        "diverges: the learning rate is 12 times the largest stable one (probability 82%)"
     )
     assert str(predictor.predict([0.1, 1e-6, 0.1], 4)) == (
         "3 configurations: 2 converges, 1 not_reached"

@@ -30,7 +30,7 @@ from torch.utils.data import WeightedRandomSampler
 
 from optuna_ttp.exceptions import DataOrderWarning
 from optuna_ttp.jacobian import compute_spectrum
-from optuna_ttp.jacobian import exact_gram
+from optuna_ttp.jacobian import exact_kernel
 from optuna_ttp.task import FineTuningTask
 from optuna_ttp.throughput import measure_throughput
 from tests.cases import case
@@ -360,7 +360,7 @@ def test_model_that_squeezes_a_batch_of_one_is_refused(device: torch.device) -> 
         task.initial_outputs(device)
     task = FineTuningTask(Wrapped(torch.squeeze), vectors(4))
     with pytest.raises(ValueError, match=r"\(1, 3\) for a batch of one but got \(3,\)"):
-        exact_gram(task, device=device)
+        exact_kernel(task, device=device)
 
 
 def test_random_outputs_are_refused() -> None:
@@ -590,7 +590,7 @@ _LOOKS: dict[str, Callable[[FineTuningTask, torch.device], object]] = {
     "fingerprint": lambda task, device: task.fingerprint,
     "initial_outputs": lambda task, device: task.initial_outputs(device),
     "compute_spectrum": lambda task, device: compute_spectrum(task, device=device),
-    "exact_gram in blocks": lambda task, device: exact_gram(
+    "exact_kernel in blocks": lambda task, device: exact_kernel(
         task, device=device, dtype=torch.float64, max_memory=95_000
     ),
     "measure_throughput": lambda task, device: measure_throughput(
@@ -618,8 +618,8 @@ def test_model_comes_back_as_it_was(look: str, device: torch.device) -> None:
         ("compute_spectrum", 1),
         ("compute_spectrum", 7),
         ("compute_spectrum", 20),
-        ("exact_gram in blocks", 1),
-        ("exact_gram in blocks", 20),
+        ("exact_kernel in blocks", 1),
+        ("exact_kernel in blocks", 20),
         ("measure_throughput", 0),
         ("measure_throughput", 7),
     ],
@@ -677,9 +677,9 @@ def test_user_keeps_training_as_if_nobody_had_looked() -> None:
 )
 def test_surrounding_modes_do_not_change_the_result(context: Any) -> None:
     task = FineTuningTask(mlp(), vectors(5))
-    expected = exact_gram(task, device=CPU)
+    expected = exact_kernel(task, device=CPU).gram
     with context:
-        np.testing.assert_array_equal(exact_gram(task, device=CPU), expected)
+        np.testing.assert_array_equal(exact_kernel(task, device=CPU).gram, expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

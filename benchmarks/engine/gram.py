@@ -21,7 +21,7 @@ import torch
 from benchmarks.environment import environment
 from optuna_ttp import _demo
 from optuna_ttp import FineTuningTask
-from optuna_ttp.jacobian import exact_gram
+from optuna_ttp.jacobian import exact_kernel
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {"ours": [], "torch_func": []}
         for _ in range(1 if options.smoke else 3):
             started = time.process_time()
-            ours = exact_gram(task, device=torch.device("cpu"), show_progress_bar=False)
+            ours = exact_kernel(task, device=torch.device("cpu"), show_progress_bar=False).gram
             seconds["ours"].append(time.process_time() - started)
             started = time.process_time()
             peer = _torch_func_gram(tuning.model, images)

@@ -6,20 +6,40 @@ Knows neither Optuna nor databases.
 from __future__ import annotations
 
 from optuna_ttp.dynamics._closed_form import mse_gradient_descent
-from optuna_ttp.dynamics._heavy_ball import simulate_heavy_ball
-from optuna_ttp.dynamics._heavy_ball import Trajectories
+from optuna_ttp.dynamics._closed_form import mse_gradient_flow
+from optuna_ttp.dynamics._growth import KernelGrowth
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
-from optuna_ttp.dynamics._stability import max_learning_rate
+from optuna_ttp.dynamics._schedule import Schedule
+from optuna_ttp.dynamics._sde import simulate_equation
+from optuna_ttp.dynamics._sgd import SGD
+from optuna_ttp.dynamics._simulation import Sampling
+from optuna_ttp.dynamics._simulation import simulate
+from optuna_ttp.dynamics._simulation import Trajectories
+from optuna_ttp.dynamics._smoothing import Smoothing
+from optuna_ttp.dynamics._stability import StabilityLimit
+from optuna_ttp.dynamics._subset import power_law_modes
+from optuna_ttp.dynamics._subset import restricted
+from optuna_ttp.dynamics._subset import SampleConvergence
 from optuna_ttp.dynamics._surface import ResponseSurface
 from optuna_ttp.dynamics._target import Target
 
 
 __all__ = [
+    "SGD",
+    "KernelGrowth",
     "LinearisedModel",
     "ResponseSurface",
+    "SampleConvergence",
+    "Sampling",
+    "Schedule",
+    "Smoothing",
+    "StabilityLimit",
     "Target",
     "Trajectories",
-    "max_learning_rate",
     "mse_gradient_descent",
-    "simulate_heavy_ball",
+    "mse_gradient_flow",
+    "power_law_modes",
+    "restricted",
+    "simulate",
+    "simulate_equation",
 ]

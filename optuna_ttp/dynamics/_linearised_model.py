@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 import torch
 
+from optuna_ttp.loss import Loss
 from optuna_ttp.spectrum import Spectrum
 
 
@@ -32,6 +35,11 @@ class LinearisedModel:
             The class to be predicted, of shape ``(N,)``, or :obj:`None` for a single real target.
         kind:
             ``"cross_entropy"`` or ``"mse"``.
+        pull:
+            The pretrained weights in the coordinates of ``theta``, ``Lambda^(-1/2) V^T J w_0``, of
+            shape ``(r,)``: where weight decay pulls from. :obj:`None` where it is not known.
+        validation:
+            The same model on the validation samples, or :obj:`None`.
     """
 
     features: torch.Tensor
@@ -40,6 +48,8 @@ class LinearisedModel:
     normalisers: torch.Tensor
     labels: torch.Tensor | None
     kind: str
+    pull: torch.Tensor | None = None
+    validation: LinearisedModel | None = None
 
     @classmethod
     def from_spectrum(
@@ -62,26 +72,66 @@ class LinearisedModel:
         Returns:
             The linearised model.
         """
-        psi = np.asarray(spectrum.eigenvectors, dtype=np.float64) * np.sqrt(spectrum.eigenvalues)
-        soft_targets, normalisers = spectrum.loss.soft_targets(
-            spectrum.targets, spectrum.n_outputs
+        vectors = np.asarray(spectrum.eigenvectors, dtype=np.float64)
+        roots = np.sqrt(spectrum.eigenvalues)
+        pull = None
+        if spectrum.weight_outputs is not None:
+            pull = torch.as_tensor(spectrum.weight_outputs.ravel() @ vectors / roots)
+            pull = pull.to(device, dtype)
+        validation = None
+        if spectrum.validation is not None:
+            held_out = spectrum.validation
+            validation = cls._of_samples(
+                held_out.features,
+                held_out.initial_outputs,
+                held_out.targets,
+                spectrum.loss,
+                device,
+                dtype,
+            )
+        return cls._of_samples(
+            vectors * roots,
+            spectrum.initial_outputs,
+            spectrum.targets,
+            spectrum.loss,
+            device,
+            dtype,
+            pull,
+            validation,
         )
-        labels = None
-        if spectrum.loss.kind == "cross_entropy":
-            labels = torch.as_tensor(spectrum.targets, device=device)
-        elif spectrum.n_outputs > 1:
-            labels = torch.as_tensor(spectrum.targets.argmax(axis=1), device=device)
 
-        def tensor(array: np.typing.NDArray[np.floating]) -> torch.Tensor:
+    @classmethod
+    def _of_samples(
+        cls,
+        psi: NDArray[Any],
+        initial_outputs: NDArray[np.float64],
+        targets: NDArray[Any],
+        loss: Loss,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        pull: torch.Tensor | None = None,
+        validation: LinearisedModel | None = None,
+    ) -> LinearisedModel:
+        n_samples, n_outputs = initial_outputs.shape
+        soft_targets, normalisers = loss.soft_targets(targets, n_outputs)
+        labels = None
+        if loss.kind == "cross_entropy":
+            labels = torch.as_tensor(targets, device=device)
+        elif n_outputs > 1:
+            labels = torch.as_tensor(targets.argmax(axis=1), device=device)
+
+        def tensor(array: NDArray[Any]) -> torch.Tensor:
             return torch.as_tensor(array).to(device, dtype)
 
         return cls(
-            features=tensor(psi.reshape(spectrum.n_samples, spectrum.n_outputs, spectrum.rank)),
-            initial_outputs=tensor(spectrum.initial_outputs),
+            features=tensor(psi.reshape(n_samples, n_outputs, -1)),
+            initial_outputs=tensor(initial_outputs),
             soft_targets=tensor(soft_targets),
             normalisers=tensor(normalisers),
             labels=labels,
-            kind=spectrum.loss.kind,
+            kind=loss.kind,
+            pull=pull,
+            validation=validation,
         )
 
     @property
@@ -89,18 +139,41 @@ class LinearisedModel:
         """The number N of samples."""
         return int(self.features.shape[0])
 
+    @property
+    def rank(self) -> int:
+        """The number r of eigen-directions."""
+        return int(self.features.shape[2])
+
     def outputs(self, theta: torch.Tensor) -> torch.Tensor:
         """Return the outputs for K states of shape ``(K, r)``: shape ``(K, N, C)``."""
-        flat = theta @ self.features.reshape(-1, self.features.shape[2]).T
+        flat = theta @ self.features.reshape(-1, self.rank).T
         return self.initial_outputs + flat.reshape(len(theta), *self.initial_outputs.shape)
 
     def loss(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return the training loss over all samples for outputs ``(K, N, C)``: shape ``(K,)``."""
+        """Return the loss over all samples for outputs ``(K, N, C)``: shape ``(K,)``."""
+        return self.batch_loss(outputs, self.soft_targets, self.normalisers)
+
+    def batch_loss(
+        self, outputs: torch.Tensor, soft_targets: torch.Tensor, normalisers: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the mean loss of a batch.
+
+        Args:
+            outputs:
+                Shape ``(K, B, C)``.
+            soft_targets:
+                Shape ``(B, C)``.
+            normalisers:
+                Shape ``(B,)``.
+
+        Returns:
+            Shape ``(K,)``.
+        """
         if self.kind == "mse":
-            per_sample = (outputs - self.soft_targets).square().mean(dim=2)
+            per_sample = (outputs - soft_targets).square().mean(dim=2)
         else:
-            per_sample = -(self.soft_targets * outputs.log_softmax(dim=2)).sum(dim=2)
-        return per_sample.sum(dim=1) / self.normalisers.sum()
+            per_sample = -(soft_targets * outputs.log_softmax(dim=2)).sum(dim=2)
+        return per_sample.sum(dim=1) / normalisers.sum()
 
     @property
     def loss_floor(self) -> float:
@@ -150,19 +223,45 @@ class LinearisedModel:
         # PyTorch's weighted mean over a batch of weightless samples is 0/0; it moves nothing.
         return gradient / total if total > 0 else torch.zeros_like(gradient)
 
+    def gradient(self, theta: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the loss over all samples for K states ``(K, r)``."""
+        residuals = self.residuals(self.outputs(theta), self.soft_targets, self.normalisers)
+        return residuals.reshape(len(theta), -1) @ self.features.reshape(-1, self.rank)
+
     @cached_property
-    def curvatures(self) -> np.typing.NDArray[np.float64]:
-        """Eigenvalues of the generalised Gauss-Newton matrix at the start, descending, ``(r,)``.
+    def gradient_variances(self) -> torch.Tensor:
+        """Variance over the samples of each entry of their gradients at the start, ``(r,)``.
+
+        The diagonal of the paper's ``Sigma`` (equation 3) in the coordinates of ``theta``.
+        """
+        whole = self.residuals(self.initial_outputs[None], self.soft_targets, self.normalisers)[0]
+        per_sample = self.n_samples * torch.einsum("ncr,nc->nr", self.features, whole)
+        return per_sample.var(dim=0, correction=0)
+
+    @cached_property
+    def curvatures(self) -> NDArray[np.float64]:
+        """:meth:`curvatures_at` the start, descending, ``(r,)``."""
+        return self.curvatures_at(self.initial_outputs)
+
+    def curvatures_at(self, outputs: torch.Tensor) -> NDArray[np.float64]:
+        """Return the eigenvalues of the Hessian of the training loss, descending, ``(r,)``.
 
         ``H = sum_i Psi_i^T S_i Psi_i / sum_i n_i`` with ``S_i = (sum_c q_ic)(diag(p) - p p^T)``
         for the cross-entropy and ``S_i = (2 / C) I`` for the mean squared error: the Hessian of
-        the linearised model's training loss.
+        the linearised model's training loss, the generalised Gauss-Newton matrix of the network.
+
+        Args:
+            outputs:
+                Where on the way, shape ``(N, C)``.
+
+        Returns:
+            Eigenvalues.
         """
         n_samples, n_outputs, rank = self.features.shape
         if self.kind == "mse":
             rooted = self.features * (2.0 / n_outputs) ** 0.5
         else:
-            p = self.initial_outputs.softmax(dim=1)
+            p = outputs.softmax(dim=1)
             centred = self.features - torch.einsum("nc,ncr->nr", p, self.features)[:, None, :]
             mass = self.soft_targets.sum(dim=1)[:, None]
             rooted = centred * (p * mass).sqrt()[:, :, None]

@@ -9,24 +9,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+Quantity = Literal["loss", "accuracy", "smoothed_loss", "validation_loss", "validation_accuracy"]
+
+
 @dataclass(frozen=True)
 class Target:
-    """Reach a training loss at or below, or a training accuracy at or above, a value.
+    """Bring a quantity to a value, or to within a share of where it ends.
 
     Attributes:
         quantity:
-            ``"loss"`` or ``"accuracy"``.
+            What is watched. A loss is to fall to the value, an accuracy to rise to it.
         value:
-            The value to reach.
+            The value to reach. Where ``settled`` is set, the share of the whole change.
+        settled:
+            The training time ``T_eps`` of the paper: the first step at which the quantity is
+            within ``eps = value * |L_0 - L_T|`` of its own value at the last step ``T`` of the
+            curve (Zancato et al., NeurIPS 2020, algorithm 1; what its epsilon is a percentage of
+            the paper does not say). Off by default.
     """
 
-    quantity: Literal["loss", "accuracy"]
+    quantity: Quantity
     value: float
+    settled: bool = False
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether the quantity is to fall."""
+        return self.quantity.endswith("loss")
 
     def reached(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Tell where values of the quantity, of any shape, have reached the target."""
+        """Tell where values of the quantity, of any shape, have reached the target.
+
+        Of a target that depends on the end of the curve nothing can be told.
+        """
+        if self.settled:
+            return np.zeros(np.shape(values), dtype=bool)
         with np.errstate(invalid="ignore"):
-            return values <= self.value if self.quantity == "loss" else values >= self.value
+            return values <= self.value if self.is_loss else values >= self.value
 
     def first_passage(self, steps: NDArray[np.float64], values: NDArray[np.float64]) -> float:
         """Return the first step at which a curve is at its target.
@@ -43,6 +62,8 @@ class Target:
         Returns:
             The step; infinity where the target is not reached.
         """
+        if self.settled:
+            return self._settling(steps, values)
         hits = np.flatnonzero(self.reached(values))
         if len(hits) == 0:
             return float("inf")
@@ -52,8 +73,18 @@ class Target:
         before, after, goal = values[last - 1], values[last], self.value
         if not np.isfinite(before):
             return float(steps[last])
-        if self.quantity == "loss" and after > 0:
+        if self.is_loss and after > 0:
             before, after, goal = np.log(before), np.log(after), np.log(goal)
         share = (goal - before) / (after - before) if after != before else 1.0
         passage = steps[last - 1] + share * (steps[last] - steps[last - 1])
         return float(np.ceil(passage - 1e-9))
+
+    def _settling(self, steps: NDArray[np.float64], values: NDArray[np.float64]) -> float:
+        known = np.flatnonzero(np.isfinite(values))
+        if len(known) < 2:
+            return float("inf")
+        steps, values = steps[known], values[known]
+        whole = np.arange(steps[0], steps[-1] + 1)
+        curve = np.interp(whole, steps, values)
+        epsilon = self.value * abs(curve[0] - curve[-1])
+        return float(whole[np.argmax(np.abs(curve - curve[-1]) <= epsilon)])

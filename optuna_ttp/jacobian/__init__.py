@@ -12,7 +12,17 @@ from optuna_ttp.jacobian._compute import compute_spectrum
 from optuna_ttp.jacobian._compute import resolve_device
 from optuna_ttp.jacobian._eigenpairs import Eigenpairs
 from optuna_ttp.jacobian._eigenpairs import eigenpairs
-from optuna_ttp.jacobian._exact import exact_gram
+from optuna_ttp.jacobian._exact import exact_kernel
+from optuna_ttp.jacobian._exact import Kernel
+from optuna_ttp.jacobian._probe import probe_linearisation
 
 
-__all__ = ["Eigenpairs", "compute_spectrum", "eigenpairs", "exact_gram", "resolve_device"]
+__all__ = [
+    "Eigenpairs",
+    "Kernel",
+    "compute_spectrum",
+    "eigenpairs",
+    "exact_kernel",
+    "probe_linearisation",
+    "resolve_device",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from datetime import timezone
 import time
@@ -11,10 +12,12 @@ import numpy as np
 import torch
 
 from optuna_ttp.jacobian._eigenpairs import eigenpairs
-from optuna_ttp.jacobian._exact import exact_gram
+from optuna_ttp.jacobian._exact import exact_kernel
+from optuna_ttp.jacobian._probe import probe_linearisation
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import SpectrumMetadata
+from optuna_ttp.spectrum import Validation
 from optuna_ttp.throughput import measure_throughput
 from optuna_ttp.version import __version__
 
@@ -36,6 +39,7 @@ def compute_spectrum(
     device: str | torch.device | None = None,
     max_memory: int = 4 * 2**30,
     measure_speed: bool = True,
+    probe: bool = True,
     show_progress_bar: bool = True,
 ) -> Spectrum:
     """Compute the Jacobian eigenspectrum of a task.
@@ -62,6 +66,9 @@ def compute_spectrum(
             Bytes for Jacobian rows and the kernel matrix. 4 GiB by default.
         measure_speed:
             Time a few training steps, so that predictions can be given in seconds. On by default.
+        probe:
+            Look how far the network is from its linearisation, by 16 backward passes over the
+            data: without it, no prediction can say that it is unreliable. On by default.
         show_progress_bar:
             Show a progress bar where the standard error stream is a terminal. On by default.
 
@@ -71,7 +78,7 @@ def compute_spectrum(
     Raises:
         ValueError:
             If a setting is out of its range, or the task cannot be differentiated; see
-            :func:`~optuna_ttp.jacobian.exact_gram`.
+            :func:`~optuna_ttp.jacobian.exact_kernel`.
     """
     check_truncation(rank, explained_trace)
     if engine != "exact":
@@ -82,16 +89,24 @@ def compute_spectrum(
     started = time.perf_counter()
     fingerprint = task.fingerprint
     initial_outputs = task.initial_outputs(resolved, _DTYPES[dtype])
-    gram = exact_gram(
+    kernel = exact_kernel(
         task,
         device=resolved,
         dtype=_DTYPES[dtype],
         max_memory=max_memory,
         show_progress_bar=show_progress_bar,
     )
-    pairs = eigenpairs(gram, rank=rank, explained_trace=explained_trace)
+    pairs = eigenpairs(kernel.gram, rank=rank, explained_trace=explained_trace)
     throughput = measure_throughput(task, device=resolved) if measure_speed else None
-    return Spectrum(
+    validation = None
+    if kernel.cross is not None and task.validation is not None:
+        features = kernel.cross @ (pairs.eigenvectors / np.sqrt(pairs.eigenvalues))
+        validation = Validation(
+            features.astype(kernel.cross.dtype),
+            task.validation.initial_outputs(resolved, _DTYPES[dtype]),
+            task.validation.targets,
+        )
+    spectrum = Spectrum(
         eigenvalues=pairs.eigenvalues,
         eigenvectors=pairs.eigenvectors.astype(np.float32 if dtype == "float32" else np.float64),
         trace=pairs.trace,
@@ -111,7 +126,14 @@ def compute_spectrum(
             package_version=__version__,
             torch_version=torch.__version__,
         ),
+        weight_outputs=kernel.weight_outputs,
+        validation=validation,
     )
+    if not probe:
+        return spectrum
+    spectrum = probe_linearisation(task, spectrum, device=resolved, dtype=_DTYPES[dtype])
+    seconds = time.perf_counter() - started
+    return replace(spectrum, metadata=replace(spectrum.metadata, compute_seconds=seconds))
 
 
 def resolve_device(task: FineTuningTask, device: str | torch.device | None) -> torch.device:

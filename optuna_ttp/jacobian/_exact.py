@@ -8,6 +8,7 @@ is held, the rows of all later samples are streamed past it, and the product is 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -26,19 +27,41 @@ if TYPE_CHECKING:
 _CHUNK = 2**14
 
 
-def exact_gram(
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """Products of Jacobian rows.
+
+    With learning-rate multipliers ``c`` of the weights, ``Theta = J diag(c) J^T``: SGD on ``w``
+    with the learning rates ``c eta`` is SGD on ``w / sqrt(c)`` with the learning rate ``eta``.
+
+    Attributes:
+        gram:
+            The empirical NTK ``Theta = J J^T``, of shape ``(N C, N C)``, symmetric.
+        cross:
+            ``J_v J^T`` with the Jacobian of the validation samples, of shape ``(N_v C, N C)``;
+            :obj:`None` where the task has none.
+        weight_outputs:
+            ``J w_0`` with the trainable weights ``w_0``, of shape ``(N, C)``.
+    """
+
+    gram: NDArray[np.floating[Any]]
+    cross: NDArray[np.floating[Any]] | None
+    weight_outputs: NDArray[np.float64]
+
+
+def exact_kernel(
     task: FineTuningTask,
     *,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     max_memory: int = 4 * 2**30,
     show_progress_bar: bool = True,
-) -> NDArray[np.floating[Any]]:
+) -> Kernel:
     """Compute the empirical NTK ``Theta = J J^T`` without ever holding more rows than fit.
 
     Of ``K`` blocks of rows, the rows of block ``k`` are held while those of the blocks after it
     are computed again, one sample at a time: ``(K + 1) / 2`` backward passes a row in all, one
-    where all rows fit.
+    where all rows fit. The rows of validation samples are computed once a block.
 
     Args:
         task:
@@ -54,7 +77,7 @@ def exact_gram(
             Show a progress bar where the standard error stream is a terminal.
 
     Returns:
-        The matrix, of shape ``(N C, N C)``, symmetric.
+        The kernel, that of validation and training samples, and the outputs of the weights.
 
     Raises:
         ValueError:
@@ -64,18 +87,28 @@ def exact_gram(
     n_samples, n_outputs = task.n_samples, task.n_outputs
     held = _samples_per_block(task, dtype, max_memory)
     gram = np.zeros((n_samples * n_outputs,) * 2, dtype=_numpy_dtype(dtype))
+    weight_outputs = np.zeros((n_samples, n_outputs))
     reference = task.initial_outputs(device, dtype)
+    cross, held_out, n_held_out = None, None, 0
+    if task.validation is not None:
+        n_held_out = task.validation.n_samples
+        cross = np.zeros((n_held_out * n_outputs, len(gram)), dtype=gram.dtype)
+        held_out = task.validation.initial_outputs(device, dtype)
     starts = list(range(0, n_samples, held))
     with (
         task.frozen(device, dtype) as frozen,
         tqdm(
-            total=sum(n_samples - start for start in starts) * n_outputs,
+            total=sum(n_samples - start + n_held_out for start in starts) * n_outputs,
             desc="Jacobian rows",
             unit="row",
             disable=None if show_progress_bar else True,
             leave=False,
         ) as bar,
     ):
+        roots = _root_multipliers(task, frozen, device, dtype)
+        weights = torch.cat([p.detach().reshape(-1) for p in frozen.parameters.values()])
+        if roots is not None:
+            weights = weights * roots
         block = torch.empty(
             (min(held, n_samples) * n_outputs, task.n_parameters), dtype=dtype, device=device
         )
@@ -83,9 +116,10 @@ def exact_gram(
             stop = min(start + held, n_samples)
             rows = block[: (stop - start) * n_outputs]
             columns = slice(start * n_outputs, stop * n_outputs)
-            for n, sample_rows in _rows(task, frozen, start, reference, device, dtype):
+            for n, sample_rows in _rows(task, frozen, start, reference, device, dtype, roots):
                 if n < stop:
                     rows[(n - start) * n_outputs : (n - start + 1) * n_outputs] = sample_rows
+                    weight_outputs[n] = _product(sample_rows, weights[None])[:, 0]
                     if n == stop - 1:
                         gram[columns, columns] = _product(rows, rows)
                 else:
@@ -94,7 +128,29 @@ def exact_gram(
                     gram[columns, own] = product
                     gram[own, columns] = product.T
                 bar.update(n_outputs)
-    return gram
+            if task.validation is None or cross is None or held_out is None:
+                continue
+            for n, sample_rows in _rows(
+                task.validation, frozen, 0, held_out, device, dtype, roots
+            ):
+                own = slice(n * n_outputs, (n + 1) * n_outputs)
+                cross[own, columns] = _product(sample_rows, rows)
+                bar.update(n_outputs)
+    return Kernel(gram, cross, weight_outputs)
+
+
+def _root_multipliers(
+    task: FineTuningTask, frozen: FrozenModel, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Square roots of the weights' learning-rate multipliers, ``(D,)``; nothing if all are 1."""
+    multipliers = task.multipliers
+    if all(factor == 1.0 for factor in multipliers.values()):
+        return None
+    parts = [
+        torch.full((p.numel(),), factor**0.5, dtype=dtype, device=device)
+        for factor, p in zip(multipliers.values(), frozen.parameters.values(), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def _rows(
@@ -104,6 +160,7 @@ def _rows(
     reference: NDArray[np.float64],
     device: torch.device,
     dtype: torch.dtype,
+    roots: torch.Tensor | None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield each sample from ``start`` on with its Jacobian rows, of shape ``(C, D)``."""
     parameters = list(frozen.parameters.values())
@@ -145,6 +202,8 @@ def _rows(
             raise ValueError(
                 f"The gradient of output {c} of sample {n} must be finite but got NaN or infinity."
             )
+        if roots is not None:
+            buffer *= roots
         yield n, buffer
 
 
@@ -172,8 +231,9 @@ def _samples_per_block(task: FineTuningTask, dtype: torch.dtype, max_memory: int
     n_rows = task.n_samples * task.n_outputs
     # The streamed sample needs its rows and the gradients they are gathered from.
     per_sample = task.n_outputs * task.n_parameters * itemsize
-    # The matrix, and a product of two blocks in both precisions.
-    fixed = n_rows**2 * (2 * itemsize + 8) + 2 * per_sample
+    n_held_out = 0 if task.validation is None else task.validation.n_samples * task.n_outputs
+    # The matrices, and a product of two blocks in both precisions.
+    fixed = n_rows**2 * (2 * itemsize + 8) + n_rows * n_held_out * itemsize + 2 * per_sample
     n_held = (max_memory - fixed) // per_sample
     if n_held < 1:
         raise ValueError(

@@ -1,0 +1,183 @@
+"""Training times to absolute targets, without any training, on all recorded networks.
+
+Targets at 70, 50, 35, 25, 15 and 10 % of the initial training loss (over all samples). Four kinds
+of networks: EfficientNet-Lite0 with ImageNet weights (the runs of the paper's protocol), the small
+residual network, the digits network, and the sentence encoder with a new head. Predictions that
+are marked as unreliable count like all others; the table says how many there are.
+
+The real runs are those of ``python -m benchmarks.accuracy.record``. Writes
+``absolute_targets.csv``, ``.json`` and ``.md``, and its figures into ``summary.json``.
+
+Run with ``python -m benchmarks.accuracy.absolute_targets``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+import warnings
+
+import numpy as np
+import torch
+
+from benchmarks.accuracy.evaluation import baselines
+from benchmarks.accuracy.evaluation import by_method
+from benchmarks.accuracy.evaluation import full_curve
+from benchmarks.accuracy.evaluation import Point
+from benchmarks.accuracy.evaluation import spectrum_of
+from benchmarks.accuracy.evaluation import table
+from benchmarks.accuracy.evaluation import update_summary
+from benchmarks.accuracy.evaluation import write_points
+from benchmarks.accuracy.record import read
+from benchmarks.accuracy.record import Recording
+from benchmarks.accuracy.record import RESULTS
+from benchmarks.environment import environment
+from optuna_ttp import Spectrum
+from optuna_ttp import TrainingTimePredictor
+from optuna_ttp.dynamics import Target
+
+
+FRACTIONS = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1)
+_KINDS = {
+    "EfficientNet-Lite0, pretrained on ImageNet": "efficientnet",
+    "small residual network, pretrained on half of the classes": "residual",
+    "digits network, pretrained on half of the classes": "digits",
+    "MiniLM sentence encoder with a new head": "minilm",
+}
+# A prediction is cut off where it is so many times later than the run was observed.
+_PATIENCE = 5
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--store", help="URL of the spectrum store; the default one by default")
+    parser.add_argument("--curves", type=Path, default=RESULTS / "curves")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--smoke", action="store_true", help="the small digits network only")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    points: dict[str, list[Point]] = {}
+    for kind, start in _KINDS.items():
+        if options.smoke and start != "digits":
+            continue
+        for path in sorted(options.curves.glob(f"{start}-*.npz")):
+            spectrum = spectrum_of(path.stem, options.store)
+            points.setdefault(kind, []).extend(_points(path.stem, spectrum, read(path)))
+            print(f"{path.stem} done", flush=True)
+    _write(points, options.output)
+
+
+def _points(name: str, spectrum: Spectrum, recording: Recording) -> list[Point]:
+    runs = recording.runs
+    rates = [r.learning_rate for r in runs]
+    sizes = [r.batch_size for r in runs]
+    momenta = [r.momentum for r in runs]
+    curves = [full_curve(recording, k) for k in range(len(runs))]
+    ends = np.array([max(1.0, steps[-1]) for steps, _ in curves])
+    real = np.array(
+        [
+            [Target("loss", f * losses[0]).first_passage(steps, losses) for f in FRACTIONS]
+            for steps, losses in curves
+        ]
+    )
+    points = baselines(name, runs, real, FRACTIONS)
+    for column, fraction in enumerate(FRACTIONS):
+        for method in ("linear", "noiseless", "sde", "ode"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                predictor = TrainingTimePredictor(
+                    spectrum,
+                    target_fraction=fraction,
+                    method=method if method in ("sde", "ode") else "linear",  # type: ignore[arg-type]
+                    n_seeds=4 if method == "linear" else 1,
+                )
+            p = predictor.predict(
+                rates,
+                [spectrum.n_samples] * len(runs) if method == "noiseless" else sizes,
+                momenta,
+                max_steps=_PATIENCE * ends,
+            )
+            ours = method == "linear"
+            points += [
+                Point(
+                    name,
+                    k,
+                    method,
+                    fraction,
+                    real[k, column],
+                    float(p.steps[k]),
+                    float(p.steps_low[k]) if ours else float("nan"),
+                    float(p.steps_high[k]) if ours else float("nan"),
+                    bool(p.reliable[k]),
+                )
+                for k in range(len(runs))
+            ]
+    return points
+
+
+def _write(points: dict[str, list[Point]], output: Path) -> None:
+    results = {kind: by_method(own) for kind, own in points.items()}
+    depths = {
+        kind: {
+            f"{f:.0%}": by_method([p for p in own if p.target == f])["linear"] for f in FRACTIONS
+        }
+        for kind, own in points.items()
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_points(
+        output / "absolute_targets.csv",
+        [p for own in points.values() for p in own],
+        leave_out=("c/eta_e", "c/eta_e+lag", "threshold", "seed"),
+    )
+    where = environment()
+    document = {"environment": where, "all targets": results, "ours by target": depths}
+    (output / "absolute_targets.json").write_text(json.dumps(document, indent=2) + "\n")
+    kept: dict[str, float] = {}
+    for kind, start in _KINDS.items():
+        if kind in results:
+            name = "pretrained" if start == "efficientnet" else start
+            ours = results[kind]["linear"]
+            kept |= {
+                f"absolute_{name}_mape_0": ours["mape"],
+                f"absolute_{name}_tau_0": ours["tau"],
+                f"absolute_{name}_coverage_0": ours["coverage"],
+                f"absolute_{name}_coverage_or_marked_0": ours["coverage_or_marked"],
+            }
+    update_summary(output, kept)
+    lines = []
+    for kind, own in results.items():
+        lines += [f"{kind}, {int(own['linear']['n_runs'])} runs:", ""]
+        lines += [*table(own), ""]
+        lines += _depths(depths[kind])
+    lines += [
+        f"Measured {where['date']} with `{where['command']}`; errors where both reached the "
+        "target.",
+        "",
+    ]
+    (output / "absolute_targets.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def _depths(own: dict[str, dict[str, float]]) -> list[str]:
+    lines = [
+        "| ours, by target | mean error | predicted over real | in the 80 % interval | marked "
+        "unreliable | reached although predicted not to | the other way round |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for fraction in FRACTIONS:
+        row = own[f"{fraction:.0%}"]
+        if "mape" in row:
+            lines.append(
+                f"| {fraction:.0%} of the initial loss | {row['mape']:.1%} | {row['bias']:.2f} | "
+                f"{row['coverage']:.0%} | {row['marked']:.0%} | {row['only_real']:.0f} | "
+                f"{row['only_predicted']:.0f} |"
+            )
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""Record real training runs, to measure predictions against.
+
+Each task has a fixed list of configurations, drawn by a seed: learning rates spread over two
+decades up to the largest stable one of the linearised network, momentum 0, 0.9 and 0.95, batch
+sizes 8, 16, 50 and N. Mini-batch runs are repeated with another order of the samples. After every
+run ``results/curves/TASK.npz`` is written anew, so that an interrupted recording goes on where it
+stopped.
+
+Run with ``python -m benchmarks.accuracy.record efficientnet-fashion-0 ...``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import dataclass
+import json
+import math
+from pathlib import Path
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+
+from benchmarks.accuracy.tasks import load
+from benchmarks.accuracy.tasks import Tuning
+from benchmarks.environment import environment
+from optuna_ttp import SpectrumStore
+from optuna_ttp import TrainingTimePredictor
+
+
+RESULTS = Path(__file__).parent / "results"
+HORIZON = 150
+_MOMENTA = (0.0, 0.9, 0.95)
+_SIZES = (8, 16, 50)
+# Images that go through the network together; with frozen statistics, gradients just add up.
+_CHUNK = 50
+# Runs end where the full training loss is at this share of the initial one.
+_DEEPEST = 0.08
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        learning_rate:
+            Of SGD.
+        batch_size:
+            N is full-batch gradient descent.
+        momentum:
+            Of SGD.
+        seed:
+            Of the order of the samples.
+        max_steps:
+            Where it ends at the latest. It goes on to the horizon T in any case.
+        learning_rate_share:
+            Of the largest stable one of the linearised network.
+    """
+
+    learning_rate: float
+    batch_size: int
+    momentum: float
+    seed: int
+    max_steps: int
+    learning_rate_share: float
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """R recorded runs.
+
+    Attributes:
+        runs:
+            The configurations.
+        batch_losses:
+            Mini-batch loss at every step, before the step; shape ``(R, T)``, NaN behind the end.
+        full_steps:
+            Steps at which the training loss over all samples was taken, shape ``(R, F)``.
+        full_losses:
+            That loss.
+        full_accuracies:
+            Training accuracy at the same steps.
+        seconds:
+            Of training alone, shape ``(R,)``.
+    """
+
+    runs: list[Run]
+    batch_losses: NDArray[np.float64]
+    full_steps: NDArray[np.float64]
+    full_losses: NDArray[np.float64]
+    full_accuracies: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+
+
+def main() -> None:
+    """Record the tasks that are named."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("tasks", nargs="+")
+    parser.add_argument("--store", help="URL of the spectrum store; the default one by default")
+    parser.add_argument("--output", type=Path, default=RESULTS / "curves")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--max-runs", type=int, default=10_000)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in options.tasks:
+        tuning = load(name)
+        store = SpectrumStore() if options.store is None else SpectrumStore(options.store)
+        started = time.perf_counter()
+        spectrum = store.get_or_compute(tuning.task(), measure_speed=False)
+        print(f"{name}: spectrum in {time.perf_counter() - started:.0f} s", flush=True)
+        predictor = TrainingTimePredictor(spectrum, target_fraction=0.5)
+        runs = configurations(name, len(tuning.labels), predictor)
+        path = options.output / f"{name}.npz"
+        done = read(path).runs if path.exists() else []
+        for run in [r for r in runs[: options.max_runs] if r not in done]:
+            append(path, run, *train(tuning, run))
+            print(f"{name}: {run} done", flush=True)
+
+
+def configurations(name: str, n_samples: int, predictor: TrainingTimePredictor) -> list[Run]:
+    """Return the task's runs.
+
+    Args:
+        name:
+            Of the task.
+        n_samples:
+            N.
+        predictor:
+            Knows the largest stable learning rate of a batch size and a momentum.
+
+    Returns:
+        Full-batch runs first for the networks of the paper's protocol, mini-batch runs, and these
+        again with another order of the samples.
+    """
+    rng = np.random.default_rng(int(name.rpartition("-")[2]) + 100 * len(name))
+    paper = name.startswith("efficientnet")
+    transformer = name.startswith("minilm")
+    longest = 450 if paper else 300 if transformer else 1500
+    # Full-batch runs of the transformer would take longer than all others together.
+    n_full = 0 if transformer else 5
+    runs: list[Run] = []
+    for share, momentum in zip(_shares(n_full, rng), _momenta(n_full, rng), strict=True):
+        rate = share * float(predictor.max_learning_rate(n_samples, momentum))
+        horizon = HORIZON if paper else longest
+        runs.append(Run(rate, n_samples, momentum, 0, horizon, share))
+    n_minibatch = 6 if paper else 12
+    sizes = np.tile(rng.permutation(_SIZES), n_minibatch // 3)
+    for share, momentum, size in zip(
+        _shares(n_minibatch, rng), _momenta(n_minibatch, rng), sizes, strict=True
+    ):
+        rate = share * float(predictor.max_learning_rate(int(size), momentum))
+        runs.append(Run(rate, int(size), momentum, 0, longest if share > 0.05 else HORIZON, share))
+    again = [
+        Run(r.learning_rate, r.batch_size, r.momentum, 1, r.max_steps, r.learning_rate_share)
+        for r in runs
+        if r.batch_size < n_samples
+    ]
+    if paper:
+        again = [
+            Run(r.learning_rate, r.batch_size, r.momentum, 1, HORIZON, r.learning_rate_share)
+            for r in again
+        ]
+    return runs + again
+
+
+def train(tuning: Tuning, run: Run) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """Train a copy of the network.
+
+    Args:
+        tuning:
+            Network and data.
+        run:
+            The configuration.
+
+    Returns:
+        Mini-batch losses of shape ``(T,)``; steps, training losses over all samples and training
+        accuracies, of shape ``(3, F)``; seconds of training.
+    """
+    model = copy.deepcopy(tuning.model)
+    optimiser = torch.optim.SGD(model.parameters(), lr=run.learning_rate, momentum=run.momentum)
+    generator = torch.Generator().manual_seed(1000 + run.seed)
+    n_samples = len(tuning.labels)
+    losses: list[float] = []
+    full: list[tuple[float, float, float]] = []
+    seconds = 0.0
+    order: list[torch.Tensor] = []
+    initial = math.nan
+    for step in range(run.max_steps + 1):
+        if run.batch_size < n_samples and _is_recorded(step):
+            full.append((step, *_evaluate(model, tuning)))
+            initial = full[0][1]
+            if step >= HORIZON and full[-1][1] < _DEEPEST * initial:
+                break
+        started = time.perf_counter()
+        if not order:
+            shuffled = torch.randperm(n_samples, generator=generator)
+            order = list(shuffled.split(run.batch_size))
+        loss, hits = _step(model, tuning, order.pop(0), optimiser)
+        seconds += time.perf_counter() - started
+        losses.append(loss)
+        if run.batch_size == n_samples:
+            full.append((step, loss, hits / n_samples))
+            initial = losses[0]
+            if step >= HORIZON and loss < _DEEPEST * initial:
+                break
+        if not math.isfinite(loss) or loss > 1e4 * max(initial, 1.0):
+            break
+    return np.array(losses), np.array(full).T, seconds
+
+
+def _step(
+    model: torch.nn.Module, tuning: Tuning, chosen: torch.Tensor, optimiser: torch.optim.Optimizer
+) -> tuple[float, int]:
+    """Take one step; return the loss before it and the samples classified rightly."""
+    optimiser.zero_grad()
+    total, hits = 0.0, 0
+    for part in chosen.split(_CHUNK):
+        outputs = model(tuning.inputs[part])
+        loss = tuning.loss(outputs, tuning.labels[part]) * (len(part) / len(chosen))
+        loss.backward()
+        total += float(loss.detach())
+        hits += _n_right(outputs, tuning.labels[part])
+    optimiser.step()
+    return total, hits
+
+
+def _evaluate(model: torch.nn.Module, tuning: Tuning) -> tuple[float, float]:
+    total, hits = 0.0, 0
+    with torch.no_grad():
+        for part in torch.arange(len(tuning.labels)).split(_CHUNK):
+            outputs = model(tuning.inputs[part])
+            share = len(part) / len(tuning.labels)
+            total += float(tuning.loss(outputs, tuning.labels[part])) * share
+            hits += _n_right(outputs, tuning.labels[part])
+    return total, hits / len(tuning.labels)
+
+
+def _n_right(outputs: torch.Tensor, labels: torch.Tensor) -> int:
+    classes = labels.argmax(dim=1) if labels.ndim == 2 else labels
+    return int((outputs.argmax(dim=1) == classes).sum())
+
+
+def _is_recorded(step: int) -> bool:
+    return step < 10 or (step <= HORIZON and step % 5 == 0) or step % 10 == 0
+
+
+def _shares(count: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Log-uniform between 0.01 and 1, one in each of equal parts, shuffled."""
+    parts = (rng.permutation(count) + rng.random(count)) / count
+    return np.asarray(10.0 ** (-2.0 + 2.0 * parts))
+
+
+def _momenta(count: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    return np.resize(rng.permutation(_MOMENTA), count)
+
+
+def read(path: Path) -> Recording:
+    """Read a recording.
+
+    Args:
+        path:
+            Of its file.
+
+    Returns:
+        The recording.
+    """
+    with np.load(path, allow_pickle=False) as archive:
+        arrays = {key: archive[key].astype(np.float64) for key in archive if key != "header"}
+        header = json.loads(archive["header"].tobytes())
+    return Recording([Run(**run) for run in header["runs"]], **arrays)
+
+
+def append(
+    path: Path,
+    run: Run,
+    losses: NDArray[np.float64],
+    full: NDArray[np.float64],
+    seconds: float,
+) -> None:
+    """Add a run to a recording's file.
+
+    Args:
+        path:
+            Of the file; it is made where it is not there.
+        run:
+            The configuration.
+        losses:
+            Mini-batch losses, shape ``(T,)``.
+        full:
+            Steps, losses and accuracies over all samples, shape ``(3, F)``.
+        seconds:
+            Of training.
+    """
+    old = read(path) if path.exists() else None
+    runs = [run] if old is None else [*old.runs, run]
+    arrays: dict[str, Any] = {}
+    for key, row in zip(
+        ("batch_losses", "full_steps", "full_losses", "full_accuracies"),
+        (losses, *full),
+        strict=True,
+    ):
+        rows = [row] if old is None else [*getattr(old, key), row]
+        padded = np.full((len(rows), max(map(len, rows))), np.nan)
+        for target, values in zip(padded, rows, strict=True):
+            target[: len(values)] = values
+        arrays[key] = padded.astype(np.float32)
+    arrays["seconds"] = np.array([*([] if old is None else old.seconds), seconds])
+    header = {"environment": environment(), "runs": [vars(r) for r in runs]}
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    partial = path.with_suffix(".partial.npz")
+    np.savez_compressed(partial, **arrays)
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

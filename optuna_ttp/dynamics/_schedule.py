@@ -1,0 +1,311 @@
+"""Learning rates that change along the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+import math
+from typing import Any
+from typing import Literal
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+Every = Literal["step", "epoch"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What happens to the learning rate (and the momentum) from step to step.
+
+    Made by one of the class methods. A schedule either multiplies the configuration's learning
+    rate by a number, or it is whatever a scheduler of :mod:`torch.optim.lr_scheduler` does.
+
+    Example:
+        >>> schedule = Schedule.cosine(total_steps=1000, warmup_steps=50)
+        >>> predictor.predict(learning_rate=0.1, batch_size=32, momentum=0.9, schedule=schedule)
+
+    Attributes:
+        function:
+            From the number of steps (or epochs) done to the multiplier, or :obj:`None`.
+        factory:
+            From a :class:`torch.optim.Optimizer` to its scheduler, or :obj:`None`.
+        every:
+            ``"step"`` where the schedule advances with every step, ``"epoch"`` where it does so at
+            the end of every pass over the data.
+    """
+
+    function: Callable[[int], float] | None = None
+    factory: Callable[[Any], Any] | None = None
+    every: Every = "step"
+
+    def __post_init__(self) -> None:
+        if self.every not in ("step", "epoch"):
+            raise ValueError(f'every must be "step" or "epoch" but got {self.every!r}.')
+        if self.function is not None and self.factory is not None:
+            raise ValueError("A schedule has a function or a factory but got both.")
+        for part in (self.function, self.factory):
+            if part is not None and not callable(part):
+                raise TypeError(f"A schedule must be callable but got {part!r}.")
+
+    @classmethod
+    def of(cls, schedule: Schedule | Callable[[int], float] | None) -> Schedule:
+        """Turn what a user gives into a schedule.
+
+        Args:
+            schedule:
+                A schedule, a function from the number of steps done to the multiplier of the
+                learning rate, or :obj:`None` for a constant one.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            TypeError:
+                If it is none of these.
+        """
+        if isinstance(schedule, Schedule):
+            return schedule
+        if schedule is not None and not callable(schedule):
+            raise TypeError(
+                "schedule must be a Schedule or a function from steps to a multiplier but got "
+                f"{schedule!r}. Wrap a torch scheduler: Schedule.from_torch(lambda sgd: ...)."
+            )
+        return cls(function=schedule)
+
+    @classmethod
+    def step(cls, step_size: int, gamma: float = 0.1, *, every: Every = "step") -> Schedule:
+        """Multiply the learning rate by ``gamma`` after every ``step_size`` steps or epochs.
+
+        Args:
+            step_size:
+                Positive.
+            gamma:
+                Positive. One tenth by default.
+            every:
+                The unit of ``step_size``. Steps by default.
+
+        Returns:
+            The schedule of :class:`torch.optim.lr_scheduler.StepLR`.
+        """
+        _check_count("step_size", step_size)
+        if not (math.isfinite(gamma) and gamma > 0):
+            raise ValueError(f"gamma must be positive but got {gamma}.")
+        return cls(lambda t: gamma ** (t // step_size), every=every)
+
+    @classmethod
+    def warmup(
+        cls, warmup_steps: int, *, then: Schedule | None = None, every: Every = "step"
+    ) -> Schedule:
+        """Raise the learning rate linearly to its full value.
+
+        Args:
+            warmup_steps:
+                Step ``t`` is taken with the share ``(t + 1) / (warmup_steps + 1)``.
+            then:
+                A multiplying schedule that starts where the warm-up ends. Constant by default.
+            every:
+                The unit of ``warmup_steps``. Steps by default.
+
+        Returns:
+            The schedule.
+        """
+        _check_count("warmup_steps", warmup_steps)
+        after = Schedule() if then is None else then
+        if after.factory is not None or (after.every != every and then is not None):
+            raise ValueError("then must be a multiplying schedule in the same unit.")
+
+        def function(t: int) -> float:
+            if t < warmup_steps:
+                return (t + 1) / (warmup_steps + 1)
+            return 1.0 if after.function is None else after.function(t - warmup_steps)
+
+        return cls(function, every=every)
+
+    @classmethod
+    def cosine(
+        cls,
+        total_steps: int,
+        *,
+        final: float = 0.0,
+        warmup_steps: int = 0,
+        every: Every = "step",
+    ) -> Schedule:
+        """Lower the learning rate along half a cosine, after a linear warm-up if one is wanted.
+
+        Args:
+            total_steps:
+                Warm-up included. The rate keeps its final value afterwards.
+            final:
+                Share of the learning rate at the end. Zero by default.
+            warmup_steps:
+                None by default.
+            every:
+                The unit of both lengths. Steps by default.
+
+        Returns:
+            The schedule of :class:`torch.optim.lr_scheduler.CosineAnnealingLR`.
+        """
+        _check_count("total_steps", total_steps)
+        if not 0.0 <= final <= 1.0:
+            raise ValueError(f"final must be in [0, 1] but got {final}.")
+        if not 0 <= warmup_steps < total_steps:
+            raise ValueError(
+                f"warmup_steps must be from 0 to below total_steps but got {warmup_steps}."
+            )
+        length = total_steps - warmup_steps
+
+        def function(t: int) -> float:
+            share = min(t, length) / length
+            return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+        decay = cls(function, every=every)
+        return decay if warmup_steps == 0 else cls.warmup(warmup_steps, then=decay, every=every)
+
+    @classmethod
+    def one_cycle(cls, total_steps: int, **settings: Any) -> Schedule:
+        """One cycle up to the configuration's learning rate and down again, momentum against it.
+
+        Args:
+            total_steps:
+                Steps of the cycle. Training that goes on keeps the last learning rate.
+            settings:
+                Other arguments of :class:`torch.optim.lr_scheduler.OneCycleLR`. Its momentum
+                cycles between 0.85 and 0.95 unless ``cycle_momentum=False`` is given, whatever
+                the configuration's momentum is.
+
+        Returns:
+            The schedule.
+        """
+        _check_count("total_steps", total_steps)
+
+        def factory(optimizer: Any) -> Any:
+            from torch.optim.lr_scheduler import OneCycleLR
+
+            return OneCycleLR(
+                optimizer, optimizer.param_groups[0]["lr"], total_steps=total_steps, **settings
+            )
+
+        return cls(factory=factory)
+
+    @classmethod
+    def from_torch(cls, factory: Callable[[Any], Any], *, every: Every = "step") -> Schedule:
+        """Do what a scheduler of PyTorch does.
+
+        Example:
+            >>> from torch.optim.lr_scheduler import ExponentialLR
+            >>> schedule = Schedule.from_torch(lambda sgd: ExponentialLR(sgd, 0.99), every="epoch")
+
+        Args:
+            factory:
+                From an optimiser to its scheduler. It is called with an optimiser of one weight
+                that has the configuration's learning rate and momentum.
+            every:
+                When the training loop calls ``scheduler.step()``. After every step by default.
+
+        Returns:
+            The schedule.
+        """
+        return cls(factory=factory, every=every)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether nothing changes."""
+        return self.function is None and self.factory is None
+
+    def values(
+        self,
+        learning_rate: NDArray[np.float64],
+        momentum: NDArray[np.float64],
+        steps_per_epoch: int,
+        n_steps: int,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return learning rate and momentum of every step of K configurations.
+
+        Args:
+            learning_rate:
+                Shape ``(K,)``.
+            momentum:
+                Shape ``(K,)``.
+            steps_per_epoch:
+                Optimiser steps a pass over the data.
+            n_steps:
+                How many steps T.
+
+        Returns:
+            Two arrays of shape ``(K, T)``.
+
+        Raises:
+            ValueError:
+                If the schedule gives a learning rate that is negative or not finite, or a momentum
+                outside [0, 1).
+        """
+        n_changes = n_steps if self.every == "step" else -(-n_steps // steps_per_epoch)
+        if self.factory is None:
+            function = (lambda t: 1.0) if self.function is None else self.function
+            multiplier = np.array([float(function(t)) for t in range(n_changes)])
+            rates = learning_rate[:, None] * multiplier
+            masses = np.repeat(momentum[:, None], n_changes, axis=1)
+        else:
+            pairs = [
+                _scheduled(self.factory, r, m, n_changes)
+                for r, m in zip(learning_rate, momentum, strict=True)
+            ]
+            rates = np.array([rate for rate, _ in pairs])
+            masses = np.array([mass for _, mass in pairs])
+        _refuse(rates, (rates >= 0) & np.isfinite(rates), "learning rate", "not negative")
+        _refuse(masses, (masses >= 0) & (masses < 1), "momentum", "in [0, 1)")
+        if self.every == "epoch":
+            rates, masses = (
+                np.repeat(a, steps_per_epoch, axis=1)[:, :n_steps] for a in (rates, masses)
+            )
+        return rates, masses
+
+
+def _scheduled(
+    factory: Callable[[Any], Any], rate: float, mass: float, n_changes: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Let a scheduler of PyTorch run on an optimiser of one weight."""
+    import torch
+
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=rate, momentum=mass)
+    scheduler = factory(optimizer)
+    if not hasattr(scheduler, "step") or isinstance(
+        scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau
+    ):
+        raise ValueError(
+            "The factory of a schedule must give a torch scheduler that needs no metric but got "
+            f"{type(scheduler).__name__}."
+        )
+    group = optimizer.param_groups[0]
+    values = np.empty((2, n_changes))
+    finished = False
+    with warnings.catch_warnings():
+        # We never call optimizer.step().
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+        for t in range(n_changes):
+            values[:, t] = float(group["lr"]), float(group["momentum"])
+            if not finished:
+                try:
+                    scheduler.step()
+                except ValueError:
+                    # OneCycleLR refuses to go on behind its end.
+                    finished = True
+    return values[0], values[1]
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or value != int(value) or value < 1:
+        raise ValueError(f"{name} must be a positive integer but got {value!r}.")
+
+
+def _refuse(values: NDArray[np.float64], good: NDArray[np.bool_], what: str, demand: str) -> None:
+    if not good.all():
+        step = int(np.argmin(good.all(axis=0)))
+        raise ValueError(
+            f"The {what} of a schedule must be {demand} but got {values[:, step].min():g} at "
+            f"step {step}."
+        )

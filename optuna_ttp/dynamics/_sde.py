@@ -1,0 +1,162 @@
+"""The paper's own equation, as a baseline: gradient flow, with and without noise."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+
+from optuna_ttp.dynamics._linearised_model import LinearisedModel
+from optuna_ttp.dynamics._sgd import SGD
+from optuna_ttp.dynamics._simulation import Trajectories
+from optuna_ttp.dynamics._target import Target
+
+
+# Largest change of the steepest direction in one step of the integrator.
+_CHANGE = {"ode": 1.0, "sde": 0.5}
+
+
+def simulate_equation(
+    model: LinearisedModel,
+    sgd: SGD,
+    batch_size: NDArray[np.int64],
+    *,
+    max_steps: NDArray[np.int64],
+    method: Literal["ode", "sde"],
+    target: Target | None = None,
+    full_curves: bool = False,
+    seed: int = 0,
+) -> Trajectories:
+    """Integrate equation 1 of Zancato et al., NeurIPS 2020, for K configurations.
+
+    ``df = -eta_e Theta grad_f L dt + (eta_e / sqrt(B)) J Sigma^(1/2) dn`` with the effective
+    learning rate ``eta_e = eta / (1 - m)``, in the coordinates ``theta`` of the kept
+    eigen-directions. ``Sigma`` is diagonal there, estimated once at the start and then rescaled by
+    ``|grad_f L_t|^2 / |grad_f L_0|^2`` (its section 4). One optimiser step is one unit of time.
+    Without noise (``"ode"``, and full batches) the fourth-order Runge-Kutta method, with noise
+    Euler-Maruyama; each optimiser step is divided until the steepest direction changes by at most
+    1, respectively 0.5, in a step of the integrator.
+
+    Args:
+        model:
+            The linearised model.
+        sgd:
+            The K configurations. Nesterov's variant is the same as heavy ball here.
+        batch_size:
+            Shape ``(K,)``.
+        max_steps:
+            Optimiser steps after which a curve ends, of shape ``(K,)``.
+        method:
+            Without (``"ode"``) or with noise (``"sde"``).
+        target:
+            A curve ends where it reaches this. By default all run to their last step.
+        full_curves:
+            Go on behind the target. Off by default.
+        seed:
+            For the noise.
+
+    Returns:
+        The training-loss and accuracy curves, recorded at every step.
+
+    Raises:
+        ValueError:
+            If weight decay is asked for, which the equation does not know.
+    """
+    if sgd.weight_decay.any():
+        raise ValueError(
+            "The paper's equation has no weight decay: weight_decay must be zero with method="
+            f'"{method}" but got {sgd.weight_decay.max():g}. Use method="linear".'
+        )
+    n_configurations = len(sgd)
+    curvature = float(model.curvatures[0])
+    rates, masses = sgd.schedule.values(sgd.learning_rate, sgd.momentum, 1, int(max_steps.max()))
+    effective = rates * np.where(masses > 0, 1.0 - sgd.dampening[:, None], 1.0) / (1.0 - masses)
+    noisy = (batch_size < model.n_samples) & (method == "sde")
+    change = _CHANGE[method]
+    parts = np.maximum(1, np.ceil(effective.max(axis=1) * curvature / change)).astype(np.int64)
+    parts = 2 ** np.ceil(np.log2(parts)).astype(np.int64)
+    records: list[list[tuple[float, ...]]] = [[] for _ in range(n_configurations)]
+    generator = torch.Generator().manual_seed(seed)
+    for n_parts, with_noise in sorted(set(zip(parts, noisy, strict=True))):
+        members = np.flatnonzero((parts == n_parts) & (noisy == with_noise))
+        _integrate(
+            model,
+            torch.as_tensor(effective[members]).to(model.features),
+            torch.as_tensor(batch_size[members]).to(model.features) if with_noise else None,
+            max_steps[members],
+            int(n_parts),
+            None if full_curves else target,
+            [records[k] for k in members],
+            generator,
+        )
+    padded = np.full((3, n_configurations, max(map(len, records))), np.nan)
+    for k, record in enumerate(records):
+        padded[:, k, : len(record)] = np.array(record).T
+    curves = {"loss": padded[1]}
+    if model.labels is not None:
+        curves["accuracy"] = padded[2]
+    return Trajectories(
+        padded[0],
+        curves,
+        np.zeros(n_configurations, dtype=bool),
+        np.ones(n_configurations, dtype=np.int64),
+    )
+
+
+def _integrate(
+    model: LinearisedModel,
+    effective: torch.Tensor,
+    batch_size: torch.Tensor | None,
+    max_steps: NDArray[np.int64],
+    n_parts: int,
+    target: Target | None,
+    records: list[list[tuple[float, ...]]],
+    generator: torch.Generator,
+) -> None:
+    theta = model.features.new_zeros((len(records), model.rank))
+    active = np.arange(len(records))
+    start = _residual_norms(model, theta)
+    for step in range(int(max_steps.max()) + 1):
+        outputs = model.outputs(theta)
+        losses = model.loss(outputs).double().cpu().numpy()
+        shares = np.full(len(losses), np.nan)
+        if model.labels is not None:
+            shares = model.accuracy(outputs).cpu().numpy()
+        for k, loss, share in zip(active, losses, shares, strict=True):
+            records[k].append((float(step), float(loss), float(share)))
+        done = step >= max_steps[active]
+        if target is not None:
+            done |= target.reached(losses if target.is_loss else shares)
+        if done.all():
+            return
+        keep = torch.as_tensor(~done, device=theta.device)
+        theta, effective, start = theta[keep], effective[keep], start[keep]
+        batch_size = None if batch_size is None else batch_size[keep]
+        active = active[~done]
+        rate = effective[:, step, None] / n_parts
+        for _ in range(n_parts):
+            if batch_size is None:
+                theta = _runge_kutta(model, theta, rate)
+                continue
+            scale = _residual_norms(model, theta) / start
+            # A CPU generator, so that every device draws the same noise.
+            noise = torch.randn(theta.shape, generator=generator).to(theta)
+            width = rate * (n_parts / batch_size).sqrt()[:, None] * scale[:, None]
+            drift = rate * model.gradient(theta)
+            theta = theta - drift + width * model.gradient_variances.sqrt() * noise
+
+
+def _runge_kutta(model: LinearisedModel, theta: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
+    first = model.gradient(theta)
+    second = model.gradient(theta - 0.5 * rate * first)
+    third = model.gradient(theta - 0.5 * rate * second)
+    fourth = model.gradient(theta - rate * third)
+    return theta - rate / 6.0 * (first + 2.0 * second + 2.0 * third + fourth)
+
+
+def _residual_norms(model: LinearisedModel, theta: torch.Tensor) -> torch.Tensor:
+    """``|grad_f L|`` of K states, of shape ``(K,)``."""
+    residuals = model.residuals(model.outputs(theta), model.soft_targets, model.normalisers)
+    return residuals.square().sum(dim=(1, 2)).sqrt()

@@ -1,0 +1,88 @@
+"""The training-loss curve as its owner looks at it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """How mini-batch losses are smoothed before they are compared with the target.
+
+    Training time is the first step at which the smoothed loss is at the target (Zancato et al.,
+    NeurIPS 2020, section 5, which leaves the filter open). A smoothed curve lags behind, and a
+    noisy one crosses earlier than its mean: so the simulated curve gets the same filter.
+
+    Made by :meth:`moving_average` or :meth:`exponential`.
+
+    Attributes:
+        kind:
+            ``"moving_average"`` or ``"exponential"``.
+        width:
+            Steps of the window, or the weight of the past.
+    """
+
+    kind: Literal["moving_average", "exponential"]
+    width: float
+
+    def __post_init__(self) -> None:
+        if self.kind == "moving_average" and not (self.width >= 1 and self.width % 1 == 0):
+            raise ValueError(f"The window must be a positive integer but got {self.width!r}.")
+        if self.kind == "exponential" and not 0.0 <= self.width < 1.0:
+            raise ValueError(f"The weight of the past must be in [0, 1) but got {self.width!r}.")
+
+    @classmethod
+    def moving_average(cls, window: int) -> Smoothing:
+        """Mean of the last mini-batch losses; of all of them while they are fewer.
+
+        Args:
+            window:
+                How many. One takes the mini-batch losses as they are.
+
+        Returns:
+            The filter.
+        """
+        return cls("moving_average", window)
+
+    @classmethod
+    def exponential(cls, weight: float) -> Smoothing:
+        """Exponential moving average ``s_t = w s_(t-1) + (1 - w) l_t`` that starts at ``l_0``.
+
+        Args:
+            weight:
+                The weight ``w`` of the past.
+
+        Returns:
+            The filter.
+        """
+        return cls("exponential", weight)
+
+    def apply(self, losses: ArrayLike) -> NDArray[np.float64]:
+        """Smooth curves.
+
+        Args:
+            losses:
+                One value a step in the last axis.
+
+        Returns:
+            The same shape.
+        """
+        values = np.asarray(losses, dtype=np.float64)
+        if self.kind == "exponential":
+            from scipy.signal import lfilter
+
+            start = self.width * values[..., :1]
+            return np.asarray(
+                lfilter([1.0 - self.width], [1.0, -self.width], values, axis=-1, zi=start)[0]
+            )
+        window = int(self.width)
+        total = np.cumsum(values, axis=-1)
+        counts = np.minimum(np.arange(1, values.shape[-1] + 1), window)
+        before = np.zeros_like(total)
+        before[..., window:] = total[..., :-window]
+        return np.asarray((total - before) / counts)

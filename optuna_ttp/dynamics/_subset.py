@@ -1,0 +1,244 @@
+"""From a subset of the samples to all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import replace
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+
+from optuna_ttp.dynamics._growth import KernelGrowth
+from optuna_ttp.dynamics._linearised_model import LinearisedModel
+from optuna_ttp.dynamics._sgd import SGD
+from optuna_ttp.dynamics._simulation import simulate
+from optuna_ttp.dynamics._target import Target
+
+
+# Random subsets of each size; their mean is taken.
+_N_DRAWS = 4
+# A full-batch step moves the steepest direction by so much.
+_CHANGE = 0.5
+# Predicted times that differ by less count as converged.
+_CONVERGED = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class SampleConvergence:
+    """How the predicted training time depends on the number of samples.
+
+    Attributes:
+        n_samples:
+            Subset sizes, ascending to the number of samples of the spectrum, shape ``(J,)``.
+        log_times:
+            Logarithm of the intrinsic time ``eta_e T`` to the target, shape ``(J,)``, the mean
+            over random subsets; infinite where a subset does not reach it.
+        log_spread:
+            Standard deviation over the random subsets, shape ``(J,)``.
+    """
+
+    n_samples: NDArray[np.int64]
+    log_times: NDArray[np.float64]
+    log_spread: NDArray[np.float64]
+
+    @classmethod
+    def measure(
+        cls,
+        model: LinearisedModel,
+        target: Target,
+        *,
+        growth: KernelGrowth | None = None,
+        max_steps: int = 100_000,
+        seed: int = 0,
+    ) -> SampleConvergence:
+        """Predict the full-batch training time of random subsets of a spectrum's samples.
+
+        Args:
+            model:
+                The linearised model of all samples of the spectrum.
+            target:
+                A loss is reached as a fraction of each subset's own initial loss.
+            growth:
+                Of the kernel. None by default.
+            max_steps:
+                Of the simulation.
+            seed:
+                Of the subsets.
+
+        Returns:
+            The times of an eighth, a quarter and a half of the samples, and of all.
+        """
+        n = model.n_samples
+        sizes = sorted({max(1, n // 8), max(1, n // 4), max(1, n // 2), n})
+        whole = float(model.loss(model.initial_outputs[None]))
+        generator = torch.Generator().manual_seed(seed)
+        rate = _CHANGE / max(float(model.curvatures[0]), 1e-30)
+        means, spreads = [], []
+        for size in sizes:
+            times = []
+            for _ in range(1 if size == n else _N_DRAWS):
+                part = restricted(model, torch.randperm(n, generator=generator)[:size])
+                own = target
+                if target.is_loss and not target.settled:
+                    initial = float(part.loss(part.initial_outputs[None]))
+                    own = replace(target, value=target.value * initial / whole)
+                curves = simulate(
+                    part,
+                    SGD.of(rate),
+                    np.array([size]),
+                    max_steps=np.array([max_steps]),
+                    target=own,
+                    growth=growth,
+                )
+                times.append(math.log(rate * max(1.0, curves.first_passages(own)[0])))
+            means.append(np.mean(times))
+            spreads.append(np.std(times) if np.isfinite(times).all() else math.inf)
+        return cls(np.array(sizes), np.array(means), np.array(spreads))
+
+    def extrapolate(self, n_samples: int) -> tuple[float, float]:
+        """Return how much longer training takes on more samples, as a logarithm, and its error.
+
+        The change with every doubling shrinks by the ratio of the last two changes (Aitken's
+        extrapolation), which is kept between 0 and 1.
+
+        Args:
+            n_samples:
+                The number N of all samples.
+
+        Returns:
+            The logarithm of the factor on the time, and its standard deviation: half the
+            factor's logarithm, and what random subsets of half the samples differ by.
+        """
+        doublings = math.log2(max(1.0, n_samples / self.n_samples[-1]))
+        if doublings == 0.0:
+            return 0.0, 0.0
+        if len(self.n_samples) < 3 or not np.isfinite(self.log_times[-3:]).all():
+            return 0.0, 0.5 * doublings
+        first, second = np.diff(self.log_times[-3:])
+        ratio = float(np.clip(second / first, 0.0, 1.0)) if first > 0 else 0.0
+        geometric = doublings if ratio > 0.999 else ratio * (1 - ratio**doublings) / (1 - ratio)
+        correction = max(float(second), 0.0) * geometric
+        spread = float(self.log_spread[-2]) / math.sqrt(_N_DRAWS)
+        return correction, math.hypot(0.5 * correction, spread)
+
+    def recommended(self, n_samples: int) -> int:
+        """Return how many samples are enough for a predicted time within 10 % of all samples'.
+
+        Args:
+            n_samples:
+                The number N of all samples.
+
+        Returns:
+            The smallest of the subset sizes, doubled beyond them as often as the extrapolation
+            says; at most N.
+        """
+        more, _ = self.extrapolate(n_samples)
+        end = self.log_times[-1] + more
+        for size, time in zip(self.n_samples, self.log_times, strict=True):
+            if abs(end - time) <= _CONVERGED:
+                return int(size)
+        size = int(self.n_samples[-1])
+        while size < n_samples:
+            size = min(2 * size, n_samples)
+            if more - self.extrapolate(size)[0] <= _CONVERGED:
+                break
+        return size
+
+
+def restricted(model: LinearisedModel, samples: torch.Tensor) -> LinearisedModel:
+    """Return the model on some of its samples: rows and columns of the kernel.
+
+    Args:
+        model:
+            The linearised model.
+        samples:
+            Indices.
+
+    Returns:
+        A model with the same coordinates.
+    """
+    samples = samples.to(model.features.device)
+    return LinearisedModel(
+        features=model.features[samples],
+        initial_outputs=model.initial_outputs[samples],
+        soft_targets=model.soft_targets[samples],
+        normalisers=model.normalisers[samples],
+        labels=None if model.labels is None else model.labels[samples],
+        kind=model.kind,
+        pull=model.pull,
+        validation=model.validation,
+    )
+
+
+def power_law_modes(
+    eigenvalues: NDArray[np.float64],
+    projections: NDArray[np.float64],
+    squared_norm: float,
+    n_samples: int,
+    total: int,
+    *,
+    alpha: float = 0.15,
+    kept: int = 100,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Carry eigenvalues and projections from a subset to all samples by the paper's power laws.
+
+    Zancato et al., NeurIPS 2020, appendix D, for the mean squared error. The eigenvalues, divided
+    by the number of samples, follow ``c k^(-s)``, fitted on the subset, and
+    ``c k^(-s + alpha (N_0 / N - 1))`` on all samples. The projections, a share of ``|dy|^2`` each,
+    are kept for ``k < k_0`` and follow ``a k^(-b)`` beyond, continuous at ``k_0`` and with the
+    right sum.
+
+    Args:
+        eigenvalues:
+            Of the subset's kernel, descending, shape ``(r,)``.
+        projections:
+            ``(dy . v_k)^2``, shape ``(r,)``.
+        squared_norm:
+            ``|dy|^2`` of the subset.
+        n_samples:
+            ``N_0``.
+        total:
+            ``N``.
+        alpha:
+            The paper found 0.1 to 0.2. 0.15 by default.
+        kept:
+            ``k_0``. 100 by default.
+
+    Returns:
+        Eigenvalues and projections of all samples, of shape ``(r N / N_0,)``.
+    """
+    rank = len(eigenvalues)
+    k = np.arange(1, rank + 1, dtype=np.float64)
+    middle = slice(min(5, rank // 4), max(2, 3 * rank // 4))
+    slope, offset = np.polyfit(np.log(k[middle]), np.log(eigenvalues[middle] / n_samples), 1)
+    length = int(rank * total / n_samples)
+    more = np.arange(1, length + 1, dtype=np.float64)
+    law = np.exp(offset) * more ** (slope + alpha * (n_samples / total - 1.0))
+    values = np.maximum.accumulate((total * law)[::-1])[::-1]
+    kept = min(kept, rank)
+    shares = projections[:kept] / squared_norm
+    rest = max(0.0, 1.0 - float(shares.sum()))
+    tail = more[kept:]
+    if len(tail) == 0 or rest == 0.0:
+        return values[:kept], shares * squared_norm * total / n_samples
+    start = float(np.exp(np.log(np.maximum(shares[-20:], 1e-300)).mean()))
+    exponent = _tail_exponent(start, kept, tail, rest)
+    continued = start * (tail / kept) ** (-exponent)
+    continued *= rest / continued.sum()
+    both = np.concatenate([shares, continued]) * squared_norm * total / n_samples
+    return values, both
+
+
+def _tail_exponent(start: float, kept: int, tail: NDArray[np.float64], rest: float) -> float:
+    """The ``b`` with ``sum_k start (k / k_0)^(-b) = rest``."""
+    from scipy.optimize import brentq
+
+    def excess(exponent: float) -> float:
+        return float(start * ((tail / kept) ** (-exponent)).sum() - rest)
+
+    low, high = 0.0, 20.0
+    if excess(low) <= 0.0:
+        return low
+    return float(brentq(excess, low, high)) if excess(high) < 0.0 else high
