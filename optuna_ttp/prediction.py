@@ -45,7 +45,7 @@ class Prediction:
         p_diverges:
             How likely training never recovers. The rest to one is ``"not_reached"``.
         reliable:
-            Whether the network is still described by its linearisation where the target is.
+            Whether no weight matrix has to change by as much as it was on the way to the target.
         stability:
             Learning rate over the largest stable one. Training above one may go through a loss
             spike, or never recover from it.

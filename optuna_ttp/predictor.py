@@ -36,7 +36,7 @@ from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.throughput import Throughput
-from optuna_ttp.uncertainty import deviation
+from optuna_ttp.uncertainty import displacement
 from optuna_ttp.uncertainty import is_reliable
 from optuna_ttp.uncertainty import linearisation_sd
 from optuna_ttp.uncertainty import probability_below
@@ -113,8 +113,10 @@ class TrainingTimePredictor:
             ``"linear"``, the exact simulation of the linearised model (the default); ``"sde"`` or
             ``"ode"``, the paper's equation 1 with and without noise, as a baseline.
         kernel_growth:
-            What the kernel is multiplied by as the loss falls, see
-            :class:`~optuna_ttp.dynamics.KernelGrowth`. Nothing by default.
+            What the kernel is multiplied by as the loss falls: ``"predicted"`` from the spectrum's
+            probe by :meth:`~optuna_ttp.dynamics.KernelGrowth.from_displacements` (the default; it
+            is nothing where the spectrum was not probed, and for the paper's equation),
+            ``"frozen"``, or a :class:`~optuna_ttp.dynamics.KernelGrowth`.
         n_seeds:
             Orders of the samples that are simulated; the prediction is their geometric mean. Two
             by default.
@@ -134,7 +136,7 @@ class TrainingTimePredictor:
 
     Warns:
         UnreliablePredictionWarning:
-            If the network is no longer described by its linearisation where the target is.
+            If a weight matrix changes by as much as it was on the way to the target.
     """
 
     def __init__(
@@ -157,7 +159,7 @@ class TrainingTimePredictor:
         sampling: Sampling = "shuffle",
         n_samples: int | None = None,
         method: Method = "linear",
-        kernel_growth: KernelGrowth | None = None,
+        kernel_growth: Literal["predicted", "frozen"] | KernelGrowth = "predicted",
         n_seeds: int = 2,
         seed: int = 0,
         device: str = "cpu",
@@ -184,7 +186,7 @@ class TrainingTimePredictor:
         self.schedule = Schedule.of(schedule)
         self.sampling = _check_choice("sampling", sampling, get_args(Sampling))
         self.method = _check_choice("method", method, get_args(Method))
-        self.kernel_growth = kernel_growth
+        self.kernel_growth = self._resolve_growth(kernel_growth)
         self.seed = seed
         self.exact = exact
         self.calibration = Calibration() if calibration is None else calibration
@@ -206,9 +208,9 @@ class TrainingTimePredictor:
         )
         if not self.reliable:
             warnings.warn(
-                f"At {self.depth:.0%} of the initial training loss the network is no longer "
-                "described by its linearisation: on the linearised path its own loss is "
-                f"{deviation(spectrum.probe, self.depth):.1f} times the predicted one. The "
+                f"At {self.depth:.0%} of the initial training loss the network is far from its "
+                "linearisation: a weight matrix changes by "
+                f"{displacement(spectrum.probe, self.depth):.2g} times what it was. The "
                 "intervals say so; record trials with TrainingLog to correct the predictions, or "
                 "choose a target that is less deep.",
                 UnreliablePredictionWarning,
@@ -252,7 +254,7 @@ class TrainingTimePredictor:
 
     @property
     def reliable(self) -> bool:
-        """Whether the network is still described by its linearisation where the target is."""
+        """Whether no weight matrix has to change by as much as it was on the way to the target."""
         depth = self.depth
         return math.isnan(depth) or is_reliable(self.spectrum.probe, depth)
 
@@ -441,7 +443,7 @@ class TrainingTimePredictor:
                 In [0, 1). Zero by default.
 
         Returns:
-            The common shape: momentum above 0.99, batches of fewer than four samples, the border
+            The common shape: momentum above 0.995, batches of fewer than four samples, the border
             of what reaches the target, and everything where the learning rate follows a schedule
             or the target depends on the end of the curve.
         """
@@ -622,6 +624,19 @@ class TrainingTimePredictor:
             )
             for k in range(wanted if noisy else 1)
         ]
+
+    def _resolve_growth(self, growth: str | KernelGrowth) -> KernelGrowth | None:
+        if isinstance(growth, KernelGrowth):
+            if self.method != "linear":
+                raise ValueError(
+                    f'kernel_growth belongs to method="linear" but got method={self.method!r}.'
+                )
+            return growth
+        _check_choice("kernel_growth", growth, ("predicted", "frozen"))
+        probe = self.spectrum.probe
+        if growth == "frozen" or probe is None or self.method != "linear":
+            return None
+        return KernelGrowth.from_displacements(probe.fractions, probe.relative_displacements)
 
     def _resolve_target(self, arguments: dict[str, float | None]) -> Target:
         given = {name: value for name, value in arguments.items() if value is not None}

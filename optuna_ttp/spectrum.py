@@ -84,25 +84,21 @@ class Validation:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """How far the network is from its linearisation, seen without a step of training.
+    """How far the weights have to go, seen without a step of training.
 
-    The weights are displaced along the path on which gradient flow takes the linearised network,
-    and the network's own loss and gradient are looked at there. See
-    :func:`optuna_ttp.jacobian.probe_linearisation`.
+    See :func:`optuna_ttp.jacobian.probe_linearisation`.
 
     Attributes:
         fractions:
-            Training loss of the linearised network over the initial one at the P points, from 1
-            downwards; shape ``(P,)``.
-        real_fractions:
-            That of the network itself at the same weights.
-        gradient_ratios:
-            Squared norm of the network's gradient over that of the linearised network.
+            Training loss of the linearised network over the initial one at P points of its path,
+            from 1 downwards; shape ``(P,)``.
+        relative_displacements:
+            ``|w - w_0| / |w_0|`` there of the weight matrix for which it is largest, usually that
+            of the new head; infinite where a matrix starts at zero.
     """
 
     fractions: NDArray[np.float64]
-    real_fractions: NDArray[np.float64]
-    gradient_ratios: NDArray[np.float64]
+    relative_displacements: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,32 @@ class KernelGrowth:
     fractions: NDArray[np.float64]
     factors: NDArray[np.float64]
 
+    @classmethod
+    def from_displacements(
+        cls, fractions: NDArray[np.float64], relative_displacements: NDArray[np.float64]
+    ) -> KernelGrowth:
+        """Predict the growth from how far the weights have to go.
+
+        A head ``W`` on features ``phi`` has the kernel ``|phi|^2`` from its own weights and one
+        proportional to ``|W|^2`` from the weights below it. Where training moves the head by
+        ``rho |W_0|``, at a right angle to its random start, ``|W|^2`` grows by ``1 + rho^2``, and
+        so do, in a balanced network, the features along the same directions:
+        ``kappa = (1 + rho^2)^2``. A heuristic of this package, not of the paper; what it is worth
+        stands in ``benchmarks/accuracy``.
+
+        Args:
+            fractions:
+                Training loss over the initial one, descending from 1, shape ``(P,)``.
+            relative_displacements:
+                ``rho`` there on the path of the frozen kernel, shape ``(P,)``. Where it is
+                infinite nothing is predicted.
+
+        Returns:
+            The growth.
+        """
+        known = np.isfinite(relative_displacements)
+        return cls(fractions[known], (1.0 + relative_displacements[known] ** 2) ** 2)
+
     def at(self, fraction: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return ``kappa`` at losses over the initial one, of any shape."""
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -14,9 +14,9 @@ from optuna_ttp.dynamics._simulation import simulate
 from optuna_ttp.dynamics._target import Target
 
 
-_MOMENTA = (0.0, 0.8, 0.95, 0.99)
+_MOMENTA = (0.0, 0.6, 0.85, 0.95, 0.98, 0.995)
 _BATCH_SIZES = (4, 8, 32)
-_N_RATES = 9
+_N_RATES = 13
 # Below this change of the steepest direction a step, training time is inverse in the step.
 _SLOW = 0.05
 # Where the predictor gives up: the surface need not go further.

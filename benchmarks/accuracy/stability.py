@@ -1,0 +1,451 @@
+"""The predicted largest stable learning rate against the one that real training shows.
+
+Real limits are found by bisection in the logarithm of the learning rate, to 3 %. Of the
+definitions of "unstable" the first was made the primary one before anything was run:
+
+``departure``
+    Training starts at a minimum, found by full-batch training to 2 % of the initial loss, where
+    the spectrum is computed anew. A run is unstable if its training loss over all samples exceeds
+    ten times its value at the start within 200 steps. This is dynamical stability as defined by
+    Wu, Ma and E, 2018 (NeurIPS), and the only place where the formula makes a statement about the
+    loss: it is about small distances from a minimum. Elsewhere, with momentum ``m``, a stable
+    direction may still grow up to ``(1 + m) / (1 - m)`` times (19 times for 0.9) before it falls,
+    so that no bound on the loss separates stable from unstable, and the curvature changes while
+    the loss falls. Ten times, because mini-batch noise multiplies the loss of a stable run by
+    ``1 / (1 - S)`` with ``S < 1`` of :class:`~optuna_ttp.dynamics.StabilityLimit`: a bound of
+    twice the loss would find ``S = 0.5``.
+``departure, twice the loss``
+    The same with a bound of twice the loss.
+``onset``
+    Training starts at the pretrained weights. A run is unstable if its training loss exceeds 1.1
+    times the initial one within 60 steps.
+``no progress``
+    The same, but a run is unstable if its mean training loss over steps 31 to 60 is above the
+    initial one: a loss spike from which the run recovers does not count.
+
+With mini-batches a learning rate is unstable if two of three orders of the samples are; the loss
+is then taken every fourth step. Each limit is also found in the simulation of the linearised
+model, so that the formula's error splits into that of the formula, predicted over simulated, and
+that of the linearisation, simulated over real.
+``max_learning_rate_error`` in the JSON is the mean of ``|predicted / real - 1|`` by the primary
+definition over the two classifiers, momentum 0 and 0.9, batch size 16 and all samples. Writes
+``stability.csv``, ``stability.json`` and ``stability.md``.
+
+Run with ``python -m benchmarks.accuracy.stability``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from collections.abc import Sequence
+import copy
+import csv
+from dataclasses import dataclass
+from dataclasses import replace
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+
+from benchmarks.accuracy.tasks import load
+from benchmarks.accuracy.tasks import Tuning
+from benchmarks.environment import environment
+from optuna_ttp import compute_spectrum
+from optuna_ttp import Spectrum
+from optuna_ttp import TrainingTimePredictor
+from optuna_ttp.dynamics import LinearisedModel
+from optuna_ttp.dynamics import SGD
+from optuna_ttp.dynamics import simulate
+from optuna_ttp.exceptions import UnreliablePredictionWarning
+
+
+PRIMARY = "departure"
+_PRIMARY_TASKS = ("residual-0", "digits-0")
+_TASKS = (*_PRIMARY_TASKS, "residual-mse-0")
+_MINIMUM = 0.02
+_RESOLUTION = 0.03
+# A limit further from the predicted one than this factor is not looked for.
+_WIDEST = 32.0
+_N_SEEDS = 3
+
+# Training losses over all samples as shares of the first one; NaN where they were not taken.
+Curves = Callable[[float, int, float, int], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What counts as unstable.
+
+    Attributes:
+        name:
+            As in the module's docstring.
+        at_minimum:
+            Whether training starts at a minimum instead of at the pretrained weights.
+        n_steps:
+            So many steps are watched.
+        bound:
+            Of the loss as a share of the first one.
+        since:
+            The mean loss from this step on is watched instead of the largest one.
+    """
+
+    name: str
+    at_minimum: bool
+    n_steps: int
+    bound: float
+    since: int | None = None
+
+    def unstable(self, curve: NDArray[np.float64]) -> bool:
+        """Tell whether a curve, of shape ``(n_steps + 1,)``, is that of an unstable run."""
+        if np.isposinf(curve).any():
+            return True
+        value = np.nanmax(curve) if self.since is None else np.nanmean(curve[self.since :])
+        return bool(value > self.bound)
+
+
+DEFINITIONS = (
+    Definition("departure", True, 200, 10.0),
+    Definition("departure, twice the loss", True, 200, 2.0),
+    Definition("onset", False, 60, 1.1),
+    Definition("no progress", False, 60, 1.0, since=31),
+)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("tasks", nargs="*", default=_TASKS, help="others keep their results")
+    parser.add_argument("--smoke", action="store_true", help="one case, coarsely")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in ("digits-0",) if options.smoke else options.tasks:
+        _write(options.output, _rows(name, options.smoke))
+
+
+def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the results anew, with those of other tasks that are there."""
+    path = folder / "stability.csv"
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = rows + [r for r in csv.DictReader(file) if r["task"] != rows[0]["task"]]
+    rows.sort(key=lambda row: _TASKS.index(row["task"]))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    summary = {"environment": environment(), **_summary(rows)}
+    (folder / "stability.json").write_text(json.dumps(summary, indent=2) + "\n")
+    table = _table(rows, summary)
+    (folder / "stability.md").write_text(table)
+    print(table, flush=True)
+
+
+def train_to_minimum(
+    tuning: Tuning, learning_rate: float, *, share: float = _MINIMUM, max_steps: int = 2000
+) -> tuple[Tuning, float]:
+    """Train a copy of the network on full batches with momentum 0.9.
+
+    Args:
+        tuning:
+            Network and data.
+        learning_rate:
+            Of SGD.
+        share:
+            Of the initial loss to stop at.
+        max_steps:
+            To stop at the latest.
+
+    Returns:
+        The trained network with its data, and its loss as a share of the initial one.
+    """
+    model = copy.deepcopy(tuning.model)
+    optimiser = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
+    initial = reached = math.nan
+    for step in range(max_steps + 1):
+        optimiser.zero_grad()
+        loss = tuning.loss(model(tuning.inputs), tuning.labels)
+        initial = float(loss.detach()) if step == 0 else initial
+        reached = float(loss.detach()) / initial
+        if reached <= share or step == max_steps:
+            break
+        loss.backward()
+        optimiser.step()
+    return replace(tuning, model=model), reached
+
+
+def real_curves(tuning: Tuning, stop_at: float) -> Curves:
+    """Return a function from (learning rate, batch size, momentum, seed) to a real curve.
+
+    Args:
+        tuning:
+            Network and data.
+        stop_at:
+            A run ends where its loss is above this share of its first one; the last value is kept.
+
+    Returns:
+        The function. It takes the steps as a keyword.
+    """
+
+    def run(rate: float, size: int, momentum: float, seed: int, n_steps: int) -> Any:
+        model = copy.deepcopy(tuning.model)
+        optimiser = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
+        generator = torch.Generator().manual_seed(1000 + seed)
+        n_samples = len(tuning.labels)
+        curve = np.full(n_steps + 1, np.nan)
+        order: list[torch.Tensor] = []
+        initial = math.nan
+        for step in range(n_steps + 1):
+            if not order and size >= n_samples:
+                order = [torch.arange(n_samples)]
+            elif not order:
+                order = list(torch.randperm(n_samples, generator=generator).split(size))
+            chosen = order.pop(0)
+            loss = tuning.loss(model(tuning.inputs[chosen]), tuning.labels[chosen])
+            if size >= n_samples or step % 4 == 0:
+                whole = float(loss.detach()) if size >= n_samples else _whole_loss(model, tuning)
+                initial = whole if step == 0 else initial
+                curve[step] = whole / initial if math.isfinite(whole) else math.inf
+                if not curve[step] <= stop_at:
+                    curve[step:] = curve[step]
+                    break
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        return curve
+
+    return run  # type: ignore[return-value]
+
+
+def simulated_curves(spectrum: Spectrum) -> Curves:
+    """Return the same function as :func:`real_curves` for the linearised model.
+
+    Args:
+        spectrum:
+            Of the network where training starts.
+
+    Returns:
+        The function.
+    """
+    model = LinearisedModel.from_spectrum(spectrum)
+
+    def run(rate: float, size: int, momentum: float, seed: int, n_steps: int) -> Any:
+        found = simulate(
+            model,
+            SGD.of(rate, momentum),
+            np.array([size]),
+            max_steps=np.array([n_steps]),
+            full_curves=True,
+            exact=True,
+            seed=seed,
+        )
+        curve = np.full(n_steps + 1, np.nan)
+        steps, losses = found.steps[0], found.curves["loss"][0]
+        known = np.isfinite(steps)
+        curve[steps[known].astype(int)] = losses[known] / losses[0]
+        if found.blown_up[0]:
+            curve[int(steps[known][-1]) :] = np.inf
+        return curve
+
+    return run  # type: ignore[return-value]
+
+
+def bisect(unstable: Callable[[float], bool], start: float, resolution: float) -> float:
+    """Find the learning rate above which training is unstable.
+
+    Args:
+        unstable:
+            Of a learning rate.
+        start:
+            Where to begin.
+        resolution:
+            Relative accuracy.
+
+    Returns:
+        The learning rate; infinity, or zero, where it is further from ``start`` than 32 times.
+    """
+    low = high = start
+    if unstable(start):
+        while unstable(low := low / 1.5):
+            high = low
+            if low < start / _WIDEST:
+                return 0.0
+    else:
+        while not unstable(high := high * 1.5):
+            low = high
+            if high > start * _WIDEST:
+                return math.inf
+    while high / low > 1.0 + resolution:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if unstable(middle) else (middle, high)
+    return math.sqrt(low * high)
+
+
+def _whole_loss(model: torch.nn.Module, tuning: Tuning) -> float:
+    with torch.no_grad():
+        return float(tuning.loss(model(tuning.inputs), tuning.labels))
+
+
+def _rows(name: str, smoke: bool) -> list[dict[str, Any]]:
+    pretrained = load(name)
+    spectrum = compute_spectrum(pretrained.task(), measure_speed=False, show_progress_bar=False)
+    # The curvature may grow tenfold on the way.
+    rate = 0.02 * _predicted(spectrum, len(pretrained.labels), 0.0)
+    trained, share = train_to_minimum(pretrained, rate, max_steps=50 if smoke else 2000)
+    own = compute_spectrum(trained.task(), measure_speed=False, show_progress_bar=False)
+    print(f"{name}: minimum at {share:.1%} of the initial loss", flush=True)
+    rows = []
+    sizes, momenta = (16, len(pretrained.labels)), (0.0, 0.9)
+    for size, momentum in (
+        [(len(pretrained.labels), 0.0)] if smoke else [(s, m) for s in sizes for m in momenta]
+    ):
+        for at_minimum, tuning, here in ((True, trained, own), (False, pretrained, spectrum)):
+            wanted = [d for d in DEFINITIONS if d.at_minimum == at_minimum]
+            start = _predicted(here, size, momentum)
+            stop_at = max(d.bound for d in wanted) if at_minimum else 100.0
+            seeds = range(1 if size >= len(tuning.labels) or smoke else _N_SEEDS)
+            resolution = 0.3 if smoke else _RESOLUTION
+            found = [
+                _limits(curves, wanted, size, momentum, start, seeds, resolution)
+                for curves in (real_curves(tuning, stop_at), simulated_curves(here))
+            ]
+            for definition in wanted:
+                real, simulated = (f[definition.name] for f in found)
+                rows.append(
+                    {
+                        "task": name,
+                        "batch_size": str(size),
+                        "momentum": f"{momentum:g}",
+                        "definition": definition.name,
+                        "start_loss_share": f"{share if at_minimum else 1.0:.4g}",
+                        "predicted": f"{start:.5g}",
+                        "simulated": f"{simulated:.5g}",
+                        "real": f"{real:.5g}",
+                        "predicted_over_real": f"{start / real if real else math.inf:.4g}",
+                    }
+                )
+                print(rows[-1], flush=True)
+    return rows
+
+
+def _predicted(spectrum: Spectrum, size: int, momentum: float) -> float:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliablePredictionWarning)
+        predictor = TrainingTimePredictor(spectrum, target_fraction=0.5)
+    return float(predictor.max_learning_rate(size, momentum))
+
+
+def _limits(
+    curves: Any,
+    definitions: Sequence[Definition],
+    size: int,
+    momentum: float,
+    start: float,
+    seeds: Sequence[int],
+    resolution: float,
+) -> dict[str, float]:
+    """The limit by each definition; they share their runs."""
+    known: dict[tuple[float, int], NDArray[np.float64]] = {}
+    n_steps = definitions[0].n_steps
+
+    def unstable(definition: Definition, rate: float) -> bool:
+        votes = [0, 0]
+        for seed in seeds:
+            if (rate, seed) not in known:
+                known[rate, seed] = curves(rate, size, momentum, seed, n_steps)
+            votes[definition.unstable(known[rate, seed])] += 1
+            if 2 * max(votes) > len(seeds):
+                break
+        return votes[1] > votes[0]
+
+    return {
+        d.name: bisect(lambda rate, d=d: unstable(d, rate), start, resolution)  # type: ignore[misc]
+        for d in definitions
+    }
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {"primary_definition": PRIMARY}
+    primary = [r for r in rows if r["definition"] == PRIMARY and r["task"] in _PRIMARY_TASKS]
+    errors = _ratios(primary, "predicted", "real")
+    summary["max_learning_rate_error"] = errors.get("mean_absolute_error", math.nan)
+    groups: dict[str, Any] = {
+        "the two classifiers": _PRIMARY_TASKS,
+        "mean squared error": _TASKS[2:],
+    }
+    for definition, (group, tasks) in itertools.product(DEFINITIONS, groups.items()):
+        mine = [r for r in rows if r["definition"] == definition.name and r["task"] in tasks]
+        if mine:
+            summary.setdefault(definition.name, {})[group] = {
+                "cases": len(mine),
+                "predicted_over_real": _ratios(mine, "predicted", "real"),
+                "predicted_over_simulated": _ratios(mine, "predicted", "simulated"),
+                "simulated_over_real": _ratios(mine, "simulated", "real"),
+            }
+    return summary
+
+
+def _ratios(rows: list[dict[str, Any]], upper: str, lower: str) -> dict[str, Any]:
+    """Errors over the cases in which both limits were found."""
+    pairs = np.array([(float(r[upper]), float(r[lower])) for r in rows])
+    good = (np.isfinite(pairs) & (pairs > 0)).all(axis=1)
+    ratio = pairs[good, 0] / pairs[good, 1]
+    error = np.abs(ratio - 1.0)
+    if not len(ratio):
+        return {"found": 0}
+    return {
+        "found": int(good.sum()),
+        "mean_absolute_error": round(float(error.mean()), 4),
+        "largest_absolute_error": round(float(error.max()), 4),
+        "within_20_percent": int((error <= 0.2).sum()),
+        "bias_factor": round(float(np.exp(np.log(ratio).mean())), 4),
+    }
+
+
+def _table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
+    where = summary["environment"]
+    lines = [
+        "Largest stable learning rate, predicted over real (in brackets: predicted over that of "
+        "the simulated linearised model):",
+        "",
+        "| network | batch size | momentum | "
+        + " | ".join(d.name + " (primary)" * (d.name == PRIMARY) for d in DEFINITIONS)
+        + " |",
+        "| --- " * (3 + len(DEFINITIONS)) + "|",
+    ]
+    keys = list(dict.fromkeys((r["task"], r["batch_size"], r["momentum"]) for r in rows))
+    for key in keys:
+        mine = {
+            r["definition"]: r for r in rows if (r["task"], r["batch_size"], r["momentum"]) == key
+        }
+        cells = [_cell(mine[d.name]) for d in DEFINITIONS]
+        lines.append(f"| {key[0]} | {key[1]} | {key[2]} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Mean error by the primary definition over the two classifiers: "
+        f"{summary['max_learning_rate_error']:.0%}. Measured {where['date']} with "
+        f"`{where['command']}`; bisection to {_RESOLUTION:.0%}, the majority of {_N_SEEDS} orders "
+        "of the samples for mini-batches. The definitions are in the module's docstring.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    predicted, simulated, real = (float(row[k]) for k in ("predicted", "simulated", "real"))
+    ratio = [f"{predicted / x:.2f}" if x else f"> {_WIDEST:.0f}" for x in (real, simulated)]
+    return f"{ratio[0]} ({ratio[1]})"
+
+
+if __name__ == "__main__":
+    main()
