@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 import math
 from typing import Any
@@ -192,10 +193,8 @@ class TrainingTimePredictor:
         self.calibration = Calibration() if calibration is None else calibration
         self._device = device
         self._sgd = _check_sgd(dampening, nesterov, weight_decay, spectrum)
-        if self.method != "linear" and (smoothing is not None or kernel_growth is not None):
-            raise ValueError(
-                f'smoothing and kernel_growth belong to method="linear" but got method={method!r}.'
-            )
+        if self.method != "linear" and smoothing is not None:
+            raise ValueError(f'smoothing belongs to method="linear" but got method={method!r}.')
         self.target = self._resolve_target(
             {
                 "target_loss": target_loss,
@@ -248,15 +247,21 @@ class TrainingTimePredictor:
         rate = np.array([0.5 / max(float(self._model.curvatures[0]), 1e-30)])
         size = np.array([self.spectrum.n_samples])
         curves = simulate(
-            self._model, SGD.of(rate), size, max_steps=np.array([20_000]), target=self.target
+            self._model, SGD.of(rate), size, max_steps=np.array([5_000]), target=self.target
         )
         return (float(np.nanmin(curves.curves["loss"])) - floor) / (initial - floor)
+
+    @cached_property
+    def _fraction(self) -> float:
+        """The loss over the initial one at the depth, as the probe counts it."""
+        floor, initial = self._model.loss_floor, self.initial_loss
+        return (self.depth * (initial - floor) + floor) / initial
 
     @property
     def reliable(self) -> bool:
         """Whether no weight matrix has to change by as much as it was on the way to the target."""
         depth = self.depth
-        return math.isnan(depth) or is_reliable(self.spectrum.probe, depth)
+        return math.isnan(depth) or is_reliable(self.spectrum.probe, self._fraction)
 
     def sample_convergence(self) -> SampleConvergence:
         """Return how the predicted time depends on the number of samples of the spectrum.
@@ -335,7 +340,7 @@ class TrainingTimePredictor:
         late = steps > horizon
         sd = np.sqrt(
             times.log_sd**2
-            + linearisation_sd(self.spectrum.probe, self.depth) ** 2
+            + linearisation_sd(self.spectrum.probe, self._fraction) ** 2
             + self._truncation_log_error**2
             + subset_sd**2
             + stability_sd(stability) ** 2
@@ -520,6 +525,9 @@ class TrainingTimePredictor:
     def _subset_correction(self) -> tuple[float, float]:
         if self.n_samples == self.spectrum.n_samples:
             return 0.0, 0.0
+        if self.target.settled:
+            # Both ends of the curve move, mostly together.
+            return 0.0, 0.2
         return self._sample_convergence.extrapolate(self.n_samples)
 
     @cached_property
@@ -531,15 +539,18 @@ class TrainingTimePredictor:
         model = LinearisedModel.from_spectrum(
             self.spectrum.truncate(explained_trace=max(1.0 - 2.0 * (1.0 - kept), 0.01))
         )
+        target = self.target
+        if target.quantity == "smoothed_loss":
+            target = replace(target, quantity="loss")
         rate = 0.5 / max(float(self._model.curvatures[0]), 1e-30)
         times = [
             simulate(
                 m,
                 SGD.of(rate),
                 np.array([m.n_samples]),
-                max_steps=np.array([50_000]),
-                target=self.target,
-            ).first_passages(self.target)[0]
+                max_steps=np.array([5_000]),
+                target=target,
+            ).first_passages(target)[0]
             for m in (self._model, model)
         ]
         if not np.isfinite(times).all():
@@ -591,6 +602,7 @@ class TrainingTimePredictor:
         slower = self.calibration.factor * math.exp(self._subset_correction[0])
         steps = np.maximum(1, np.ceil(horizon / slower)).astype(np.int64)
         sizes = self._simulated_size(size)
+        per_epoch = -(-self.n_samples // size)
         full_curve = full_curve or self.target.settled
         if self.method != "linear":
             return [
@@ -603,6 +615,7 @@ class TrainingTimePredictor:
                     target=self.target,
                     full_curves=full_curve,
                     seed=self.seed + k,
+                    steps_per_epoch=per_epoch,
                 )
                 for k in range(self.n_seeds if n_seeds is None else n_seeds)
             ]
@@ -621,6 +634,7 @@ class TrainingTimePredictor:
                 smoothing=self.smoothing,
                 growth=self.kernel_growth,
                 seed=self.seed + k,
+                steps_per_epoch=per_epoch,
             )
             for k in range(wanted if noisy else 1)
         ]
@@ -649,6 +663,8 @@ class TrainingTimePredictor:
             if not 0.0 < value < 1.0:
                 raise ValueError(f"target_epsilon must be in (0, 1) but got {value}.")
             return Target("loss" if self.smoothing is None else "smoothed_loss", value, True)
+        if "validation" in name and self.method != "linear":
+            raise ValueError(f'{name} belongs to method="linear" but got {self.method!r}.')
         if "validation" in name and self._model.validation is None:
             raise ValueError(
                 f"{name} needs validation data: FineTuningTask(..., validation_data=...) before "

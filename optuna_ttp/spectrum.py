@@ -125,6 +125,10 @@ class Spectrum:
         weight_outputs:
             ``J w_0``, what the weights themselves contribute to the linearised outputs, of shape
             ``(N, C)``: weight decay needs it. :obj:`None` where it was not computed.
+        decay_factors:
+            With learning-rate multipliers ``c``, ``v_k^T J c^2 J^T v_k / lambda_k``, of shape
+            ``(r,)``: the multiplier with which weight decay acts on each eigen-direction.
+            :obj:`None` where all are one.
         validation:
             The validation samples, or :obj:`None` where the task has none.
         probe:
@@ -140,6 +144,7 @@ class Spectrum:
     throughput: Throughput | None
     metadata: SpectrumMetadata
     weight_outputs: NDArray[np.float64] | None = None
+    decay_factors: NDArray[np.float64] | None = None
     validation: Validation | None = None
     probe: Probe | None = None
 
@@ -226,6 +231,7 @@ class Spectrum:
             eigenvalues=self.eigenvalues[:n_kept],
             eigenvectors=self.eigenvectors[:, :n_kept],
             validation=validation,
+            decay_factors=None if self.decay_factors is None else self.decay_factors[:n_kept],
         )
 
     def to_bytes(self) -> bytes:
@@ -244,8 +250,9 @@ class Spectrum:
             "targets": self.targets,
             "header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
         }
-        if self.weight_outputs is not None:
-            arrays["weight_outputs"] = self.weight_outputs
+        for key in ("weight_outputs", "decay_factors"):
+            if getattr(self, key) is not None:
+                arrays[key] = getattr(self, key)
         for prefix, part in (("validation", self.validation), ("probe", self.probe)):
             for key, value in (vars(part) if part is not None else {}).items():
                 arrays[f"{prefix}.{key}"] = value

@@ -181,12 +181,16 @@ class FineTuningTask:
             ValueError:
                 If there are not so many samples.
         """
-        if isinstance(n_samples, bool) or not 1 <= n_samples <= self.n_samples:
+        if (
+            isinstance(n_samples, bool)
+            or not 1 <= n_samples <= self.n_samples
+            or n_samples != int(n_samples)
+        ):
             raise ValueError(
                 f"n_samples must be from 1 to {self.n_samples}, the samples of the task, but got "
                 f"{n_samples!r}."
             )
-        chosen = np.random.default_rng(seed).permutation(self.n_samples)[:n_samples]
+        chosen = np.random.default_rng(seed).permutation(self.n_samples)[: int(n_samples)]
         part = copy.copy(self)
         part._indices = [self._indices[i] for i in sorted(chosen)]
         with _preserved_random_state():

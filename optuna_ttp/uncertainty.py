@@ -43,6 +43,8 @@ def displacement(probe: Probe | None, fraction: float) -> float:
         return float("nan")
     depths = -np.log(probe.fractions)
     wanted = -np.log(max(fraction, 1e-12))
+    if np.isnan(wanted):
+        return float("nan")
     if not np.isfinite(probe.relative_displacements).all():
         return float(probe.relative_displacements.max()) if wanted > 0 else 0.0
     return float(np.interp(wanted, depths, probe.relative_displacements))

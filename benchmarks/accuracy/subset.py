@@ -14,7 +14,8 @@ NeurIPS 2020, appendix D, with their effective learning rate. Subsets of 125 and
 how fast the error falls. ``subset_error`` in the JSON is the mean absolute relative error of our
 times to 25 % of the initial loss against the linearised network on all samples, over losses,
 configurations and subsets of 250; ``subset_error_real`` is that against the real network. Writes
-``subset.csv``, ``subset.json`` and ``subset.md``.
+``subset.csv``, ``subset.json`` and ``subset.md``, and keeps the times of the linearised and of the
+real network, which take most of the time, in ``subset_references.json``.
 
 Run with ``python -m benchmarks.accuracy.subset``.
 """
@@ -27,7 +28,6 @@ from collections.abc import Sequence
 import copy
 import csv
 from dataclasses import dataclass
-import itertools
 import json
 import math
 from pathlib import Path
@@ -59,12 +59,28 @@ _MAIN_FRACTION = 0.25
 _MAIN_SIZE = 250
 _SIZES = (125, _MAIN_SIZE, 500)
 _BATCH = 50
+# Predicted from the first subset when the benchmark was made; written down so that the learning
+# rates stay the same. By whether all samples are a batch, and momentum.
+_LARGEST = {
+    "cross_entropy": {
+        (True, 0.0): 0.1314280,
+        (True, 0.9): 0.2497132,
+        (False, 0.0): 0.1287719,
+        (False, 0.9): 0.1438865,
+    },
+    "mse": {
+        (True, 0.0): 0.06647092,
+        (True, 0.9): 0.1262947,
+        (False, 0.0): 0.06509978,
+        (False, 0.9): 0.06556697,
+    },
+}
 _ALPHAS = (0.1, 0.15, 0.2)
 _MAX_STEPS = 40_000
 # Of real training, on all samples and on mini-batches.
-_MAX_REAL_STEPS = (400, 3_000)
+_MAX_REAL_STEPS = (100, 600)
 # Later losses are taken at steps so much further apart.
-_SPACING = 1.03
+_SPACING = 1.08
 
 
 @dataclass(frozen=True)
@@ -97,38 +113,23 @@ def main() -> None:
         "--smoke", action="store_true", help="100 samples of 200, no real training"
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--no-real", action="store_true", help="leave real training out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     n_samples, sizes, n_seeds = (200, (100,), 1) if options.smoke else (2000, _SIZES, 3)
     main_size = sizes[len(sizes) // 2]
     rows: list[dict[str, Any]] = []
     recommended: dict[str, list[int]] = {}
-    kernel: torch.Tensor | None = None
+    options.output.mkdir(parents=True, exist_ok=True)
+    references = _References(options.output / "subset_references.json", options.smoke)
     for loss in _LOSSES:
         tuning = residual(f"residual-{loss}", 0, n_samples=n_samples, loss=loss)
-        # Network and samples are the same for both losses.
-        kernel = whole_kernel(tuning) if kernel is None else kernel
         spectra = {
             (size, seed): _spectrum(tuning, size, seed)
             for size in sizes
             for seed in range(n_seeds)
         }
-        configurations = _configurations(spectra[main_size, 0], n_samples)
-        noisy = [c for c in configurations if c.batch_size < n_samples]
-        whole = [c for c in configurations if c.batch_size == n_samples]
-        linear: dict[Configuration, list[float]] = {}
-        for members, n_orders in ((whole, 1), (noisy, 2)):
-            runs = [linear_times(tuning, kernel, members, k, _FRACTIONS) for k in range(n_orders)]
-            for c, *times in zip(members, *runs, strict=True):
-                linear[c] = [_geometric_mean(column) for column in zip(*times, strict=True)]
-        print(f"{loss}: linearised network trained", flush=True)
-        skip = options.smoke or options.no_real
-        real = [
-            _nothing() if skip else _real_times(tuning, configuration, _FRACTIONS)
-            for configuration in configurations
-        ]
-        print(f"{loss}: network trained", flush=True)
+        configurations = _configurations(loss, n_samples)
+        linear, real = references.of(tuning, configurations)
         for (size, seed), spectrum in spectra.items():
             fractions = _FRACTIONS if size == main_size else (0.5, _MAIN_FRACTION)
             for fraction in fractions:
@@ -148,7 +149,7 @@ def main() -> None:
                             "fraction": fraction,
                             "subset_size": size,
                             "subset_seed": seed,
-                            "linearised": linear[configuration][column],
+                            "linearised": linear[k][column],
                             "real": real[k][column],
                             **_predictions(
                                 predictor, spectrum, configuration, fraction, n_samples
@@ -156,7 +157,6 @@ def main() -> None:
                         }
                     )
             print(f"{loss}: subset of {size}, seed {seed} done", flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
     with (options.output / "subset.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
@@ -174,6 +174,49 @@ def main() -> None:
     table = _table(summary)
     (options.output / "subset.md").write_text(table)
     print(table)
+
+
+class _References:
+    """Times of the linearised and of the real network, kept in a file."""
+
+    def __init__(self, path: Path, smoke: bool) -> None:
+        self._path = path
+        self._smoke = smoke
+        # Network and samples, and so the kernel, are the same for both losses.
+        self._kernel: torch.Tensor | None = None
+        self._known: dict[str, list[float]] = {}
+        if path.exists() and not smoke:
+            self._known = json.loads(path.read_text())
+
+    def of(
+        self, tuning: Tuning, configurations: list[Configuration]
+    ) -> tuple[list[list[float]], list[list[float]]]:
+        """Train what is not known."""
+        keys = [
+            f"{tuning.name} learning rate {c.learning_rate:.5g} batch size {c.batch_size} "
+            f"momentum {c.momentum:g}"
+            for c in configurations
+        ]
+        missing = [k for k, key in enumerate(keys) if f"linearised {key}" not in self._known]
+        if missing:
+            kernel = self._kernel = whole_kernel(tuning) if self._kernel is None else self._kernel
+            found = linear_times(tuning, kernel, [configurations[k] for k in missing], 0)
+            self._keep({f"linearised {keys[k]}": t for k, t in zip(missing, found, strict=True)})
+        for key, configuration in zip(keys, configurations, strict=True):
+            if f"real {key}" not in self._known:
+                times = [math.nan] * len(_FRACTIONS)
+                if not self._smoke:
+                    times = _real_times(tuning, configuration)
+                self._keep({f"real {key}": times})
+        linear = [self._known[f"linearised {key}"] for key in keys]
+        return linear, [self._known[f"real {key}"] for key in keys]
+
+    def _keep(self, times: dict[str, list[float]]) -> None:
+        self._known.update(times)
+        if not self._smoke:
+            self._path.write_text(json.dumps(self._known, indent=2) + "\n")
+        for key in times:
+            print(f"{key}: {times[key]}", flush=True)
 
 
 def whole_kernel(tuning: Tuning, chunk: int = 50) -> torch.Tensor:
@@ -207,7 +250,6 @@ def linear_times(
     kernel: torch.Tensor,
     configurations: Sequence[Configuration],
     seed: int,
-    fractions: Sequence[float],
 ) -> list[list[float]]:
     """Train the linearised network on all samples.
 
@@ -223,18 +265,16 @@ def linear_times(
             Of SGD.
         seed:
             Of the order of the samples.
-        fractions:
-            Of the initial loss.
 
     Returns:
-        For each configuration the step at which each fraction is reached; infinity if none.
+        For each configuration the step at which each target is reached; infinity if it is not.
     """
     times: dict[int, list[float]] = {}
     for size in {c.batch_size for c in configurations}:
         members = [k for k, c in enumerate(configurations) if c.batch_size == size]
         curves = _linear_curves(tuning, kernel, [configurations[k] for k in members], size, seed)
         for k, curve in zip(members, curves, strict=True):
-            times[k] = _passages(np.arange(len(curve), dtype=float), curve, fractions)
+            times[k] = _passages(np.arange(len(curve), dtype=float), curve)
     return [times[k] for k in range(len(configurations))]
 
 
@@ -337,29 +377,18 @@ def real_curve(
     return np.array(steps), np.array(losses)
 
 
-def _real_times(
-    tuning: Tuning, configuration: Configuration, fractions: Sequence[float]
-) -> list[float]:
+def _real_times(tuning: Tuning, configuration: Configuration) -> list[float]:
     n_orders = 1 if configuration.batch_size == len(tuning.labels) else 2
-    runs = [
-        _passages(*real_curve(tuning, configuration, seed), fractions) for seed in range(n_orders)
-    ]
-    print(f"{configuration}: {runs}", flush=True)
+    runs = [_passages(*real_curve(tuning, configuration, seed)) for seed in range(n_orders)]
     return [_geometric_mean(column) for column in zip(*runs, strict=True)]
 
 
-def _passages(
-    steps: NDArray[np.float64], curve: NDArray[np.float64], fractions: Sequence[float]
-) -> list[float]:
-    return [Target("loss", f * curve[0]).first_passage(steps, curve) for f in fractions]
+def _passages(steps: NDArray[np.float64], curve: NDArray[np.float64]) -> list[float]:
+    return [Target("loss", f * curve[0]).first_passage(steps, curve) for f in _FRACTIONS]
 
 
 def _loss(tuning: Tuning, outputs: torch.Tensor) -> torch.Tensor:
     return tuning.loss(outputs, tuning.labels)
-
-
-def _nothing() -> list[float]:
-    return [math.nan] * len(_FRACTIONS)
 
 
 def _spectrum(tuning: Tuning, size: int, seed: int) -> Spectrum:
@@ -375,13 +404,11 @@ def _predictor(spectrum: Spectrum, fraction: float, n_samples: int) -> TrainingT
         )
 
 
-def _configurations(spectrum: Spectrum, n_samples: int) -> list[Configuration]:
-    predictor = _predictor(spectrum, _MAIN_FRACTION, n_samples)
+def _configurations(loss: str, n_samples: int) -> list[Configuration]:
     return [
-        Configuration(
-            share * float(predictor.max_learning_rate(size, momentum)), size, momentum, share
-        )
-        for size, momentum, share in itertools.product((n_samples, _BATCH), (0.0, 0.9), (0.1, 0.3))
+        Configuration(share * largest, n_samples if whole else _BATCH, momentum, share)
+        for (whole, momentum), largest in _LARGEST[loss].items()
+        for share in (0.1, 0.3)
     ]
 
 

@@ -68,7 +68,7 @@ def _shown(name: str, figures: dict[str, float]) -> str:
     if name not in figures:
         return "-"
     value = figures[name]
-    if name.endswith("_tau") or name.endswith("_tau_0"):
+    if name.endswith(("_tau", "_tau_0")):
         return f"{value:.2f}"
     if name.startswith("cost") or name.endswith("_seconds"):
         return f"{value:.2g}"

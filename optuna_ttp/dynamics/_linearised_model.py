@@ -40,6 +40,9 @@ class LinearisedModel:
             shape ``(r,)``: where weight decay pulls from. :obj:`None` where it is not known.
         validation:
             The same model on the validation samples, or :obj:`None`.
+        decay_factors:
+            What weight decay of ``theta`` is multiplied by, of shape ``(r,)``; see
+            :class:`~optuna_ttp.Spectrum`. :obj:`None` for one.
     """
 
     features: torch.Tensor
@@ -50,6 +53,7 @@ class LinearisedModel:
     kind: str
     pull: torch.Tensor | None = None
     validation: LinearisedModel | None = None
+    decay_factors: torch.Tensor | None = None
 
     @classmethod
     def from_spectrum(
@@ -78,6 +82,9 @@ class LinearisedModel:
         if spectrum.weight_outputs is not None:
             pull = torch.as_tensor(spectrum.weight_outputs.ravel() @ vectors / roots)
             pull = pull.to(device, dtype)
+        decay = None
+        if spectrum.decay_factors is not None:
+            decay = torch.as_tensor(spectrum.decay_factors).to(device, dtype)
         validation = None
         if spectrum.validation is not None:
             held_out = spectrum.validation
@@ -98,6 +105,7 @@ class LinearisedModel:
             dtype,
             pull,
             validation,
+            decay,
         )
 
     @classmethod
@@ -111,6 +119,7 @@ class LinearisedModel:
         dtype: torch.dtype,
         pull: torch.Tensor | None = None,
         validation: LinearisedModel | None = None,
+        decay_factors: torch.Tensor | None = None,
     ) -> LinearisedModel:
         n_samples, n_outputs = initial_outputs.shape
         soft_targets, normalisers = loss.soft_targets(targets, n_outputs)
@@ -132,6 +141,7 @@ class LinearisedModel:
             kind=loss.kind,
             pull=pull,
             validation=validation,
+            decay_factors=decay_factors,
         )
 
     @property

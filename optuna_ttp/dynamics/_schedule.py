@@ -25,7 +25,7 @@ class Schedule:
 
     Example:
         >>> schedule = Schedule.cosine(total_steps=1000, warmup_steps=50)
-        >>> predictor.predict(learning_rate=0.1, batch_size=32, momentum=0.9, schedule=schedule)
+        >>> predictor = TrainingTimePredictor(spectrum, target_fraction=0.2, schedule=schedule)
 
     Attributes:
         function:
@@ -208,6 +208,8 @@ class Schedule:
         Returns:
             The schedule.
         """
+        if not callable(factory):
+            raise TypeError(f"A schedule must be callable but got {factory!r}.")
         return cls(factory=factory, every=every)
 
     @property
@@ -245,7 +247,7 @@ class Schedule:
         n_changes = n_steps if self.every == "step" else -(-n_steps // steps_per_epoch)
         if self.factory is None:
             function = (lambda t: 1.0) if self.function is None else self.function
-            multiplier = np.array([float(function(t)) for t in range(n_changes)])
+            multiplier = np.array([_multiplier(function, t) for t in range(n_changes)])
             rates = learning_rate[:, None] * multiplier
             masses = np.repeat(momentum[:, None], n_changes, axis=1)
         else:
@@ -262,6 +264,13 @@ class Schedule:
                 np.repeat(a, steps_per_epoch, axis=1)[:, :n_steps] for a in (rates, masses)
             )
         return rates, masses
+
+
+def _multiplier(function: Callable[[int], float], t: int) -> float:
+    try:
+        return float(function(t))
+    except OverflowError:
+        return math.inf
 
 
 def _scheduled(
@@ -282,23 +291,22 @@ def _scheduled(
         )
     group = optimizer.param_groups[0]
     values = np.empty((2, n_changes))
-    finished = False
+    # Behind its end OneCycleLR would overshoot once and then refuse.
+    last = n_changes
+    if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR):
+        last = scheduler.total_steps - 1
     with warnings.catch_warnings():
         # We never call optimizer.step().
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         for t in range(n_changes):
             values[:, t] = float(group["lr"]), float(group["momentum"])
-            if not finished:
-                try:
-                    scheduler.step()
-                except ValueError:
-                    # OneCycleLR refuses to go on behind its end.
-                    finished = True
+            if t < last:
+                scheduler.step()
     return values[0], values[1]
 
 
 def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or value != int(value) or value < 1:
+    if isinstance(value, bool) or not 1 <= value < math.inf or value != int(value):
         raise ValueError(f"{name} must be a positive integer but got {value!r}.")
 
 

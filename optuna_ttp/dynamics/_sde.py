@@ -10,6 +10,8 @@ import torch
 
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
 from optuna_ttp.dynamics._sgd import SGD
+from optuna_ttp.dynamics._simulation import BLOW_UP
+from optuna_ttp.dynamics._simulation import effective_rates
 from optuna_ttp.dynamics._simulation import Trajectories
 from optuna_ttp.dynamics._target import Target
 
@@ -28,6 +30,7 @@ def simulate_equation(
     target: Target | None = None,
     full_curves: bool = False,
     seed: int = 0,
+    steps_per_epoch: NDArray[np.int64] | None = None,
 ) -> Trajectories:
     """Integrate equation 1 of Zancato et al., NeurIPS 2020, for K configurations.
 
@@ -56,6 +59,9 @@ def simulate_equation(
             Go on behind the target. Off by default.
         seed:
             For the noise.
+        steps_per_epoch:
+            Of schedules that advance with the epoch, shape ``(K,)``. Those of the model's samples
+            by default.
 
     Returns:
         The training-loss and accuracy curves, recorded at every step.
@@ -71,8 +77,13 @@ def simulate_equation(
         )
     n_configurations = len(sgd)
     curvature = float(model.curvatures[0])
-    rates, masses = sgd.schedule.values(sgd.learning_rate, sgd.momentum, 1, int(max_steps.max()))
-    effective = rates * np.where(masses > 0, 1.0 - sgd.dampening[:, None], 1.0) / (1.0 - masses)
+    n_steps = int(max_steps.max(initial=1))
+    effective = np.empty((n_configurations, n_steps))
+    if steps_per_epoch is None:
+        steps_per_epoch = -(-model.n_samples // batch_size)
+    for per_epoch in np.unique(steps_per_epoch):
+        own = np.flatnonzero(steps_per_epoch == per_epoch)
+        effective[own] = effective_rates(sgd[own], int(per_epoch), n_steps)
     noisy = (batch_size < model.n_samples) & (method == "sde")
     change = _CHANGE[method]
     parts = np.maximum(1, np.ceil(effective.max(axis=1) * curvature / change)).astype(np.int64)
@@ -91,7 +102,7 @@ def simulate_equation(
             [records[k] for k in members],
             generator,
         )
-    padded = np.full((3, n_configurations, max(map(len, records))), np.nan)
+    padded = np.full((3, n_configurations, max(map(len, records), default=0)), np.nan)
     for k, record in enumerate(records):
         padded[:, k, : len(record)] = np.array(record).T
     curves = {"loss": padded[1]}
@@ -100,7 +111,7 @@ def simulate_equation(
     return Trajectories(
         padded[0],
         curves,
-        np.zeros(n_configurations, dtype=bool),
+        np.array([not r[-1][1] <= BLOW_UP * r[0][1] for r in records], dtype=bool),
         np.ones(n_configurations, dtype=np.int64),
     )
 
@@ -117,6 +128,7 @@ def _integrate(
 ) -> None:
     theta = model.features.new_zeros((len(records), model.rank))
     active = np.arange(len(records))
+    initial = float(model.loss(model.initial_outputs[None]))
     start = _residual_norms(model, theta)
     for step in range(int(max_steps.max()) + 1):
         outputs = model.outputs(theta)
@@ -126,7 +138,7 @@ def _integrate(
             shares = model.accuracy(outputs).cpu().numpy()
         for k, loss, share in zip(active, losses, shares, strict=True):
             records[k].append((float(step), float(loss), float(share)))
-        done = step >= max_steps[active]
+        done = (step >= max_steps[active]) | ~(losses <= BLOW_UP * initial)
         if target is not None:
             done |= target.reached(losses if target.is_loss else shares)
         if done.all():

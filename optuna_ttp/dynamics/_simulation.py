@@ -30,7 +30,7 @@ _COARSE_STEP = 0.25
 # A time to the target that was found in fewer coarse steps than this is found again in finer ones.
 _MIN_COARSE_STEPS = 64
 # A loss so many times the initial one is given up.
-_BLOW_UP = 100.0
+BLOW_UP = 100.0
 # How far the next recorded step is from the last one, relatively.
 _SPACING = 1.04
 
@@ -89,6 +89,7 @@ def simulate(
     smoothing: Smoothing | None = None,
     growth: KernelGrowth | None = None,
     seed: int = 0,
+    steps_per_epoch: NDArray[np.int64] | None = None,
 ) -> Trajectories:
     """Simulate K configurations.
 
@@ -117,6 +118,9 @@ def simulate(
             What the kernel is multiplied by as the loss falls. Nothing by default.
         seed:
             For the order of the samples.
+        steps_per_epoch:
+            Of schedules that advance with the epoch, shape ``(K,)``. Those of the model's samples
+            by default.
 
     Returns:
         The curves, recorded at every step at first and then at steps 4 % apart.
@@ -128,21 +132,28 @@ def simulate(
     if sgd.weight_decay.any() and model.pull is None:
         raise ValueError("Weight decay needs a model that knows its pull.")
     n_configurations = len(sgd)
+    if steps_per_epoch is None:
+        steps_per_epoch = -(-model.n_samples // batch_size)
     stride = np.ones(n_configurations, dtype=np.int64)
     if not exact and smoothing is None:
-        stride = strides(model, sgd, batch_size, max_steps)
+        stride = strides(model, sgd, batch_size, max_steps, growth, steps_per_epoch)
     quantities = _quantities(model, target, full_curves, smoothing)
     records: list[list[tuple[float, ...]]] = [[] for _ in range(n_configurations)]
     blown_up = np.zeros(n_configurations, dtype=bool)
     todo = np.arange(n_configurations)
     while len(todo):
-        for size, step_size in sorted(set(zip(batch_size[todo], stride[todo], strict=True))):
-            members = todo[(batch_size[todo] == size) & (stride[todo] == step_size)]
+        keys = np.stack([batch_size, stride, steps_per_epoch])
+        for size, step_size, per_epoch in sorted(set(zip(*keys[:, todo].tolist(), strict=True))):
+            same = keys[:, todo] == np.array([[size], [step_size], [per_epoch]])
+            members = todo[same.all(axis=0)]
             coarse_steps = np.ceil(max_steps[members] / step_size).astype(np.int64)
-            coarse_size = min(int(size) * int(step_size), model.n_samples)
+            coarse_size = int(size) * int(step_size)
+            # So many samples make no noise worth drawing them for.
+            if sampling == "shuffle" or coarse_size > max(int(size), 16 * model.n_samples):
+                coarse_size = min(coarse_size, model.n_samples)
             blown_up[members] = _simulate_group(
                 model,
-                _Plan.of(model, sgd[members], int(size), int(step_size), int(coarse_steps.max())),
+                _Plan.of(model, sgd[members], per_epoch, step_size, int(coarse_steps.max())),
                 _batches(model, coarse_size, sampling, seed, across_epochs=step_size > 1),
                 coarse_steps,
                 None if full_curves else target,
@@ -169,6 +180,8 @@ def strides(
     sgd: SGD,
     batch_size: NDArray[np.int64],
     max_steps: NDArray[np.int64],
+    growth: KernelGrowth | None = None,
+    steps_per_epoch: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
     """Return how many optimiser steps may be simulated as one, a power of two.
 
@@ -189,29 +202,34 @@ def strides(
             Shape ``(K,)``.
         max_steps:
             Shape ``(K,)``.
+        growth:
+            Of the kernel. None by default.
+        steps_per_epoch:
+            Of schedules that advance with the epoch, shape ``(K,)``. Those of the model's samples
+            by default.
 
     Returns:
         Integers of shape ``(K,)``.
     """
     effective = sgd.effective_learning_rate
+    if steps_per_epoch is None:
+        steps_per_epoch = -(-model.n_samples // batch_size)
     if not sgd.schedule.is_constant:
-        for size in np.unique(batch_size):
-            own = np.flatnonzero(batch_size == size)
-            rates = _effective_rates(model, sgd[own], int(size), int(max_steps[own].max()))
+        for per_epoch in np.unique(steps_per_epoch):
+            own = np.flatnonzero(steps_per_epoch == per_epoch)
+            rates = effective_rates(sgd[own], int(per_epoch), int(max_steps[own].max()))
             effective[own] = rates.max(axis=1)
+    if growth is not None:
+        effective = effective * float(growth.factors.max())
     change = np.maximum(effective * float(model.curvatures[0]), 1e-30)
     allowed = np.minimum(_COARSE_STEP / change, max_steps / 64.0)
     powers: NDArray[np.float64] = np.floor(np.log2(np.clip(allowed, 1.0, 2.0**40)))
     return (2.0**powers).astype(np.int64)
 
 
-def _effective_rates(
-    model: LinearisedModel, sgd: SGD, batch_size: int, n_steps: int
-) -> NDArray[np.float64]:
+def effective_rates(sgd: SGD, steps_per_epoch: int, n_steps: int) -> NDArray[np.float64]:
     """The effective learning rate at every step, of shape ``(K, T)``."""
-    rates, masses = sgd.schedule.values(
-        sgd.learning_rate, sgd.momentum, -(-model.n_samples // batch_size), n_steps
-    )
+    rates, masses = sgd.schedule.values(sgd.learning_rate, sgd.momentum, steps_per_epoch, n_steps)
     gain = np.where(masses > 0, 1.0 - sgd.dampening[:, None], 1.0)
     return rates * gain / (1.0 - masses)
 
@@ -220,7 +238,7 @@ def _effective_rates(
 class _Plan:
     """What a group of K configurations does at each of its T (coarse) steps.
 
-    ``rates`` and ``masses`` have shape ``(K, T)``, or ``(K, 1)`` where nothing changes.
+    ``rates``, ``masses`` and ``gain`` have shape ``(K, T)``, or ``(K, 1)`` where nothing changes.
     """
 
     rates: torch.Tensor
@@ -232,15 +250,15 @@ class _Plan:
 
     @classmethod
     def of(
-        cls, model: LinearisedModel, sgd: SGD, batch_size: int, stride: int, n_steps: int
+        cls, model: LinearisedModel, sgd: SGD, per_epoch: int, stride: int, n_steps: int
     ) -> _Plan:
         n_values = 1 if sgd.schedule.is_constant else n_steps * stride
-        per_epoch = -(-model.n_samples // batch_size)
         rates, masses = sgd.schedule.values(sgd.learning_rate, sgd.momentum, per_epoch, n_values)
-        gain, nesterov = sgd.gain[:, None], sgd.nesterov[:, None]
+        gain = np.where(masses > 0, 1.0 - sgd.dampening[:, None], 1.0)
+        nesterov = sgd.nesterov[:, None]
         if stride > 1:
             rates, masses = _coarse_optimiser(rates, masses, gain, nesterov, stride)
-            gain, nesterov = np.ones_like(gain), np.zeros_like(nesterov)
+            gain, nesterov = np.ones_like(rates), np.zeros_like(nesterov)
 
         def tensor(values: NDArray[np.float64] | NDArray[np.bool_]) -> torch.Tensor:
             return torch.as_tensor(np.ascontiguousarray(values)).to(model.features)
@@ -353,7 +371,7 @@ def _simulate_group(
             values = _observe(model, theta, quantities, filtered)
             for k, row in zip(active, values, strict=True):
                 records[k].append((float(step * plan.stride), *row))
-            bad = ~(values[:, 0] <= _BLOW_UP * initial)
+            bad = ~(values[:, 0] <= BLOW_UP * initial)
             blown_up[active[bad]] = True
             done = bad | (step >= max_steps[active])
             if target is not None and column is not None:
@@ -375,11 +393,12 @@ def _simulate_group(
         residuals = model.residuals(outputs, soft_targets, normalisers)
         gradient = residuals.reshape(len(theta), -1) @ psi
         if plan.decay is not None and model.pull is not None:
-            gradient = gradient + plan.decay * (model.pull + theta)
+            moved = theta if model.decay_factors is None else model.decay_factors * theta
+            gradient = gradient + plan.decay * (model.pull + moved)
         now = min(step, plan.rates.shape[1] - 1)
-        rate, mass = plan.rates[:, now, None], plan.masses[:, now, None]
+        rate, mass, gain = (a[:, now, None] for a in (plan.rates, plan.masses, plan.gain))
         # PyTorch does not dampen the first gradient.
-        velocity = mass * velocity + gradient * (1.0 if step == 0 else plan.gain)
+        velocity = mass * velocity + gradient * (1.0 if step == 0 else gain)
         ahead = gradient + mass * velocity
         theta = theta - factors * rate * torch.where(plan.nesterov > 0, ahead, velocity)
         step += 1

@@ -31,6 +31,8 @@ class Smoothing:
     width: float
 
     def __post_init__(self) -> None:
+        if self.kind not in ("moving_average", "exponential"):
+            raise ValueError(f"The kind of smoothing {self.kind!r} is not known.")
         if self.kind == "moving_average" and not (self.width >= 1 and self.width % 1 == 0):
             raise ValueError(f"The window must be a positive integer but got {self.width!r}.")
         if self.kind == "exponential" and not 0.0 <= self.width < 1.0:
@@ -73,6 +75,8 @@ class Smoothing:
             The same shape.
         """
         values = np.asarray(losses, dtype=np.float64)
+        if values.shape[-1] == 0:
+            return values
         if self.kind == "exponential":
             from scipy.signal import lfilter
 
@@ -81,8 +85,10 @@ class Smoothing:
                 lfilter([1.0 - self.width], [1.0, -self.width], values, axis=-1, zi=start)[0]
             )
         window = int(self.width)
-        total = np.cumsum(values, axis=-1)
-        counts = np.minimum(np.arange(1, values.shape[-1] + 1), window)
-        before = np.zeros_like(total)
-        before[..., window:] = total[..., :-window]
-        return np.asarray((total - before) / counts)
+        head = values[..., :window]
+        smoothed = np.cumsum(head, axis=-1) / np.arange(1, head.shape[-1] + 1)
+        if values.shape[-1] <= window:
+            return np.asarray(smoothed)
+        # Not a difference of cumulated sums: one infinite loss would spoil all that follow.
+        windows = np.lib.stride_tricks.sliding_window_view(values[..., 1:], window, axis=-1)
+        return np.concatenate([smoothed, windows.mean(axis=-1)], axis=-1)

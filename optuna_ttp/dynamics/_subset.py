@@ -72,6 +72,8 @@ class SampleConvergence:
         """
         n = model.n_samples
         sizes = sorted({max(1, n // 8), max(1, n // 4), max(1, n // 2), n})
+        if target.quantity == "smoothed_loss":
+            target = replace(target, quantity="loss")
         whole = float(model.loss(model.initial_outputs[None]))
         generator = torch.Generator().manual_seed(seed)
         rate = _CHANGE / max(float(model.curvatures[0]), 1e-30)
@@ -81,7 +83,7 @@ class SampleConvergence:
             for _ in range(1 if size == n else _N_DRAWS):
                 part = restricted(model, torch.randperm(n, generator=generator)[:size])
                 own = target
-                if target.is_loss and not target.settled:
+                if target.quantity == "loss" and not target.settled:
                     initial = float(part.loss(part.initial_outputs[None]))
                     own = replace(target, value=target.value * initial / whole)
                 curves = simulate(
@@ -137,7 +139,7 @@ class SampleConvergence:
         more, _ = self.extrapolate(n_samples)
         end = self.log_times[-1] + more
         for size, time in zip(self.n_samples, self.log_times, strict=True):
-            if abs(end - time) <= _CONVERGED:
+            if math.isfinite(time) and abs(end - time) <= _CONVERGED:
                 return int(size)
         size = int(self.n_samples[-1])
         while size < n_samples:
@@ -160,15 +162,13 @@ def restricted(model: LinearisedModel, samples: torch.Tensor) -> LinearisedModel
         A model with the same coordinates.
     """
     samples = samples.to(model.features.device)
-    return LinearisedModel(
+    return replace(
+        model,
         features=model.features[samples],
         initial_outputs=model.initial_outputs[samples],
         soft_targets=model.soft_targets[samples],
         normalisers=model.normalisers[samples],
         labels=None if model.labels is None else model.labels[samples],
-        kind=model.kind,
-        pull=model.pull,
-        validation=model.validation,
     )
 
 
@@ -221,8 +221,9 @@ def power_law_modes(
     shares = projections[:kept] / squared_norm
     rest = max(0.0, 1.0 - float(shares.sum()))
     tail = more[kept:]
-    if len(tail) == 0 or rest == 0.0:
-        return values[:kept], shares * squared_norm * total / n_samples
+    if len(tail) == 0 or rest < 1e-12:
+        both = np.concatenate([shares, np.zeros(len(tail))])
+        return values, both * squared_norm * total / n_samples
     start = float(np.exp(np.log(np.maximum(shares[-20:], 1e-300)).mean()))
     exponent = _tail_exponent(start, kept, tail, rest)
     continued = start * (tail / kept) ** (-exponent)

@@ -9,10 +9,13 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 import torch
 
+from optuna_ttp.jacobian._eigenpairs import Eigenpairs
 from optuna_ttp.jacobian._eigenpairs import eigenpairs
 from optuna_ttp.jacobian._exact import exact_kernel
+from optuna_ttp.jacobian._exact import Kernel
 from optuna_ttp.jacobian._probe import probe_linearisation
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import Spectrum
@@ -127,6 +130,7 @@ def compute_spectrum(
             torch_version=torch.__version__,
         ),
         weight_outputs=kernel.weight_outputs,
+        decay_factors=_decay_factors(kernel, pairs),
         validation=validation,
     )
     if not probe:
@@ -134,6 +138,13 @@ def compute_spectrum(
     spectrum = probe_linearisation(task, spectrum, device=resolved, dtype=_DTYPES[dtype])
     seconds = time.perf_counter() - started
     return replace(spectrum, metadata=replace(spectrum.metadata, compute_seconds=seconds))
+
+
+def _decay_factors(kernel: Kernel, pairs: Eigenpairs) -> NDArray[np.float64] | None:
+    if kernel.stretched is None:
+        return None
+    moved = kernel.stretched @ pairs.eigenvectors
+    return np.asarray((pairs.eigenvectors * moved).sum(axis=0) / pairs.eigenvalues)
 
 
 def resolve_device(task: FineTuningTask, device: str | torch.device | None) -> torch.device:

@@ -41,12 +41,15 @@ class Kernel:
             ``J_v J^T`` with the Jacobian of the validation samples, of shape ``(N_v C, N C)``;
             :obj:`None` where the task has none.
         weight_outputs:
-            ``J w_0`` with the trainable weights ``w_0``, of shape ``(N, C)``.
+            ``J diag(c) w_0`` with the trainable weights ``w_0``, of shape ``(N, C)``.
+        stretched:
+            ``J diag(c)^2 J^T``, of the shape of ``gram``; :obj:`None` where all multipliers are 1.
     """
 
     gram: NDArray[np.floating[Any]]
     cross: NDArray[np.floating[Any]] | None
     weight_outputs: NDArray[np.float64]
+    stretched: NDArray[np.floating[Any]] | None
 
 
 def exact_kernel(
@@ -106,6 +109,7 @@ def exact_kernel(
         ) as bar,
     ):
         roots = _root_multipliers(task, frozen, device, dtype)
+        stretched = None if roots is None else np.zeros_like(gram)
         weights = torch.cat([p.detach().reshape(-1) for p in frozen.parameters.values()])
         if roots is not None:
             weights = weights * roots
@@ -122,11 +126,16 @@ def exact_kernel(
                     weight_outputs[n] = _product(sample_rows, weights[None])[:, 0]
                     if n == stop - 1:
                         gram[columns, columns] = _product(rows, rows)
-                else:
-                    product = _product(rows, sample_rows)
-                    own = slice(n * n_outputs, (n + 1) * n_outputs)
-                    gram[columns, own] = product
-                    gram[own, columns] = product.T
+                        if stretched is not None:
+                            stretched[columns, columns] = _product(rows, rows, roots)
+                    bar.update(n_outputs)
+                    continue
+                own = slice(n * n_outputs, (n + 1) * n_outputs)
+                gram[columns, own] = _product(rows, sample_rows)
+                gram[own, columns] = gram[columns, own].T
+                if stretched is not None:
+                    stretched[columns, own] = _product(rows, sample_rows, roots)
+                    stretched[own, columns] = stretched[columns, own].T
                 bar.update(n_outputs)
             if task.validation is None or cross is None or held_out is None:
                 continue
@@ -136,7 +145,7 @@ def exact_kernel(
                 own = slice(n * n_outputs, (n + 1) * n_outputs)
                 cross[own, columns] = _product(sample_rows, rows)
                 bar.update(n_outputs)
-    return Kernel(gram, cross, weight_outputs)
+    return Kernel(gram, cross, weight_outputs, stretched)
 
 
 def _root_multipliers(
@@ -207,8 +216,10 @@ def _rows(
         yield n, buffer
 
 
-def _product(rows: torch.Tensor, others: torch.Tensor) -> NDArray[np.floating[Any]]:
-    """``rows @ others.T``, with sums over many weights in double precision.
+def _product(
+    rows: torch.Tensor, others: torch.Tensor, roots: torch.Tensor | None = None
+) -> NDArray[np.floating[Any]]:
+    """``rows diag(roots)^2 others.T``, with sums over many weights in double precision.
 
     In single precision the many small products would drown in the sum of those before them: with
     22 million weights that took 0.2 % from every entry.
@@ -216,7 +227,11 @@ def _product(rows: torch.Tensor, others: torch.Tensor) -> NDArray[np.floating[An
     # Apple's devices have no double precision.
     device = torch.device("cpu") if rows.device.type == "mps" else rows.device
     total = torch.zeros((len(rows), len(others)), dtype=torch.float64, device=device)
-    for left, right in zip(rows.split(_CHUNK, 1), others.split(_CHUNK, 1), strict=True):
+    for start in range(0, rows.shape[1], _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        left, right = rows[:, chunk], others[:, chunk]
+        if roots is not None:
+            left = left * roots[chunk] ** 2
         total += (left @ right.T).to(device)
     return total.to(rows.dtype).cpu().numpy()
 
@@ -233,7 +248,10 @@ def _samples_per_block(task: FineTuningTask, dtype: torch.dtype, max_memory: int
     per_sample = task.n_outputs * task.n_parameters * itemsize
     n_held_out = 0 if task.validation is None else task.validation.n_samples * task.n_outputs
     # The matrices, and a product of two blocks in both precisions.
-    fixed = n_rows**2 * (2 * itemsize + 8) + n_rows * n_held_out * itemsize + 2 * per_sample
+    n_matrices = 2 if all(c == 1.0 for c in task.multipliers.values()) else 3
+    fixed = (
+        n_rows**2 * (n_matrices * itemsize + 8) + n_rows * n_held_out * itemsize + 2 * per_sample
+    )
     n_held = (max_memory - fixed) // per_sample
     if n_held < 1:
         raise ValueError(

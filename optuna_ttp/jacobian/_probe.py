@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 _FRACTIONS = (0.85, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 # Steps of the linearised path after which what is not reached is not looked at.
-_MAX_STEPS = 20_000
+_MAX_STEPS = 5_000
+# Outputs that are so close, relatively, to the linearised ones at every point are linear.
+_LINEAR = 1e-3
 
 
 def probe_linearisation(
@@ -61,10 +63,26 @@ def probe_linearisation(
     vectors = spectrum.eigenvectors.astype(np.float64) / np.sqrt(spectrum.eigenvalues)
     fractions, displacements = [1.0], [0.0]
     with task.frozen(device, dtype) as frozen:
+        linear = True
         for theta in _path(model):
             weights = torch.as_tensor((vectors @ theta.numpy()).reshape(-1, task.n_outputs))
             fractions.append(float(model.loss(model.outputs(theta[None]))) / initial)
-            displacements.append(_largest_change(task, frozen, weights, device, dtype, batch_size))
+            change = _change(task, frozen, weights, device, dtype, batch_size)
+            displacements.append(_largest(frozen, change))
+            if linear:
+                outputs, squared = _gradient(
+                    task, frozen, model, change, device, dtype, batch_size
+                )
+                expected = model.outputs(theta[None])[0]
+                moved = float((expected - model.initial_outputs).norm())
+                slope = float(model.gradient(theta[None]).square().sum())
+                linear = (
+                    float((outputs - expected).norm()) <= _LINEAR * moved
+                    and abs(squared - slope) <= _LINEAR * slope
+                )
+    if linear:
+        # However far they go: the kernel is the same everywhere.
+        displacements = [0.0] * len(fractions)
     return replace(spectrum, probe=Probe(np.array(fractions), np.array(displacements)))
 
 
@@ -86,15 +104,57 @@ def _path(model: LinearisedModel) -> list[torch.Tensor]:
     return points
 
 
-def _largest_change(
+def _gradient(
+    task: FineTuningTask,
+    frozen: FrozenModel,
+    model: LinearisedModel,
+    change: list[torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int,
+) -> tuple[torch.Tensor, float]:
+    """The network's own outputs at the displaced weights, and its squared gradient."""
+    start = dict(frozen.parameters)
+    frozen.replace_parameters(
+        {
+            n: (w.detach() + d).requires_grad_()
+            for (n, w), d in zip(start.items(), change, strict=True)
+        }
+    )
+    with torch.no_grad():
+        outputs = torch.cat(
+            [frozen(x).double().cpu() for x, _ in task.batches(batch_size, device, dtype)]
+        )
+    residuals = model.residuals(outputs[None], model.soft_targets, model.normalisers)[0]
+    scaled = _change(task, frozen, residuals, device, dtype, batch_size)
+    factors = task.multipliers.values()
+    squared = sum(float(g.square().sum()) / c for g, c in zip(scaled, factors, strict=True))
+    frozen.replace_parameters(start)
+    return outputs, squared
+
+
+def _largest(frozen: FrozenModel, change: list[torch.Tensor]) -> float:
+    """Largest ``|w - w_0| / |w_0|`` of a weight matrix."""
+    changes = [0.0]
+    for w, d in zip(frozen.parameters.values(), change, strict=True):
+        # Biases and scales are moved by few gradients and often start at zero.
+        if w.ndim < 2:
+            continue
+        moved, norm = float(d.norm()), float(w.detach().norm())
+        if moved > 0.0:
+            changes.append(moved / norm if norm > 0.0 else math.inf)
+    return max(changes)
+
+
+def _change(
     task: FineTuningTask,
     frozen: FrozenModel,
     output_weights: torch.Tensor,
     device: torch.device,
     dtype: torch.dtype,
     batch_size: int,
-) -> float:
-    """Largest ``|c J^T u| / |w_0|`` of a weight matrix, for weights ``u`` of the outputs."""
+) -> list[torch.Tensor]:
+    """``c J^T u`` for weights ``u`` of the outputs."""
     parameters = list(frozen.parameters.values())
     total = [torch.zeros_like(p) for p in parameters]
     for first, (inputs, _) in enumerate(task.batches(batch_size, device, dtype)):
@@ -109,12 +169,5 @@ def _largest_change(
         )
         for whole, part in zip(total, parts, strict=True):
             whole += part if part.layout == torch.strided else part.to_dense()
-    changes = [0.0]
-    for w, change, factor in zip(parameters, total, task.multipliers.values(), strict=True):
-        # Biases and scales are moved by few gradients and often start at zero.
-        if w.ndim < 2:
-            continue
-        moved, norm = factor * float(change.norm()), float(w.detach().norm())
-        if moved > 0.0:
-            changes.append(moved / norm if norm > 0.0 else math.inf)
-    return max(changes)
+    factors = task.multipliers.values()
+    return [factor * d for factor, d in zip(factors, total, strict=True)]
