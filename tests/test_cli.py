@@ -11,6 +11,7 @@ from optuna_ttp.version import __version__
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::optuna_ttp.exceptions.UnreliablePredictionWarning")
 def test_the_demo_prints_what_happened_and_draws_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

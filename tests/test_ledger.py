@@ -128,19 +128,19 @@ def test_all_attributes_are_strict_json() -> None:
 
 
 def test_the_reason_of_a_skipped_trial_is_in_words() -> None:
-    diverging, slow = _run(_study(max_steps=20), DIVERGING, SLOW)
+    diverging, slow = _run(_study(max_steps=16), DIVERGING, SLOW)
     decision = entry(diverging, DECISION)
     assert decision is not None
     assert decision["reason"].startswith("predicted to diverge: the learning rate is ")
     decision = entry(slow, DECISION)
     assert decision is not None
     assert decision["reason"] == (
-        "predicted to miss the target by far: not reached in 30 steps, 1.5 times the budget of 20"
+        "predicted to miss the target by far: not reached in 24 steps, 1.5 times the budget of 16"
     )
 
 
 def test_a_retried_trial_starts_with_a_clean_page() -> None:
-    study = _study(max_steps=20)
+    study = _study(max_steps=16)
     skipped = _run(study, SLOW)[0]
     # As Optuna's retry callback does it: the attributes of the other trial come along.
     study.enqueue_trial(FAST, user_attrs=skipped.user_attrs)
@@ -256,7 +256,7 @@ def test_a_study_with_several_objectives_gets_a_report() -> None:
 
 
 def test_trials_skipped_in_a_row_are_counted_back_to_one_that_ran() -> None:
-    study = _study(max_steps=20)
+    study = _study(max_steps=16)
     assert n_skipped_in_a_row(study) == 0
     _run(study, SLOW, FAST, SLOW, DIVERGING)
     assert n_skipped_in_a_row(study) == 2
@@ -265,7 +265,7 @@ def test_trials_skipped_in_a_row_are_counted_back_to_one_that_ran() -> None:
 
 
 def test_a_trial_that_still_runs_ends_the_row() -> None:
-    study = _study(max_steps=20)
+    study = _study(max_steps=16)
     _run(study, SLOW, SLOW)
     running = asked(study, FAST)
     # It has not asked yet.
@@ -277,7 +277,7 @@ def test_a_trial_that_still_runs_ends_the_row() -> None:
 
 
 def test_a_trial_that_another_pruner_saw_ends_the_row() -> None:
-    study = _study(max_steps=20)
+    study = _study(max_steps=16)
     _run(study, SLOW)
     study.pruner = optuna.pruners.NopPruner()
     _run(study, SLOW)

@@ -455,5 +455,5 @@ def test_a_budget_in_seconds_needs_the_time_of_a_step() -> None:
     predictor = TrainingTimePredictor(spectrum, target_fraction=0.5, max_steps=60)
     with pytest.raises(ValueError, match=r"measure_speed=False\. Give max_steps or max_epochs"):
         TTPPruner(predictor, max_seconds=10.0)
-    study = _study(TTPPruner(predictor, max_epochs=8))
+    study = _study(TTPPruner(predictor, max_epochs=6))
     assert [_is_skipped(study, SLOW), _is_skipped(study, FAST)] == [True, False]

@@ -23,6 +23,7 @@ from tests.models import separated
 from tests.models import small_predictor
 
 
+@pytest.mark.filterwarnings("ignore::optuna_ttp.exceptions.UnreliablePredictionWarning")
 def test_a_target_below_what_label_smoothing_allows_is_refused() -> None:
     loss = torch.nn.CrossEntropyLoss(label_smoothing=0.3)
     x, y = separated(24)

@@ -464,7 +464,7 @@ def _power_law_time(
 
 
 def _geometric_mean(times: Sequence[float]) -> float:
-    return float(np.exp(np.mean(np.log(np.maximum(times, 1e-9)))))
+    return round(float(np.exp(np.mean(np.log(np.maximum(times, 1e-9))))), 2)
 
 
 def _summary(rows: list[dict[str, Any]], main_size: int) -> dict[str, Any]:
