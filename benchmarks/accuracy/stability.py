@@ -428,7 +428,7 @@ def _table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         mine = {
             r["definition"]: r for r in rows if (r["task"], r["batch_size"], r["momentum"]) == key
         }
-        cells = [_cell(mine[d.name]) for d in DEFINITIONS]
+        cells = [_cell(mine.get(d.name)) for d in DEFINITIONS]
         lines.append(f"| {key[0]} | {key[1]} | {key[2]} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -441,10 +441,17 @@ def _table(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
     predicted, simulated, real = (float(row[k]) for k in ("predicted", "simulated", "real"))
-    ratio = [f"{predicted / x:.2f}" if x else f"> {_WIDEST:.0f}" for x in (real, simulated)]
-    return f"{ratio[0]} ({ratio[1]})"
+    return f"{_ratio(predicted, real)} ({_ratio(predicted, simulated)})"
+
+
+def _ratio(predicted: float, found: float) -> str:
+    if found == 0.0:
+        return f"> {_WIDEST:.0f}"
+    return f"{predicted / found:.2f}" if math.isfinite(found) else f"< 1/{_WIDEST:.0f}"
 
 
 if __name__ == "__main__":
