@@ -50,7 +50,10 @@ def test_the_readme_example_runs(
     assert "6 trials" in printed
 
 
-@pytest.mark.parametrize("table", ["search/results/demo.md", "accuracy/results/digits.md"])
+@pytest.mark.parametrize(
+    "table",
+    ["search/results/demo.md", "accuracy/results/digits.md", "accuracy/results/summary.md"],
+)
 def test_the_readme_table_is_what_the_benchmark_wrote(table: str) -> None:
     readme = (_ROOT / "README.md").read_text()
     assert (_ROOT / "benchmarks" / table).read_text().strip() in readme

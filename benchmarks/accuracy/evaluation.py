@@ -196,8 +196,9 @@ def figures(points: list[Point], *, seed: int = 0, n_resamples: int = 1000) -> d
         percentile) likewise, ``within_20`` (share of errors up to 20 %), ``bias`` (geometric mean
         of predicted over real), ``tau`` (Kendall's, over the runs at one target, the mean over
         targets and tasks), ``n_points``, ``n_runs``, ``only_real`` (reached although predicted
-        not to), ``only_predicted``; where there are intervals ``coverage`` (share of real times
-        within), and ``coverage_or_marked`` (or marked as unreliable) and ``marked``.
+        not to), ``only_predicted`` (the run ended before it got there); where there are intervals
+        ``coverage`` (share of real times within), ``coverage_or_marked`` (or marked as unreliable)
+        and ``marked``.
     """
     both = [p for p in points if p.counts]
     result: dict[str, float] = {
