@@ -496,7 +496,7 @@ class TrainingTimePredictor:
 
     @cached_property
     def _stability_limit(self) -> StabilityLimit:
-        return StabilityLimit.of(self._model.curvatures, self.n_samples)
+        return StabilityLimit.of(self._model, self.n_samples)
 
     @cached_property
     def _surface(self) -> ResponseSurface:

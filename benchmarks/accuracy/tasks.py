@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace
 import gzip
 import importlib
 from importlib import resources
@@ -69,7 +70,8 @@ def load(name: str) -> Tuning:
         name:
             ``"efficientnet-fashion-DRAW"`` or ``"efficientnet-digits-DRAW"`` with the number of a
             random draw of five classes and of the head, ``"residual-DRAW"``,
-            ``"residual-mse-DRAW"``, ``"digits-DRAW"`` or ``"minilm-DRAW"``.
+            ``"residual-mse-DRAW"``, ``"digits-DRAW"``, ``"digits-mse-DRAW"`` or
+            ``"minilm-DRAW"``.
 
     Returns:
         The task.
@@ -81,6 +83,7 @@ def load(name: str) -> Tuning:
         "residual": lambda seed: residual(name, seed, n_samples=250),
         "residual-mse": lambda seed: residual(name, seed, n_samples=250, loss="mse"),
         "digits": lambda seed: _digits_network(name, seed),
+        "digits-mse": lambda seed: _with_mse(_digits_network(name, seed)),
         "minilm": lambda seed: minilm(name, seed),
     }[kind](int(draw))
 
@@ -251,9 +254,8 @@ def residual(
             pass
         model.head = torch.nn.Linear(32, 5)
     x, y = _of_classes(images, labels, second, n_samples, seed + 1)
-    if loss == "mse":
-        return Tuning(name, model.eval(), x, functional.one_hot(y, 5).float(), functional.mse_loss)
-    return Tuning(name, model.eval(), x, y)
+    tuning = Tuning(name, model.eval(), x, y)
+    return _with_mse(tuning) if loss == "mse" else tuning
 
 
 class SentenceClassifier(torch.nn.Module):
@@ -332,6 +334,14 @@ def sentences(package: str) -> list[str]:
 def _digits_network(name: str, seed: int) -> Tuning:
     tuning = _demo.pretrain(seed)
     return Tuning(name, tuning.model.eval(), *tuning.train)
+
+
+def _with_mse(tuning: Tuning) -> Tuning:
+    """The same with one-hot targets."""
+    with torch.no_grad():
+        n_classes = tuning.model(tuning.inputs[:1]).shape[1]
+    targets = functional.one_hot(tuning.labels, n_classes).float()
+    return replace(tuning, labels=targets, loss=functional.mse_loss)
 
 
 def _convolution(n_in: int, n_out: int, stride: int = 1) -> torch.nn.Sequential:

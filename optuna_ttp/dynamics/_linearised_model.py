@@ -256,9 +256,8 @@ class LinearisedModel:
     def curvatures_at(self, outputs: torch.Tensor) -> NDArray[np.float64]:
         """Return the eigenvalues of the Hessian of the training loss, descending, ``(r,)``.
 
-        ``H = sum_i Psi_i^T S_i Psi_i / sum_i n_i`` with ``S_i = (sum_c q_ic)(diag(p) - p p^T)``
-        for the cross-entropy and ``S_i = (2 / C) I`` for the mean squared error: the Hessian of
-        the linearised model's training loss, the generalised Gauss-Newton matrix of the network.
+        ``H = Z^T Z / sum_i n_i`` with ``Z`` of :meth:`rooted_features`: the Hessian of the
+        linearised model's training loss, the generalised Gauss-Newton matrix of the network.
 
         Args:
             outputs:
@@ -267,15 +266,27 @@ class LinearisedModel:
         Returns:
             Eigenvalues.
         """
-        n_samples, n_outputs, rank = self.features.shape
-        if self.kind == "mse":
-            rooted = self.features * (2.0 / n_outputs) ** 0.5
-        else:
-            p = outputs.softmax(dim=1)
-            centred = self.features - torch.einsum("nc,ncr->nr", p, self.features)[:, None, :]
-            mass = self.soft_targets.sum(dim=1)[:, None]
-            rooted = centred * (p * mass).sqrt()[:, :, None]
-        flat = rooted.reshape(n_samples * n_outputs, rank).double()
+        flat = self.rooted_features(outputs).reshape(-1, self.rank).double()
         hessian = flat.T @ flat / self.normalisers.sum().double()
         values = torch.linalg.eigvalsh(hessian).flip(0).clamp(min=0)
         return np.asarray(values.cpu().numpy())
+
+    def rooted_features(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return ``Z`` with ``Z_i^T Z_i = Psi_i^T S_i Psi_i``, of shape ``(N, C, r)``.
+
+        ``S_i = (sum_c q_ic)(diag(p) - p p^T)`` for the cross-entropy and ``S_i = (2 / C) I`` for
+        the mean squared error is the Hessian of a sample's loss with respect to its outputs.
+
+        Args:
+            outputs:
+                Where on the way, shape ``(N, C)``.
+
+        Returns:
+            The features, times the root of ``S_i``.
+        """
+        if self.kind == "mse":
+            return self.features * (2.0 / self.features.shape[1]) ** 0.5
+        p = outputs.softmax(dim=1)
+        centred = self.features - torch.einsum("nc,ncr->nr", p, self.features)[:, None, :]
+        mass = self.soft_targets.sum(dim=1)[:, None]
+        return centred * (p * mass).sqrt()[:, :, None]
