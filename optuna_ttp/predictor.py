@@ -37,6 +37,7 @@ from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.throughput import Throughput
+from optuna_ttp.uncertainty import deviation
 from optuna_ttp.uncertainty import displacement
 from optuna_ttp.uncertainty import is_reliable
 from optuna_ttp.uncertainty import linearisation_sd
@@ -137,7 +138,7 @@ class TrainingTimePredictor:
 
     Warns:
         UnreliablePredictionWarning:
-            If a weight matrix changes by as much as it was on the way to the target.
+            If the network leaves its linearisation on the way to the target.
     """
 
     def __init__(
@@ -209,7 +210,8 @@ class TrainingTimePredictor:
             warnings.warn(
                 f"At {self.depth:.0%} of the initial training loss the network is far from its "
                 "linearisation: a weight matrix changes by "
-                f"{displacement(spectrum.probe, self.depth):.2g} times what it was. The "
+                f"{displacement(spectrum.probe, self._fraction):.2g} times what it was, and there "
+                f"the outputs are {deviation(spectrum.probe, self._fraction):.0%} off. The "
                 "intervals say so; record trials with TrainingLog to correct the predictions, or "
                 "choose a target that is less deep.",
                 UnreliablePredictionWarning,
@@ -259,7 +261,10 @@ class TrainingTimePredictor:
 
     @property
     def reliable(self) -> bool:
-        """Whether no weight matrix has to change by as much as it was on the way to the target."""
+        """Whether the network stays close to its linearisation on the way to the target.
+
+        See :func:`~optuna_ttp.uncertainty.is_reliable`.
+        """
         depth = self.depth
         return math.isnan(depth) or is_reliable(self.spectrum.probe, self._fraction)
 
@@ -334,15 +339,14 @@ class TrainingTimePredictor:
             rate[kept], size[kept], mass[kept], horizon[kept], full_curve=full_curve
         )
         times = _Times.of(runs, self.target, len(rate), kept)
-        slower, subset_sd = self._subset_correction
-        median = np.exp(times.log_mean + slower) * self.calibration.factor
+        median = np.exp(times.log_mean) * self.calibration.factor
         steps = np.where(np.isfinite(times.log_mean), np.ceil(median - 1e-9), np.inf)
         late = steps > horizon
         sd = np.sqrt(
             times.log_sd**2
             + linearisation_sd(self.spectrum.probe, self._fraction) ** 2
             + self._truncation_log_error**2
-            + subset_sd**2
+            + self._subset_sd**2
             + stability_sd(stability) ** 2
         )
         p_diverges = probability_of_divergence(stability, times.blown_up)
@@ -379,7 +383,7 @@ class TrainingTimePredictor:
             stability=stability.reshape(shape),
             max_steps=horizon.reshape(shape),
             strides=strides.reshape(shape),
-            curve_steps=whole(first.steps * self.calibration.factor * math.exp(slower)),
+            curve_steps=whole(first.steps * self.calibration.factor),
             curves={name: whole(values) for name, values in first.curves.items()},
         )
 
@@ -429,7 +433,7 @@ class TrainingTimePredictor:
                 rate[chosen], size[chosen], mass[chosen], horizon[chosen], n_seeds=1
             )
             steps[chosen] = runs[0].first_passages(self.target)
-        steps = steps * self.calibration.factor * math.exp(self._subset_correction[0])
+        steps = steps * self.calibration.factor
         steps = np.where(hopeless | (steps > horizon), np.inf, steps)
         per_step = self.seconds_per_step(size)
         return np.asarray(steps * np.where(np.isnan(per_step), 1.0, per_step)).reshape(shape)
@@ -522,13 +526,13 @@ class TrainingTimePredictor:
         )
 
     @cached_property
-    def _subset_correction(self) -> tuple[float, float]:
+    def _subset_sd(self) -> float:
         if self.n_samples == self.spectrum.n_samples:
-            return 0.0, 0.0
+            return 0.0
         if self.target.settled:
             # Both ends of the curve move, mostly together.
-            return 0.0, 0.2
-        return self._sample_convergence.extrapolate(self.n_samples)
+            return 0.2
+        return self._sample_convergence.error(self.n_samples)
 
     @cached_property
     def _truncation_log_error(self) -> float:
@@ -599,8 +603,7 @@ class TrainingTimePredictor:
         """One simulation a seed."""
         sgd = SGD.of(rate, mass, schedule=self.schedule, **self._sgd)
         # The horizon counts real steps; the simulation's own clock runs differently.
-        slower = self.calibration.factor * math.exp(self._subset_correction[0])
-        steps = np.maximum(1, np.ceil(horizon / slower)).astype(np.int64)
+        steps = np.maximum(1, np.ceil(horizon / self.calibration.factor)).astype(np.int64)
         sizes = self._simulated_size(size)
         per_epoch = -(-self.n_samples // size)
         full_curve = full_curve or self.target.settled

@@ -19,9 +19,9 @@ from optuna_ttp.loss import Loss
 from optuna_ttp.throughput import Throughput
 
 
-_FORMAT = 2
-# Format 1 knew no weight decay, no validation samples and no probe.
-_READABLE = (1, 2)
+_FORMAT = 3
+# Format 1 knew no weight decay, no validation samples and no probe, format 2 no deviations in it.
+_READABLE = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,14 @@ class Probe:
         relative_displacements:
             ``|w - w_0| / |w_0|`` there of the weight matrix for which it is largest, usually that
             of the new head; infinite where a matrix starts at zero.
+        output_deviations:
+            ``|f(w) - f_lin| / |f_lin - f_0|`` there, of the network's own outputs at the displaced
+            weights from the linearised ones.
     """
 
     fractions: NDArray[np.float64]
     relative_displacements: NDArray[np.float64]
+    output_deviations: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,6 +316,9 @@ class Spectrum:
                 }
                 for name in ("validation", "probe")
             }
+            if written_as < 3:
+                # Without deviations; the store probes again.
+                parts["probe"] = {}
             return cls(
                 trace=float(header["trace"]),
                 validation=Validation(**parts["validation"]) if parts["validation"] else None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,11 +20,17 @@ _SHALLOW_SD = 0.05
 _DEPTH_SD = 0.1
 _UNKNOWN_SD = 0.5
 _DISPLACEMENT_SD = 0.6
-# A weight matrix that changes by as much as it was has left its linearisation.
-_UNRELIABLE = 1.0
-# Learning rate over the stability limit from which half of all networks do not recover in 60 steps,
-# and the logarithmic width of the transition: geometric mean and spread of the 16 real limits in
-# benchmarks/accuracy/results/stability.csv, two small networks with two losses.
+# For the square of the deviation, chosen on draw 0 of the sentence encoder: the body of a
+# transformer leaves its linearisation long before its head has changed much.
+_DEVIATION_SD = 1.0
+_MOST_SD = 2.0
+# A weight matrix that changes by as much as it was has left its linearisation; outputs that are
+# half as far from it as it moved have, too.
+_UNRELIABLE_DISPLACEMENT = 1.0
+_UNRELIABLE_DEVIATION = 0.5
+# Learning rate over the stability limit from which half of all networks do not recover in 60
+# steps, and the logarithmic width of the transition: geometric mean and spread of the 16 real
+# limits in benchmarks/accuracy/results/stability.csv, two small networks with two losses.
 _HALF_DIVERGE = 4.2
 _DIVERGE_WIDTH = 0.6
 
@@ -40,15 +48,33 @@ def displacement(probe: Probe | None, fraction: float) -> float:
         ``|w - w_0| / |w_0|``; beyond the deepest point of the probe that of the deepest point.
         NaN without a probe.
     """
-    if probe is None:
-        return float("nan")
+    return math.nan if probe is None else _at(probe, probe.relative_displacements, fraction)
+
+
+def deviation(probe: Probe | None, fraction: float) -> float:
+    """Return how far the outputs are from the linearised ones at a depth.
+
+    Args:
+        probe:
+            Of the spectrum, or :obj:`None`.
+        fraction:
+            Depth: the training loss over the initial one.
+
+    Returns:
+        ``|f - f_lin| / |f_lin - f_0|``, likewise.
+    """
+    return math.nan if probe is None else _at(probe, probe.output_deviations, fraction)
+
+
+def _at(probe: Probe, values: NDArray[np.float64], fraction: float) -> float:
+    """Interpolate in the logarithm of the loss."""
     depths = -np.log(probe.fractions)
     wanted = -np.log(max(fraction, 1e-12))
     if np.isnan(wanted):
-        return float("nan")
-    if not np.isfinite(probe.relative_displacements).all():
-        return float(probe.relative_displacements.max()) if wanted > 0 else 0.0
-    return float(np.interp(wanted, depths, probe.relative_displacements))
+        return math.nan
+    if not np.isfinite(values).all():
+        return float(values.max()) if wanted > 0 else 0.0
+    return float(np.interp(wanted, depths, values))
 
 
 def is_reliable(probe: Probe | None, fraction: float) -> bool:
@@ -61,9 +87,13 @@ def is_reliable(probe: Probe | None, fraction: float) -> bool:
             Depth: the training loss over the initial one.
 
     Returns:
-        Whether no weight matrix has to change by as much as it was.
+        Whether no weight matrix has to change by as much as it was, and the network's outputs at
+        the changed weights are closer to the linearised ones than half of what these moved.
     """
-    return not displacement(probe, fraction) >= _UNRELIABLE
+    return not (
+        displacement(probe, fraction) >= _UNRELIABLE_DISPLACEMENT
+        or deviation(probe, fraction) >= _UNRELIABLE_DEVIATION
+    )
 
 
 def linearisation_sd(probe: Probe | None, fraction: float) -> float:
@@ -76,13 +106,17 @@ def linearisation_sd(probe: Probe | None, fraction: float) -> float:
             Depth: the training loss over the initial one.
 
     Returns:
-        It grows with the depth and with :func:`displacement`, up to about 2.
+        It grows with the depth, with :func:`displacement` and with the square of
+        :func:`deviation`; the parts that do, up to 2 each.
     """
-    far = displacement(probe, fraction)
     depth = -np.log(np.clip(fraction, 1e-3, 1.0)) if np.isfinite(fraction) else 1.0
     near = _SHALLOW_SD + _DEPTH_SD * float(depth)
-    other = _UNKNOWN_SD if np.isnan(far) else min(_DISPLACEMENT_SD * far, 2.0)
-    return float(np.hypot(near, other))
+    far, away = displacement(probe, fraction), deviation(probe, fraction)
+    if math.isnan(far):
+        return math.hypot(near, _UNKNOWN_SD)
+    return math.hypot(
+        near, min(_DISPLACEMENT_SD * far, _MOST_SD), min(_DEVIATION_SD * away**2, _MOST_SD)
+    )
 
 
 def stability_sd(stability: NDArray[np.float64]) -> NDArray[np.float64]:

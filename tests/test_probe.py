@@ -357,9 +357,14 @@ def test_archive_of_format_1_can_be_read() -> None:
         TrainingTimePredictor(one, target_validation_accuracy=0.9)
 
 
-@pytest.mark.parametrize("written_as", [0, 3, "2", None])
+def test_archive_of_format_2_has_to_be_probed_again() -> None:
+    old = _rewritten(_whole(), ("probe.output_deviations",), format=2)
+    assert Spectrum.from_bytes(old).probe is None
+
+
+@pytest.mark.parametrize("written_as", [0, 4, "2", None])
 def test_archive_of_an_unknown_format_is_refused(written_as: Any) -> None:
-    with pytest.raises(ValueError, match=f"format 2 or older but got {written_as}"):
+    with pytest.raises(ValueError, match=f"format 3 or older but got {written_as}"):
         Spectrum.from_bytes(_rewritten(_whole(), format=written_as))
 
 
@@ -392,10 +397,12 @@ def _made_up(
     displacements: list[float],
     fractions: list[float] | None = None,
     one: Spectrum | None = None,
+    deviations: list[float] | None = None,
 ) -> Spectrum:
     """A spectrum whose weights have to go so far to some depths."""
     depths = np.array(fractions or [1.0, 0.8, 0.6, 0.4, 0.2][: len(displacements)])
-    return replace(one or spectrum(), probe=Probe(depths, np.array(displacements)))
+    away = np.zeros(len(depths)) if deviations is None else np.array(deviations)
+    return replace(one or spectrum(), probe=Probe(depths, np.array(displacements), away))
 
 
 @pytest.mark.parametrize(
@@ -474,7 +481,7 @@ def test_depth_means_the_same_to_the_probe_and_to_the_target_with_label_smoothin
     fractions = _probe(one).fractions
     assert len(fractions) >= 4
     far = np.array([0.0, 0.1, 0.2, *[4.0] * (len(fractions) - 3)])
-    changed = replace(one, probe=Probe(fractions, far))
+    changed = replace(one, probe=Probe(fractions, far, np.zeros(len(far))))
     predictor = _quiet(changed, target_fraction=float(fractions[2]))
     assert predictor.reliable
 
@@ -487,6 +494,52 @@ def test_displacement_is_interpolated_in_the_logarithm_of_the_depth() -> None:
     halfway = math.exp(0.5 * (math.log(0.6) + math.log(0.4)))
     assert displacement(probe, halfway) == pytest.approx(1.05)
     assert math.isnan(displacement(None, 0.5))
+
+
+def test_uncertainty_grows_with_the_deviation_of_the_outputs() -> None:
+    probes = [
+        _probe(_made_up([0.0, 0.3], deviations=[0.0, d])) for d in (0.0, 0.3, 0.6, 2.0, math.inf)
+    ]
+    sds = [linearisation_sd(p, 0.8) for p in probes]
+    assert sds == sorted(sds)
+    assert sds[1] > sds[0] == linearisation_sd(_probe(_made_up([0.0, 0.3])), 0.8)
+    assert sds[-1] < 3
+    assert [is_reliable(p, 0.8) for p in probes] == [True, True, False, False, False]
+    # A tenth of the way to it.
+    assert is_reliable(probes[2], 0.98)
+
+
+def test_warning_names_the_deviation_of_the_outputs() -> None:
+    one = _made_up([0.0, 0.1], deviations=[0.0, 0.7])
+    with pytest.warns(UnreliablePredictionWarning, match="the outputs are 70% off"):
+        predictor = TrainingTimePredictor(one, target_fraction=0.5)
+    assert not predictor.reliable
+    assert not predictor.predict(0.05, 12).reliable
+
+
+def test_deviation_is_how_far_the_network_is_from_its_linearisation() -> None:
+    x, y = separated(8)
+    network = mlp().double()
+    one = _spectrum(FineTuningTask(network, (x.double(), y)))
+    probe = _probe(one)
+    model = LinearisedModel.from_spectrum(one, dtype=torch.float64)
+    thetas, fractions = _path(model, 1500)
+    basis = torch.as_tensor(one.eigenvectors / np.sqrt(one.eigenvalues))
+    weights = {n: p.detach() for n, p in network.named_parameters()}
+
+    def outputs(w: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.as_tensor(torch.func.functional_call(network, w, (x.double(),)))
+
+    for k, fraction in enumerate(probe.fractions[1:5], 1):
+        theta = thetas[int(np.argmin(np.abs(fractions - fraction)))]
+        pull_back = torch.func.vjp(outputs, weights)[1]
+        (change,) = pull_back((basis @ theta).reshape(8, -1))
+        actual = outputs({n: w + change[n] for n, w in weights.items()})
+        expected = model.outputs(theta[None])[0]
+        deviation = (actual - expected).norm() / (expected - model.initial_outputs).norm()
+        assert probe.output_deviations[k] == pytest.approx(float(deviation), rel=1e-6)
+    assert probe.output_deviations[0] == 0.0
+    assert probe.output_deviations[4] > 0.0
 
 
 def test_uncertainty_grows_with_the_displacement() -> None:

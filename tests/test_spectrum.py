@@ -167,7 +167,7 @@ def test_file_that_is_no_spectrum_is_refused(tmp_path: Path) -> None:
 
 
 def test_spectrum_of_another_format_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"format 2 or older but got 99.*another version"):
+    with pytest.raises(ValueError, match=r"format 3 or older but got 99.*another version"):
         Spectrum.from_bytes(_rewritten({"format": 99}))
 
 

@@ -289,4 +289,5 @@ class LinearisedModel:
         p = outputs.softmax(dim=1)
         centred = self.features - torch.einsum("nc,ncr->nr", p, self.features)[:, None, :]
         mass = self.soft_targets.sum(dim=1)[:, None]
-        return centred * (p * mass).sqrt()[:, :, None]
+        rooted: torch.Tensor = centred * (p * mass).sqrt()[:, :, None]
+        return rooted

@@ -41,7 +41,8 @@ def probe_linearisation(
     pass over the data. A linearisation holds while the weights change little compared with what
     they are (Chizat, Oyallon and Bach, NeurIPS 2019, arXiv 1812.07956). A new head is small, so it
     is the first to change a lot, and with it the kernel; see
-    :meth:`optuna_ttp.dynamics.KernelGrowth.from_displacements`.
+    :meth:`optuna_ttp.dynamics.KernelGrowth.from_displacements`. How far the network's own outputs
+    at these weights are from the linearised ones shows what else is not linear.
 
     Args:
         task:
@@ -61,7 +62,7 @@ def probe_linearisation(
     model = LinearisedModel.from_spectrum(spectrum, dtype=torch.float64)
     initial = float(model.loss(model.initial_outputs[None]))
     vectors = spectrum.eigenvectors.astype(np.float64) / np.sqrt(spectrum.eigenvalues)
-    fractions, displacements = [1.0], [0.0]
+    fractions, displacements, deviations = [1.0], [0.0], [0.0]
     with task.frozen(device, dtype) as frozen:
         linear = True
         for theta in _path(model):
@@ -69,21 +70,18 @@ def probe_linearisation(
             fractions.append(float(model.loss(model.outputs(theta[None]))) / initial)
             change = _change(task, frozen, weights, device, dtype, batch_size)
             displacements.append(_largest(frozen, change))
-            if linear:
-                outputs, squared = _gradient(
-                    task, frozen, model, change, device, dtype, batch_size
-                )
-                expected = model.outputs(theta[None])[0]
-                moved = float((expected - model.initial_outputs).norm())
-                slope = float(model.gradient(theta[None]).square().sum())
-                linear = (
-                    float((outputs - expected).norm()) <= _LINEAR * moved
-                    and abs(squared - slope) <= _LINEAR * slope
-                )
+            outputs, squared = _gradient(task, frozen, model, change, device, dtype, batch_size)
+            expected = model.outputs(theta[None])[0]
+            moved = float((expected - model.initial_outputs).norm())
+            away = float((outputs - expected).norm())
+            deviations.append(away / moved if math.isfinite(away) else math.inf)
+            slope = float(model.gradient(theta[None]).square().sum())
+            linear &= away <= _LINEAR * moved and abs(squared - slope) <= _LINEAR * slope
     if linear:
         # However far they go: the kernel is the same everywhere.
         displacements = [0.0] * len(fractions)
-    return replace(spectrum, probe=Probe(np.array(fractions), np.array(displacements)))
+    probe = Probe(np.array(fractions), np.array(displacements), np.array(deviations))
+    return replace(spectrum, probe=probe)
 
 
 def _path(model: LinearisedModel) -> list[torch.Tensor]:
