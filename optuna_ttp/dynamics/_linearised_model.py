@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+import math
 from typing import Any
 
 import numpy as np
@@ -285,7 +286,7 @@ class LinearisedModel:
             The features, times the root of ``S_i``.
         """
         if self.kind == "mse":
-            return self.features * (2.0 / self.features.shape[1]) ** 0.5
+            return self.features * math.sqrt(2.0 / self.features.shape[1])
         p = outputs.softmax(dim=1)
         centred = self.features - torch.einsum("nc,ncr->nr", p, self.features)[:, None, :]
         mass = self.soft_targets.sum(dim=1)[:, None]
