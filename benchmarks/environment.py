@@ -14,11 +14,14 @@ from typing import Any
 import torch
 
 
+_PLACES = ("--store", "--output", "--curves")
+
+
 def environment() -> dict[str, Any]:
     """Return date, machine, versions and the command, for the results' files."""
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module_name(), *_arguments()]),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -34,6 +37,15 @@ def _module_name() -> str:
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     return Path(sys.argv[0]).stem if spec is None else str(spec.name)
+
+
+def _arguments() -> list[str]:
+    """The command's, without where files lie, which is everybody's own."""
+    kept: list[str] = []
+    for before, argument in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False):
+        if argument not in _PLACES and before not in _PLACES:
+            kept.append(argument)
+    return kept
 
 
 def _processor() -> str:
