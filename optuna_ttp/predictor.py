@@ -37,9 +37,9 @@ from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.throughput import Throughput
-from optuna_ttp.uncertainty import deviation
 from optuna_ttp.uncertainty import displacement
 from optuna_ttp.uncertainty import is_reliable
+from optuna_ttp.uncertainty import kernel_mismatch
 from optuna_ttp.uncertainty import linearisation_sd
 from optuna_ttp.uncertainty import probability_below
 from optuna_ttp.uncertainty import probability_of_divergence
@@ -210,8 +210,9 @@ class TrainingTimePredictor:
             warnings.warn(
                 f"At {self.depth:.0%} of the initial training loss the network is far from its "
                 "linearisation: a weight matrix changes by "
-                f"{displacement(spectrum.probe, self._fraction):.2g} times what it was, and there "
-                f"the outputs are {deviation(spectrum.probe, self._fraction):.0%} off. The "
+                f"{displacement(spectrum.probe, self._fraction):.2g} times what it was, and the "
+                "kernel differs from the predicted one by a factor of "
+                f"{math.exp(kernel_mismatch(spectrum.probe, self._fraction)):.2g}. The "
                 "intervals say so; record trials with TrainingLog to correct the predictions, or "
                 "choose a target that is less deep.",
                 UnreliablePredictionWarning,

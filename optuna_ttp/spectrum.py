@@ -20,7 +20,7 @@ from optuna_ttp.throughput import Throughput
 
 
 _FORMAT = 3
-# Format 1 knew no weight decay, no validation samples and no probe, format 2 no deviations in it.
+# Format 1 knew no weight decay, no validation samples and no probe, format 2 less of a probe.
 _READABLE = (1, 2, 3)
 
 
@@ -98,11 +98,15 @@ class Probe:
         output_deviations:
             ``|f(w) - f_lin| / |f_lin - f_0|`` there, of the network's own outputs at the displaced
             weights from the linearised ones.
+        kernel_ratios:
+            ``|J(w)^T u|^2 / |J(w_0)^T u|^2`` there: how much larger the kernel is at the displaced
+            weights along the gradient ``u`` of the loss with respect to the linearised outputs.
     """
 
     fractions: NDArray[np.float64]
     relative_displacements: NDArray[np.float64]
     output_deviations: NDArray[np.float64]
+    kernel_ratios: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,7 +321,7 @@ class Spectrum:
                 for name in ("validation", "probe")
             }
             if written_as < 3:
-                # Without deviations; the store probes again.
+                # Displacements only; the store probes again.
                 parts["probe"] = {}
             return cls(
                 trace=float(header["trace"]),

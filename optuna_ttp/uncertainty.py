@@ -20,14 +20,17 @@ _SHALLOW_SD = 0.05
 _DEPTH_SD = 0.1
 _UNKNOWN_SD = 0.5
 _DISPLACEMENT_SD = 0.6
-# For the square of the deviation, chosen on draw 0 of the sentence encoder: the body of a
-# transformer leaves its linearisation long before its head has changed much.
-_DEVIATION_SD = 1.0
+# For the outputs' deviation and the kernel's mismatch, chosen on the same and on draw 0 of the
+# sentence encoder and of the digits with EfficientNet-Lite0: the body of a transformer leaves its
+# linearisation long before its head has changed much.
+_DEVIATION_SD = 0.35
+_MISMATCH_SD = 0.2
 _MOST_SD = 2.0
-# A weight matrix that changes by as much as it was has left its linearisation; outputs that are
-# half as far from it as it moved have, too.
+# A weight matrix that changes by as much as it was has left its linearisation; so have outputs
+# that are as far off as they moved, and a kernel of three times the predicted one, or a third.
 _UNRELIABLE_DISPLACEMENT = 1.0
-_UNRELIABLE_DEVIATION = 0.5
+_UNRELIABLE_DEVIATION = 1.0
+_UNRELIABLE_MISMATCH = math.log(3.0)
 # Learning rate over the stability limit from which half of all networks do not recover in 60
 # steps, and the logarithmic width of the transition: geometric mean and spread of the 16 real
 # limits in benchmarks/accuracy/results/stability.csv, two small networks with two losses.
@@ -66,6 +69,27 @@ def deviation(probe: Probe | None, fraction: float) -> float:
     return math.nan if probe is None else _at(probe, probe.output_deviations, fraction)
 
 
+def kernel_mismatch(probe: Probe | None, fraction: float) -> float:
+    """Return by how much the kernel seen at a depth differs from the one that is predicted.
+
+    Args:
+        probe:
+            Of the spectrum, or :obj:`None`.
+        fraction:
+            Depth: the training loss over the initial one.
+
+    Returns:
+        ``|log(ratio / kappa)|`` of the probe's kernel ratio and of ``kappa = (1 + rho^2)^2`` of
+        :meth:`~optuna_ttp.dynamics.KernelGrowth.from_displacements`, interpolated likewise.
+    """
+    if probe is None:
+        return math.nan
+    with np.errstate(divide="ignore", invalid="ignore"):
+        growth = 2.0 * np.log1p(probe.relative_displacements**2)
+        mismatch = np.abs(np.log(probe.kernel_ratios) - growth)
+    return _at(probe, np.nan_to_num(mismatch, nan=np.inf, posinf=np.inf), fraction)
+
+
 def _at(probe: Probe, values: NDArray[np.float64], fraction: float) -> float:
     """Interpolate in the logarithm of the loss."""
     depths = -np.log(probe.fractions)
@@ -87,12 +111,14 @@ def is_reliable(probe: Probe | None, fraction: float) -> bool:
             Depth: the training loss over the initial one.
 
     Returns:
-        Whether no weight matrix has to change by as much as it was, and the network's outputs at
-        the changed weights are closer to the linearised ones than half of what these moved.
+        Whether no weight matrix has to change by as much as it was, the outputs at the changed
+        weights are closer to the linearised ones than these are to the initial ones, and the
+        kernel there is within a factor of three of the predicted one.
     """
     return not (
         displacement(probe, fraction) >= _UNRELIABLE_DISPLACEMENT
         or deviation(probe, fraction) >= _UNRELIABLE_DEVIATION
+        or kernel_mismatch(probe, fraction) >= _UNRELIABLE_MISMATCH
     )
 
 
@@ -106,17 +132,19 @@ def linearisation_sd(probe: Probe | None, fraction: float) -> float:
             Depth: the training loss over the initial one.
 
     Returns:
-        It grows with the depth, with :func:`displacement` and with the square of
-        :func:`deviation`; the parts that do, up to 2 each.
+        It grows with the depth, and with :func:`displacement`, :func:`deviation` and
+        :func:`kernel_mismatch`, up to about 2 by each.
     """
     depth = -np.log(np.clip(fraction, 1e-3, 1.0)) if np.isfinite(fraction) else 1.0
     near = _SHALLOW_SD + _DEPTH_SD * float(depth)
-    far, away = displacement(probe, fraction), deviation(probe, fraction)
-    if math.isnan(far):
-        return math.hypot(near, _UNKNOWN_SD)
-    return math.hypot(
-        near, min(_DISPLACEMENT_SD * far, _MOST_SD), min(_DEVIATION_SD * away**2, _MOST_SD)
+    parts = (
+        _DISPLACEMENT_SD * displacement(probe, fraction),
+        _DEVIATION_SD * deviation(probe, fraction),
+        _MISMATCH_SD * kernel_mismatch(probe, fraction),
     )
+    if any(math.isnan(part) for part in parts):
+        return math.hypot(near, _UNKNOWN_SD)
+    return math.hypot(near, *(min(part, _MOST_SD) for part in parts))
 
 
 def stability_sd(stability: NDArray[np.float64]) -> NDArray[np.float64]:

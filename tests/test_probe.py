@@ -358,7 +358,7 @@ def test_archive_of_format_1_can_be_read() -> None:
 
 
 def test_archive_of_format_2_has_to_be_probed_again() -> None:
-    old = _rewritten(_whole(), ("probe.output_deviations",), format=2)
+    old = _rewritten(_whole(), ("probe.kernel_ratios", "probe.output_deviations"), format=2)
     assert Spectrum.from_bytes(old).probe is None
 
 
@@ -397,12 +397,15 @@ def _made_up(
     displacements: list[float],
     fractions: list[float] | None = None,
     one: Spectrum | None = None,
+    ratios: list[float] | None = None,
     deviations: list[float] | None = None,
 ) -> Spectrum:
     """A spectrum whose weights have to go so far to some depths."""
     depths = np.array(fractions or [1.0, 0.8, 0.6, 0.4, 0.2][: len(displacements)])
-    away = np.zeros(len(depths)) if deviations is None else np.array(deviations)
-    return replace(one or spectrum(), probe=Probe(depths, np.array(displacements), away))
+    far = np.array(displacements)
+    kernel = (1 + far**2) ** 2 if ratios is None else np.array(ratios)
+    away = np.zeros(len(far)) if deviations is None else np.array(deviations)
+    return replace(one or spectrum(), probe=Probe(depths, far, away, kernel))
 
 
 @pytest.mark.parametrize(
@@ -481,7 +484,7 @@ def test_depth_means_the_same_to_the_probe_and_to_the_target_with_label_smoothin
     fractions = _probe(one).fractions
     assert len(fractions) >= 4
     far = np.array([0.0, 0.1, 0.2, *[4.0] * (len(fractions) - 3)])
-    changed = replace(one, probe=Probe(fractions, far, np.zeros(len(far))))
+    changed = replace(one, probe=Probe(fractions, far, 0 * far, (1 + far**2) ** 2))
     predictor = _quiet(changed, target_fraction=float(fractions[2]))
     assert predictor.reliable
 
@@ -496,31 +499,51 @@ def test_displacement_is_interpolated_in_the_logarithm_of_the_depth() -> None:
     assert math.isnan(displacement(None, 0.5))
 
 
-def test_uncertainty_grows_with_the_deviation_of_the_outputs() -> None:
+def test_uncertainty_grows_with_what_the_predicted_growth_does_not_explain() -> None:
+    kernel = (1 + 0.3**2) ** 2
     probes = [
-        _probe(_made_up([0.0, 0.3], deviations=[0.0, d])) for d in (0.0, 0.3, 0.6, 2.0, math.inf)
+        _probe(_made_up([0.0, 0.3], ratios=[1.0, kernel * r]))
+        for r in (1.0, 1 / 1.5, 2.9, 1 / 3.1, 20.0, math.inf)
     ]
     sds = [linearisation_sd(p, 0.8) for p in probes]
     assert sds == sorted(sds)
-    assert sds[1] > sds[0] == linearisation_sd(_probe(_made_up([0.0, 0.3])), 0.8)
+    assert sds[0] < sds[1]
     assert sds[-1] < 3
-    assert [is_reliable(p, 0.8) for p in probes] == [True, True, False, False, False]
+    assert [is_reliable(p, 0.8) for p in probes] == [True] * 3 + [False] * 3
     # A tenth of the way to it.
-    assert is_reliable(probes[2], 0.98)
+    assert is_reliable(probes[3], 0.98)
+    for bad in (0.0, math.inf, math.nan):
+        assert not is_reliable(_probe(_made_up([0.0, 0.3], ratios=[1.0, bad])), 0.8)
 
 
-def test_warning_names_the_deviation_of_the_outputs() -> None:
-    one = _made_up([0.0, 0.1], deviations=[0.0, 0.7])
-    with pytest.warns(UnreliablePredictionWarning, match="the outputs are 70% off"):
+def test_uncertainty_grows_with_the_deviation_of_the_outputs() -> None:
+    probes = [
+        _probe(_made_up([0.0, 0.3], deviations=[0.0, d])) for d in (0.0, 0.3, 0.9, 1.1, math.inf)
+    ]
+    sds = [linearisation_sd(p, 0.8) for p in probes]
+    assert sds == sorted(sds)
+    assert sds[0] < sds[1]
+    assert sds[-1] < 3
+    assert [is_reliable(p, 0.8) for p in probes] == [True] * 3 + [False] * 2
+
+
+def test_warning_names_the_difference_of_the_kernel() -> None:
+    one = _made_up([0.0, 0.1], ratios=[1.0, 7.0 * 1.01**2])
+    with pytest.warns(UnreliablePredictionWarning, match=r"predicted one by a factor of 7\."):
         predictor = TrainingTimePredictor(one, target_fraction=0.5)
     assert not predictor.reliable
     assert not predictor.predict(0.05, 12).reliable
 
 
-def test_deviation_is_how_far_the_network_is_from_its_linearisation() -> None:
+@pytest.mark.parametrize("multipliers", [None, {"0.": 5.0, "2.bias": 0.2}])
+@pytest.mark.parametrize("rank", [None, 9])
+def test_deviations_and_kernel_ratios_are_those_of_the_displaced_network(
+    multipliers: dict[str, float] | None, rank: int | None
+) -> None:
     x, y = separated(8)
     network = mlp().double()
-    one = _spectrum(FineTuningTask(network, (x.double(), y)))
+    task = FineTuningTask(network, (x.double(), y), learning_rate_multipliers=multipliers)
+    one = _spectrum(task, rank=rank)
     probe = _probe(one)
     model = LinearisedModel.from_spectrum(one, dtype=torch.float64)
     thetas, fractions = _path(model, 1500)
@@ -530,16 +553,27 @@ def test_deviation_is_how_far_the_network_is_from_its_linearisation() -> None:
     def outputs(w: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.as_tensor(torch.func.functional_call(network, w, (x.double(),)))
 
+    def pulled_back(w: dict[str, torch.Tensor], u: torch.Tensor) -> dict[str, torch.Tensor]:
+        (change,) = torch.func.vjp(outputs, w)[1](u)
+        return {n: task.multipliers[n] * d for n, d in change.items()}
+
+    def squared(w: dict[str, torch.Tensor], u: torch.Tensor) -> float:
+        scaled = pulled_back(w, u)
+        return sum(float(d.square().sum()) / task.multipliers[n] for n, d in scaled.items())
+
     for k, fraction in enumerate(probe.fractions[1:5], 1):
         theta = thetas[int(np.argmin(np.abs(fractions - fraction)))]
-        pull_back = torch.func.vjp(outputs, weights)[1]
-        (change,) = pull_back((basis @ theta).reshape(8, -1))
-        actual = outputs({n: w + change[n] for n, w in weights.items()})
-        expected = model.outputs(theta[None])[0]
-        deviation = (actual - expected).norm() / (expected - model.initial_outputs).norm()
-        assert probe.output_deviations[k] == pytest.approx(float(deviation), rel=1e-6)
-    assert probe.output_deviations[0] == 0.0
-    assert probe.output_deviations[4] > 0.0
+        change = pulled_back(weights, (basis @ theta).reshape(8, -1))
+        expected = model.outputs(theta[None])
+        u = model.residuals(expected, model.soft_targets, model.normalisers)[0]
+        there = {n: w + change[n] for n, w in weights.items()}
+        ratio = squared(there, u) / squared(weights, u)
+        assert probe.kernel_ratios[k] == pytest.approx(ratio, rel=1e-6)
+        away = (outputs(there) - expected[0]).norm()
+        moved = (expected[0] - model.initial_outputs).norm()
+        assert probe.output_deviations[k] == pytest.approx(float(away / moved), rel=1e-6)
+    assert (probe.kernel_ratios[0], probe.output_deviations[0]) == (1.0, 0.0)
+    assert abs(probe.kernel_ratios[4] - 1.0) > 1e-3
 
 
 def test_uncertainty_grows_with_the_displacement() -> None:
@@ -547,6 +581,6 @@ def test_uncertainty_grows_with_the_displacement() -> None:
     assert sds[0] > 0
     assert sds == sorted(sds)
     assert sds[-1] < 3
-    assert linearisation_sd(_probe(_made_up([0.0, math.inf])), 0.5) == sds[-1]
+    assert 3 > linearisation_sd(_probe(_made_up([0.0, math.inf])), 0.5) >= sds[-1]
     assert linearisation_sd(None, 0.5) > sds[0]
     assert is_reliable(None, 0.1)

@@ -30,7 +30,7 @@ def _linear(displacement: float | None = None) -> Spectrum:
     """Of a linear model, without a probe or with weights that have to go so far."""
     if displacement is None:
         return replace(spectrum(), probe=None)
-    probe = Probe(np.array([1.0, 0.7]), np.array([0.0, displacement]), np.zeros(2))
+    probe = Probe(np.array([1.0, 0.7]), np.array([0.0, displacement]), np.zeros(2), np.ones(2))
     return replace(spectrum(), probe=probe)
 
 

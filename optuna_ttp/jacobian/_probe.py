@@ -41,8 +41,9 @@ def probe_linearisation(
     pass over the data. A linearisation holds while the weights change little compared with what
     they are (Chizat, Oyallon and Bach, NeurIPS 2019, arXiv 1812.07956). A new head is small, so it
     is the first to change a lot, and with it the kernel; see
-    :meth:`optuna_ttp.dynamics.KernelGrowth.from_displacements`. How far the network's own outputs
-    at these weights are from the linearised ones shows what else is not linear.
+    :meth:`optuna_ttp.dynamics.KernelGrowth.from_displacements`. What the network's outputs and its
+    kernel really are at the displaced weights, along the gradient that training follows there,
+    shows how far that holds.
 
     Args:
         task:
@@ -62,7 +63,7 @@ def probe_linearisation(
     model = LinearisedModel.from_spectrum(spectrum, dtype=torch.float64)
     initial = float(model.loss(model.initial_outputs[None]))
     vectors = spectrum.eigenvectors.astype(np.float64) / np.sqrt(spectrum.eigenvalues)
-    fractions, displacements, deviations = [1.0], [0.0], [0.0]
+    fractions, displacements, deviations, ratios = [1.0], [0.0], [0.0], [1.0]
     with task.frozen(device, dtype) as frozen:
         linear = True
         for theta in _path(model):
@@ -70,17 +71,21 @@ def probe_linearisation(
             fractions.append(float(model.loss(model.outputs(theta[None]))) / initial)
             change = _change(task, frozen, weights, device, dtype, batch_size)
             displacements.append(_largest(frozen, change))
-            outputs, squared = _gradient(task, frozen, model, change, device, dtype, batch_size)
+            residuals = model.residuals(
+                model.outputs(theta[None]), model.soft_targets, model.normalisers
+            )[0]
+            before = _squared(task, frozen, residuals, device, dtype, batch_size)
+            outputs, after = _displaced(task, frozen, residuals, change, device, dtype, batch_size)
+            ratios.append(after / before if before > 0.0 else 1.0)
             expected = model.outputs(theta[None])[0]
-            moved = float((expected - model.initial_outputs).norm())
             away = float((outputs - expected).norm())
+            moved = float((expected - model.initial_outputs).norm())
             deviations.append(away / moved if math.isfinite(away) else math.inf)
-            slope = float(model.gradient(theta[None]).square().sum())
-            linear &= away <= _LINEAR * moved and abs(squared - slope) <= _LINEAR * slope
+            linear &= away <= _LINEAR * moved and abs(ratios[-1] - 1.0) <= _LINEAR
     if linear:
         # However far they go: the kernel is the same everywhere.
         displacements = [0.0] * len(fractions)
-    probe = Probe(np.array(fractions), np.array(displacements), np.array(deviations))
+    probe = Probe(*map(np.array, (fractions, displacements, deviations, ratios)))
     return replace(spectrum, probe=probe)
 
 
@@ -102,16 +107,16 @@ def _path(model: LinearisedModel) -> list[torch.Tensor]:
     return points
 
 
-def _gradient(
+def _displaced(
     task: FineTuningTask,
     frozen: FrozenModel,
-    model: LinearisedModel,
+    residuals: torch.Tensor,
     change: list[torch.Tensor],
     device: torch.device,
     dtype: torch.dtype,
     batch_size: int,
 ) -> tuple[torch.Tensor, float]:
-    """The network's own outputs at the displaced weights, and its squared gradient."""
+    """The network's own outputs at the displaced weights, and :func:`_squared` there."""
     start = dict(frozen.parameters)
     frozen.replace_parameters(
         {
@@ -123,12 +128,24 @@ def _gradient(
         outputs = torch.cat(
             [frozen(x).double().cpu() for x, _ in task.batches(batch_size, device, dtype)]
         )
-    residuals = model.residuals(outputs[None], model.soft_targets, model.normalisers)[0]
-    scaled = _change(task, frozen, residuals, device, dtype, batch_size)
-    factors = task.multipliers.values()
-    squared = sum(float(g.square().sum()) / c for g, c in zip(scaled, factors, strict=True))
+    squared = _squared(task, frozen, residuals, device, dtype, batch_size)
     frozen.replace_parameters(start)
     return outputs, squared
+
+
+def _squared(
+    task: FineTuningTask,
+    frozen: FrozenModel,
+    residuals: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int,
+) -> float:
+    """``u^T J c J^T u`` for ``u`` the residuals; infinite where it overflows."""
+    scaled = _change(task, frozen, residuals, device, dtype, batch_size)
+    factors = task.multipliers.values()
+    total = sum(float(g.double().square().sum()) / c for g, c in zip(scaled, factors, strict=True))
+    return total if math.isfinite(total) else math.inf
 
 
 def _largest(frozen: FrozenModel, change: list[torch.Tensor]) -> float:
