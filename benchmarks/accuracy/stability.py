@@ -122,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
-    for name in ("digits-0",) if options.smoke else options.tasks:
+    for name in ("digits-mse-0",) if options.smoke else options.tasks:
         _write(options.output, _rows(name, options.smoke), options.smoke)
 
 
@@ -386,7 +386,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _ratios(rows: list[dict[str, Any]], upper: str, lower: str) -> dict[str, Any]:
     """Errors over the cases in which both limits were found."""
-    pairs = np.array([(float(r[upper]), float(r[lower])) for r in rows])
+    pairs = np.array([(float(r[upper]), float(r[lower])) for r in rows]).reshape(-1, 2)
     good = (np.isfinite(pairs) & (pairs > 0)).all(axis=1)
     ratio = pairs[good, 0] / pairs[good, 1]
     error = np.abs(ratio - 1.0)

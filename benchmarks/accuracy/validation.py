@@ -183,10 +183,12 @@ def _real(
             with torch.no_grad():
                 outputs = model(held_out.inputs)
                 whole = float(tuning.loss(model(tuning.inputs), tuning.labels))
+            if not math.isfinite(whole):
+                break
             hits = (outputs.argmax(dim=1) == held_out.labels).double().mean()
             points.append((step, float(tuning.loss(outputs, held_out.labels)), float(hits)))
             initial = whole if step == 0 else initial
-            if not whole > _DEEPEST * initial:
+            if whole <= _DEEPEST * initial:
                 break
             wanted = max(step + 1, int(step * _SPACING))
         if not order:
