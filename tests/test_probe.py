@@ -516,14 +516,10 @@ def test_uncertainty_grows_with_what_the_predicted_growth_does_not_explain() -> 
         assert not is_reliable(_probe(_made_up([0.0, 0.3], ratios=[1.0, bad])), 0.8)
 
 
-def test_uncertainty_grows_with_the_deviation_of_the_outputs() -> None:
+def test_outputs_that_are_as_far_off_as_they_moved_are_marked() -> None:
     probes = [
         _probe(_made_up([0.0, 0.3], deviations=[0.0, d])) for d in (0.0, 0.3, 0.9, 1.1, math.inf)
     ]
-    sds = [linearisation_sd(p, 0.8) for p in probes]
-    assert sds == sorted(sds)
-    assert sds[0] < sds[1]
-    assert sds[-1] < 3
     assert [is_reliable(p, 0.8) for p in probes] == [True] * 3 + [False] * 2
 
 

@@ -114,7 +114,7 @@ def test_interval_grows_where_eigenpairs_are_missing() -> None:
         cut = _linear(0.0).truncate(rank=rank)
         assert (cut.explained_trace < 1.0 - 1e-6) == (rank < 21)
         predictor = TrainingTimePredictor(cut, target_fraction=0.85, kernel_growth="frozen")
-        widths.append(_log_width(predictor.predict(0.001, 12)))
+        widths.append(_log_width(predictor.predict(0.0001, 12)))
     assert widths[0] < widths[1] < widths[2]
 
 
