@@ -12,10 +12,11 @@ from optuna_ttp.spectrum import Probe
 
 # The 90 % quantile of the standard normal distribution.
 Z_90 = 1.2816
-# Standard deviation of the logarithm of a predicted time: at the start, for every factor e that the
-# loss falls, without any probe, and for every factor e of the kernel's mismatch. The first draw of
-# every network in benchmarks/accuracy chose them, by the score of 80 % intervals (Gneiting and
-# Raftery, 2007, equation 43); displacement and deviation added nothing. The other draws test them.
+# Standard deviation of the logarithm of a predicted time: at the start, for every factor e that
+# the loss falls, without any probe, and for every factor e of the kernel's mismatch. The first
+# draw of every network in benchmarks/accuracy chose them, by the score of 80 % intervals (Gneiting
+# and Raftery, 2007, equation 43); displacement and deviation added nothing. The other draws test
+# them.
 _SHALLOW_SD = 0.05
 _DEPTH_SD = 0.02
 _UNKNOWN_SD = 0.5
