@@ -1,15 +1,25 @@
-"""Observed loss curves in, a correction of the clock and a measure of trust out.
+"""Observed loss curves in; a corrected clock, its uncertainty and a measure of trust out.
 
-Linearised training is wrong by a factor that depends on the depth of the target much more than on
-the hyperparameters: a few observed trials of a task tell most of it. Here the logarithm of
-observed over predicted time gets one offset with a normal prior, in closed form; and trust is lost
-where the predictions neither rank the observed times nor come close to them.
+The clock's error is mostly one function of the depth, shared by all configurations of a task: the
+kernel grows (or shrinks) as the network is trained, by a factor ``kappa`` that depends on how far
+the loss has come. What is left depends a little on the configuration. Both are learned together,
+from the times at which observed trials passed a ladder of depths.
+
+A trial that is predicted to take ``s_k`` steps from one rung to the next takes
+``t_j = sum_{k <= j} s_k exp(-u_k - x . b)`` to rung ``j``: ``u`` is the logarithm of what the
+kernel is multiplied by on top of the growth that the prediction was simulated with, ``x`` are
+covariates of the configuration. The logarithm of ``t_j`` is linearised about the current estimate
+(Gauss-Newton), and the posterior of ``u`` and ``b`` is that of a Bayesian linear regression, in
+closed form; a few rounds suffice. ``u`` has a Gaussian-process prior whose slope in the depth is
+smooth, so that a depth that was never seen is uncertain, not wild. The scale of the errors is
+learned too (conjugate inverse gamma), which makes predictive distributions Student's t.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 import math
 
 import numpy as np
@@ -17,107 +27,553 @@ from numpy.typing import ArrayLike
 from numpy.typing import NDArray
 
 
-# Standard deviations of log(observed / predicted): between tasks, and between trials of a task.
-_PRIOR_SD = 0.7
-_NOISE_SD = 0.25
-_MIN_OBSERVATIONS = 5
-_MIN_AGREEMENT = 0.2
-# Typical errors below this (a factor 1.65) do no harm, even where a search has come down to trials
-# that are so alike that noise decides their order.
-_HARMLESS_ERROR = 0.5
-# What counts as the error where a target was reached that was predicted to be out of reach.
+# Rungs of the ladder: logarithms of the initial loss over the loss.
+DEPTHS = np.array(
+    [0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.2, 1.4, 1.65, 1.9, 2.2, 2.5, 3.0, 3.6, 4.5, 6.0]
+)
+# Depths between which `u` is interpolated linearly.
+NODES = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0])
+N_COVARIATES = 2
+
+# Prior of `u`: standard deviation of its slope per unit of depth, over which depths the slope goes
+# along, and its standard deviation at the start.
+_SLOPE_SD = 0.5
+_SLOPE_LENGTH = 1.0
+_START_SD = 0.05
+# Prior of the covariates' effects, at depth one and per unit of depth; and of that of instability.
+_EFFECT_SD = (0.08, 0.05)
+_INSTABILITY_EFFECT_SD = 0.12
+# The product of stability and kernel growth from which on instability shows, and from which on it
+# makes times scatter.
+_SHOWS = 0.25
+_SCATTERS = 0.5
+# Errors of a trial's logarithmic times: common to neighbouring rungs over such a length, more of
+# it with instability, and of single rungs.
+_TRIAL_SD = 0.025
+_INSTABILITY_SD = 0.2
+_TRIAL_LENGTH = 0.7
+_RUNG_SD = 0.02
+# Times are whole steps.
+_ROUNDING = 0.29
+# Weight of the prior of the errors' scale, in trials, and what a trial counts for it.
+_SCALE_WEIGHT = 4.0
+# Degrees of freedom with which a trial that does not fit loses its weight.
+_ROBUSTNESS = 4.0
+_ROUNDS = 5
+# Learned from the newest so many trials: enough, and quick.
+_MOST_TRIALS = 256
+# A trial that went on without reaching its next rung tells that it is later, within this error.
+_CENSORED_ERROR = 0.15
+# Corrections beyond this factor are no corrections.
+_MOST_LOG = 12.0
+# Compared with trivial rules from so many trials on.
+_MIN_OBSERVATIONS = 3
+# Typical errors below this do no harm, whatever a rule of thumb does.
+_HARMLESS_ERROR = 0.2
+# What counts as the error where a prediction was out of reach.
 _LARGE_ERROR = 3.0
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What observed trials say about a predictor.
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What was predicted for a trial before it ran, and what was seen of it.
 
     Attributes:
-        log_offset:
-            Posterior mean of log(observed steps / predicted steps). Zero by default.
+        predicted:
+            Logarithm of the predicted step at each of :data:`DEPTHS`, as simulated; NaN behind
+            the end of the simulation. Shape ``(P,)``.
+        expected:
+            The same as corrected by what had been learned then.
+        growth:
+            Logarithm of the correction of the kernel that it was simulated with, at
+            :data:`NODES`, shape ``(M,)``.
+        covariates:
+            Of the configuration, shape ``(F,)``; see :func:`covariates`.
+        instability:
+            Learning rate over the largest stable one, times what the kernel was predicted to have
+            grown by, at each of :data:`DEPTHS`, shape ``(P,)``.
+        effective_learning_rate:
+            ``eta / (1 - m)``.
+        lag:
+            Steps by which momentum lags behind.
+        observed:
+            Logarithm of the step at which each of :data:`DEPTHS` was passed; NaN where not seen.
+        errors:
+            Its standard error.
+        n_steps:
+            Steps that the trial has taken.
+        diverged:
+            Whether its loss became infinite or NaN.
+    """
+
+    predicted: NDArray[np.float64]
+    expected: NDArray[np.float64]
+    growth: NDArray[np.float64]
+    covariates: NDArray[np.float64]
+    instability: NDArray[np.float64]
+    effective_learning_rate: float
+    lag: float
+    observed: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    n_steps: float
+    diverged: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What observed trials say about a predictor. Nothing, by default.
+
+    Attributes:
+        weights:
+            Posterior mean of ``u`` at :data:`NODES` and of the covariates' effects, ``(W,)``.
+        covariance:
+            Its covariance, ``(W, W)``.
+        scale:
+            Scale of the errors' variance; one before anything is observed.
+        instability_scale:
+            Scale of the variance that comes with instability, likewise.
+        degrees_of_freedom:
+            Of the predictive Student's t.
         n_observed:
             The number of trials behind it.
         rank_agreement:
-            Kendall's tau of predicted and observed times; NaN for fewer than two trials.
+            Kendall's tau of times as predicted before each trial and as observed; NaN for fewer
+            than two trials.
         log_error:
-            Root mean square of log(observed steps / corrected prediction); NaN for no trials.
+            Root mean square of log(observed / predicted before the trial); NaN for no trials.
+        baseline_error:
+            The same of the better of two rules without a spectrum, ``c / eta_e`` and
+            ``c / eta_e + m / (1 - m)``, with ``c`` from the trials before; NaN for fewer than two.
+        compared_error:
+            :attr:`log_error` over those trials that the rules can be compared on.
     """
 
-    log_offset: float = 0.0
+    weights: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    scale: float = 1.0
+    instability_scale: float = 1.0
+    degrees_of_freedom: float = _SCALE_WEIGHT
     n_observed: int = 0
     rank_agreement: float = math.nan
     log_error: float = math.nan
+    baseline_error: float = math.nan
+    compared_error: float = math.nan
+
+    @classmethod
+    def none(cls) -> Calibration:
+        """Return what is known before any trial: the prior."""
+        covariance = _prior()
+        return cls(np.zeros(len(covariance)), covariance)
 
     @property
-    def factor(self) -> float:
-        """By what predicted steps are multiplied."""
-        return math.exp(self.log_offset)
+    def log_growth(self) -> NDArray[np.float64]:
+        """Logarithm of the correction of the kernel at :data:`NODES`, shape ``(M,)``."""
+        return self.weights[: len(NODES)]
+
+    @property
+    def log_growth_sd(self) -> NDArray[np.float64]:
+        """Its standard deviation, shape ``(M,)``."""
+        return np.sqrt(np.diag(self.covariance)[: len(NODES)])
 
     @property
     def typical_factor(self) -> float:
-        """By what factor a predicted time is typically off: two until five trials have told.
+        """By what factor a predicted time is typically off: two until three trials have told.
 
         At least 1.5, because a few lucky trials prove little.
         """
         if self.n_observed < _MIN_OBSERVATIONS:
             return 2.0
-        return max(1.5, math.exp(self.log_error))
+        return max(1.5, math.exp(min(self.log_error, _LARGE_ERROR)))
+
+    @property
+    def trust(self) -> float:
+        """Share of the better trivial rule's squared error that predictions avoid, at most one.
+
+        Held out: every trial was predicted before it was learned from. Negative where the rule is
+        better. Two trials' worth of doubt are added on both sides, and NaN stands for fewer than
+        three trials.
+        """
+        if self.n_observed < _MIN_OBSERVATIONS or math.isnan(self.baseline_error):
+            return math.nan
+        doubt = _HARMLESS_ERROR**2
+        return 1.0 - (self.compared_error**2 + doubt) / (self.baseline_error**2 + doubt)
 
     @property
     def trusted(self) -> bool:
-        """Whether predictions may steer a search.
+        """Whether predictions may steer a search: unless a trivial rule does better."""
+        return not self.trust < 0.0
 
-        They may until five observed trials say that they neither rank configurations (Kendall's
-        tau below 0.2) nor come close (a typical error above a factor 1.65).
+    def correct(
+        self,
+        depths: NDArray[np.float64],
+        log_steps: NDArray[np.float64],
+        growth: NDArray[np.float64],
+        covariates: NDArray[np.float64],
+        instability: NDArray[np.float64],
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Correct predicted times.
+
+        Args:
+            depths:
+                Rungs, ascending, shape ``(K, P)``.
+            log_steps:
+                Logarithm of the predicted step at each, as simulated, shape ``(K, P)``; NaN behind
+                a curve's end.
+            growth:
+                Logarithm of the correction that they were simulated with, at :data:`NODES`,
+                shape ``(M,)``.
+            covariates:
+                Shape ``(K, F)``.
+            instability:
+                See :class:`Observation`, shape ``(K, P)``.
+
+        Returns:
+            Logarithms of the corrected times and their standard deviation, both ``(K, P)``.
         """
-        return (
-            self.n_observed < _MIN_OBSERVATIONS
-            or self.rank_agreement >= _MIN_AGREEMENT
-            or self.log_error <= _HARMLESS_ERROR
+        unstable = np.log1p(instability / _SHOWS)
+        logs, slopes = _ladder(
+            self.weights, depths, log_steps, growth[None, :], covariates, unstable
         )
+        known = np.nan_to_num(slopes)
+        variance = np.einsum("kpv,vw,kpw->kp", known, self.covariance, known)
+        own = self.scale * (_TRIAL_SD**2 + _RUNG_SD**2)
+        wild = self.instability_scale * _wildness(instability) ** 2
+        with np.errstate(over="ignore"):
+            rounding = (_ROUNDING / np.maximum(np.exp(logs), 1.0)) ** 2
+        return logs, np.sqrt(variance + own + wild + np.nan_to_num(rounding))
+
+    def expected(
+        self,
+        depths: NDArray[np.float64],
+        log_steps: NDArray[np.float64],
+        growth: NDArray[np.float64],
+        covariates: NDArray[np.float64],
+        instability: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Correct predicted times to the last rung, without their deviation: for many at once.
+
+        Args:
+            depths:
+                As in :meth:`correct`, or of shape ``(1, P)``.
+            log_steps:
+                As in :meth:`correct`, like the others.
+            growth:
+                Shape ``(M,)``.
+            covariates:
+                Shape ``(K, F)``.
+            instability:
+                Shape ``(K, P)``.
+
+        Returns:
+            Logarithms of times at the last rung, ``(K,)``.
+        """
+        unstable = np.log1p(instability / _SHOWS)
+        total = _segments(self.weights, depths, log_steps, growth[None, :], covariates, unstable)[
+            1
+        ]
+        return np.asarray(np.log(total[:, -1]))
 
 
-def calibrate(predicted: Sequence[float], observed: Sequence[float]) -> Calibration:
-    """Learn from pairs of predicted and observed times.
-
-    With ``d_i = log(observed_i / predicted_i) = u + e_i``, ``u ~ N(0, 0.7^2)`` and
-    ``e_i ~ N(0, 0.25^2)``, the posterior mean of the offset ``u`` is
-    ``sum_i d_i / (n + 0.25^2 / 0.7^2)``.
+def covariates(
+    effective_step: NDArray[np.float64],
+    momentum: NDArray[np.float64],
+    noise_scale: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Return what the error of a predicted time may depend on beside the depth.
 
     Args:
-        predicted:
-            Steps as predicted without correction. A target that was predicted never to be reached
-            counts for the ranking, not for the offset.
-        observed:
-            Steps as observed, of the same length.
+        effective_step:
+            ``eta_e h_1``, effective learning rate times largest curvature, shape ``(K,)``.
+        momentum:
+            ``m``, shape ``(K,)``.
+        noise_scale:
+            ``gamma = (N - B) / ((N - 1) B)``, shape ``(K,)``.
 
     Returns:
-        The offset, the count, the rank agreement and the error. Pairs that are NaN, not positive,
-        or whose observed time is infinite are left out.
-
-    Raises:
-        ValueError:
-            If the lengths differ.
+        Overshooting of momentum and mini-batch noise; zero for slow full-batch gradient descent;
+        shape ``(K, F)``.
     """
-    if len(predicted) != len(observed):
-        raise ValueError(
-            "predicted and observed must have the same length but got "
-            f"{len(predicted)} and {len(observed)}."
+    return np.stack(
+        [
+            np.where(momentum > 0, np.log1p(effective_step), 0.0),
+            np.log1p(5.0 * effective_step * noise_scale),
+        ],
+        axis=1,
+    )
+
+
+def calibrate(observations: Sequence[Observation]) -> Calibration:
+    """Learn from trials.
+
+    Args:
+        observations:
+            Trials, oldest first. Those of which nothing was seen are left out, and only the newest
+            256 shape the correction.
+
+    Returns:
+        The posterior, and how good the predictions were that were made before each trial.
+    """
+    every = [o for o in observations if _n_seen(o) > 0]
+    usable = every[-_MOST_TRIALS:]
+    prior = _prior()
+    if not usable:
+        return Calibration(np.zeros(len(prior)), prior)
+    trials = _Trials.of(usable)
+    precision = np.linalg.inv(prior)
+    weights = np.zeros(len(prior))
+    importance = np.ones(len(usable))
+    scales = (1.0, 1.0)
+    for _ in range(_ROUNDS):
+        logs, slopes = trials.ladder(weights)
+        observed, errors = trials.with_bounds(logs)
+        seen = np.isfinite(observed) & np.isfinite(logs)
+        inverse = trials.precision(errors, seen, scales)
+        x = np.where(seen[:, :, None], slopes, 0.0)
+        y = np.where(seen, observed - logs, 0.0) + x @ weights
+        weighted = np.einsum("n,npq,nqw->npw", importance, inverse, x)
+        posterior = precision + np.einsum("npv,npw->vw", x, weighted)
+        weights = np.linalg.solve(posterior, np.einsum("np,npw->w", y, weighted))
+        logs, _ = trials.ladder(weights)
+        away = np.where(seen, observed - logs, 0.0)
+        squares = np.einsum("np,npq,nq->n", away, inverse, away) / np.maximum(seen.sum(axis=1), 1)
+        importance = (_ROBUSTNESS + 1.0) / (_ROBUSTNESS + squares)
+        scales = trials.scales(away, errors, seen, importance)
+    return Calibration(
+        weights,
+        np.linalg.inv(posterior),
+        *scales,
+        _SCALE_WEIGHT + len(usable),
+        len(every),
+        *_held_out(every),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Trials:
+    """The observations, stacked."""
+
+    predicted: NDArray[np.float64]
+    growth: NDArray[np.float64]
+    covariates: NDArray[np.float64]
+    instability: NDArray[np.float64]
+    observed: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    bound: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, observations: Sequence[Observation]) -> _Trials:
+        return cls(
+            np.array([_extended(o.predicted) for o in observations]),
+            np.array([o.growth for o in observations]),
+            np.array([o.covariates for o in observations]),
+            np.array([o.instability for o in observations]),
+            np.array([o.observed for o in observations]),
+            np.array([o.errors for o in observations]),
+            # Nobody knows how late a trial would have been that never came back.
+            np.array([-math.inf if o.diverged else math.log(o.n_steps) for o in observations]),
         )
-    p, o = np.asarray(predicted, dtype=np.float64), np.asarray(observed, dtype=np.float64)
-    usable = (p > 0) & (o > 0) & np.isfinite(o)
-    p, o = p[usable], o[usable]
-    finite = np.isfinite(p)
-    differences = np.log(o[finite] / p[finite])
-    offset = differences.sum() / (len(differences) + _NOISE_SD**2 / _PRIOR_SD**2)
-    errors = np.concatenate([differences - offset, np.full((~finite).sum(), _LARGE_ERROR)])
-    log_error = float(np.sqrt((errors**2).mean())) if len(errors) else math.nan
-    return Calibration(float(offset), len(p), _kendall(p, o), log_error)
+
+    def ladder(
+        self, weights: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        unstable = np.log1p(self.instability / _SHOWS)
+        return _ladder(
+            weights, DEPTHS[None, :], self.predicted, self.growth, self.covariates, unstable
+        )
+
+    def with_bounds(
+        self, logs: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Observed times and errors; where a trial has not got as far as expected, its end."""
+        observed, errors = self.observed.copy(), self.errors.copy()
+        deepest = np.array([_deepest(row) for row in observed])
+        rows = np.flatnonzero(deepest + 1 < observed.shape[1])
+        following = deepest[rows] + 1
+        late = logs[rows, following] < self.bound[rows]
+        rows, following = rows[late], following[late]
+        observed[rows, following] = self.bound[rows]
+        errors[rows, following] = _CENSORED_ERROR
+        return observed, errors
+
+    def precision(
+        self,
+        errors: NDArray[np.float64],
+        seen: NDArray[np.bool_],
+        scales: tuple[float, float],
+    ) -> NDArray[np.float64]:
+        """Inverse covariance of the errors of each trial; zero where nothing was seen."""
+        apart = (DEPTHS[:, None] - DEPTHS[None, :]) / _TRIAL_LENGTH
+        wild = _wildness(self.instability)
+        both = seen[:, :, None] & seen[:, None, :]
+        # What comes with instability stays with the trial from then on.
+        lasting = np.minimum(wild[:, :, None], wild[:, None, :]) ** 2
+        common = scales[0] * _TRIAL_SD**2 * np.exp(-0.5 * apart**2) + scales[1] * lasting
+        own = np.where(seen, np.nan_to_num(errors) ** 2 + scales[0] * _RUNG_SD**2, 1.0)
+        covariance = np.where(both, common, 0.0) + own[:, :, None] * np.eye(len(DEPTHS))
+        return np.where(both, np.linalg.inv(covariance), 0.0)
+
+    def scales(
+        self,
+        away: NDArray[np.float64],
+        errors: NDArray[np.float64],
+        seen: NDArray[np.bool_],
+        importance: NDArray[np.float64],
+    ) -> tuple[float, float]:
+        """Scales of the errors' variances: of calm trials, and of what instability adds."""
+        wild = _wildness(self.instability) ** 2
+        calm = _TRIAL_SD**2 + _RUNG_SD**2
+        whole = wild + calm + np.nan_to_num(errors) ** 2
+        share = seen / np.maximum(seen.sum(axis=1), 1)[:, None]
+        # A trial counts for the one or the other by what its errors are expected to come from.
+        unstable = (share * wild / whole).sum(axis=1)
+        ratio = (share * away**2 / whole).sum(axis=1)
+        stable = importance * (1.0 - unstable)
+        one = (_SCALE_WEIGHT + (stable * ratio).sum()) / (_SCALE_WEIGHT + stable.sum())
+        two = (_SCALE_WEIGHT + (unstable * ratio).sum()) / (_SCALE_WEIGHT + unstable.sum())
+        return float(one), float(two)
 
 
-def _kendall(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    if len(first) < 2:
+def _ladder(
+    weights: NDArray[np.float64],
+    depths: NDArray[np.float64],
+    log_steps: NDArray[np.float64],
+    growth: NDArray[np.float64],
+    x: NDArray[np.float64],
+    unstable: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Corrected logarithmic times, ``(K, P)``, and their derivatives by the weights."""
+    times, total, hats, deeper = _segments(weights, depths, log_steps, growth, x, unstable)
+    shape = times.shape
+    by_weight = np.concatenate(
+        [
+            np.broadcast_to(hats, (*shape, len(NODES))),
+            np.broadcast_to(x[:, None, :], (*shape, x.shape[1])),
+            deeper[:, :, None] * x[:, None, :],
+            unstable[:, :, None],
+        ],
+        axis=2,
+    )
+    slopes = -np.cumsum(times[:, :, None] * by_weight, axis=1) / total[:, :, None]
+    return np.log(total), slopes
+
+
+def _segments(
+    weights: NDArray[np.float64],
+    depths: NDArray[np.float64],
+    log_steps: NDArray[np.float64],
+    growth: NDArray[np.float64],
+    x: NDArray[np.float64],
+    unstable: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], ...]:
+    """Corrected times from rung to rung and their sums; interpolation weights and depths there."""
+    steps = np.exp(log_steps)
+    segments = np.maximum(np.diff(steps, axis=1, prepend=0.0), 1e-9 * steps)
+    middle = 0.5 * (
+        depths + np.concatenate([np.zeros_like(depths[:, :1]), depths[:, :-1]], axis=1)
+    )
+    hats, deeper = _hats(middle), middle - 1.0
+    m, f = len(NODES), x.shape[1]
+    # The growth may be one for all trials, or one a trial.
+    log_speed = hats @ weights[:m] - np.einsum("kpm,km->kp", hats, growth)
+    log_speed = log_speed + (x @ weights[m : m + f])[:, None] + unstable * weights[-1]
+    log_speed = log_speed + deeper * (x @ weights[m + f : m + 2 * f])[:, None]
+    times = segments * np.exp(-np.clip(log_speed, -_MOST_LOG, _MOST_LOG))
+    return times, np.cumsum(times, axis=1), hats, deeper
+
+
+def _hats(depths: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Linear interpolation between the nodes, as weights: ``(..., M)``. Constant beyond them."""
+    place = np.interp(np.nan_to_num(depths), NODES, np.arange(len(NODES)))
+    hats: NDArray[np.float64] = np.maximum(
+        0.0, 1.0 - np.abs(place[..., None] - np.arange(len(NODES)))
+    )
+    return hats
+
+
+@lru_cache(maxsize=1)
+def _prior() -> NDArray[np.float64]:
+    """Prior covariance of the weights: an integrated Gaussian process, and the effects."""
+    grid = np.linspace(0.0, NODES[-1], 241)
+    apart = (grid[:, None] - grid[None, :]) / _SLOPE_LENGTH
+    width = grid[1] - grid[0]
+    summed = np.tril(np.full((len(grid), len(grid)), width))
+    summed[:, 0] *= 0.5
+    summed -= np.diag(np.full(len(grid), 0.5 * width))
+    integrated = summed @ (_SLOPE_SD**2 * np.exp(-0.5 * apart**2)) @ summed.T
+    at = np.array([np.interp(NODES, grid, row) for row in integrated])
+    at = np.array([np.interp(NODES, grid, row) for row in at.T])
+    whole = np.zeros((len(NODES) + 2 * N_COVARIATES + 1,) * 2)
+    whole[: len(NODES), : len(NODES)] = at + _START_SD**2 + 1e-8 * np.eye(len(NODES))
+    effects = np.append(np.repeat(_EFFECT_SD, N_COVARIATES), _INSTABILITY_EFFECT_SD) ** 2
+    whole[len(NODES) :, len(NODES) :] = np.diag(effects)
+    return whole
+
+
+def _wildness(instability: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard deviation that comes with instability; what was unstable once stays so."""
+    return _INSTABILITY_SD * np.log1p(np.fmax.accumulate(instability, axis=-1) / _SCATTERS)
+
+
+def _extended(log_steps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Go on behind the end of a simulation as it was going."""
+    known = np.flatnonzero(np.isfinite(log_steps))
+    last = known[-1]
+    slope = 0.5
+    if len(known) > 1:
+        run = DEPTHS[last] - DEPTHS[known[-2]]
+        slope = max(slope, (log_steps[last] - log_steps[known[-2]]) / run)
+    behind = np.arange(len(log_steps)) > last
+    return np.where(behind, log_steps[last] + slope * (DEPTHS - DEPTHS[last]), log_steps)
+
+
+def _deepest(row: NDArray[np.float64]) -> int:
+    known = np.flatnonzero(np.isfinite(row))
+    return int(known[-1]) if len(known) else -1
+
+
+def _n_seen(observation: Observation) -> int:
+    if not np.isfinite(observation.predicted).any() or observation.n_steps < 1:
+        return 0
+    return int(np.isfinite(observation.observed).sum())
+
+
+def _held_out(observations: Sequence[Observation]) -> tuple[float, float, float, float]:
+    """Rank agreement and errors of what was predicted before each trial, and of trivial rules."""
+    observed = np.array([o.observed for o in observations])
+    expected = np.array([o.expected for o in observations])
+    rates = np.log([[o.effective_learning_rate] for o in observations])
+    lags = np.array([[o.lag] for o in observations])
+    # Every trial counts once, with the deepest rung that it was seen on.
+    chosen = (np.arange(len(observed)), np.array([_deepest(row) for row in observed]))
+    errors = np.where(np.isfinite(expected), observed - expected, _LARGE_ERROR)[chosen]
+    plain = _mean_before(observed + rates) - rates
+    intrinsic = _mean_before(np.log(np.maximum(np.exp(observed) - lags, 1.0)) + rates)
+    shifted = np.log(np.exp(intrinsic - rates) + lags)
+    rules = np.stack([(observed - plain)[chosen], (observed - shifted)[chosen]])
+    compared = np.isfinite(rules).all(axis=0)
+    squared = np.square(rules[:, compared]).mean(axis=1) if compared.any() else np.array([np.nan])
+    # Times are ranked at one depth: the deepest that at least half of the trials have passed.
+    common = _deepest(np.where(2 * np.isfinite(observed).sum(axis=0) >= len(observed), 1, np.nan))
+    there = np.isfinite(observed[:, common])
+    late = np.where(np.isfinite(expected), expected, np.inf)
+    return (
+        _kendall(late[there, common], observed[there, common]),
+        float(np.sqrt(np.square(errors).mean())),
+        float(np.sqrt(squared.min())),
+        float(np.sqrt(np.square(errors[compared]).mean())) if compared.any() else math.nan,
+    )
+
+
+def _mean_before(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over the rows above each, of what is not NaN."""
+    known = np.isfinite(values)
+    total = np.cumsum(np.where(known, values, 0.0), axis=0) - np.where(known, values, 0.0)
+    count = np.cumsum(known, axis=0) - known
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _kendall(first: ArrayLike, second: ArrayLike) -> float:
+    if np.size(first) < 2:
         return math.nan
     from scipy.stats import kendalltau
 
@@ -127,40 +583,3 @@ def _kendall(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     ).statistic
     # Without any difference in the predictions there is no ranking, hence no agreement.
     return 0.0 if math.isnan(tau) else float(tau)
-
-
-def smooth(losses: ArrayLike, points: ArrayLike | None = None) -> NDArray[np.float64]:
-    """Smooth a curve of mini-batch losses by a centred mean whose width grows with the step.
-
-    The window covers 10 % of the step on each side, at least two points: wide enough for
-    mini-batch noise, narrow on the logarithmic scale on which training times differ. At the end of
-    the curve, where the window has one side only, a straight line through it takes the mean's
-    place: a mean would lag behind, and a trial that stops at its target would never seem to reach
-    it.
-
-    Args:
-        losses:
-            One value a step, of shape ``(T,)``.
-        points:
-            Steps at which the smoothed curve is wanted, of shape ``(P,)``. All by default.
-
-    Returns:
-        The smoothed curve at these steps.
-    """
-    values = np.asarray(losses, dtype=np.float64)
-    wanted = np.arange(len(values)) if points is None else np.asarray(points, dtype=np.int64)
-    return np.array([_smoothed(values, int(t)) for t in wanted], dtype=np.float64)
-
-
-def _smoothed(values: NDArray[np.float64], t: int) -> float:
-    half = max(2, t // 10)
-    start = max(0, t - half)
-    window = values[start : t + half + 1]
-    mean = float(window.mean())
-    if t + half < len(values) or len(window) < 3 or not math.isfinite(mean):
-        return mean
-    x = np.arange(start, start + len(window)) - t
-    centred = x - x.mean()
-    slope = float(centred @ (window - mean) / (centred @ centred))
-    # Losses do not go below what was seen just because they were falling.
-    return max(mean - slope * float(x.mean()), float(window.min()))

@@ -29,3 +29,7 @@ class DataOrderWarning(OptunaTTPWarning):
 
 class UnreliablePredictionWarning(OptunaTTPWarning):
     """Predictions disagree with observed training, or rest on an extrapolation."""
+
+
+class UnusableCurveWarning(OptunaTTPWarning):
+    """A trial's recorded training loss cannot be learned from."""

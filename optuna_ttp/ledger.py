@@ -7,6 +7,8 @@ import math
 from typing import Any
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
 from optuna.trial import TrialState
 
 from optuna_ttp._optuna_compat import FINISHED
@@ -236,11 +238,17 @@ def record_prediction(
             "momentum": configuration.momentum,
             "outcome": prediction.outcome,
             "steps": _finite(float(prediction.steps)),
-            "uncalibrated_steps": _finite(float(prediction.steps) / predictor.calibration.factor),
             "seconds": _finite(float(prediction.seconds)),
             "stability": _finite(float(prediction.stability)),
             "budget_seconds": _finite(budget_seconds),
             "prediction_seconds": prediction_seconds,
+            "ladder": {
+                "predicted": _rounded(prediction.log_passages),
+                "expected": _rounded(prediction.expected_log_passages),
+                "growth": _rounded(prediction.log_growth),
+                "covariates": _rounded(prediction.covariates),
+                "instability": _rounded(prediction.instability),
+            },
         },
     )
 
@@ -385,6 +393,10 @@ def _paid_seconds(trial: FrozenTrial) -> float:
 def _finite(value: float) -> float | None:
     """JSON has no infinity, and not every storage takes Python's extension of it."""
     return value if math.isfinite(value) else None
+
+
+def _rounded(values: NDArray[np.float64]) -> list[float | None]:
+    return [_finite(round(float(v), 4)) if math.isfinite(v) else None for v in values]
 
 
 def _or_nan(value: float | None) -> float:

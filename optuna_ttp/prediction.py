@@ -45,7 +45,8 @@ class Prediction:
         p_diverges:
             How likely training never recovers. The rest to one is ``"not_reached"``.
         reliable:
-            Whether no weight matrix has to change by as much as it was on the way to the target.
+            Whether the network stays close to its linearisation on the way to the target; once
+            trials were observed, whether they leave a prediction that is worth something.
         stability:
             Learning rate over the largest stable one. Training above one may go through a loss
             spike, or never recover from it.
@@ -60,6 +61,20 @@ class Prediction:
             ``"accuracy"`` (of classifiers), ``"validation_loss"`` and ``"validation_accuracy"``
             (where the task has validation data and full curves were asked for, or the target is
             one of them), and ``"smoothed_loss"`` (where the predictor has a smoothing).
+        log_passages:
+            Logarithm of the step at which each of the depths
+            :data:`optuna_ttp.calibration.DEPTHS` is passed, as simulated, in a last axis; NaN
+            below the target and where it is not reached. With the next three, what a calibration
+            needs to know of a prediction once the trial has run.
+        expected_log_passages:
+            The same as corrected by observed trials.
+        covariates:
+            See :func:`optuna_ttp.calibration.covariates`, in a last axis.
+        instability:
+            See :class:`optuna_ttp.calibration.Observation`, at the same depths.
+        log_growth:
+            Logarithm of the correction of the kernel that was simulated with, at
+            :data:`optuna_ttp.calibration.NODES`.
     """
 
     learning_rate: NDArray[np.float64]
@@ -79,6 +94,11 @@ class Prediction:
     strides: NDArray[np.int64]
     curve_steps: NDArray[np.float64]
     curves: dict[str, NDArray[np.float64]]
+    log_passages: NDArray[np.float64]
+    expected_log_passages: NDArray[np.float64]
+    covariates: NDArray[np.float64]
+    instability: NDArray[np.float64]
+    log_growth: NDArray[np.float64]
 
     @property
     def curve_losses(self) -> NDArray[np.float64]:

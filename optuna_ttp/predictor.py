@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from dataclasses import replace
 from functools import cached_property
 import math
@@ -17,6 +16,9 @@ from numpy.typing import ArrayLike
 from numpy.typing import NDArray
 
 from optuna_ttp.calibration import Calibration
+from optuna_ttp.calibration import covariates
+from optuna_ttp.calibration import DEPTHS
+from optuna_ttp.calibration import NODES
 from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.dynamics import ResponseSurface
@@ -31,6 +33,8 @@ from optuna_ttp.dynamics import StabilityLimit
 from optuna_ttp.dynamics import Target
 from optuna_ttp.dynamics import Trajectories
 from optuna_ttp.exceptions import UnreliablePredictionWarning
+from optuna_ttp.ladder import Ladder
+from optuna_ttp.ladder import warped
 from optuna_ttp.prediction import CONVERGES
 from optuna_ttp.prediction import DIVERGES
 from optuna_ttp.prediction import NOT_REACHED
@@ -53,6 +57,10 @@ Method = Literal["linear", "sde", "ode"]
 # 2020, arXiv 2003.02218). Chosen after the fact: at eight times the limit four of six runs of the
 # demo's network still got to 15 % of their initial loss (benchmarks/accuracy/results/digits.csv).
 _HOPELESS_STABILITY = 8.0
+# A prediction that trials have corrected is unreliable where its logarithm is less sure than this.
+_UNRELIABLE_SD = 0.4
+# Simulations go on so much longer where trials have corrected the clock.
+_MARGIN = 1.5
 # What the response surface is built from; it ranks candidates, it does not promise times.
 _SURFACE_TRACE = 0.98
 
@@ -116,7 +124,7 @@ class TrainingTimePredictor:
             ``"ode"``, the paper's equation 1 with and without noise, as a baseline.
         kernel_growth:
             What the kernel is multiplied by as the loss falls: ``"predicted"`` from the spectrum's
-            probe by :meth:`~optuna_ttp.dynamics.KernelGrowth.from_displacements` (the default; it
+            probe by :meth:`~optuna_ttp.dynamics.KernelGrowth.from_probe` (the default; it
             is nothing where the spectrum was not probed, and for the paper's equation),
             ``"frozen"``, or a :class:`~optuna_ttp.dynamics.KernelGrowth`.
         n_seeds:
@@ -191,7 +199,7 @@ class TrainingTimePredictor:
         self.kernel_growth = self._resolve_growth(kernel_growth)
         self.seed = seed
         self.exact = exact
-        self.calibration = Calibration() if calibration is None else calibration
+        self.calibration = Calibration.none() if calibration is None else calibration
         self._device = device
         self._sgd = _check_sgd(dampening, nesterov, weight_decay, spectrum)
         if self.method != "linear" and smoothing is not None:
@@ -339,23 +347,18 @@ class TrainingTimePredictor:
         runs = self._simulate(
             rate[kept], size[kept], mass[kept], horizon[kept], full_curve=full_curve
         )
-        times = _Times.of(runs, self.target, len(rate), kept)
-        median = np.exp(times.log_mean) * self.calibration.factor
-        steps = np.where(np.isfinite(times.log_mean), np.ceil(median - 1e-9), np.inf)
+        ladder = Ladder.of(runs, self.target, self.initial_loss, len(rate), kept)
+        x = self._covariates(rate, size, mass)
+        logs, sd = self._corrected(ladder, x, stability)
+        median = np.exp(np.where(np.isfinite(logs[:, -1]), logs[:, -1], np.inf))
+        steps = np.where(np.isfinite(median), np.maximum(1.0, np.ceil(median - 1e-9)), np.inf)
         late = steps > horizon
-        sd = np.sqrt(
-            times.log_sd**2
-            + linearisation_sd(self.spectrum.probe, self._fraction) ** 2
-            + self._truncation_log_error**2
-            + self._subset_sd**2
-            + stability_sd(stability) ** 2
-        )
-        p_diverges = probability_of_divergence(stability, times.blown_up)
+        p_diverges = probability_of_divergence(stability, ladder.blown_up)
         p_converges = (1.0 - p_diverges) * probability_below(steps, sd, horizon)
         steps = np.where(late, np.inf, steps)
         outcomes = np.where(np.isfinite(steps), CONVERGES, NOT_REACHED)
-        outcomes = np.where(times.blown_up | hopeless, DIVERGES, outcomes)
-        widths = np.exp(Z_90 * sd)
+        outcomes = np.where(ladder.blown_up | hopeless, DIVERGES, outcomes)
+        widths = np.exp(self._quantile * sd)
         epochs = steps / np.ceil(self.n_samples / size)
         seconds = steps * self.seconds_per_step(size)
         first = runs[0]
@@ -380,12 +383,19 @@ class TrainingTimePredictor:
             outcomes=outcomes.reshape(shape),
             p_converges=p_converges.reshape(shape),
             p_diverges=p_diverges.reshape(shape),
-            reliable=np.full(shape, self.reliable),
+            reliable=self._is_reliable(sd).reshape(shape),
             stability=stability.reshape(shape),
             max_steps=horizon.reshape(shape),
             strides=strides.reshape(shape),
-            curve_steps=whole(first.steps * self.calibration.factor),
+            curve_steps=whole(warped(first.steps, ladder.log_steps[kept], logs[kept])),
             curves={name: whole(values) for name, values in first.curves.items()},
+            log_passages=ladder.on_rungs(ladder.log_steps).reshape(*shape, -1),
+            expected_log_passages=ladder.on_rungs(logs).reshape(*shape, -1),
+            covariates=x.reshape(*shape, -1),
+            instability=self._instability(
+                np.broadcast_to(DEPTHS, (len(rate), len(DEPTHS))), stability
+            ).reshape(*shape, -1),
+            log_growth=self._log_growth,
         )
 
     def score(
@@ -427,14 +437,23 @@ class TrainingTimePredictor:
         rate, size, mass, horizon = rate.ravel(), size.ravel(), mass.ravel(), horizon.ravel()
         hopeless = rate > _HOPELESS_STABILITY * self._largest(size, mass)
         steps, outside = self._scored(rate, size, mass)
+        if self.calibration.n_observed:
+            steps = self._corrected_scores(rate, size, mass)
         outside &= ~hopeless
         if simulate_outside and outside.any():
             chosen = np.flatnonzero(outside)
             runs = self._simulate(
                 rate[chosen], size[chosen], mass[chosen], horizon[chosen], n_seeds=1
             )
-            steps[chosen] = runs[0].first_passages(self.target)
-        steps = steps * self.calibration.factor
+            ladder = Ladder.of(
+                runs, self.target, self.initial_loss, len(chosen), np.arange(len(chosen))
+            )
+            logs = ladder.log_steps
+            if self.calibration.n_observed:
+                stability = rate[chosen] / self._largest(size[chosen], mass[chosen])
+                x = self._covariates(rate[chosen], size[chosen], mass[chosen])
+                logs, _ = self._corrected(ladder, x, stability)
+            steps[chosen] = np.ceil(np.exp(np.nan_to_num(logs[:, -1], nan=np.inf)) - 1e-9)
         steps = np.where(hopeless | (steps > horizon), np.inf, steps)
         per_step = self.seconds_per_step(size)
         return np.asarray(steps * np.where(np.isnan(per_step), 1.0, per_step)).reshape(shape)
@@ -512,6 +531,7 @@ class TrainingTimePredictor:
         return ResponseSurface.build(
             model,
             self.target,
+            DEPTHS,
             max_steps=self.max_steps,
             sampling=self.sampling,
             smoothing=self.smoothing,
@@ -562,6 +582,75 @@ class TrainingTimePredictor:
             return 1.0
         return abs(math.log(max(times[1], 1.0) / max(times[0], 1.0)))
 
+    @property
+    def _log_growth(self) -> NDArray[np.float64]:
+        """What simulations multiply the kernel by on top of the predicted growth."""
+        if self.method != "linear" or not self.calibration.n_observed:
+            return np.zeros(len(NODES))
+        return self.calibration.log_growth
+
+    @property
+    def _growth(self) -> KernelGrowth | None:
+        if not self._log_growth.any():
+            return self.kernel_growth
+        own = KernelGrowth.none() if self.kernel_growth is None else self.kernel_growth
+        return own.times(NODES, self._log_growth)
+
+    def _covariates(
+        self,
+        rate: NDArray[np.float64],
+        size: NDArray[np.int64],
+        mass: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        n = self.n_samples
+        step = rate / (1.0 - mass) * float(self._model.curvatures[0])
+        return covariates(step, mass, (n - size) / (max(n - 1, 1) * size))
+
+    def _instability(
+        self, depths: NDArray[np.float64], stability: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Learning rate over the largest stable one, times the growth that the probe predicts."""
+        if self.kernel_growth is None:
+            return np.broadcast_to(stability[:, None], (len(stability), depths.shape[1]))
+        return np.asarray(stability[:, None] * self.kernel_growth.at(np.exp(-depths)))
+
+    def _corrected(
+        self, ladder: Ladder, x: NDArray[np.float64], stability: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Logarithmic times at the rungs, ``(K, P)``, and their deviation at the target."""
+        if not self.calibration.n_observed:
+            sd = np.sqrt(
+                ladder.log_sd**2
+                + linearisation_sd(self.spectrum.probe, self._fraction) ** 2
+                + self._truncation_log_error**2
+                + self._subset_sd**2
+                + stability_sd(stability) ** 2
+            )
+            return ladder.log_steps, sd
+        logs, sd = self.calibration.correct(
+            ladder.depths,
+            ladder.log_steps,
+            self._log_growth,
+            x,
+            self._instability(ladder.depths, stability),
+        )
+        return logs, np.nan_to_num(sd[:, -1])
+
+    @property
+    def _quantile(self) -> float:
+        """Of the predictive distribution, at 90 %."""
+        if not self.calibration.n_observed:
+            return Z_90
+        from scipy.stats import t
+
+        return float(t.ppf(0.9, self.calibration.degrees_of_freedom))
+
+    def _is_reliable(self, sd: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Before any trial the probe says it, then the trials do."""
+        if not self.calibration.n_observed:
+            return np.full(len(sd), self.reliable)
+        return (sd < _UNRELIABLE_SD) & self.calibration.trusted
+
     def _largest(self, size: NDArray[np.int64], mass: NDArray[np.float64]) -> NDArray[np.float64]:
         return self._stability_limit.max_learning_rate(
             size,
@@ -578,6 +667,25 @@ class TrainingTimePredictor:
             return np.full(len(rate), np.inf), np.ones(len(rate), dtype=bool)
         sizes = self._simulated_size(size).astype(np.float64)
         return self._surface.steps(rate, sizes, mass)
+
+    def _corrected_scores(
+        self, rate: NDArray[np.float64], size: NDArray[np.int64], mass: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Steps from the response surface, as trials have corrected them."""
+        if not self.schedule.is_constant or self.target.settled or self.method != "linear":
+            return np.full(len(rate), np.inf)
+        depths, logs = self._surface.ladder(
+            rate, self._simulated_size(size).astype(np.float64), mass
+        )
+        stability = rate / self._largest(size, mass)
+        corrected = self.calibration.expected(
+            depths,
+            logs,
+            np.zeros(len(NODES)),
+            self._covariates(rate, size, mass),
+            self._instability(depths, stability),
+        )
+        return np.ceil(np.exp(np.nan_to_num(corrected, nan=np.inf)) - 1e-9)
 
     def _simulated_size(self, size: NDArray[np.int64]) -> NDArray[np.int64]:
         """The batch size that makes as much noise among the spectrum's samples.
@@ -603,8 +711,9 @@ class TrainingTimePredictor:
     ) -> list[Trajectories]:
         """One simulation a seed."""
         sgd = SGD.of(rate, mass, schedule=self.schedule, **self._sgd)
-        # The horizon counts real steps; the simulation's own clock runs differently.
-        steps = np.maximum(1, np.ceil(horizon / self.calibration.factor)).astype(np.int64)
+        # The horizon counts real steps; the simulation's own clock runs a little differently.
+        margin = _MARGIN if self.calibration.n_observed else 1.0
+        steps = np.maximum(1, np.ceil(margin * horizon)).astype(np.int64)
         sizes = self._simulated_size(size)
         per_epoch = -(-self.n_samples // size)
         full_curve = full_curve or self.target.settled
@@ -636,7 +745,7 @@ class TrainingTimePredictor:
                 exact=self.exact or self.target.settled,
                 sampling=self.sampling,
                 smoothing=self.smoothing,
-                growth=self.kernel_growth,
+                growth=self._growth,
                 seed=self.seed + k,
                 steps_per_epoch=per_epoch,
             )
@@ -654,7 +763,9 @@ class TrainingTimePredictor:
         probe = self.spectrum.probe
         if growth == "frozen" or probe is None or self.method != "linear":
             return None
-        return KernelGrowth.from_displacements(probe.fractions, probe.relative_displacements)
+        return KernelGrowth.from_probe(
+            probe.fractions, probe.relative_displacements, probe.kernel_ratios
+        )
 
     def _resolve_target(self, arguments: dict[str, float | None]) -> Target:
         given = {name: value for name, value in arguments.items() if value is not None}
@@ -784,30 +895,3 @@ def _check_sgd(
             "but got one that was computed by an older version. Compute it again."
         )
     return {"dampening": dampening, "nesterov": bool(nesterov), "weight_decay": weight_decay}
-
-
-@dataclass(frozen=True, eq=False)
-class _Times:
-    """Training times over the seeds, as logarithms, of shape ``(K,)``."""
-
-    log_mean: NDArray[np.float64]
-    log_sd: NDArray[np.float64]
-    blown_up: NDArray[np.bool_]
-
-    @classmethod
-    def of(
-        cls, runs: list[Trajectories], target: Target, count: int, kept: NDArray[np.int64]
-    ) -> _Times:
-        """Where most seeds do not reach the target, the time is infinite."""
-        logs = np.log(np.maximum([run.first_passages(target) for run in runs], 1e-9))
-        reached = np.isfinite(logs)
-        n_reached = reached.sum(axis=0)
-        mean = np.where(reached, logs, 0.0).sum(axis=0) / np.maximum(n_reached, 1)
-        squares = np.where(reached, (logs - mean) ** 2, 0.0).sum(axis=0)
-        log_mean = np.full(count, np.inf)
-        log_mean[kept] = np.where(2 * n_reached > len(runs), mean, np.inf)
-        log_sd = np.zeros(count)
-        log_sd[kept] = np.sqrt(squares / np.maximum(n_reached - 1, 1))
-        blown_up = np.ones(count, dtype=bool)
-        blown_up[kept] = 2 * np.array([run.blown_up for run in runs]).sum(axis=0) > len(runs)
-        return cls(log_mean, log_sd, blown_up)

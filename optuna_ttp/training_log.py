@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import time
 from types import TracebackType
 from typing import Any
 from typing import SupportsFloat
 from typing import TYPE_CHECKING
+import warnings
 
 import numpy as np
-from numpy.typing import NDArray
+from optuna.trial import TrialState
 
+from optuna_ttp._optuna_compat import FINISHED
+from optuna_ttp._optuna_compat import PerStudy
 from optuna_ttp._optuna_compat import trials_of
 from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
-from optuna_ttp.calibration import smooth
+from optuna_ttp.calibration import DEPTHS
+from optuna_ttp.calibration import Observation
+from optuna_ttp.exceptions import UnusableCurveWarning
 from optuna_ttp.ledger import entry
 from optuna_ttp.ledger import PREDICTION
+from optuna_ttp.loss_curve import LossCurve
 
 
 if TYPE_CHECKING:
@@ -26,10 +34,12 @@ if TYPE_CHECKING:
 
 
 CURVE = "ttp:curve"
-# A curve ends where the loss is NaN, or so large that sums of losses would overflow.
-_BLOWN_UP = 1e300
 # How far above the target a curve may end and count as having reached it.
 _AT_TARGET = 1.05
+# A first loss so many times the initial one, or less than its inverse, is not the same loss.
+_OTHER_LOSS = 3.0
+# How close to the batch size that factor is where the loss is a sum over the batch.
+_LIKE_A_SUM = 0.4
 
 
 class TrainingLog:
@@ -49,7 +59,10 @@ class TrainingLog:
     def __init__(self, trial: optuna.trial.Trial) -> None:
         self._trial = trial
         self._losses: list[float] = []
+        self._steps: list[int] = []
+        self._times: list[float] = []
         self._next_write = 32
+        self._unusable: str | None = None
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -63,16 +76,30 @@ class TrainingLog:
         # A pruned or failed trial's curve is an observation like any other.
         self.close()
 
-    def step(self, loss: SupportsFloat) -> None:
+    def step(self, loss: SupportsFloat, step: int | None = None) -> None:
         """Record the mini-batch loss of one optimiser step, as a mean over the batch.
 
         Args:
             loss:
-                The loss. A tensor of one element will do.
+                The loss before the step. A tensor of one element will do.
+            step:
+                The number of optimiser steps done before, where not every step is recorded. One
+                more than at the last call by default.
         """
         # A tensor that requires gradients warns about being converted, but not about its item.
         item = getattr(loss, "item", None)
-        self._losses.append(float(loss if item is None else item()))
+        value = float(loss if item is None else item())
+        last = self._steps[-1] if self._steps else -1
+        place = last + 1 if step is None else int(step)
+        if place <= last:
+            self._refuse(f"its steps do not ascend: {place} came after {last}")
+            return
+        if value < 0.0:
+            self._refuse(f"its loss is negative: {value:g} at step {place}")
+            return
+        self._losses.append(value)
+        self._steps.append(place)
+        self._times.append(time.perf_counter())
         # What is written as training goes on survives a killed process.
         if len(self._losses) == self._next_write:
             self._next_write *= 2
@@ -80,28 +107,30 @@ class TrainingLog:
 
     def close(self) -> None:
         """Write the smoothed curve to the trial. Leaving the ``with`` block does this."""
-        if not self._losses:
+        value: dict[str, Any] = {"trial": self._trial.number}
+        if self._unusable is not None:
+            value["unusable"] = self._unusable
+        elif not self._losses:
             return
-        losses = np.array(self._losses)
-        finite = np.abs(losses) < _BLOWN_UP
-        n_finite = len(losses) if finite.all() else int(np.argmin(finite))
-        # Loss i is that of the weights after i steps.
-        points = _recorded_steps(n_finite)
-        smoothed = smooth(losses[:n_finite], points)
-        self._trial.set_user_attr(
-            CURVE,
-            {
-                "trial": self._trial.number,
-                "n_steps": len(losses),
-                "steps": points.tolist(),
-                "losses": [float(f"{loss:.6g}") for loss in smoothed],
-            },
-        )
+        else:
+            value |= _entry(LossCurve.of(self._losses, self._steps), self._losses[0])
+            value["seconds_per_step"] = self._seconds_per_step()
+        self._trial.set_user_attr(CURVE, value)
+
+    def _refuse(self, reason: str) -> None:
+        """Leave the curve out, and say so once."""
+        if self._unusable is None:
+            self._unusable = reason
+            _warn(self._trial.number, reason)
+
+    def _seconds_per_step(self) -> float | None:
+        """The median over the steps: pauses for validation or another process do not count."""
+        if len(self._times) < 3:
+            return None
+        return float(f"{np.median(np.diff(self._times) / np.diff(self._steps)):.4g}")
 
 
-def observed_curve(
-    trial: FrozenTrial,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+def observed_curve(trial: FrozenTrial) -> LossCurve | None:
     """Return the smoothed training-loss curve of a trial.
 
     Args:
@@ -109,12 +138,18 @@ def observed_curve(
             Any trial.
 
     Returns:
-        Steps and losses, or :obj:`None` where none was recorded.
+        The curve, or :obj:`None` where none was recorded, or none that can be used.
     """
-    curve: dict[str, Any] | None = entry(trial, CURVE)
-    if curve is None:
+    curve = entry(trial, CURVE)
+    if curve is None or "unusable" in curve or not curve.get("steps"):
         return None
-    return np.array(curve["steps"], dtype=np.float64), np.array(curve["losses"], dtype=np.float64)
+    return LossCurve(
+        np.array(curve["steps"], dtype=np.float64),
+        np.array(curve["losses"], dtype=np.float64),
+        np.array(curve["errors"], dtype=np.float64),
+        int(curve["n_steps"]),
+        bool(curve["diverged"]),
+    )
 
 
 def observed_steps(trial: FrozenTrial, predictor: TrainingTimePredictor) -> float:
@@ -130,48 +165,135 @@ def observed_steps(trial: FrozenTrial, predictor: TrainingTimePredictor) -> floa
         The step; infinity where the target was not reached, NaN where nothing was recorded.
     """
     curve = observed_curve(trial)
-    if curve is None or predictor.target.quantity != "loss" or not len(curve[0]):
+    if curve is None or predictor.target.quantity != "loss":
         return float("nan")
-    steps, losses = curve
-    passage = predictor.target.first_passage(steps, losses)
+    passage = predictor.target.first_passage(curve.steps, curve.losses)
     # A trial that stops at its target ends on it, give or take the noise of the last batches.
-    if not np.isfinite(passage) and losses[-1] <= _AT_TARGET * predictor.target.value:
-        return float(steps[-1])
+    if not np.isfinite(passage) and curve.losses[-1] <= _AT_TARGET * predictor.target.value:
+        return float(curve.steps[-1])
     return passage
 
 
-def calibration_of(study: optuna.Study, predictor: TrainingTimePredictor) -> Calibration:
-    """Learn from a study's finished trials how predicted times relate to observed ones.
+def observations_of(study: optuna.Study, predictor: TrainingTimePredictor) -> list[Observation]:
+    """Return what a study's trials tell about a predictor.
+
+    Finished, pruned, failed and running trials alike, in the order of their numbers, as far as
+    they have a prediction for this task and a usable curve. What cannot be used is reported once.
 
     Args:
         study:
             The study.
         predictor:
-            Knows task and target. Predictions for another task or target are left out.
+            Knows the task. Predictions for another one are left out.
+
+    Returns:
+        One observation a trial.
+    """
+    known = _OBSERVATIONS[study].setdefault(predictor.spectrum.metadata.fingerprint, {})
+    observations = []
+    trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
+    for trial in sorted(trials, key=lambda t: t.number):
+        if trial.number in known:
+            one = known[trial.number]
+        else:
+            one = _observation(trial, predictor)
+            if trial.state in FINISHED:
+                known[trial.number] = one
+        if one is not None:
+            observations.append(one)
+    return observations
+
+
+def calibration_of(study: optuna.Study, predictor: TrainingTimePredictor) -> Calibration:
+    """Learn from a study's trials how predicted times relate to observed ones.
+
+    Args:
+        study:
+            The study.
+        predictor:
+            Knows the task.
 
     Returns:
         What was learned; nothing where no trial recorded its training loss.
     """
-    predicted, observed = [], []
-    for trial in trials_of(study):
-        prediction = entry(trial, PREDICTION)
-        if (
-            prediction is None
-            or prediction["fingerprint"] != predictor.spectrum.metadata.fingerprint
-        ):
-            continue
-        if prediction["target"] != predictor.target.value:
-            continue
-        steps = prediction["uncalibrated_steps"]
-        predicted.append(float("inf") if steps is None else steps)
-        observed.append(observed_steps(trial, predictor))
-    return calibrate(predicted, observed)
+    return calibrate(observations_of(study, predictor))
 
 
-def _recorded_steps(n_steps: int) -> NDArray[np.int64]:
-    """Every step at first, then steps 5 % apart, and the last one."""
-    points = [0]
-    while points[-1] < n_steps - 1:
-        points.append(max(points[-1] + 1, int(points[-1] * 1.05)))
-    points[-1] = max(0, n_steps - 1)
-    return np.unique(points) if n_steps else np.zeros(0, dtype=np.int64)
+# By the fingerprint of the task and the number of a finished trial.
+_OBSERVATIONS: PerStudy[dict[str, dict[int, Observation | None]]] = PerStudy(dict)
+
+
+def _observation(trial: FrozenTrial, predictor: TrainingTimePredictor) -> Observation | None:
+    prediction = entry(trial, PREDICTION)
+    curve = observed_curve(trial)
+    if prediction is None or curve is None or prediction.get("ladder") is None:
+        return None
+    if prediction["fingerprint"] != predictor.spectrum.metadata.fingerprint:
+        return None
+    reason = _other_loss(entry(trial, CURVE) or {}, prediction, predictor.initial_loss)
+    if reason is not None:
+        _warn(trial.number, reason)
+        return None
+    levels = predictor.initial_loss * np.exp(-DEPTHS)
+    observed, errors = curve.log_passages(levels)
+    ladder = prediction["ladder"]
+    momentum = float(prediction["momentum"])
+    return Observation(
+        predicted=_array(ladder["predicted"]),
+        expected=_array(ladder["expected"]),
+        growth=_array(ladder["growth"]),
+        covariates=_array(ladder["covariates"]),
+        instability=_array(ladder["instability"]),
+        effective_learning_rate=float(prediction["learning_rate"]) / (1.0 - momentum),
+        lag=momentum / (1.0 - momentum),
+        observed=observed,
+        errors=errors,
+        n_steps=curve.n_steps,
+        diverged=curve.diverged,
+    )
+
+
+def _other_loss(
+    curve: dict[str, Any], prediction: dict[str, Any], initial_loss: float
+) -> str | None:
+    """Why a recorded curve is not that of the task's training loss, or :obj:`None`."""
+    first = curve.get("first")
+    if first is None or not math.isfinite(first):
+        return "its first loss is not a number"
+    ratio = first / initial_loss
+    if 1.0 / _OTHER_LOSS <= ratio <= _OTHER_LOSS:
+        return None
+    size = prediction["batch_size"]
+    if abs(math.log(max(ratio, 1e-30) / size)) < _LIKE_A_SUM:
+        return (
+            f"its first loss, {first:.4g}, is about {size} times the initial training loss "
+            f"{initial_loss:.4g}: it looks like a sum over the batch of {size} instead of a mean"
+        )
+    return (
+        f"its first loss, {first:.4g}, is far from the initial training loss {initial_loss:.4g} "
+        "of the task: it must be another loss, or another model"
+    )
+
+
+def _warn(number: int, reason: str) -> None:
+    warnings.warn(
+        f"The training-loss curve of trial {number} is left out: {reason}. Log the mean loss of "
+        "each mini-batch, in the order of the steps.",
+        UnusableCurveWarning,
+        stacklevel=3,
+    )
+
+
+def _entry(curve: LossCurve, first: float) -> dict[str, Any]:
+    return {
+        "n_steps": curve.n_steps,
+        "diverged": curve.diverged,
+        "first": first if math.isfinite(first) else None,
+        "steps": [int(s) for s in curve.steps],
+        "losses": [float(f"{loss:.6g}") for loss in curve.losses],
+        "errors": [float(f"{error:.3g}") for error in curve.errors],
+    }
+
+
+def _array(values: list[float | None]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([math.nan if v is None else v for v in values], dtype=np.float64)

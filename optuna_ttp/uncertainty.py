@@ -75,8 +75,9 @@ def kernel_mismatch(probe: Probe | None, fraction: float) -> float:
             Depth: the training loss over the initial one.
 
     Returns:
-        ``|log(ratio / kappa)|`` of the probe's kernel ratio and of ``kappa = (1 + rho^2)^2`` of
-        :meth:`~optuna_ttp.dynamics.KernelGrowth.from_displacements`, interpolated likewise.
+        ``|log(ratio / kappa)|`` of the probe's kernel ratio and of ``kappa = (1 + rho^2)^2``, the
+        two estimates behind :meth:`~optuna_ttp.dynamics.KernelGrowth.from_probe`, interpolated
+        likewise.
     """
     if probe is None:
         return math.nan

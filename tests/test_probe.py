@@ -234,19 +234,29 @@ def test_kernel_of_a_head_alone_is_not_predicted_to_grow() -> None:
     assert prediction.reliable
 
 
-def test_growth_is_predicted_from_displacements() -> None:
+def test_growth_is_the_mean_of_what_the_displacement_and_the_displaced_kernel_say() -> None:
     fractions, displacements = np.array([1.0, 0.5, 0.2]), np.array([0.0, 0.5, 1.0])
-    growth = KernelGrowth.from_displacements(fractions, displacements)
-    np.testing.assert_allclose(growth.at(fractions), [1.0, 1.25**2, 4.0])
-    np.testing.assert_allclose(growth.at(np.array([2.0, 0.01])), [1.0, 4.0])
-    unknown = KernelGrowth.from_displacements(fractions, np.array([0.0, math.inf, math.inf]))
+    law = (1.0 + displacements**2) ** 2
+    agreed = KernelGrowth.from_probe(fractions, displacements, law)
+    np.testing.assert_allclose(agreed.at(fractions), [1.0, 1.25**2, 4.0])
+    np.testing.assert_allclose(agreed.at(np.array([2.0, 0.01])), [1.0, 4.0])
+    between = KernelGrowth.from_probe(fractions, displacements, np.array([1.0, 1.0, 9.0]))
+    np.testing.assert_allclose(between.at(fractions), [1.0, 1.25, 6.0])
+    # Beyond a factor of three it is not believed.
+    apart = KernelGrowth.from_probe(fractions, displacements, np.array([1.0, 1.0, 1e6]))
+    np.testing.assert_allclose(apart.at(fractions), [1.0, 1.25, 4.0 * np.sqrt(3.0)])
+    unknown = KernelGrowth.from_probe(fractions, np.array([0.0, math.inf, math.inf]), law)
     np.testing.assert_array_equal(unknown.at(fractions), 1.0)
+    blown_up = KernelGrowth.from_probe(fractions, displacements, np.array([1.0, 1.0, math.inf]))
+    np.testing.assert_allclose(blown_up.at(fractions), [1.0, 1.25, 4.0 * np.sqrt(3.0)])
 
 
 def test_predictor_takes_growth_from_the_probe_or_from_the_user() -> None:
     one = _made_up([0.0, 0.4, 0.8])
     probe = _probe(one)
-    growth = KernelGrowth.from_displacements(probe.fractions, probe.relative_displacements)
+    growth = KernelGrowth.from_probe(
+        probe.fractions, probe.relative_displacements, probe.kernel_ratios
+    )
     configuration = ([0.05, 0.02], [12, 5], 0.5)
     arguments: list[dict[str, Any]] = [
         {},

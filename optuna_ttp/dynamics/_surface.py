@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
 from optuna_ttp.dynamics._sgd import SGD
 from optuna_ttp.dynamics._simulation import simulate
+from optuna_ttp.dynamics._simulation import Trajectories
 from optuna_ttp.dynamics._target import Target
 
 
@@ -43,6 +44,12 @@ class ResponseSurface:
             ``gamma`` of the nodes, ascending from zero.
         log_tau:
             Shape (momenta, noise scales, rates); infinite where the target was not reached.
+        depths:
+            Rungs on the way to the target, logarithms of the initial loss over the loss, ascending
+            and ending with the target's own, shape ``(P,)``.
+        log_shares:
+            Logarithm of the time at each rung over that at the target, shape (momenta, noise
+            scales, rates, P); zero at the target and where it was not reached.
         curvature:
             ``h_1``.
         n_samples:
@@ -52,12 +59,20 @@ class ResponseSurface:
     momenta: NDArray[np.float64]
     noise_scales: NDArray[np.float64]
     log_tau: NDArray[np.float64]
+    depths: NDArray[np.float64]
+    log_shares: NDArray[np.float64]
     curvature: float
     n_samples: int
 
     @classmethod
     def build(
-        cls, model: LinearisedModel, target: Target, *, max_steps: int, **settings: Any
+        cls,
+        model: LinearisedModel,
+        target: Target,
+        rungs: NDArray[np.float64],
+        *,
+        max_steps: int,
+        **settings: Any,
     ) -> ResponseSurface:
         """Simulate the nodes.
 
@@ -66,6 +81,8 @@ class ResponseSurface:
                 The linearised model.
             target:
                 What to reach.
+            rungs:
+                Depths on the way, ascending.
             max_steps:
                 Nodes that take longer count as out of reach.
             settings:
@@ -88,8 +105,8 @@ class ResponseSurface:
             size: NDArray[np.int64],
             mass: NDArray[np.float64],
             horizon: NDArray[np.float64],
-        ) -> NDArray[np.float64]:
-            curves = simulate(
+        ) -> Trajectories:
+            return simulate(
                 model,
                 SGD.of(rate, mass, **of_sgd),
                 size,
@@ -97,20 +114,31 @@ class ResponseSurface:
                 target=target,
                 **settings,
             )
-            return curves.first_passages(target)
 
         slow = np.array([_SLOW / curvature])
         still = np.zeros(1)
-        slow_steps = simulated(slow, sizes[:1], still, np.array([float(max_steps)]))
+        slowest = simulated(slow, sizes[:1], still, np.array([float(max_steps)]))
+        slow_steps = slowest.first_passages(target)
         patience = _PATIENCE * np.minimum(slow_steps, max_steps) * slow / effective
-        steps = simulated(
+        curves = simulated(
             (effective * (1 - m)).ravel(),
             b.ravel(),
             m.ravel(),
             np.minimum(patience + 50.0 / (1 - m), max_steps).ravel(),
-        ).reshape(m.shape)
+        )
+        steps = curves.first_passages(target).reshape(m.shape)
         log_tau = np.log(effective * np.maximum(steps, 1.0))
-        return cls(-np.log1p(-momenta), _noise_scale(sizes, n), log_tau, curvature, n)
+        initial = float(model.loss(model.initial_outputs[None]))
+        depths, log_shares = _shares(curves, target, rungs, initial)
+        return cls(
+            -np.log1p(-momenta),
+            _noise_scale(sizes, n),
+            log_tau,
+            depths,
+            log_shares.reshape(*m.shape, -1),
+            curvature,
+            n,
+        )
 
     def steps(
         self,
@@ -134,8 +162,60 @@ class ResponseSurface:
             is beyond the outermost node, or some but not all of the surrounding nodes reach the
             target.
         """
+        effective, axes, points, outside, hopeless = self._points(
+            learning_rate, batch_size, momentum
+        )
         from scipy.interpolate import RegularGridInterpolator
 
+        finite = np.isfinite(self.log_tau)
+        # Nodes out of reach take no part: the sum over the others, over their share.
+        table = np.stack([np.where(finite, self.log_tau, 0.0), finite], axis=3)
+        total, share = RegularGridInterpolator(axes, table)(points).T
+        tau = np.exp(total / np.where(share > 0, share, 1.0))
+        steps = np.where((share > 0.5) & ~hopeless, np.ceil(tau / effective), np.inf)
+        return steps, (outside | ((share > 1e-9) & (share < 1.0 - 1e-9))) & ~hopeless
+
+    def ladder(
+        self,
+        learning_rate: NDArray[np.float64],
+        batch_size: NDArray[np.float64],
+        momentum: NDArray[np.float64],
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return interpolated times at the rungs.
+
+        Args:
+            learning_rate:
+                Shape ``(K,)``.
+            batch_size:
+                Shape ``(K,)``.
+            momentum:
+                Shape ``(K,)``.
+
+        Returns:
+            Depths, of shape ``(1, P)``, and logarithms of steps, ``(K, P)``; NaN where the
+            target is not reached.
+        """
+        from scipy.interpolate import RegularGridInterpolator
+
+        steps, _ = self.steps(learning_rate, batch_size, momentum)
+        _, axes, points, _, _ = self._points(learning_rate, batch_size, momentum)
+        shares = RegularGridInterpolator(axes, self.log_shares)(points)
+        logs = np.log(np.where(np.isfinite(steps), steps, np.nan))[:, None] + shares
+        return self.depths[None, :], logs
+
+    def _points(
+        self,
+        learning_rate: NDArray[np.float64],
+        batch_size: NDArray[np.float64],
+        momentum: NDArray[np.float64],
+    ) -> tuple[
+        NDArray[np.float64],
+        tuple[NDArray[np.float64], ...],
+        NDArray[np.float64],
+        NDArray[np.bool_],
+        NDArray[np.bool_],
+    ]:
+        """Effective learning rate, axes, points on them, what is outside and what hopeless."""
         effective = learning_rate / (1 - momentum)
         u = np.log(effective * self.curvature / _SLOW) / np.log(_fastest(momentum) / _SLOW)
         axes = (self.momenta, self.noise_scales, np.linspace(0, 1, self.log_tau.shape[2]))
@@ -145,17 +225,30 @@ class ResponseSurface:
             [np.clip(v, nodes[0], nodes[-1]) for v, nodes in zip(wanted, axes, strict=True)],
             axis=1,
         )
-        finite = np.isfinite(self.log_tau)
-        # Nodes out of reach take no part: the sum over the others, over their share.
-        table = np.stack([np.where(finite, self.log_tau, 0.0), finite], axis=3)
-        total, share = RegularGridInterpolator(axes, table)(points).T
-        tau = np.exp(total / np.where(share > 0, share, 1.0))
-        hopeless = u > 1.0 + 1e-9
-        steps = np.where((share > 0.5) & ~hopeless, np.ceil(tau / effective), np.inf)
-        outside = np.zeros(len(steps), dtype=bool)
+        outside = np.zeros(len(effective), dtype=bool)
         for value, nodes in zip(wanted[:2], axes[:2], strict=True):
             outside |= value > nodes[-1] + 1e-9
-        return steps, (outside | ((share > 1e-9) & (share < 1.0 - 1e-9))) & ~hopeless
+        return effective, axes, points, outside, u > 1.0 + 1e-9
+
+
+def _shares(
+    curves: Trajectories, target: Target, rungs: NDArray[np.float64], initial: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Depths of the rungs, and logarithms of their times over that of the target."""
+    at_target = np.log(curves.crossings(target))
+    if target.quantity == "loss":
+        deepest = float(np.log(initial / target.value))
+    else:
+        # As deep as most curves are where they reach the target.
+        lowest = [np.nanmin(row) for row in curves.curves["loss"][np.isfinite(at_target)]]
+        deepest = float(np.log(initial / np.median(lowest))) if lowest else float(rungs[-1])
+    depths = np.append(rungs[rungs < deepest], deepest)
+    shares = curves.log_passages(initial * np.exp(-depths[:-1])) - at_target[:, None]
+    shares = np.concatenate([shares, np.zeros((len(shares), 1))], axis=1)
+    shares = np.where(np.isfinite(shares), np.minimum(shares, 0.0), np.nan)
+    # Unknown rungs take the median over the nodes; the times there are not used anyway.
+    middle = np.nan_to_num(np.nanmedian(shares, axis=0))
+    return depths, np.maximum.accumulate(np.where(np.isnan(shares), middle, shares), axis=1)
 
 
 _OF_SGD = ("dampening", "nesterov", "weight_decay")

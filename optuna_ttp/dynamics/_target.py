@@ -50,8 +50,22 @@ class Target:
     def first_passage(self, steps: NDArray[np.float64], values: NDArray[np.float64]) -> float:
         """Return the first step at which a curve is at its target.
 
+        Args:
+            steps:
+                Ascending, of shape ``(T,)``.
+            values:
+                Of shape ``(T,)``; NaN where nothing is known.
+
+        Returns:
+            The step, :meth:`crossing` rounded up; infinity where the target is not reached.
+        """
+        return float(np.ceil(self.crossing(steps, values) - 1e-9))
+
+    def crossing(self, steps: NDArray[np.float64], values: NDArray[np.float64]) -> float:
+        """Return when a curve is at its target, as a real number.
+
         Between two points of the curve the quantity (the logarithm of a loss) is interpolated
-        linearly in the step, and the passage is rounded up to a whole step.
+        linearly in the step.
 
         Args:
             steps:
@@ -60,7 +74,7 @@ class Target:
                 Of shape ``(T,)``; NaN where nothing is known.
 
         Returns:
-            The step; infinity where the target is not reached.
+            The time in steps; infinity where the target is not reached.
         """
         if self.settled:
             return self._settling(steps, values)
@@ -76,8 +90,7 @@ class Target:
         if self.is_loss and after > 0:
             before, after, goal = np.log(before), np.log(after), np.log(goal)
         share = (goal - before) / (after - before) if after != before else 1.0
-        passage = steps[last - 1] + share * (steps[last] - steps[last - 1])
-        return float(np.ceil(passage - 1e-9))
+        return float(steps[last - 1] + share * (steps[last] - steps[last - 1]))
 
     def _settling(self, steps: NDArray[np.float64], values: NDArray[np.float64]) -> float:
         known = np.flatnonzero(np.isfinite(values))

@@ -41,7 +41,7 @@ def probe_linearisation(
     pass over the data. A linearisation holds while the weights change little compared with what
     they are (Chizat, Oyallon and Bach, NeurIPS 2019, arXiv 1812.07956). A new head is small, so it
     is the first to change a lot, and with it the kernel; see
-    :meth:`optuna_ttp.dynamics.KernelGrowth.from_displacements`. What the network's outputs and its
+    :meth:`optuna_ttp.dynamics.KernelGrowth.from_probe`. What the network's outputs and its
     kernel really are at the displaced weights, along the gradient that training follows there,
     shows how far that holds.
 

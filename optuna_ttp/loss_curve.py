@@ -1,0 +1,180 @@
+"""A trial's training loss: from noisy mini-batch losses to the times of passing a depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+from numpy.typing import NDArray
+
+
+# Recorded steps are so far apart, relatively.
+_SPACING = 1.05
+# Smoothing covers this share of the step on each side, and at least so many points.
+_WINDOW = 0.1
+_MIN_HALF = 2
+# The slope of a curve is taken over this factor of the step to each side.
+_SLOPE_FACTOR = 1.25
+# A time whose logarithm is less sure than this tells nothing.
+_MOST_ERROR = 1.5
+# A loss so large means that sums of losses overflow; the curve ends there.
+_BLOWN_UP = 1e300
+
+
+@dataclass(frozen=True, eq=False)
+class LossCurve:
+    """A smoothed training-loss curve, with how sure it is.
+
+    Attributes:
+        steps:
+            Optimiser steps done, ascending, shape ``(P,)``.
+        losses:
+            Smoothed training loss at these steps, positive, shape ``(P,)``.
+        errors:
+            Standard error of the logarithm of the smoothed loss, shape ``(P,)``.
+        n_steps:
+            Optimiser steps of the trial so far.
+        diverged:
+            Whether the loss became infinite or NaN.
+    """
+
+    steps: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    n_steps: int
+    diverged: bool = False
+
+    @classmethod
+    def of(cls, losses: ArrayLike, steps: ArrayLike | None = None) -> LossCurve:
+        """Smooth the losses of mini-batches.
+
+        The window covers 10 % of the step on each side, at least two points: wide enough for
+        mini-batch noise, narrow on the logarithmic scale on which training times differ. An
+        exponential is laid through it, because a plain mean of a falling curve is late: most of
+        all at the end of the curve, where a trial that stops at its target would never seem to
+        reach it. The scatter of the losses within the window tells the standard error.
+
+        Example:
+            >>> curve = LossCurve.of([2.0, 1.6, 1.3, 1.1, 0.9, 0.8])
+            >>> curve.n_steps
+            6
+
+        Args:
+            losses:
+                Loss of a mini-batch before each step that was recorded, shape ``(T,)``.
+            steps:
+                Steps done before each, ascending, shape ``(T,)``. 0, 1, 2, ... by default.
+
+        Returns:
+            The curve at every step at first and then at steps 5 % apart.
+
+        Raises:
+            ValueError:
+                If there are no losses, or they are not positive, or the steps do not ascend.
+        """
+        values = np.asarray(losses, dtype=np.float64)
+        places = np.asarray(range(len(values)) if steps is None else steps, dtype=np.float64)
+        _check(values, places)
+        good = np.abs(values) < _BLOWN_UP
+        n_good = len(values) if good.all() else int(np.argmin(good))
+        diverged = n_good < len(values)
+        if (values[:n_good] <= 0.0).any():
+            # A loss of exactly zero is all that single precision can say about a tiny one.
+            values = np.maximum(values, 1e-30)
+        chosen = _recorded(n_good)
+        smoothed, errors = _smoothed(values[:n_good], places[:n_good], chosen)
+        n_steps = int(places[-1]) + 1 if len(places) else 0
+        return cls(places[chosen].astype(np.float64), smoothed, errors, n_steps, diverged)
+
+    def log_passages(
+        self, levels: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return when the loss first fell below levels, as logarithms of steps.
+
+        The curve is made monotone first (isotonic regression of the logarithm of the loss): noise
+        would make every passage early otherwise.
+
+        Args:
+            levels:
+                Losses, shape ``(L,)``.
+
+        Returns:
+            Logarithm of the step, and its standard error: that of the loss over the slope of the
+            curve, and half a step. Both of shape ``(L,)``; NaN where the loss did not get there.
+        """
+        times = np.full(len(levels), np.nan)
+        errors = np.full(len(levels), np.nan)
+        if len(self.steps) < 2:
+            return times, errors
+        from scipy.optimize import isotonic_regression
+
+        logs = np.log(self.losses)
+        weights = 1.0 / np.maximum(self.errors, 1e-3) ** 2
+        falling = isotonic_regression(logs, weights=weights, increasing=False).x
+        wanted = np.log(levels)
+        inside = (wanted < falling[0]) & (wanted >= falling[-1])
+        # The first of equal values is where the level is reached.
+        first = np.concatenate([[True], np.diff(falling) < 0])
+        steps, falling, own = self.steps[first], falling[first], self.errors[first]
+        crossing = np.interp(-wanted[inside], -falling, steps)
+        crossing = np.maximum(crossing, 0.1)
+        ends = steps[0], steps[-1]
+        low = np.maximum(crossing / _SLOPE_FACTOR, max(ends[0], 0.1))
+        high = np.minimum(crossing * _SLOPE_FACTOR, ends[1])
+        fall = np.interp(low, steps, falling) - np.interp(high, steps, falling)
+        slope = fall / np.maximum(np.log(high / low), 1e-9)
+        noise = np.interp(crossing, steps, own) / np.maximum(slope, 1e-9)
+        times[inside] = np.log(crossing)
+        errors[inside] = np.minimum(np.hypot(noise, 0.3 / crossing), _MOST_ERROR)
+        return times, errors
+
+
+def _check(values: NDArray[np.float64], places: NDArray[np.float64]) -> None:
+    if values.ndim != 1 or values.shape != places.shape:
+        raise ValueError(
+            "losses and steps must be lists of the same length but got shapes "
+            f"{values.shape} and {places.shape}."
+        )
+    if not len(values):
+        raise ValueError("A loss curve must have at least one loss but got none.")
+    if (values < 0.0).any():
+        raise ValueError(f"A loss must not be negative but got {values[values < 0.0][0]}.")
+    if not (np.isfinite(places).all() and places[0] >= 0 and (np.diff(places) > 0).all()):
+        raise ValueError("The steps of a loss curve must ascend from 0 or more but do not.")
+
+
+def _smoothed(
+    values: NDArray[np.float64], places: NDArray[np.float64], chosen: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    smoothed, errors = np.empty(len(chosen)), np.empty(len(chosen))
+    for row, t in enumerate(chosen):
+        half = max(_MIN_HALF, int(t * _WINDOW))
+        window = slice(max(0, t - half), t + half + 1)
+        own, x = values[window], places[window] - places[t]
+        mean = float(own.mean())
+        smoothed[row] = mean
+        if len(own) < 3:
+            errors[row] = 0.5
+            continue
+        centred = x - x.mean()
+        spread = float(centred @ centred)
+        slope = float(centred @ (own - mean)) / spread
+        scatter = own - mean - slope * centred
+        variance = float(scatter @ scatter) / (len(own) - 2)
+        # An exponential through the window: its mean is above its middle, and far above its end.
+        rate = np.clip(slope / max(mean, 1e-300), -1.0, 1.0)
+        smoothed[row] = mean / float(np.exp(rate * x).mean())
+        leverage = 1.0 / len(own) + float(x.mean() ** 2) / spread
+        errors[row] = math.sqrt(variance * leverage) / max(mean, 1e-300)
+    return smoothed, np.minimum(errors, _MOST_ERROR)
+
+
+def _recorded(n_losses: int) -> NDArray[np.int64]:
+    """Every loss at first, then 5 % apart, and the last one."""
+    points = [0]
+    while points[-1] < n_losses - 1:
+        points.append(max(points[-1] + 1, int(points[-1] * _SPACING)))
+    points[-1] = max(0, n_losses - 1)
+    return np.unique(points) if n_losses else np.zeros(0, dtype=np.int64)
