@@ -5,11 +5,15 @@ kernel grows (or shrinks) as the network is trained, by a factor ``kappa`` that 
 the loss has come. What is left depends a little on the configuration. Both are learned together,
 from the times at which observed trials passed a ladder of depths.
 
-A trial that is predicted to take ``s_k`` steps from one rung to the next takes
-``t_j = sum_{k <= j} s_k exp(-u_k - x . b)`` to rung ``j``: ``u`` is the logarithm of what the
-kernel is multiplied by on top of the growth that the prediction was simulated with, ``x`` are
-covariates of the configuration. The logarithm of ``t_j`` is linearised about the current estimate
-(Gauss-Newton), and the posterior of ``u`` and ``b`` is that of a Bayesian linear regression, in
+``u``, a function of the depth, is the logarithm of what the kernel is multiplied by on top of the
+growth that a prediction was simulated with. Without momentum it divides the time between two rungs
+by ``exp(u)``. Momentum has to pick up speed first: along the path of the linearised network, with
+``tau`` the intrinsic time, ``l`` the lag ``m / (1 - m)`` and ``K`` the growth, the heavy ball is
+``tau' = sqrt(K) v``, ``l v' = sqrt(K) - v``. A simulated ladder is turned into intrinsic times by
+this equation with the growth it was simulated with, and back into steps with the corrected one.
+
+The logarithms of the times are linearised about the current estimate (Gauss-Newton), and the
+posterior of ``u`` and of the covariates' effects is that of a Bayesian linear regression, in
 closed form; a few rounds suffice. ``u`` has a Gaussian-process prior whose slope in the depth is
 smooth, so that a depth that was never seen is uncertain, not wild. The scale of the errors is
 learned too (conjugate inverse gamma), which makes predictive distributions Student's t.
@@ -21,16 +25,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from numpy.typing import NDArray
 
 
-# Rungs of the ladder: logarithms of the initial loss over the loss.
-DEPTHS = np.array(
-    [0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.2, 1.4, 1.65, 1.9, 2.2, 2.5, 3.0, 3.6, 4.5, 6.0]
-)
+# Rungs of the ladder: the training loss over the initial one, and its negative logarithm.
+# fmt: off
+FRACTIONS = np.array([
+    0.95, 0.9, 0.82, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.07, 0.05, 0.03,
+    0.01, 0.0025,
+])
+# fmt: on
+DEPTHS = -np.log(FRACTIONS)
 # Depths between which `u` is interpolated linearly.
 NODES = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0])
 N_COVARIATES = 2
@@ -53,19 +62,20 @@ _TRIAL_SD = 0.025
 _INSTABILITY_SD = 0.2
 _TRIAL_LENGTH = 0.7
 _RUNG_SD = 0.02
-# Times are whole steps.
-_ROUNDING = 0.29
 # Weight of the prior of the errors' scale, in trials, and what a trial counts for it.
 _SCALE_WEIGHT = 4.0
 # Degrees of freedom with which a trial that does not fit loses its weight.
 _ROBUSTNESS = 4.0
-_ROUNDS = 5
+_ROUNDS = 4
 # Learned from the newest so many trials: enough, and quick.
-_MOST_TRIALS = 256
+_MOST_TRIALS = 128
 # A trial that went on without reaching its next rung tells that it is later, within this error.
 _CENSORED_ERROR = 0.15
 # Corrections beyond this factor are no corrections.
 _MOST_LOG = 12.0
+# Derivatives are forward differences in double precision.
+_DIFFERENCE = 1e-5
+_NEWTON_STEPS = 6
 # Compared with trivial rules from so many trials on.
 _MIN_OBSERVATIONS = 3
 # Typical errors below this do no harm, whatever a rule of thumb does.
@@ -104,6 +114,10 @@ class Observation:
             Steps that the trial has taken.
         diverged:
             Whether its loss became infinite or NaN.
+        batch_size:
+            Of the configuration; zero where it is not known.
+        seconds_per_step:
+            Median over its steps; NaN where it was not measured.
     """
 
     predicted: NDArray[np.float64]
@@ -117,6 +131,37 @@ class Observation:
     errors: NDArray[np.float64]
     n_steps: float
     diverged: bool = False
+    batch_size: int = 0
+    seconds_per_step: float = math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values that JSON takes; NaN as :obj:`None`."""
+        return {name: _plain(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Observation:
+        """Read what :meth:`to_json` returned.
+
+        Args:
+            values:
+                The plain values.
+
+        Returns:
+            The observation.
+
+        Raises:
+            ValueError:
+                If they are no observation, or one of another version of this package.
+        """
+        sizes = {"growth": len(NODES), "covariates": N_COVARIATES}
+        try:
+            read = {name: _unplain(values[name]) for name in cls.__dataclass_fields__}
+            for name, value in read.items():
+                if isinstance(value, np.ndarray) and len(value) != sizes.get(name, len(DEPTHS)):
+                    raise ValueError(f"{name} has {len(value)} values")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"These values are no observation: {error}.") from error
+        return cls(**read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +255,7 @@ class Calibration:
         growth: NDArray[np.float64],
         covariates: NDArray[np.float64],
         instability: NDArray[np.float64],
+        lag: NDArray[np.float64],
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Correct predicted times.
 
@@ -226,21 +272,74 @@ class Calibration:
                 Shape ``(K, F)``.
             instability:
                 See :class:`Observation`, shape ``(K, P)``.
+            lag:
+                Steps by which momentum lags behind, shape ``(K,)``.
 
         Returns:
             Logarithms of the corrected times and their standard deviation, both ``(K, P)``.
         """
-        unstable = np.log1p(instability / _SHOWS)
         logs, slopes = _ladder(
-            self.weights, depths, log_steps, growth[None, :], covariates, unstable
+            self.weights, depths, log_steps, growth[None, :], covariates, instability, lag
         )
         known = np.nan_to_num(slopes)
         variance = np.einsum("kpv,vw,kpw->kp", known, self.covariance, known)
         own = self.scale * (_TRIAL_SD**2 + _RUNG_SD**2)
         wild = self.instability_scale * _wildness(instability) ** 2
-        with np.errstate(over="ignore"):
-            rounding = (_ROUNDING / np.maximum(np.exp(logs), 1.0)) ** 2
-        return logs, np.sqrt(variance + own + wild + np.nan_to_num(rounding))
+        return logs, np.sqrt(variance + own + wild)
+
+    def remaining(
+        self, running: Observation, depths: NDArray[np.float64], log_steps: NDArray[np.float64]
+    ) -> tuple[float, float]:
+        """Return how long a running trial still takes to the last rung, given its own curve.
+
+        Its errors so far are taken for the error common to its rungs, as far as they are larger
+        than what single rungs scatter by; what is left of the way is stretched by it.
+
+        Args:
+            running:
+                What was predicted for it and seen of it so far.
+            depths:
+                Rungs as in :meth:`correct`, for this trial alone, shape ``(P,)``: the first ones
+                are :data:`DEPTHS`, the last is the target.
+            log_steps:
+                As simulated with :attr:`Observation.growth`, shape ``(P,)``.
+
+        Returns:
+            Steps from :attr:`Observation.n_steps` on, and the standard deviation of their
+            logarithm. Infinite where the target is out of reach.
+        """
+        logs, sd = self.correct(
+            depths[None],
+            log_steps[None],
+            running.growth,
+            running.covariates[None],
+            np.interp(depths, DEPTHS, running.instability)[None],
+            np.array([running.lag]),
+        )
+        goal, spread = float(logs[0, -1]), float(sd[0, -1])
+        if not math.isfinite(goal):
+            return math.inf, spread
+        known = np.flatnonzero(np.isfinite(running.observed) & np.isfinite(logs[0, : len(DEPTHS)]))
+        known = known[DEPTHS[known] < depths[-1]]
+        if not len(known):
+            return max(math.exp(goal) - running.n_steps, 1.0), spread
+        j = known[-1]
+        stacked = _Trials.of([running])
+        seen = np.zeros((1, len(DEPTHS)), dtype=bool)
+        seen[0, known] = True
+        scales = self.scale, self.instability_scale
+        inverse = stacked.precision(stacked.errors, seen, scales)[0]
+        common = stacked.common(scales)[0]
+        away = np.where(seen[0], running.observed - logs[0, : len(DEPTHS)], 0.0)
+        # The correction itself is uncertain in the same way for all rungs.
+        gain = common[j] @ inverse
+        error = float(gain @ away)
+        left = math.exp(goal) - math.exp(float(logs[0, j]))
+        passed = math.exp(float(running.observed[j]))
+        rest = passed + left * math.exp(error) - running.n_steps
+        shrunk = max(float(common[j, j] - gain @ common[j]), 0.0)
+        total = max(spread**2 - float(common[j, j]) + shrunk, (0.5 * spread) ** 2)
+        return max(rest, 1.0), math.sqrt(total)
 
     def expected(
         self,
@@ -249,6 +348,7 @@ class Calibration:
         growth: NDArray[np.float64],
         covariates: NDArray[np.float64],
         instability: NDArray[np.float64],
+        lag: NDArray[np.float64],
     ) -> NDArray[np.float64]:
         """Correct predicted times to the last rung, without their deviation: for many at once.
 
@@ -263,15 +363,16 @@ class Calibration:
                 Shape ``(K, F)``.
             instability:
                 Shape ``(K, P)``.
+            lag:
+                Shape ``(K,)``.
 
         Returns:
             Logarithms of times at the last rung, ``(K,)``.
         """
-        unstable = np.log1p(instability / _SHOWS)
-        total = _segments(self.weights, depths, log_steps, growth[None, :], covariates, unstable)[
-            1
-        ]
-        return np.asarray(np.log(total[:, -1]))
+        times = _times(
+            self.weights[None], depths, log_steps, growth[None, :], covariates, instability, lag
+        )
+        return np.asarray(np.log(times[0, :, -1]))
 
 
 def covariates(
@@ -308,7 +409,7 @@ def calibrate(observations: Sequence[Observation]) -> Calibration:
     Args:
         observations:
             Trials, oldest first. Those of which nothing was seen are left out, and only the newest
-            256 shape the correction.
+            128 shape the correction.
 
     Returns:
         The posterior, and how good the predictions were that were made before each trial.
@@ -356,6 +457,7 @@ class _Trials:
     growth: NDArray[np.float64]
     covariates: NDArray[np.float64]
     instability: NDArray[np.float64]
+    lag: NDArray[np.float64]
     observed: NDArray[np.float64]
     errors: NDArray[np.float64]
     bound: NDArray[np.float64]
@@ -367,6 +469,7 @@ class _Trials:
             np.array([o.growth for o in observations]),
             np.array([o.covariates for o in observations]),
             np.array([o.instability for o in observations]),
+            np.array([o.lag for o in observations]),
             np.array([o.observed for o in observations]),
             np.array([o.errors for o in observations]),
             # Nobody knows how late a trial would have been that never came back.
@@ -376,9 +479,14 @@ class _Trials:
     def ladder(
         self, weights: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        unstable = np.log1p(self.instability / _SHOWS)
         return _ladder(
-            weights, DEPTHS[None, :], self.predicted, self.growth, self.covariates, unstable
+            weights,
+            DEPTHS[None, :],
+            self.predicted,
+            self.growth,
+            self.covariates,
+            self.instability,
+            self.lag,
         )
 
     def with_bounds(
@@ -402,15 +510,19 @@ class _Trials:
         scales: tuple[float, float],
     ) -> NDArray[np.float64]:
         """Inverse covariance of the errors of each trial; zero where nothing was seen."""
-        apart = (DEPTHS[:, None] - DEPTHS[None, :]) / _TRIAL_LENGTH
-        wild = _wildness(self.instability)
         both = seen[:, :, None] & seen[:, None, :]
-        # What comes with instability stays with the trial from then on.
-        lasting = np.minimum(wild[:, :, None], wild[:, None, :]) ** 2
-        common = scales[0] * _TRIAL_SD**2 * np.exp(-0.5 * apart**2) + scales[1] * lasting
+        common = self.common(scales)
         own = np.where(seen, np.nan_to_num(errors) ** 2 + scales[0] * _RUNG_SD**2, 1.0)
         covariance = np.where(both, common, 0.0) + own[:, :, None] * np.eye(len(DEPTHS))
         return np.where(both, np.linalg.inv(covariance), 0.0)
+
+    def common(self, scales: tuple[float, float]) -> NDArray[np.float64]:
+        """Covariance of what the rungs of a trial have in common, ``(n, P, P)``."""
+        apart = (DEPTHS[:, None] - DEPTHS[None, :]) / _TRIAL_LENGTH
+        wild = _wildness(self.instability)
+        # What comes with instability stays with the trial from then on.
+        lasting = np.minimum(wild[:, :, None], wild[:, None, :]) ** 2
+        return np.asarray(scales[0] * _TRIAL_SD**2 * np.exp(-0.5 * apart**2) + scales[1] * lasting)
 
     def scales(
         self,
@@ -439,46 +551,77 @@ def _ladder(
     log_steps: NDArray[np.float64],
     growth: NDArray[np.float64],
     x: NDArray[np.float64],
-    unstable: NDArray[np.float64],
+    instability: NDArray[np.float64],
+    lag: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Corrected logarithmic times, ``(K, P)``, and their derivatives by the weights."""
-    times, total, hats, deeper = _segments(weights, depths, log_steps, growth, x, unstable)
-    shape = times.shape
-    by_weight = np.concatenate(
-        [
-            np.broadcast_to(hats, (*shape, len(NODES))),
-            np.broadcast_to(x[:, None, :], (*shape, x.shape[1])),
-            deeper[:, :, None] * x[:, None, :],
-            unstable[:, :, None],
-        ],
-        axis=2,
+    moved = weights + _DIFFERENCE * np.concatenate(
+        [np.zeros((1, len(weights))), np.eye(len(weights))]
     )
-    slopes = -np.cumsum(times[:, :, None] * by_weight, axis=1) / total[:, :, None]
-    return np.log(total), slopes
+    logs = np.log(_times(moved, depths, log_steps, growth, x, instability, lag))
+    return logs[0], np.moveaxis((logs[1:] - logs[0]) / _DIFFERENCE, 0, 2)
 
 
-def _segments(
+def _times(
     weights: NDArray[np.float64],
     depths: NDArray[np.float64],
     log_steps: NDArray[np.float64],
     growth: NDArray[np.float64],
     x: NDArray[np.float64],
-    unstable: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], ...]:
-    """Corrected times from rung to rung and their sums; interpolation weights and depths there."""
+    instability: NDArray[np.float64],
+    lag: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Corrected times for G sets of weights ``(G, W)``: shape ``(G, K, P)``."""
     steps = np.exp(log_steps)
-    segments = np.maximum(np.diff(steps, axis=1, prepend=0.0), 1e-9 * steps)
+    before = np.maximum(np.diff(steps, axis=1, prepend=0.0), 1e-6 * steps)
     middle = 0.5 * (
         depths + np.concatenate([np.zeros_like(depths[:, :1]), depths[:, :-1]], axis=1)
     )
     hats, deeper = _hats(middle), middle - 1.0
     m, f = len(NODES), x.shape[1]
-    # The growth may be one for all trials, or one a trial.
-    log_speed = hats @ weights[:m] - np.einsum("kpm,km->kp", hats, growth)
-    log_speed = log_speed + (x @ weights[m : m + f])[:, None] + unstable * weights[-1]
-    log_speed = log_speed + deeper * (x @ weights[m + f : m + 2 * f])[:, None]
-    times = segments * np.exp(-np.clip(log_speed, -_MOST_LOG, _MOST_LOG))
-    return times, np.cumsum(times, axis=1), hats, deeper
+    unstable = np.log1p(instability / _SHOWS)
+    log_speed = np.moveaxis(hats @ weights[:, :m].T, 2, 0)
+    log_speed = log_speed - np.einsum("kpm,km->kp", hats, growth)
+    log_speed = log_speed + (weights[:, m : m + f] @ x.T)[:, :, None]
+    log_speed = log_speed + deeper * (weights[:, m + f : m + 2 * f] @ x.T)[:, :, None]
+    log_speed = log_speed + weights[:, -1, None, None] * unstable
+    # Any multiple of the growth does: it cancels.
+    roots = np.sqrt(instability / instability[:, :1]) * np.exp(
+        0.5 * np.einsum("kpm,km->kp", hats, growth)
+    )
+    faster = roots * np.exp(0.5 * np.clip(log_speed, -_MOST_LOG, _MOST_LOG))
+    lag = np.maximum(lag, 1e-9)
+    speed, new_speed = np.zeros_like(lag), np.zeros(faster.shape[:2])
+    times = np.empty(faster.shape)
+    for j in range(steps.shape[1]):
+        root, new_root, t = roots[:, j], faster[:, :, j], before[:, j]
+        gone = root * (root * t - lag * (root - speed) * -np.expm1(-t / lag))
+        speed = root - (root - speed) * np.exp(-t / lag)
+        times[:, :, j], new_speed = _passed(gone, new_root, new_speed, lag)
+    return np.cumsum(times, axis=2)
+
+
+def _passed(
+    gone: NDArray[np.float64],
+    root: NDArray[np.float64],
+    speed: NDArray[np.float64],
+    lag: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Time that a heavy ball takes for an intrinsic time, and its speed then.
+
+    Solves ``root (root t - lag (root - speed) (1 - exp(-t / lag))) = gone`` by Newton's method,
+    from the side on which it cannot overshoot.
+    """
+    late = gone / root**2 + lag
+    t = np.where(
+        speed < root, np.minimum(late, np.sqrt(2.0 * lag * gone) / root + gone / root**2), 0.0
+    )
+    t = np.where(speed < root, np.maximum(t, 1e-12), gone / np.maximum(root * speed, 1e-300))
+    for _ in range(_NEWTON_STEPS):
+        decay = np.exp(-t / lag)
+        away = root * (root * t - lag * (root - speed) * (1.0 - decay)) - gone
+        t = np.maximum(t - away / (root * (root - (root - speed) * decay)), 1e-3 * t)
+    return t, root - (root - speed) * np.exp(-t / lag)
 
 
 def _hats(depths: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -524,6 +667,20 @@ def _extended(log_steps: NDArray[np.float64]) -> NDArray[np.float64]:
         slope = max(slope, (log_steps[last] - log_steps[known[-2]]) / run)
     behind = np.arange(len(log_steps)) > last
     return np.where(behind, log_steps[last] + slope * (DEPTHS - DEPTHS[last]), log_steps)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [_plain(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return round(float(value), 6) if math.isfinite(value) else None
+    return bool(value) if isinstance(value, bool | np.bool_) else int(value)
+
+
+def _unplain(value: Any) -> Any:
+    if isinstance(value, list):
+        return np.array([math.nan if v is None else v for v in value], dtype=np.float64)
+    return math.nan if value is None else value
 
 
 def _deepest(row: NDArray[np.float64]) -> int:

@@ -231,7 +231,8 @@ def record_prediction(
         {
             "trial": trial.number,
             "fingerprint": predictor.spectrum.metadata.fingerprint,
-            "spectrum_seconds": predictor.spectrum.metadata.compute_seconds,
+            "spectrum_seconds": predictor.spectrum.metadata.compute_seconds
+            + predictor.probe_seconds,
             "target": predictor.target.value,
             "learning_rate": configuration.learning_rate,
             "batch_size": configuration.batch_size,

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 import math
 from typing import Any
 from typing import get_args
 from typing import Literal
+from typing import TYPE_CHECKING
 import warnings
 
 import numpy as np
 from numpy.typing import ArrayLike
 from numpy.typing import NDArray
 
+from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import covariates
 from optuna_ttp.calibration import DEPTHS
+from optuna_ttp.calibration import FRACTIONS
 from optuna_ttp.calibration import NODES
+from optuna_ttp.calibration import Observation
 from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.dynamics import ResponseSurface
@@ -32,14 +37,17 @@ from optuna_ttp.dynamics import Smoothing
 from optuna_ttp.dynamics import StabilityLimit
 from optuna_ttp.dynamics import Target
 from optuna_ttp.dynamics import Trajectories
+from optuna_ttp.exceptions import FingerprintMismatchError
 from optuna_ttp.exceptions import UnreliablePredictionWarning
 from optuna_ttp.ladder import Ladder
 from optuna_ttp.ladder import warped
+from optuna_ttp.loss_curve import LossCurve
 from optuna_ttp.prediction import CONVERGES
 from optuna_ttp.prediction import DIVERGES
 from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
 from optuna_ttp.spectrum import Spectrum
+from optuna_ttp.throughput import learned_throughput
 from optuna_ttp.throughput import Throughput
 from optuna_ttp.uncertainty import displacement
 from optuna_ttp.uncertainty import is_reliable
@@ -49,6 +57,10 @@ from optuna_ttp.uncertainty import probability_below
 from optuna_ttp.uncertainty import probability_of_divergence
 from optuna_ttp.uncertainty import stability_sd
 from optuna_ttp.uncertainty import Z_90
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
 
 
 Method = Literal["linear", "sde", "ode"]
@@ -61,6 +73,10 @@ _HOPELESS_STABILITY = 8.0
 _UNRELIABLE_SD = 0.4
 # Simulations go on so much longer where trials have corrected the clock.
 _MARGIN = 1.5
+# Learning rates that a probe chooses from, over the largest stable one, and what their product
+# with the kernel's growth may come to.
+_PROBE_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
+_PROBE_INSTABILITY = 0.3
 # What the response surface is built from; it ranks candidates, it does not promise times.
 _SURFACE_TRACE = 0.98
 
@@ -200,6 +216,10 @@ class TrainingTimePredictor:
         self.seed = seed
         self.exact = exact
         self.calibration = Calibration.none() if calibration is None else calibration
+        self.observations: tuple[Observation, ...] = ()
+        self.probe_seconds = 0.0
+        # Of a twin: the predictor that keeps the response surface for all of them.
+        self._root: TrainingTimePredictor | None = None
         self._device = device
         self._sgd = _check_sgd(dampening, nesterov, weight_decay, spectrum)
         if self.method != "linear" and smoothing is not None:
@@ -221,8 +241,9 @@ class TrainingTimePredictor:
                 f"{displacement(spectrum.probe, self._fraction):.2g} times what it was, and the "
                 "kernel differs from the predicted one by a factor of "
                 f"{math.exp(kernel_mismatch(spectrum.probe, self._fraction)):.2g}. The "
-                "intervals say so; record trials with TrainingLog to correct the predictions, or "
-                "choose a target that is less deep.",
+                "intervals say so. Twenty real steps correct much of it, predictor.probe(task), "
+                "and so do trials that are recorded with TrainingLog; or choose a target that is "
+                "less deep.",
                 UnreliablePredictionWarning,
                 stacklevel=2,
             )
@@ -235,7 +256,7 @@ class TrainingTimePredictor:
 
     def __getstate__(self) -> dict[str, Any]:
         # The linearised model is derived from the spectrum, and larger.
-        derived = ("_model", "_surface", "_stability_limit")
+        derived = ("_model", "_own_surface", "_stability_limit")
         return {k: v for k, v in self.__dict__.items() if k not in derived}
 
     @property
@@ -288,6 +309,139 @@ class TrainingTimePredictor:
         """
         return self._sample_convergence
 
+    def informed(self, observations: Sequence[Observation]) -> TrainingTimePredictor:
+        """Return a predictor that has learned from more trials, steps and seconds per step.
+
+        Args:
+            observations:
+                Trials, oldest first; they follow those that this one knows already.
+
+        Returns:
+            A new predictor that shares everything else with this one.
+        """
+        if not observations:
+            return self
+        every = (*self.observations, *observations)
+        twin = self.calibrated(calibrate(every))
+        twin.observations = every
+        timed = [o for o in every if o.batch_size > 0 and o.seconds_per_step > 0.0]
+        twin.throughput = learned_throughput(
+            self.throughput,
+            np.array([o.batch_size for o in timed], dtype=np.int64),
+            np.array([o.seconds_per_step for o in timed]),
+        )
+        return twin
+
+    def probe(
+        self,
+        task: FineTuningTask,
+        steps: int = 20,
+        *,
+        learning_rate: float | None = None,
+        momentum: float | None = None,
+        device: str | None = None,
+    ) -> TrainingTimePredictor:
+        """Train a few full-batch steps of one configuration, and learn from them.
+
+        Worth it where predictions are not :attr:`reliable`: the steps show how the kernel really
+        grows. The network is as it was afterwards.
+
+        Example:
+            >>> if not predictor.reliable:
+            ...     predictor = predictor.probe(task)
+
+        Args:
+            task:
+                The task of the spectrum.
+            steps:
+                How many. Twenty by default.
+            learning_rate:
+                By default, with the momentum, what is predicted to bring the loss down furthest
+                without coming near the stability limit.
+            momentum:
+                Zero or 0.9 by default.
+            device:
+                Where to train. As :func:`~optuna_ttp.compute_spectrum` by default.
+
+        Returns:
+            A predictor that has learned from it. What it took is its :attr:`probe_seconds`, and
+            is charged by the ledger like the spectrum.
+
+        Raises:
+            FingerprintMismatchError:
+                If the spectrum belongs to another task.
+            ValueError:
+                If an argument is out of its range.
+        """
+        from optuna_ttp.jacobian import resolve_device
+        from optuna_ttp.pilot import train_pilot
+
+        if task.fingerprint != self.spectrum.metadata.fingerprint:
+            raise FingerprintMismatchError(
+                f"The task must be that of the spectrum, {self.spectrum.metadata.fingerprint[:12]}"
+                f"..., but got {task.fingerprint[:12]}..."
+            )
+        steps = _check_count("steps", steps)
+        rate, mass = self._probed_configuration(steps, learning_rate, momentum)
+        pilot = train_pilot(
+            task,
+            self._model,
+            learning_rate=rate,
+            momentum=mass,
+            steps=steps,
+            device=resolve_device(task, device),
+        )
+        size = self.spectrum.n_samples
+        # All that the pilot passed counts, also what is deeper than the target.
+        deep = self.calibrated(self.calibration)
+        deep.target = Target("loss", min(np.nanmin(pilot.losses), 0.99 * self.initial_loss))
+        prediction = deep.predict(rate, size, mass, max_steps=100 * steps)
+        curve = LossCurve.of(pilot.losses)
+        observed, errors = curve.log_passages(self.initial_loss * FRACTIONS)
+        twin = self.informed(
+            [
+                Observation(
+                    predicted=prediction.log_passages,
+                    expected=prediction.expected_log_passages,
+                    growth=prediction.log_growth,
+                    covariates=prediction.covariates,
+                    instability=prediction.instability,
+                    effective_learning_rate=rate / (1.0 - mass),
+                    lag=mass / (1.0 - mass),
+                    observed=observed,
+                    errors=errors,
+                    n_steps=steps,
+                    diverged=curve.diverged or len(pilot.losses) <= steps,
+                )
+            ]
+        )
+        twin.probe_seconds = self.probe_seconds + pilot.seconds
+        return twin
+
+    def _probed_configuration(
+        self, steps: int, learning_rate: float | None, momentum: float | None
+    ) -> tuple[float, float]:
+        """The configuration that comes furthest in a few steps and stays stable on the way."""
+        if learning_rate is not None:
+            return float(learning_rate), 0.0 if momentum is None else float(momentum)
+        wanted = (0.0, 0.9) if momentum is None else (float(momentum),)
+        shares = np.tile(_PROBE_SHARES, len(wanted))
+        masses = np.repeat(wanted, len(_PROBE_SHARES))
+        sizes = np.full(len(shares), self.n_samples)
+        rates = shares * self._largest(sizes, masses)
+        p = self.predict(rates, sizes, masses, max_steps=steps, full_curve=True)
+        losses = np.array(
+            [
+                np.interp(steps, s[np.isfinite(s)], c[np.isfinite(s)])
+                for s, c in zip(p.curve_steps, p.curve_losses, strict=True)
+            ]
+        )
+        depths = np.log(self.initial_loss / losses)[:, None]
+        unstable = self._instability(depths, shares)[:, 0]
+        # One of them is always slow enough.
+        best = int(np.argmin(np.where(unstable <= _PROBE_INSTABILITY, losses, np.inf)))
+        return float(rates[best]), float(masses[best])
+
     def calibrated(self, calibration: Calibration) -> TrainingTimePredictor:
         """Return a predictor that corrects its times by what was learned from observed trials.
 
@@ -298,9 +452,12 @@ class TrainingTimePredictor:
         Returns:
             A new predictor that shares everything else with this one.
         """
+        # What is derived from the spectrum alone is derived once.
+        _ = self._model, self._stability_limit, self._fraction
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.calibration = calibration
+        twin._root = self if self._root is None else self._root
         return twin
 
     def predict(
@@ -349,7 +506,7 @@ class TrainingTimePredictor:
         )
         ladder = Ladder.of(runs, self.target, self.initial_loss, len(rate), kept)
         x = self._covariates(rate, size, mass)
-        logs, sd = self._corrected(ladder, x, stability)
+        logs, sd = self._corrected(ladder, x, stability, mass)
         median = np.exp(np.where(np.isfinite(logs[:, -1]), logs[:, -1], np.inf))
         steps = np.where(np.isfinite(median), np.maximum(1.0, np.ceil(median - 1e-9)), np.inf)
         late = steps > horizon
@@ -376,8 +533,8 @@ class TrainingTimePredictor:
             batch_size=size.reshape(shape),
             momentum=mass.reshape(shape),
             steps=steps.reshape(shape),
-            steps_low=np.floor(median / widths).reshape(shape),
-            steps_high=np.ceil(median * widths).reshape(shape),
+            steps_low=np.maximum(1.0, np.ceil(median / widths - 1e-9)).reshape(shape),
+            steps_high=np.maximum(1.0, np.ceil(median * widths - 1e-9)).reshape(shape),
             epochs=epochs.reshape(shape),
             seconds=seconds.reshape(shape),
             outcomes=outcomes.reshape(shape),
@@ -452,7 +609,7 @@ class TrainingTimePredictor:
             if self.calibration.n_observed:
                 stability = rate[chosen] / self._largest(size[chosen], mass[chosen])
                 x = self._covariates(rate[chosen], size[chosen], mass[chosen])
-                logs, _ = self._corrected(ladder, x, stability)
+                logs, _ = self._corrected(ladder, x, stability, mass[chosen])
             steps[chosen] = np.ceil(np.exp(np.nan_to_num(logs[:, -1], nan=np.inf)) - 1e-9)
         steps = np.where(hopeless | (steps > horizon), np.inf, steps)
         per_step = self.seconds_per_step(size)
@@ -522,8 +679,12 @@ class TrainingTimePredictor:
     def _stability_limit(self) -> StabilityLimit:
         return StabilityLimit.of(self._model, self.n_samples)
 
-    @cached_property
+    @property
     def _surface(self) -> ResponseSurface:
+        return self._own_surface if self._root is None else self._root._surface
+
+    @cached_property
+    def _own_surface(self) -> ResponseSurface:
         share = min(_SURFACE_TRACE, self.spectrum.explained_trace)
         model = LinearisedModel.from_spectrum(
             self.spectrum.truncate(explained_trace=share), device=self._device
@@ -615,7 +776,11 @@ class TrainingTimePredictor:
         return np.asarray(stability[:, None] * self.kernel_growth.at(np.exp(-depths)))
 
     def _corrected(
-        self, ladder: Ladder, x: NDArray[np.float64], stability: NDArray[np.float64]
+        self,
+        ladder: Ladder,
+        x: NDArray[np.float64],
+        stability: NDArray[np.float64],
+        mass: NDArray[np.float64],
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Logarithmic times at the rungs, ``(K, P)``, and their deviation at the target."""
         if not self.calibration.n_observed:
@@ -633,6 +798,7 @@ class TrainingTimePredictor:
             self._log_growth,
             x,
             self._instability(ladder.depths, stability),
+            mass / (1.0 - mass),
         )
         return logs, np.nan_to_num(sd[:, -1])
 
@@ -684,6 +850,7 @@ class TrainingTimePredictor:
             np.zeros(len(NODES)),
             self._covariates(rate, size, mass),
             self._instability(depths, stability),
+            mass / (1.0 - mass),
         )
         return np.ceil(np.exp(np.nan_to_num(corrected, nan=np.inf)) - 1e-9)
 

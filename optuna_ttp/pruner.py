@@ -33,7 +33,7 @@ from optuna_ttp.ledger import stored_entry
 from optuna_ttp.prediction import DIVERGES
 from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
-from optuna_ttp.training_log import calibration_of
+from optuna_ttp.training_log import informed_by
 
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class TTPPruner(BasePruner):
             record_decision(study, trial, RUN, reason)
             return False
         started = time.perf_counter()
-        predictor = self._predictor.calibrated(calibration_of(study, self._predictor))
+        predictor = informed_by(study, self._predictor)
         configuration = clip_batch_size(configuration, predictor)
         budget = self._budget_steps(configuration)
         horizon = predictor.max_steps if math.isinf(budget) else self._tolerance * budget
@@ -251,13 +251,15 @@ class TTPPruner(BasePruner):
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    "Predicted and observed training times disagree (Kendall's tau "
-                    f"{calibration.rank_agreement:.2f} over {calibration.n_observed} trials). "
-                    "Nothing is skipped until they agree again.",
+                    "Predicted training times were further from the observed ones (typically by "
+                    f"a factor {math.exp(calibration.compared_error):.2f}) than those of "
+                    "`c / effective learning rate`, learned from the same trials (a factor "
+                    f"{math.exp(calibration.baseline_error):.2f}, {calibration.n_observed} "
+                    "trials). Nothing is skipped until that changes.",
                     UnreliablePredictionWarning,
                     stacklevel=2,
                 )
-            return "predictions disagree with what was observed"
+            return "predictions are worse than a rule of thumb"
         if n_skipped_in_a_row(study) >= self._max_consecutive:
             return f"runs after {self._max_consecutive} skipped trials in a row"
         return None

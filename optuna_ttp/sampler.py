@@ -41,7 +41,7 @@ from optuna_ttp.ledger import stored_entry
 from optuna_ttp.pruner import clip_batch_size
 from optuna_ttp.pruner import resolve_for_trial
 from optuna_ttp.pruner import TTPPruner
-from optuna_ttp.training_log import calibration_of
+from optuna_ttp.training_log import informed_by
 
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class TTPSampler(BaseSampler):
             self._applies({**examples, **known})
             and self._may_complete(search_space, relative)
             and self._may_choose(redrawn=bool(relative))
-            and (calibration := calibration_of(study, self._predictor)).trusted
+            and (predictor := informed_by(study, self._predictor)).calibration.trusted
         ):
             # Where a parameter is left out, the base sampler is asked once the trial suggests it.
             return relative
@@ -236,9 +236,7 @@ class TTPSampler(BaseSampler):
             again = self._base.sample_relative(study, trial, base_space) if relative else {}
             relatives.append(again)
         candidates = [self._complete(study, trial, search_space, r) for r in relatives]
-        chosen = self._choose(
-            [{**candidate, **known} for candidate in candidates], calibration.typical_factor
-        )
+        chosen = self._choose([{**candidate, **known} for candidate in candidates], predictor)
         if relative:
             share_relative_params(study, trial, relatives[chosen])
         return candidates[chosen]
@@ -311,7 +309,7 @@ class TTPSampler(BaseSampler):
             return
         started = time.perf_counter()
         # The trial itself is not finished yet, so nothing is learned from it here.
-        predictor = self._predictor.calibrated(calibration_of(study, self._predictor))
+        predictor = informed_by(study, self._predictor)
         configuration = clip_batch_size(configuration, predictor)
         prediction = predictor.predict(*configuration)
         record_prediction(
@@ -380,7 +378,7 @@ class TTPSampler(BaseSampler):
             candidate[name] = self._base.sample_independent(study, trial, name, search_space[name])
         return candidate
 
-    def _choose(self, candidates: list[dict[str, Any]], margin: float) -> int:
+    def _choose(self, candidates: list[dict[str, Any]], predictor: TrainingTimePredictor) -> int:
         """The first candidate within a margin of the shortest predicted time.
 
         Between candidates that predictions cannot tell apart, the base sampler knows better.
@@ -389,9 +387,10 @@ class TTPSampler(BaseSampler):
         if any(configuration is None for configuration in resolved):
             return 0
         rates, sizes, momenta = zip(
-            *(clip_batch_size(c, self._predictor) for c in resolved if c is not None), strict=True
+            *(clip_batch_size(c, predictor) for c in resolved if c is not None), strict=True
         )
-        seconds = self._predictor.score(rates, sizes, momenta)
+        seconds = predictor.score(rates, sizes, momenta)
+        margin = predictor.calibration.typical_factor
         chosen = int(np.argmax(seconds <= margin * seconds.min()))
         _logger.debug(f"Predicted seconds of the candidates: {np.round(seconds, 3).tolist()}.")
         return chosen

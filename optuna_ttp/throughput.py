@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FrozenModel
 
 
+# Prior standard deviations of the factor and of the slope in the batch size, and that of a trial.
+_PRIOR_SD = (2.0, 0.3)
+_TRIAL_SD = 0.1
+
+
 @dataclass(frozen=True, eq=False)
 class Throughput:
     """Measured seconds per step at a few batch sizes, interpolated between them.
@@ -34,11 +39,15 @@ class Throughput:
             Seconds per step at each, shape ``(k,)``, not descending.
         device:
             Where it was measured.
+        log_sd:
+            Standard deviation of the logarithm of a trial's seconds per step around these, where
+            it was learned from trials. Zero where it is not known.
     """
 
     batch_sizes: NDArray[np.int64]
     seconds: NDArray[np.float64]
     device: str
+    log_sd: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.batch_sizes) == 0 or len(self.batch_sizes) != len(self.seconds):
@@ -74,6 +83,53 @@ class Throughput:
             self.batch_sizes[-1] - self.batch_sizes[-2]
         )
         return np.asarray(inside + slope * np.maximum(0, batch_size - self.batch_sizes[-1]))
+
+
+def learned_throughput(
+    prior: Throughput | None, batch_sizes: NDArray[np.int64], seconds: NDArray[np.float64]
+) -> Throughput | None:
+    """Learn the time of a step from trials.
+
+    ``log s = log s_0(B) + a + b log(B / B_m) + e`` with the prior time ``s_0``, a factor ``a`` of
+    the machine that the trials run on, a slope ``b`` in the batch size ``B`` about the geometric
+    mean ``B_m`` of those seen, and Student's t errors, so that a few trials on a busy machine do
+    not count. Normal priors on ``a`` and ``b``, by reweighted least squares.
+
+    Args:
+        prior:
+            What was measured with the spectrum. Without it a step is taken to cost as much as a
+            constant part and a sample, each half of it at ``B_m``.
+        batch_sizes:
+            Of the trials, shape ``(n,)``.
+        seconds:
+            Median seconds per step of each, shape ``(n,)``.
+
+    Returns:
+        The time by batch size, at the sizes of both; the prior where there are no trials.
+    """
+    if not len(seconds):
+        return prior
+    sizes = np.asarray(batch_sizes, dtype=np.float64)
+    middle = float(np.exp(np.log(sizes).mean()))
+    if prior is None:
+        known = np.unique(sizes).astype(np.int64)
+        expected = np.log(0.5 + 0.5 * known / middle) + float(np.median(np.log(seconds)))
+        prior = Throughput(known, np.exp(expected), "unknown")
+    x = np.stack([np.ones(len(sizes)), np.log(sizes / middle)], axis=1)
+    y = np.log(seconds) - np.log(prior.seconds_per_step(sizes))
+    precision = np.diag(1.0 / np.square(_PRIOR_SD))
+    weights = np.ones(len(y))
+    for _ in range(10):
+        scaled = x.T * (weights / _TRIAL_SD**2)
+        effect = np.linalg.solve(precision + scaled @ x, scaled @ y)
+        away = y - x @ effect
+        weights = 4.0 / (3.0 + (away / _TRIAL_SD) ** 2)
+    every = np.union1d(prior.batch_sizes, np.unique(sizes).astype(np.int64))
+    logs = np.log(prior.seconds_per_step(every)) + effect[0]
+    logs = logs + effect[1] * np.log(np.clip(every, sizes.min(), sizes.max()) / middle)
+    spread = float(np.sqrt((weights * away**2).sum() / weights.sum()))
+    # A larger batch cannot be faster.
+    return Throughput(every, np.maximum.accumulate(np.exp(logs)), prior.device, spread)
 
 
 def measure_throughput(

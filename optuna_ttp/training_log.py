@@ -211,12 +211,27 @@ def calibration_of(study: optuna.Study, predictor: TrainingTimePredictor) -> Cal
         study:
             The study.
         predictor:
-            Knows the task.
+            Knows the task, and what was observed before the study.
 
     Returns:
         What was learned; nothing where no trial recorded its training loss.
     """
-    return calibrate(observations_of(study, predictor))
+    return calibrate([*predictor.observations, *observations_of(study, predictor)])
+
+
+def informed_by(study: optuna.Study, predictor: TrainingTimePredictor) -> TrainingTimePredictor:
+    """Return the predictor as a study's trials have corrected it, steps and seconds.
+
+    Args:
+        study:
+            The study.
+        predictor:
+            The predictor.
+
+    Returns:
+        A predictor that shares everything else with this one.
+    """
+    return predictor.informed(observations_of(study, predictor))
 
 
 # By the fingerprint of the task and the number of a finished trial.
@@ -250,6 +265,8 @@ def _observation(trial: FrozenTrial, predictor: TrainingTimePredictor) -> Observ
         errors=errors,
         n_steps=curve.n_steps,
         diverged=curve.diverged,
+        batch_size=int(prediction["batch_size"]),
+        seconds_per_step=_array([(entry(trial, CURVE) or {}).get("seconds_per_step")])[0],
     )
 
 

@@ -24,6 +24,7 @@ from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
+from optuna_ttp.training_log import calibration_of
 from tests.models import small_spectrum
 
 
@@ -164,6 +165,21 @@ def work(storage_url: str, study_name: str, seed: int, n_trials: int) -> None:
         pruner=TTPPruner(quick_predictor(), max_steps=500),
     )
     study.optimize(objective, n_trials=n_trials)
+
+
+def observe_and_predict(storage_url: str, rates: tuple[float, ...]) -> tuple[int, list[float]]:
+    """What one of several processes learns: the number of trials behind it, and predictions."""
+    predictor = quick_predictor()
+    study = optuna.load_study(
+        study_name="shared",
+        storage=storage_url,
+        sampler=TTPSampler(predictor, seed=0),
+        pruner=TTPPruner(predictor),
+    )
+    add_observed(study, lambda steps: 2.0 * steps, rates)
+    calibration = calibration_of(study, predictor)
+    prediction = predictor.calibrated(calibration).predict([0.05, 0.1], 8, 0.0)
+    return calibration.n_observed, prediction.steps.tolist()
 
 
 def proposals(sampler: optuna.samplers.BaseSampler, n_trials: int) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ OPTUNA_SIDE = (
     "_demo",
     "_optuna_compat",
     "cli",
+    "integrations",
     "ledger",
     "pruner",
     "sampler",
@@ -147,7 +148,16 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     loaded = _in_fresh_process(
         "import json, sys, optuna_ttp; print(json.dumps(sorted(sys.modules)))"
     )
-    heavy = {"matplotlib", "numpy", "optuna", "pandas", "scipy", "sqlalchemy", "torch"}
+    heavy = {
+        "lightning",
+        "matplotlib",
+        "numpy",
+        "optuna",
+        "pandas",
+        "scipy",
+        "sqlalchemy",
+        "torch",
+    } | {"transformers"}
     assert heavy.isdisjoint(loaded)
 
 

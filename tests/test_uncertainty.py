@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from optuna_ttp.calibration import Calibration
 from optuna_ttp.dynamics import Schedule
 from optuna_ttp.dynamics import Smoothing
 from optuna_ttp.prediction import Prediction
@@ -24,6 +23,7 @@ from optuna_ttp.uncertainty import probability_below
 from optuna_ttp.uncertainty import probability_of_divergence
 from optuna_ttp.uncertainty import stability_sd
 from tests.cases import spectrum
+from tests.observations import slower
 
 
 def _linear(displacement: float | None = None) -> Spectrum:
@@ -131,9 +131,12 @@ def test_interval_of_what_is_not_reached_is_beyond_the_horizon() -> None:
 def test_calibration_moves_the_interval_with_the_steps() -> None:
     plain = _predictor(0.0)
     before = plain.predict(0.005, 12)
-    after = plain.calibrated(Calibration(math.log(3.0), 5)).predict(0.005, 12)
-    for name in ("steps", "steps_low", "steps_high"):
-        assert getattr(after, name) == pytest.approx(3 * getattr(before, name), rel=0.03)
+    after = plain.calibrated(slower(3.0)).predict(0.005, 12)
+    assert after.steps == pytest.approx(3 * before.steps, rel=0.03)
+    # Symmetric about the median, and as wide as what trials scatter by.
+    assert after.steps_low < after.steps < after.steps_high
+    assert after.steps**2 == pytest.approx(after.steps_low * after.steps_high, rel=0.03)
+    assert 0.0 < _log_width(after) < 0.1
 
 
 # Probabilities

@@ -1,0 +1,102 @@
+"""Record the training loss of Hugging Face's ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna_ttp.training_log import TrainingLog
+
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "optuna_ttp.integrations.transformers needs the packages transformers and accelerate: "
+        "pip install transformers accelerate"
+    ) from error
+
+
+if TYPE_CHECKING:
+    import optuna
+
+
+class TrainingLogCallback(TrainerCallback):  # type: ignore[misc]
+    """Records what the trainer logs as ``"loss"`` with a :class:`~optuna_ttp.TrainingLog`.
+
+    That is the mean over the optimiser steps since the trainer logged last, so it is recorded for
+    the step in the middle of them. Choose a small ``logging_steps``: the curve has no more points
+    than the trainer logs, and its first fall is what tells most. The trainer hides losses that are
+    NaN or infinite unless ``logging_nan_inf_filter=False``.
+
+    The curve is written to the trial when training ends, at the end of each epoch and after each
+    evaluation, and now and then in between. So a trial that is pruned on an evaluation keeps it.
+    Call :meth:`close` where training may end by another exception.
+
+    Example:
+        >>> def objective(trial):
+        ...     arguments = TrainingArguments(
+        ...         "out",
+        ...         learning_rate=trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True),
+        ...         optim="sgd",
+        ...         lr_scheduler_type="constant",
+        ...         logging_steps=5,
+        ...         logging_nan_inf_filter=False,
+        ...     )
+        ...     trainer = Trainer(
+        ...         make_model(),
+        ...         arguments,
+        ...         train_dataset=data,
+        ...         callbacks=[TrainingLogCallback(trial)],
+        ...     )
+        ...     return trainer.train().training_loss
+
+    Args:
+        trial:
+            The trial of the objective.
+    """
+
+    def __init__(self, trial: optuna.trial.Trial) -> None:
+        self._log = TrainingLog(trial)
+        self._n_logged = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count from the step at which training is resumed."""
+        self._n_logged = int(state.global_step)
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record the mean loss since the last time."""
+        n_steps = int(state.global_step)
+        # Validation losses and the summary at the end come under other names.
+        if logs is None or "loss" not in logs or n_steps <= self._n_logged:
+            return
+        if state.is_world_process_zero:
+            self._log.step(float(logs["loss"]), step=(self._n_logged + n_steps - 1) // 2)
+        self._n_logged = n_steps
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the curve, because this is where trials are pruned."""
+        self._write(state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the curve, so that other workers learn from it."""
+        self._write(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the curve."""
+        self._write(state)
+
+    def close(self) -> None:
+        """Write the curve to the trial. The trainer calls for this itself as training ends."""
+        self._log.close()
+
+    def _write(self, state: Any) -> None:
+        if state.is_world_process_zero:
+            self.close()
