@@ -112,13 +112,11 @@ class PostgreSQL:
             connection.execute(sa.text(statement))
         engine.dispose()
 
-    def cut_connections(self, url: str) -> None:
-        """Close every connection to a database, as a broken network or an operator does."""
-        name = sa.make_url(url).database
-        self.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            f"WHERE datname = '{name}' AND pid <> pg_backend_pid()"
-        )
+    def make_folder(self, path: Path) -> None:
+        """Make a folder that the server may write to."""
+        path.mkdir()
+        if self._user is not None:
+            os.chown(path, self._user.pw_uid, self._user.pw_gid)
 
     def start(self) -> None:
         self._control("start", "-l", str(self.folder / "log"))

@@ -181,10 +181,15 @@ def _open_at_once(url: str, n: int) -> list[str]:
     return [opener.communicate()[0].strip() for opener in openers]
 
 
-def test_processes_migrate_once(first_schema: str, any_url: str) -> None:
-    assert _open_at_once(first_schema, 4) == ["3"] * 4
+@pytest.mark.slow
+def test_processes_migrate_a_first_store_once(first_schema: str) -> None:
+    assert _open_at_once(first_schema, 3) == ["3"] * 3
     assert SpectrumStore(first_schema).verify().is_clean
-    assert _open_at_once(any_url, 4) == ["0"] * 4
+
+
+@pytest.mark.slow
+def test_processes_make_the_tables_once(any_url: str) -> None:
+    assert _open_at_once(any_url, 3) == ["0"] * 3
     assert len(_execute(any_url, f"SELECT * FROM {VERSION_TABLE}")) == 1
 
 

@@ -181,7 +181,7 @@ class Database:
             if is_sqlite:
                 _make_private_file(self._url)
                 _prepare_sqlite(engine)
-            migrate(engine)
+            _migrate_patiently(engine)
         except StoreVersionError as error:
             raise StoreVersionError(f"{self.shown}: {error}") from None
         except (sa.exc.SQLAlchemyError, ImportError, OSError, TypeError, ValueError) as error:
@@ -196,6 +196,18 @@ class Database:
         if isinstance(error, ModuleNotFoundError):
             reason += ". Install the database's driver"
         return StoreError(f"Could not {verb} the store {self.shown}: {reason}.")
+
+
+def _migrate_patiently(engine: sa.Engine) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return migrate(engine)
+        except sa.exc.DBAPIError as error:
+            # A connection that was there and is lost; one that cannot be made is told at once.
+            if not error.connection_invalidated or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
 
 
 def _engine_arguments(url: URL, is_sqlite: bool) -> dict[str, Any]:
