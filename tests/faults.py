@@ -82,7 +82,7 @@ class Worker:
 
     def __init__(self, work: Callable[..., Any], *arguments: Any) -> None:
         self._answers: Queue[tuple[bool, Any]] = _processes.Queue()
-        self._process: BaseProcess = _processes.Process(  # type: ignore[attr-defined]
+        self._process: BaseProcess = _processes.Process(
             target=_answer, args=(self._answers, work, arguments)
         )
         self._process.start()
@@ -106,7 +106,8 @@ class Worker:
         assert self._answers.get(timeout=_PATIENCE) == (True, "begun")
 
     def result(self) -> Any:
-        done, value = True, "begun"
+        done: bool = True
+        value: Any = "begun"
         try:
             while value == "begun":
                 done, value = self._answers.get(timeout=_PATIENCE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 import hashlib
 import os
@@ -43,9 +43,13 @@ def _fill(url: str, names: str) -> tuple[SpectrumStore, int]:
     store = SpectrumStore(url)
     for name in names:
         store.put(_named(name), dtype="float64")
-    for moment, name in enumerate(names, 1):
-        used = sa.update(spectra).where(spectra.c.name == name).values(used_at=float(moment))
-        Database(url).write(lambda c, used=used: c.execute(used))
+
+    def use(connection: sa.Connection) -> None:
+        for moment, name in enumerate(names, 1):
+            named = sa.update(spectra).where(spectra.c.name == name)
+            connection.execute(named.values(used_at=float(moment)))
+
+    Database(url).write(use)
     sizes = {stored.n_bytes for stored in store.list()}
     return store, max(sizes)
 
@@ -239,7 +243,7 @@ def test_a_file_with_foreign_settings_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def command(
     url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Any]:
+) -> Callable[..., tuple[int, str]]:
     monkeypatch.setenv("OPTUNA_TTP_STORE", url)
 
     def run(*arguments: str) -> tuple[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from functools import partial
 import logging
 from pathlib import Path
 import random
@@ -357,12 +358,16 @@ def test_learned_values_are_not_overwritten_unseen(any_url: str, version: int) -
     assert found.payload == "second"
 
 
+def _with(mine: list[int], old: list[list[int]] | None) -> list[list[int]]:
+    return [*(old or []), mine]
+
+
 def test_no_merge_is_lost(any_url: str) -> None:
     def work(worker: int) -> None:
         store = SpectrumStore(any_url)
         for i in range(8):
-            mine = [worker, i]
-            store.update_learned("f" * 64, "seen", lambda old, mine=mine: [*(old or []), mine])
+            merge = partial(_with, [worker, i])
+            store.update_learned("f" * 64, "seen", merge)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
