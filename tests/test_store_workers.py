@@ -6,6 +6,8 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from functools import partial
 import logging
+import multiprocessing
+import os
 from pathlib import Path
 import random
 import threading
@@ -236,6 +238,30 @@ def test_two_that_race_leave_one_row(any_url: str) -> None:
     assert len(stores[0].list()) == 1
     assert stores[0].verify().is_clean
     assert stores[0].get(spectrum().metadata.fingerprint) is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Nothing is forked here.")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_uses_connections_of_its_own(any_url: str) -> None:
+    store = SpectrumStore(any_url)
+    store.put_learned("f" * 64, "seen", 0)
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_count, args=(store,)) for _ in range(3)]
+    for child in children:
+        child.start()
+    _count(store)
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * 3
+    found = store.get_learned("f" * 64, "seen")
+    assert found is not None
+    # Also of those that say the same, none is lost.
+    assert (found.payload, found.version) == (40, 41)
+
+
+def _count(store: SpectrumStore) -> None:
+    for _ in range(10):
+        store.update_learned("f" * 64, "seen", lambda old: old + 1)
 
 
 # Faults. benchmarks/store/faults.py does each of them fifty times.

@@ -63,6 +63,7 @@ class Database:
                 "%40) but could not be read."
             ) from None
         self._engine = self._open()
+        self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_url": self._url}
@@ -70,6 +71,7 @@ class Database:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._url = state["_url"]
         self._engine = self._open()
+        self._process = os.getpid()
 
     @property
     def shown(self) -> str:
@@ -140,6 +142,10 @@ class Database:
         if self._engine.dialect.name == "sqlite":
             # One of its own levels; a transaction there always sees one moment.
             options = {k: v for k, v in options.items() if k != "isolation_level"}
+        if self._process != os.getpid():
+            # After a fork, the connections are the parent's: neither to be used nor closed here.
+            self._engine.dispose(close=False)
+            self._process = os.getpid()
         deadline = time.monotonic() + patience
         pause = 0.05
         while True:
@@ -215,11 +221,13 @@ def _engine_arguments(url: URL, is_sqlite: bool) -> dict[str, Any]:
         # A server that was restarted has forgotten the connections that are kept.
         return {"pool_pre_ping": True}
     arguments: dict[str, Any] = {"connect_args": {"timeout": _BUSY_SECONDS}}
-    if _is_in_memory(url):
-        # All threads must see the same database, which lives as long as its only connection.
-        arguments["connect_args"]["check_same_thread"] = False
-        arguments.update(poolclass=sa.QueuePool, pool_size=1, max_overflow=0, pool_timeout=3600)
-    return arguments
+    if not _is_in_memory(url):
+        # SQLite's locks do not survive a fork: no connection is to be open when one happens.
+        return {**arguments, "poolclass": sa.NullPool}
+    # All threads must see the same database, which lives as long as its only connection.
+    arguments["connect_args"]["check_same_thread"] = False
+    pool = {"poolclass": sa.QueuePool, "pool_size": 1, "max_overflow": 0, "pool_timeout": 3600}
+    return {**arguments, **pool}
 
 
 def _prepare_sqlite(engine: sa.Engine) -> None:

@@ -9,6 +9,7 @@ from datetime import timezone
 import hashlib
 import json
 from typing import Any
+from uuid import uuid4
 
 import sqlalchemy as sa
 
@@ -72,7 +73,13 @@ def put(
     """Store something if nobody else did meanwhile; see :meth:`SpectrumStore.put_learned`."""
     text = _json(payload)
     name = _name(fingerprint, kind, settings)
-    values = {"payload": text, "version": version + 1, "updated_at": DatabaseTime()}
+    writer = uuid4().hex
+    values = {
+        "payload": text,
+        "version": version + 1,
+        "writer": writer,
+        "updated_at": DatabaseTime(),
+    }
     key = {
         "id": name,
         "fingerprint": fingerprint,
@@ -85,13 +92,12 @@ def put(
         update = sa.update(learned).where(here, learned.c.version == version).values(values)
         if version and connection.execute(update).rowcount == 1:
             return True
-        query = sa.select(learned.c.version, learned.c.payload).where(here)
-        found = connection.execute(query).first()
+        found = connection.execute(sa.select(learned.c.writer).where(here)).scalar()
         if found is None and not version:
             connection.execute(sa.insert(learned).values(**key, **values))
             return True
         # This was done before, and the answer of the commit was lost.
-        return found is not None and tuple(found) == (version + 1, text)
+        return found == writer
 
     try:
         stored = database.write(work)

@@ -73,6 +73,8 @@ learned = sa.Table(
     sa.Column("settings", sa.Text, nullable=False),
     sa.Column("payload", _LONG_TEXT, nullable=False),
     sa.Column("version", sa.Integer, nullable=False),
+    # Tells a change of one's own, whose commit was not answered, from one that says the same.
+    sa.Column("writer", sa.String(32), nullable=False),
     sa.Column("updated_at", sa.Double, nullable=False),
 )
 quarantine = sa.Table(

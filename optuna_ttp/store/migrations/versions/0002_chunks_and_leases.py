@@ -161,6 +161,7 @@ def _tables() -> dict[str, list[sa.Column[Any]]]:
             sa.Column("settings", sa.Text, nullable=False),
             sa.Column("payload", _LONG_TEXT, nullable=False),
             sa.Column("version", sa.Integer, nullable=False),
+            sa.Column("writer", sa.String(32), nullable=False),
             sa.Column("updated_at", sa.Double, nullable=False),
         ],
         "ttp_quarantine": [
