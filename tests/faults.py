@@ -37,7 +37,7 @@ from tests.servers import PostgreSQL
 
 
 # A clean parent that has imported everything and opened nothing: workers start at once.
-_processes = multiprocessing.get_context("forkserver")
+_processes: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 _processes.set_forkserver_preload(["tests.faults"])
 _LEASE = 1.0
 _PATIENCE = 120.0

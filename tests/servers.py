@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 import os
 from pathlib import Path
-import pwd
 import secrets
 import shutil
 import signal
@@ -14,9 +13,14 @@ import subprocess
 import tempfile
 import time
 from typing import Any
+from typing import TYPE_CHECKING
 import uuid
 
 import sqlalchemy as sa
+
+
+if TYPE_CHECKING:
+    import pwd
 
 
 # Set where the tests must not do without them.
@@ -40,8 +44,10 @@ def free_port() -> int:
 
 def _ordinary_user(*names: str) -> pwd.struct_passwd | None:
     """Someone else to run as, where the tests run as root, whom the servers refuse."""
-    if os.geteuid() != 0:
+    if os.name != "posix" or os.geteuid() != 0:
         return None
+    import pwd
+
     present = {user.pw_name: user for user in pwd.getpwall()}
     return next(present[name] for name in (*names, "nobody") if name in present)
 

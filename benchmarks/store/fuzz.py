@@ -61,9 +61,10 @@ def main() -> None:
     lines = ["| blob | what came of it | times |", "| --- | --- | --- |"]
     lines += [f"| {r['kind']} | {r['outcome']} | {r['times']} |" for r in results]
     text = "\n".join(lines) + (
-        f'\n\n{counts.total()} blobs, no crash, no wrong array. "unchanged": the arrays are those'
-        " that were written (a splice or move that changes nothing, bytes of a zip file that mean"
-        ' nothing). "a spectrum": signed by a hostile writer, and whole in itself.\n'
+        f"\n\n{n_damaged} blobs that were not as written: no crash, no wrong array. 'unchanged': "
+        "the arrays are those that were written (a splice or move that changes nothing, bytes of a"
+        " zip file that mean nothing). 'a spectrum': signed by a hostile writer, and whole in "
+        "itself.\n"
     )
     (options.output / "fuzz.md").write_text(text)
     print(text)
