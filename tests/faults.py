@@ -198,13 +198,21 @@ def kill_writer(url: str, seed: int, generator: random.Random, seconds: float) -
     return {"hit": was_at_work}
 
 
+def wait_until_stored(url: str, seed: int) -> None:
+    store = open_store(url)
+    deadline = time.monotonic() + _PATIENCE
+    while task(seed).fingerprint not in {line.fingerprint for line in store.list()}:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def restart_server(
     url: str, seed: int, generator: random.Random, seconds: float, server: PostgreSQL
 ) -> dict[str, Any]:
     """The server crashes and comes back while a worker writes, which must not notice."""
     writer = Worker(write, url, seed, 20)
-    writer.wait_until_begun()
-    time.sleep(seconds + generator.uniform(0, seconds))
+    wait_until_stored(url, seed)
+    time.sleep(generator.uniform(0, seconds))
     was_at_work = writer.is_at_work()
     server.restart("immediate")
     result = writer.result()
@@ -235,12 +243,13 @@ def cut_connection(
     """All connections of a worker are reset at once; it must go on with new ones."""
     with Proxy(url) as proxy:
         worker = Worker(write, proxy.url, seed, 20)
-        worker.wait_until_begun()
-        time.sleep(seconds + generator.uniform(0, seconds))
+        wait_until_stored(url, seed)
+        time.sleep(generator.uniform(0, seconds))
+        was_at_work = worker.is_at_work()
         n_cut = proxy.cut()
         result = worker.result()
     assert result == digest(open_store(url), seed)
-    return {"hit": n_cut > 0}
+    return {"hit": was_at_work and n_cut > 0}
 
 
 class Proxy:

@@ -289,6 +289,13 @@ def test_server_that_crashes_and_connections_that_are_cut(postgresql: PostgreSQL
     faults.cut_connection(url, 0, generator, 1.0)
     faults.restart_server(url, 1, generator, 1.0, postgresql)
     faults.check(url, [0, 1])
+    # Who opens the store while the server is away waits for it, too.
+    postgresql.stop()
+    late = faults.Worker(faults.get_or_compute, url, 2)
+    late.wait_until_begun()
+    time.sleep(2.0)
+    postgresql.start()
+    assert late.result() == faults.digest(SpectrumStore(url), 2)
 
 
 @pytest.mark.slow

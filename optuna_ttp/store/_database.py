@@ -28,6 +28,16 @@ _Result = TypeVar("_Result")
 _BUSY_SECONDS = 120
 # Seconds during which a lost connection is opened again: a server takes so long to restart.
 _PATIENCE = 60.0
+# The same when a store is opened, where the server may also not be there at all.
+_OPENING_PATIENCE = 20.0
+# A server that cannot be reached gives no code, only a text.
+_PASSING = (
+    "Connection refused",
+    "closed the connection",
+    "reset by peer",
+    "shutting down",
+    "starting up",
+)
 # Deadlock and serialisation failures, after which a transaction is to be done again.
 _POSTGRESQL_AGAIN = ("40001", "40P01", "57P01", "57P02", "57P03")
 _MYSQL_AGAIN = (1205, 1213)
@@ -205,13 +215,16 @@ class Database:
 
 
 def _migrate_patiently(engine: sa.Engine) -> None:
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _OPENING_PATIENCE
     while True:
         try:
             return migrate(engine)
         except sa.exc.DBAPIError as error:
-            # A connection that was there and is lost; one that cannot be made is told at once.
-            if not error.connection_invalidated or time.monotonic() > deadline:
+            # A wrong password or name is told at once; a server that restarts is waited for.
+            is_passing = error.connection_invalidated or any(
+                text in str(error.orig) for text in _PASSING
+            )
+            if not is_passing or time.monotonic() > deadline:
                 raise
         time.sleep(0.5)
 
