@@ -25,6 +25,7 @@ from optuna_ttp.store._database import Database
 from optuna_ttp.store._schema import checkpoints
 from optuna_ttp.store._schema import spectra
 from tests.cases import spectrum
+from tests.servers import PostgreSQL
 
 
 @pytest.fixture
@@ -121,6 +122,32 @@ def test_prune_deletes_what_is_of_no_use_and_nothing_else(any_url: str) -> None:
     assert _names(store) == "ab"
     assert store.checkpoint("d" * 64).load_block("fresh") is not None
     assert store.verify().is_clean
+
+
+def test_prune_gives_space_back_unless_somebody_reads(url: str) -> None:
+    store, _ = _fill(url, "abcdefgh")
+    path = Path(url.removeprefix("sqlite:///"))
+    before = path.stat().st_size
+    engine = sa.create_engine(url)
+    with engine.connect() as reader:
+        assert len(reader.execute(sa.text("SELECT * FROM ttp_spectra")).fetchmany(1)) == 1
+        assert store.prune(max_bytes=0).n_evicted == 8
+    engine.dispose()
+    store.put(_named("a"), dtype="float64")
+    assert store.prune(max_bytes=0).n_evicted == 1
+    assert path.stat().st_size < before
+
+
+def test_who_may_only_read_can_read(postgresql: PostgreSQL) -> None:
+    url = postgresql.new_database()
+    store, _ = _fill(url, "a")
+    database = sa.make_url(url).database
+    postgresql.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+    reader = SpectrumStore(url)
+    assert reader.get(_named("a").metadata.fingerprint, dtype="float64") is not None
+    with pytest.raises(StoreError, match=r"Could not write the store.*read-only"):
+        reader.put(_named("b"), dtype="float64")
+    assert _names(store) == "a"
 
 
 # The object folder

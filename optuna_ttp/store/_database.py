@@ -130,17 +130,16 @@ class Database:
     def vacuum(self) -> None:
         """Give the space of what was deleted back, where the database does not do so itself.
 
-        Raises:
-            StoreError:
-                If the database fails.
+        It is left for another time where somebody else uses the database just now.
         """
         if self._engine.dialect.name != "sqlite":
             return
         try:
             with self._engine.connect().execution_options(ttp_plain=True) as connection:
+                connection.exec_driver_sql("PRAGMA busy_timeout=1000")
                 connection.exec_driver_sql("VACUUM")
-        except sa.exc.SQLAlchemyError as error:
-            raise self._failure("write", error) from None
+        except sa.exc.OperationalError as error:
+            _logger.info(f"The space is given back another time: {error.orig}")
 
     def _do(
         self,

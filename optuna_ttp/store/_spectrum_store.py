@@ -20,6 +20,7 @@ from sqlalchemy.engine import URL
 from optuna_ttp import blob
 from optuna_ttp.exceptions import DamagedSpectrumError
 from optuna_ttp.exceptions import DamagedSpectrumWarning
+from optuna_ttp.exceptions import StoreError
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import write_whole
 from optuna_ttp.store import _housekeeping
@@ -309,8 +310,12 @@ class SpectrumStore:
         return spectrum
 
     def _touch(self, key: str) -> None:
-        statement = sa.update(spectra).where(spectra.c.key == key)
-        self._database.write(lambda c: c.execute(statement.values(used_at=DatabaseTime())))
+        statement = sa.update(spectra).where(spectra.c.key == key).values(used_at=DatabaseTime())
+        try:
+            self._database.write(lambda connection: connection.execute(statement))
+        except StoreError as error:
+            # Who may only read can do without.
+            _logger.debug(f"That a spectrum was used is not written down: {error}")
 
     def put(self, spectrum: Spectrum, *, overwrite: bool = False, **settings: Any) -> None:
         """Store a spectrum.
@@ -535,7 +540,8 @@ class SpectrumStore:
                 If the database fails.
         """
         pruning = _housekeeping.prune(self._database, self._folder, max_bytes)
-        self._database.vacuum()
+        if pruning.n_evicted or pruning.n_quarantined or pruning.n_orphaned:
+            self._database.vacuum()
         return pruning
 
     def export_spectrum(self, key: str, path: str | os.PathLike[str]) -> StoredSpectrum:
