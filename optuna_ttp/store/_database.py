@@ -34,6 +34,7 @@ _OPENING_PATIENCE = 20.0
 _PASSING = (
     "Connection refused",
     "closed the connection",
+    "not yet accepting connections",
     "reset by peer",
     "shutting down",
     "starting up",
