@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 import sys
 
+from optuna_ttp import _store_command
 from optuna_ttp.version import __version__
 
 
@@ -21,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     options = _parser().parse_args(arguments)
+    if options.command == "store":
+        return _store_command.run(options)
     if options.command == "demo":
         from optuna_ttp import _demo
 
@@ -63,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where to draw the result (default: optuna-ttp-demo.png)",
     )
     demo.add_argument("--no-picture", action="store_true", help="do not draw")
+    _store_command.add_parser(commands)
     return parser
 
 

@@ -15,6 +15,18 @@ class StoreError(OptunaTTPError):
     """The spectrum store cannot be opened, read or written."""
 
 
+class StoreVersionError(StoreError):
+    """The spectrum store was made by a newer version of this package."""
+
+
+class DamagedSpectrumError(OptunaTTPError, ValueError):
+    """Bytes are no spectrum, not as they were written, or of a newer format."""
+
+
+class LearnedConflictError(StoreError):
+    """Another worker stored what it learned of a task in between."""
+
+
 class FingerprintMismatchError(OptunaTTPError):
     """A spectrum belongs to another model, data set or loss than the task at hand."""
 
@@ -25,6 +37,10 @@ class OptunaTTPWarning(UserWarning):
 
 class DataOrderWarning(OptunaTTPWarning):
     """A data loader shuffles; the samples were taken in a fixed order instead."""
+
+
+class DamagedSpectrumWarning(OptunaTTPWarning):
+    """A stored spectrum is damaged; it was put aside and is computed again."""
 
 
 class UnreliablePredictionWarning(OptunaTTPWarning):

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict
 from dataclasses import dataclass
+from dataclasses import fields
 from dataclasses import replace
-import io
-import json
 from numbers import Integral
 import os
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_ttp import blob
+from optuna_ttp._archive import MOST_ARCHIVE
+from optuna_ttp._archive import read_archive
+from optuna_ttp.exceptions import DamagedSpectrumError
 from optuna_ttp.loss import Loss
 from optuna_ttp.throughput import Throughput
-
-
-_FORMAT = 3
-# Format 1 knew no weight decay, no validation samples and no probe, format 2 less of a probe.
-_READABLE = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,29 @@ class Spectrum:
         if not (self.rank and self.eigenvalues[-1] > 0 and (np.diff(self.eigenvalues) <= 0).all()):
             raise ValueError("The eigenvalues must be positive and descending.")
         for name in ("eigenvalues", "eigenvectors", "initial_outputs"):
-            if not np.isfinite(getattr(self, name)).all():
+            if not _is_finite(getattr(self, name)):
                 raise ValueError(f"The {name} of a spectrum must be finite.")
+        self._check_optional_arrays(shape)
+
+    def _check_optional_arrays(self, shape: tuple[int, ...]) -> None:
+        found: dict[str, tuple[NDArray[Any] | None, tuple[int, ...]]] = {
+            "weight_outputs": (self.weight_outputs, shape),
+            "decay_factors": (self.decay_factors, (self.rank,)),
+        }
+        if self.validation is not None:
+            outputs = self.validation.initial_outputs
+            size = (int(np.prod(outputs.shape)), self.rank)
+            found["validation.features"] = (self.validation.features, size)
+            found["validation.initial_outputs"] = (outputs, (len(outputs), shape[1]))
+        if self.probe is not None:
+            points = self.probe.fractions.shape
+            found.update({f"probe.{k}": (v, points) for k, v in vars(self.probe).items()})
+        for name, (array, expected) in found.items():
+            if array is not None and array.shape != expected:
+                raise ValueError(
+                    f"The array {name} of a spectrum must have shape {expected} but got "
+                    f"{array.shape}."
+                )
 
     def __repr__(self) -> str:
         return (
@@ -242,21 +265,34 @@ class Spectrum:
             decay_factors=None if self.decay_factors is None else self.decay_factors[:n_kept],
         )
 
-    def to_bytes(self) -> bytes:
-        """Return the spectrum as a compressed NumPy archive; no pickle is involved."""
+    def to_pieces(
+        self, digest: blob.Digest | None = None, *, note: Mapping[str, Any] | None = None
+    ) -> Iterator[bytes]:
+        """Yield the spectrum in the binary form of :mod:`optuna_ttp.blob`, a few MiB at a time.
+
+        Args:
+            digest:
+                Is told what names the content. Nothing is by default.
+            note:
+                A JSON object to keep with it, for :func:`optuna_ttp.blob.read_meta`. None by
+                default.
+
+        Yields:
+            Bytes. Joined they are what :meth:`to_bytes` gives.
+        """
         header: dict[str, Any] = {
-            "format": _FORMAT,
             "trace": self.trace,
             "loss": asdict(self.loss),
             "metadata": asdict(self.metadata),
             "throughput_device": None if self.throughput is None else self.throughput.device,
         }
+        if note is not None:
+            header["note"] = dict(note)
         arrays: dict[str, NDArray[Any]] = {
             "eigenvalues": self.eigenvalues,
             "eigenvectors": self.eigenvectors,
             "initial_outputs": self.initial_outputs,
             "targets": self.targets,
-            "header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
         }
         for key in ("weight_outputs", "decay_factors"):
             if getattr(self, key) is not None:
@@ -267,88 +303,77 @@ class Spectrum:
         if self.throughput is not None:
             arrays["throughput_batch_sizes"] = self.throughput.batch_sizes
             arrays["throughput_seconds"] = self.throughput.seconds
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **arrays)
-        return buffer.getvalue()
+        return blob.write(header, arrays, digest)
+
+    def to_bytes(self) -> bytes:
+        """Return the spectrum in the binary form of :mod:`optuna_ttp.blob`; without pickle."""
+        return b"".join(self.to_pieces())
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Spectrum:
-        """Read what :meth:`to_bytes` wrote.
+    def from_stream(
+        cls, stream: blob.Readable, n_bytes: int, digest: blob.Digest | None = None
+    ) -> Spectrum:
+        """Read what :meth:`to_pieces` gave, without holding it twice.
 
         Args:
-            data:
-                The archive.
+            stream:
+                An open file, or :class:`~optuna_ttp.blob.Pieces`.
+            n_bytes:
+                How many bytes it has.
+            digest:
+                Is told what names the content. Nothing is by default.
 
         Returns:
             The spectrum.
 
         Raises:
-            ValueError:
+            DamagedSpectrumError:
                 If the bytes are no spectrum, or one of a newer format.
         """
+        digest = blob.Digest() if digest is None else digest
+        start = bytes(stream.read(len(blob.MAGIC)))
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-                arrays = {key: archive[key] for key in archive.files}
-            header = json.loads(arrays.pop("header").tobytes())
-            written_as = header["format"]
-        # Foreign or damaged bytes make numpy's, zipfile's and json's parsers raise all sorts.
-        except Exception as error:
-            raise ValueError(
-                f"These bytes are no spectrum ({type(error).__name__} while reading them)."
-            ) from error
-        if written_as not in _READABLE:
-            raise ValueError(
-                f"The spectrum must have format {_FORMAT} or older but got {written_as}. "
-                "It was written by another version of optuna_ttp."
-            )
-        try:
-            loss = dict(header["loss"])
-            if loss["class_weights"] is not None:
-                loss["class_weights"] = tuple(loss["class_weights"])
-            throughput = None
-            if header["throughput_device"] is not None:
-                throughput = Throughput(
-                    arrays.pop("throughput_batch_sizes"),
-                    arrays.pop("throughput_seconds"),
-                    header["throughput_device"],
-                )
-            parts = {
-                name: {
-                    key.partition(".")[2]: arrays.pop(key)
-                    for key in sorted(arrays)
-                    if key.startswith(f"{name}.")
-                }
-                for name in ("validation", "probe")
-            }
-            if written_as < 3:
-                # Displacements only; the store probes again.
-                parts["probe"] = {}
-            return cls(
-                trace=float(header["trace"]),
-                validation=Validation(**parts["validation"]) if parts["validation"] else None,
-                probe=Probe(**parts["probe"]) if parts["probe"] else None,
-                loss=Loss(**loss),
-                throughput=throughput,
-                metadata=SpectrumMetadata(**header["metadata"]),
-                **arrays,
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"These bytes are no spectrum: {error}") from error
+            if blob.is_blob(start):
+                content = blob.read(stream, n_bytes, digest, start=start)
+                header, arrays = content.meta, content.arrays
+            else:
+                rest = max(0, min(n_bytes, MOST_ARCHIVE + 1) - len(start))
+                data = start + bytes(stream.read(rest))
+                digest.add(data)
+                header, arrays = read_archive(data)
+            return _assembled(header, arrays)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DamagedSpectrumError(f"These bytes are no spectrum: {error}") from error
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Spectrum:
+        """Read what :meth:`to_bytes` wrote, this version's or an older one's.
+
+        Args:
+            data:
+                The bytes.
+
+        Returns:
+            The spectrum.
+
+        Raises:
+            DamagedSpectrumError:
+                If the bytes are no spectrum, or one of a newer format. It is a
+                :exc:`ValueError`, too.
+        """
+        return cls.from_stream(blob.Pieces([data]), len(data))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the spectrum to a file, replacing it as a whole or not at all.
+
+        Workers that cannot reach the database of a :class:`~optuna_ttp.SpectrumStore`, such as
+        those of Optuna's gRPC proxy, read it with :meth:`load`.
 
         Args:
             path:
                 Where to write.
         """
-        target = Path(path)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        try:
-            partial.write_bytes(self.to_bytes())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(Path(path), self.to_pieces())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Spectrum:
@@ -362,10 +387,86 @@ class Spectrum:
             The spectrum.
 
         Raises:
-            ValueError:
+            DamagedSpectrumError:
                 If the file is no spectrum.
         """
-        return cls.from_bytes(Path(path).read_bytes())
+        with Path(path).open("rb") as file:
+            return cls.from_stream(file, os.fstat(file.fileno()).st_size)
+
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    # Block by block: a mask of the whole would be a quarter of a large array again.
+    rows = max(1, 2**20 * len(array) // max(1, array.size))
+    return all(
+        bool(np.isfinite(array[start : start + rows]).all())
+        for start in range(0, len(array), rows)
+    )
+
+
+def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file that is there as a whole or not at all, whatever happens.
+
+    Args:
+        path:
+            Where to write. What is there is replaced.
+        pieces:
+            The content.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{uuid4().hex[:8]}.partial")
+    try:
+        with partial.open("xb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            # Else a power cut may leave the new name with nothing behind it.
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _assembled(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Spectrum:
+    """Make a spectrum of what was read. Missing, foreign or unfit parts raise all sorts."""
+    loss = dict(header["loss"])
+    if loss["class_weights"] is not None:
+        loss["class_weights"] = tuple(loss["class_weights"])
+    throughput = None
+    if header["throughput_device"] is not None:
+        throughput = Throughput(
+            arrays.pop("throughput_batch_sizes"),
+            arrays.pop("throughput_seconds"),
+            _of_kind("str", "throughput_device", header["throughput_device"]),
+        )
+    parts = {
+        name: {
+            key.partition(".")[2]: arrays.pop(key)
+            for key in sorted(arrays)
+            if key.startswith(f"{name}.")
+        }
+        for name in ("validation", "probe")
+    }
+    for name in ("eigenvalues", "eigenvectors", "initial_outputs"):
+        if arrays[name].dtype.kind != "f":
+            raise ValueError(f"{name} must be floats but got {arrays[name].dtype}")
+    kinds = {field.name: str(field.type) for field in fields(SpectrumMetadata)}
+    return Spectrum(
+        trace=float(header["trace"]),
+        validation=Validation(**parts["validation"]) if parts["validation"] else None,
+        probe=Probe(**parts["probe"]) if parts["probe"] else None,
+        loss=Loss(**loss),
+        throughput=throughput,
+        metadata=SpectrumMetadata(
+            **{k: _of_kind(kinds.get(k, ""), k, v) for k, v in header["metadata"].items()}
+        ),
+        **arrays,
+    )
+
+
+def _of_kind(kind: str, name: str, value: Any) -> Any:
+    expected: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int)}
+    if not isinstance(value, expected.get(kind, (object,))):
+        raise TypeError(f"{name} must be a {kind} but got {type(value).__name__}")
+    return value
 
 
 def check_truncation(rank: int | None, explained_trace: float | None) -> None:

@@ -1,8 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+import os
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
+
+from tests.servers import MariaDB
+from tests.servers import PostgreSQL
+from tests.servers import REQUIRED
 
 
 hypothesis.settings.register_profile(
@@ -19,3 +27,40 @@ hypothesis.settings.load_profile("package")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every kind of device that is present."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """A PostgreSQL server. Where it must be there (in CI), it is no reason to skip."""
+    try:
+        server = PostgreSQL()
+    except FileNotFoundError as error:
+        if os.environ.get(REQUIRED):
+            raise
+        pytest.skip(f"{error} Install PostgreSQL to run this test.")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[MariaDB]:
+    """A MariaDB server, where there is one."""
+    pytest.importorskip("pymysql")
+    try:
+        server = MariaDB()
+    except FileNotFoundError as error:
+        pytest.skip(f"{error} Install MariaDB to run this test.")
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
+def any_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database of every kind that is present."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'ttp.db'}"
+        return
+    server = request.getfixturevalue(request.param)
+    url = server.new_database()
+    yield url
+    server.drop(url)

@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import tracemalloc
 from typing import Any
 import uuid
 
@@ -21,6 +22,7 @@ import pytest
 import sqlalchemy as sa
 import torch
 
+from optuna_ttp.exceptions import DamagedSpectrumWarning
 from optuna_ttp.exceptions import FingerprintMismatchError
 from optuna_ttp.exceptions import StoreError
 from optuna_ttp.spectrum import Spectrum
@@ -31,7 +33,7 @@ from tests.models import mlp
 from tests.models import vectors
 
 
-QUICK = {"measure_speed": False, "show_progress_bar": False}
+QUICK: dict[str, Any] = {"measure_speed": False, "show_progress_bar": False}
 
 
 @pytest.fixture
@@ -146,7 +148,12 @@ def test_a_spectrum_is_not_stored_under_settings_that_it_was_not_computed_with()
 def test_defaults_and_numpy_numbers_name_the_same_spectrum(url: str) -> None:
     store = SpectrumStore(url)
     task = Counting().task
-    spelled = {"engine": "exact", "dtype": "float32", "rank": None, "explained_trace": None}
+    spelled: dict[str, Any] = {
+        "engine": "exact",
+        "dtype": "float32",
+        "rank": None,
+        "explained_trace": None,
+    }
     first = store.get_or_compute(task, **spelled, **QUICK)
     found = store.get(task)
     assert found is not None
@@ -357,51 +364,103 @@ def test_threads_share_a_store(url: str) -> None:
 
 def _execute(url: str, statement: str, *values: Any) -> None:
     with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
-        assert connection.execute(statement, values).rowcount == 1
+        assert connection.execute(statement, values).rowcount > 0
     connection.close()
 
 
-def test_damaged_bytes_are_noticed(url: str) -> None:
-    store = SpectrumStore(url)
-    store.put(spectrum())
-    damaged = bytearray(spectrum().to_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    _execute(url, "UPDATE ttp_spectra SET data = ?", bytes(damaged))
-    with pytest.raises(StoreError, match=r"damaged: its checksum does not match. Delete it"):
-        store.get(spectrum().metadata.fingerprint)
-    assert store.delete(spectrum().metadata.fingerprint) == 1
+def _flip(url: str, bit: int) -> None:
+    """Flip one bit of a single stored chunk of arrays."""
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
+        query = "SELECT rowid, data FROM ttp_chunks ORDER BY length(data) DESC LIMIT 1"
+        rowid, data = connection.execute(query).fetchone()
+        damaged = bytearray(data)
+        damaged[bit // 8 % len(damaged)] ^= 1 << bit % 8
+        connection.execute("UPDATE ttp_chunks SET data = ? WHERE rowid = ?", (damaged, rowid))
+    connection.close()
 
 
-def test_half_written_bytes_are_noticed(url: str) -> None:
+@pytest.mark.parametrize("bit", [0, 40, 300, 5000])
+def test_a_flipped_bit_is_noticed_put_aside_and_computed_again(url: str, bit: int) -> None:
+    store = SpectrumStore(url)
+    counting = Counting()
+    first = store.get_or_compute(counting.task, **QUICK)
+    _flip(url, bit)
+    assert not store.verify().is_clean
+    counting.n_calls = 0
+    with pytest.warns(DamagedSpectrumWarning, match=r"is damaged and was put aside: .*checksum|"):
+        again = store.get_or_compute(counting.task, **QUICK)
+    assert counting.n_calls > 0
+    np.testing.assert_array_equal(again.eigenvalues, first.eigenvalues)
+    _assert_equal(SpectrumStore(url).get_or_compute(counting.task, **QUICK), again)
+    checked = store.verify()
+    assert (checked.n_checked, checked.damaged, checked.n_quarantined) == (1, {}, 1)
+    assert store.prune().n_quarantined == 1
+    assert store.verify().is_clean
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM ttp_chunks WHERE position = 1",
+        "UPDATE ttp_chunks SET data = substr(data, 1, 100) WHERE position = 1",
+        "UPDATE ttp_chunks SET data = data || data WHERE position = 1",
+        "UPDATE ttp_chunks SET data = zeroblob(100000000) WHERE position = 1",
+        "UPDATE ttp_chunks SET position = 1000 WHERE position = 1",
+        "UPDATE ttp_spectra SET n_bytes = n_bytes + 1",
+        "UPDATE ttp_spectra SET checksum = '0'",
+    ],
+)
+def test_rows_that_do_not_fit_are_put_aside(url: str, statement: str) -> None:
     store = SpectrumStore(url)
     store.put(spectrum())
-    _execute(url, "UPDATE ttp_spectra SET data = substr(data, 1, 1000)")
-    with pytest.raises(StoreError, match="damaged"):
-        store.get(spectrum().metadata.fingerprint)
+    _execute(url, statement)
+    tracemalloc.start()
+    with pytest.warns(DamagedSpectrumWarning, match="was put aside"):
+        assert store.get(spectrum().metadata.fingerprint) is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
+    assert store.get(spectrum().metadata.fingerprint) is None
+    assert store.list() == []
 
 
 def _replace_data(url: str, data: bytes) -> None:
+    """Let a foreign blob stand where a spectrum stood, as someone would who knows the format."""
+    _execute(url, "DELETE FROM ttp_chunks WHERE position > 1")
+    _execute(url, "DELETE FROM ttp_chunks WHERE position = 1")
+    _execute(url, "UPDATE ttp_chunks SET data = ?", data)
     checksum = hashlib.sha256(data).hexdigest()
-    _execute(url, "UPDATE ttp_spectra SET data = ?, checksum = ?", data, checksum)
+    _execute(url, "UPDATE ttp_spectra SET checksum = ?, n_bytes = ?", checksum, len(data))
 
 
-def test_bytes_that_are_no_spectrum_are_refused(url: str) -> None:
+def test_bytes_that_are_no_spectrum_are_put_aside(url: str) -> None:
     store = SpectrumStore(url)
     store.put(spectrum())
     _replace_data(url, pickle.dumps(spectrum()))
-    with pytest.raises(StoreError, match="These bytes are no spectrum"):
-        store.get(spectrum().metadata.fingerprint)
+    with pytest.warns(DamagedSpectrumWarning, match="These bytes are no spectrum"):
+        assert store.get(spectrum().metadata.fingerprint) is None
 
 
 def test_spectrum_of_another_task_is_refused(url: str) -> None:
     store = SpectrumStore(url)
     counting = Counting()
     store.get_or_compute(counting.task, **QUICK)
-    _replace_data(url, spectrum().to_bytes())
+    fingerprint = spectrum().metadata.fingerprint
+    store.put(spectrum())
+    _execute(url, "DELETE FROM ttp_spectra WHERE fingerprint = ?", fingerprint)
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
+        query = "SELECT key, fingerprint FROM ttp_spectra"
+        key, _ = connection.execute(query).fetchone()
+    connection.close()
+    store.put(spectrum())
+    _execute(url, "DELETE FROM ttp_spectra WHERE key = ?", key)
+    change = "UPDATE ttp_spectra SET key = ?, fingerprint = ?"
+    _execute(url, change, key, counting.task.fingerprint)
     with pytest.raises(FingerprintMismatchError, match=r"must belong to the task .* but got one"):
         store.get(counting.task)
     with pytest.raises(FingerprintMismatchError):
         store.get_or_compute(counting.task, **QUICK)
+    assert not store.verify().is_clean
 
 
 def test_failed_computation_stores_nothing(url: str) -> None:

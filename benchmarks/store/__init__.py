@@ -1,0 +1,3 @@
+"""Whether the store is as trustworthy as the database under it, and what it costs."""
+
+from __future__ import annotations

@@ -1,0 +1,140 @@
+"""What a long computation has finished, for the one that goes on after it was killed."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import uuid4
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+import sqlalchemy as sa
+
+from optuna_ttp import blob
+from optuna_ttp.exceptions import DamagedSpectrumError
+from optuna_ttp.exceptions import DamagedSpectrumWarning
+from optuna_ttp.store import _chunks
+from optuna_ttp.store._database import Database
+from optuna_ttp.store._schema import checkpoints
+from optuna_ttp.store._schema import DatabaseTime
+
+
+class Checkpoint:
+    """Named arrays of a computation that is under way.
+
+    Get one from :meth:`SpectrumStore.checkpoint`. They are deleted when the spectrum is stored.
+
+    Example:
+        >>> checkpoint = store.checkpoint(task)
+        >>> checkpoint.save_block("gram/0", np.eye(3))
+        >>> checkpoint.load_block("gram/0").shape
+        (3, 3)
+
+    Args:
+        database:
+            Where they are kept.
+        key:
+            Of the spectrum that they belong to.
+    """
+
+    def __init__(self, database: Database, key: str) -> None:
+        self._database = database
+        self._key = key
+
+    def save_block(self, name: str, array: NDArray[Any]) -> None:
+        """Keep an array, instead of one of the same name.
+
+        Args:
+            name:
+                Up to 255 characters.
+            array:
+                Numbers.
+
+        Raises:
+            ValueError:
+                If the name is empty or too long.
+            StoreError:
+                If the database fails.
+        """
+        if not 0 < len(name) <= 255:
+            raise ValueError(f"name must have 1 to 255 characters but got {len(name)}.")
+
+        def work(connection: sa.Connection) -> None:
+            self._delete(connection, name)
+            own = uuid4().hex
+            pieces = blob.write({"name": name}, {"block": np.asarray(array)})
+            n_bytes = _chunks.insert(connection, own, pieces)
+            row = {"key": self._key, "name": name, "blob": own, "n_bytes": n_bytes}
+            connection.execute(sa.insert(checkpoints).values(saved_at=DatabaseTime(), **row))
+
+        try:
+            self._database.write(work)
+        except sa.exc.IntegrityError:
+            # One that was believed dead saved the same block.
+            return
+
+    def load_block(self, name: str) -> NDArray[Any] | None:
+        """Return an array that was kept.
+
+        Args:
+            name:
+                As it was saved under.
+
+        Returns:
+            The array; :obj:`None` where there is none, or it is damaged.
+
+        Raises:
+            StoreError:
+                If the database fails.
+        """
+
+        def work(connection: sa.Connection) -> NDArray[Any] | None:
+            row = connection.execute(sa.select(checkpoints).where(*self._is(name))).first()
+            if row is None:
+                return None
+            pieces = blob.Pieces(_chunks.select(connection, row.blob, row.n_bytes))
+            content = blob.read(pieces, row.n_bytes)
+            if content.meta != {"name": name} or set(content.arrays) != {"block"}:
+                raise DamagedSpectrumError("it is another block")
+            return content.arrays["block"]
+
+        try:
+            return self._database.read(work)
+        except DamagedSpectrumError as error:
+            warnings.warn(
+                f"The stored block {name!r} is damaged and computed again: {error}.",
+                DamagedSpectrumWarning,
+                stacklevel=2,
+            )
+            return None
+
+    def clear(self) -> None:
+        """Delete all.
+
+        Raises:
+            StoreError:
+                If the database fails.
+        """
+        self._database.write(lambda connection: clear(connection, self._key))
+
+    def _is(self, name: str) -> tuple[sa.ColumnElement[bool], ...]:
+        return checkpoints.c.key == self._key, checkpoints.c.name == name
+
+    def _delete(self, connection: sa.Connection, name: str) -> None:
+        old = sa.select(checkpoints.c.blob).where(*self._is(name))
+        _chunks.delete(connection, connection.execute(old).scalars().all())
+        connection.execute(sa.delete(checkpoints).where(*self._is(name)))
+
+
+def clear(connection: sa.Connection, key: str) -> None:
+    """Delete the blocks of a spectrum.
+
+    Args:
+        connection:
+            In a transaction.
+        key:
+            The spectrum's.
+    """
+    old = sa.select(checkpoints.c.blob).where(checkpoints.c.key == key)
+    _chunks.delete(connection, connection.execute(old).scalars().all())
+    connection.execute(sa.delete(checkpoints).where(checkpoints.c.key == key))

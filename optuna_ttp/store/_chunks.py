@@ -1,0 +1,90 @@
+"""Long bytes in short rows, so that neither a driver nor a server has to hold them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+
+import sqlalchemy as sa
+
+from optuna_ttp import blob
+from optuna_ttp.exceptions import DamagedSpectrumError
+from optuna_ttp.store._schema import chunks
+
+
+def insert(connection: sa.Connection, name: str, pieces: Iterable[bytes]) -> int:
+    """Write a row a piece.
+
+    Args:
+        connection:
+            In a transaction.
+        name:
+            The blob's.
+        pieces:
+            At most :data:`optuna_ttp.blob.FRAME` bytes each.
+
+    Returns:
+        How many bytes there were.
+    """
+    n_bytes = 0
+    for position, piece in enumerate(pieces):
+        connection.execute(sa.insert(chunks), {"blob": name, "position": position, "data": piece})
+        n_bytes += len(piece)
+    return n_bytes
+
+
+def select(connection: sa.Connection, name: str, n_bytes: int) -> Iterator[bytes]:
+    """Yield the pieces, each read when it is needed.
+
+    Args:
+        connection:
+            In a transaction.
+        name:
+            The blob's.
+        n_bytes:
+            How many bytes there must be.
+
+    Yields:
+        The pieces.
+
+    Raises:
+        DamagedSpectrumError:
+            If rows are missing, or are longer than any that is written.
+    """
+    query = (
+        sa.select(chunks.c.position, sa.func.length(chunks.c.data))
+        .where(chunks.c.blob == name)
+        .order_by(chunks.c.position)
+    )
+    lengths = {row[0]: row[1] for row in connection.execute(query)}
+    # Before a byte of them is read: a hostile row is not to fill the memory.
+    if (
+        list(lengths) != list(range(len(lengths)))
+        or sum(lengths.values()) != n_bytes
+        or max(lengths.values(), default=0) > blob.FRAME
+    ):
+        raise DamagedSpectrumError(
+            f"{n_bytes} bytes must be there but got {sum(lengths.values())} in {len(lengths)} rows"
+        )
+    for position in lengths:
+        query = sa.select(chunks.c.data).where(
+            chunks.c.blob == name, chunks.c.position == position
+        )
+        data = connection.execute(query).scalar_one()
+        if not isinstance(data, bytes):
+            # SQLite keeps anything in any column.
+            raise DamagedSpectrumError("a row holds no bytes")
+        yield data
+
+
+def delete(connection: sa.Connection, names: Iterable[str]) -> None:
+    """Delete the rows of blobs.
+
+    Args:
+        connection:
+            In a transaction.
+        names:
+            The blobs'.
+    """
+    for name in names:
+        connection.execute(sa.delete(chunks).where(chunks.c.blob == name))

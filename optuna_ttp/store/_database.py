@@ -1,0 +1,294 @@
+"""A database behind a URL: how it is opened, what a transaction is, what its errors say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import os
+from pathlib import Path
+import random
+import time
+from typing import Any
+from typing import TypeVar
+
+from optuna.logging import get_logger
+import platformdirs
+import sqlalchemy as sa
+from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL
+
+from optuna_ttp.exceptions import StoreError
+from optuna_ttp.exceptions import StoreVersionError
+from optuna_ttp.store._migrate import migrate
+
+
+_logger = get_logger("optuna.ttp.store")
+_Result = TypeVar("_Result")
+
+# Seconds that SQLite waits for another process's transaction, which may write a large spectrum.
+_BUSY_SECONDS = 120
+# Seconds during which a lost connection is opened again: a server takes so long to restart.
+_PATIENCE = 60.0
+# The same when a store is opened, where the server may also not be there at all.
+_OPENING_PATIENCE = 20.0
+# A server that cannot be reached gives no code, only a text.
+_PASSING = (
+    "Connection refused",
+    "closed the connection",
+    "not yet accepting connections",
+    "reset by peer",
+    "shutting down",
+    "starting up",
+)
+# Deadlock and serialisation failures, after which a transaction is to be done again.
+_POSTGRESQL_AGAIN = ("40001", "40P01", "57P01", "57P02", "57P03")
+_MYSQL_AGAIN = (1205, 1213)
+
+
+class Database:
+    """Transactions in any database that SQLAlchemy reaches.
+
+    A transaction is a function of a connection. It is called again after a lost connection or a
+    deadlock, so it must give the same when it is done twice.
+
+    Args:
+        url:
+            A database URL. A SQLite file in the user's cache folder by default.
+
+    Raises:
+        StoreError:
+            If the database cannot be opened. No password appears in the message.
+    """
+
+    def __init__(self, url: str | URL | None = None) -> None:
+        try:
+            self._url = make_url(_default_url() if url is None else url)
+            if self._url.get_backend_name() != "sqlite" and "@" in (
+                f"{self._url.host}{self._url.database}{self._url.query}"
+            ):
+                raise ValueError("Part of a password was taken for something else.")
+        except (sa.exc.ArgumentError, ValueError):
+            # The text may hold a password: neither it nor its cause is repeated.
+            raise StoreError(
+                "The store's URL must look like 'sqlite:///ttp.db' or "
+                "'postgresql://user:password@host/database' (with '@' in a password written as "
+                "%40) but could not be read."
+            ) from None
+        self._engine = self._open()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_url": self._url}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._url = state["_url"]
+        self._engine = self._open()
+        self._process = os.getpid()
+
+    @property
+    def shown(self) -> str:
+        """The URL without its secrets."""
+        # Some drivers take a password in the query, too.
+        return self._url.set(query={}).render_as_string(hide_password=True)
+
+    def read(self, work: Callable[[sa.Connection], _Result]) -> _Result:
+        """Do something in a transaction that sees one moment of the database.
+
+        Args:
+            work:
+                Reads.
+
+        Returns:
+            What the work returns.
+
+        Raises:
+            StoreError:
+                If the database fails.
+        """
+        return self._do("read", work, {"isolation_level": "REPEATABLE READ"}, _PATIENCE)
+
+    def write(
+        self, work: Callable[[sa.Connection], _Result], *, patience: float = _PATIENCE
+    ) -> _Result:
+        """Do something in a transaction that happens as a whole or not at all.
+
+        Args:
+            work:
+                Reads and writes.
+            patience:
+                Seconds during which a lost connection is opened again. A minute by default.
+
+        Returns:
+            What the work returns.
+
+        Raises:
+            StoreError:
+                If the database fails.
+            sqlalchemy.exc.IntegrityError:
+                If another transaction was first to write a row.
+        """
+        return self._do("write", work, {"ttp_write": True}, patience)
+
+    def vacuum(self) -> None:
+        """Give the space of what was deleted back, where the database does not do so itself.
+
+        It is left for another time where somebody else uses the database just now.
+        """
+        if self._engine.dialect.name != "sqlite":
+            return
+        try:
+            with self._engine.connect().execution_options(ttp_plain=True) as connection:
+                connection.exec_driver_sql("PRAGMA busy_timeout=1000")
+                connection.exec_driver_sql("VACUUM")
+        except sa.exc.OperationalError as error:
+            _logger.info(f"The space is given back another time: {error.orig}")
+
+    def _do(
+        self,
+        verb: str,
+        work: Callable[[sa.Connection], _Result],
+        options: dict[str, Any],
+        patience: float,
+    ) -> _Result:
+        if self._engine.dialect.name == "sqlite":
+            # One of its own levels; a transaction there always sees one moment.
+            options = {k: v for k, v in options.items() if k != "isolation_level"}
+        if self._process != os.getpid():
+            # After a fork, the connections are the parent's: neither to be used nor closed here.
+            self._engine.dispose(close=False)
+            self._process = os.getpid()
+        deadline = time.monotonic() + patience
+        pause = 0.05
+        while True:
+            try:
+                with self._engine.connect() as connection:
+                    connection = connection.execution_options(**options)
+                    with connection.begin():
+                        return work(connection)
+            except sa.exc.IntegrityError:
+                raise
+            except sa.exc.SQLAlchemyError as error:
+                if not self._may_pass(error) or time.monotonic() > deadline:
+                    raise self._failure(verb, error) from None
+                _logger.debug(f"Trying again: {self._failure(verb, error)}")
+            # Those that met once shall not meet again.
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, 2.0)
+
+    def _may_pass(self, error: sa.exc.SQLAlchemyError) -> bool:
+        """Whether the same transaction may succeed a little later."""
+        if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
+            return True
+        original = getattr(error, "orig", None)
+        if self._engine.dialect.name == "postgresql":
+            code = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)
+            # No code: it was not the server that refused, there was none to be reached.
+            unreached = code is None and isinstance(error, sa.exc.OperationalError)
+            return unreached or code in _POSTGRESQL_AGAIN
+        if self._engine.dialect.name in ("mysql", "mariadb"):
+            number = next(iter(getattr(original, "args", ())), None)
+            # 2002 and 2003: the server is not there, perhaps not yet.
+            return number in (*_MYSQL_AGAIN, 1053, 2002, 2003, 2006, 2013, 2055)
+        return False
+
+    def _open(self) -> sa.Engine:
+        is_sqlite = self._url.get_backend_name() == "sqlite"
+        try:
+            engine = sa.create_engine(self._url, **_engine_arguments(self._url, is_sqlite))
+            if is_sqlite:
+                _make_private_file(self._url)
+                _prepare_sqlite(engine)
+            _migrate_patiently(engine)
+        except StoreVersionError as error:
+            raise StoreVersionError(f"{self.shown}: {error}") from None
+        except (sa.exc.SQLAlchemyError, ImportError, OSError, TypeError, ValueError) as error:
+            raise self._failure("open", error) from None
+        return engine
+
+    def _failure(self, verb: str, error: Exception) -> StoreError:
+        reason = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
+        for secret in (self._url.password, *self._url.query.values()):
+            if secret:
+                reason = reason.replace(str(secret), "***")
+        if isinstance(error, ModuleNotFoundError):
+            reason += ". Install the database's driver"
+        return StoreError(f"Could not {verb} the store {self.shown}: {reason}.")
+
+
+def _migrate_patiently(engine: sa.Engine) -> None:
+    deadline = time.monotonic() + _OPENING_PATIENCE
+    while True:
+        try:
+            return migrate(engine)
+        except sa.exc.DBAPIError as error:
+            # A wrong password or name is told at once; a server that restarts is waited for.
+            is_passing = error.connection_invalidated or any(
+                text in str(error.orig) for text in _PASSING
+            )
+            if not is_passing or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+
+
+def _engine_arguments(url: URL, is_sqlite: bool) -> dict[str, Any]:
+    if not is_sqlite:
+        # A server that was restarted has forgotten the connections that are kept.
+        return {"pool_pre_ping": True}
+    arguments: dict[str, Any] = {"connect_args": {"timeout": _BUSY_SECONDS}}
+    if not _is_in_memory(url):
+        # SQLite's locks do not survive a fork: no connection is to be open when one happens.
+        return {**arguments, "poolclass": sa.NullPool}
+    # All threads must see the same database, which lives as long as its only connection.
+    arguments["connect_args"]["check_same_thread"] = False
+    pool = {"poolclass": sa.QueuePool, "pool_size": 1, "max_overflow": 0, "pool_timeout": 3600}
+    return {**arguments, **pool}
+
+
+def _prepare_sqlite(engine: sa.Engine) -> None:
+    """Let transactions begin where SQLAlchemy begins them, and readers not wait for writers."""
+
+    @sa.event.listens_for(engine, "connect")
+    def _connect(connection: Any, record: object) -> None:
+        # Python's driver would begin transactions late, and not for every statement.
+        connection.isolation_level = None
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        options = connection.get_execution_options()
+        if not options.get("ttp_plain"):
+            # Reading first and writing later would fail if another wrote in between.
+            writes = options.get("ttp_write")
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    with engine.connect().execution_options(ttp_plain=True) as connection:
+        try:
+            # It stays with the file, but cannot be changed while anybody reads: not worth a wait.
+            connection.exec_driver_sql("PRAGMA busy_timeout=100")
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        except sa.exc.OperationalError as error:
+            # The default journal does, too, but readers wait for writers.
+            _logger.debug(f"The journal stays as it is: {error.orig}")
+        connection.exec_driver_sql(f"PRAGMA busy_timeout={1000 * _BUSY_SECONDS}")
+
+
+def _default_url() -> str:
+    folder = Path(platformdirs.user_cache_dir("optuna_ttp", appauthor=False))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"Could not make the cache folder {folder}: {error}") from error
+    return f"sqlite:///{folder / 'spectra.db'}"
+
+
+def _is_in_memory(url: URL) -> bool:
+    return url.database in (None, "", ":memory:") or "mode=memory" in str(url)
+
+
+def _make_private_file(url: URL) -> None:
+    """A new SQLite file can be read and written by its owner alone."""
+    if _is_in_memory(url) or str(url.database).startswith("file:"):
+        return
+    try:
+        os.close(os.open(str(url.database), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    except OSError:
+        # It is there already, or cannot be made: opening it says why.
+        return

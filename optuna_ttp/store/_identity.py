@@ -1,0 +1,93 @@
+"""Under what a spectrum is filed: its task and the settings that shape its arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from optuna_ttp.spectrum import check_truncation
+from optuna_ttp.spectrum import Spectrum
+
+
+# What changes the arrays. Where and how fast they are computed does not.
+SETTING_DEFAULTS: dict[str, Any] = {
+    "engine": "exact",
+    "dtype": "float32",
+    "rank": None,
+    "explained_trace": None,
+}
+
+
+def complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return all settings, the defaults included.
+
+    Args:
+        settings:
+            Those that were given.
+
+    Returns:
+        Plain Python values by name.
+
+    Raises:
+        TypeError:
+            If one is unknown.
+        ValueError:
+            If one is out of its range.
+    """
+    unknown = sorted(set(settings) - set(SETTING_DEFAULTS))
+    if unknown:
+        raise TypeError(
+            f"The settings of a stored spectrum are {', '.join(SETTING_DEFAULTS)} but got "
+            f"{', '.join(unknown)}."
+        )
+    check_truncation(settings.get("rank"), settings.get("explained_trace"))
+    # NumPy's numbers, which JSON does not know, name the same spectrum as Python's.
+    kinds = {"rank": int, "explained_trace": float}
+    plain = {k: kinds[k](v) if k in kinds and v is not None else v for k, v in settings.items()}
+    return {**SETTING_DEFAULTS, **plain}
+
+
+def key(fingerprint: str, settings: dict[str, Any]) -> str:
+    """Return the name of a row, 64 hexadecimal digits.
+
+    Only settings that differ from their defaults are part of it: a version that knows one setting
+    more still finds what is stored.
+
+    Args:
+        fingerprint:
+            The task's.
+        settings:
+            Those that were given.
+    """
+    changed = {k: v for k, v in complete(settings).items() if v != SETTING_DEFAULTS[k]}
+    text = json.dumps([fingerprint, changed], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_settings(spectrum: Spectrum, settings: dict[str, Any]) -> None:
+    """Refuse to file a spectrum where another one would be looked for.
+
+    Args:
+        spectrum:
+            What is to be stored.
+        settings:
+            What it is to be stored under.
+
+    Raises:
+        ValueError:
+            If it was not computed so.
+    """
+    made = {"engine": spectrum.metadata.engine, "dtype": spectrum.metadata.dtype}
+    for name, value in made.items():
+        if settings.get(name, value) != value:
+            raise ValueError(
+                f"The spectrum was computed with {name}={value!r} but got {name}="
+                f"{settings[name]!r} to store it under."
+            )
+    rank = settings.get("rank")
+    if rank is not None and spectrum.rank > rank:
+        raise ValueError(
+            f"The spectrum has rank {spectrum.rank} but got rank={rank} to store it under. "
+            "Truncate it first."
+        )

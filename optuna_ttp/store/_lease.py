@@ -1,0 +1,174 @@
+"""Who is computing what: a row that its owner keeps alive, by the database's clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import os
+import platform
+import threading
+from types import TracebackType
+from uuid import uuid4
+
+from optuna.logging import get_logger
+import sqlalchemy as sa
+
+from optuna_ttp.exceptions import StoreError
+from optuna_ttp.store._database import Database
+from optuna_ttp.store._schema import DatabaseTime
+from optuna_ttp.store._schema import leases
+
+
+_logger = get_logger("optuna.ttp.store")
+# Of a lease's time: three beats may be lost before it runs out.
+_BEAT = 0.25
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Who has a lease.
+
+    Attributes:
+        holder:
+            Machine and process.
+        seconds:
+            How long, by the database's clock.
+    """
+
+    holder: str
+    seconds: float
+
+
+class Lease:
+    """The right to compute something, held until it is released or its owner dies.
+
+    Use :func:`acquire`. As a context it is released at the end, whatever happens.
+
+    Args:
+        database:
+            Where the row is.
+        key:
+            Of what is computed.
+        owner:
+            Tells this lease from all others.
+        seconds:
+            How long it lasts without a sign of life.
+    """
+
+    def __init__(self, database: Database, key: str, owner: str, seconds: float) -> None:
+        self._database = database
+        self._key = key
+        self._owner = owner
+        self._seconds = seconds
+        self._released = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="ttp-lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        self._heart.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._released.set()
+        try:
+            # Whoever waits would wait in vain until it runs out, but that is all.
+            self._database.write(self._delete, patience=1.0)
+        except StoreError as failure:
+            _logger.warning(f"A lease runs out in {self._seconds:.0f} s: {failure}")
+
+    def _beat(self) -> None:
+        while not self._released.wait(_BEAT * self._seconds):
+            try:
+                alive = self._database.write(self._prolong)
+            except StoreError as failure:
+                _logger.debug(f"A sign of life did not arrive: {failure}")
+                continue
+            if not alive and not self._released.is_set():
+                _logger.warning(
+                    "Another worker has taken over what this one computes: it was not heard of "
+                    f"for {self._seconds:.0f} s. The first result is kept."
+                )
+                return
+
+    def _prolong(self, connection: sa.Connection) -> bool:
+        statement = (
+            sa.update(leases)
+            .where(leases.c.key == self._key, leases.c.owner == self._owner)
+            .values(expires_at=DatabaseTime() + self._seconds)
+        )
+        return connection.execute(statement).rowcount == 1
+
+    def _delete(self, connection: sa.Connection) -> None:
+        connection.execute(
+            sa.delete(leases).where(leases.c.key == self._key, leases.c.owner == self._owner)
+        )
+
+
+def acquire(database: Database, key: str, seconds: float) -> Lease | None:
+    """Try to get the right to compute something.
+
+    Args:
+        database:
+            Where to ask.
+        key:
+            Of what is computed.
+        seconds:
+            How long the lease lasts without a sign of life.
+
+    Returns:
+        The lease, to be entered as a context; :obj:`None` where another worker has it.
+
+    Raises:
+        StoreError:
+            If the database fails.
+    """
+    owner = uuid4().hex
+    mine = {
+        "owner": owner,
+        "holder": f"process {os.getpid()} on {platform.node()}"[:255],
+        "acquired_at": DatabaseTime(),
+        "expires_at": DatabaseTime() + seconds,
+    }
+
+    def take(connection: sa.Connection) -> bool:
+        found = sa.select(leases.c.owner).where(leases.c.key == key)
+        current = connection.execute(found).scalar()
+        if current is None:
+            connection.execute(sa.insert(leases).values(key=key, **mine))
+            return True
+        dead = sa.update(leases).where(leases.c.key == key, leases.c.expires_at <= DatabaseTime())
+        # The second case: this was done before, and the answer of the commit was lost.
+        return connection.execute(dead.values(mine)).rowcount == 1 or current == owner
+
+    try:
+        taken = database.write(take)
+    except sa.exc.IntegrityError:
+        # Another one inserted its row between question and insertion.
+        return None
+    return Lease(database, key, owner, seconds) if taken else None
+
+
+def holding(database: Database, key: str) -> Holding | None:
+    """Return who is computing something.
+
+    Args:
+        database:
+            Where to ask.
+        key:
+            Of what is computed.
+
+    Returns:
+        The holder; :obj:`None` where nobody is, or its lease has run out.
+
+    Raises:
+        StoreError:
+            If the database fails.
+    """
+    query = sa.select(leases.c.holder, DatabaseTime() - leases.c.acquired_at).where(
+        leases.c.key == key, leases.c.expires_at > DatabaseTime()
+    )
+    row = database.read(lambda connection: connection.execute(query).first())
+    return None if row is None else Holding(row[0], max(0.0, float(row[1])))

@@ -1,0 +1,129 @@
+"""Large blobs as files, named by their content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+import os
+from pathlib import Path
+import re
+import time
+from typing import BinaryIO
+from uuid import uuid4
+
+from optuna_ttp import blob
+from optuna_ttp.exceptions import DamagedSpectrumError
+from optuna_ttp.exceptions import StoreError
+
+
+# A file is written before the row that names it is committed.
+_GRACE_SECONDS = 3600.0
+
+
+class ObjectFolder:
+    """Files named by the digest of what is in them, each there as a whole or not at all.
+
+    Args:
+        path:
+            The folder. It is made, for the user alone, where it is not there.
+
+    Raises:
+        StoreError:
+            If the folder cannot be made.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        try:
+            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"Could not make the folder {self._path}: {error}") from error
+
+    def write(self, pieces: Iterable[bytes], digest: blob.Digest) -> int:
+        """Write a file.
+
+        Args:
+            pieces:
+                The content.
+            digest:
+                Knows the name once all pieces were made.
+
+        Returns:
+            How many bytes there were.
+
+        Raises:
+            StoreError:
+                If it cannot be written.
+        """
+        partial = self._path / f"{uuid4().hex}.partial"
+        n_bytes = 0
+        try:
+            with partial.open("xb") as file:
+                partial.chmod(0o600)
+                for piece in pieces:
+                    file.write(piece)
+                    n_bytes += len(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            target = self._file(digest.hexdigest())
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            # Also where it is there: its age is what protects it until the row is committed.
+            partial.replace(target)
+        except OSError as error:
+            raise StoreError(f"Could not write to the folder {self._path}: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        return n_bytes
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file.
+
+        Args:
+            name:
+                The digest of its content.
+
+        Returns:
+            The file.
+
+        Raises:
+            DamagedSpectrumError:
+                If there is none.
+        """
+        try:
+            return self._file(name).open("rb")
+        except OSError as error:
+            raise DamagedSpectrumError(f"its file is missing ({error.strerror})") from error
+
+    def delete_unused(self, used: set[str], *, grace_seconds: float = _GRACE_SECONDS) -> int:
+        """Delete files that no row names.
+
+        Args:
+            used:
+                Digests of those to keep.
+            grace_seconds:
+                Younger files are kept, too: their rows may be on the way. An hour by default.
+
+        Returns:
+            How many bytes were deleted.
+        """
+        n_bytes = 0
+        for file in self._files():
+            status = file.stat()
+            if file.name not in used and status.st_mtime < time.time() - grace_seconds:
+                file.unlink(missing_ok=True)
+                n_bytes += status.st_size
+        return n_bytes
+
+    def _files(self) -> Iterator[Path]:
+        yield from self._path.glob("*.partial")
+        yield from (file for file in self._path.glob("??/*") if _is_name(file.name))
+
+    def _file(self, name: str) -> Path:
+        # The name comes from a row, which anybody may have written.
+        if not _is_name(name):
+            raise DamagedSpectrumError("its file has an impossible name")
+        return self._path / name[:2] / name
+
+
+def _is_name(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
