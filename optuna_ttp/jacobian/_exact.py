@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 
 if TYPE_CHECKING:
+    from optuna_ttp.frozen_model import FrozenModel
     from optuna_ttp.task import FineTuningTask
-    from optuna_ttp.task import FrozenModel
 
 
 # Weights whose products are summed in the Jacobian's own precision.
