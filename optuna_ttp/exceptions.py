@@ -29,3 +29,7 @@ class DataOrderWarning(OptunaTTPWarning):
 
 class UnreliablePredictionWarning(OptunaTTPWarning):
     """Predictions disagree with observed training, or rest on an extrapolation."""
+
+
+class JacobianMismatchError(OptunaTTPError):
+    """Rows of the Jacobian differ from what plain automatic differentiation gives."""

@@ -27,6 +27,15 @@ class FrozenModel:
             Where to run.
         dtype:
             What floating-point tensors are cast to.
+
+    Attributes:
+        adapter:
+            The module that is run: the user's model and adapter in one, with the user's own
+            parameters, in whose place :attr:`parameters` are used.
+        parameters:
+            The trainable parameters by their names in the adapter.
+        original_names:
+            From the identity of each of the user's parameters to its name in the adapter.
     """
 
     def __init__(
@@ -36,13 +45,14 @@ class FrozenModel:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._adapter = _Adapter(model, forward)
+        self.adapter = _Adapter(model, forward)
         self._state: dict[str, torch.Tensor] = {}
         self.parameters: dict[str, torch.Tensor] = {}
-        for name, buffer in self._adapter.named_buffers():
+        self.original_names = {id(p): name for name, p in self.adapter.named_parameters()}
+        for name, buffer in self.adapter.named_buffers():
             # A copy, because some modules write to their buffers even in evaluation mode.
             self._state[name] = cast(buffer.detach(), device, dtype).clone()
-        for name, parameter in self._adapter.named_parameters():
+        for name, parameter in self.adapter.named_parameters():
             value = cast(parameter.detach(), device, dtype)
             if parameter.requires_grad:
                 value = value.requires_grad_()
@@ -61,7 +71,7 @@ class FrozenModel:
 
     def __call__(self, inputs: Any) -> torch.Tensor:
         """Return the outputs, of shape ``(batch, C)``, for a batch of inputs."""
-        outputs = torch.func.functional_call(self._adapter, self._state, (inputs,))
+        outputs = torch.func.functional_call(self.adapter, self._state, (inputs,))
         if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
             kind = outputs.dtype if isinstance(outputs, torch.Tensor) else type(outputs).__name__
             raise TypeError(

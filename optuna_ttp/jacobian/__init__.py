@@ -13,7 +13,7 @@ from optuna_ttp.jacobian._compute import resolve_device
 from optuna_ttp.jacobian._eigenpairs import Eigenpairs
 from optuna_ttp.jacobian._eigenpairs import eigenpairs
 from optuna_ttp.jacobian._exact import exact_kernel
-from optuna_ttp.jacobian._exact import Kernel
+from optuna_ttp.jacobian._kernel import Kernel
 from optuna_ttp.jacobian._probe import probe_linearisation
 
 

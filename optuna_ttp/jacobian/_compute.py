@@ -15,7 +15,7 @@ import torch
 from optuna_ttp.jacobian._eigenpairs import Eigenpairs
 from optuna_ttp.jacobian._eigenpairs import eigenpairs
 from optuna_ttp.jacobian._exact import exact_kernel
-from optuna_ttp.jacobian._exact import Kernel
+from optuna_ttp.jacobian._kernel import Kernel
 from optuna_ttp.jacobian._probe import probe_linearisation
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import Spectrum

@@ -1,0 +1,106 @@
+"""Gradients of any module's parameters by differentiating that module alone, sample by sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.func import functional_call
+from torch.func import vjp
+from torch.func import vmap
+
+from optuna_ttp.jacobian._call import Call
+from optuna_ttp.jacobian._tree import map_tree
+from optuna_ttp.jacobian._tree import tensors_of
+
+
+def local_rows(
+    call: Call, cotangents: list[list[torch.Tensor]], names: tuple[str, ...], *, loop: bool
+) -> dict[str, torch.Tensor]:
+    """Run a module again for each sample on its own and differentiate it in its cotangents.
+
+    Args:
+        call:
+            What the module was called with. Tensors whose first axis has the length of the batch
+            are taken apart by samples.
+        cotangents:
+            For each output tensor that carries a gradient, one cotangent a class.
+        names:
+            The parameters, by their names in the module.
+        loop:
+            Sample after sample by plain reverse mode, which any module allows. Otherwise all
+            samples at once by :func:`torch.func.vmap`.
+
+    Returns:
+        Rows of shape ``(B, C, p)`` by name.
+    """
+    stacked = [torch.stack(per_class, 1) for per_class in cotangents]
+    rows = _looped(call, stacked, names) if loop else _vectorised(call, stacked, names)
+    return {name: r.flatten(2) for name, r in zip(names, rows, strict=True)}
+
+
+def _vectorised(
+    call: Call, cotangents: list[torch.Tensor], names: tuple[str, ...]
+) -> list[torch.Tensor]:
+    tensors = tensors_of((call.args, call.kwargs))
+    batched = [_is_batched(t, call) for t in tensors]
+
+    def one_sample(own: list[torch.Tensor], directions: list[torch.Tensor]) -> list[torch.Tensor]:
+        def outputs(weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            remaining = iter(own)
+            pick = iter(batched)
+
+            def fill(tensor: torch.Tensor) -> torch.Tensor:
+                return next(remaining)[None] if next(pick) else tensor
+
+            args, kwargs = map_tree((call.args, call.kwargs), fill)
+            return _run(call, weights, args, kwargs)
+
+        _, pull = vjp(outputs, {name: call.state[name].detach() for name in names})
+        (gradients,) = vmap(pull)(tuple(d[:, None] for d in directions))
+        return [gradients[name] for name in names]
+
+    own = [t for t, flag in zip(tensors, batched, strict=True) if flag]
+    return list(vmap(one_sample)(own, cotangents))
+
+
+def _looped(
+    call: Call, cotangents: list[torch.Tensor], names: tuple[str, ...]
+) -> list[torch.Tensor]:
+    n_classes = cotangents[0].shape[1]
+    rows: list[list[torch.Tensor]] = [[] for _ in names]
+    for b in range(call.batch_size):
+
+        def pick(tensor: torch.Tensor, b: int = b) -> torch.Tensor:
+            return tensor[b : b + 1] if _is_batched(tensor, call) else tensor
+
+        args, kwargs = map_tree((call.args, call.kwargs), pick)
+        weights = {name: call.state[name].detach().requires_grad_() for name in names}
+        outputs = _run(call, weights, args, kwargs)
+        for c in range(n_classes):
+            gradients = torch.autograd.grad(
+                outputs,
+                list(weights.values()),
+                [d[b : b + 1, c] for d in cotangents],
+                retain_graph=c + 1 < n_classes,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for part, gradient in zip(rows, gradients, strict=True):
+                dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+                part.append(dense)
+    return [torch.stack(part).unflatten(0, (call.batch_size, n_classes)) for part in rows]
+
+
+def _run(
+    call: Call, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, ...]:
+    by_identity = {id(call.state[name]): weight for name, weight in weights.items()}
+    # Frozen parameters are constants here, and tied ones move together.
+    state = {n: by_identity.get(id(t), t.detach()) for n, t in call.state.items()}
+    tensors = tensors_of(functional_call(call.module, state, args, kwargs))
+    return tuple(tensors[i] for i in call.positions)
+
+
+def _is_batched(tensor: torch.Tensor, call: Call) -> bool:
+    return tensor.ndim > 0 and len(tensor) == call.batch_size
