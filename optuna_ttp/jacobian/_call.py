@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -35,6 +37,8 @@ class Call:
             Their shapes.
         versions:
             How often each tensor of the arguments had been written to.
+        cache:
+            What rules make of the inputs alone, so that it is made once for all classes.
     """
 
     module: torch.nn.Module
@@ -46,6 +50,7 @@ class Call:
     edges: tuple[GradientEdge, ...]
     shapes: tuple[torch.Size, ...]
     versions: tuple[int, ...]
+    cache: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def input(self) -> torch.Tensor:
@@ -57,3 +62,16 @@ class Call:
         """Whether no later operation has written to the arguments."""
         now = tuple(t._version for t in tensors_of((self.args, self.kwargs)))
         return now == self.versions
+
+    def cached(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return what is made of the inputs, made the first time it is asked for.
+
+        Args:
+            key:
+                Its name.
+            make:
+                Makes it.
+        """
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]

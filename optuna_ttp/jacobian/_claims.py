@@ -24,6 +24,7 @@ from optuna_ttp.jacobian._factors import Factors
 from optuna_ttp.jacobian._local_vjp import local_rows
 from optuna_ttp.jacobian._rules import Contribution
 from optuna_ttp.jacobian._rules import rule_for
+from optuna_ttp.jacobian._tape import Cotangents
 from optuna_ttp.jacobian._tape import Recording
 from optuna_ttp.jacobian._tape import Tape
 
@@ -146,8 +147,13 @@ class Claims:
             watched[claim.module] = watched.get(claim.module, False) or claim.expand
         return Tape(frozen, watched, self.copied)
 
+    @property
+    def replayed(self) -> tuple[str, ...]:
+        """Modules that are run again to differentiate them."""
+        return tuple(dict.fromkeys(c.module for c in self.claims if c.kind != "rule"))
+
     def gradients(
-        self, recording: Recording, cotangents: dict[str, list[list[list[torch.Tensor]]]]
+        self, recording: Recording, cotangents: Cotangents
     ) -> Iterator[tuple[str, Contribution]]:
         """Yield every contribution to a parameter's gradient; those of one parameter add up.
 
@@ -158,9 +164,7 @@ class Claims:
                 Of the recording. Emptied on the way, to free their memory.
         """
         for module in list(cotangents):
-            for call, parts in zip(
-                recording.calls.pop(module), cotangents.pop(module), strict=True
-            ):
+            for call, parts in zip(recording.calls[module], cotangents.pop(module), strict=True):
                 if not call.is_intact:
                     raise _OverwrittenError(module)
                 for claim in self.claims:
@@ -238,8 +242,7 @@ def find_claims(frozen: FrozenModel, inputs: Any, batch_size: int, seed: int) ->
         JacobianMismatchError:
             If not even the whole network, sample by sample, gives the true gradients.
     """
-    singles = [_single(inputs, b, batch_size) for b in range(batch_size)]
-    truth, outputs, directions = _true_gradients(frozen, singles, seed)
+    truth, outputs, directions = _true_gradients(frozen, inputs, seed)
     unused = tuple(n for n in frozen.parameters if all(g[n] is None for g in truth))
     chains = {n: c for n, c in _candidates(frozen).items() if n not in unused}
     levels = dict.fromkeys(chains, 0)
@@ -347,22 +350,27 @@ _Truth = list[dict[str, "torch.Tensor | None"]]
 
 
 def _true_gradients(
-    frozen: FrozenModel, singles: list[Any], seed: int
+    frozen: FrozenModel, inputs: Any, seed: int
 ) -> tuple[_Truth, torch.Tensor, torch.Tensor]:
+    """Each sample's gradient in a random direction of the outputs, by plain reverse mode.
+
+    Through the same batch as the tape's: in a batch of another size a unit may be rounded to the
+    other side of a kink.
+    """
     generator = torch.Generator().manual_seed(seed)
-    truth: _Truth = []
-    outputs, directions = [], []
     parameters = frozen.parameters
-    for single in singles:
-        output = frozen(single)
-        direction = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-        directions.append(direction.to(output))
+    outputs = frozen(inputs)
+    directions = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    truth: _Truth = []
+    for b in range(len(outputs)):
         gradients = torch.autograd.grad(
-            output, list(parameters.values()), directions[-1], allow_unused=True
+            outputs[b] @ directions[b],
+            list(parameters.values()),
+            retain_graph=b + 1 < len(outputs),
+            allow_unused=True,
         )
         truth.append(dict(zip(parameters, gradients, strict=True)))
-        outputs.append(output.detach())
-    return truth, torch.cat(outputs), torch.cat(directions)
+    return truth, outputs.detach(), directions
 
 
 def _wrong_parameters(
@@ -447,12 +455,3 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape:
         return False
     return float((one - other).abs().max()) <= 1e-3 * float(other.abs().max()) + 1e-5
-
-
-def _single(inputs: Any, b: int, batch_size: int) -> Any:
-    from optuna_ttp.data import map_tensors
-
-    def pick(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[b : b + 1] if tensor.ndim and len(tensor) == batch_size else tensor
-
-    return map_tensors(inputs, pick)

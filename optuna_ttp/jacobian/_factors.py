@@ -39,6 +39,8 @@ class Factors:
             ``k``.
         transposed:
             The weight is laid out as ``(G, k, o)``, not ``(G, o, k)``.
+        caches:
+            Where ``A`` of each source is kept once it is made. None by default.
     """
 
     sources: tuple[torch.Tensor, ...]
@@ -46,6 +48,7 @@ class Factors:
     cotangents: tuple[torch.Tensor, ...]
     n_rows: int
     transposed: bool = False
+    caches: tuple[dict[str, torch.Tensor], ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -71,14 +74,7 @@ class Factors:
             self,
             sources=self.sources + other.sources,
             cotangents=self.cotangents + other.cotangents,
-        )
-
-    def take(self, start: int, stop: int) -> Factors:
-        """Return the factors of some of the samples."""
-        return replace(
-            self,
-            sources=tuple(s[start:stop] for s in self.sources),
-            cotangents=tuple(d[start:stop] for d in self.cotangents),
+            caches=self.caches + other.caches,
         )
 
     @staticmethod
@@ -94,13 +90,25 @@ class Factors:
             cotangents=tuple(map(torch.cat, zip(*(p.cotangents for p in parts), strict=True))),
         )
 
+    def inputs(self) -> list[torch.Tensor]:
+        """Return ``A`` of each source, ``(B, G, k, S)``."""
+        assert self.expand is not None
+        if not self.caches:
+            return [self.expand(source) for source in self.sources]
+        made = []
+        for source, cache in zip(self.sources, self.caches, strict=True):
+            if "inputs" not in cache:
+                cache["inputs"] = self.expand(source)
+            made.append(cache["inputs"])
+        return made
+
     def rows(self) -> torch.Tensor:
         """Return the gradient as the weight is laid out, flattened: ``(B, C, G o k)``."""
         if self.expand is None:
             return self._table_rows()
         total: torch.Tensor | None = None
-        for source, cotangent in zip(self.sources, self.cotangents, strict=True):
-            part = _outer(cotangent, self.expand(source))
+        for inputs, cotangent in zip(self.inputs(), self.cotangents, strict=True):
+            part = _outer(cotangent, inputs)
             total = part if total is None else total.add_(part)
         assert total is not None
         # (B, G, C, o, k)
@@ -115,7 +123,7 @@ class Factors:
                 About so many columns a slice.
         """
         assert self.expand is not None
-        inputs = [self.expand(source) for source in self.sources]
+        inputs = self.inputs()
         groups, classes, width, _, n_rows = self.shape
         step = max(1, n_columns // (groups * n_rows))
         for start in range(0, width, step):
@@ -133,21 +141,30 @@ class Factors:
             weight:
                 As the layer lays it out.
         """
-        groups, _, width, _, n_rows = self.shape
-        if self.expand is None:
-            shared = [torch.nn.functional.embedding(s, weight) for s in self.sources]
-            outputs = [t.transpose(1, 2)[:, None] for t in shared]
-        else:
-            shape = (groups, n_rows, width) if self.transposed else (groups, width, n_rows)
-            matrix = weight.reshape(shape)
-            matrix = matrix.transpose(1, 2) if self.transposed else matrix
-            outputs = [matrix @ self.expand(s) for s in self.sources]
+        outputs = [self._outputs(k, weight) for k in range(len(self.sources))]
         parts = [
             (d.flatten(3) @ y.flatten(2)[..., None]).squeeze(3)
             for d, y in zip(self.cotangents, outputs, strict=True)
         ]
         # (B, G, C) each
         return torch.stack(parts).sum((0, 2))
+
+    def _outputs(self, k: int, weight: torch.Tensor) -> torch.Tensor:
+        """What the layer gives without its bias in its ``k``-th call, ``(B, G, o, S)``."""
+        cache = self.caches[k] if self.caches else {}
+        if "outputs" in cache:
+            return cache["outputs"]
+        groups, _, width, _, n_rows = self.shape
+        if self.expand is None:
+            looked_up = torch.nn.functional.embedding(self.sources[k], weight)
+            outputs = looked_up.transpose(1, 2)[:, None]
+        else:
+            shape = (groups, n_rows, width) if self.transposed else (groups, width, n_rows)
+            matrix = weight.reshape(shape)
+            matrix = matrix.transpose(1, 2) if self.transposed else matrix
+            outputs = matrix @ self.expand(self.sources[k])
+        cache["outputs"] = outputs
+        return outputs
 
     def _table_rows(self) -> torch.Tensor:
         """Rows of a table that integers index."""
@@ -250,7 +267,7 @@ def _input_side(factors: Factors) -> torch.Tensor:
     """All positions of all calls: indices ``(B, S)``, or inputs ``(B, G, k, S)``."""
     if factors.expand is None:
         return torch.cat(factors.sources, 1)
-    return _joined(tuple(factors.expand(s) for s in factors.sources))
+    return _joined(tuple(factors.inputs()))
 
 
 def _padded(parts: list[Factors]) -> list[Factors]:

@@ -81,12 +81,24 @@ def prepare(
     )
     with claims.tape(frozen).attached() as tape:
         recording = tape.record(inputs, n_checked)
+    batched = device.type == "cuda"
+    replayed = set(claims.replayed)
     elements = 0
-    for call in (c for calls in recording.calls.values() for c in calls):
-        width = sum(s.numel() for s in call.shapes)
-        # Cotangents twice, because they are brought into order; the activation itself.
-        elements += (2 * task.n_outputs + 1) * width
-        elements += sum(t.numel() for t in tensors_of((call.args, call.kwargs)))
+    for module, calls in recording.calls.items():
+        n_classes = task.n_outputs if batched or module in replayed else 1
+        for call in calls:
+            width = sum(s.numel() for s in call.shapes)
+            # Cotangents twice, because they are brought into order; the activation itself, and
+            # what its derivative needs.
+            elements += (2 * n_classes + 3) * width
+            elements += sum(t.numel() for t in tensors_of((call.args, call.kwargs)))
+    unfolded = sum(
+        shape.groups * shape.n_rows * shape.positions
+        for parameter in layout.parameters
+        if parameter.method == "rows"
+        and (shape := claims.shapes[parameter.name]) is not None
+        and not shape.is_table
+    )
     largest = max((p.size for p in layout.parameters if p.method == "rows"), default=0)
-    per_sample = itemsize * (elements // n_checked + task.n_outputs * largest)
+    per_sample = itemsize * (elements // n_checked + unfolded + largest)
     return Preparation(claims, layout, per_sample)

@@ -134,7 +134,8 @@ def _transposed_convolution(call: Call, cotangents: list[torch.Tensor]) -> dict[
     inputs = partial(_grouped, groups=groups)
     # The weight is laid out as (inputs, outputs / groups, kernel): (G, k, o) here.
     n_rows = x.shape[1] // groups
-    return {"weight": Factors((x,), inputs, (d,), n_rows, transposed=True), **bias}
+    weight = Factors((x,), inputs, (d,), n_rows, transposed=True, caches=(call.cache,))
+    return {"weight": weight, **bias}
 
 
 def _embedding(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
@@ -145,15 +146,21 @@ def _embedding(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribu
     d = torch.stack([p.transpose(1, 2) for p in parts], 1)[:, None]
     if module.padding_idx is not None:
         d = d * (ids != module.padding_idx)[:, None, None, None]
-    return {"weight": Factors((ids,), None, (d,), len(call.state["weight"]))}
+    n_rows = len(call.state["weight"])
+    return {"weight": Factors((ids,), None, (d,), n_rows, caches=(call.cache,))}
 
 
 def _batch_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
     """With frozen statistics: ``y = w (x - mean) / sqrt(variance + eps) + b`` by channel."""
     module: Any = call.module
     x = call.input.flatten(2) if call.input.ndim > 2 else call.input[..., None]
-    scale = (call.state["running_var"] + module.eps).rsqrt()
-    normalised = (x - call.state["running_mean"][:, None]) * scale[:, None]
+    state = call.state
+
+    def make() -> torch.Tensor:
+        scale = (state["running_var"] + module.eps).rsqrt()
+        return (x - state["running_mean"][:, None]) * scale[:, None]
+
+    normalised = call.cached("normalised", make)
     parts = [t.flatten(2) if t.ndim > 2 else t[..., None] for t in cotangents]
     return _scale_and_shift(call, normalised, parts, sum_over=(2,))
 
@@ -164,7 +171,7 @@ def _channel_norm(
     cotangents: list[torch.Tensor],
 ) -> dict[str, Contribution]:
     """Statistics of each sample, then one weight a channel."""
-    normalised = normalise(call.module, call.input).flatten(2)
+    normalised = call.cached("normalised", lambda: normalise(call.module, call.input).flatten(2))
     return _scale_and_shift(call, normalised, [t.flatten(2) for t in cotangents], sum_over=(2,))
 
 
@@ -183,7 +190,7 @@ def _token_norm(
     """Statistics of each token, then one weight an element."""
     module: Any = call.module
     shape = tuple(module.normalized_shape)
-    normalised = normalise(call.input, shape, eps=module.eps)
+    normalised = call.cached("normalised", lambda: normalise(call.input, shape, eps=module.eps))
     lead = tuple(range(1, call.input.ndim - len(shape)))
     return _scale_and_shift(call, normalised, cotangents, sum_over=lead)
 
@@ -222,7 +229,9 @@ def _weight_and_bias(
     contributions: dict[str, Contribution] = {}
     wanted = _wanted(call)
     if "weight" in wanted:
-        contributions["weight"] = Factors((source,), expand, (d,), n_rows, transposed)
+        contributions["weight"] = Factors(
+            (source,), expand, (d,), n_rows, transposed, (call.cache,)
+        )
     if "bias" in wanted:
         # (B, G, C, o) to (B, C, G o)
         contributions["bias"] = d.sum(-1).transpose(1, 2).flatten(2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +13,11 @@ import torch
 from optuna_ttp.exceptions import JacobianMismatchError
 from optuna_ttp.jacobian._claims import Claims
 from optuna_ttp.jacobian._layout import Layout
+from optuna_ttp.jacobian._rules import Contribution
 from optuna_ttp.jacobian._state import BlockState
 from optuna_ttp.jacobian._state import StateBuilder
+from optuna_ttp.jacobian._tape import Cotangents
+from optuna_ttp.jacobian._tape import join_classes
 from optuna_ttp.jacobian._tape import Recording
 from optuna_ttp.jacobian._tape import Tape
 
@@ -99,16 +102,48 @@ class SampleReader:
         for first, recording in self._recordings(start, stop):
             batch_size = len(recording.outputs)
             self._check_unused(recording)
-            cotangents = self._cotangents(recording)
-            rows = slice(first - start, first - start + batch_size)
-            part = builder.add(
-                self._claims.gradients(recording, cotangents), batch_size, self._frozen.parameters
-            )
-            inner[rows] = part.cpu().numpy()
+            builder.begin(batch_size)
+            for classes, gradients in self._gradients(recording):
+                part = builder.add(gradients, classes, self._frozen.parameters)
+                rows = slice(first - start, first - start + batch_size)
+                inner[rows, classes] += part.cpu().numpy()
+            builder.end()
             self._advance(batch_size * n_outputs)
         return builder.finish(), inner
 
-    def _recordings(self, start: int, stop: int) -> Any:
+    def _gradients(
+        self, recording: Recording
+    ) -> Iterator[tuple[slice, Iterator[tuple[str, Contribution]]]]:
+        """Gradients class by class, so that only one class's cotangents are held.
+
+        Modules that are differentiated on their own run again for that, so they wait for all
+        classes.
+        """
+        n_outputs = recording.outputs.shape[1]
+        directions = []
+        for c in range(n_outputs):
+            direction = torch.zeros_like(recording.outputs)
+            direction[:, c] = 1.0
+            directions.append(direction)
+        everything = slice(0, n_outputs)
+        if self._batched:
+            try:
+                cotangents = recording.cotangents(directions, batched=True)
+                yield everything, self._claims.gradients(recording, cotangents)
+                return
+            except (RuntimeError, NotImplementedError):
+                # Not every operation has a vectorised derivative; one by one gives the same.
+                self._batched = False
+        waiting: Cotangents = {}
+        for c, direction in enumerate(directions):
+            cotangents = recording.cotangents([direction], retain_graph=c + 1 < n_outputs)
+            for module in self._claims.replayed:
+                join_classes(waiting, module, cotangents.pop(module))
+            yield slice(c, c + 1), self._claims.gradients(recording, cotangents)
+        if waiting:
+            yield everything, self._claims.gradients(recording, waiting)
+
+    def _recordings(self, start: int, stop: int) -> Iterator[tuple[int, Recording]]:
         for first in range(start, stop, self._batch_size):
             size = min(self._batch_size, stop - first)
             batches = self._task.batches(size, self._device, self._dtype, start=first)
@@ -116,21 +151,6 @@ class SampleReader:
             recording = self._tape.record(inputs, size)
             check_same_outputs(recording.outputs, self._reference, first)
             yield first, recording
-
-    def _cotangents(self, recording: Recording) -> dict[str, list[list[list[torch.Tensor]]]]:
-        outputs = recording.outputs
-        directions = []
-        for c in range(outputs.shape[1]):
-            direction = torch.zeros_like(outputs)
-            direction[:, c] = 1.0
-            directions.append(direction)
-        if self._batched:
-            try:
-                return recording.cotangents(directions, batched=True)
-            except (RuntimeError, NotImplementedError):
-                # Not every operation has a vectorised derivative; one by one gives the same.
-                self._batched = False
-        return recording.cotangents(directions)
 
     def _check_unused(self, recording: Recording) -> None:
         unused = [self._frozen.parameters[n] for n in self._claims.unused]

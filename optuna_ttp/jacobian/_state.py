@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,38 +95,42 @@ class StateBuilder:
             p.name: [] for p in layout.parameters if p.method != "rows"
         }
         self._parameters = {p.name: p for p in layout.parameters}
-        self._n_added = 0
+        self._batch = slice(0, 0)
+
+    def begin(self, batch_size: int) -> None:
+        """Start the next batch of samples."""
+        self._batch = slice(self._batch.stop, self._batch.stop + batch_size)
+        self._pending: dict[str, Factors] = {}
 
     def add(
         self,
         gradients: Iterator[tuple[str, Contribution]],
-        batch_size: int,
+        classes: slice,
         weights: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        """Add the gradients of the next samples.
+        """Add the gradients of some outputs of the batch.
 
         Args:
             gradients:
                 Contributions to each parameter's gradient.
-            batch_size:
-                How many samples.
+            classes:
+                Which outputs.
             weights:
                 The parameters ``w``.
 
         Returns:
-            ``J diag(c) w`` of these samples, of shape ``(B, C)``.
+            What they contribute to ``J diag(c) w``, of shape ``(B, classes)``.
         """
-        samples = slice(self._n_added, self._n_added + batch_size)
         gathered: dict[str, Factors] = {}
+        shape = (self._batch.stop - self._batch.start, classes.stop - classes.start)
         device = sums_device(self._rows.device)
-        inner = torch.zeros((batch_size, self._n_outputs), dtype=torch.float64, device=device)
+        inner = torch.zeros(shape, dtype=torch.float64, device=device)
         for name, contribution in gradients:
             parameter = self._parameters[name]
             root = parameter.multiplier**0.5
             if isinstance(contribution, Factors) and parameter.method != "rows":
-                inner += parameter.multiplier * contribution.inner(weights[name].detach()).to(
-                    inner
-                )
+                part = contribution.inner(weights[name].detach())
+                inner += parameter.multiplier * part.to(inner)
                 scaled = contribution.scaled(root)
                 known = gathered.get(name)
                 gathered[name] = scaled if known is None else known.merged(scaled)
@@ -134,17 +139,28 @@ class StateBuilder:
             flat = weights[name].detach().flatten()
             inner += parameter.multiplier * _times(rows, flat).to(inner)
             offset = self._layout.offsets[name]
-            self._rows[samples, :, offset : offset + parameter.size].add_(rows, alpha=root)
+            columns = slice(offset, offset + parameter.size)
+            self._rows[self._batch, classes, columns].add_(rows, alpha=root)
         for name, factors in gathered.items():
-            self._parts[name].append(factors)
-        missing = self._parts.keys() - gathered.keys()
+            self._put(name, factors, classes)
+        return inner
+
+    def end(self) -> None:
+        """Finish the batch.
+
+        Raises:
+            JacobianMismatchError:
+                If a layer did not run for it.
+        """
+        missing = self._parts.keys() - self._pending.keys()
         if missing:
             raise JacobianMismatchError(
                 f"The layers of {', '.join(sorted(n.removeprefix('model.') for n in missing))} "
                 "run for some samples but not for others, which their rule cannot follow."
             )
-        self._n_added += batch_size
-        return inner
+        for name, factors in self._pending.items():
+            self._parts[name].append(replace(factors, caches=()))
+        self._pending = {}
 
     def finish(self) -> BlockState:
         """Return the state of all samples."""
@@ -152,6 +168,19 @@ class StateBuilder:
         for name in list(self._parts):
             factors[name] = Factors.concatenate(self._parts.pop(name))
         return BlockState(self._n_samples, self._rows.flatten(0, 1), factors)
+
+    def _put(self, name: str, factors: Factors, classes: slice) -> None:
+        """Add cotangents of some outputs to those of the others."""
+        if name not in self._pending:
+            whole = tuple(
+                d.new_empty((*d.shape[:2], self._n_outputs, *d.shape[3:]))
+                for d in factors.cotangents
+            )
+            self._pending[name] = replace(factors, cotangents=whole)
+        for whole_part, part in zip(
+            self._pending[name].cotangents, factors.cotangents, strict=True
+        ):
+            whole_part[:, :, classes] = part
 
 
 def _times(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

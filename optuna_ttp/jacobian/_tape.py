@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import torch
 from torch.autograd.graph import get_gradient_edge
@@ -21,6 +22,10 @@ from optuna_ttp.jacobian._tree import tensors_of
 
 if TYPE_CHECKING:
     from optuna_ttp.frozen_model import FrozenModel
+
+
+Cotangents: TypeAlias = "dict[str, list[list[list[torch.Tensor]]]]"
+"""By module: for each call, for each of its output tensors, one cotangent a class."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +43,12 @@ class Recording:
     calls: dict[str, list[Call]]
 
     def cotangents(
-        self, directions: list[torch.Tensor], *, batched: bool = False
-    ) -> dict[str, list[list[list[torch.Tensor]]]]:
+        self,
+        directions: list[torch.Tensor],
+        *,
+        batched: bool = False,
+        retain_graph: bool = False,
+    ) -> Cotangents:
         """Differentiate the outputs with respect to the outputs of every call.
 
         Samples do not mix, so that one backward pass gives all samples' rows for one direction.
@@ -51,6 +60,8 @@ class Recording:
                 Weights ``(B, C)`` of the outputs; one backward pass each.
             batched:
                 All directions in one pass that is vectorised over them. Off by default.
+            retain_graph:
+                More directions follow. Off by default.
 
         Returns:
             By module: for each call, for each of its output tensors, one cotangent a direction.
@@ -82,7 +93,7 @@ class Recording:
                     self.outputs,
                     edges,
                     direction,
-                    retain_graph=k + 1 < len(directions),
+                    retain_graph=retain_graph or k + 1 < len(directions),
                     allow_unused=True,
                 )
                 for column, gradient, shape in zip(columns, gradients, shapes, strict=True):
@@ -92,6 +103,25 @@ class Recording:
             name: [[next(remaining) for _ in call.edges] for call in calls]
             for name, calls in self.calls.items()
         }
+
+
+def join_classes(gathered: Cotangents, module: str, more: list[list[list[torch.Tensor]]]) -> None:
+    """Append the cotangents of further classes to those of a module.
+
+    Args:
+        gathered:
+            Changed.
+        module:
+            Its name.
+        more:
+            For each call, for each output tensor, one a class.
+    """
+    if module not in gathered:
+        gathered[module] = more
+        return
+    for call, call_more in zip(gathered[module], more, strict=True):
+        for output, output_more in zip(call, call_more, strict=True):
+            output.extend(output_more)
 
 
 class Tape:
