@@ -77,6 +77,14 @@ class Factors:
             caches=self.caches + other.caches,
         )
 
+    def fits(self, other: Factors) -> bool:
+        """Whether both are factors of the same layout, so that they can be merged."""
+        return (self.n_rows, self.transposed, self.expand is None) == (
+            other.n_rows,
+            other.transposed,
+            other.expand is None,
+        ) and self.cotangents[0].shape[:4] == other.cotangents[0].shape[:4]
+
     @staticmethod
     def concatenate(parts: list[Factors]) -> Factors:
         """Return the factors of all samples of the parts, in order."""

@@ -92,13 +92,14 @@ def prepare(
             # what its derivative needs.
             elements += (2 * n_classes + 3) * width
             elements += sum(t.numel() for t in tensors_of((call.args, call.kwargs)))
+    # Rows are made when the cotangents of all outputs are there.
     unfolded = sum(
-        shape.groups * shape.n_rows * shape.positions
+        shape.groups * shape.positions * (shape.n_rows + task.n_outputs * shape.width)
         for parameter in layout.parameters
         if parameter.method == "rows"
         and (shape := claims.shapes[parameter.name]) is not None
         and not shape.is_table
     )
     largest = max((p.size for p in layout.parameters if p.method == "rows"), default=0)
-    per_sample = itemsize * (elements // n_checked + unfolded + largest)
+    per_sample = itemsize * (elements // n_checked + unfolded + task.n_outputs * largest)
     return Preparation(claims, layout, per_sample)

@@ -19,7 +19,7 @@ from optuna_ttp.jacobian._rules import Contribution
 
 
 # Rows of the kernel that are multiplied at a time: of the triangle, half a tile is wasted.
-_TILE = 128
+_TILE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,19 +128,20 @@ class StateBuilder:
         for name, contribution in gradients:
             parameter = self._parameters[name]
             root = parameter.multiplier**0.5
-            if isinstance(contribution, Factors) and parameter.method != "rows":
+            if isinstance(contribution, Factors):
                 part = contribution.inner(weights[name].detach())
                 inner += parameter.multiplier * part.to(inner)
                 scaled = contribution.scaled(root)
                 known = gathered.get(name)
-                gathered[name] = scaled if known is None else known.merged(scaled)
+                if known is None or known.fits(scaled):
+                    gathered[name] = scaled if known is None else known.merged(scaled)
+                    continue
+                # The same weight laid out in two ways, such as a table that is also a projection.
+                self._add_rows(name, scaled.rows(), classes)
                 continue
-            rows = contribution.rows() if isinstance(contribution, Factors) else contribution
             flat = weights[name].detach().flatten()
-            inner += parameter.multiplier * _times(rows, flat).to(inner)
-            offset = self._layout.offsets[name]
-            columns = slice(offset, offset + parameter.size)
-            self._rows[self._batch, classes, columns].add_(rows, alpha=root)
+            inner += parameter.multiplier * _times(contribution, flat).to(inner)
+            self._add_rows(name, contribution, classes, root)
         for name, factors in gathered.items():
             self._put(name, factors, classes)
         return inner
@@ -158,9 +159,13 @@ class StateBuilder:
                 f"The layers of {', '.join(sorted(n.removeprefix('model.') for n in missing))} "
                 "run for some samples but not for others, which their rule cannot follow."
             )
-        for name, factors in self._pending.items():
-            self._parts[name].append(replace(factors, caches=()))
-        self._pending = {}
+        for name in list(self._pending):
+            factors = self._pending.pop(name)
+            if name in self._parts:
+                self._parts[name].append(replace(factors, caches=()))
+            else:
+                # All outputs in one product, which is faster than one after the other.
+                self._add_rows(name, factors.rows(), slice(None))
 
     def finish(self) -> BlockState:
         """Return the state of all samples."""
@@ -168,6 +173,13 @@ class StateBuilder:
         for name in list(self._parts):
             factors[name] = Factors.concatenate(self._parts.pop(name))
         return BlockState(self._n_samples, self._rows.flatten(0, 1), factors)
+
+    def _add_rows(
+        self, name: str, rows: torch.Tensor, classes: slice, factor: float = 1.0
+    ) -> None:
+        offset = self._layout.offsets[name]
+        columns = slice(offset, offset + self._parameters[name].size)
+        self._rows[self._batch, classes, columns].add_(rows, alpha=factor)
 
     def _put(self, name: str, factors: Factors, classes: slice) -> None:
         """Add cotangents of some outputs to those of the others."""
