@@ -164,6 +164,11 @@ class SpectrumStore:
             StoreError:
                 If the database fails.
         """
+        from optuna_ttp.jacobian import resolve_engine
+
+        budget = {k: settings[k] for k in ("max_memory",) if k in settings}
+        engine, _ = resolve_engine(task, settings.get("engine", "auto"), **budget)
+        settings = {**settings, "engine": engine}
         identity = {k: settings[k] for k in _SETTING_DEFAULTS if k in settings}
         started = time.perf_counter()
         stored = self.get(task, **identity)

@@ -17,6 +17,7 @@ from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.jacobian import compute_spectrum
 from optuna_ttp.jacobian import eigenpairs
 from optuna_ttp.jacobian import exact_kernel
+from optuna_ttp.jacobian import plan_spectrum
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.task import FineTuningTask
 from tests.cases import Case
@@ -113,7 +114,7 @@ def test_many_small_gradients_do_not_drown_in_a_few_large_ones(device: torch.dev
     jacobian = x.double().numpy()
     gram = exact_kernel(task, device=device).gram
     assert _relative_error(gram, jacobian @ jacobian.T) < 1e-4
-    budget = _smallest_budget(task, torch.float32, 1)
+    budget = _smallest_budget(task, torch.float32)
     blocked = exact_kernel(task, device=device, max_memory=budget).gram
     assert _relative_error(blocked, jacobian @ jacobian.T) < 1e-4
 
@@ -163,27 +164,23 @@ def test_model_that_casts_to_half_precision_inside_is_no_mixing() -> None:
 # The memory budget
 
 
-def _smallest_budget(task: FineTuningTask, dtype: torch.dtype, n_held: int) -> int:
-    """Rows of `n_held` and two streamed samples, the matrix, and a product."""
-    itemsize = 8 if dtype == torch.float64 else 4
-    per_sample = task.n_outputs * task.n_parameters * itemsize
-    n_rows = task.n_samples * task.n_outputs
-    return n_rows**2 * (2 * itemsize + 8) + (n_held + 2) * per_sample
+def _smallest_budget(task: FineTuningTask, dtype: torch.dtype) -> int:
+    return plan_spectrum(task, dtype=str(dtype).removeprefix("torch.")).minimum_bytes
 
 
 @given(
     n_samples=st.integers(1, 9),
-    n_held=st.integers(1, 10),
+    budget=st.floats(1.0, 8.0),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 @settings(max_examples=25)
 def test_gram_matrix_does_not_depend_on_the_blocks(
-    n_samples: int, n_held: int, dtype: torch.dtype
+    n_samples: int, budget: float, dtype: torch.dtype
 ) -> None:
     task = FineTuningTask(mlp(), vectors(n_samples))
     whole = exact_kernel(task, device=CPU, dtype=dtype).gram
-    budget = _smallest_budget(task, dtype, n_held)
-    blocked = exact_kernel(task, device=CPU, dtype=dtype, max_memory=budget).gram
+    allowed = int(budget * _smallest_budget(task, dtype))
+    blocked = exact_kernel(task, device=CPU, dtype=dtype, max_memory=allowed).gram
     precision = 1e-14 if dtype == torch.float64 else 1e-6
     np.testing.assert_allclose(blocked, whole, rtol=0, atol=precision * np.abs(whole).max())
 
@@ -191,7 +188,7 @@ def test_gram_matrix_does_not_depend_on_the_blocks(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_too_small_memory_budget_is_refused(dtype: torch.dtype) -> None:
     task = FineTuningTask(mlp(), vectors(6))
-    budget = _smallest_budget(task, dtype, 1)
+    budget = _smallest_budget(task, dtype)
     exact_kernel(task, device=CPU, dtype=dtype, max_memory=budget)
     for too_small in (budget - 1, 1, 0, -5):
         with pytest.raises(ValueError, match=r"max_memory must be at least .* 18 outputs and 163"):
@@ -373,7 +370,7 @@ def test_double_precision_model_gives_a_single_precision_spectrum_when_asked() -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"engine": "magic"}, "engine must be \"exact\" but got 'magic'"),
+        ({"engine": "magic"}, 'engine must be one of "auto", "exact".* but got \'magic\''),
         ({"dtype": "float16"}, "dtype must be one of"),
         ({"dtype": torch.float32}, "dtype must be one of"),
         ({"rank": 0}, "rank must be a positive integer but got 0"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -56,12 +57,15 @@ class BlockSizes:
             Are multiplied with those that are held at a time.
         n_bytes:
             What that takes at its peak.
+        minimum:
+            The smallest memory budget that can be kept.
     """
 
     batch: int
     held: int
     streamed: int
     n_bytes: int
+    minimum: int
 
 
 def exact_kernel(
@@ -197,14 +201,15 @@ def block_sizes(
         slices = (n_held + n_streamed) * n_outputs * itemsize
         slices *= min(CHUNK, max(1, task.n_parameters))
         streamed = 0 if n_held == n_streamed == n_samples else n_streamed
+        states = (n_held + streamed) * (held + preparation.layout.scratch_per_sample)
         # The activations of one sample come on top.
-        return results + tile + slices + (n_held + streamed) * held + (batch - 1) * making
+        return results + tile + slices + states + (batch - 1) * making
 
+    minimum = min(needed(1, 1, 1), needed(n_samples, n_samples, 1))
     for batch in (at_best, 1):
         if needed(n_samples, n_samples, batch) <= max_memory:
-            return BlockSizes(
-                batch, n_samples, n_samples, needed(n_samples, n_samples, batch) + making
-            )
+            total = needed(n_samples, n_samples, batch) + making
+            return BlockSizes(batch, n_samples, n_samples, total, minimum)
     for batch in (at_best, 1):
         n_held = 0
         for candidate in range(1, n_samples + 1):
@@ -216,9 +221,9 @@ def block_sizes(
             streamed = max(1, n_held // 4)
             batch = min(batch, streamed)
             total = needed(n_held, streamed, batch) + making
-            return BlockSizes(batch, n_held, streamed, total)
+            return BlockSizes(batch, n_held, streamed, total, minimum)
     raise ValueError(
-        f"max_memory must be at least {needed(1, 1, 1) / 2**30:.3g} GiB for {n_rows} outputs and "
+        f"max_memory must be at least {minimum / 2**30:.3g} GiB for {n_rows} outputs and "
         f"{task.n_parameters} parameters but got {max_memory / 2**30:.3g} GiB. "
         "Give more memory, or fewer samples."
     )
@@ -227,7 +232,9 @@ def block_sizes(
 def _cut(sizes: BlockSizes, n_samples: int) -> BlockSizes:
     """Blocks that are small enough to be worth storing one by one."""
     held = min(sizes.held, max(1, -(-n_samples // _CHECKPOINT_BLOCKS)))
-    return BlockSizes(min(sizes.batch, held), held, min(sizes.streamed, held), sizes.n_bytes)
+    return replace(
+        sizes, batch=min(sizes.batch, held), held=held, streamed=min(sizes.streamed, held)
+    )
 
 
 def _blocks(n_samples: int, size: int, start: int = 0) -> list[slice]:

@@ -14,8 +14,8 @@ import torch
 # products would drown in the sum of those before them: with 22 million weights that took 0.2 %
 # from every entry of the kernel.
 CHUNK = 2**14
-# Elements of what is made on the way.
-_SCRATCH = 2**24
+# Elements of what is made on the way: about what a processor's cache holds.
+_SCRATCH = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,72 +203,61 @@ def ghost_gram(left: Factors, right: Factors, *, symmetric: bool) -> torch.Tenso
     Returns:
         The products.
     """
-    device = left.cotangents[0].device
-    groups, classes, width, positions, _ = left.shape
+    groups, classes, _, positions, _ = left.shape
     other_positions = right.shape[3]
     n_left, n_right = len(left.cotangents[0]), len(right.cotangents[0])
-    total = torch.zeros(
-        (n_left, classes, n_right, classes), dtype=torch.float64, device=sums_device(device)
-    )
+    device = sums_device(left.cotangents[0].device)
+    total = torch.zeros((n_left, classes, n_right, classes), dtype=torch.float64, device=device)
     d_left, d_right = _joined(left.cotangents), _joined(right.cotangents)
     a_right = _input_side(right)
     a_left = a_right if symmetric else _input_side(left)
-    step = max(1, _SCRATCH // max(1, positions * n_right * other_positions))
     for group in range(groups):
-        for first in range(0, n_left, step):
-            last = min(first + step, n_left)
-            seen = last if symmetric else n_right
-            inputs = _input_gram(left, right, a_left, a_right, group, first, last, seen)
-            dl, dr = d_left[first:last, group], d_right[:seen, group]
-            if positions == other_positions == 1:
-                # Both products are plain matrices.
-                outputs = chunked_product(dl.flatten(0, 1)[..., 0], dr.flatten(0, 1)[..., 0])
-                total[first:last, :, :seen] += outputs.reshape(
-                    last - first, classes, seen, classes
-                ) * inputs.reshape(last - first, 1, seen, 1)
-                continue
-            for n in range(first, last):
-                m = n + 1 if symmetric else seen
-                block = inputs[n - first, :, :m].to(dl.dtype)
-                total[n, :, :m] += _contract(dl[n - first], block, dr[:m]).to(total.device)
+        dl, dr = d_left[:, group], d_right[:, group]
+        if left.expand is not None:
+            al, ar = a_left[:, group].transpose(1, 2), a_right[:, group].transpose(1, 2)
+        else:
+            al, ar = a_left, a_right
+        if positions == other_positions == 1 and left.expand is not None:
+            # Both products are plain matrices.
+            outputs = chunked_product(dl.flatten(0, 1)[..., 0], dr.flatten(0, 1)[..., 0])
+            inputs = chunked_product(al[:, 0], ar[:, 0])
+            whole = outputs.reshape(n_left, classes, n_right, classes)
+            total += (whole * inputs[:, None, :, None]).to(device)
+            continue
+        al, ar = al.contiguous(), ar.contiguous()
+        step = max(1, _SCRATCH // (dl[0].numel() // positions * other_positions))
+        for n in range(n_left):
+            seen = n + 1 if symmetric else n_right
+            for first in range(0, seen, step):
+                others = slice(first, min(first + step, seen))
+                inputs = _input_products(left, al[n], ar[others])
+                total[n, :, others] += _contract(dl[n], inputs, dr[others]).to(device)
     return total.reshape(n_left * classes, n_right * classes)
 
 
+def _input_products(left: Factors, one: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """``A_n^T A_m`` of one sample ``n`` and several ``m``: ``(m, S, S')``."""
+    dtype = left.cotangents[0].dtype
+    if left.expand is None:
+        return (one[:, None] == others[:, None]).to(dtype)
+    product = chunked_product(one, others.flatten(0, 1)).to(dtype)
+    return product.unflatten(1, (len(others), -1)).transpose(0, 1)
+
+
 def _contract(left: torch.Tensor, inputs: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``sum_{o s t} left[c o s] inputs[s m t] right[m c' o t]``, as ``(C, m, C')``."""
+    """``sum_{o s t} left[c o s] inputs[m s t] right[m c' o t]``, as ``(C, m, C')``."""
     classes, width, positions = left.shape
     n_right, other_positions = len(right), right.shape[-1]
     step = max(1, CHUNK // other_positions)
     total: torch.Tensor | None = None
     for start in range(0, width, step):
-        part = left[:, start : start + step].reshape(-1, positions) @ inputs.reshape(positions, -1)
-        part = part.reshape(classes, -1, n_right, other_positions).permute(2, 0, 1, 3).flatten(2)
+        some = left[:, start : start + step].reshape(1, -1, positions)
+        part = torch.bmm(some.expand(n_right, -1, -1), inputs)
+        part = part.reshape(n_right, classes, -1)
         product = part @ right[:, :, start : start + step].flatten(2).transpose(1, 2)
         total = product if total is None else total + product
     assert total is not None
     return total.transpose(0, 1)
-
-
-def _input_gram(
-    left: Factors,
-    right: Factors,
-    a_left: torch.Tensor,
-    a_right: torch.Tensor,
-    group: int,
-    first: int,
-    last: int,
-    seen: int,
-) -> torch.Tensor:
-    """``A_n^T A_m`` for some samples ``n`` and the first ``seen`` samples ``m``: ``(n, S, m, S')``."""
-    if left.expand is None:
-        rows, columns = a_left[first:last], a_right[:seen]
-        return (rows[:, :, None, None] == columns).to(left.cotangents[0].dtype)
-    rows, columns = a_left[first:last, group], a_right[:seen, group]
-    n_rows = rows.shape[1]
-    product = chunked_product(
-        rows.transpose(1, 2).reshape(-1, n_rows), columns.transpose(1, 2).reshape(-1, n_rows)
-    )
-    return product.reshape(last - first, rows.shape[2], seen, columns.shape[2])
 
 
 def _input_side(factors: Factors) -> torch.Tensor:

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 # The ghost form moves more memory a flop than one large matrix product.
-_GHOST_OVERHEAD = 1.5
+GHOST_OVERHEAD = 1.4
 # Block-lower triangle: this share of all pairs of rows is multiplied.
-TRIANGLE = 0.55
+TRIANGLE = 0.53
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class ParameterLayout:
             Of making rows.
         flops_per_pair:
             Of the product, of two samples.
+        scratch_per_sample:
+            Bytes for unfolded inputs while it is multiplied.
     """
 
     name: str
@@ -48,6 +50,7 @@ class ParameterLayout:
     bytes_per_sample: int
     flops_per_sample: float
     flops_per_pair: float
+    scratch_per_sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,11 @@ class Layout:
     def flops_per_pair(self) -> float:
         """Of the products of two samples."""
         return sum(p.flops_per_pair for p in self.parameters)
+
+    @property
+    def scratch_per_sample(self) -> int:
+        """Bytes for unfolded inputs while a parameter is multiplied."""
+        return max((p.scratch_per_sample for p in self.parameters), default=0)
 
     @property
     def has_multipliers(self) -> bool:
@@ -170,9 +178,11 @@ def _parameter_layout(
         if row_bytes <= factor_bytes:
             return ParameterLayout(name, size, multiplier, "rows", row_bytes, making, product)
         return ParameterLayout(name, size, multiplier, "ghost", factor_bytes, 0.0, ghost)
+    unfolded = g * k * s * itemsize
     # Both halves of the triangle have the same number of pairs.
     pairs = TRIANGLE * n_samples
-    if _GHOST_OVERHEAD * ghost * pairs < product * pairs + making:
-        return ParameterLayout(name, size, multiplier, "ghost", factor_bytes, 0.0, ghost)
+    if GHOST_OVERHEAD * ghost * pairs < product * pairs + making:
+        return ParameterLayout(name, size, multiplier, "ghost", factor_bytes, 0.0, ghost, unfolded)
     method, held = ("rows", row_bytes) if row_bytes <= factor_bytes else ("panels", factor_bytes)
-    return ParameterLayout(name, size, multiplier, method, held, making, product)
+    scratch = unfolded if method == "panels" else 0
+    return ParameterLayout(name, size, multiplier, method, held, making, product, scratch)

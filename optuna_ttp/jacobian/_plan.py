@@ -61,6 +61,8 @@ class SpectrumPlan:
             Samples whose part of the Jacobian is held; N where everything fits.
         stream_size:
             Samples that are streamed past a block.
+        minimum_bytes:
+            The smallest ``max_memory`` with which it can be computed.
         layers:
             Parameter by parameter.
     """
@@ -75,13 +77,14 @@ class SpectrumPlan:
     batch_size: int
     block_size: int
     stream_size: int
+    minimum_bytes: int
     layers: tuple[LayerPlan, ...]
 
     def __str__(self) -> str:
         lines = [
             f"{self.engine}, about {_duration(self.seconds)}, {self.bytes / 2**30:.2g} GiB",
-            f"  {self.n_samples} samples, {self.n_outputs} outputs, {self.n_parameters:,} weights; "
-            f"{self.reason}",
+            f"  {self.n_samples} samples, {self.n_outputs} outputs, {self.n_parameters:,} weights",
+            f"  {self.reason}",
             f"  {self.batch_size} samples at a time, {self.block_size} held",
             f"  {'parameter':<44}{'weights':>12}  {'derivative':<11}{'product':<8}"
             f"{'GFLOP':>9}{'MiB':>8}",

@@ -89,10 +89,11 @@ class Recording:
                 )
         else:
             for k, direction in enumerate(directions):
+                # A scalar: given weights of the outputs, PyTorch first loads a computer algebra
+                # system.
                 gradients = torch.autograd.grad(
-                    self.outputs,
+                    (self.outputs * direction).sum(),
                     edges,
-                    direction,
                     retain_graph=retain_graph or k + 1 < len(directions),
                     allow_unused=True,
                 )
