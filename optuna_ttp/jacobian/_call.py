@@ -54,8 +54,14 @@ class Call:
 
     @property
     def input(self) -> torch.Tensor:
-        """The first tensor among the arguments."""
-        return tensors_of((self.args, self.kwargs))[0]
+        """The first tensor among the arguments, in the precision of the parameters."""
+        first = tensors_of((self.args, self.kwargs))[0]
+        return first.to(self.dtype) if first.is_floating_point() else first
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the parameters, which that of activations under autocast may not be."""
+        return next(t.dtype for t in self.state.values() if t.requires_grad)
 
     @property
     def is_intact(self) -> bool:

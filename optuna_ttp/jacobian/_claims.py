@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
 import math
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from optuna_ttp.exceptions import JacobianMismatchError
+from optuna_ttp.jacobian._call import Call
 from optuna_ttp.jacobian._factors import Factors
+from optuna_ttp.jacobian._local_vjp import batched_arguments
 from optuna_ttp.jacobian._local_vjp import local_rows
 from optuna_ttp.jacobian._rules import Contribution
 from optuna_ttp.jacobian._rules import rule_for
@@ -133,19 +136,26 @@ class Claims:
         shapes:
             Of the factors of each parameter's gradient for one sample; :obj:`None` where it only
             comes as a row.
+        batched:
+            For the n-th call of a module, which tensors among its arguments have an axis of
+            samples.
+        shared:
+            For the n-th call of a module, whether its output is shared by all samples.
     """
 
     claims: tuple[Claim, ...]
     copied: frozenset[str]
     unused: tuple[str, ...]
     shapes: dict[str, FactorShape | None]
+    batched: dict[tuple[str, int], tuple[bool, ...]]
+    shared: dict[tuple[str, int], bool]
 
     def tape(self, frozen: FrozenModel) -> Tape:
         """Return a tape that watches the claiming modules."""
         watched: dict[str, bool] = {}
         for claim in self.claims:
             watched[claim.module] = watched.get(claim.module, False) or claim.expand
-        return Tape(frozen, watched, self.copied)
+        return Tape(frozen, watched, self.copied, self.shared)
 
     @property
     def replayed(self) -> tuple[str, ...]:
@@ -164,12 +174,15 @@ class Claims:
                 Of the recording. Emptied on the way, to free their memory.
         """
         for module in list(cotangents):
-            for call, parts in zip(recording.calls[module], cotangents.pop(module), strict=True):
+            calls = zip(recording.calls[module], cotangents.pop(module), strict=True)
+            for n, (call, parts) in enumerate(calls):
                 if not call.is_intact:
                     raise _OverwrittenError(module)
                 for claim in self.claims:
                     if claim.module == module:
-                        yield from claim_gradients(claim, call, parts)
+                        yield from claim_gradients(
+                            claim, call, parts, self.batched.get((module, n))
+                        )
 
 
 class _OverwrittenError(JacobianMismatchError):
@@ -183,12 +196,27 @@ class _OverwrittenError(JacobianMismatchError):
         self.module = module
 
 
-class _ShapeError(JacobianMismatchError):
-    """The output of a module has no axis of samples."""
+class UnclaimedError(JacobianMismatchError):
+    """A layer cannot answer for its parameters for some of the samples.
+
+    Args:
+        names:
+            Of the parameters.
+        reason:
+            What is wrong with the layer.
+    """
+
+    def __init__(self, names: Iterable[str], reason: str) -> None:
+        self.names = frozenset(names)
+        plain = ", ".join(sorted(n.removeprefix("model.") for n in self.names))
+        super().__init__(f"The layers of {plain} {reason}.")
 
 
 def claim_gradients(
-    claim: Claim, call: Any, cotangents: list[list[torch.Tensor]]
+    claim: Claim,
+    call: Call,
+    cotangents: list[list[torch.Tensor]],
+    batched: tuple[bool, ...] | None = None,
 ) -> Iterator[tuple[str, Contribution]]:
     """Yield the gradients that one call contributes to the parameters of one claim.
 
@@ -199,30 +227,37 @@ def claim_gradients(
             A call of its module.
         cotangents:
             For each output tensor, one a class.
+        batched:
+            Which tensors among the arguments have an axis of samples, where that is known.
 
     Raises:
         JacobianMismatchError:
             If the outputs of the module have no axis of samples.
     """
     if any(len(shape) == 0 or shape[0] != call.batch_size for shape in call.shapes):
-        raise _ShapeError(
-            f"The outputs of the layer {claim.module!r} must have an axis of samples for all "
-            "samples but have none for some."
-        )
+        names = [name for name, _ in claim.parameters]
+        raise UnclaimedError(names, "give outputs that have no axis of samples")
     if claim.kind == "rule":
         rule = rule_for(call.module)
         assert rule is not None
-        found = rule(call, cotangents[0])
+        found = rule(call, [d.to(call.dtype) for d in cotangents[0]])
         for name, local in claim.parameters:
             yield name, found[local]
         return
     locals_ = tuple(local for _, local in claim.parameters)
-    rows = local_rows(call, cotangents, locals_, loop=claim.kind == "loop")
+    loop = claim.kind == "loop"
+    rows = local_rows(call, cotangents, locals_, loop=loop, batched=batched)
     for name, local in claim.parameters:
         yield name, rows[local]
 
 
-def find_claims(frozen: FrozenModel, inputs: Any, batch_size: int, seed: int) -> Claims:
+def find_claims(
+    frozen: FrozenModel,
+    inputs: Any,
+    batch_size: int,
+    seed: int,
+    lifts: Mapping[str, int] | None = None,
+) -> Claims:
     """Find out which modules answer for which parameters, on a few samples.
 
     Args:
@@ -234,6 +269,9 @@ def find_claims(frozen: FrozenModel, inputs: Any, batch_size: int, seed: int) ->
             How many.
         seed:
             Of the random directions in which gradients are compared.
+        lifts:
+            How many modules around a parameter's own have to be passed over, because they were
+            found to be wrong for other samples. None by default.
 
     Returns:
         Claims whose gradients are the true ones for these samples.
@@ -243,12 +281,15 @@ def find_claims(frozen: FrozenModel, inputs: Any, batch_size: int, seed: int) ->
             If not even the whole network, sample by sample, gives the true gradients.
     """
     truth, outputs, directions = _true_gradients(frozen, inputs, seed)
-    unused = tuple(n for n in frozen.parameters if all(g[n] is None for g in truth))
+    lifts = lifts or {}
+    unused = tuple(
+        n for n in frozen.parameters if n not in lifts and all(g[n] is None for g in truth)
+    )
     chains = {n: c for n, c in _candidates(frozen).items() if n not in unused}
-    levels = dict.fromkeys(chains, 0)
+    levels = {n: _first_level(chain, lifts.get(n, 0)) for n, chain in chains.items()}
     copied: frozenset[str] = frozenset()
     while True:
-        claims = Claims(_claims_at(chains, levels), copied, unused, {})
+        claims = Claims(_claims_at(chains, levels), copied, unused, {}, {}, {})
         try:
             wrong = _wrong_parameters(
                 frozen, claims, inputs, batch_size, truth, outputs, directions
@@ -258,6 +299,8 @@ def find_claims(frozen: FrozenModel, inputs: Any, batch_size: int, seed: int) ->
                 raise
             copied = copied | {error.module}
             continue
+        # What only other samples reach must still be answered for by a module that runs.
+        wrong |= {n for n in lifts if n not in claims.shapes}
         if not wrong:
             return claims
         for name in wrong:
@@ -267,6 +310,14 @@ def find_claims(frozen: FrozenModel, inputs: Any, batch_size: int, seed: int) ->
                     f"The gradient of the parameter {name.removeprefix('model.')!r} is not the "
                     "same for one sample twice. Does the model keep something between calls?"
                 )
+
+
+def _first_level(chain: _Options, n_lifts: int) -> int:
+    """The first option whose module is so many steps further out than the first one."""
+    modules = list(dict.fromkeys(tuple(c.module for c in option) for option in chain))
+    if n_lifts >= len(modules):
+        return len(chain) - 1
+    return next(k for k, o in enumerate(chain) if tuple(c.module for c in o) == modules[n_lifts])
 
 
 _Options = list[list["Claim"]]
@@ -398,9 +449,10 @@ def _wrong_parameters(
             return expanded
         cotangents = recording.cotangents([directions])
         for module, calls in recording.calls.items():
-            for call, parts in zip(calls, cotangents[module], strict=True):
+            for n, (call, parts) in enumerate(zip(calls, cotangents[module], strict=True)):
                 if not call.is_intact:
                     raise _OverwrittenError(module)
+                claims.batched[(module, n)] = batched_arguments(call)
                 for claim in claims.claims:
                     if claim.module != module:
                         continue

@@ -9,6 +9,7 @@ bounded: what is held of a block of samples stays, all later samples are streame
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
 from optuna_ttp.jacobian._factors import CHUNK
 from optuna_ttp.jacobian._kernel import Kernel
+from optuna_ttp.jacobian._prepare import lifting
 from optuna_ttp.jacobian._prepare import Preparation
 from optuna_ttp.jacobian._prepare import prepare
 from optuna_ttp.jacobian._samples import check_singles
@@ -113,11 +115,28 @@ def exact_kernel(
         JacobianMismatchError:
             If rows differ from what plain automatic differentiation gives.
     """
+
+    def run(lifts: Mapping[str, int]) -> Kernel:
+        return _kernel(task, device, dtype, max_memory, show_progress_bar, seed, checkpoint, lifts)
+
+    return lifting(run)
+
+
+def _kernel(
+    task: FineTuningTask,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_memory: int,
+    show_progress_bar: bool,
+    seed: int,
+    checkpoint: KernelCheckpoint | None,
+    lifts: Mapping[str, int],
+) -> Kernel:
     reference = task.initial_outputs(device, dtype)
     held_out = None if task.validation is None else task.validation.initial_outputs(device, dtype)
     with task.frozen(device, dtype) as frozen:
         check_singles(task, frozen, reference, device, dtype)
-        preparation = prepare(task, frozen, device=device, dtype=dtype, seed=seed)
+        preparation = prepare(task, frozen, device=device, dtype=dtype, seed=seed, lifts=lifts)
         sizes = block_sizes(task, preparation, dtype, device, max_memory)
         if checkpoint is not None:
             sizes = _cut(sizes, task.n_samples)
@@ -134,21 +153,25 @@ def exact_kernel(
                 leave=False,
             ) as bar,
         ):
-            common = {
-                "batch_size": sizes.batch,
-                "device": device,
-                "dtype": dtype,
-                "advance": bar.update,
-            }
-            reader = SampleReader(
-                task, frozen, preparation.claims, tape, reference=reference, **common
-            )
+
+            def reader(of: FineTuningTask, outputs: NDArray[np.float64]) -> SampleReader:
+                return SampleReader(
+                    of,
+                    frozen,
+                    preparation.claims,
+                    tape,
+                    batch_size=sizes.batch,
+                    device=device,
+                    dtype=dtype,
+                    reference=outputs,
+                    advance=bar.update,
+                )
+
             others = None
             if task.validation is not None and held_out is not None:
-                others = SampleReader(
-                    task.validation, frozen, preparation.claims, tape, reference=held_out, **common
-                )
-            assembly = _Assembly(task, preparation, reader, others, dtype, checkpoint)
+                others = reader(task.validation, held_out)
+            own = reader(task, reference)
+            assembly = _Assembly(task, preparation, own, others, dtype, checkpoint)
             for block in blocks:
                 assembly.add_block(block, sizes.streamed)
             kernel = assembly.kernel()

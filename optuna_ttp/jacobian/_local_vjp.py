@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+import warnings
 
 import torch
 from torch.func import functional_call
@@ -15,14 +16,18 @@ from optuna_ttp.jacobian._tree import tensors_of
 
 
 def local_rows(
-    call: Call, cotangents: list[list[torch.Tensor]], names: tuple[str, ...], *, loop: bool
+    call: Call,
+    cotangents: list[list[torch.Tensor]],
+    names: tuple[str, ...],
+    *,
+    loop: bool,
+    batched: tuple[bool, ...] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Run a module again for each sample on its own and differentiate it in its cotangents.
 
     Args:
         call:
-            What the module was called with. Tensors whose first axis has the length of the batch
-            are taken apart by samples.
+            What the module was called with.
         cotangents:
             For each output tensor that carries a gradient, one cotangent a class.
         names:
@@ -30,20 +35,41 @@ def local_rows(
         loop:
             Sample after sample by plain reverse mode, which any module allows. Otherwise all
             samples at once by :func:`torch.func.vmap`.
+        batched:
+            Which tensors among the arguments are taken apart by samples. Those whose first axis
+            has the length of the batch by default.
 
     Returns:
         Rows of shape ``(B, C, p)`` by name.
     """
     stacked = [torch.stack(per_class, 1) for per_class in cotangents]
-    rows = _looped(call, stacked, names) if loop else _vectorised(call, stacked, names)
+    flags = batched_arguments(call)
+    if batched is not None and len(batched) == len(flags):
+        # The length of another axis may happen to be that of this batch.
+        flags = batched
+    differentiate = _looped if loop else _vectorised
+    rows = differentiate(call, stacked, names, flags)
     return {name: r.flatten(2) for name, r in zip(names, rows, strict=True)}
 
 
+def batched_arguments(call: Call) -> tuple[bool, ...]:
+    """Return which tensors among the arguments have a first axis as long as the batch.
+
+    Args:
+        call:
+            A call.
+    """
+    tensors = tensors_of((call.args, call.kwargs))
+    return tuple(t.ndim > 0 and len(t) == call.batch_size for t in tensors)
+
+
 def _vectorised(
-    call: Call, cotangents: list[torch.Tensor], names: tuple[str, ...]
+    call: Call,
+    cotangents: list[torch.Tensor],
+    names: tuple[str, ...],
+    batched: tuple[bool, ...],
 ) -> list[torch.Tensor]:
     tensors = tensors_of((call.args, call.kwargs))
-    batched = [_is_batched(t, call) for t in tensors]
 
     def one_sample(own: list[torch.Tensor], directions: list[torch.Tensor]) -> list[torch.Tensor]:
         def outputs(weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -61,27 +87,40 @@ def _vectorised(
         return [gradients[name] for name in names]
 
     own = [t for t, flag in zip(tensors, batched, strict=True) if flag]
-    return list(vmap(one_sample)(own, cotangents))
+    with warnings.catch_warnings():
+        # What has no vectorised derivative is looped over inside: slower, and not to be helped.
+        warnings.filterwarnings("ignore", message="There is a performance drop because")
+        return list(vmap(one_sample)(own, cotangents))
 
 
 def _looped(
-    call: Call, cotangents: list[torch.Tensor], names: tuple[str, ...]
+    call: Call,
+    cotangents: list[torch.Tensor],
+    names: tuple[str, ...],
+    batched: tuple[bool, ...],
 ) -> list[torch.Tensor]:
     n_classes = cotangents[0].shape[1]
     rows: list[list[torch.Tensor]] = [[] for _ in names]
     for b in range(call.batch_size):
+        flags = iter(batched)
 
-        def pick(tensor: torch.Tensor, b: int = b) -> torch.Tensor:
-            return tensor[b : b + 1] if _is_batched(tensor, call) else tensor
+        def pick(tensor: torch.Tensor, b: int = b, flags: Any = flags) -> torch.Tensor:
+            return tensor[b : b + 1] if next(flags) else tensor
 
         args, kwargs = map_tree((call.args, call.kwargs), pick)
         weights = {name: call.state[name].detach().requires_grad_() for name in names}
         outputs = _run(call, weights, args, kwargs)
+        # Those that this sample's weights do not move have no graph.
+        moved = [k for k, output in enumerate(outputs) if output.requires_grad]
+        if not moved:
+            for part, weight in zip(rows, weights.values(), strict=True):
+                part.extend([torch.zeros_like(weight)] * n_classes)
+            continue
         for c in range(n_classes):
             gradients = torch.autograd.grad(
-                outputs,
+                [outputs[k] for k in moved],
                 list(weights.values()),
-                [d[b : b + 1, c] for d in cotangents],
+                [cotangents[k][b : b + 1, c] for k in moved],
                 retain_graph=c + 1 < n_classes,
                 allow_unused=True,
                 materialize_grads=True,
@@ -95,12 +134,9 @@ def _looped(
 def _run(
     call: Call, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, ...]:
-    by_identity = {id(call.state[name]): weight for name, weight in weights.items()}
-    # Frozen parameters are constants here, and tied ones move together.
-    state = {n: by_identity.get(id(t), t.detach()) for n, t in call.state.items()}
+    # The others are constants here, and what is tied stays one tensor.
+    by_identity = {id(t): t.detach() for t in call.state.values()}
+    by_identity.update({id(call.state[name]): weight for name, weight in weights.items()})
+    state = {n: by_identity[id(t)] for n, t in call.state.items()}
     tensors = tensors_of(functional_call(call.module, state, args, kwargs))
     return tuple(tensors[i] for i in call.positions)
-
-
-def _is_batched(tensor: torch.Tensor, call: Call) -> bool:
-    return tensor.ndim > 0 and len(tensor) == call.batch_size

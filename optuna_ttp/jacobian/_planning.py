@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Mapping
 import time
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from optuna_ttp.jacobian._layout import GHOST_OVERHEAD
 from optuna_ttp.jacobian._layout import TRIANGLE
 from optuna_ttp.jacobian._plan import LayerPlan
 from optuna_ttp.jacobian._plan import SpectrumPlan
+from optuna_ttp.jacobian._prepare import lifting
 from optuna_ttp.jacobian._prepare import Preparation
 from optuna_ttp.jacobian._prepare import prepare
 from optuna_ttp.jacobian._samples import check_singles
@@ -78,28 +81,31 @@ def plan_spectrum(
         raise ValueError(f"dtype must be one of {sorted(DTYPES)} but got {dtype!r}.")
     where, kind = resolve_device(task, device), DTYPES[dtype]
     reference = task.initial_outputs(where, kind)
-    with task.frozen(where, kind) as frozen:
-        check_singles(task, frozen, reference, where, kind)
-        preparation = prepare(task, frozen, device=where, dtype=kind, seed=seed)
-        sizes = block_sizes(task, preparation, kind, where, max_memory)
-        n_timed = min(_N_TIMED, task.n_samples)
-        with preparation.claims.tape(frozen).attached() as tape:
-            reader = SampleReader(
-                task,
-                frozen,
-                preparation.claims,
-                tape,
-                batch_size=n_timed,
-                device=where,
-                dtype=kind,
-                reference=reference,
-            )
-            seconds = min(
-                _timed(lambda: reader.read(preparation.layout, 0, n_timed), where)
-                for _ in range(2)
-            )
+
+    def measure(lifts: Mapping[str, int]) -> tuple[Preparation, BlockSizes, float]:
+        with task.frozen(where, kind) as frozen:
+            check_singles(task, frozen, reference, where, kind)
+            found = prepare(task, frozen, device=where, dtype=kind, seed=seed, lifts=lifts)
+            sizes = block_sizes(task, found, kind, where, max_memory)
+            n_timed = min(_N_TIMED, task.n_samples)
+            with found.claims.tape(frozen).attached() as tape:
+                reader = SampleReader(
+                    task,
+                    frozen,
+                    found.claims,
+                    tape,
+                    batch_size=n_timed,
+                    device=where,
+                    dtype=kind,
+                    reference=reference,
+                )
+                seconds = min(
+                    _timed(lambda: reader.read(found.layout, 0, n_timed), where) for _ in range(2)
+                )
+        return found, sizes, seconds / n_timed
+
+    preparation, sizes, per_sample = lifting(measure)
     rate = _flops_per_second(where, kind)
-    per_sample = seconds / n_timed
     return SpectrumPlan(
         engine=name,
         reason=reason,
@@ -153,9 +159,9 @@ def _layers(task: FineTuningTask, preparation: Preparation) -> tuple[LayerPlan, 
     )
 
 
-def _timed(function: object, device: torch.device) -> float:
+def _timed(function: Callable[[], object], device: torch.device) -> float:
     started = time.perf_counter()
-    function()  # type: ignore[operator]
+    function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 
 from optuna_ttp.jacobian._claims import Claims
 from optuna_ttp.jacobian._claims import find_claims
+from optuna_ttp.jacobian._claims import UnclaimedError
 from optuna_ttp.jacobian._layout import Layout
 from optuna_ttp.jacobian._layout import make_layout
 from optuna_ttp.jacobian._tree import tensors_of
@@ -21,6 +26,10 @@ if TYPE_CHECKING:
 
 # Samples on which gradients of layers are compared with those of the whole network.
 _N_CHECKED = 3
+# Modules around a layer that are tried; few networks are nested so deeply.
+_MAX_LIFTS = 20
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ def prepare(
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
+    lifts: Mapping[str, int] | None = None,
 ) -> Preparation:
     """Look at a few samples.
 
@@ -62,13 +72,15 @@ def prepare(
             Precision of the Jacobian.
         seed:
             Of the random directions in which gradients are compared.
+        lifts:
+            See :func:`~optuna_ttp.jacobian._claims.find_claims`. None by default.
 
     Returns:
         Claims, layout and what a sample takes.
     """
     n_checked = min(_N_CHECKED, task.n_samples)
     inputs, _ = next(task.batches(n_checked, device, dtype))
-    claims = find_claims(frozen, inputs, n_checked, seed)
+    claims = find_claims(frozen, inputs, n_checked, seed, lifts)
     itemsize = torch.empty((), dtype=dtype).element_size()
     multipliers = dict(zip(frozen.parameters, task.multipliers.values(), strict=True))
     layout = make_layout(
@@ -103,3 +115,29 @@ def prepare(
     largest = max((p.size for p in layout.parameters if p.method == "rows"), default=0)
     per_sample = itemsize * (elements // n_checked + unfolded + task.n_outputs * largest)
     return Preparation(claims, layout, per_sample)
+
+
+def lifting(run: Callable[[Mapping[str, int]], _Result]) -> _Result:
+    """Run something again as long as a layer turns out not to answer for its parameters.
+
+    A layer that only some samples reach, such as an expert, is fine for the samples that are
+    looked at first and wrong for others: the module around it answers for it then.
+
+    Args:
+        run:
+            Takes what :func:`prepare` takes as ``lifts``.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        JacobianMismatchError:
+            If no module can answer for the parameters.
+    """
+    lifts: Counter[str] = Counter()
+    for _ in range(_MAX_LIFTS):
+        try:
+            return run(lifts)
+        except UnclaimedError as error:  # noqa: PERF203
+            lifts.update(error.names)
+    return run(lifts)

@@ -172,7 +172,8 @@ def _channel_norm(
 ) -> dict[str, Contribution]:
     """Statistics of each sample, then one weight a channel."""
     normalised = call.cached("normalised", lambda: normalise(call.module, call.input).flatten(2))
-    return _scale_and_shift(call, normalised, [t.flatten(2) for t in cotangents], sum_over=(2,))
+    parts = [t.reshape(normalised.shape) for t in cotangents]
+    return _scale_and_shift(call, normalised, parts, sum_over=(2,))
 
 
 def _group_normalised(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 import torch
 
-from optuna_ttp.exceptions import JacobianMismatchError
 from optuna_ttp.jacobian._claims import Claims
+from optuna_ttp.jacobian._claims import UnclaimedError
 from optuna_ttp.jacobian._layout import Layout
 from optuna_ttp.jacobian._rules import Contribution
 from optuna_ttp.jacobian._state import BlockState
@@ -165,11 +165,7 @@ class SampleReader:
         )
         late = [n for n, g in zip(self._claims.unused, found, strict=True) if g is not None]
         if late:
-            raise JacobianMismatchError(
-                f"The parameters {', '.join(n.removeprefix('model.') for n in late)} move the "
-                "outputs of some samples but not those of the first ones, so that no layer "
-                "answers for them."
-            )
+            raise UnclaimedError(late, "run for some samples but not for others")
 
 
 def check_singles(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from optuna_ttp.exceptions import JacobianMismatchError
+from optuna_ttp.jacobian._claims import UnclaimedError
 from optuna_ttp.jacobian._factors import CHUNK
 from optuna_ttp.jacobian._factors import Factors
 from optuna_ttp.jacobian._factors import ghost_gram
@@ -155,10 +155,7 @@ class StateBuilder:
         """
         missing = self._parts.keys() - self._pending.keys()
         if missing:
-            raise JacobianMismatchError(
-                f"The layers of {', '.join(sorted(n.removeprefix('model.') for n in missing))} "
-                "run for some samples but not for others, which their rule cannot follow."
-            )
+            raise UnclaimedError(missing, "run for some samples but not for others")
         for name in list(self._pending):
             factors = self._pending.pop(name)
             if name in self._parts:

@@ -137,6 +137,9 @@ class Tape:
             of them as its own copy.
         copied:
             Names of the modules whose inputs are copied, because later operations overwrite them.
+        shared:
+            Whether the output of the n-th call of a module is shared by all samples. What is not
+            known is looked at, and added.
     """
 
     def __init__(
@@ -144,10 +147,13 @@ class Tape:
         frozen: FrozenModel,
         watched: Mapping[str, bool],
         copied: frozenset[str] = frozenset(),
+        shared: dict[tuple[str, int], bool] | None = None,
     ) -> None:
         self._frozen = frozen
         self._watched = dict(watched)
         self._copied = copied
+        self._shared = {} if shared is None else shared
+        self._n_calls: dict[str, int] = {}
         self._calls: dict[str, list[Call]] | None = None
         self._batch_size = 0
 
@@ -176,6 +182,7 @@ class Tape:
             The outputs and the calls.
         """
         self._calls = {name: [] for name in self._watched}
+        self._n_calls = dict.fromkeys(self._watched, 0)
         self._batch_size = batch_size
         try:
             outputs = self._frozen(inputs)
@@ -190,7 +197,9 @@ class Tape:
             if self._calls is None:
                 return None
             replaced = None
-            if expand and isinstance(output, torch.Tensor) and len(output) != self._batch_size:
+            key = (name, self._n_calls[name])
+            self._n_calls[name] += 1
+            if expand and isinstance(output, torch.Tensor) and self._is_shared(key, output):
                 own = output if len(output) == 1 else output[None]
                 output = replaced = own.expand(self._batch_size, *own.shape[1:])
                 args, kwargs = self._expanded(args, kwargs)
@@ -200,6 +209,15 @@ class Tape:
             return replaced
 
         return hook
+
+    def _is_shared(self, key: tuple[str, int], output: torch.Tensor) -> bool:
+        """Whether all samples share an output, as it was when that was first looked at.
+
+        The length of its first axis may later happen to be that of the batch.
+        """
+        if key not in self._shared:
+            self._shared[key] = len(output) != self._batch_size
+        return self._shared[key]
 
     def _expanded(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
