@@ -240,8 +240,8 @@ def _input_products(left: Factors, one: torch.Tensor, others: torch.Tensor) -> t
     dtype = left.cotangents[0].dtype
     if left.expand is None:
         return (one[:, None] == others[:, None]).to(dtype)
-    product = chunked_product(one, others.flatten(0, 1)).to(dtype)
-    return product.unflatten(1, (len(others), -1)).transpose(0, 1)
+    product: torch.Tensor = chunked_product(one, others.flatten(0, 1)).to(dtype)
+    return product.reshape(len(one), len(others), -1).transpose(0, 1)
 
 
 def _contract(left: torch.Tensor, inputs: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,7 @@ def _vectorised(
             args, kwargs = map_tree((call.args, call.kwargs), fill)
             return _run(call, weights, args, kwargs)
 
-        _, pull = vjp(outputs, {name: call.state[name].detach() for name in names})
+        _, pull, *_ = vjp(outputs, {name: call.state[name].detach() for name in names})
         (gradients,) = vmap(pull)(tuple(d[:, None] for d in directions))
         return [gradients[name] for name in names]
 

@@ -158,7 +158,8 @@ def _batch_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contrib
 
     def make() -> torch.Tensor:
         scale = (state["running_var"] + module.eps).rsqrt()
-        return (x - state["running_mean"][:, None]) * scale[:, None]
+        normalised: torch.Tensor = (x - state["running_mean"][:, None]) * scale[:, None]
+        return normalised
 
     normalised = call.cached("normalised", make)
     parts = [t.flatten(2) if t.ndim > 2 else t[..., None] for t in cotangents]
@@ -246,7 +247,7 @@ def _tokens(x: torch.Tensor) -> torch.Tensor:
 
 def _grouped(x: torch.Tensor, *, groups: int) -> torch.Tensor:
     """``(B, G k, ...)`` to ``(B, G, k, S)``."""
-    return x.flatten(2).unflatten(1, (groups, -1))
+    return x.reshape(len(x), groups, x.shape[1] // groups, -1)
 
 
 def _unfolded(
@@ -275,7 +276,7 @@ def _unfolded(
     n_axes = len(kernel)
     if n_axes == 2 and any(k > 1 for k in kernel):
         columns = functional.unfold(x, kernel, dilation, 0, stride)
-        return columns.unflatten(1, (groups, -1))
+        return columns.reshape(len(x), groups, -1, columns.shape[2])
     for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
         x = x.unfold(axis, (k - 1) * d + 1, s)[..., ::d]
     # (B, channels, positions..., kernel...)

@@ -17,6 +17,7 @@ from optuna_ttp.jacobian._rules import Contribution
 from optuna_ttp.jacobian._state import BlockState
 from optuna_ttp.jacobian._state import StateBuilder
 from optuna_ttp.jacobian._tape import Cotangents
+from optuna_ttp.jacobian._tape import Gradients
 from optuna_ttp.jacobian._tape import join_classes
 from optuna_ttp.jacobian._tape import Recording
 from optuna_ttp.jacobian._tape import Tape
@@ -156,7 +157,7 @@ class SampleReader:
         unused = [self._frozen.parameters[n] for n in self._claims.unused]
         if not unused:
             return
-        found = torch.autograd.grad(
+        found: Gradients = torch.autograd.grad(
             recording.outputs,
             unused,
             torch.ones_like(recording.outputs),

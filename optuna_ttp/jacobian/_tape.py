@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from optuna_ttp.frozen_model import FrozenModel
 
 
+Gradients: TypeAlias = "tuple[torch.Tensor | None, ...]"
+"""What :func:`torch.autograd.grad` gives for outputs that some inputs do not move."""
+
 Cotangents: TypeAlias = "dict[str, list[list[list[torch.Tensor]]]]"
 """By module: for each call, for each of its output tensors, one cotangent a class."""
 
@@ -72,7 +75,7 @@ class Recording:
         if not edges:
             return {name: [] for name in self.calls}
         if batched:
-            gradients = torch.autograd.grad(
+            gradients: Gradients = torch.autograd.grad(
                 self.outputs,
                 edges,
                 torch.stack(directions),
@@ -91,14 +94,14 @@ class Recording:
             for k, direction in enumerate(directions):
                 # A scalar: given weights of the outputs, PyTorch first loads a computer algebra
                 # system.
-                gradients = torch.autograd.grad(
+                singles: Gradients = torch.autograd.grad(
                     (self.outputs * direction).sum(),
                     edges,
                     retain_graph=retain_graph or k + 1 < len(directions),
                     allow_unused=True,
                 )
-                for column, gradient, shape in zip(columns, gradients, shapes, strict=True):
-                    column.append(self.outputs.new_zeros(shape) if gradient is None else gradient)
+                for column, one, shape in zip(columns, singles, shapes, strict=True):
+                    column.append(self.outputs.new_zeros(shape) if one is None else one)
         remaining: Iterator[list[torch.Tensor]] = iter(columns)
         return {
             name: [[next(remaining) for _ in call.edges] for call in calls]
