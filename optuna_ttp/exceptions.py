@@ -33,3 +33,7 @@ class UnreliablePredictionWarning(OptunaTTPWarning):
 
 class JacobianMismatchError(OptunaTTPError):
     """Rows of the Jacobian differ from what plain automatic differentiation gives."""
+
+
+class ApproximationWarning(OptunaTTPWarning):
+    """A sketch of the Jacobian is less accurate than it should be."""

@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
-ENGINES = ("exact",)
-# Share of the memory budget that the kernel and its eigenvectors may take.
+ENGINES = ("exact", "sketch", "refined_sketch")
+# Share of the memory budget that the kernel may take.
 _KERNEL_SHARE = 0.5
 # Bytes of an entry: the sum in double precision and the kernel itself.
 _ENTRY_BYTES = 12
+# Multiplications of the product of all rows, of which the contraction needs a fraction.
+_MAX_PRODUCT = 2e14
 
 
 def resolve_engine(
@@ -44,4 +46,11 @@ def resolve_engine(
     if engine != "auto":
         known = ", ".join(f'"{name}"' for name in ("auto", *ENGINES))
         raise ValueError(f"engine must be one of {known} but got {engine!r}.")
-    return "exact", "the only engine"
+    n_rows = task.n_samples * task.n_outputs
+    if any(factor != 1.0 for factor in task.multipliers.values()):
+        return "exact", "the only one that knows learning-rate multipliers"
+    if _ENTRY_BYTES * n_rows**2 > _KERNEL_SHARE * max_memory:
+        return "sketch", "the kernel would take too much memory"
+    if float(n_rows) ** 2 * task.n_parameters / 2 > _MAX_PRODUCT:
+        return "sketch", "the product of all rows would take too long"
+    return "exact", "the kernel fits, and its product is affordable"

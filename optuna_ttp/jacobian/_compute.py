@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import datetime
 from datetime import timezone
 import time
+from typing import Any
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,12 +15,11 @@ import torch
 
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
 from optuna_ttp.jacobian._choice import resolve_engine
+from optuna_ttp.jacobian._decomposition import Decomposition
+from optuna_ttp.jacobian._decomposition import exact_decomposition
+from optuna_ttp.jacobian._decomposition import sketched_decomposition
 from optuna_ttp.jacobian._devices import DTYPES
 from optuna_ttp.jacobian._devices import resolve_device
-from optuna_ttp.jacobian._eigenpairs import Eigenpairs
-from optuna_ttp.jacobian._eigenpairs import eigenpairs
-from optuna_ttp.jacobian._exact import exact_kernel
-from optuna_ttp.jacobian._kernel import Kernel
 from optuna_ttp.jacobian._probe import probe_linearisation
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import Spectrum
@@ -62,7 +62,10 @@ def compute_spectrum(
         explained_trace:
             Keep the fewest eigenpairs that hold this share of the trace of the kernel.
         engine:
-            ``"exact"``, or ``"auto"`` (the default) for a choice by N, C, D and memory; see
+            ``"exact"``; ``"sketch"``, a random projection of the Jacobian whose width is chosen
+            by the times that it predicts; ``"refined_sketch"``, with the leading 100 eigenpairs
+            refined by two more passes over the data; or ``"auto"`` (the default) for a choice by
+            N, C, D and memory between the first two, see
             :func:`~optuna_ttp.jacobian.resolve_engine`.
         dtype:
             Precision of the Jacobian, ``"float32"`` (the default) or ``"float64"``. Eigenpairs
@@ -79,10 +82,11 @@ def compute_spectrum(
         show_progress_bar:
             Show a progress bar where the standard error stream is a terminal. On by default.
         seed:
-            Of what is random: the samples on which gradients are checked. Zero by default.
+            Of what is random: the projection of a sketch, and the samples on which gradients are
+            checked. Zero by default.
         checkpoint:
             Keeps finished blocks of the kernel, so that an interrupted computation goes on where
-            it stopped. None by default.
+            it stopped. Only for the exact engine. None by default.
 
     Returns:
         The spectrum with its metadata.
@@ -102,22 +106,22 @@ def compute_spectrum(
     started = time.perf_counter()
     fingerprint = task.fingerprint
     initial_outputs = task.initial_outputs(resolved, DTYPES[dtype])
-    kernel = exact_kernel(
-        task,
-        device=resolved,
-        dtype=DTYPES[dtype],
-        max_memory=max_memory,
-        show_progress_bar=show_progress_bar,
-        seed=seed,
-        checkpoint=checkpoint,
+    shared = {
+        "rank": rank,
+        "explained_trace": explained_trace,
+        "max_memory": max_memory,
+        "show_progress_bar": show_progress_bar,
+        "seed": seed,
+    }
+    found = _decomposition(
+        task, initial_outputs, engine, resolved, DTYPES[dtype], checkpoint, shared
     )
-    pairs = eigenpairs(kernel.gram, rank=rank, explained_trace=explained_trace)
+    pairs = found.pairs
     throughput = measure_throughput(task, device=resolved) if measure_speed else None
     validation = None
-    if kernel.cross is not None and task.validation is not None:
-        features = kernel.cross @ (pairs.eigenvectors / np.sqrt(pairs.eigenvalues))
+    if found.validation_features is not None and task.validation is not None:
         validation = Validation(
-            features.astype(kernel.cross.dtype),
+            found.validation_features,
             task.validation.initial_outputs(resolved, DTYPES[dtype]),
             task.validation.targets,
         )
@@ -140,9 +144,12 @@ def compute_spectrum(
             created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             package_version=__version__,
             torch_version=torch.__version__,
+            sketch_width=found.sketch_width,
+            seed=None if found.sketch_width is None else seed,
+            time_error=found.time_error,
         ),
-        weight_outputs=kernel.weight_outputs,
-        decay_factors=_decay_factors(kernel, pairs),
+        weight_outputs=found.weight_outputs,
+        decay_factors=found.decay_factors,
         validation=validation,
     )
     if not probe:
@@ -152,8 +159,24 @@ def compute_spectrum(
     return replace(spectrum, metadata=replace(spectrum.metadata, compute_seconds=seconds))
 
 
-def _decay_factors(kernel: Kernel, pairs: Eigenpairs) -> NDArray[np.float64] | None:
-    if kernel.stretched is None:
-        return None
-    moved = kernel.stretched @ pairs.eigenvectors
-    return np.asarray((pairs.eigenvectors * moved).sum(axis=0) / pairs.eigenvalues)
+def _decomposition(
+    task: FineTuningTask,
+    initial_outputs: NDArray[np.float64],
+    engine: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpoint: KernelCheckpoint | None,
+    shared: dict[str, Any],
+) -> Decomposition:
+    if engine == "exact":
+        return exact_decomposition(
+            task, device=device, dtype=dtype, checkpoint=checkpoint, **shared
+        )
+    return sketched_decomposition(
+        task,
+        initial_outputs,
+        refined=engine == "refined_sketch",
+        device=device,
+        dtype=dtype,
+        **shared,
+    )

@@ -77,6 +77,10 @@ def plan_spectrum(
             As for :func:`~optuna_ttp.compute_spectrum`.
     """
     name, reason = resolve_engine(task, engine, max_memory=max_memory)
+    if name != "exact":
+        raise ValueError(
+            f'plan_spectrum can only plan the engine "exact" so far but got {name!r} ({reason}).'
+        )
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)} but got {dtype!r}.")
     where, kind = resolve_device(task, device), DTYPES[dtype]

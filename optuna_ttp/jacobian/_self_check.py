@@ -80,6 +80,52 @@ def check_rows(
             )
 
 
+def check_row_norms(
+    task: FineTuningTask,
+    frozen: FrozenModel,
+    first: int,
+    norms: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Compare the squared norm of one random row with plain automatic differentiation.
+
+    Args:
+        task:
+            What is differentiated.
+        frozen:
+            The borrowed model.
+        first:
+            The first sample of the batch. If the random row is of none of its samples, nothing is
+            compared.
+        norms:
+            Squared norms of the batch's rows, of shape ``(B, C)``.
+        device:
+            Where.
+        dtype:
+            Precision of the Jacobian.
+        seed:
+            Of the choice of the row.
+
+    Raises:
+        JacobianMismatchError:
+            If they differ.
+    """
+    rng = np.random.default_rng(seed)
+    n, c = int(rng.integers(task.n_samples)), int(rng.integers(task.n_outputs))
+    if not first <= n < first + len(norms):
+        return
+    row = _plain_row(task, frozen, n, c, device, dtype)
+    expected = _product(row, row, dict.fromkeys(row, 1.0))
+    actual = float(norms[n - first, c])
+    if np.isfinite(actual) and abs(actual - expected) > _TOLERANCE[dtype] * expected:
+        raise JacobianMismatchError(
+            f"The squared gradient of output {c} of sample {n} must be {expected:.6g}, as plain "
+            f"automatic differentiation has it, but got {actual:.6g}."
+        )
+
+
 def _plain_row(
     task: FineTuningTask,
     frozen: FrozenModel,
