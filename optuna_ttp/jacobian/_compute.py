@@ -47,6 +47,7 @@ def compute_spectrum(
     show_progress_bar: bool = True,
     seed: int = 0,
     checkpoint: KernelCheckpoint | None = None,
+    distributed: bool = False,
 ) -> Spectrum:
     """Compute the Jacobian eigenspectrum of a task.
 
@@ -87,6 +88,10 @@ def compute_spectrum(
         checkpoint:
             Keeps finished blocks of the kernel, so that an interrupted computation goes on where
             it stopped. Only for the exact engine. None by default.
+        distributed:
+            Share the samples with the other processes of the default group of
+            :mod:`torch.distributed`, as under ``torchrun``; all get the same spectrum. Only for
+            the exact engine. Off by default.
 
     Returns:
         The spectrum with its metadata.
@@ -114,7 +119,7 @@ def compute_spectrum(
         "seed": seed,
     }
     found = _decomposition(
-        task, initial_outputs, engine, resolved, DTYPES[dtype], checkpoint, shared
+        task, initial_outputs, engine, resolved, DTYPES[dtype], checkpoint, distributed, shared
     )
     pairs = found.pairs
     throughput = measure_throughput(task, device=resolved) if measure_speed else None
@@ -166,12 +171,20 @@ def _decomposition(
     device: torch.device,
     dtype: torch.dtype,
     checkpoint: KernelCheckpoint | None,
+    distributed: bool,
     shared: dict[str, Any],
 ) -> Decomposition:
     if engine == "exact":
         return exact_decomposition(
-            task, device=device, dtype=dtype, checkpoint=checkpoint, **shared
+            task,
+            device=device,
+            dtype=dtype,
+            checkpoint=checkpoint,
+            distributed=distributed,
+            **shared,
         )
+    if distributed:
+        raise ValueError(f'distributed=True needs the engine "exact" but got {engine!r}.')
     return sketched_decomposition(
         task,
         initial_outputs,

@@ -77,6 +77,7 @@ def exact_decomposition(
     show_progress_bar: bool,
     seed: int,
     checkpoint: KernelCheckpoint | None,
+    distributed: bool,
 ) -> Decomposition:
     """Decompose the exact kernel.
 
@@ -99,6 +100,8 @@ def exact_decomposition(
             Of what is checked.
         checkpoint:
             For finished blocks, or :obj:`None`.
+        distributed:
+            Share the samples with other processes.
 
     Returns:
         The decomposition.
@@ -111,6 +114,7 @@ def exact_decomposition(
         show_progress_bar=show_progress_bar,
         seed=seed,
         checkpoint=checkpoint,
+        distributed=distributed,
     )
     pairs = eigenpairs(kernel.gram, rank=rank, explained_trace=explained_trace)
     decay_factors = None

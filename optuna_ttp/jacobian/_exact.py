@@ -29,6 +29,8 @@ from optuna_ttp.jacobian._prepare import prepare
 from optuna_ttp.jacobian._samples import check_singles
 from optuna_ttp.jacobian._samples import SampleReader
 from optuna_ttp.jacobian._self_check import check_rows
+from optuna_ttp.jacobian._sharded import check_group
+from optuna_ttp.jacobian._sharded import sharded_kernel
 from optuna_ttp.jacobian._state import BlockState
 from optuna_ttp.jacobian._state import multiply
 
@@ -79,6 +81,7 @@ def exact_kernel(
     show_progress_bar: bool = True,
     seed: int = 0,
     checkpoint: KernelCheckpoint | None = None,
+    distributed: bool = False,
 ) -> Kernel:
     """Compute the empirical NTK ``Theta = J J^T`` without ever holding the Jacobian.
 
@@ -104,6 +107,11 @@ def exact_kernel(
         checkpoint:
             Keeps finished blocks of the kernel, so that an interrupted computation goes on where
             it stopped. None by default.
+        distributed:
+            Share the samples with the other processes of the default group of
+            :mod:`torch.distributed`, all of which must call this with the same task. What a
+            process holds of its samples, and once more that of another, is not limited by
+            ``max_memory``, and there is no checkpoint. Off by default.
 
     Returns:
         The kernel, that of validation and training samples, and the outputs of the weights.
@@ -117,7 +125,17 @@ def exact_kernel(
     """
 
     def run(lifts: Mapping[str, int]) -> Kernel:
-        return _kernel(task, device, dtype, max_memory, show_progress_bar, seed, checkpoint, lifts)
+        return _kernel(
+            task,
+            device,
+            dtype,
+            max_memory,
+            show_progress_bar,
+            seed,
+            checkpoint,
+            distributed,
+            lifts,
+        )
 
     return lifting(run)
 
@@ -130,6 +148,7 @@ def _kernel(
     show_progress_bar: bool,
     seed: int,
     checkpoint: KernelCheckpoint | None,
+    distributed: bool,
     lifts: Mapping[str, int],
 ) -> Kernel:
     reference = task.initial_outputs(device, dtype)
@@ -138,6 +157,8 @@ def _kernel(
         check_singles(task, frozen, reference, device, dtype)
         preparation = prepare(task, frozen, device=device, dtype=dtype, seed=seed, lifts=lifts)
         sizes = block_sizes(task, preparation, dtype, device, max_memory)
+        if distributed:
+            check_group()
         if checkpoint is not None:
             sizes = _cut(sizes, task.n_samples)
         blocks = _blocks(task.n_samples, sizes.held)
@@ -171,10 +192,13 @@ def _kernel(
             if task.validation is not None and held_out is not None:
                 others = reader(task.validation, held_out)
             own = reader(task, reference)
-            assembly = _Assembly(task, preparation, own, others, dtype, checkpoint)
-            for block in blocks:
-                assembly.add_block(block, sizes.streamed)
-            kernel = assembly.kernel()
+            if distributed:
+                kernel = sharded_kernel(task, preparation, own, others, dtype)
+            else:
+                assembly = _Assembly(task, preparation, own, others, dtype, checkpoint)
+                for block in blocks:
+                    assembly.add_block(block, sizes.streamed)
+                kernel = assembly.kernel()
         check_rows(task, frozen, preparation, kernel, device=device, dtype=dtype, seed=seed)
     return kernel
 

@@ -74,7 +74,7 @@ class SampleReader:
         self._claims = claims
         self._tape = tape
         self._batch_size = batch_size
-        self._device = device
+        self.device = device
         self._dtype = dtype
         self._reference = reference
         self._advance = advance
@@ -98,7 +98,7 @@ class SampleReader:
             The state, and ``J diag(c) w`` of shape ``(stop - start, C)``.
         """
         n_outputs = self._task.n_outputs
-        builder = StateBuilder(layout, stop - start, n_outputs, self._device, self._dtype)
+        builder = StateBuilder(layout, stop - start, n_outputs, self.device, self._dtype)
         inner = np.zeros((stop - start, n_outputs))
         for first, recording in self._recordings(start, stop):
             batch_size = len(recording.outputs)
@@ -147,7 +147,7 @@ class SampleReader:
     def _recordings(self, start: int, stop: int) -> Iterator[tuple[int, Recording]]:
         for first in range(start, stop, self._batch_size):
             size = min(self._batch_size, stop - first)
-            batches = self._task.batches(size, self._device, self._dtype, start=first)
+            batches = self._task.batches(size, self.device, self._dtype, start=first)
             inputs, _ = next(batches)
             recording = self._tape.record(inputs, size)
             check_same_outputs(recording.outputs, self._reference, first)

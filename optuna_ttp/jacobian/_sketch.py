@@ -161,8 +161,8 @@ def refine(
     For the leading eigenvectors ``V`` of the sketch, ``Theta V = J (J^T V)`` is computed in two
     more passes over the data, and ``Theta V (V^T Theta V)^(-1) (Theta V)^T`` takes the place of
     the sketch there (Nystrom's method, stabilised as in Tropp, Yurtsever, Udell and Cevher,
-    NeurIPS 2017, arXiv 1706.05736). That is one step of subspace iteration further than a Rayleigh-Ritz
-    projection, for one more pass.
+    NeurIPS 2017, arXiv 1706.05736). That is one step of subspace iteration further than a
+    Rayleigh-Ritz projection, for one more pass.
 
     Args:
         task:
