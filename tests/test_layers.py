@@ -767,7 +767,8 @@ def test_plan_refuses_bad_settings() -> None:
     for settings_, message in (
         ({"engine": "magic"}, "engine must be one of"),
         ({"dtype": "float16"}, "dtype must be one of"),
-        ({"max_memory": 10}, "max_memory must be at least"),
+        ({"engine": "exact", "max_memory": 10}, "max_memory must be at least"),
+        ({"engine": "sketch"}, 'can only plan the engine "exact"'),
     ):
         with pytest.raises(ValueError, match=message):
             plan_spectrum(task, **settings_)

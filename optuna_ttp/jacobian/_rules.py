@@ -71,7 +71,7 @@ def _linear(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contributio
     """``y_s = W x_s + b``."""
     x = call.input.flatten(1, -2) if call.input.ndim > 2 else call.input[:, None]
     parts = [d.flatten(1, -2) if d.ndim > 2 else d[:, None] for d in cotangents]
-    d = torch.stack([p.transpose(1, 2) for p in parts], 1)[:, None]
+    d = _stacked([p.transpose(1, 2) for p in parts], 1)[:, None]
     return _weight_and_bias(call, x, _tokens, d, x.shape[-1])
 
 
@@ -79,7 +79,7 @@ def _conv1d_of_transformers(call: Call, cotangents: list[torch.Tensor]) -> dict[
     """A linear layer whose weight is laid out as (inputs, outputs)."""
     x = call.input.flatten(1, -2) if call.input.ndim > 2 else call.input[:, None]
     parts = [d.flatten(1, -2) if d.ndim > 2 else d[:, None] for d in cotangents]
-    d = torch.stack([p.transpose(1, 2) for p in parts], 1)[:, None]
+    d = _stacked([p.transpose(1, 2) for p in parts], 1)[:, None]
     return _weight_and_bias(call, x, _tokens, d, x.shape[-1], transposed=True)
 
 
@@ -87,7 +87,7 @@ def _convolution(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contri
     """A linear layer on unfolded inputs, for each group of channels."""
     module: Any = call.module
     groups = module.groups
-    d = torch.stack([t.flatten(2).unflatten(1, (groups, -1)) for t in cotangents], 2)
+    d = _stacked([t.flatten(2).unflatten(1, (groups, -1)) for t in cotangents], 2)
     unfold = partial(
         _unfolded,
         kernel=module.kernel_size,
@@ -130,7 +130,7 @@ def _transposed_convolution(call: Call, cotangents: list[torch.Tensor]) -> dict[
             n_positions=tuple(x.shape[-n_spatial:]),
         )
         unfolded.append(u)
-    d = torch.stack(unfolded, 2)
+    d = _stacked(unfolded, 2)
     inputs = partial(_grouped, groups=groups)
     # The weight is laid out as (inputs, outputs / groups, kernel): (G, k, o) here.
     n_rows = x.shape[1] // groups
@@ -143,7 +143,7 @@ def _embedding(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribu
     module: Any = call.module
     ids = call.input.flatten(1) if call.input.ndim > 1 else call.input[:, None]
     parts = [t.flatten(1, -2) if t.ndim > 2 else t[:, None] for t in cotangents]
-    d = torch.stack([p.transpose(1, 2) for p in parts], 1)[:, None]
+    d = _stacked([p.transpose(1, 2) for p in parts], 1)[:, None]
     if module.padding_idx is not None:
         d = d * (ids != module.padding_idx)[:, None, None, None]
     n_rows = len(call.state["weight"])
@@ -238,6 +238,11 @@ def _weight_and_bias(
         # (B, G, C, o) to (B, C, G o)
         contributions["bias"] = d.sum(-1).transpose(1, 2).flatten(2)
     return contributions
+
+
+def _stacked(parts: list[torch.Tensor], axis: int) -> torch.Tensor:
+    # A single one need not be copied.
+    return parts[0].unsqueeze(axis) if len(parts) == 1 else torch.stack(parts, axis)
 
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:

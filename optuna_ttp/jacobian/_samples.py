@@ -103,12 +103,12 @@ class SampleReader:
         for first, recording in self._recordings(start, stop):
             batch_size = len(recording.outputs)
             self._check_unused(recording)
+            rows = slice(first - start, first - start + batch_size)
             builder.begin(batch_size)
             for classes, gradients in self._gradients(recording):
                 part = builder.add(gradients, classes, self._frozen.parameters)
-                rows = slice(first - start, first - start + batch_size)
-                inner[rows, classes] += part.cpu().numpy()
-            builder.end()
+                inner[rows, classes] += part.numpy()
+            inner[rows] += builder.end(self._frozen.parameters).numpy()
             self._advance(batch_size * n_outputs)
         return builder.finish(), inner
 

@@ -123,31 +123,35 @@ class StateBuilder:
         """
         gathered: dict[str, Factors] = {}
         shape = (self._batch.stop - self._batch.start, classes.stop - classes.start)
-        device = sums_device(self._rows.device)
-        inner = torch.zeros(shape, dtype=torch.float64, device=device)
+        inner = torch.zeros(shape, dtype=torch.float64)
         for name, contribution in gradients:
             parameter = self._parameters[name]
             root = parameter.multiplier**0.5
             if isinstance(contribution, Factors):
-                part = contribution.inner(weights[name].detach())
-                inner += parameter.multiplier * part.to(inner)
+                if parameter.method != "rows":
+                    part = contribution.inner(weights[name].detach())
+                    inner += parameter.multiplier * part.to(inner)
                 scaled = contribution.scaled(root)
                 known = gathered.get(name)
                 if known is None or known.fits(scaled):
                     gathered[name] = scaled if known is None else known.merged(scaled)
                     continue
                 # The same weight laid out in two ways, such as a table that is also a projection.
-                self._add_rows(name, scaled.rows(), classes)
-                continue
-            flat = weights[name].detach().flatten()
-            inner += parameter.multiplier * _times(contribution, flat).to(inner)
+                contribution, root = scaled.rows(), 1.0
             self._add_rows(name, contribution, classes, root)
         for name, factors in gathered.items():
             self._put(name, factors, classes)
         return inner
 
-    def end(self) -> None:
+    def end(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """Finish the batch.
+
+        Args:
+            weights:
+                The parameters ``w``.
+
+        Returns:
+            What the rows contribute to ``J diag(c) w``, of shape ``(B, C)``.
 
         Raises:
             JacobianMismatchError:
@@ -163,6 +167,14 @@ class StateBuilder:
             else:
                 # All outputs in one product, which is faster than one after the other.
                 self._add_rows(name, factors.rows(), slice(None))
+        # Rows are scaled by the root of the multiplier, and so is w.
+        flat = [
+            p.multiplier**0.5 * weights[p.name].detach().flatten()
+            for p in self._layout.parameters
+            if p.method == "rows"
+        ]
+        rows = self._rows[self._batch]
+        return _times(rows, torch.cat(flat) if flat else rows.new_zeros(0))
 
     def finish(self) -> BlockState:
         """Return the state of all samples."""
@@ -194,10 +206,10 @@ class StateBuilder:
 
 def _times(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """``rows weights`` of shape ``(B, C)``, sums in double precision chunk by chunk."""
-    total: Any = 0.0
+    total: Any = torch.zeros(rows.shape[:-1])
     for start in range(0, len(weights), CHUNK):
         part = rows[..., start : start + CHUNK] @ weights[start : start + CHUNK]
-        total = total + (part if part.device.type == "mps" else part.double())
+        total = total + part.cpu().double()
     return total  # type: ignore[no-any-return]
 
 
