@@ -643,9 +643,10 @@ def test_a_rule_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> No
     assert right is not None
 
     def wrong(call: Any, cotangents: list[torch.Tensor]) -> Any:
-        return {
-            n: c if n == "bias" else c.scaled(1.01) for n, c in right(call, cotangents).items()
-        }  # type: ignore[union-attr]
+        found = right(call, cotangents)
+        weight = found["weight"]
+        assert isinstance(weight, Factors)
+        return {**found, "weight": weight.scaled(1.01)}
 
     monkeypatch.setattr("optuna_ttp.jacobian._claims.rule_for", lambda module: wrong)
     _check(Case(mlp(), vectors(6)), derivatives={"0.weight": "vmap", "0.bias": "rule"})

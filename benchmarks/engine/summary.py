@@ -70,7 +70,7 @@ def _median(cell: dict[str, Any], method: str, key: str) -> float:
 
 def _fastest(cell: dict[str, Any]) -> str:
     """The peer with the fewest CPU seconds."""
-    peers = {r["method"] for r in cell["results"] if "failed" not in r} - {"ours_exact"}
+    peers: set[str] = {r["method"] for r in cell["results"] if "failed" not in r} - {"ours_exact"}
     return min(peers, key=lambda method: _median(cell, method, "cpu_seconds"))
 
 
