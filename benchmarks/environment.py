@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 
-_PLACES = ("--store", "--output", "--curves")
+_PLACES = ("--store", "--output", "--curves", "--peers")
 
 
 def environment() -> dict[str, Any]:

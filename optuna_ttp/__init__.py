@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from optuna_ttp.dynamics import Smoothing
     from optuna_ttp.hyperparameters import HyperparameterMap
     from optuna_ttp.jacobian import compute_spectrum
+    from optuna_ttp.jacobian import plan_spectrum
     from optuna_ttp.ledger import Report
     from optuna_ttp.ledger import report
     from optuna_ttp.loss import Loss
@@ -50,6 +51,7 @@ _MODULES = {
     "TrainingLog": "training_log",
     "TrainingTimePredictor": "predictor",
     "compute_spectrum": "jacobian",
+    "plan_spectrum": "jacobian",
     "report": "ledger",
 }
 
@@ -71,6 +73,7 @@ __all__ = [
     "TrainingTimePredictor",
     "__version__",
     "compute_spectrum",
+    "plan_spectrum",
     "report",
 ]
 

@@ -46,7 +46,7 @@ N_COVARIATES = 2
 
 # Prior of `u`: standard deviation of its slope per unit of depth, over which depths the slope goes
 # along, and its standard deviation at the start.
-_SLOPE_SD = 0.5
+_SLOPE_SD = 0.35
 _SLOPE_LENGTH = 1.0
 _START_SD = 0.05
 # Prior of the covariates' effects, at depth one and per unit of depth; and of that of instability.
@@ -59,7 +59,7 @@ _SCATTERS = 0.5
 # Errors of a trial's logarithmic times: common to neighbouring rungs over such a length, more of
 # it with instability, and of single rungs.
 _TRIAL_SD = 0.025
-_INSTABILITY_SD = 0.2
+_INSTABILITY_SD = 0.35
 _TRIAL_LENGTH = 0.7
 _RUNG_SD = 0.02
 # Weight of the prior of the errors' scale, in trials, and what a trial counts for it.

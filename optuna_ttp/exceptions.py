@@ -49,3 +49,11 @@ class UnreliablePredictionWarning(OptunaTTPWarning):
 
 class UnusableCurveWarning(OptunaTTPWarning):
     """A trial's recorded training loss cannot be learned from."""
+
+
+class JacobianMismatchError(OptunaTTPError):
+    """Rows of the Jacobian differ from what plain automatic differentiation gives."""
+
+
+class ApproximationWarning(OptunaTTPWarning):
+    """A sketch of the Jacobian is less accurate than it should be."""

@@ -14,8 +14,8 @@ from optuna_ttp.dynamics import LinearisedModel
 
 
 if TYPE_CHECKING:
+    from optuna_ttp.frozen_model import FrozenModel
     from optuna_ttp.task import FineTuningTask
-    from optuna_ttp.task import FrozenModel
 
 
 # Samples that go through the network together.

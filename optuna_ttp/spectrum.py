@@ -51,6 +51,14 @@ class SpectrumMetadata:
             Version of this package.
         torch_version:
             Version of PyTorch.
+        sketch_width:
+            Numbers that each row of the Jacobian was projected to, or :obj:`None` where it was
+            not.
+        seed:
+            Of the projection, or :obj:`None` without one.
+        time_error:
+            By what share the times of gradient flow are likely to be off because of the
+            projection, from its two halves; :obj:`None` without one.
     """
 
     fingerprint: str
@@ -63,6 +71,9 @@ class SpectrumMetadata:
     created_at: str
     package_version: str
     torch_version: str
+    sketch_width: int | None = None
+    seed: int | None = None
+    time_error: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,38 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
-from collections.abc import Sequence
 from contextlib import contextmanager
 import copy
 from dataclasses import asdict
-import functools
 import hashlib
 import json
 import math
-import random
-import re
-from types import CodeType
-from types import FunctionType
-from types import MethodType
 from typing import Any
-import warnings
 
 import numpy as np
 from numpy.typing import NDArray
 import torch
-from torch.utils.data import DataLoader
-from torch.utils.data import default_collate
-from torch.utils.data import IterableDataset
-from torch.utils.data import TensorDataset
 
-from optuna_ttp.exceptions import DataOrderWarning
+from optuna_ttp.data import cast
+from optuna_ttp.data import check_finite_inputs
+from optuna_ttp.data import check_targets
+from optuna_ttp.data import map_tensors
+from optuna_ttp.data import read_data_argument
+from optuna_ttp.data import READ_SIZE
+from optuna_ttp.data import split_batch
+from optuna_ttp.fingerprint import hash_function
+from optuna_ttp.fingerprint import hash_module_settings
+from optuna_ttp.fingerprint import hash_tensor
+from optuna_ttp.fingerprint import hash_value
+from optuna_ttp.fingerprint import plain_repr
+from optuna_ttp.frozen_model import cudnn_for
+from optuna_ttp.frozen_model import FrozenModel
+from optuna_ttp.frozen_model import preserved_attributes
+from optuna_ttp.frozen_model import preserved_random_state
 from optuna_ttp.loss import Loss
-
-
-# Samples that are read together; part of the fingerprint, because a collate function may pad.
-_READ_SIZE = 64
-_LABEL_KEYS = ("labels", "label")
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class FineTuningTask:
@@ -109,12 +106,12 @@ class FineTuningTask:
         self.loss = Loss.from_user(loss)
         self.name = type(self.model).__name__ if name is None else name
         _check_parameters(self.model)
-        with _preserved_random_state():
-            self._dataset, self._indices, self._collate = _read_data_argument(data)
+        with preserved_random_state():
+            self._dataset, self._indices, self._collate = read_data_argument(data)
             self._check_reproducible()
             raw_targets, self._data_digest = self._read_all()
             self.n_outputs = self._check_outputs()
-        self.targets = _check_targets(raw_targets, self.loss, self.n_outputs)
+        self.targets = check_targets(raw_targets, self.loss, self.n_outputs)
         self.multipliers = _multipliers(self.model, learning_rate_multipliers or {})
         self.validation = self._validation_task(validation_data)
 
@@ -144,17 +141,17 @@ class FineTuningTask:
         digest = hashlib.sha256()
         header = {
             "model": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
-            "structure": _plain_repr(self.model),
+            "structure": plain_repr(self.model),
             "loss": asdict(self.loss),
         }
         digest.update(json.dumps(header, sort_keys=True).encode())
         for name, module in self.model.named_modules():
-            _hash_module_settings(digest, name, module)
+            hash_module_settings(digest, name, module)
         for name, parameter in self.model.named_parameters():
-            _hash_tensor(digest, f"parameter {name} {parameter.requires_grad}", parameter)
+            hash_tensor(digest, f"parameter {name} {parameter.requires_grad}", parameter)
         for name, buffer in self.model.named_buffers():
-            _hash_tensor(digest, f"buffer {name}", buffer)
-        _hash_function(digest, self.forward)
+            hash_tensor(digest, f"buffer {name}", buffer)
+        hash_function(digest, self.forward)
         digest.update(self._data_digest)
         # Only where they are used, so that older fingerprints stay.
         if any(factor != 1.0 for factor in self.multipliers.values()):
@@ -193,9 +190,9 @@ class FineTuningTask:
         chosen = np.random.default_rng(seed).permutation(self.n_samples)[: int(n_samples)]
         part = copy.copy(self)
         part._indices = [self._indices[i] for i in sorted(chosen)]
-        with _preserved_random_state():
+        with preserved_random_state():
             raw_targets, part._data_digest = part._read_all()
-        part.targets = _check_targets(raw_targets, self.loss, self.n_outputs)
+        part.targets = check_targets(raw_targets, self.loss, self.n_outputs)
         return part
 
     def batches(
@@ -218,8 +215,8 @@ class FineTuningTask:
         """
         for first in range(start, self.n_samples, batch_size):
             items = [self._dataset[i] for i in self._indices[first : first + batch_size]]
-            inputs, targets = _split_batch(self._collate(items))
-            yield _map_tensors(inputs, lambda t: _cast(t, device, dtype)), targets
+            inputs, targets = split_batch(self._collate(items))
+            yield map_tensors(inputs, lambda t: cast(t, device, dtype)), targets
 
     @contextmanager
     def frozen(
@@ -243,12 +240,12 @@ class FineTuningTask:
             # Before that there is no random state of the device that could be kept.
             torch.cuda.init()
         with (
-            _preserved_random_state(),
-            _preserved_attributes(self.model),
+            preserved_random_state(),
+            preserved_attributes(self.model),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast("cuda" if device.type == "cuda" else "cpu", enabled=False),
-            _cudnn_for(self.model, device, training),
+            cudnn_for(self.model, device, training),
         ):
             for module in self.model.modules():
                 module.training = training
@@ -265,9 +262,9 @@ class FineTuningTask:
         """
         with self.frozen(device, dtype) as frozen, torch.no_grad():
             parts: list[torch.Tensor] = []
-            for inputs, _ in self.batches(_READ_SIZE, device, dtype):
+            for inputs, _ in self.batches(READ_SIZE, device, dtype):
                 part = frozen(inputs)
-                n_expected = min(_READ_SIZE, self.n_samples - _READ_SIZE * len(parts))
+                n_expected = min(READ_SIZE, self.n_samples - READ_SIZE * len(parts))
                 _check_output_shape(part, n_expected, self.n_outputs)
                 parts.append(part.double().cpu())
             outputs = torch.cat(parts).numpy()
@@ -299,7 +296,7 @@ class FineTuningTask:
             pair = []
             for _ in range(2):
                 digest = hashlib.sha256()
-                _hash_value(digest, self._dataset[i])
+                hash_value(digest, self._dataset[i])
                 pair.append(digest.digest())
             if pair[0] != pair[1]:
                 raise ValueError(
@@ -313,13 +310,13 @@ class FineTuningTask:
         targets = []
         n_read = 0
         for inputs, batch_targets in self.batches(
-            _READ_SIZE, torch.device("cpu"), torch.get_default_dtype()
+            READ_SIZE, torch.device("cpu"), torch.get_default_dtype()
         ):
-            _check_finite_inputs(inputs, n_read)
-            _hash_value(digest, inputs)
-            _hash_value(digest, batch_targets)
+            check_finite_inputs(inputs, n_read)
+            hash_value(digest, inputs)
+            hash_value(digest, batch_targets)
             targets.append(batch_targets)
-            n_read += _READ_SIZE
+            n_read += READ_SIZE
         return targets, digest.digest()
 
     def _check_outputs(self) -> int:
@@ -340,88 +337,6 @@ class FineTuningTask:
                 "training=self.training, or draw other random numbers?"
             )
         return int(outputs.shape[1])
-
-
-class FrozenModel:
-    """The outputs as a function of inputs and trainable parameters; see ``FineTuningTask.frozen``.
-
-    Args:
-        model:
-            The user's module, already in the mode to run in.
-        forward:
-            The user's adapter, or :obj:`None`.
-        device:
-            Where to run.
-        dtype:
-            What floating-point tensors are cast to.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        forward: Callable[[torch.nn.Module, Any], torch.Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self._adapter = _Adapter(model, forward)
-        self._state: dict[str, torch.Tensor] = {}
-        self.parameters: dict[str, torch.Tensor] = {}
-        for name, buffer in self._adapter.named_buffers():
-            # A copy, because some modules write to their buffers even in evaluation mode.
-            self._state[name] = _cast(buffer.detach(), device, dtype).clone()
-        for name, parameter in self._adapter.named_parameters():
-            value = _cast(parameter.detach(), device, dtype)
-            if parameter.requires_grad:
-                value = value.requires_grad_()
-                self.parameters[name] = value
-            self._state[name] = value
-
-    def replace_parameters(self, parameters: dict[str, torch.Tensor]) -> None:
-        """Use other trainable parameters from now on; the user's model is not touched.
-
-        Args:
-            parameters:
-                A tensor for each name in :attr:`parameters`.
-        """
-        self.parameters = parameters
-        self._state.update(parameters)
-
-    def __call__(self, inputs: Any) -> torch.Tensor:
-        """Return the outputs, of shape ``(batch, C)``, for a batch of inputs."""
-        outputs = torch.func.functional_call(self._adapter, self._state, (inputs,))
-        if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
-            kind = outputs.dtype if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-            raise TypeError(
-                "The model must give a floating-point tensor of shape (batch, C) but got "
-                f"{kind}. Pass forward=lambda model, inputs: ... to pick the outputs."
-            )
-        return outputs
-
-
-class _Adapter(torch.nn.Module):
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        forward: Callable[[torch.nn.Module, Any], torch.Tensor] | None,
-    ) -> None:
-        super().__init__()
-        # The flag only, not .train(): that would set the mode of the user's modules.
-        self.training = model.training
-        self.model = model
-        self._user_forward = forward
-
-    def forward(self, inputs: Any) -> Any:
-        if self._user_forward is not None:
-            return self._user_forward(self.model, inputs)
-        if isinstance(inputs, Mapping):
-            outputs = self.model(**inputs)
-        elif isinstance(inputs, tuple):
-            outputs = self.model(*inputs)
-        else:
-            outputs = self.model(inputs)
-        return (
-            outputs if isinstance(outputs, torch.Tensor) else getattr(outputs, "logits", outputs)
-        )
 
 
 def _check_output_shape(outputs: torch.Tensor, n_samples: int, n_outputs: int | None) -> None:
@@ -485,327 +400,3 @@ def _multipliers(model: torch.nn.Module, given: Mapping[str, float]) -> dict[str
         fitting = [start for start in given if name.startswith(start)]
         multipliers[name] = float(given[max(fitting, key=len)]) if fitting else 1.0
     return multipliers
-
-
-def _read_data_argument(data: Any) -> tuple[Any, list[int], Callable[[list[Any]], Any]]:
-    if isinstance(data, DataLoader):
-        if isinstance(data.dataset, IterableDataset):
-            raise TypeError("data must be a map-style data set but got a loader over an iterable.")
-        if data.batch_sampler is None:
-            raise TypeError(
-                "A loader with batch_size=None does not say what a sample is. Pass the data set."
-            )
-        return data.dataset, _loader_indices(data), data.collate_fn
-    if isinstance(data, tuple | list) and len(data) == 2 and not _is_item_sequence(data):
-        inputs, targets = data
-        if not isinstance(inputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
-            raise TypeError(
-                "A pair given as data must be two tensors (inputs, targets) but got "
-                f"({type(inputs).__name__}, {type(targets).__name__})."
-            )
-        if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets):
-            raise ValueError(
-                "The inputs and targets given as data must have one row a sample but got shapes "
-                f"{tuple(inputs.shape)} and {tuple(targets.shape)}."
-            )
-        data = TensorDataset(inputs, targets)
-    elif isinstance(data, tuple) and data and all(isinstance(d, torch.Tensor) for d in data):
-        raise TypeError(
-            "A tuple given as data must be a pair of tensors (inputs, targets) but got "
-            f"{len(data)} tensors. Pass several inputs as TensorDataset(*inputs, targets)."
-        )
-    if isinstance(data, IterableDataset) or not (
-        hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    ):
-        raise TypeError(
-            "data must be a map-style data set, a DataLoader over one, or a pair of tensors but "
-            f"got {type(data).__name__}."
-        )
-    if isinstance(data, Mapping):
-        raise TypeError("data must be a data set of samples but got a mapping of columns.")
-    _check_not_empty(len(data))
-    return data, list(range(len(data))), default_collate
-
-
-def _is_item_sequence(data: Sequence[Any]) -> bool:
-    """Tell a list of two (inputs, target) items from a pair of tensors."""
-    return isinstance(data, list) and isinstance(data[0], tuple | Mapping)
-
-
-def _check_not_empty(n_samples: int) -> None:
-    if n_samples == 0:
-        raise ValueError("The data must have at least one sample but got none.")
-
-
-def _loader_indices(loader: DataLoader[Any]) -> list[int]:
-    """The samples of a loader in a fixed order.
-
-    Raises:
-        ValueError:
-            If the loader draws other samples each time it is read.
-    """
-    _check_not_empty(len(loader.dataset))  # type: ignore[arg-type]
-    batch_sampler = loader.batch_sampler
-    with _preserved_generators(loader, loader.sampler, batch_sampler):
-        if batch_sampler is None or type(batch_sampler) is torch.utils.data.BatchSampler:
-            reads = [[int(i) for i in loader.sampler] for _ in range(2)]
-        else:
-            reads = [[int(i) for batch in batch_sampler for i in batch] for _ in range(2)]
-    first, second = reads
-    if sorted(first) != sorted(second) or len(set(first)) != len(first):
-        raise ValueError(
-            "The data loader draws other samples every time it is read (sampling with "
-            "replacement, or a random subset). Pass the data set itself."
-        )
-    _check_not_empty(len(first))
-    if first == second:
-        return first
-    warnings.warn(
-        "The data loader shuffles. Its samples were taken in the order of the data set instead, "
-        "so that the spectrum can be found again; training may shuffle as before.",
-        DataOrderWarning,
-        stacklevel=4,
-    )
-    return sorted(first)
-
-
-def _split_batch(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, Mapping):
-        for key in _LABEL_KEYS:
-            if key in batch:
-                return {k: v for k, v in batch.items() if k != key}, batch[key]
-        raise ValueError(
-            f"A mapping item must have its target under 'labels' or 'label' but got the keys "
-            f"{sorted(map(str, batch))}."
-        )
-    if isinstance(batch, list | tuple) and len(batch) >= 2:
-        *inputs, targets = batch
-        return (inputs[0] if len(inputs) == 1 else tuple(inputs)), targets
-    raise TypeError(
-        f"A data item must be (inputs..., target) or a mapping but got {type(batch).__name__}."
-    )
-
-
-def _check_targets(batches: list[Any], loss: Loss, n_outputs: int) -> NDArray[Any]:
-    if not all(isinstance(t, torch.Tensor) for t in batches):
-        raise TypeError(
-            f"The targets must be tensors or numbers but got {type(batches[0]).__name__}."
-        )
-    targets = torch.cat([t.detach().cpu() for t in batches])
-    if loss.kind == "cross_entropy":
-        return _check_labels(targets, loss, n_outputs)
-    if n_outputs == 1 and targets.ndim == 1:
-        targets = targets[:, None]
-    if targets.shape[1:] != (n_outputs,):
-        raise ValueError(
-            f"The targets of the mean squared error must have shape (N, {n_outputs}), like the "
-            f"outputs, but got {tuple(targets.shape)}."
-        )
-    if not targets.is_floating_point():
-        raise TypeError(
-            f"The targets of the mean squared error must be floats but got {targets.dtype}."
-        )
-    if not torch.isfinite(targets).all():
-        raise ValueError("The targets must be finite but got NaN or infinity.")
-    return targets.double().numpy()
-
-
-def _check_labels(targets: torch.Tensor, loss: Loss, n_outputs: int) -> NDArray[np.int64]:
-    if targets.is_floating_point() or targets.dtype == torch.bool or targets.is_complex():
-        raise TypeError(
-            f"The targets of the cross-entropy must be class indices (integers) but got "
-            f"{targets.dtype}."
-        )
-    if targets.ndim != 1:
-        raise ValueError(
-            f"The targets of the cross-entropy must have shape (N,) but got "
-            f"{tuple(targets.shape)}."
-        )
-    low, high = int(targets.min()), int(targets.max())
-    if low < 0 or high >= n_outputs:
-        raise ValueError(
-            f"The labels must be in 0..{n_outputs - 1} for a model with {n_outputs} outputs but "
-            f"got labels from {low} to {high}."
-        )
-    if loss.class_weights is not None and len(loss.class_weights) != n_outputs:
-        raise ValueError(
-            f"The loss must have one class weight for each of the {n_outputs} outputs but got "
-            f"{len(loss.class_weights)}."
-        )
-    labels: NDArray[np.int64] = targets.long().numpy()
-    if loss.class_weights is not None and not np.array(loss.class_weights)[labels].any():
-        raise ValueError("The classes that occur in the data all have the class weight zero.")
-    return labels
-
-
-def _check_finite_inputs(inputs: Any, n_read: int) -> None:
-    def check(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(
-                "The inputs must be finite but got NaN or infinity among samples "
-                f"{n_read} to {n_read + _READ_SIZE - 1}."
-            )
-        return tensor
-
-    _map_tensors(inputs, check)
-
-
-def _cast(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
-
-
-def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {k: _map_tensors(v, function) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        mapped = [_map_tensors(v, function) for v in value]
-        return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
-    return value
-
-
-def _hash_tensor(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    contiguous = tensor.detach().cpu().contiguous()
-    # Byte view, because numpy has no bfloat16.
-    digest.update(contiguous.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _hash_value(digest: hashlib._Hash, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        _hash_tensor(digest, "tensor", value)
-    elif isinstance(value, np.ndarray):
-        _hash_tensor(digest, "array", torch.from_numpy(np.ascontiguousarray(value)))
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            digest.update(f"key {key}".encode())
-            _hash_value(digest, value[key])
-    elif isinstance(value, list | tuple):
-        digest.update(f"sequence {len(value)}".encode())
-        for element in value:
-            _hash_value(digest, element)
-    elif isinstance(value, set | frozenset):
-        # Their order differs between processes.
-        digest.update(f"set {sorted(map(_plain_repr, value))}".encode())
-    elif isinstance(value, CodeType):
-        digest.update(value.co_code)
-        _hash_value(digest, (value.co_names, value.co_consts))
-    elif isinstance(value, FunctionType):
-        _hash_value(digest, value.__code__)
-    elif isinstance(value, torch.nn.Module):
-        _hash_value(digest, (_plain_repr(value), value.state_dict()))
-    else:
-        digest.update(_plain_repr(value).encode())
-
-
-def _plain_repr(value: Any) -> str:
-    # Addresses in a printed form differ between processes.
-    return re.sub(r"0x[0-9a-fA-F]+", "", repr(value))
-
-
-def _hash_function(digest: hashlib._Hash, function: Callable[..., Any] | None) -> None:
-    """Hash what a function does, as far as it can be seen, the same way in every process."""
-    if isinstance(function, functools.partial):
-        _hash_value(digest, ("partial", function.args, function.keywords))
-        function = function.func
-    if isinstance(function, MethodType):
-        _hash_value(digest, _plain_attributes(function.__self__))
-        function = function.__func__
-    if callable(function) and not hasattr(function, "__qualname__"):
-        _hash_value(digest, _plain_attributes(function))
-        function = type(function).__call__
-    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
-    digest.update(f"function {name}".encode())
-    if isinstance(function, FunctionType):
-        _hash_value(digest, (function, function.__defaults__, function.__kwdefaults__))
-        for cell in function.__closure__ or ():
-            try:
-                value = cell.cell_contents
-            except ValueError:
-                # Not assigned yet.
-                continue
-            # What can change without being assigned, such as a list that counts calls, is no
-            # setting.
-            if isinstance(value, (*_PLAIN, tuple, torch.Tensor, torch.nn.Module, FunctionType)):
-                _hash_value(digest, value)
-
-
-def _hash_module_settings(digest: hashlib._Hash, name: str, module: torch.nn.Module) -> None:
-    """Hash a module's plain attributes, and its code where it is not PyTorch's own."""
-    _hash_value(digest, (name, _plain_attributes(module)))
-    if not type(module).__module__.startswith("torch."):
-        _hash_function(digest, type(module).forward)
-
-
-def _plain_attributes(value: Any) -> dict[str, Any]:
-    return {
-        k: v
-        for k, v in getattr(value, "__dict__", {}).items()
-        if isinstance(v, _PLAIN) and k != "training" and not k.startswith("_")
-    }
-
-
-@contextmanager
-def _preserved_random_state() -> Iterator[None]:
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    initialised = torch.cuda.is_initialized()
-    devices = range(torch.cuda.device_count()) if initialised else []
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-@contextmanager
-def _preserved_attributes(model: torch.nn.Module) -> Iterator[None]:
-    """Undo what a forward pass sets: modes, caches, counters, new buffers."""
-    saved = [(vars(m), dict(vars(m)), dict(m._buffers)) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for attributes, before, buffers in saved:
-            for key in attributes.keys() - before.keys():
-                del attributes[key]
-            attributes.update(before)
-            attributes["_buffers"].clear()
-            attributes["_buffers"].update(buffers)
-
-
-@contextmanager
-def _preserved_generators(*samplers: Any) -> Iterator[None]:
-    """Reading a sampler advances its generator, and with it the order of later training."""
-    owners = [*samplers, *(getattr(s, "sampler", None) for s in samplers)]
-    generators = [getattr(owner, "generator", None) for owner in owners]
-    states = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
-
-
-@contextmanager
-def _cudnn_for(model: torch.nn.Module, device: torch.device, training: bool) -> Iterator[None]:
-    if device.type != "cuda" or training:
-        yield
-        return
-    cudnn: Any = torch.backends.cudnn
-    # By default convolutions round their inputs to ten bits (TF32), which is not single precision.
-    # From PyTorch 2.9 on each operation has a setting, which must not be mixed with the older one.
-    changes: list[tuple[Any, str, Any]] = [(cudnn, "allow_tf32", False)]
-    if hasattr(cudnn, "conv"):
-        changes = [(cudnn.conv, "fp32_precision", "ieee")]
-    # The backward pass of cuDNN's recurrent layers only exists in training mode.
-    if any(isinstance(m, torch.nn.RNNBase) for m in model.modules()):
-        changes.append((cudnn, "enabled", False))
-    before = [getattr(owner, name) for owner, name, _ in changes]
-    try:
-        for owner, name, value in changes:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for (owner, name, _), value in zip(changes, before, strict=True):
-            setattr(owner, name, value)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
+    from optuna_ttp.frozen_model import FrozenModel
     from optuna_ttp.task import FineTuningTask
-    from optuna_ttp.task import FrozenModel
 
 
 # Prior standard deviations of the factor and of the slope in the batch size, and that of a trial.

@@ -17,6 +17,7 @@ from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.jacobian import compute_spectrum
 from optuna_ttp.jacobian import eigenpairs
 from optuna_ttp.jacobian import exact_kernel
+from optuna_ttp.jacobian import plan_spectrum
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.task import FineTuningTask
 from tests.cases import Case
@@ -26,64 +27,13 @@ from tests.models import cnn
 from tests.models import images
 from tests.models import mlp
 from tests.models import vectors
+from tests.reference import brute_force_jacobian
+from tests.reference import collated
+from tests.reference import outputs_of
+from tests.reference import relative_error
 
 
 CPU = torch.device("cpu")
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {k: _double(v) for k, v in value.items()}
-    return type(value)(map(_double, value)) if isinstance(value, list | tuple) else value
-
-
-def _batch(data: Any) -> tuple[Any, torch.Tensor]:
-    """All samples as one batch: inputs as the model takes them, and targets."""
-    if isinstance(data, tuple):
-        return data
-    batch = torch.utils.data.default_collate([data[i] for i in range(len(data))])
-    if isinstance(batch, dict):
-        return batch, batch.pop("labels")
-    *inputs, targets = batch
-    return tuple(inputs), targets
-
-
-def _outputs(case: Case, model: torch.nn.Module) -> torch.Tensor:
-    """The outputs of all samples at once, made without the package."""
-    inputs, _ = _batch(case.data)
-    if next(model.parameters()).dtype == torch.float64:
-        inputs = _double(inputs)
-    if case.forward is not None:
-        return case.forward(model, inputs)
-    if isinstance(inputs, dict):
-        outputs = model(**inputs)
-    else:
-        outputs = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    logits: torch.Tensor = getattr(outputs, "logits", outputs)
-    return logits
-
-
-def brute_force_jacobian(case: Case) -> NDArray[np.float64]:
-    """Rows of the Jacobian by one backward pass an output, in double precision."""
-    model = copy.deepcopy(case.model).double().eval()
-    outputs = _outputs(case, model)
-    rows = []
-    for value in outputs.flatten():
-        model.zero_grad(set_to_none=True)
-        torch.autograd.backward(value, retain_graph=True)
-        gradients = [
-            torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
-            for p in model.parameters()
-            if p.requires_grad
-        ]
-        rows.append(torch.cat([g.flatten() for g in gradients]).numpy())
-    return np.array(rows)
-
-
-def _relative_error(actual: NDArray[Any], expected: NDArray[Any]) -> float:
-    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 # The Gram matrix
@@ -98,8 +48,8 @@ def test_gram_matrix_equals_brute_force(name: str, device: torch.device) -> None
     double = exact_kernel(task, device=device, dtype=torch.float64).gram
     assert single.dtype == np.float32
     assert double.dtype == np.float64
-    assert _relative_error(single, jacobian @ jacobian.T) < 1e-4
-    assert _relative_error(double, jacobian @ jacobian.T) < 1e-12
+    assert relative_error(single, jacobian @ jacobian.T) < 1e-4
+    assert relative_error(double, jacobian @ jacobian.T) < 1e-12
     np.testing.assert_allclose(double, double.T, rtol=0, atol=1e-14 * np.abs(double).max())
 
 
@@ -112,10 +62,10 @@ def test_many_small_gradients_do_not_drown_in_a_few_large_ones(device: torch.dev
     task = FineTuningTask(layer, (x, torch.zeros(2, 1)), loss="mse")
     jacobian = x.double().numpy()
     gram = exact_kernel(task, device=device).gram
-    assert _relative_error(gram, jacobian @ jacobian.T) < 1e-4
-    budget = _smallest_budget(task, torch.float32, 1)
+    assert relative_error(gram, jacobian @ jacobian.T) < 1e-4
+    budget = _smallest_budget(task, torch.float32)
     blocked = exact_kernel(task, device=device, max_memory=budget).gram
-    assert _relative_error(blocked, jacobian @ jacobian.T) < 1e-4
+    assert relative_error(blocked, jacobian @ jacobian.T) < 1e-4
 
 
 def test_frozen_parameters_do_not_count() -> None:
@@ -157,33 +107,29 @@ def test_model_that_casts_to_half_precision_inside_is_no_mixing() -> None:
 
     gram = exact_kernel(FineTuningTask(mlp(), vectors(4), forward=forward), device=CPU).gram
     expected = exact_kernel(FineTuningTask(mlp(), vectors(4)), device=CPU).gram
-    assert _relative_error(gram, expected) < 0.02
+    assert relative_error(gram, expected) < 0.02
 
 
 # The memory budget
 
 
-def _smallest_budget(task: FineTuningTask, dtype: torch.dtype, n_held: int) -> int:
-    """Rows of `n_held` and two streamed samples, the matrix, and a product."""
-    itemsize = 8 if dtype == torch.float64 else 4
-    per_sample = task.n_outputs * task.n_parameters * itemsize
-    n_rows = task.n_samples * task.n_outputs
-    return n_rows**2 * (2 * itemsize + 8) + (n_held + 2) * per_sample
+def _smallest_budget(task: FineTuningTask, dtype: torch.dtype) -> int:
+    return plan_spectrum(task, dtype=str(dtype).removeprefix("torch.")).minimum_bytes
 
 
 @given(
     n_samples=st.integers(1, 9),
-    n_held=st.integers(1, 10),
+    budget=st.floats(1.0, 8.0),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 @settings(max_examples=25)
 def test_gram_matrix_does_not_depend_on_the_blocks(
-    n_samples: int, n_held: int, dtype: torch.dtype
+    n_samples: int, budget: float, dtype: torch.dtype
 ) -> None:
     task = FineTuningTask(mlp(), vectors(n_samples))
     whole = exact_kernel(task, device=CPU, dtype=dtype).gram
-    budget = _smallest_budget(task, dtype, n_held)
-    blocked = exact_kernel(task, device=CPU, dtype=dtype, max_memory=budget).gram
+    allowed = int(budget * _smallest_budget(task, dtype))
+    blocked = exact_kernel(task, device=CPU, dtype=dtype, max_memory=allowed).gram
     precision = 1e-14 if dtype == torch.float64 else 1e-6
     np.testing.assert_allclose(blocked, whole, rtol=0, atol=precision * np.abs(whole).max())
 
@@ -191,7 +137,7 @@ def test_gram_matrix_does_not_depend_on_the_blocks(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_too_small_memory_budget_is_refused(dtype: torch.dtype) -> None:
     task = FineTuningTask(mlp(), vectors(6))
-    budget = _smallest_budget(task, dtype, 1)
+    budget = _smallest_budget(task, dtype)
     exact_kernel(task, device=CPU, dtype=dtype, max_memory=budget)
     for too_small in (budget - 1, 1, 0, -5):
         with pytest.raises(ValueError, match=r"max_memory must be at least .* 18 outputs and 163"):
@@ -373,7 +319,7 @@ def test_double_precision_model_gives_a_single_precision_spectrum_when_asked() -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"engine": "magic"}, "engine must be \"exact\" but got 'magic'"),
+        ({"engine": "magic"}, 'engine must be one of "auto", "exact".* but got \'magic\''),
         ({"dtype": "float16"}, "dtype must be one of"),
         ({"dtype": torch.float32}, "dtype must be one of"),
         ({"rank": 0}, "rank must be a positive integer but got 0"),
@@ -400,13 +346,13 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 def _real_change(case: Case, learning_rate: float, dtype: torch.dtype) -> NDArray[np.float64]:
     """How one step of torch.optim.SGD on the full batch moves the logits of the real model."""
     model = copy.deepcopy(case.model).to(dtype).eval()
-    _, labels = _batch(case.data)
+    _, labels = collated(case.data)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], learning_rate)
-    before = _outputs(case, model)
+    before = outputs_of(case, model)
     torch.autograd.backward(torch.nn.functional.cross_entropy(before, labels))
     optimizer.step()
     with torch.no_grad():
-        after = _outputs(case, model)
+        after = outputs_of(case, model)
     return (after - before).detach().double().numpy()
 
 
@@ -427,7 +373,7 @@ def test_real_sgd_step_equals_linearised_step(name: str) -> None:
         real = _real_change(one, learning_rate, dtype)
         assert np.abs(real).max() > 0
         tolerance = 1e-4 if dtype == torch.float64 else 1e-2
-        assert _relative_error(_linearised_change(spectrum, learning_rate), real) < tolerance
+        assert relative_error(_linearised_change(spectrum, learning_rate), real) < tolerance
 
 
 class _TextClassifier(torch.nn.Module):
@@ -464,4 +410,4 @@ def test_real_sgd_step_equals_linearised_step_for_a_transformer(
     spectrum = compute_spectrum(task, measure_speed=False, max_memory=2 * 2**30)
     real = _real_change(Case(model, items), 1e-6, torch.float64)
     assert np.abs(real).max() > 0
-    assert _relative_error(_linearised_change(spectrum, 1e-6), real) < 1e-2
+    assert relative_error(_linearised_change(spectrum, 1e-6), real) < 1e-2

@@ -8,21 +8,31 @@ is ``J = df/dw`` of shape ``(N C, D)`` and the empirical neural tangent kernel
 
 from __future__ import annotations
 
+from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
+from optuna_ttp.jacobian._choice import resolve_engine
 from optuna_ttp.jacobian._compute import compute_spectrum
-from optuna_ttp.jacobian._compute import resolve_device
+from optuna_ttp.jacobian._devices import resolve_device
 from optuna_ttp.jacobian._eigenpairs import Eigenpairs
 from optuna_ttp.jacobian._eigenpairs import eigenpairs
 from optuna_ttp.jacobian._exact import exact_kernel
-from optuna_ttp.jacobian._exact import Kernel
+from optuna_ttp.jacobian._kernel import Kernel
+from optuna_ttp.jacobian._plan import LayerPlan
+from optuna_ttp.jacobian._plan import SpectrumPlan
+from optuna_ttp.jacobian._planning import plan_spectrum
 from optuna_ttp.jacobian._probe import probe_linearisation
 
 
 __all__ = [
     "Eigenpairs",
     "Kernel",
+    "KernelCheckpoint",
+    "LayerPlan",
+    "SpectrumPlan",
     "compute_spectrum",
     "eigenpairs",
     "exact_kernel",
+    "plan_spectrum",
     "probe_linearisation",
     "resolve_device",
+    "resolve_engine",
 ]

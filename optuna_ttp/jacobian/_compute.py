@@ -6,16 +6,20 @@ from dataclasses import replace
 from datetime import datetime
 from datetime import timezone
 import time
+from typing import Any
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 import torch
 
-from optuna_ttp.jacobian._eigenpairs import Eigenpairs
-from optuna_ttp.jacobian._eigenpairs import eigenpairs
-from optuna_ttp.jacobian._exact import exact_kernel
-from optuna_ttp.jacobian._exact import Kernel
+from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
+from optuna_ttp.jacobian._choice import resolve_engine
+from optuna_ttp.jacobian._decomposition import Decomposition
+from optuna_ttp.jacobian._decomposition import exact_decomposition
+from optuna_ttp.jacobian._decomposition import sketched_decomposition
+from optuna_ttp.jacobian._devices import DTYPES
+from optuna_ttp.jacobian._devices import resolve_device
 from optuna_ttp.jacobian._probe import probe_linearisation
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import Spectrum
@@ -29,21 +33,21 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
 def compute_spectrum(
     task: FineTuningTask,
     *,
     rank: int | None = None,
     explained_trace: float | None = None,
-    engine: str = "exact",
+    engine: str = "auto",
     dtype: str = "float32",
     device: str | torch.device | None = None,
     max_memory: int = 4 * 2**30,
     measure_speed: bool = True,
     probe: bool = True,
     show_progress_bar: bool = True,
+    seed: int = 0,
+    checkpoint: KernelCheckpoint | None = None,
+    distributed: bool = False,
 ) -> Spectrum:
     """Compute the Jacobian eigenspectrum of a task.
 
@@ -59,7 +63,11 @@ def compute_spectrum(
         explained_trace:
             Keep the fewest eigenpairs that hold this share of the trace of the kernel.
         engine:
-            ``"exact"``, the only one so far.
+            ``"exact"``; ``"sketch"``, a random projection of the Jacobian whose width is chosen
+            by the times that it predicts; ``"refined_sketch"``, with the leading 100 eigenpairs
+            refined by two more passes over the data; or ``"auto"`` (the default) for a choice by
+            N, C, D and memory between the first two, see
+            :func:`~optuna_ttp.jacobian.resolve_engine`.
         dtype:
             Precision of the Jacobian, ``"float32"`` (the default) or ``"float64"``. Eigenpairs
             are always computed in double precision.
@@ -74,6 +82,16 @@ def compute_spectrum(
             data: without it, no prediction can say that it is unreliable. On by default.
         show_progress_bar:
             Show a progress bar where the standard error stream is a terminal. On by default.
+        seed:
+            Of what is random: the projection of a sketch, and the samples on which gradients are
+            checked. Zero by default.
+        checkpoint:
+            Keeps finished blocks of the kernel, so that an interrupted computation goes on where
+            it stopped. Only for the exact engine. None by default.
+        distributed:
+            Share the samples with the other processes of the default group of
+            :mod:`torch.distributed`, as under ``torchrun``; all get the same spectrum. Only for
+            the exact engine. Off by default.
 
     Returns:
         The spectrum with its metadata.
@@ -82,31 +100,34 @@ def compute_spectrum(
         ValueError:
             If a setting is out of its range, or the task cannot be differentiated; see
             :func:`~optuna_ttp.jacobian.exact_kernel`.
+        JacobianMismatchError:
+            If rows differ from what plain automatic differentiation gives.
     """
     check_truncation(rank, explained_trace)
-    if engine != "exact":
-        raise ValueError(f'engine must be "exact" but got {engine!r}.')
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(_DTYPES)} but got {dtype!r}.")
+    engine, _ = resolve_engine(task, engine, max_memory=max_memory)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(DTYPES)} but got {dtype!r}.")
     resolved = resolve_device(task, device)
     started = time.perf_counter()
     fingerprint = task.fingerprint
-    initial_outputs = task.initial_outputs(resolved, _DTYPES[dtype])
-    kernel = exact_kernel(
-        task,
-        device=resolved,
-        dtype=_DTYPES[dtype],
-        max_memory=max_memory,
-        show_progress_bar=show_progress_bar,
+    initial_outputs = task.initial_outputs(resolved, DTYPES[dtype])
+    shared = {
+        "rank": rank,
+        "explained_trace": explained_trace,
+        "max_memory": max_memory,
+        "show_progress_bar": show_progress_bar,
+        "seed": seed,
+    }
+    found = _decomposition(
+        task, initial_outputs, engine, resolved, DTYPES[dtype], checkpoint, distributed, shared
     )
-    pairs = eigenpairs(kernel.gram, rank=rank, explained_trace=explained_trace)
+    pairs = found.pairs
     throughput = measure_throughput(task, device=resolved) if measure_speed else None
     validation = None
-    if kernel.cross is not None and task.validation is not None:
-        features = kernel.cross @ (pairs.eigenvectors / np.sqrt(pairs.eigenvalues))
+    if found.validation_features is not None and task.validation is not None:
         validation = Validation(
-            features.astype(kernel.cross.dtype),
-            task.validation.initial_outputs(resolved, _DTYPES[dtype]),
+            found.validation_features,
+            task.validation.initial_outputs(resolved, DTYPES[dtype]),
             task.validation.targets,
         )
     spectrum = Spectrum(
@@ -128,51 +149,47 @@ def compute_spectrum(
             created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             package_version=__version__,
             torch_version=torch.__version__,
+            sketch_width=found.sketch_width,
+            seed=None if found.sketch_width is None else seed,
+            time_error=found.time_error,
         ),
-        weight_outputs=kernel.weight_outputs,
-        decay_factors=_decay_factors(kernel, pairs),
+        weight_outputs=found.weight_outputs,
+        decay_factors=found.decay_factors,
         validation=validation,
     )
     if not probe:
         return spectrum
-    spectrum = probe_linearisation(task, spectrum, device=resolved, dtype=_DTYPES[dtype])
+    spectrum = probe_linearisation(task, spectrum, device=resolved, dtype=DTYPES[dtype])
     seconds = time.perf_counter() - started
     return replace(spectrum, metadata=replace(spectrum.metadata, compute_seconds=seconds))
 
 
-def _decay_factors(kernel: Kernel, pairs: Eigenpairs) -> NDArray[np.float64] | None:
-    if kernel.stretched is None:
-        return None
-    moved = kernel.stretched @ pairs.eigenvectors
-    return np.asarray((pairs.eigenvectors * moved).sum(axis=0) / pairs.eigenvalues)
-
-
-def resolve_device(task: FineTuningTask, device: str | torch.device | None) -> torch.device:
-    """Return where to compute: as asked, else on a GPU where there is one, else with the model.
-
-    Args:
-        task:
-            Knows where the model is.
-        device:
-            What was asked for, or :obj:`None`.
-
-    Returns:
-        A device that works.
-
-    Raises:
-        ValueError:
-            If the device asked for cannot be used here.
-    """
-    if device is not None:
-        try:
-            resolved = torch.device(device)
-            torch.empty(0, device=resolved)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"device must be one that torch can use here but got {device!r}: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-        return resolved
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return next(task.model.parameters()).device
+def _decomposition(
+    task: FineTuningTask,
+    initial_outputs: NDArray[np.float64],
+    engine: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpoint: KernelCheckpoint | None,
+    distributed: bool,
+    shared: dict[str, Any],
+) -> Decomposition:
+    if engine == "exact":
+        return exact_decomposition(
+            task,
+            device=device,
+            dtype=dtype,
+            checkpoint=checkpoint,
+            distributed=distributed,
+            **shared,
+        )
+    if distributed:
+        raise ValueError(f'distributed=True needs the engine "exact" but got {engine!r}.')
+    return sketched_decomposition(
+        task,
+        initial_outputs,
+        refined=engine == "refined_sketch",
+        device=device,
+        dtype=dtype,
+        **shared,
+    )

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+import torch
 
 from optuna_ttp.spectrum import n_explaining
+
+
+# Rows that are multiplied in the precision of the matrix.
+_CHUNK = 2**14
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,3 +85,58 @@ def eigenpairs(
     if rank is not None:
         n_kept = min(n_kept, rank)
     return Eigenpairs(values[:n_kept].copy(), vectors[:, :n_kept].copy(), trace)
+
+
+def eigenpairs_of_features(
+    features: torch.Tensor,
+    *,
+    rank: int | None = None,
+    explained_trace: float | None = None,
+    trace: float | None = None,
+) -> Eigenpairs:
+    """Decompose ``Z Z^T`` without forming it where ``Z`` has fewer columns than rows.
+
+    ``Z^T Z = V S^2 V^T`` is decomposed instead, and ``Z V S^(-1)`` are the eigenvectors.
+
+    Args:
+        features:
+            ``Z``, of shape ``(n, d)``.
+        rank:
+            As for :func:`eigenpairs`.
+        explained_trace:
+            As for :func:`eigenpairs`.
+        trace:
+            Of the matrix that ``Z Z^T`` stands for, where it is known better. That of
+            ``Z Z^T`` by default.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        ValueError:
+            As for :func:`eigenpairs`.
+    """
+    n, width = features.shape
+    if n <= width:
+        pairs = eigenpairs(_products(features.T), rank=rank, explained_trace=explained_trace)
+        return pairs if trace is None else replace(pairs, trace=trace)
+    dual = eigenpairs(_products(features), rank=rank, explained_trace=explained_trace)
+    scaled = dual.eigenvectors / np.sqrt(dual.eigenvalues)
+    vectors = features @ torch.as_tensor(scaled, dtype=features.dtype, device=features.device)
+    return Eigenpairs(
+        dual.eigenvalues,
+        vectors.cpu().numpy().astype(np.float64),
+        dual.trace if trace is None else trace,
+    )
+
+
+def _products(matrix: torch.Tensor) -> NDArray[Any]:
+    """``M^T M``, with sums over many rows in double precision."""
+    total: torch.Tensor | None = None
+    for start in range(0, len(matrix), _CHUNK):
+        piece = matrix[start : start + _CHUNK]
+        part = (piece.T @ piece).cpu().double()
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    precision = np.float32 if matrix.dtype == torch.float32 else np.float64
+    return total.numpy().astype(precision)

@@ -1,14 +1,17 @@
-"""The exact engine: Jacobian rows by plain reverse-mode automatic differentiation.
+"""The exact engine: the whole kernel, layer by layer, without ever holding the Jacobian.
 
-Right for every architecture that PyTorch can differentiate, because each row is what
-:func:`torch.autograd.grad` gives for one output of one sample. Memory is bounded: a block of rows
-is held, the rows of all later samples are streamed past it, and the product is accumulated.
+One forward and C backward passes give the inputs and output cotangents of all layers. Each layer's
+part of the kernel is then the cheaper of a product of rows, made slice by slice, and a contraction
+of inputs and cotangents; see :mod:`optuna_ttp.jacobian._layout` for what is counted. Memory is
+bounded: what is held of a block of samples stays, all later samples are streamed past it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -17,39 +20,56 @@ from numpy.typing import NDArray
 import torch
 from tqdm import tqdm
 
+from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
+from optuna_ttp.jacobian._factors import CHUNK
+from optuna_ttp.jacobian._kernel import Kernel
+from optuna_ttp.jacobian._prepare import lifting
+from optuna_ttp.jacobian._prepare import Preparation
+from optuna_ttp.jacobian._prepare import prepare
+from optuna_ttp.jacobian._samples import check_singles
+from optuna_ttp.jacobian._samples import SampleReader
+from optuna_ttp.jacobian._self_check import check_rows
+from optuna_ttp.jacobian._sharded import check_group
+from optuna_ttp.jacobian._sharded import sharded_kernel
+from optuna_ttp.jacobian._state import BlockState
+from optuna_ttp.jacobian._state import multiply
+
 
 if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
-    from optuna_ttp.task import FrozenModel
 
 
-# Weights whose products are summed in the Jacobian's own precision.
-_CHUNK = 2**14
+# Bytes for activations and cotangents of the samples that go through the network together: more
+# of them hardly make it faster.
+_BATCH_BYTES = {"cpu": 2**27, "cuda": 2**31}
+# Smaller than what the outputs are first computed in, so that samples see other neighbours.
+_MAX_BATCH = 32
+# With a checkpoint the samples are cut in so many blocks, whose products are stored one by one.
+_CHECKPOINT_BLOCKS = 6
 
 
-@dataclass(frozen=True, eq=False)
-class Kernel:
-    """Products of Jacobian rows.
-
-    With learning-rate multipliers ``c`` of the weights, ``Theta = J diag(c) J^T``: SGD on ``w``
-    with the learning rates ``c eta`` is SGD on ``w / sqrt(c)`` with the learning rate ``eta``.
+@dataclass(frozen=True)
+class BlockSizes:
+    """How samples are grouped.
 
     Attributes:
-        gram:
-            The empirical NTK ``Theta = J J^T``, of shape ``(N C, N C)``, symmetric.
-        cross:
-            ``J_v J^T`` with the Jacobian of the validation samples, of shape ``(N_v C, N C)``;
-            :obj:`None` where the task has none.
-        weight_outputs:
-            ``J diag(c) w_0`` with the trainable weights ``w_0``, of shape ``(N, C)``.
-        stretched:
-            ``J diag(c)^2 J^T``, of the shape of ``gram``; :obj:`None` where all multipliers are 1.
+        batch:
+            Go through the network together.
+        held:
+            Their part of the Jacobian is held; all samples where it fits.
+        streamed:
+            Are multiplied with those that are held at a time.
+        n_bytes:
+            What that takes at its peak.
+        minimum:
+            The smallest memory budget that can be kept.
     """
 
-    gram: NDArray[np.floating[Any]]
-    cross: NDArray[np.floating[Any]] | None
-    weight_outputs: NDArray[np.float64]
-    stretched: NDArray[np.floating[Any]] | None
+    batch: int
+    held: int
+    streamed: int
+    n_bytes: int
+    minimum: int
 
 
 def exact_kernel(
@@ -59,12 +79,16 @@ def exact_kernel(
     dtype: torch.dtype = torch.float32,
     max_memory: int = 4 * 2**30,
     show_progress_bar: bool = True,
+    seed: int = 0,
+    checkpoint: KernelCheckpoint | None = None,
+    distributed: bool = False,
 ) -> Kernel:
-    """Compute the empirical NTK ``Theta = J J^T`` without ever holding more rows than fit.
+    """Compute the empirical NTK ``Theta = J J^T`` without ever holding the Jacobian.
 
-    Of ``K`` blocks of rows, the rows of block ``k`` are held while those of the blocks after it
-    are computed again, one sample at a time: ``(K + 1) / 2`` backward passes a row in all, one
-    where all rows fit. The rows of validation samples are computed once a block.
+    Where what is needed of all samples fits the memory budget, each is differentiated once.
+    Otherwise, of ``K`` blocks of samples, what is held of block ``k`` stays while the samples
+    after it are differentiated again: ``(K + 1) / 2`` passes over the data in all. Validation
+    samples are differentiated once a block.
 
     Args:
         task:
@@ -74,193 +98,300 @@ def exact_kernel(
         dtype:
             Precision of the Jacobian and the product. Single precision by default.
         max_memory:
-            Bytes for the rows that are held and the result. 4 GiB by default. The activations of
-            one sample come on top.
+            Bytes for what is held of the Jacobian and the result. 4 GiB by default. The
+            activations of one sample come on top where nothing else fits.
         show_progress_bar:
             Show a progress bar where the standard error stream is a terminal.
+        seed:
+            Of the samples and directions that are compared with plain automatic differentiation.
+        checkpoint:
+            Keeps finished blocks of the kernel, so that an interrupted computation goes on where
+            it stopped. None by default.
+        distributed:
+            Share the samples with the other processes of the default group of
+            :mod:`torch.distributed`, all of which must call this with the same task. What a
+            process holds of its samples, and once more that of another, is not limited by
+            ``max_memory``, and there is no checkpoint. Off by default.
 
     Returns:
         The kernel, that of validation and training samples, and the outputs of the weights.
 
     Raises:
         ValueError:
-            If two samples' rows do not fit the memory budget, a gradient is not finite, an output
+            If two samples do not fit the memory budget, a gradient is not finite, an output
             depends on no trainable parameter, or a sample's outputs depend on the other samples.
+        JacobianMismatchError:
+            If rows differ from what plain automatic differentiation gives.
     """
-    n_samples, n_outputs = task.n_samples, task.n_outputs
-    held = _samples_per_block(task, dtype, max_memory)
-    gram = np.zeros((n_samples * n_outputs,) * 2, dtype=_numpy_dtype(dtype))
-    weight_outputs = np.zeros((n_samples, n_outputs))
-    reference = task.initial_outputs(device, dtype)
-    cross, held_out, n_held_out = None, None, 0
-    if task.validation is not None:
-        n_held_out = task.validation.n_samples
-        cross = np.zeros((n_held_out * n_outputs, len(gram)), dtype=gram.dtype)
-        held_out = task.validation.initial_outputs(device, dtype)
-    starts = list(range(0, n_samples, held))
-    with (
-        task.frozen(device, dtype) as frozen,
-        tqdm(
-            total=sum(n_samples - start + n_held_out for start in starts) * n_outputs,
-            desc="Jacobian rows",
-            unit="row",
-            disable=None if show_progress_bar else True,
-            leave=False,
-        ) as bar,
-    ):
-        roots = _root_multipliers(task, frozen, device, dtype)
-        stretched = None if roots is None else np.zeros_like(gram)
-        weights = torch.cat([p.detach().reshape(-1) for p in frozen.parameters.values()])
-        if roots is not None:
-            weights = weights * roots
-        block = torch.empty(
-            (min(held, n_samples) * n_outputs, task.n_parameters), dtype=dtype, device=device
+
+    def run(lifts: Mapping[str, int]) -> Kernel:
+        return _kernel(
+            task,
+            device,
+            dtype,
+            max_memory,
+            show_progress_bar,
+            seed,
+            checkpoint,
+            distributed,
+            lifts,
         )
-        for start in starts:
-            stop = min(start + held, n_samples)
-            rows = block[: (stop - start) * n_outputs]
-            columns = slice(start * n_outputs, stop * n_outputs)
-            for n, sample_rows in _rows(task, frozen, start, reference, device, dtype, roots):
-                if n < stop:
-                    rows[(n - start) * n_outputs : (n - start + 1) * n_outputs] = sample_rows
-                    weight_outputs[n] = _product(sample_rows, weights[None])[:, 0]
-                    if n == stop - 1:
-                        gram[columns, columns] = _product(rows, rows)
-                        if stretched is not None:
-                            stretched[columns, columns] = _product(rows, rows, roots)
-                    bar.update(n_outputs)
-                    continue
-                own = slice(n * n_outputs, (n + 1) * n_outputs)
-                gram[columns, own] = _product(rows, sample_rows)
-                gram[own, columns] = gram[columns, own].T
-                if stretched is not None:
-                    stretched[columns, own] = _product(rows, sample_rows, roots)
-                    stretched[own, columns] = stretched[columns, own].T
-                bar.update(n_outputs)
-            if task.validation is None or cross is None or held_out is None:
-                continue
-            for n, sample_rows in _rows(
-                task.validation, frozen, 0, held_out, device, dtype, roots
-            ):
-                own = slice(n * n_outputs, (n + 1) * n_outputs)
-                cross[own, columns] = _product(sample_rows, rows)
-                bar.update(n_outputs)
-    return Kernel(gram, cross, weight_outputs, stretched)
+
+    return lifting(run)
 
 
-def _root_multipliers(
-    task: FineTuningTask, frozen: FrozenModel, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor | None:
-    """Square roots of the weights' learning-rate multipliers, ``(D,)``; nothing if all are 1."""
-    multipliers = task.multipliers
-    if all(factor == 1.0 for factor in multipliers.values()):
-        return None
-    parts = [
-        torch.full((p.numel(),), factor**0.5, dtype=dtype, device=device)
-        for factor, p in zip(multipliers.values(), frozen.parameters.values(), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def _rows(
+def _kernel(
     task: FineTuningTask,
-    frozen: FrozenModel,
-    start: int,
-    reference: NDArray[np.float64],
     device: torch.device,
     dtype: torch.dtype,
-    roots: torch.Tensor | None,
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield each sample from ``start`` on with its Jacobian rows, of shape ``(C, D)``."""
-    parameters = list(frozen.parameters.values())
-    scale = float(np.abs(reference).max())
-    # Half precision models cast inside may round a single sample and a batch differently.
-    tolerance = 1e-3 * scale + 1e-5
-    buffer = torch.empty((task.n_outputs, task.n_parameters), dtype=dtype, device=device)
-    for n, (inputs, _) in enumerate(task.batches(1, device, dtype, start=start), start):
-        batch_of_one = frozen(inputs)
-        if batch_of_one.shape != (1, task.n_outputs):
-            raise ValueError(
-                f"The model must give outputs of shape (1, {task.n_outputs}) for a batch of one "
-                f"but got {tuple(batch_of_one.shape)}. Does it squeeze its outputs?"
-            )
-        outputs = batch_of_one[0]
-        if not outputs.requires_grad:
-            raise ValueError(
-                "The outputs do not depend on any trainable parameter. Does the model or forward= "
-                "run under torch.no_grad, or detach its result?"
-            )
-        deviation = float(np.abs(outputs.detach().double().cpu().numpy() - reference[n]).max())
-        if deviation > tolerance:
-            raise ValueError(
-                f"The outputs of sample {n} depend on the other samples of its batch: they differ "
-                f"by {deviation:.2g} (outputs up to {scale:.2g}) between a batch of one and a "
-                "larger batch. The empirical NTK is only defined sample by sample."
-            )
-        for c in range(task.n_outputs):
-            gradients = torch.autograd.grad(
-                outputs[c],
-                parameters,
-                retain_graph=c + 1 < task.n_outputs,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            torch.cat([_dense(g).reshape(-1) for g in gradients], out=buffer[c])
-        if not torch.isfinite(buffer).all():
-            c = int((~torch.isfinite(buffer).all(dim=1)).nonzero()[0])
-            raise ValueError(
-                f"The gradient of output {c} of sample {n} must be finite but got NaN or infinity."
-            )
-        if roots is not None:
-            buffer *= roots
-        yield n, buffer
+    max_memory: int,
+    show_progress_bar: bool,
+    seed: int,
+    checkpoint: KernelCheckpoint | None,
+    distributed: bool,
+    lifts: Mapping[str, int],
+) -> Kernel:
+    reference = task.initial_outputs(device, dtype)
+    held_out = None if task.validation is None else task.validation.initial_outputs(device, dtype)
+    with task.frozen(device, dtype) as frozen:
+        check_singles(task, frozen, reference, device, dtype)
+        preparation = prepare(task, frozen, device=device, dtype=dtype, seed=seed, lifts=lifts)
+        sizes = block_sizes(task, preparation, dtype, device, max_memory)
+        if distributed:
+            check_group()
+        if checkpoint is not None:
+            sizes = _cut(sizes, task.n_samples)
+        blocks = _blocks(task.n_samples, sizes.held)
+        n_held_out = 0 if task.validation is None else task.validation.n_samples
+        n_passes = sum(task.n_samples - b.start + n_held_out for b in blocks)
+        with (
+            preparation.claims.tape(frozen).attached() as tape,
+            tqdm(
+                total=n_passes * task.n_outputs,
+                desc="Jacobian rows",
+                unit="row",
+                disable=None if show_progress_bar else True,
+                leave=False,
+            ) as bar,
+        ):
+
+            def reader(of: FineTuningTask, outputs: NDArray[np.float64]) -> SampleReader:
+                return SampleReader(
+                    of,
+                    frozen,
+                    preparation.claims,
+                    tape,
+                    batch_size=sizes.batch,
+                    device=device,
+                    dtype=dtype,
+                    reference=outputs,
+                    advance=bar.update,
+                )
+
+            others = None
+            if task.validation is not None and held_out is not None:
+                others = reader(task.validation, held_out)
+            own = reader(task, reference)
+            if distributed:
+                kernel = sharded_kernel(task, preparation, own, others, dtype)
+            else:
+                assembly = _Assembly(task, preparation, own, others, dtype, checkpoint)
+                for block in blocks:
+                    assembly.add_block(block, sizes.streamed)
+                kernel = assembly.kernel()
+        check_rows(task, frozen, preparation, kernel, device=device, dtype=dtype, seed=seed)
+    return kernel
 
 
-def _product(
-    rows: torch.Tensor, others: torch.Tensor, roots: torch.Tensor | None = None
-) -> NDArray[np.floating[Any]]:
-    """``rows diag(roots)^2 others.T``, with sums over many weights in double precision.
+def block_sizes(
+    task: FineTuningTask,
+    preparation: Preparation,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_memory: int,
+) -> BlockSizes:
+    """Choose how many samples are held under a memory budget.
 
-    In single precision the many small products would drown in the sum of those before them: with
-    22 million weights that took 0.2 % from every entry.
+    Args:
+        task:
+            What is fine-tuned.
+        preparation:
+            What a sample takes.
+        dtype:
+            Precision of the Jacobian.
+        device:
+            Where.
+        max_memory:
+            Bytes.
+
+    Returns:
+        Sizes that fit.
+
+    Raises:
+        ValueError:
+            If not even two samples fit.
     """
-    # Apple's devices have no double precision.
-    device = torch.device("cpu") if rows.device.type == "mps" else rows.device
-    total = torch.zeros((len(rows), len(others)), dtype=torch.float64, device=device)
-    for start in range(0, rows.shape[1], _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        left, right = rows[:, chunk], others[:, chunk]
-        if roots is not None:
-            left = left * roots[chunk] ** 2
-        total += (left @ right.T).to(device)
-    return total.to(rows.dtype).cpu().numpy()
-
-
-def _dense(gradient: torch.Tensor) -> torch.Tensor:
-    # Embeddings may give sparse gradients.
-    return gradient if gradient.layout == torch.strided else gradient.to_dense()
-
-
-def _samples_per_block(task: FineTuningTask, dtype: torch.dtype, max_memory: int) -> int:
     itemsize = torch.empty((), dtype=dtype).element_size()
-    n_rows = task.n_samples * task.n_outputs
-    # The streamed sample needs its rows and the gradients they are gathered from.
-    per_sample = task.n_outputs * task.n_parameters * itemsize
-    n_held_out = 0 if task.validation is None else task.validation.n_samples * task.n_outputs
-    # The matrices, and a product of two blocks in both precisions.
-    n_matrices = 2 if all(c == 1.0 for c in task.multipliers.values()) else 3
-    fixed = (
-        n_rows**2 * (n_matrices * itemsize + 8) + n_rows * n_held_out * itemsize + 2 * per_sample
+    n_samples, n_outputs = task.n_samples, task.n_outputs
+    n_rows = n_samples * n_outputs
+    n_held_out = 0 if task.validation is None else task.validation.n_samples * n_outputs
+    n_matrices = 2 if preparation.layout.has_multipliers else 1
+    results = n_rows * (n_matrices * n_rows + n_held_out) * itemsize
+    held, making = preparation.layout.bytes_per_sample, preparation.bytes_per_sample
+    wanted = max(1, min(_MAX_BATCH, -(-n_samples // 2)))
+    at_best = max(1, min(wanted, _BATCH_BYTES.get(device.type, 2**28) // max(1, making)))
+
+    def needed(n_held: int, n_streamed: int, batch: int) -> int:
+        columns = n_streamed * n_outputs
+        # A tile in double precision, and a slice of rows on both sides.
+        tile = n_held * n_outputs * columns * 8 * n_matrices
+        slices = (n_held + n_streamed) * n_outputs * itemsize
+        slices *= min(CHUNK, max(1, task.n_parameters))
+        streamed = 0 if n_held == n_streamed == n_samples else n_streamed
+        states = (n_held + streamed) * (held + preparation.layout.scratch_per_sample)
+        # The activations of one sample come on top.
+        return results + tile + slices + states + (batch - 1) * making
+
+    minimum = min(needed(1, 1, 1), needed(n_samples, n_samples, 1))
+    for batch in (at_best, 1):
+        if needed(n_samples, n_samples, batch) <= max_memory:
+            total = needed(n_samples, n_samples, batch) + making
+            return BlockSizes(batch, n_samples, n_samples, total, minimum)
+    for batch in (at_best, 1):
+        n_held = 0
+        for candidate in range(1, n_samples + 1):
+            streamed = max(1, candidate // 4)
+            if needed(candidate, streamed, min(batch, streamed)) > max_memory:
+                break
+            n_held = candidate
+        if n_held >= min(batch, n_samples):
+            streamed = max(1, n_held // 4)
+            batch = min(batch, streamed)
+            total = needed(n_held, streamed, batch) + making
+            return BlockSizes(batch, n_held, streamed, total, minimum)
+    raise ValueError(
+        f"max_memory must be at least {minimum / 2**30:.3g} GiB for {n_rows} outputs and "
+        f"{task.n_parameters} parameters but got {max_memory / 2**30:.3g} GiB. "
+        "Give more memory, or fewer samples."
     )
-    n_held = (max_memory - fixed) // per_sample
-    if n_held < 1:
-        raise ValueError(
-            f"max_memory must be at least {(fixed + per_sample) / 2**30:.3g} GiB for {n_rows} "
-            f"outputs and {task.n_parameters} parameters but got {max_memory / 2**30:.3g} GiB. "
-            "Give more memory, or fewer samples."
-        )
-    return min(int(n_held), task.n_samples)
 
 
-def _numpy_dtype(dtype: torch.dtype) -> type[np.floating[Any]]:
-    return np.float64 if dtype == torch.float64 else np.float32
+def _cut(sizes: BlockSizes, n_samples: int) -> BlockSizes:
+    """Blocks that are small enough to be worth storing one by one."""
+    held = min(sizes.held, max(1, -(-n_samples // _CHECKPOINT_BLOCKS)))
+    return replace(
+        sizes, batch=min(sizes.batch, held), held=held, streamed=min(sizes.streamed, held)
+    )
+
+
+def _blocks(n_samples: int, size: int, start: int = 0) -> list[slice]:
+    return [slice(s, min(s + size, n_samples)) for s in range(start, n_samples, size)]
+
+
+class _Assembly:
+    """The kernel while it is put together from blocks."""
+
+    def __init__(
+        self,
+        task: FineTuningTask,
+        preparation: Preparation,
+        reader: SampleReader,
+        others: SampleReader | None,
+        dtype: torch.dtype,
+        checkpoint: KernelCheckpoint | None,
+    ) -> None:
+        self._n_samples, self._n_outputs = task.n_samples, task.n_outputs
+        self._n_held_out = 0 if task.validation is None else task.validation.n_samples
+        self._layout = preparation.layout
+        self._reader, self._others = reader, others
+        self._checkpoint = checkpoint
+        n_rows = task.n_samples * task.n_outputs
+        kind = np.float64 if dtype == torch.float64 else np.float32
+        self._gram = np.zeros((n_rows, n_rows), dtype=kind)
+        self._stretched = np.zeros_like(self._gram) if self._layout.has_multipliers else None
+        self._cross = None
+        if others is not None:
+            self._cross = np.zeros((self._n_held_out * task.n_outputs, n_rows), dtype=kind)
+        self._inner = np.zeros((task.n_samples, task.n_outputs))
+
+    def add_block(self, block: slice, streamed: int) -> None:
+        """Multiply a block of samples with itself, all later ones, and the validation samples."""
+        later = _blocks(self._n_samples, streamed, block.stop)
+        state: BlockState | None = None
+        if not self._restore(block, block):
+            state = self._state(block)
+            product, stretched = multiply(self._layout, state, state)
+            self._refuse_infinite(state, product, block)
+            self._put(block, block, product, stretched)
+        for other in later:
+            if self._restore(block, other):
+                continue
+            state = self._state(block) if state is None else state
+            right, _ = self._reader.read(self._layout, other.start, other.stop)
+            self._put(block, other, *multiply(self._layout, state, right))
+        if self._others is None:
+            return
+        size = self._n_held_out if not later and block.start == 0 else streamed
+        for held_out in _blocks(self._n_held_out, min(size, max(1, self._n_samples))):
+            state = self._state(block) if state is None else state
+            left, _ = self._others.read(self._layout, held_out.start, held_out.stop)
+            product, _ = multiply(self._layout, left, state)
+            assert self._cross is not None
+            self._cross[self._rows(held_out), self._rows(block)] = product.cpu().numpy()
+
+    def kernel(self) -> Kernel:
+        """Return the finished kernel."""
+        return Kernel(self._gram, self._cross, self._inner, self._stretched)
+
+    def _state(self, block: slice) -> BlockState:
+        state, inner = self._reader.read(self._layout, block.start, block.stop)
+        self._inner[block] = inner
+        return state
+
+    def _rows(self, samples: slice) -> slice:
+        return slice(samples.start * self._n_outputs, samples.stop * self._n_outputs)
+
+    def _matrices(self) -> Iterator[NDArray[Any]]:
+        yield self._gram
+        if self._stretched is not None:
+            yield self._stretched
+
+    def _put(
+        self, left: slice, right: slice, product: torch.Tensor, stretched: torch.Tensor | None
+    ) -> None:
+        rows, columns = self._rows(left), self._rows(right)
+        parts = [p.cpu().numpy() for p in (product, stretched) if p is not None]
+        for matrix, part in zip(self._matrices(), parts, strict=True):
+            matrix[rows, columns] = part
+            if left != right:
+                matrix[columns, rows] = part.T
+        if self._checkpoint is not None:
+            arrays = [m[rows, columns] for m in self._matrices()]
+            if left == right:
+                arrays.append(self._inner[left])
+            self._checkpoint.save_block((left.start, right.start), arrays)
+
+    def _restore(self, left: slice, right: slice) -> bool:
+        if self._checkpoint is None:
+            return False
+        arrays = self._checkpoint.load_block((left.start, right.start))
+        rows, columns = self._rows(left), self._rows(right)
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        if arrays is None or arrays[0].shape != shape:
+            return False
+        for matrix, part in zip(self._matrices(), arrays, strict=False):
+            matrix[rows, columns] = part
+            matrix[columns, rows] = part.T
+        if left == right:
+            self._inner[left] = arrays[-1]
+        return True
+
+    def _refuse_infinite(self, state: BlockState, product: torch.Tensor, block: slice) -> None:
+        if torch.isfinite(product.diagonal()).all():
+            return
+        bad = state.first_not_finite(self._n_outputs)
+        if bad is not None:
+            raise ValueError(
+                f"The gradient of output {bad[1]} of sample {block.start + bad[0]} must be finite "
+                "but got NaN or infinity."
+            )

@@ -15,8 +15,8 @@ from optuna_ttp.spectrum import Spectrum
 
 
 if TYPE_CHECKING:
+    from optuna_ttp.frozen_model import FrozenModel
     from optuna_ttp.task import FineTuningTask
-    from optuna_ttp.task import FrozenModel
 
 
 _FRACTIONS = (0.85, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)

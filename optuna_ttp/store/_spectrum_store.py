@@ -35,6 +35,7 @@ from optuna_ttp.store._identity import check_settings
 from optuna_ttp.store._identity import complete
 from optuna_ttp.store._identity import key as key_of
 from optuna_ttp.store._identity import SETTING_DEFAULTS
+from optuna_ttp.store._kernel_blocks import KernelBlocks
 from optuna_ttp.store._learned import Learned
 from optuna_ttp.store._object_folder import ObjectFolder
 from optuna_ttp.store._schema import DatabaseTime
@@ -150,6 +151,11 @@ class SpectrumStore:
             StoreError:
                 If the database fails.
         """
+        from optuna_ttp.jacobian import resolve_engine
+
+        budget = {k: settings[k] for k in ("max_memory",) if k in settings}
+        engine, _ = resolve_engine(task, settings.get("engine", "auto"), **budget)
+        settings = {**settings, "engine": engine}
         identity = {k: settings[k] for k in SETTING_DEFAULTS if k in settings}
         key = key_of(task.fingerprint, identity)
         started = time.perf_counter()
@@ -180,6 +186,11 @@ class SpectrumStore:
     ) -> Spectrum:
         from optuna_ttp.jacobian import compute_spectrum
 
+        resumable = settings["engine"] == "exact" and not settings.get("distributed", False)
+        if resumable and settings.get("checkpoint") is None:
+            # A killed worker's successor goes on where it stopped.
+            blocks = KernelBlocks(self.checkpoint(task, **identity))
+            settings = {**settings, "checkpoint": blocks}
         spectrum = compute_spectrum(task, **settings)
         if not self._put(spectrum, identity):
             # This worker was believed dead, and succeeded. All are to go on with the same numbers.

@@ -1,0 +1,82 @@
+"""One measurement in a process of its own: CPU seconds and the growth of its peak memory.
+
+Started by :mod:`benchmarks.engine.record`, for ours in this environment and for the peers in one
+that has them. Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+import resource
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.engine.networks import problem
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("method")
+    parser.add_argument("network")
+    parser.add_argument("n_samples", type=int)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--gram", type=Path, help="where the kernel is written")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, images, labels = problem(options.network, options.n_samples)
+    kind = getattr(torch, options.dtype)
+    model, images = model.to(kind), images.to(kind)
+    # What the first call loads and allocates belongs to no method.
+    torch.autograd.grad(model(images[:2]).sum(), list(model.parameters()))
+    before, started = _peak(), time.process_time()
+    wall = time.perf_counter()
+    gram, extra = _run(options.method, model, images, labels, options.dtype)
+    result: dict[str, Any] = {
+        "method": options.method,
+        "network": options.network,
+        "n_samples": options.n_samples,
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "cpu_seconds": round(time.process_time() - started, 3),
+        "wall_seconds": round(time.perf_counter() - wall, 3),
+        "peak_mib": round((_peak() - before) / 2**20, 1),
+        **extra,
+    }
+    if options.gram is not None:
+        np.save(options.gram, gram)
+    print(json.dumps(result))
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _run(
+    method: str, model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype: str
+) -> tuple[Any, dict[str, Any]]:
+    if method != "ours_exact":
+        from benchmarks.engine.peers import KERNELS
+
+        return KERNELS[method](model, images), {}
+    from optuna_ttp import FineTuningTask
+    from optuna_ttp.jacobian import exact_kernel
+
+    task = FineTuningTask(model, (images, labels))
+    kernel = exact_kernel(
+        task,
+        device=torch.device("cpu"),
+        dtype=getattr(torch, dtype),
+        show_progress_bar=False,
+    )
+    return kernel.gram, {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The networks that the engines are timed on, with random weights and data of a fixed seed."""
+
+from __future__ import annotations
+
+import torch
+
+
+class ResidualBlock(torch.nn.Module):
+    """Two 3x3 convolutions with batch norm, and a 1x1 convolution beside them where needed.
+
+    Args:
+        n_in:
+            Channels in.
+        n_out:
+            Channels out.
+        stride:
+            Of the first convolution. One by default.
+    """
+
+    def __init__(self, n_in: int, n_out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(n_out)
+        self.conv2 = torch.nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
+        self.bn2 = torch.nn.BatchNorm2d(n_out)
+        self.skip: torch.nn.Module = torch.nn.Identity()
+        if stride != 1 or n_in != n_out:
+            self.skip = torch.nn.Sequential(
+                torch.nn.Conv2d(n_in, n_out, 1, stride, bias=False), torch.nn.BatchNorm2d(n_out)
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block's outputs."""
+        hidden = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(hidden)) + self.skip(x))
+
+
+def residual_network(n_classes: int = 10) -> torch.nn.Module:
+    """A residual network of 308,650 weights (at ten classes) for images of 3x32x32."""
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 3, 1, 1, bias=False),
+        torch.nn.BatchNorm2d(32),
+        torch.nn.ReLU(),
+        ResidualBlock(32, 32),
+        ResidualBlock(32, 64, 2),
+        ResidualBlock(64, 128, 2),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(128, n_classes),
+    )
+
+
+def resnet18(n_classes: int = 10) -> torch.nn.Module:
+    """ResNet-18 with the stem for images of 3x32x32 (He et al., 2016): 11.17 million weights."""
+    layers: list[torch.nn.Module] = [
+        torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False),
+        torch.nn.BatchNorm2d(64),
+        torch.nn.ReLU(),
+    ]
+    width = 64
+    for n_out, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        layers += [ResidualBlock(width, n_out, stride), ResidualBlock(n_out, n_out)]
+        width = n_out
+    head = [
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(width, n_classes),
+    ]
+    return torch.nn.Sequential(*layers, *head)
+
+
+def with_statistics(model: torch.nn.Module, images: torch.Tensor) -> torch.nn.Module:
+    """Return the model in evaluation mode with batch-norm statistics of these images."""
+    with torch.no_grad():
+        model.train()
+        for _ in range(3):
+            model(images)
+    return model.eval()
+
+
+def problem(
+    name: str, n_samples: int, n_classes: int = 10, seed: int = 0
+) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """Return a network, images of shape ``(N, 3, 32, 32)`` and labels.
+
+    Args:
+        name:
+            ``"residual"`` or ``"resnet18"``.
+        n_samples:
+            N.
+        n_classes:
+            C. Ten by default.
+        seed:
+            Of weights and data.
+    """
+    torch.manual_seed(seed)
+    model = {"residual": residual_network, "resnet18": resnet18}[name](n_classes)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n_samples) % n_classes
+    patterns = torch.randn(n_classes, 3, 8, 8, generator=generator)
+    coarse = torch.nn.functional.interpolate(patterns, scale_factor=4.0, mode="bilinear")
+    images = coarse[labels] + torch.randn(n_samples, 3, 32, 32, generator=generator)
+    return with_statistics(model, images[:64]), images, labels

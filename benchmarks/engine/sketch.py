@@ -1,0 +1,77 @@
+"""Sketches against the exact engine: CPU seconds, memory and predicted times, by width.
+
+On the residual network with its random weights, whose spectrum decays slowly. Writes
+``sketch.json``.
+
+Run with ``python -m benchmarks.engine.sketch``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+import resource
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.engine.networks import problem
+from benchmarks.environment import environment
+from optuna_ttp import compute_spectrum
+from optuna_ttp import FineTuningTask
+from optuna_ttp.jacobian._flow import flow_times
+from optuna_ttp.jacobian._sketch import sketch_jacobian
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="one small size only")
+    parser.add_argument("--n-samples", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    n_samples = 4 if options.smoke else options.n_samples
+    model, images, labels = problem("residual", n_samples)
+    torch.autograd.grad(model(images[:2]).sum(), list(model.parameters()))
+    task = FineTuningTask(model, (images, labels))
+    before, started = _peak(), time.process_time()
+    sketch_jacobian(task, width=4096, device=torch.device("cpu"), show_progress_bar=False)
+    results: dict[str, Any] = {
+        "n_samples": n_samples,
+        "width_4096_cpu_seconds": round(time.process_time() - started, 3),
+        "width_4096_peak_mib": round((_peak() - before) / 2**20, 1),
+    }
+    settings: dict[str, Any] = {"measure_speed": False, "probe": False}
+    exact = compute_spectrum(task, engine="exact", **settings)
+    for engine in ("sketch", "refined_sketch"):
+        started = time.process_time()
+        found = compute_spectrum(task, engine=engine, **settings)
+        off = np.abs(flow_times(found, rank=400) / flow_times(exact, rank=400) - 1.0)
+        n = min(100, found.rank, exact.rank)
+        values = np.abs(found.eigenvalues[:n] / exact.eigenvalues[:n] - 1.0)
+        results[engine] = {
+            "cpu_seconds": round(time.process_time() - started, 3),
+            "width": found.metadata.sketch_width,
+            "error_bar": found.metadata.time_error,
+            "time_errors": off.tolist(),
+            "eigenvalue_error_top_10": float(values[:10].max()),
+            "eigenvalue_error_top_100": float(values.max()),
+        }
+    summary = {"environment": environment(), **results}
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "sketch.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""One line a figure, from the raw results: ``summary.json`` and a table.
+
+Run with ``python -m benchmarks.engine.summary``. What was not measured is null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+import statistics
+from typing import Any
+
+
+def main() -> None:
+    """Write the summary."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    folder = parser.parse_args().results
+    exact = json.loads((folder / "exact.json").read_text())
+    cells = exact["cells"]
+    sketch = _read(folder / "sketch.json")
+    residual = [c for c in cells if c["network"] == "residual"]
+    resnet = [c for c in cells if c["network"] == "resnet18"]
+    summary: dict[str, Any] = {
+        "exact_vs_best_peer_cpu_seconds": _worst(residual, "cpu_seconds"),
+        "exact_vs_best_peer_memory": _worst(residual, "peak_mib"),
+        "resnet18_vs_torch_func_cpu_seconds": _ratio(resnet, "torch_func", "cpu_seconds"),
+        "resnet18_vs_torch_func_memory": _ratio(resnet, "torch_func", "peak_mib"),
+        "resnet18_vs_torchjd_cpu_seconds": _ratio(resnet, "torchjd", "cpu_seconds"),
+        "resnet18_vs_torchjd_memory": _ratio(resnet, "torchjd", "peak_mib"),
+        "sketch_vs_best_peer_cpu_seconds": _sketch_ratio(
+            residual, sketch, "width_4096_cpu_seconds", "cpu_seconds"
+        ),
+        "sketch_vs_best_peer_memory": _sketch_ratio(
+            residual, sketch, "width_4096_peak_mib", "peak_mib"
+        ),
+        "sketch_n_samples": None if sketch is None else sketch["n_samples"],
+        "sketch_predicted_time_error": None
+        if sketch is None
+        else max(sketch["sketch"]["time_errors"]),
+        "matrix_free_peak_gib": None,
+        "matrix_free_eigenvalue_error": None,
+        "share_of_lower_bound": min(
+            c["bound"]["cpu_seconds"] / _median(c, "ours_exact", "cpu_seconds") for c in cells
+        ),
+        "distributed_error": None,
+        "environment": exact["environment"],
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for cell in cells:
+        print(f"{cell['network']}, N = {cell['n_samples']}")
+        for method in dict.fromkeys(r["method"] for r in cell["results"]):
+            seconds, memory = (_median(cell, method, k) for k in ("cpu_seconds", "peak_mib"))
+            print(f"  {method:<26}{seconds:>9.2f} s{memory:>9.0f} MiB")
+    print(json.dumps({k: v for k, v in summary.items() if k != "environment"}, indent=2))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _median(cell: dict[str, Any], method: str, key: str) -> float:
+    values = [r[key] for r in cell["results"] if r["method"] == method and "failed" not in r]
+    return statistics.median(values) if values else float("nan")
+
+
+def _fastest(cell: dict[str, Any]) -> str:
+    """The peer with the fewest CPU seconds."""
+    peers: set[str] = {r["method"] for r in cell["results"] if "failed" not in r} - {"ours_exact"}
+    return min(peers, key=lambda method: _median(cell, method, "cpu_seconds"))
+
+
+def _worst(cells: list[dict[str, Any]], key: str) -> float | None:
+    ratios = [_median(c, "ours_exact", key) / _median(c, _fastest(c), key) for c in cells]
+    return max(ratios, default=None)
+
+
+def _ratio(cells: list[dict[str, Any]], peer: str, key: str) -> float | None:
+    ratios = [_median(c, "ours_exact", key) / _median(c, peer, key) for c in cells]
+    return max(ratios, default=None)
+
+
+def _sketch_ratio(
+    cells: list[dict[str, Any]], sketch: dict[str, Any] | None, ours: str, theirs: str
+) -> float | None:
+    if sketch is None:
+        return None
+    same = [c for c in cells if c["n_samples"] == sketch["n_samples"]]
+    return sketch[ours] / _median(same[0], _fastest(same[0]), theirs) if same else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The user's model as a pure function, borrowed: everything about it is put back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import contextmanager
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from optuna_ttp.data import cast
+
+
+class FrozenModel:
+    """The outputs as a function of inputs and trainable parameters; see ``FineTuningTask.frozen``.
+
+    Args:
+        model:
+            The user's module, already in the mode to run in.
+        forward:
+            The user's adapter, or :obj:`None`.
+        device:
+            Where to run.
+        dtype:
+            What floating-point tensors are cast to.
+
+    Attributes:
+        adapter:
+            The module that is run: the user's model and adapter in one, with the user's own
+            parameters, in whose place :attr:`parameters` are used.
+        parameters:
+            The trainable parameters by their names in the adapter.
+        original_names:
+            From the identity of each of the user's parameters to its name in the adapter.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        forward: Callable[[torch.nn.Module, Any], torch.Tensor] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.adapter = _Adapter(model, forward)
+        self._state: dict[str, torch.Tensor] = {}
+        self.parameters: dict[str, torch.Tensor] = {}
+        self.original_names = {id(p): name for name, p in self.adapter.named_parameters()}
+        for name, buffer in self.adapter.named_buffers():
+            # A copy, because some modules write to their buffers even in evaluation mode.
+            self._state[name] = cast(buffer.detach(), device, dtype).clone()
+        for name, parameter in self.adapter.named_parameters():
+            value = cast(parameter.detach(), device, dtype)
+            if parameter.requires_grad:
+                value = value.requires_grad_()
+                self.parameters[name] = value
+            self._state[name] = value
+
+    def replace_parameters(self, parameters: dict[str, torch.Tensor]) -> None:
+        """Use other trainable parameters from now on; the user's model is not touched.
+
+        Args:
+            parameters:
+                A tensor for each name in :attr:`parameters`.
+        """
+        self.parameters = parameters
+        self._state.update(parameters)
+
+    def __call__(self, inputs: Any) -> torch.Tensor:
+        """Return the outputs, of shape ``(batch, C)``, for a batch of inputs."""
+        outputs = torch.func.functional_call(self.adapter, self._state, (inputs,))
+        if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
+            kind = outputs.dtype if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+            raise TypeError(
+                "The model must give a floating-point tensor of shape (batch, C) but got "
+                f"{kind}. Pass forward=lambda model, inputs: ... to pick the outputs."
+            )
+        return outputs
+
+
+class _Adapter(torch.nn.Module):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        forward: Callable[[torch.nn.Module, Any], torch.Tensor] | None,
+    ) -> None:
+        super().__init__()
+        # The flag only, not .train(): that would set the mode of the user's modules.
+        self.training = model.training
+        self.model = model
+        self._user_forward = forward
+
+    def forward(self, inputs: Any) -> Any:
+        if self._user_forward is not None:
+            return self._user_forward(self.model, inputs)
+        if isinstance(inputs, Mapping):
+            outputs = self.model(**inputs)
+        elif isinstance(inputs, tuple):
+            outputs = self.model(*inputs)
+        else:
+            outputs = self.model(inputs)
+        return (
+            outputs if isinstance(outputs, torch.Tensor) else getattr(outputs, "logits", outputs)
+        )
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Put the random states of Python, NumPy and PyTorch back at the end."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    initialised = torch.cuda.is_initialized()
+    devices = range(torch.cuda.device_count()) if initialised else []
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextmanager
+def preserved_attributes(model: torch.nn.Module) -> Iterator[None]:
+    """Undo what a forward pass sets: modes, caches, counters, new buffers."""
+    saved = [(vars(m), dict(vars(m)), dict(m._buffers)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, before, buffers in saved:
+            for key in attributes.keys() - before.keys():
+                del attributes[key]
+            attributes.update(before)
+            attributes["_buffers"].clear()
+            attributes["_buffers"].update(buffers)
+
+
+@contextmanager
+def cudnn_for(model: torch.nn.Module, device: torch.device, training: bool) -> Iterator[None]:
+    """Make cuDNN compute in full precision, and not at all where it cannot differentiate.
+
+    Args:
+        model:
+            What is going to run.
+        device:
+            Where.
+        training:
+            A training step is to be timed: nothing is changed.
+    """
+    if device.type != "cuda" or training:
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    # By default convolutions round their inputs to ten bits (TF32), which is not single precision.
+    # From PyTorch 2.9 on each operation has a setting, which must not be mixed with the older one.
+    changes: list[tuple[Any, str, Any]] = [(cudnn, "allow_tf32", False)]
+    if hasattr(cudnn, "conv"):
+        changes = [(cudnn.conv, "fp32_precision", "ieee")]
+    # The backward pass of cuDNN's recurrent layers only exists in training mode.
+    if any(isinstance(m, torch.nn.RNNBase) for m in model.modules()):
+        changes.append((cudnn, "enabled", False))
+    before = [getattr(owner, name) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(changes, before, strict=True):
+            setattr(owner, name, value)

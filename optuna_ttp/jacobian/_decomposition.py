@@ -1,0 +1,273 @@
+"""What every engine gives: the leading eigenpairs, and what else the dynamics need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from typing import TYPE_CHECKING
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+
+from optuna_ttp.exceptions import ApproximationWarning
+from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
+from optuna_ttp.jacobian._eigenpairs import Eigenpairs
+from optuna_ttp.jacobian._eigenpairs import eigenpairs
+from optuna_ttp.jacobian._eigenpairs import eigenpairs_of_features
+from optuna_ttp.jacobian._exact import exact_kernel
+from optuna_ttp.jacobian._flow import flow_times
+from optuna_ttp.jacobian._sketch import refine
+from optuna_ttp.jacobian._sketch import Sketch
+from optuna_ttp.jacobian._sketch import sketch_jacobian
+from optuna_ttp.spectrum import Spectrum
+from optuna_ttp.spectrum import SpectrumMetadata
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
+
+
+# Numbers a row of the first sketch, and of the widest.
+_WIDTH = 4096
+_MAX_WIDTH = 32768
+# By how much the predicted times may be off because of the projection.
+_TIME_ERROR = 0.03
+# Leading eigenpairs that are refined, and how many more for the sake of the last of these.
+_N_REFINED = 100
+_N_MORE = 50
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """The leading eigenpairs of the kernel with what else is made of the Jacobian.
+
+    Attributes:
+        pairs:
+            The eigenpairs that are kept.
+        weight_outputs:
+            ``J diag(c) w_0``, of shape ``(N, C)``.
+        decay_factors:
+            As in :class:`~optuna_ttp.Spectrum`.
+        validation_features:
+            As in :class:`~optuna_ttp.spectrum.Validation`.
+        sketch_width:
+            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
+        time_error:
+            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
+    """
+
+    pairs: Eigenpairs
+    weight_outputs: NDArray[np.float64]
+    decay_factors: NDArray[np.float64] | None
+    validation_features: NDArray[np.floating[Any]] | None
+    sketch_width: int | None = None
+    time_error: float | None = None
+
+
+def exact_decomposition(
+    task: FineTuningTask,
+    *,
+    rank: int | None,
+    explained_trace: float | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_memory: int,
+    show_progress_bar: bool,
+    seed: int,
+    checkpoint: KernelCheckpoint | None,
+    distributed: bool,
+) -> Decomposition:
+    """Decompose the exact kernel.
+
+    Args:
+        task:
+            What is fine-tuned.
+        rank:
+            As for :func:`~optuna_ttp.compute_spectrum`.
+        explained_trace:
+            As for :func:`~optuna_ttp.compute_spectrum`.
+        device:
+            Where.
+        dtype:
+            Precision of the Jacobian.
+        max_memory:
+            Bytes.
+        show_progress_bar:
+            Whether to show one.
+        seed:
+            Of what is checked.
+        checkpoint:
+            For finished blocks, or :obj:`None`.
+        distributed:
+            Share the samples with other processes.
+
+    Returns:
+        The decomposition.
+    """
+    kernel = exact_kernel(
+        task,
+        device=device,
+        dtype=dtype,
+        max_memory=max_memory,
+        show_progress_bar=show_progress_bar,
+        seed=seed,
+        checkpoint=checkpoint,
+        distributed=distributed,
+    )
+    pairs = eigenpairs(kernel.gram, rank=rank, explained_trace=explained_trace)
+    decay_factors = None
+    if kernel.stretched is not None:
+        moved = kernel.stretched @ pairs.eigenvectors
+        decay_factors = np.asarray((pairs.eigenvectors * moved).sum(axis=0) / pairs.eigenvalues)
+    features = None
+    if kernel.cross is not None:
+        whitened = pairs.eigenvectors / np.sqrt(pairs.eigenvalues)
+        features = (kernel.cross @ whitened).astype(kernel.cross.dtype)
+    return Decomposition(pairs, kernel.weight_outputs, decay_factors, features)
+
+
+def sketched_decomposition(
+    task: FineTuningTask,
+    initial_outputs: NDArray[np.float64],
+    *,
+    refined: bool,
+    rank: int | None,
+    explained_trace: float | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_memory: int,
+    show_progress_bar: bool,
+    seed: int,
+) -> Decomposition:
+    """Decompose a sketch that is wide enough for the predicted times.
+
+    The width is doubled until the times of gradient flow to 50, 25 and 10 % of the initial loss
+    that its two halves predict differ by at most twice 3 %, or the memory does not allow more;
+    then there is an :exc:`~optuna_ttp.exceptions.ApproximationWarning`.
+
+    Args:
+        task:
+            What is fine-tuned.
+        initial_outputs:
+            Of the pretrained model, ``(N, C)``.
+        refined:
+            Refine the leading eigenpairs by two more passes.
+        rank:
+            As for :func:`~optuna_ttp.compute_spectrum`.
+        explained_trace:
+            As for :func:`~optuna_ttp.compute_spectrum`.
+        device:
+            Where.
+        dtype:
+            Precision of the Jacobian.
+        max_memory:
+            Bytes.
+        show_progress_bar:
+            Whether to show one.
+        seed:
+            Of the projection.
+
+    Returns:
+        The decomposition.
+    """
+    width = _WIDTH
+    n_rows = task.n_samples * task.n_outputs
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    if n_rows * width * itemsize * 2 > max_memory:
+        raise ValueError(
+            f"max_memory must be at least {n_rows * width * itemsize * 2 / 2**30:.3g} GiB for a "
+            f"sketch of {n_rows} outputs but got {max_memory / 2**30:.3g} GiB. Give more memory, "
+            "or fewer samples."
+        )
+    while True:
+        sketch = sketch_jacobian(
+            task,
+            width=width,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            show_progress_bar=show_progress_bar,
+        )
+        error = _time_error(task, initial_outputs, sketch)
+        wider = n_rows * 2 * width * itemsize * 2
+        if error <= _TIME_ERROR or width == _MAX_WIDTH or wider > max_memory:
+            break
+        width *= 2
+    if not error <= _TIME_ERROR:
+        warnings.warn(
+            f"The sketch of width {width} leaves predicted times uncertain by {error:.0%}. "
+            'Give more memory, or use engine="exact".',
+            ApproximationWarning,
+            stacklevel=4,
+        )
+    features = sketch.features()
+    n_needed = _N_REFINED + _N_MORE if refined else rank
+    pairs = eigenpairs_of_features(
+        features,
+        rank=n_needed if refined else rank,
+        explained_trace=None if refined else explained_trace,
+        trace=sketch.trace,
+    )
+    if refined:
+        features = refine(
+            task,
+            features,
+            pairs,
+            n_refined=_N_REFINED + _N_MORE,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            max_memory=max_memory,
+            show_progress_bar=show_progress_bar,
+        )
+        pairs = eigenpairs_of_features(
+            features, rank=rank, explained_trace=explained_trace, trace=sketch.trace
+        )
+    return Decomposition(
+        pairs,
+        sketch.weight_outputs,
+        None,
+        _validation_features(sketch, pairs),
+        width,
+        error,
+    )
+
+
+def _validation_features(sketch: Sketch, pairs: Eigenpairs) -> NDArray[np.floating[Any]] | None:
+    others = sketch.validation_features()
+    if others is None:
+        return None
+    whitened = torch.as_tensor(pairs.eigenvectors / np.sqrt(pairs.eigenvalues)).to(others)
+    return np.asarray((others @ (sketch.features().T @ whitened)).cpu().numpy())
+
+
+def _time_error(
+    task: FineTuningTask, initial_outputs: NDArray[np.float64], sketch: Sketch
+) -> float:
+    """Half of the largest relative difference of the times that the halves predict."""
+    one, other = (
+        flow_times(_plain_spectrum(task, initial_outputs, sketch, half)) for half in range(2)
+    )
+    reached = np.isfinite(one) & np.isfinite(other)
+    if not reached.any():
+        return float("inf")
+    one, other = one[reached], other[reached]
+    return float((np.abs(one - other) / (one + other)).max())
+
+
+def _plain_spectrum(
+    task: FineTuningTask, initial_outputs: NDArray[np.float64], sketch: Sketch, half: int
+) -> Spectrum:
+    pairs = eigenpairs_of_features(sketch.features(half), trace=sketch.trace)
+    return Spectrum(
+        pairs.eigenvalues,
+        pairs.eigenvectors,
+        pairs.trace,
+        initial_outputs,
+        task.targets,
+        task.loss,
+        None,
+        SpectrumMetadata("", "", "sketch", "", "", task.n_parameters, 0.0, "", "", ""),
+    )

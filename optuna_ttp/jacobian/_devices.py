@@ -1,0 +1,45 @@
+"""Where, and in which precision, a Jacobian is computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
+
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def resolve_device(task: FineTuningTask, device: str | torch.device | None) -> torch.device:
+    """Return where to compute: as asked, else on a GPU where there is one, else with the model.
+
+    Args:
+        task:
+            Knows where the model is.
+        device:
+            What was asked for, or :obj:`None`.
+
+    Returns:
+        A device that works.
+
+    Raises:
+        ValueError:
+            If the device asked for cannot be used here.
+    """
+    if device is not None:
+        try:
+            resolved = torch.device(device)
+            torch.empty(0, device=resolved)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"device must be one that torch can use here but got {device!r}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        return resolved
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return next(task.model.parameters()).device

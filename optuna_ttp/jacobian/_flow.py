@@ -1,0 +1,59 @@
+"""How long gradient flow takes: what a sketch is judged by."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+
+from optuna_ttp.dynamics import LinearisedModel
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.spectrum import Spectrum
+
+
+FRACTIONS = (0.5, 0.25, 0.1)
+_MAX_STEPS = 3_000
+# Of what is left of the longest stable step.
+_SAFETY = 0.9
+
+
+def flow_times(spectrum: Spectrum, *, rank: int = 200) -> NDArray[np.float64]:
+    """Return the times at which gradient flow reaches fractions of its reducible loss.
+
+    Args:
+        spectrum:
+            Of any engine.
+        rank:
+            Leading eigenpairs that are followed. 200 by default.
+
+    Returns:
+        One time for each of 50, 25 and 10 % of the reducible initial loss; infinite where that is
+        not reached.
+    """
+    model = LinearisedModel.from_spectrum(
+        spectrum.truncate(rank=min(rank, spectrum.rank)), dtype=torch.float64
+    )
+    theta = model.features.new_zeros((1, model.rank))
+    floor = model.loss_floor
+    initial = float(model.loss(model.outputs(theta))) - floor
+    rate = _SAFETY / max(float(model.curvatures[0]), 1e-30)
+    time, before = 0.0, (0.0, 1.0)
+    times = np.full(len(FRACTIONS), np.inf)
+    found = 0
+    for _ in range(_MAX_STEPS):
+        theta = theta - rate * model.gradient(theta)
+        time += rate
+        left = (float(model.loss(model.outputs(theta))) - floor) / initial
+        while found < len(FRACTIONS) and left <= FRACTIONS[found]:
+            # Nearly exponential between two steps.
+            share = np.log(before[1] / FRACTIONS[found]) / np.log(before[1] / left)
+            times[found] = before[0] + share * (time - before[0])
+            found += 1
+        if found == len(FRACTIONS):
+            break
+        before = (time, left)
+    return times

@@ -1,0 +1,143 @@
+"""What every engine needs to know of a network before it differentiates all samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from typing import TypeVar
+
+import torch
+
+from optuna_ttp.jacobian._claims import Claims
+from optuna_ttp.jacobian._claims import find_claims
+from optuna_ttp.jacobian._claims import UnclaimedError
+from optuna_ttp.jacobian._layout import Layout
+from optuna_ttp.jacobian._layout import make_layout
+from optuna_ttp.jacobian._tree import tensors_of
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.frozen_model import FrozenModel
+    from optuna_ttp.task import FineTuningTask
+
+
+# Samples on which gradients of layers are compared with those of the whole network.
+_N_CHECKED = 3
+# Modules around a layer that are tried; few networks are nested so deeply.
+_MAX_LIFTS = 20
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a look at a few samples has shown.
+
+    Attributes:
+        claims:
+            Who answers for which parameter.
+        layout:
+            How each parameter is held.
+        bytes_per_sample:
+            Activations, cotangents and rows of one sample while it is differentiated.
+    """
+
+    claims: Claims
+    layout: Layout
+    bytes_per_sample: int
+
+
+def prepare(
+    task: FineTuningTask,
+    frozen: FrozenModel,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    lifts: Mapping[str, int] | None = None,
+) -> Preparation:
+    """Look at a few samples.
+
+    Args:
+        task:
+            What is fine-tuned.
+        frozen:
+            The borrowed model.
+        device:
+            Where to differentiate.
+        dtype:
+            Precision of the Jacobian.
+        seed:
+            Of the random directions in which gradients are compared.
+        lifts:
+            See :func:`~optuna_ttp.jacobian._claims.find_claims`. None by default.
+
+    Returns:
+        Claims, layout and what a sample takes.
+    """
+    n_checked = min(_N_CHECKED, task.n_samples)
+    inputs, _ = next(task.batches(n_checked, device, dtype))
+    claims = find_claims(frozen, inputs, n_checked, seed, lifts)
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    multipliers = dict(zip(frozen.parameters, task.multipliers.values(), strict=True))
+    layout = make_layout(
+        {n: p.numel() for n, p in frozen.parameters.items() if n in claims.shapes},
+        multipliers,
+        claims.shapes,
+        n_samples=task.n_samples,
+        n_outputs=task.n_outputs,
+        itemsize=itemsize,
+    )
+    with claims.tape(frozen).attached() as tape:
+        recording = tape.record(inputs, n_checked)
+    batched = device.type == "cuda"
+    replayed = set(claims.replayed)
+    elements = 0
+    for module, calls in recording.calls.items():
+        n_classes = task.n_outputs if batched or module in replayed else 1
+        for call in calls:
+            width = sum(s.numel() for s in call.shapes)
+            # Cotangents twice, because they are brought into order; the activation itself, and
+            # what its derivative needs.
+            elements += (2 * n_classes + 3) * width
+            elements += sum(t.numel() for t in tensors_of((call.args, call.kwargs)))
+    # Rows are made when the cotangents of all outputs are there.
+    unfolded = sum(
+        shape.groups * shape.positions * (shape.n_rows + task.n_outputs * shape.width)
+        for parameter in layout.parameters
+        if parameter.method == "rows"
+        and (shape := claims.shapes[parameter.name]) is not None
+        and not shape.is_table
+    )
+    largest = max((p.size for p in layout.parameters if p.method == "rows"), default=0)
+    per_sample = itemsize * (elements // n_checked + unfolded + task.n_outputs * largest)
+    return Preparation(claims, layout, per_sample)
+
+
+def lifting(run: Callable[[Mapping[str, int]], _Result]) -> _Result:
+    """Run something again as long as a layer turns out not to answer for its parameters.
+
+    A layer that only some samples reach, such as an expert, is fine for the samples that are
+    looked at first and wrong for others: the module around it answers for it then.
+
+    Args:
+        run:
+            Takes what :func:`prepare` takes as ``lifts``.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        JacobianMismatchError:
+            If no module can answer for the parameters.
+    """
+    lifts: Counter[str] = Counter()
+    for _ in range(_MAX_LIFTS):
+        try:
+            return run(lifts)
+        except UnclaimedError as error:  # noqa: PERF203
+            lifts.update(error.names)
+    return run(lifts)

@@ -1,0 +1,488 @@
+"""The sketching engine: a random projection of the Jacobian instead of the Jacobian.
+
+Each sample is differentiated once; its row for each output is projected to a few thousand numbers
+at once, so that time and memory grow with N, not with its square. Small parameters and the head
+are kept as they are. Two independent halves give an error bar: each is right in expectation, so
+half of their difference is what their mean is off by. Two more passes refine the leading
+eigenpairs; see :func:`refine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+from tqdm import tqdm
+
+from optuna_ttp.jacobian._eigenpairs import Eigenpairs
+from optuna_ttp.jacobian._factors import chunked_product
+from optuna_ttp.jacobian._factors import Factors
+from optuna_ttp.jacobian._layout import Layout
+from optuna_ttp.jacobian._prepare import lifting
+from optuna_ttp.jacobian._prepare import Preparation
+from optuna_ttp.jacobian._prepare import prepare
+from optuna_ttp.jacobian._projection import Projection
+from optuna_ttp.jacobian._projection import SignFold
+from optuna_ttp.jacobian._projection import Ternary
+from optuna_ttp.jacobian._rules import Contribution
+from optuna_ttp.jacobian._samples import check_singles
+from optuna_ttp.jacobian._samples import SampleReader
+from optuna_ttp.jacobian._self_check import check_row_norms
+from optuna_ttp.jacobian._state import BlockState
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.frozen_model import FrozenModel
+    from optuna_ttp.task import FineTuningTask
+
+
+# Parameters that are not larger are kept as they are, the smallest first.
+_KEPT_SIZE = 2048
+# Together they have at most so many columns for each one of the sketch.
+_KEPT_SHARE = 0.5
+_BATCH_BYTES = 2**27
+_MAX_BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """A projected Jacobian.
+
+    Attributes:
+        kept:
+            Columns that are exact, of shape ``(N C, e)``.
+        halves:
+            Two independent projections, each of shape ``(N C, d / 2)`` with the scale of the
+            Jacobian.
+        validation:
+            The same three for the validation samples; empty without any.
+        weight_outputs:
+            ``J diag(c) w_0``, exact, of shape ``(N, C)``.
+        trace:
+            The trace of the kernel, exact.
+    """
+
+    kept: torch.Tensor
+    halves: tuple[torch.Tensor, torch.Tensor]
+    validation: tuple[torch.Tensor, ...]
+    weight_outputs: NDArray[np.float64]
+    trace: float
+
+    def features(self, half: int | None = None) -> torch.Tensor:
+        """Return ``Z`` with ``Z Z^T`` for the kernel; of one half, or of both."""
+        if half is not None:
+            return torch.cat([self.kept, self.halves[half]], 1)
+        return torch.cat([self.kept, *(0.5**0.5 * h for h in self.halves)], 1)
+
+    def validation_features(self) -> torch.Tensor | None:
+        """Return the validation samples' ``Z``."""
+        if not self.validation:
+            return None
+        kept, *halves = self.validation
+        return torch.cat([kept, *(0.5**0.5 * h for h in halves)], 1)
+
+
+def sketch_jacobian(
+    task: FineTuningTask,
+    *,
+    width: int,
+    projection: str = "sign_fold",
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    show_progress_bar: bool = True,
+) -> Sketch:
+    """Project the Jacobian of a task.
+
+    Args:
+        task:
+            What is fine-tuned. All learning-rate multipliers must be one.
+        width:
+            Numbers a row, half of them for each half.
+        projection:
+            ``"sign_fold"`` (the default) or ``"ternary"``, the paper's.
+        device:
+            Where to differentiate.
+        dtype:
+            Precision of the Jacobian. Single precision by default.
+        seed:
+            Of the projection, and of what gradients are checked on. Zero by default.
+        show_progress_bar:
+            Show a progress bar where the standard error stream is a terminal.
+
+    Returns:
+        The sketch.
+
+    Raises:
+        ValueError:
+            As for :func:`~optuna_ttp.jacobian.exact_kernel`, and for a projection that is not
+            known or a width that is not even and positive.
+        JacobianMismatchError:
+            If rows differ from what plain automatic differentiation gives.
+    """
+    if projection not in ("sign_fold", "ternary"):
+        raise ValueError(f'projection must be "sign_fold" or "ternary" but got {projection!r}.')
+    if any(factor != 1.0 for factor in task.multipliers.values()):
+        raise ValueError(
+            'learning_rate_multipliers must all be one for a sketch. Use engine="exact".'
+        )
+    if width < 2 or width % 2:
+        raise ValueError(f"width must be even and positive but got {width!r}.")
+
+    def run(lifts: Mapping[str, int]) -> Sketch:
+        with _Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
+            return passes.sketch(width, projection, seed)
+
+    return lifting(run)
+
+
+def refine(
+    task: FineTuningTask,
+    features: torch.Tensor,
+    pairs: Eigenpairs,
+    *,
+    n_refined: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    max_memory: int = 4 * 2**30,
+    show_progress_bar: bool = True,
+) -> torch.Tensor:
+    """Replace the leading part of a sketch by what the Jacobian itself says of it.
+
+    For the leading eigenvectors ``V`` of the sketch, ``Theta V = J (J^T V)`` is computed in two
+    more passes over the data, and ``Theta V (V^T Theta V)^(-1) (Theta V)^T`` takes the place of
+    the sketch there (Nystrom's method, stabilised as in Tropp, Yurtsever, Udell and Cevher,
+    NeurIPS 2017, arXiv 1706.05736). That is one step of subspace iteration further than a
+    Rayleigh-Ritz projection, for one more pass.
+
+    Args:
+        task:
+            What is fine-tuned.
+        features:
+            The sketch ``Z``, of shape ``(N C, d)``.
+        pairs:
+            Its eigenpairs.
+        n_refined:
+            How many are refined.
+        device:
+            Where to differentiate.
+        dtype:
+            Precision of the Jacobian. Single precision by default.
+        seed:
+            Of what gradients are checked on. Zero by default.
+        max_memory:
+            Bytes for ``J^T V``; where it is larger, more passes are made. 4 GiB by default.
+        show_progress_bar:
+            Show a progress bar where the standard error stream is a terminal.
+
+    Returns:
+        Features of the same number of rows, whose products are the refined kernel.
+
+    Raises:
+        ValueError:
+            If the kernel overflowed.
+    """
+    n = min(n_refined, len(pairs.eigenvalues))
+    vectors = torch.as_tensor(pairs.eigenvectors[:, :n], dtype=dtype, device=device)
+
+    def run(lifts: Mapping[str, int]) -> torch.Tensor:
+        with _Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
+            return passes.images(vectors, max_memory)
+
+    basis, values = _nystrom(vectors.double().cpu(), lifting(run))
+    leading = (basis * values.sqrt()).to(features)
+    basis = basis.to(features)
+    return torch.cat([leading, features - basis @ (basis.T @ features)], 1)
+
+
+def _nystrom(vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal eigenvectors and eigenvalues of ``Y (V^T Y)^(-1) Y^T``."""
+    if not torch.isfinite(images).all():
+        raise ValueError(
+            "The kernel must be finite but overflowed. Scale the inputs, or compute with "
+            'dtype="float64".'
+        )
+    # Single precision made the images: smaller shifts would leave the root undefined.
+    shift = 1e-6 * float(torch.linalg.matrix_norm(images, 2))
+    shifted = images + shift * vectors
+    inner = vectors.T @ shifted
+    root = torch.linalg.cholesky((inner + inner.T) / 2)
+    b = torch.linalg.solve_triangular(root, shifted.T, upper=False).T
+    basis, singular, _ = torch.linalg.svd(b, full_matrices=False)
+    return basis, (singular.square() - shift).clamp(min=0.0)
+
+
+class _Passes:
+    """Passes over the data with the same hooks."""
+
+    def __init__(
+        self,
+        task: FineTuningTask,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+        lifts: Mapping[str, int],
+        show_progress_bar: bool,
+    ) -> None:
+        self._task, self._device, self._dtype = task, device, dtype
+        self._seed, self._lifts, self._show = seed, lifts, show_progress_bar
+
+    def __enter__(self) -> _Passes:
+        task, device, dtype = self._task, self._device, self._dtype
+        with ExitStack() as stack:
+            reference = task.initial_outputs(device, dtype)
+            self._frozen: FrozenModel = stack.enter_context(task.frozen(device, dtype))
+            check_singles(task, self._frozen, reference, device, dtype)
+            found = prepare(
+                task, self._frozen, device=device, dtype=dtype, seed=self._seed, lifts=self._lifts
+            )
+            self._layout = _layout_of_factors(task, self._frozen, found, dtype)
+            self._preparation = found
+            self._tape = stack.enter_context(found.claims.tape(self._frozen).attached())
+            n = task.n_samples
+            making = found.bytes_per_sample + self._largest_rows()
+            batch = max(1, min(_MAX_BATCH, -(-n // 2), _BATCH_BYTES // max(1, making)))
+            self._batch_size = batch
+            self._reference = reference
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._stack.close()
+
+    def sketch(self, width: int, projection: str, seed: int) -> Sketch:
+        task = self._task
+        sizes = {p.name: p.size for p in self._layout.parameters}
+        kept, projected = _split(sizes, width)
+        halves: list[Projection] = []
+        for half in range(2):
+            own_seed = 2 * seed + half
+            if projection == "ternary":
+                halves.append(Ternary(width // 2, own_seed, list(projected)))
+            else:
+                halves.append(SignFold(projected, width // 2, own_seed, self._device, self._dtype))
+        total = task.n_samples + (0 if task.validation is None else task.validation.n_samples)
+        with self._bar(total) as bar:
+            own, inner, trace = self._project(task, self._reference, kept, halves, width, bar)
+            validation: tuple[torch.Tensor, ...] = ()
+            if task.validation is not None:
+                outputs = task.validation.initial_outputs(self._device, self._dtype)
+                validation, _, _ = self._project(
+                    task.validation, outputs, kept, halves, width, bar
+                )
+        return Sketch(own[0], (own[1], own[2]), validation, inner, trace)
+
+    def images(self, vectors: torch.Tensor, max_memory: int) -> torch.Tensor:
+        """``J (J^T V)``, of the shape of ``V``, in double precision."""
+        n_vectors = vectors.shape[1]
+        groups: list[list[str]] = [[]]
+        held = 0
+        for p in self._layout.parameters:
+            size = p.size * n_vectors * vectors.element_size()
+            if groups[-1] and held + size > max_memory // 2:
+                groups.append([])
+                held = 0
+            groups[-1].append(p.name)
+            held += size
+        total = torch.zeros(vectors.shape, dtype=torch.float64)
+        with self._bar(2 * len(groups) * self._task.n_samples) as bar:
+            for names in groups:
+                products = self._products(vectors, set(names), bar)
+                self._add_images(total, products, bar)
+        return total
+
+    def _products(
+        self, vectors: torch.Tensor, names: set[str], bar: tqdm[Any]
+    ) -> dict[str, torch.Tensor]:
+        """``J^T V`` of some parameters."""
+        n_outputs = self._task.n_outputs
+        products: dict[str, torch.Tensor] = {}
+        for first, state, _ in self._states(self._task, self._reference, bar):
+            chosen = vectors[first * n_outputs : (first + state.n_samples) * n_outputs]
+            for name, gradient in self._gradients(state):
+                if name not in names:
+                    continue
+                if isinstance(gradient, Factors) and gradient.expand is None:
+                    part = _table_product(gradient, chosen)
+                else:
+                    rows = gradient.rows() if isinstance(gradient, Factors) else gradient
+                    part = rows.flatten(0, 1).T @ chosen
+                products[name] = part if name not in products else products[name].add_(part)
+        return products
+
+    def _add_images(
+        self, total: torch.Tensor, products: dict[str, torch.Tensor], bar: tqdm[Any]
+    ) -> None:
+        n_outputs = self._task.n_outputs
+        for first, state, _ in self._states(self._task, self._reference, bar):
+            rows = slice(first * n_outputs, (first + state.n_samples) * n_outputs)
+            for name, gradient in self._gradients(state):
+                if name not in products:
+                    continue
+                if isinstance(gradient, Factors) and gradient.expand is None:
+                    part = _table_image(gradient, products[name])
+                else:
+                    flat = gradient.rows() if isinstance(gradient, Factors) else gradient
+                    part = chunked_product(flat.flatten(0, 1), products[name].T)
+                total[rows] += part.double().cpu()
+
+    def _project(
+        self,
+        task: FineTuningTask,
+        reference: NDArray[np.float64],
+        kept: dict[str, int],
+        halves: list[Projection],
+        width: int,
+        bar: tqdm[Any],
+    ) -> tuple[tuple[torch.Tensor, ...], NDArray[np.float64], float]:
+        n, c = task.n_samples, task.n_outputs
+        widths = [sum(kept.values()), width // 2, width // 2]
+        parts = [torch.zeros((n, c, w), dtype=self._dtype, device=self._device) for w in widths]
+        offsets = dict(zip(kept, np.cumsum([0, *kept.values()]).tolist(), strict=False))
+        inner = np.zeros((n, c))
+        trace = 0.0
+        for first, state, outputs in self._states(task, reference, bar):
+            samples = slice(first, first + state.n_samples)
+            inner[samples] = outputs
+            norms = torch.zeros((state.n_samples, c), dtype=torch.float64)
+            for name, gradient in self._gradients(state):
+                if name not in kept and isinstance(gradient, Factors) and gradient.expand is None:
+                    norms += _table_norms(gradient)
+                    for part, half in zip(parts[1:], halves, strict=True):
+                        half.add_table(part[samples], name, gradient)
+                    continue
+                rows = gradient.rows() if isinstance(gradient, Factors) else gradient
+                norms += rows.square().sum(-1).double().cpu()
+                if name in kept:
+                    columns = slice(offsets[name], offsets[name] + kept[name])
+                    parts[0][samples, :, columns] = rows
+                    continue
+                for part, half in zip(parts[1:], halves, strict=True):
+                    half.add(part[samples], name, rows)
+            self._refuse_infinite(state, norms, first)
+            check_row_norms(
+                task, self._frozen, first, norms, self._device, self._dtype, self._seed
+            )
+            trace += float(norms.sum())
+        return tuple(p.flatten(0, 1) for p in parts), inner, trace
+
+    def _states(
+        self, task: FineTuningTask, reference: NDArray[np.float64], bar: tqdm[Any]
+    ) -> Iterator[tuple[int, BlockState, NDArray[np.float64]]]:
+        reader = SampleReader(
+            task,
+            self._frozen,
+            self._preparation.claims,
+            self._tape,
+            batch_size=self._batch_size,
+            device=self._device,
+            dtype=self._dtype,
+            reference=reference,
+        )
+        for first in range(0, task.n_samples, self._batch_size):
+            last = min(first + self._batch_size, task.n_samples)
+            state, outputs = reader.read(self._layout, first, last)
+            yield first, state, outputs
+            bar.update(last - first)
+
+    def _gradients(self, state: BlockState) -> Iterator[tuple[str, Contribution]]:
+        rows = state.rows.unflatten(0, (state.n_samples, self._task.n_outputs))
+        sizes = {p.name: p.size for p in self._layout.parameters}
+        for name, offset in self._layout.offsets.items():
+            yield name, rows[..., offset : offset + sizes[name]]
+        yield from state.factors.items()
+
+    def _bar(self, total: int) -> tqdm[Any]:
+        return tqdm(
+            total=total,
+            desc="Sketched samples",
+            unit="sample",
+            disable=None if self._show else True,
+            leave=False,
+        )
+
+    def _largest_rows(self) -> int:
+        """Bytes of one sample's rows of the largest parameter, and of their signed copy."""
+        itemsize = torch.empty((), dtype=self._dtype).element_size()
+        largest = max((p.size for p in self._layout.parameters if p.method == "panels"), default=0)
+        return 2 * itemsize * self._task.n_outputs * largest
+
+    def _refuse_infinite(self, state: BlockState, norms: torch.Tensor, first: int) -> None:
+        if torch.isfinite(norms).all():
+            return
+        bad = state.first_not_finite(self._task.n_outputs)
+        if bad is not None:
+            raise ValueError(
+                f"The gradient of output {bad[1]} of sample {first + bad[0]} must be finite but "
+                "got NaN or infinity."
+            )
+
+
+def _layout_of_factors(
+    task: FineTuningTask, frozen: FrozenModel, found: Preparation, dtype: torch.dtype
+) -> Layout:
+    """Rows are made when they are projected, not before."""
+    parameters = tuple(
+        replace(p, method="ghost" if shape.is_table else "panels")
+        if (shape := found.claims.shapes[p.name]) is not None
+        else p
+        for p in found.layout.parameters
+    )
+    offsets: dict[str, int] = {}
+    column = 0
+    for p in parameters:
+        if p.method == "rows":
+            offsets[p.name] = column
+            column += p.size
+    return Layout(parameters, column, offsets, ())
+
+
+def _split(sizes: dict[str, int], width: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Which parameters are kept as they are, and which are projected."""
+    kept: dict[str, int] = {}
+    for name, size in sorted(sizes.items(), key=lambda item: item[1]):
+        if size > _KEPT_SIZE or sum(kept.values()) + size > _KEPT_SHARE * width:
+            break
+        kept[name] = size
+    return kept, {n: s for n, s in sizes.items() if n not in kept}
+
+
+def _table_norms(factors: Factors) -> torch.Tensor:
+    """Squared norms of a table's rows: positions with the same index add up first."""
+    ids = torch.cat(factors.sources, 1)
+    cotangents = torch.cat(factors.cotangents, -1)[:, 0]
+    same = (ids[:, :, None] == ids[:, None]).to(cotangents)
+    mixed = cotangents @ same[:, None]
+    return (mixed * cotangents).sum((2, 3)).double().cpu()
+
+
+def _table_product(factors: Factors, vectors: torch.Tensor) -> torch.Tensor:
+    """``G^T V`` of a table, of shape ``(p, n)``, for ``V`` of shape ``(B C, n)``."""
+    width = factors.shape[2]
+    total = vectors.new_zeros((factors.n_rows, width, vectors.shape[1]))
+    for ids, cotangents in zip(factors.sources, factors.cotangents, strict=True):
+        d = cotangents[:, 0]
+        chosen = vectors.unflatten(0, (len(d), -1))
+        values = torch.einsum("bcos,bcn->bson", d, chosen)
+        total.index_add_(0, ids.flatten(), values.flatten(0, 1))
+    return total.flatten(0, 1)
+
+
+def _table_image(factors: Factors, weights: torch.Tensor) -> torch.Tensor:
+    """``G W`` of a table, of shape ``(B C, n)``, for ``W`` of shape ``(p, n)``."""
+    width = factors.shape[2]
+    matrices = weights.unflatten(0, (factors.n_rows, width))
+    parts = [
+        torch.einsum("bcos,bson->bcn", cotangents[:, 0], matrices[ids])
+        for ids, cotangents in zip(factors.sources, factors.cotangents, strict=True)
+    ]
+    return torch.stack(parts).sum(0).flatten(0, 1)

@@ -1,0 +1,775 @@
+"""The exact engine on every kind of layer, against naive double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as functional
+from torch.utils.checkpoint import checkpoint
+
+from optuna_ttp.exceptions import JacobianMismatchError
+from optuna_ttp.jacobian import exact_kernel
+from optuna_ttp.jacobian import plan_spectrum
+from optuna_ttp.jacobian._factors import Factors
+from optuna_ttp.jacobian._factors import ghost_gram
+from optuna_ttp.jacobian._rules import rule_for
+from optuna_ttp.task import FineTuningTask
+from tests.cases import Case
+from tests.models import cnn
+from tests.models import images
+from tests.models import mlp
+from tests.models import vectors
+from tests.reference import brute_force_jacobian
+from tests.reference import relative_error
+
+
+CPU = torch.device("cpu")
+DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12}
+seeds = st.integers(0, 2**31)
+
+
+def _check(
+    one: Case,
+    device: torch.device = CPU,
+    *,
+    derivatives: dict[str, str] | None = None,
+    tolerances: dict[torch.dtype, float] | None = None,
+) -> None:
+    """The kernel in both precisions, and how the derivatives of some parameters were made."""
+    jacobian = brute_force_jacobian(one)
+    expected = jacobian @ jacobian.T
+    assert np.linalg.norm(expected) > 0
+    task = FineTuningTask(one.model, one.data, forward=one.forward)
+    for dtype, tolerance in (tolerances or DTYPES).items():
+        kernel = exact_kernel(task, device=device, dtype=dtype, show_progress_bar=False)
+        assert relative_error(kernel.gram, expected) < tolerance
+        weights = torch.cat(
+            [p.detach().flatten() for p in one.model.parameters() if p.requires_grad]
+        )
+        outputs = (jacobian @ weights.double().numpy()).reshape(kernel.weight_outputs.shape)
+        scale = np.linalg.norm(jacobian) * float(weights.norm()) / math.sqrt(len(jacobian))
+        assert np.abs(kernel.weight_outputs - outputs).max() < 10 * tolerance * scale
+    if derivatives is not None:
+        plan = plan_spectrum(task, device=device)
+        made = {layer.name: layer.derivative for layer in plan.layers}
+        assert {name: made[name] for name in derivatives} == derivatives
+
+
+class _Head(torch.nn.Module):
+    """Any layer, then a nonlinearity and a linear head on the means of its channels."""
+
+    def __init__(self, layer: torch.nn.Module, width: int, axis: int = 1) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head = torch.nn.Linear(width, 3)
+        self.axis = axis
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.layer(x)).movedim(self.axis, 1)
+        hidden = hidden.reshape(*hidden.shape[:2], -1)
+        outputs: torch.Tensor = self.head((hidden * torch.linspace(1, 2, hidden.shape[2])).mean(2))
+        return outputs
+
+
+def _head(layer: torch.nn.Module, x: torch.Tensor, axis: int = 1) -> Case:
+    with torch.no_grad():
+        width = layer(x[:1]).shape[axis]
+    return Case(_Head(layer, width, axis), (x, torch.arange(len(x)) % 3))
+
+
+# Convolutions
+
+
+@st.composite
+def convolutions(draw: st.DrawFn, *, transposed: bool) -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(draw(seeds))
+    n_axes = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    n_in = groups * draw(st.integers(1, 2))
+    n_out = groups * draw(st.integers(1, 3))
+
+    def sizes(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(n_axes))
+
+    kernel, stride, dilation = sizes(1, 3), sizes(1, 2), sizes(1, 2)
+    arguments: dict[str, Any] = {
+        "kernel_size": kernel,
+        "stride": stride,
+        "dilation": dilation,
+        "groups": groups,
+        "bias": draw(st.booleans()),
+    }
+    if transposed:
+        arguments["padding"] = tuple(draw(st.integers(0, k - 1)) for k in kernel)
+        arguments["output_padding"] = tuple(
+            draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
+        )
+        layer = getattr(torch.nn, f"ConvTranspose{n_axes}d")(n_in, n_out, **arguments)
+        return layer, torch.randn(4, n_in, *sizes(5, 6))
+    arguments["padding_mode"] = draw(
+        st.sampled_from(["zeros", "zeros", "circular", "reflect", "replicate"])
+    )
+    arguments["padding"] = sizes(0, 2)
+    if arguments["padding_mode"] == "zeros" and draw(st.booleans()):
+        arguments["padding"] = draw(st.sampled_from(["same", "valid"]))
+        arguments["stride"] = 1
+    layer = getattr(torch.nn, f"Conv{n_axes}d")(n_in, n_out, **arguments)
+    return layer, torch.randn(4, n_in, *sizes(5, 6))
+
+
+@given(problem=convolutions(transposed=False))
+@settings(max_examples=40)
+def test_convolutions(problem: tuple[torch.nn.Module, torch.Tensor]) -> None:
+    _check(_head(*problem), derivatives={"layer.weight": "rule"})
+
+
+@given(problem=convolutions(transposed=True))
+@settings(max_examples=30)
+def test_transposed_convolutions(problem: tuple[torch.nn.Module, torch.Tensor]) -> None:
+    _check(_head(*problem), derivatives={"layer.weight": "rule"})
+
+
+def test_depthwise_convolution(device: torch.device) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(6, 12, 3, padding=1, groups=6)
+    _check(_head(layer, torch.randn(5, 6, 7, 7)), device, derivatives={"layer.weight": "rule"})
+
+
+# Linear layers, tables and norms
+
+
+@given(seed=seeds, lead=st.lists(st.integers(1, 4), max_size=2), bias=st.booleans())
+@settings(max_examples=15)
+def test_linear_layers_on_any_axes(seed: int, lead: list[int], bias: bool) -> None:
+    torch.manual_seed(seed)
+    layer = torch.nn.Linear(5, 4, bias=bias)
+    _check(_head(layer, torch.randn(4, *lead, 5), -1), derivatives={"layer.weight": "rule"})
+
+
+@given(seed=seeds, vocabulary=st.integers(2, 60), n_tokens=st.integers(1, 6), padded=st.booleans())
+@settings(max_examples=15)
+def test_embeddings(seed: int, vocabulary: int, n_tokens: int, padded: bool) -> None:
+    torch.manual_seed(seed)
+    layer = torch.nn.Embedding(vocabulary, 4, padding_idx=0 if padded else None)
+    tokens = torch.randint(vocabulary, (5, n_tokens))
+    tokens[0] = 1
+    _check(_head(layer, tokens, -1), derivatives={"layer.weight": "rule"})
+
+
+def _rms_norm_by_hand() -> torch.nn.Module:
+    class RMSNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.rand(6) + 0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            normalised = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+            scaled: torch.Tensor = self.weight * normalised
+            return scaled
+
+    return RMSNorm()
+
+
+NORMS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...], str]] = {
+    "batch norm 1d": (lambda: torch.nn.BatchNorm1d(6), (6,), "rule"),
+    "batch norm of a sequence": (lambda: torch.nn.BatchNorm1d(6), (6, 4), "rule"),
+    "batch norm 2d": (lambda: torch.nn.BatchNorm2d(6), (6, 3, 3), "rule"),
+    "batch norm 3d": (lambda: torch.nn.BatchNorm3d(6), (6, 2, 2, 2), "rule"),
+    "layer norm": (lambda: torch.nn.LayerNorm(6), (4, 6), "rule"),
+    "layer norm of two axes": (lambda: torch.nn.LayerNorm((4, 6)), (4, 6), "rule"),
+    "layer norm of vectors": (lambda: torch.nn.LayerNorm(6), (6,), "rule"),
+    "group norm": (lambda: torch.nn.GroupNorm(3, 6), (6, 3, 3), "rule"),
+    "group norm of vectors": (lambda: torch.nn.GroupNorm(3, 6), (6,), "rule"),
+    "instance norm": (lambda: torch.nn.InstanceNorm2d(6, affine=True), (6, 3, 3), "rule"),
+    "rms norm": (lambda: torch.nn.RMSNorm(6), (4, 6), "rule"),
+    "rms norm by hand": (_rms_norm_by_hand, (4, 6), "vmap"),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms(name: str, device: torch.device) -> None:
+    make, shape, derivative = NORMS[name]
+    torch.manual_seed(0)
+    layer = make()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.uniform_(0.5, 1.5)
+        layer(2.0 * torch.randn(32, *shape) + 1.0)
+    axis = -1 if "layer" in name or "rms" in name else 1
+    one = _head(
+        torch.nn.Sequential(torch.nn.Identity(), layer).eval(), torch.randn(5, *shape), axis
+    )
+    _check(one, device, derivatives={"layer.1.weight": derivative})
+
+
+def test_batch_norm_and_dropout_in_training_mode_are_evaluated() -> None:
+    model = torch.nn.Sequential(cnn(), torch.nn.Dropout(0.5)).train()
+    statistics = next(b for n, b in model.named_buffers() if "mean" in n)
+    before = statistics.clone()
+    _check(Case(model, images(6)))
+    assert model.training
+    torch.testing.assert_close(statistics, before, rtol=0, atol=0)
+
+
+# The three ways of a product
+
+
+@st.composite
+def factors(draw: st.DrawFn) -> tuple[Factors, Factors]:
+    torch.manual_seed(draw(seeds))
+    groups, classes, width, n_rows = (draw(st.integers(1, 4)) for _ in range(4))
+    positions = [draw(st.integers(1, 5)) for _ in range(draw(st.integers(1, 2)))]
+    transposed = draw(st.booleans())
+
+    def make(n: int) -> Factors:
+        def expand(x: torch.Tensor) -> torch.Tensor:
+            return x
+
+        return Factors(
+            tuple(torch.randn(n, groups, n_rows, s, dtype=torch.float64) for s in positions),
+            expand,
+            tuple(
+                torch.randn(n, groups, classes, width, s, dtype=torch.float64) for s in positions
+            ),
+            n_rows,
+            transposed,
+        )
+
+    return make(draw(st.integers(1, 4))), make(draw(st.integers(1, 4)))
+
+
+@given(pair=factors(), n_columns=st.integers(1, 40))
+@settings(max_examples=60)
+def test_rows_panels_and_ghost_products_agree(
+    pair: tuple[Factors, Factors], n_columns: int
+) -> None:
+    left, right = pair
+    rows = [f.rows().flatten(0, 1) for f in pair]
+    expected = rows[0] @ rows[1].T
+    panels = zip(left.panels(n_columns), right.panels(n_columns), strict=True)
+    torch.testing.assert_close(sum(a @ b.T for a, b in panels), expected)
+    torch.testing.assert_close(ghost_gram(left, right, symmetric=False), expected)
+    square = ghost_gram(left, left, symmetric=True)
+    # By samples, the lower triangle.
+    samples = torch.arange(len(square)) // left.shape[1]
+    lower = samples[:, None] >= samples
+    torch.testing.assert_close(square[lower], (rows[0] @ rows[0].T)[lower])
+
+
+@given(seed=seeds)
+@settings(max_examples=20)
+def test_products_of_tables_agree(seed: int) -> None:
+    torch.manual_seed(seed)
+    made = Factors(
+        (torch.randint(7, (4, 5)),), None, (torch.randn(4, 1, 3, 6, 5, dtype=torch.float64),), 7
+    )
+    rows = made.rows().flatten(0, 1)
+    torch.testing.assert_close(ghost_gram(made, made, symmetric=False), rows @ rows.T)
+    weight = torch.randn(7, 6, dtype=torch.float64)
+    torch.testing.assert_close(made.inner(weight), (rows @ weight.flatten()).reshape(4, 3))
+
+
+@pytest.mark.parametrize("shape", [(40, 3), (3, 40)], ids=["wide", "narrow"])
+def test_planner_takes_the_cheaper_product(shape: tuple[int, int]) -> None:
+    width, n_tokens = shape
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh())
+    one = _head(layer, torch.randn(12, n_tokens, width), -1)
+    plan = plan_spectrum(FineTuningTask(one.model, one.data))
+    method = {p.name: p.method for p in plan.layers}["layer.0.weight"]
+    assert method == ("ghost" if width > n_tokens else "rows")
+    _check(one)
+
+
+# What breaks other tools
+
+
+class _Shared(torch.nn.Module):
+    """A layer that runs twice, a tied pair, and a weight that is used by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(6, 6)
+        self.tied = torch.nn.Linear(6, 6, bias=False)
+        self.tied.weight = self.inner.weight
+        self.functional = torch.nn.Linear(6, 6)
+        self.head = torch.nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.inner(self.inner(x).tanh()).tanh()
+        hidden = self.functional(self.tied(hidden)).tanh() @ self.functional.weight.T
+        outputs: torch.Tensor = self.head(hidden.tanh())
+        return outputs
+
+
+class _TiedTable(torch.nn.Module):
+    """A table that is also a projection, as in language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(9, 5)
+        self.projection = torch.nn.Linear(5, 9, bias=False)
+        self.projection.weight = self.table.weight
+        self.head = torch.nn.Linear(9, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(
+            self.projection(self.table(tokens).tanh()).tanh().mean(1)
+        )
+        return outputs
+
+
+class _Positions(torch.nn.Module):
+    """Position embeddings that all samples share, and a learned first token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = torch.nn.Embedding(9, 6)
+        self.positions = torch.nn.Embedding(8, 6)
+        self.first = torch.nn.Parameter(torch.randn(1, 1, 6))
+        self.project = torch.nn.Linear(6, 6)
+        self.head = torch.nn.Linear(6, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        where = torch.arange(tokens.shape[1])
+        hidden = self.tokens(tokens) + self.project(self.positions(where))
+        hidden = torch.cat([self.first.expand(len(tokens), -1, -1), hidden], 1)
+        outputs: torch.Tensor = self.head(torch.tanh(hidden).mean(1))
+        return outputs
+
+
+class _OldStyle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        masked: torch.Tensor = gradient * (x > 0)
+        return masked
+
+
+class _CustomLayer(torch.nn.Module):
+    """A weight of its own, an old-style function, and a look at the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(6, 6) / 2)
+        self.inner = torch.nn.Linear(6, 6)
+        self.head = torch.nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = _OldStyle.apply(x @ self.weight)  # type: ignore[no-untyped-call]
+        if hidden.sum().item() > -1.0:
+            hidden = hidden + 1.0
+        outputs: torch.Tensor = self.head(self.inner(hidden).tanh())
+        return outputs
+
+
+class _Experts(torch.nn.Module):
+    """Each sample goes through one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(2))
+        self.head = torch.nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = (x[:, 0] > 0).long()
+        hidden = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            if (chosen == k).any():
+                hidden[chosen == k] = expert(x[chosen == k])
+        outputs: torch.Tensor = self.head(hidden.tanh())
+        return outputs
+
+
+class _Recurrent(torch.nn.Module):
+    def __init__(self, kind: str, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.layer = getattr(torch.nn, kind)(2, 4, batch_first=batch_first)
+        self.head = torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sequence = x.reshape(len(x), 3, 2)
+        if not self.batch_first:
+            sequence = sequence.transpose(0, 1)
+        hidden, _ = self.layer(sequence)
+        outputs: torch.Tensor = self.head(hidden.select(1 if self.batch_first else 0, -1))
+        return outputs
+
+
+class _Overwriting(torch.nn.Module):
+    """Layers whose outputs, and whose inputs, later operations write to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(6, 6)
+        self.shift = _Shift()
+        self.head = torch.nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = functional.relu_(self.first(x)) + 0.0
+        shifted = self.shift(hidden)
+        hidden.mul_(0.5)
+        outputs: torch.Tensor = self.head((shifted + hidden).add_(1.0).tanh_())
+        return outputs
+
+
+class _Shift(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.weight * self.weight * torch.sign(x.detach() - 0.1)
+
+
+class _TupleAndDictionary(torch.nn.Module):
+    """Layers that take and give more than a tensor."""
+
+    class Inner(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(6, 6) / 2)
+
+        def forward(self, x: torch.Tensor, *, options: dict[str, Any]) -> dict[str, Any]:
+            hidden = x @ self.weight * options["scale"]
+            return {"hidden": hidden, "pair": (hidden.tanh(), None), "n": 3}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Inner()
+        self.head = torch.nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        found = self.inner(x, options={"scale": x.abs().mean(1, keepdim=True), "name": "inner"})
+        return self.head((found["hidden"] * found["pair"][0]).tanh()), None
+
+
+def _first(model: torch.nn.Module, x: Any) -> torch.Tensor:
+    outputs: torch.Tensor = model(x)[0]
+    return outputs
+
+
+def _encoder_layer(batch_first: bool) -> torch.nn.Module:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.TransformerEncoderLayer(6, 2, 8, batch_first=batch_first)
+            self.head = torch.nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = x[:, None] * torch.linspace(1, 2, 4)[:, None]
+            if batch_first:
+                outputs: torch.Tensor = self.head(self.layer(tokens).mean(1))
+            else:
+                outputs = self.head(self.layer(tokens.transpose(0, 1)).mean(0))
+            return outputs
+
+    return Model()
+
+
+def _sdpa() -> torch.nn.Module:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = torch.nn.Linear(6, 18)
+            self.head = torch.nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = x[:, None] * torch.linspace(1, 2, 4)[:, None]
+            q, k, v = self.project(tokens).chunk(3, -1)
+            mixed = functional.scaled_dot_product_attention(q, k, v)
+            outputs: torch.Tensor = self.head(mixed.mean(1))
+            return outputs
+
+    return Model()
+
+
+def _low_rank() -> torch.nn.Module:
+    """A frozen layer with a trainable low-rank correction (Hu et al., 2021, arXiv 2106.09685)."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = torch.nn.Linear(6, 6).requires_grad_(False)
+            self.lora_a = torch.nn.Linear(6, 2, bias=False)
+            self.lora_b = torch.nn.Linear(2, 6, bias=False)
+            self.head = torch.nn.Linear(6, 3).requires_grad_(False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.base(x) + 2.0 * self.lora_b(self.lora_a(x))
+            outputs: torch.Tensor = self.head(hidden.tanh())
+            return outputs
+
+    return Model()
+
+
+def _tokens(n: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randint(9, (n, 4)), torch.arange(n) % 3
+
+
+HARD: dict[str, tuple[Callable[[], Case], dict[str, str]]] = {
+    "shared, tied and functionally used": (
+        lambda: Case(_Shared(), vectors(7)),
+        {"inner.weight": "rule", "functional.weight": "vmap", "functional.bias": "rule"},
+    ),
+    "a table that is also a projection": (
+        lambda: Case(_TiedTable(), _tokens()),
+        {"table.weight": "rule"},
+    ),
+    "position embeddings": (
+        lambda: Case(_Positions(), _tokens()),
+        {"positions.weight": "rule", "project.weight": "rule", "first": "vmap"},
+    ),
+    "custom layer": (
+        lambda: Case(_CustomLayer(), vectors(7)),
+        {"weight": "loop", "inner.weight": "rule"},
+    ),
+    "experts": (lambda: Case(_Experts(), vectors(9)), {"experts.0.weight": "loop"}),
+    "gru": (lambda: Case(_Recurrent("GRU", True), vectors(7)), {"layer.weight_hh_l0": "loop"}),
+    "lstm": (lambda: Case(_Recurrent("LSTM", True), vectors(7)), {}),
+    "rnn, time first": (
+        lambda: Case(_Recurrent("RNN", False), vectors(7)),
+        {"layer.weight_hh_l0": "loop"},
+    ),
+    "overwritten inputs": (lambda: Case(_Overwriting(), vectors(7)), {"shift.weight": "vmap"}),
+    "tuples and dictionaries": (
+        lambda: Case(_TupleAndDictionary(), vectors(7), _first),
+        {"inner.weight": "vmap"},
+    ),
+    "encoder layer": (
+        lambda: Case(_encoder_layer(True), vectors(7)),
+        {"layer.linear1.weight": "rule", "layer.self_attn.out_proj.weight": "vmap"},
+    ),
+    "encoder layer, time first": (
+        lambda: Case(_encoder_layer(False), vectors(7)),
+        {"layer.self_attn.out_proj.weight": "vmap"},
+    ),
+    "attention kernels": (lambda: Case(_sdpa(), vectors(7)), {"project.weight": "rule"}),
+    "low rank": (lambda: Case(_low_rank(), vectors(7)), {"lora_a.weight": "rule"}),
+    "unused parameters": (
+        lambda: Case(torch.nn.Sequential(mlp(), _Unused()), vectors(7)),
+        {"0.0.weight": "rule"},
+    ),
+}
+
+
+class _Unused(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_what_breaks_other_tools(name: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    make, derivatives = HARD[name]
+    _check(make(), device, derivatives=derivatives)
+
+
+def test_inner_autocast_rounds_but_does_not_break() -> None:
+    def forward(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs: torch.Tensor = model(x).float()
+        return outputs
+
+    one = Case(mlp(), vectors(7))
+    jacobian = brute_force_jacobian(one)
+    task = FineTuningTask(one.model, one.data, forward=forward)
+    gram = exact_kernel(task, device=CPU).gram
+    assert relative_error(gram, jacobian @ jacobian.T) < 0.03
+
+
+def test_checkpointed_layers_in_the_precision_of_the_model() -> None:
+    def forward(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        first, _, last = model.children()
+        hidden = checkpoint(first, x, use_reentrant=False)
+        outputs: torch.Tensor = last(hidden.tanh())
+        return outputs
+
+    _check(Case(mlp(), vectors(7), forward), tolerances={torch.float32: 1e-5})
+
+
+def test_batches_of_different_lengths() -> None:
+    """A collate function that pads to the longest sample of a batch."""
+    torch.manual_seed(0)
+    items = [(torch.randint(1, 9, (1 + n % 5,)), n % 3) for n in range(11)]
+
+    def collate(batch: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.nn.utils.rnn.pad_sequence([t for t, _ in batch], batch_first=True)
+        return tokens, torch.tensor([y for _, y in batch])
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(9, 16, padding_idx=0)
+            self.wide = torch.nn.Linear(16, 24, bias=False)
+            self.head = torch.nn.Linear(24, 3)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            mask = (tokens != 0)[..., None]
+            outputs: torch.Tensor = self.head((self.wide(self.table(tokens)) * mask).sum(1).tanh())
+            return outputs
+
+    model = Model()
+    loader: Any = torch.utils.data.DataLoader
+    task = FineTuningTask(model, loader(items, 4, collate_fn=collate))
+    jacobian = brute_force_jacobian(Case(model, collate(items)))
+    gram = exact_kernel(task, device=CPU, dtype=torch.float64).gram
+    assert relative_error(gram, jacobian @ jacobian.T) < 1e-12
+
+
+# Checks
+
+
+def test_a_rule_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = rule_for(torch.nn.Linear(2, 2))
+    assert right is not None
+
+    def wrong(call: Any, cotangents: list[torch.Tensor]) -> Any:
+        found = right(call, cotangents)
+        weight = found["weight"]
+        assert isinstance(weight, Factors)
+        return {**found, "weight": weight.scaled(1.01)}
+
+    monkeypatch.setattr("optuna_ttp.jacobian._claims.rule_for", lambda module: wrong)
+    _check(Case(mlp(), vectors(6)), derivatives={"0.weight": "vmap", "0.bias": "rule"})
+
+
+def test_products_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optuna_ttp.jacobian import _exact
+    from optuna_ttp.jacobian import _state
+
+    right = _state.multiply
+
+    def wrong(*arguments: Any) -> Any:
+        product, stretched = right(*arguments)
+        return 1.02 * product, stretched
+
+    monkeypatch.setattr(_exact, "multiply", wrong)
+    with pytest.raises(JacobianMismatchError, match="their products are not"):
+        exact_kernel(FineTuningTask(mlp(), vectors(6)), device=CPU)
+
+
+def test_gradients_that_become_wrong_later_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples that claims were checked on say nothing of the others."""
+    from optuna_ttp.jacobian import _claims
+
+    right, n_calls = rule_for, [0]
+
+    def late(module: torch.nn.Module) -> Any:
+        rule = right(module)
+        assert rule is not None
+
+        def wrong(call: Any, cotangents: list[torch.Tensor]) -> Any:
+            n_calls[0] += 1
+            found = rule(call, cotangents)
+            if n_calls[0] > 4 and call.state["weight"].shape == (16, 6):
+                weight = found["weight"]
+                assert isinstance(weight, Factors)
+                found["weight"] = weight.scaled(1.5)
+            return found
+
+        return wrong
+
+    monkeypatch.setattr(_claims, "rule_for", late)
+    with pytest.raises(JacobianMismatchError, match=r"The gradient of '0\.weight' differs most"):
+        exact_kernel(FineTuningTask(mlp(), vectors(12)), device=CPU)
+
+
+def test_no_hook_stays_on_the_model() -> None:
+    model = cnn()
+    exact_kernel(FineTuningTask(model, images(6)), device=CPU)
+    x, y = images(6)
+    x[2] = float("1e38")
+    with pytest.raises(ValueError, match="must be finite"):
+        exact_kernel(FineTuningTask(model, (x, y)), device=CPU)
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._backward_hooks
+
+
+# Interruption
+
+
+class _Blocks:
+    """A checkpoint that breaks off after some blocks."""
+
+    def __init__(self) -> None:
+        self.saved: dict[tuple[int, int], Any] = {}
+        self.n_left = 10**6
+        self.n_loaded = 0
+
+    def save_block(self, key: tuple[int, int], arrays: list[Any]) -> None:
+        if self.n_left == 0:
+            raise KeyboardInterrupt
+        self.n_left -= 1
+        self.saved[key] = [a.copy() for a in arrays]
+
+    def load_block(self, key: tuple[int, int]) -> list[Any] | None:
+        self.n_loaded += key in self.saved
+        return self.saved.get(key)
+
+
+@pytest.mark.parametrize("multipliers", [None, {"0.": 3.0}], ids=["plain", "multipliers"])
+def test_an_interrupted_kernel_goes_on_where_it_stopped(multipliers: Any) -> None:
+    task = FineTuningTask(
+        mlp(), vectors(14), validation_data=vectors(3), learning_rate_multipliers=multipliers
+    )
+    whole = exact_kernel(task, device=CPU)
+    blocks = _Blocks()
+    blocks.n_left = 9
+    with pytest.raises(KeyboardInterrupt):
+        exact_kernel(task, device=CPU, checkpoint=blocks)
+    assert len(blocks.saved) == 9
+    blocks.n_left = 10**6
+    resumed = exact_kernel(task, device=CPU, checkpoint=blocks)
+    assert blocks.n_loaded == 9
+    for name in ("gram", "cross", "weight_outputs", "stretched"):
+        expected = getattr(whole, name)
+        if expected is not None:
+            np.testing.assert_allclose(
+                getattr(resumed, name), expected, rtol=0, atol=1e-6 * np.abs(expected).max()
+            )
+
+
+# The plan
+
+
+def test_plan_says_what_is_going_to_happen() -> None:
+    plan = plan_spectrum(FineTuningTask(cnn(), images(12)))
+    assert (plan.engine, plan.n_samples, plan.n_outputs) == ("exact", 12, 3)
+    assert sum(layer.n_weights for layer in plan.layers) == plan.n_parameters
+    assert plan.seconds > 0
+    lines = str(plan).splitlines()
+    assert lines[0].startswith("exact, about ")
+    assert any("4.weight" in line and "rule" in line for line in lines)
+
+
+def test_plan_refuses_bad_settings() -> None:
+    task = FineTuningTask(mlp(), vectors(4))
+    for settings_, message in (
+        ({"engine": "magic"}, "engine must be one of"),
+        ({"dtype": "float16"}, "dtype must be one of"),
+        ({"engine": "exact", "max_memory": 10}, "max_memory must be at least"),
+        ({"engine": "sketch"}, 'can only plan the engine "exact"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_spectrum(task, **settings_)

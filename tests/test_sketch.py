@@ -1,0 +1,270 @@
+"""Sketches of the Jacobian against the exact kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from optuna_ttp.exceptions import ApproximationWarning
+from optuna_ttp.exceptions import JacobianMismatchError
+from optuna_ttp.jacobian import compute_spectrum
+from optuna_ttp.jacobian import eigenpairs
+from optuna_ttp.jacobian import exact_kernel
+from optuna_ttp.jacobian import resolve_engine
+from optuna_ttp.jacobian._eigenpairs import eigenpairs_of_features
+from optuna_ttp.jacobian._flow import flow_times
+from optuna_ttp.jacobian._sketch import refine
+from optuna_ttp.jacobian._sketch import sketch_jacobian
+from optuna_ttp.spectrum import Spectrum
+from optuna_ttp.task import FineTuningTask
+from tests.cases import case
+from tests.models import cnn
+from tests.models import images
+from tests.models import mlp
+from tests.models import separated
+from tests.models import vectors
+from tests.reference import relative_error
+
+
+CPU = torch.device("cpu")
+
+
+def _wide() -> FineTuningTask:
+    """More weights than a sketch has numbers, and a table that many tokens index."""
+    torch.manual_seed(0)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(120, 24)
+            self.wide = torch.nn.Linear(24, 100)
+            self.head = torch.nn.Linear(100, 3)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            outputs: torch.Tensor = self.head(torch.tanh(self.wide(self.table(tokens))).mean(1))
+            return outputs
+
+    tokens = torch.randint(120, (14, 5))
+    return FineTuningTask(
+        Model(), (tokens, torch.arange(14) % 3), validation_data=(tokens[:4], torch.arange(4) % 3)
+    )
+
+
+@pytest.mark.parametrize("projection", ["sign_fold", "ternary"])
+def test_a_sketch_is_right_in_expectation(projection: str, device: torch.device) -> None:
+    task = _wide()
+    exact = exact_kernel(task, device=device, dtype=torch.float64)
+    errors, means = [], np.zeros_like(exact.gram)
+    n_seeds = 30
+    for seed in range(n_seeds):
+        sketch = sketch_jacobian(
+            task,
+            width=128,
+            projection=projection,
+            device=device,
+            dtype=torch.float64,
+            seed=seed,
+            show_progress_bar=False,
+        )
+        features = sketch.features().cpu().numpy()
+        errors.append(relative_error(features @ features.T, exact.gram))
+        means += features @ features.T / n_seeds
+    assert 0.01 < np.mean(errors) < 0.5
+    # The mean of independent unbiased estimates is off by the root of their number less.
+    assert relative_error(means, exact.gram) < 1.6 * np.mean(errors) / n_seeds**0.5
+
+
+def test_what_a_sketch_keeps_exactly(device: torch.device) -> None:
+    task = _wide()
+    exact = exact_kernel(task, device=device, dtype=torch.float64)
+    sketch = sketch_jacobian(task, width=2048, device=device, dtype=torch.float64)
+    assert sketch.trace == pytest.approx(np.trace(exact.gram), rel=1e-10)
+    np.testing.assert_allclose(sketch.weight_outputs, exact.weight_outputs, rtol=1e-9, atol=1e-9)
+    # The head and the bias: 300, 3 and 100 weights.
+    assert sketch.kept.shape == (42, 403)
+    assert sketch.halves[0].shape == (42, 1024)
+    one, other = (h @ h.T for h in sketch.halves)
+    assert relative_error(one.cpu().numpy(), other.cpu().numpy()) > 1e-3
+    again = sketch_jacobian(task, width=2048, device=device, dtype=torch.float64)
+    torch.testing.assert_close(again.features(), sketch.features(), rtol=0, atol=0)
+
+
+def test_validation_samples_are_projected_alike() -> None:
+    task = _wide()
+    exact = exact_kernel(task, device=CPU, dtype=torch.float64)
+    sketch = sketch_jacobian(task, width=4096, device=CPU, dtype=torch.float64)
+    others = sketch.validation_features()
+    assert others is not None
+    assert exact.cross is not None
+    assert relative_error((others @ sketch.features().T).numpy(), exact.cross) < 0.1
+
+
+def test_refined_pairs_are_nearly_exact() -> None:
+    task = FineTuningTask(cnn(), images(20))
+    exact = eigenpairs(exact_kernel(task, device=CPU, dtype=torch.float64).gram)
+    sketch = sketch_jacobian(task, width=64, device=CPU, dtype=torch.float64)
+    features = sketch.features()
+    rough = eigenpairs_of_features(features, rank=20, trace=sketch.trace)
+    refined = eigenpairs_of_features(
+        refine(task, features, rough, n_refined=20, device=CPU, dtype=torch.float64)
+    )
+
+    def errors(values: Any) -> Any:
+        return np.abs(values[:8] / exact.eigenvalues[:8] - 1.0).max()
+
+    assert errors(rough.eigenvalues) > 0.02
+    assert errors(refined.eigenvalues) < 0.2 * errors(rough.eigenvalues)
+
+
+def test_refining_in_several_passes_changes_nothing() -> None:
+    task = _wide()
+    sketch = sketch_jacobian(task, width=64, device=CPU, dtype=torch.float64)
+    features = sketch.features()
+    pairs = eigenpairs_of_features(features, rank=10)
+    settings: dict[str, Any] = {"n_refined": 10, "device": CPU, "dtype": torch.float64}
+    whole = refine(task, features, pairs, **settings)
+    parts = refine(task, features, pairs, max_memory=1, **settings)
+    torch.testing.assert_close(parts @ parts.T, whole @ whole.T)
+
+
+@pytest.mark.parametrize("shape", [(9, 30), (30, 9)], ids=["wide", "tall"])
+def test_eigenpairs_of_features_are_those_of_the_products(shape: tuple[int, int]) -> None:
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    pairs = eigenpairs_of_features(features, rank=6)
+    expected = eigenpairs((features @ features.T).numpy(), rank=6)
+    np.testing.assert_allclose(pairs.eigenvalues, expected.eigenvalues, rtol=1e-10)
+    overlaps = np.abs((pairs.eigenvectors * expected.eigenvectors).sum(axis=0))
+    np.testing.assert_allclose(overlaps, 1.0, rtol=1e-9)
+    assert pairs.trace == pytest.approx(expected.trace)
+    assert eigenpairs_of_features(features, rank=6, trace=99.0).trace == 99.0
+
+
+@pytest.mark.parametrize("engine", ["sketch", "refined_sketch"])
+def test_predicted_times_of_a_sketch(engine: str) -> None:
+    x, y = separated(30)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 80),
+        torch.nn.Tanh(),
+        torch.nn.Linear(80, 80),
+        torch.nn.Tanh(),
+        torch.nn.Linear(80, 3),
+    )
+    task = FineTuningTask(model, (x, y))
+    exact = compute_spectrum(task, engine="exact", measure_speed=False, probe=False)
+    sketch = compute_spectrum(task, engine=engine, measure_speed=False, probe=False)
+    assert (exact.metadata.sketch_width, exact.metadata.time_error) == (None, None)
+    assert (sketch.metadata.engine, sketch.metadata.sketch_width) == (engine, 4096)
+    assert sketch.metadata.seed == 0
+    error = sketch.metadata.time_error
+    assert error is not None
+    assert error < 0.03
+    away = np.abs(flow_times(sketch) / flow_times(exact) - 1.0)
+    assert np.isfinite(away).all()
+    assert (away < 0.03).all()
+    assert Spectrum.from_bytes(sketch.to_bytes()).metadata == sketch.metadata
+
+
+def test_the_error_bar_covers() -> None:
+    """Half of the halves' difference is a standard error: three of them hold nearly always."""
+    from optuna_ttp.jacobian import _decomposition
+
+    task = _wide()
+    exact = compute_spectrum(task, measure_speed=False, probe=False, engine="exact")
+    outputs = task.initial_outputs(CPU)
+    n_covered = 0
+    for seed in range(12):
+        sketch = sketch_jacobian(task, width=256, device=CPU, seed=seed)
+        error = _decomposition._time_error(task, outputs, sketch)
+        pairs = eigenpairs_of_features(sketch.features(), trace=sketch.trace)
+        found = Spectrum(
+            pairs.eigenvalues,
+            pairs.eigenvectors,
+            pairs.trace,
+            outputs,
+            task.targets,
+            task.loss,
+            None,
+            exact.metadata,
+        )
+        away = np.abs(flow_times(found) / flow_times(exact) - 1.0).max()
+        n_covered += away < 3.0 * error
+    assert n_covered >= 9
+
+
+def test_a_sketch_that_is_not_wide_enough_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optuna_ttp.jacobian import _decomposition
+
+    monkeypatch.setattr(_decomposition, "_WIDTH", 16)
+    monkeypatch.setattr(_decomposition, "_MAX_WIDTH", 32)
+    with pytest.warns(ApproximationWarning, match="The sketch of width 32 leaves predicted times"):
+        found = compute_spectrum(_wide(), engine="sketch", measure_speed=False, probe=False)
+    assert found.metadata.sketch_width == 32
+
+
+def test_the_engine_is_chosen_by_sizes_alone() -> None:
+    task = FineTuningTask(mlp(), vectors(20))
+    assert resolve_engine(task)[0] == "exact"
+    assert resolve_engine(task, max_memory=60_000)[0] == "sketch"
+    assert resolve_engine(task, "sketch") == ("sketch", "asked for")
+    tuned = FineTuningTask(mlp(), vectors(20), learning_rate_multipliers={"0.": 2.0})
+    assert resolve_engine(tuned, max_memory=60_000)[0] == "exact"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"width": 3}, "width must be even and positive but got 3"),
+        ({"width": 0}, "width must be even and positive"),
+        ({"width": 8, "projection": "magic"}, 'projection must be "sign_fold" or "ternary"'),
+    ],
+    ids=str,
+)
+def test_bad_settings_of_a_sketch_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sketch_jacobian(FineTuningTask(mlp(), vectors(4)), device=CPU, **settings)
+
+
+def test_multipliers_are_refused() -> None:
+    task = FineTuningTask(mlp(), vectors(4), learning_rate_multipliers={"0.": 2.0})
+    with pytest.raises(ValueError, match="learning_rate_multipliers must all be one"):
+        sketch_jacobian(task, width=8, device=CPU)
+
+
+def test_a_budget_that_is_too_small_is_refused() -> None:
+    task = FineTuningTask(mlp(), vectors(4))
+    with pytest.raises(ValueError, match=r"max_memory must be at least .* for a sketch of 12"):
+        compute_spectrum(task, engine="sketch", max_memory=1000)
+
+
+def test_rows_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optuna_ttp.jacobian import _state
+
+    right = _state.StateBuilder.finish
+
+    def wrong(builder: _state.StateBuilder) -> _state.BlockState:
+        state = right(builder)
+        state.rows.mul_(1.1)
+        return state
+
+    monkeypatch.setattr(_state.StateBuilder, "finish", wrong)
+    with pytest.raises(JacobianMismatchError, match="The squared gradient of output"):
+        sketch_jacobian(FineTuningTask(cnn(), images(6)), width=64, device=CPU)
+
+
+@pytest.mark.parametrize("name", ["gru", "multi-head attention", "dict inputs", "weight norm"])
+def test_sketches_of_other_architectures(name: str, device: torch.device) -> None:
+    one = case(name)
+    task = FineTuningTask(one.model, one.data, forward=one.forward)
+    exact = exact_kernel(task, device=device).gram
+    # Wider than there are weights: only signs are changed, and shifted parameters may meet.
+    sketch = sketch_jacobian(task, width=65_536, device=device)
+    features = sketch.features().cpu().numpy()
+    assert relative_error(features @ features.T, exact) < 0.02
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sketch.trace == pytest.approx(float(np.trace(exact)), rel=1e-4)
