@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from optuna_ttp.ledger import Report
     from optuna_ttp.ledger import report
     from optuna_ttp.loss import Loss
+    from optuna_ttp.memory import Memory
     from optuna_ttp.prediction import Prediction
     from optuna_ttp.predictor import TrainingTimePredictor
     from optuna_ttp.pruner import TTPPruner
@@ -39,6 +40,7 @@ _MODULES = {
     "FineTuningTask": "task",
     "HyperparameterMap": "hyperparameters",
     "Loss": "loss",
+    "Memory": "memory",
     "Prediction": "prediction",
     "Report": "ledger",
     "Schedule": "dynamics",
@@ -60,6 +62,7 @@ __all__ = [
     "FineTuningTask",
     "HyperparameterMap",
     "Loss",
+    "Memory",
     "Prediction",
     "Report",
     "Schedule",

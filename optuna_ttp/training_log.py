@@ -196,7 +196,7 @@ def observations_of(study: optuna.Study, predictor: TrainingTimePredictor) -> li
         if trial.number in known:
             one = known[trial.number]
         else:
-            one = _observation(trial, predictor)
+            one = observation_of(trial, predictor)
             if trial.state in FINISHED:
                 known[trial.number] = one
         if one is not None:
@@ -238,7 +238,19 @@ def informed_by(study: optuna.Study, predictor: TrainingTimePredictor) -> Traini
 _OBSERVATIONS: PerStudy[dict[str, dict[int, Observation | None]]] = PerStudy(dict)
 
 
-def _observation(trial: FrozenTrial, predictor: TrainingTimePredictor) -> Observation | None:
+def observation_of(trial: FrozenTrial, predictor: TrainingTimePredictor) -> Observation | None:
+    """Return what a trial tells about a predictor.
+
+    Args:
+        trial:
+            Any trial.
+        predictor:
+            Knows the task.
+
+    Returns:
+        The observation, or :obj:`None` where the trial has no prediction for this task or no
+        usable curve.
+    """
     prediction = entry(trial, PREDICTION)
     curve = observed_curve(trial)
     if prediction is None or curve is None or prediction.get("ladder") is None:

@@ -421,7 +421,7 @@ def test_a_kernel_that_is_smaller_everywhere_is_a_smaller_learning_rate(
     expected = plain.predict(learning_rate / factor, 12, momentum)
     after = calibrated.predict(learning_rate, 12, momentum)
     assert after.steps.item() == pytest.approx(expected.steps.item(), abs=1)
-    np.testing.assert_allclose(after.curve_steps, expected.curve_steps, rtol=1e-6)
+    np.testing.assert_allclose(after.curve_steps, expected.curve_steps, rtol=1e-4)
     np.testing.assert_allclose(after.curve_losses, expected.curve_losses, rtol=1e-6)
     assert after.seconds.item() == pytest.approx(after.steps.item() * 0.012)
 

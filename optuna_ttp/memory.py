@@ -1,0 +1,100 @@
+"""What the trials of one study tell the next one on the same task."""
+
+from __future__ import annotations
+
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna.logging import get_logger
+
+from optuna_ttp.calibration import Observation
+from optuna_ttp.training_log import observation_of
+
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from optuna_ttp.predictor import TrainingTimePredictor
+    from optuna_ttp.store import SpectrumStore
+
+
+_logger = get_logger("optuna.ttp.memory")
+
+_KIND = "observations"
+# So many of the newest trials are kept: as many as a calibration looks at.
+_MOST = 128
+
+
+class Memory:
+    """Keeps observed trials beside the spectrum, for the next study on the same task.
+
+    Example:
+        >>> memory = Memory(store)
+        >>> predictor = memory.recall(predictor)  # before sampler and pruner get it
+        >>> study.optimize(objective, callbacks=[memory])
+
+    Args:
+        store:
+            Where the spectrum is.
+    """
+
+    def __init__(self, store: SpectrumStore) -> None:
+        self._store = store
+        self._predictor: TrainingTimePredictor | None = None
+
+    def recall(self, predictor: TrainingTimePredictor) -> TrainingTimePredictor:
+        """Return the predictor as the trials of earlier studies have corrected it.
+
+        Args:
+            predictor:
+                Knows the task.
+
+        Returns:
+            A predictor that shares everything else with this one; this one where nothing is
+            remembered.
+
+        Raises:
+            StoreError:
+                If the database fails.
+        """
+        self._predictor = predictor
+        learned = self._store.get_learned(predictor.spectrum.metadata.fingerprint, _KIND)
+        observations = []
+        for _, values in [] if learned is None else learned.payload:
+            try:
+                observations.append(Observation.from_json(values))
+            except ValueError as error:
+                _logger.warning(f"A remembered trial is left out. {error}")
+        if observations:
+            _logger.info(f"Remembered {len(observations)} trials of earlier studies.")
+        return predictor.informed(observations)
+
+    def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Remember a trial that has finished: a callback of :meth:`optuna.Study.optimize`.
+
+        Args:
+            study:
+                The study.
+            trial:
+                The trial.
+
+        Raises:
+            RuntimeError:
+                If :meth:`recall` was not called before.
+            StoreError:
+                If the database fails.
+        """
+        if self._predictor is None:
+            raise RuntimeError("Memory must recall(predictor) before a study calls it.")
+        observation = observation_of(trial, self._predictor)
+        if observation is None:
+            return
+        name = f"{study.study_name} {trial.number}"
+
+        def merged(payload: Any) -> Any:
+            others = [entry for entry in payload or [] if entry[0] != name]
+            return [*others, [name, observation.to_json()]][-_MOST:]
+
+        fingerprint = self._predictor.spectrum.metadata.fingerprint
+        self._store.update_learned(fingerprint, _KIND, merged)
