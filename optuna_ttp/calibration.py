@@ -46,9 +46,9 @@ N_COVARIATES = 2
 
 # Prior of `u`: standard deviation of its slope per unit of depth, over which depths the slope goes
 # along, and its standard deviation at the start.
-_SLOPE_SD = 0.35
+_SLOPE_SD = 0.5
 _SLOPE_LENGTH = 1.0
-_START_SD = 0.05
+_START_SD = 0.12
 # Prior of the covariates' effects, at depth one and per unit of depth; and of that of instability.
 _EFFECT_SD = (0.08, 0.05)
 _INSTABILITY_EFFECT_SD = 0.12
@@ -76,8 +76,10 @@ _MOST_LOG = 12.0
 # Derivatives are forward differences in double precision.
 _DIFFERENCE = 1e-5
 _NEWTON_STEPS = 6
-# Compared with trivial rules from so many trials on.
+# Compared with trivial rules from so many trials on, and how much better these must be.
 _MIN_OBSERVATIONS = 3
+_MIN_DISTRUST = 5
+_CLEARLY = 0.1
 # Typical errors below this do no harm, whatever a rule of thumb does.
 _HARMLESS_ERROR = 0.2
 # What counts as the error where a prediction was out of reach.
@@ -235,8 +237,8 @@ class Calibration:
         """Share of the better trivial rule's squared error that predictions avoid, at most one.
 
         Held out: every trial was predicted before it was learned from. Negative where the rule is
-        better. Two trials' worth of doubt are added on both sides, and NaN stands for fewer than
-        three trials.
+        better. Errors of 20 % are added to both sides, so that it does not hang on a hair. NaN
+        for fewer than three trials.
         """
         if self.n_observed < _MIN_OBSERVATIONS or math.isnan(self.baseline_error):
             return math.nan
@@ -245,8 +247,16 @@ class Calibration:
 
     @property
     def trusted(self) -> bool:
-        """Whether predictions may steer a search: unless a trivial rule does better."""
-        return not self.trust < 0.0
+        """Whether predictions may steer a search.
+
+        Unless five trials or more say that a trivial rule does clearly better, and predictions
+        are off by more than 20 %.
+        """
+        return not (
+            self.n_observed >= _MIN_DISTRUST
+            and self.trust < -_CLEARLY
+            and self.compared_error > _HARMLESS_ERROR
+        )
 
     def correct(
         self,
@@ -436,9 +446,10 @@ def calibrate(observations: Sequence[Observation]) -> Calibration:
         weights = np.linalg.solve(posterior, np.einsum("np,npw->w", y, weighted))
         logs, _ = trials.ladder(weights)
         away = np.where(seen, observed - logs, 0.0)
-        squares = np.einsum("np,npq,nq->n", away, inverse, away) / np.maximum(seen.sum(axis=1), 1)
+        own = np.where(np.isfinite(trials.observed), away, 0.0)
+        squares = trials.ratios(own, errors, seen, scales)
         importance = (_ROBUSTNESS + 1.0) / (_ROBUSTNESS + squares)
-        scales = trials.scales(away, errors, seen, importance)
+        scales = trials.scales(own, errors, seen, importance)
     return Calibration(
         weights,
         np.linalg.inv(posterior),
@@ -461,6 +472,7 @@ class _Trials:
     observed: NDArray[np.float64]
     errors: NDArray[np.float64]
     bound: NDArray[np.float64]
+    told: NDArray[np.bool_]
 
     @classmethod
     def of(cls, observations: Sequence[Observation]) -> _Trials:
@@ -470,10 +482,14 @@ class _Trials:
             np.array([o.covariates for o in observations]),
             np.array([o.instability for o in observations]),
             np.array([o.lag for o in observations]),
-            np.array([o.observed for o in observations]),
+            # What nothing was predicted for, behind the target, tells nothing.
+            np.array(
+                [np.where(np.isfinite(o.predicted), o.observed, np.nan) for o in observations]
+            ),
             np.array([o.errors for o in observations]),
             # Nobody knows how late a trial would have been that never came back.
             np.array([-math.inf if o.diverged else math.log(o.n_steps) for o in observations]),
+            np.isfinite([o.predicted for o in observations]),
         )
 
     def ladder(
@@ -497,7 +513,7 @@ class _Trials:
         deepest = np.array([_deepest(row) for row in observed])
         rows = np.flatnonzero(deepest + 1 < observed.shape[1])
         following = deepest[rows] + 1
-        late = logs[rows, following] < self.bound[rows]
+        late = self.told[rows, following] & (logs[rows, following] < self.bound[rows])
         rows, following = rows[late], following[late]
         observed[rows, following] = self.bound[rows]
         errors[rows, following] = _CENSORED_ERROR
@@ -524,6 +540,19 @@ class _Trials:
         lasting = np.minimum(wild[:, :, None], wild[:, None, :]) ** 2
         return np.asarray(scales[0] * _TRIAL_SD**2 * np.exp(-0.5 * apart**2) + scales[1] * lasting)
 
+    def ratios(
+        self,
+        away: NDArray[np.float64],
+        errors: NDArray[np.float64],
+        seen: NDArray[np.bool_],
+        scales: tuple[float, float],
+    ) -> NDArray[np.float64]:
+        """Mean squared error of each trial over what is expected of it, ``(n,)``."""
+        calm = scales[0] * (_TRIAL_SD**2 + _RUNG_SD**2)
+        whole = scales[1] * _wildness(self.instability) ** 2 + calm + np.nan_to_num(errors) ** 2
+        share = seen / np.maximum(seen.sum(axis=1), 1)[:, None]
+        return np.asarray((share * away**2 / whole).sum(axis=1))
+
     def scales(
         self,
         away: NDArray[np.float64],
@@ -533,12 +562,11 @@ class _Trials:
     ) -> tuple[float, float]:
         """Scales of the errors' variances: of calm trials, and of what instability adds."""
         wild = _wildness(self.instability) ** 2
-        calm = _TRIAL_SD**2 + _RUNG_SD**2
-        whole = wild + calm + np.nan_to_num(errors) ** 2
+        whole = wild + _TRIAL_SD**2 + _RUNG_SD**2 + np.nan_to_num(errors) ** 2
         share = seen / np.maximum(seen.sum(axis=1), 1)[:, None]
         # A trial counts for the one or the other by what its errors are expected to come from.
         unstable = (share * wild / whole).sum(axis=1)
-        ratio = (share * away**2 / whole).sum(axis=1)
+        ratio = self.ratios(away, errors, seen, (1.0, 1.0))
         stable = importance * (1.0 - unstable)
         one = (_SCALE_WEIGHT + (stable * ratio).sum()) / (_SCALE_WEIGHT + stable.sum())
         two = (_SCALE_WEIGHT + (unstable * ratio).sum()) / (_SCALE_WEIGHT + unstable.sum())
@@ -701,7 +729,9 @@ def _held_out(observations: Sequence[Observation]) -> tuple[float, float, float,
     rates = np.log([[o.effective_learning_rate] for o in observations])
     lags = np.array([[o.lag] for o in observations])
     # Every trial counts once, with the deepest rung that it was seen on.
-    chosen = (np.arange(len(observed)), np.array([_deepest(row) for row in observed]))
+    told = np.where(np.isfinite(expected), observed, np.nan)
+    told = np.where(np.isfinite(told).any(axis=1, keepdims=True), told, observed)
+    chosen = (np.arange(len(observed)), np.array([_deepest(row) for row in told]))
     errors = np.where(np.isfinite(expected), observed - expected, _LARGE_ERROR)[chosen]
     plain = _mean_before(observed + rates) - rates
     intrinsic = _mean_before(np.log(np.maximum(np.exp(observed) - lags, 1.0)) + rates)
@@ -710,7 +740,7 @@ def _held_out(observations: Sequence[Observation]) -> tuple[float, float, float,
     compared = np.isfinite(rules).all(axis=0)
     squared = np.square(rules[:, compared]).mean(axis=1) if compared.any() else np.array([np.nan])
     # Times are ranked at one depth: the deepest that at least half of the trials have passed.
-    common = _deepest(np.where(2 * np.isfinite(observed).sum(axis=0) >= len(observed), 1, np.nan))
+    common = _deepest(np.where(2 * np.isfinite(told).sum(axis=0) >= len(observed), 1, np.nan))
     there = np.isfinite(observed[:, common])
     late = np.where(np.isfinite(expected), expected, np.inf)
     return (

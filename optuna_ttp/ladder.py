@@ -107,7 +107,7 @@ class Ladder:
         Returns:
             Shape ``(K, P - 1)``.
         """
-        return np.where(self.depths[:, :-1] < self.depths[:, -1:], values[:, :-1], np.nan)
+        return np.where(DEPTHS[None, :] <= self.depths[:, -1:] + 1e-6, values[:, :-1], np.nan)
 
 
 def warped(

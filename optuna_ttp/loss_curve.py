@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-import math
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,6 +18,9 @@ _MIN_HALF = 2
 _SLOPE_FACTOR = 1.25
 # A time whose logarithm is less sure than this tells nothing.
 _MOST_ERROR = 1.5
+# Standard error where there are too few points to tell, and windows that are pooled to each side.
+_UNKNOWN_ERROR = 0.5
+_NEIGHBOURS = 3
 # A loss so large means that sums of losses overflow; the curve ends there.
 _BLOWN_UP = 1e300
 
@@ -148,7 +150,7 @@ def _check(values: NDArray[np.float64], places: NDArray[np.float64]) -> None:
 def _smoothed(
     values: NDArray[np.float64], places: NDArray[np.float64], chosen: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    smoothed, errors = np.empty(len(chosen)), np.empty(len(chosen))
+    smoothed, variances, leverages = (np.full(len(chosen), np.nan) for _ in range(3))
     for row, t in enumerate(chosen):
         half = max(_MIN_HALF, int(t * _WINDOW))
         window = slice(max(0, t - half), t + half + 1)
@@ -156,19 +158,27 @@ def _smoothed(
         mean = float(own.mean())
         smoothed[row] = mean
         if len(own) < 3:
-            errors[row] = 0.5
             continue
         centred = x - x.mean()
         spread = float(centred @ centred)
         slope = float(centred @ (own - mean)) / spread
         scatter = own - mean - slope * centred
-        variance = float(scatter @ scatter) / (len(own) - 2)
+        variances[row] = float(scatter @ scatter) / (len(own) - 2) / max(mean, 1e-300) ** 2
         # An exponential through the window: its mean is above its middle, and far above its end.
         rate = np.clip(slope / max(mean, 1e-300), -1.0, 1.0)
         smoothed[row] = mean / float(np.exp(rate * x).mean())
-        leverage = 1.0 / len(own) + float(x.mean() ** 2) / spread
-        errors[row] = math.sqrt(variance * leverage) / max(mean, 1e-300)
-    return smoothed, np.minimum(errors, _MOST_ERROR)
+        leverages[row] = 1.0 / len(own) + float(x.mean() ** 2) / spread
+    errors = np.sqrt(_pooled(variances) * leverages)
+    return smoothed, np.minimum(np.nan_to_num(errors, nan=_UNKNOWN_ERROR), _MOST_ERROR)
+
+
+def _pooled(variances: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means over neighbouring windows: five points tell little about their own scatter."""
+    known = np.isfinite(variances)
+    width = np.ones(2 * _NEIGHBOURS + 1)
+    total = np.convolve(np.where(known, variances, 0.0), width, mode="same")[: len(variances)]
+    count = np.convolve(known.astype(np.float64), width, mode="same")[: len(variances)]
+    return np.asarray(np.where(known, total / np.maximum(count, 1.0), np.nan))
 
 
 def _recorded(n_losses: int) -> NDArray[np.int64]:

@@ -60,14 +60,11 @@ class Memory:
         """
         self._predictor = predictor
         learned = self._store.get_learned(predictor.spectrum.metadata.fingerprint, _KIND)
-        observations = []
-        for _, values in [] if learned is None else learned.payload:
-            try:
-                observations.append(Observation.from_json(values))
-            except ValueError as error:
-                _logger.warning(f"A remembered trial is left out. {error}")
-        if observations:
-            _logger.info(f"Remembered {len(observations)} trials of earlier studies.")
+        if learned is None:
+            return predictor
+        read = [_read(values) for _, values in learned.payload]
+        observations = [one for one in read if one is not None]
+        _logger.info(f"Remembered {len(observations)} trials of earlier studies.")
         return predictor.informed(observations)
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
@@ -87,7 +84,7 @@ class Memory:
         """
         if self._predictor is None:
             raise RuntimeError("Memory must recall(predictor) before a study calls it.")
-        observation = observation_of(trial, self._predictor)
+        observation = observation_of(trial, self._predictor, {trial.number})
         if observation is None:
             return
         name = f"{study.study_name} {trial.number}"
@@ -98,3 +95,11 @@ class Memory:
 
         fingerprint = self._predictor.spectrum.metadata.fingerprint
         self._store.update_learned(fingerprint, _KIND, merged)
+
+
+def _read(values: Any) -> Observation | None:
+    try:
+        return Observation.from_json(values)
+    except ValueError as error:
+        _logger.warning(f"A remembered trial is left out. {error}")
+        return None

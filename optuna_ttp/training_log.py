@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 CURVE = "ttp:curve"
 # How far above the target a curve may end and count as having reached it.
 _AT_TARGET = 1.05
-# A first loss so many times the initial one, or less than its inverse, is not the same loss.
-_OTHER_LOSS = 3.0
+# The mean of the first few losses, so many times the initial one or a fifth of it, is not the same
+# loss.
+_FIRST = 3
+_TOO_HIGH, _TOO_LOW = 3.0, 0.2
 # How close to the batch size that factor is where the loss is a sum over the batch.
 _LIKE_A_SUM = 0.4
 
@@ -113,7 +115,8 @@ class TrainingLog:
         elif not self._losses:
             return
         else:
-            value |= _entry(LossCurve.of(self._losses, self._steps), self._losses[0])
+            first = float(np.mean(self._losses[:_FIRST]))
+            value |= _entry(LossCurve.of(self._losses, self._steps), first)
             value["seconds_per_step"] = self._seconds_per_step()
         self._trial.set_user_attr(CURVE, value)
 
@@ -196,7 +199,7 @@ def observations_of(study: optuna.Study, predictor: TrainingTimePredictor) -> li
         if trial.number in known:
             one = known[trial.number]
         else:
-            one = observation_of(trial, predictor)
+            one = observation_of(trial, predictor, _REPORTED[study])
             if trial.state in FINISHED:
                 known[trial.number] = one
         if one is not None:
@@ -236,9 +239,12 @@ def informed_by(study: optuna.Study, predictor: TrainingTimePredictor) -> Traini
 
 # By the fingerprint of the task and the number of a finished trial.
 _OBSERVATIONS: PerStudy[dict[str, dict[int, Observation | None]]] = PerStudy(dict)
+_REPORTED: PerStudy[set[int]] = PerStudy(set)
 
 
-def observation_of(trial: FrozenTrial, predictor: TrainingTimePredictor) -> Observation | None:
+def observation_of(
+    trial: FrozenTrial, predictor: TrainingTimePredictor, reported: set[int]
+) -> Observation | None:
     """Return what a trial tells about a predictor.
 
     Args:
@@ -246,6 +252,8 @@ def observation_of(trial: FrozenTrial, predictor: TrainingTimePredictor) -> Obse
             Any trial.
         predictor:
             Knows the task.
+        reported:
+            Numbers of the trials whose curves were already reported as unusable; grows.
 
     Returns:
         The observation, or :obj:`None` where the trial has no prediction for this task or no
@@ -259,7 +267,9 @@ def observation_of(trial: FrozenTrial, predictor: TrainingTimePredictor) -> Obse
         return None
     reason = _other_loss(entry(trial, CURVE) or {}, prediction, predictor.initial_loss)
     if reason is not None:
-        _warn(trial.number, reason)
+        if trial.number not in reported:
+            reported.add(trial.number)
+            _warn(trial.number, reason)
         return None
     levels = predictor.initial_loss * np.exp(-DEPTHS)
     observed, errors = curve.log_passages(levels)
@@ -290,17 +300,18 @@ def _other_loss(
     if first is None or not math.isfinite(first):
         return "its first loss is not a number"
     ratio = first / initial_loss
-    if 1.0 / _OTHER_LOSS <= ratio <= _OTHER_LOSS:
+    # A log that begins late may begin low.
+    if ratio <= _TOO_HIGH and (ratio >= _TOO_LOW or curve["steps"][0] > 0):
         return None
     size = prediction["batch_size"]
     if abs(math.log(max(ratio, 1e-30) / size)) < _LIKE_A_SUM:
         return (
-            f"its first loss, {first:.4g}, is about {size} times the initial training loss "
-            f"{initial_loss:.4g}: it looks like a sum over the batch of {size} instead of a mean"
+            f"its first losses, {first:.4g}, are about {size} times the initial training loss "
+            f"{initial_loss:.4g}: they look like sums over the batch of {size} instead of a mean"
         )
     return (
-        f"its first loss, {first:.4g}, is far from the initial training loss {initial_loss:.4g} "
-        "of the task: it must be another loss, or another model"
+        f"its first losses, {first:.4g}, are far from the task's initial training loss "
+        f"{initial_loss:.4g}: they must be of another loss, or another model"
     )
 
 

@@ -99,6 +99,8 @@ class Trajectories:
         Returns:
             Logarithms of times in steps, shape ``(K, P)``; NaN where a curve does not get there.
         """
+        if not self.steps.size:
+            return np.full((len(self.steps), len(levels)), np.nan)
         with np.errstate(divide="ignore", invalid="ignore"):
             losses = np.log(np.where(np.isfinite(self.steps), self.curves["loss"], np.nan))
             lowest = np.fmin.accumulate(losses, axis=1)
