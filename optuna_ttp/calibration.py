@@ -79,9 +79,14 @@ _NEWTON_STEPS = 6
 # Compared with trivial rules from so many trials on, and how much better these must be.
 _MIN_OBSERVATIONS = 3
 _MIN_DISTRUST = 5
-_CLEARLY = 0.1
-# Typical errors below this do no harm, whatever a rule of thumb does.
-_HARMLESS_ERROR = 0.2
+_CLEARLY = 0.5
+_MIN_AGREEMENT = 0.2
+# The newest so many trials say how good predictions are.
+_RECENT = 15
+# Typical errors below this (a factor 1.65) do no harm, whatever a rule of thumb does; and what is
+# added to the errors of both.
+_HARMLESS_ERROR = 0.5
+_DOUBT = 0.2
 # What counts as the error where a prediction was out of reach.
 _LARGE_ERROR = 3.0
 
@@ -242,20 +247,20 @@ class Calibration:
         """
         if self.n_observed < _MIN_OBSERVATIONS or math.isnan(self.baseline_error):
             return math.nan
-        doubt = _HARMLESS_ERROR**2
+        doubt = _DOUBT**2
         return 1.0 - (self.compared_error**2 + doubt) / (self.baseline_error**2 + doubt)
 
     @property
     def trusted(self) -> bool:
         """Whether predictions may steer a search.
 
-        Unless five trials or more say that a trivial rule does clearly better, and predictions
-        are off by more than 20 %.
+        Unless five trials or more say that predictions are off by more than a factor 1.65, and
+        that a trivial rule does clearly better (its squared error is less than two thirds) or that
+        they do not even rank the trials (Kendall's tau below 0.2).
         """
+        worse = self.trust < -_CLEARLY or self.rank_agreement < _MIN_AGREEMENT
         return not (
-            self.n_observed >= _MIN_DISTRUST
-            and self.trust < -_CLEARLY
-            and self.compared_error > _HARMLESS_ERROR
+            self.n_observed >= _MIN_DISTRUST and self.log_error > _HARMLESS_ERROR and worse
         )
 
     def correct(
@@ -737,15 +742,17 @@ def _held_out(observations: Sequence[Observation]) -> tuple[float, float, float,
     intrinsic = _mean_before(np.log(np.maximum(np.exp(observed) - lags, 1.0)) + rates)
     shifted = np.log(np.exp(intrinsic - rates) + lags)
     rules = np.stack([(observed - plain)[chosen], (observed - shifted)[chosen]])
-    compared = np.isfinite(rules).all(axis=0)
+    # Old errors are forgotten: what was learned since may have mended them.
+    recent = np.arange(len(observed)) >= len(observed) - _RECENT
+    compared = np.isfinite(rules).all(axis=0) & recent
     squared = np.square(rules[:, compared]).mean(axis=1) if compared.any() else np.array([np.nan])
     # Times are ranked at one depth: the deepest that at least half of the trials have passed.
     common = _deepest(np.where(2 * np.isfinite(told).sum(axis=0) >= len(observed), 1, np.nan))
-    there = np.isfinite(observed[:, common])
+    there = np.isfinite(observed[:, common]) & recent
     late = np.where(np.isfinite(expected), expected, np.inf)
     return (
         _kendall(late[there, common], observed[there, common]),
-        float(np.sqrt(np.square(errors).mean())),
+        float(np.sqrt(np.square(errors[recent]).mean())),
         float(np.sqrt(squared.min())),
         float(np.sqrt(np.square(errors[compared]).mean())) if compared.any() else math.nan,
     )

@@ -127,7 +127,9 @@ class LossCurve:
         high = np.minimum(crossing * _SLOPE_FACTOR, ends[1])
         fall = np.interp(low, steps, falling) - np.interp(high, steps, falling)
         slope = fall / np.maximum(np.log(high / low), 1e-9)
-        noise = np.interp(crossing, steps, own) / np.maximum(slope, 1e-9)
+        # More than in proportion: where noise is as large as the fall, the slope is noise too.
+        own = np.interp(crossing, steps, own)
+        noise = own * (1.0 + own) / np.maximum(slope, 1e-9)
         times[inside] = np.log(crossing)
         errors[inside] = np.minimum(np.hypot(noise, 0.3 / crossing), _MOST_ERROR)
         return times, errors
@@ -159,13 +161,14 @@ def _smoothed(
         smoothed[row] = mean
         if len(own) < 3:
             continue
+        relative = own / max(mean, 1e-300) - 1.0
         centred = x - x.mean()
         spread = float(centred @ centred)
-        slope = float(centred @ (own - mean)) / spread
-        scatter = own - mean - slope * centred
-        variances[row] = float(scatter @ scatter) / (len(own) - 2) / max(mean, 1e-300) ** 2
+        slope = float(centred @ relative) / spread
+        scatter = relative - slope * centred
+        variances[row] = float(scatter @ scatter) / (len(own) - 2)
         # An exponential through the window: its mean is above its middle, and far above its end.
-        rate = np.clip(slope / max(mean, 1e-300), -1.0, 1.0)
+        rate = np.clip(slope, -1.0, 1.0)
         smoothed[row] = mean / float(np.exp(rate * x).mean())
         leverages[row] = 1.0 / len(own) + float(x.mean() ** 2) / spread
     errors = np.sqrt(_pooled(variances) * leverages)
@@ -175,6 +178,8 @@ def _smoothed(
 def _pooled(variances: NDArray[np.float64]) -> NDArray[np.float64]:
     """Means over neighbouring windows: five points tell little about their own scatter."""
     known = np.isfinite(variances)
+    if not known.any():
+        return variances
     width = np.ones(2 * _NEIGHBOURS + 1)
     total = np.convolve(np.where(known, variances, 0.0), width, mode="same")[: len(variances)]
     count = np.convolve(known.astype(np.float64), width, mode="same")[: len(variances)]

@@ -293,9 +293,15 @@ class TrainingTimePredictor:
     def reliable(self) -> bool:
         """Whether the network stays close to its linearisation on the way to the target.
 
-        See :func:`~optuna_ttp.uncertainty.is_reliable`.
+        See :func:`~optuna_ttp.uncertainty.is_reliable`; once trials were observed, whether they
+        tell how the kernel grows.
         """
         depth = self.depth
+        if self.calibration.n_observed:
+            sd = np.interp(
+                -math.log(max(self._fraction, 1e-12)), NODES, self.calibration.log_growth_sd
+            )
+            return bool(math.isnan(depth) or (sd < _UNRELIABLE_SD and self.calibration.trusted))
         return math.isnan(depth) or is_reliable(self.spectrum.probe, self._fraction)
 
     def sample_convergence(self) -> SampleConvergence:
@@ -319,6 +325,9 @@ class TrainingTimePredictor:
         Returns:
             A new predictor that shares everything else with this one.
         """
+        # A trial that was remembered and is in the study again counts once.
+        known = {_name(o) for o in self.observations}
+        observations = [o for o in observations if _name(o) not in known]
         if not observations:
             return self
         every = (*self.observations, *observations)
@@ -1026,6 +1035,12 @@ class TrainingTimePredictor:
             "max_steps must be a positive integer",
         )
         return rate, size.astype(np.int64), mass, np.floor(horizon).astype(np.int64)
+
+
+def _name(observation: Observation) -> tuple[float, ...]:
+    """What tells an observation from others, as far as it survives being stored."""
+    seen = np.nansum(observation.observed), np.nansum(observation.predicted)
+    return (*(round(float(s), 2) for s in seen), observation.n_steps, observation.lag)
 
 
 def _refuse(values: NDArray[np.float64], good: NDArray[np.bool_], message: str) -> None:

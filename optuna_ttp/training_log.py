@@ -36,10 +36,9 @@ if TYPE_CHECKING:
 CURVE = "ttp:curve"
 # How far above the target a curve may end and count as having reached it.
 _AT_TARGET = 1.05
-# The mean of the first few losses, so many times the initial one or a fifth of it, is not the same
-# loss.
-_FIRST = 3
-_TOO_HIGH, _TOO_LOW = 3.0, 0.2
+# A first loss so many times the initial one, or so small a part of it, is not the same loss, even
+# where it is that of a small mini-batch.
+_TOO_HIGH, _TOO_LOW = 5.0, 0.02
 # How close to the batch size that factor is where the loss is a sum over the batch.
 _LIKE_A_SUM = 0.4
 
@@ -115,8 +114,7 @@ class TrainingLog:
         elif not self._losses:
             return
         else:
-            first = float(np.mean(self._losses[:_FIRST]))
-            value |= _entry(LossCurve.of(self._losses, self._steps), first)
+            value |= _entry(LossCurve.of(self._losses, self._steps), self._losses[0])
             value["seconds_per_step"] = self._seconds_per_step()
         self._trial.set_user_attr(CURVE, value)
 
@@ -300,18 +298,18 @@ def _other_loss(
     if first is None or not math.isfinite(first):
         return "its first loss is not a number"
     ratio = first / initial_loss
-    # A log that begins late may begin low.
-    if ratio <= _TOO_HIGH and (ratio >= _TOO_LOW or curve["steps"][0] > 0):
+    # A log that begins late may begin anywhere.
+    if _TOO_LOW <= ratio <= _TOO_HIGH or curve["steps"][0] > 0:
         return None
     size = prediction["batch_size"]
     if abs(math.log(max(ratio, 1e-30) / size)) < _LIKE_A_SUM:
         return (
-            f"its first losses, {first:.4g}, are about {size} times the initial training loss "
-            f"{initial_loss:.4g}: they look like sums over the batch of {size} instead of a mean"
+            f"its first loss, {first:.4g}, is about {size} times the initial training loss "
+            f"{initial_loss:.4g}: it looks like a sum over the batch of {size} instead of a mean"
         )
     return (
-        f"its first losses, {first:.4g}, are far from the task's initial training loss "
-        f"{initial_loss:.4g}: they must be of another loss, or another model"
+        f"its first loss, {first:.4g}, is far from the task's initial training loss "
+        f"{initial_loss:.4g}: it must be another loss, or another model"
     )
 
 

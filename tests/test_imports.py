@@ -26,6 +26,7 @@ OPTUNA_SIDE = (
     "cli",
     "integrations",
     "ledger",
+    "memory",
     "pruner",
     "sampler",
     "training_log",

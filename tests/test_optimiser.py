@@ -407,9 +407,11 @@ def test_growing_kernel_multiplies_every_step(optimiser: str) -> None:
         )
         factors.append(math.exp(logs))
         gradient = model.gradient(theta) + own.get("weight_decay", 0.0) * (model.pull + theta)
+        # The Jacobian has grown by the root: once where the gradient is taken, once where it acts.
+        gradient = math.sqrt(factors[-1]) * gradient
         velocity = momentum * velocity + (1.0 - dampening if step else 1.0) * gradient
         ahead = gradient + momentum * velocity if own.get("nesterov") else velocity
-        theta = theta - factors[-1] * 0.05 * ahead
+        theta = theta - math.sqrt(factors[-1]) * 0.05 * ahead
     np.testing.assert_allclose(curves.curves["loss"][0], losses, rtol=1e-9)
     assert max(factors) > 1.2
 

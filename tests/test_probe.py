@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from dataclasses import replace
 from functools import cache
 import io
@@ -344,12 +345,26 @@ def test_archive_without_a_part(missing: str) -> None:
 def _rewritten(
     one: Spectrum, drop: tuple[str, ...] = (), add: dict[str, Any] | None = None, **header: Any
 ) -> bytes:
-    with np.load(io.BytesIO(one.to_bytes())) as archive:
-        arrays = {k: archive[k] for k in archive.files if not k.startswith(drop or ("-",))}
-    head = json.loads(arrays["header"].tobytes()) | header
-    arrays["header"] = np.frombuffer(json.dumps(head).encode(), dtype=np.uint8)
+    """The archive of format 3 that an earlier version wrote."""
+    head: dict[str, Any] = {
+        "format": 3,
+        "trace": one.trace,
+        "loss": asdict(one.loss),
+        "metadata": asdict(one.metadata),
+        "throughput_device": None,
+    }
+    for newer in ("sketch_width", "seed", "time_error"):
+        del head["metadata"][newer]
+    parts = {"": one, "validation.": one.validation, "probe.": one.probe}
+    arrays = {
+        f"{prefix}{name}": value
+        for prefix, part in parts.items()
+        for name, value in vars(part).items()
+        if isinstance(value, np.ndarray) and not f"{prefix}{name}".startswith(drop or ("-",))
+    }
+    arrays["header"] = np.frombuffer(json.dumps(head | header).encode(), dtype=np.uint8)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays, **(add or {}))
+    np.savez_compressed(buffer, allow_pickle=False, **arrays, **(add or {}))
     return buffer.getvalue()
 
 
