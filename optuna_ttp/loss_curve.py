@@ -129,7 +129,7 @@ class LossCurve:
         slope = fall / np.maximum(np.log(high / low), 1e-9)
         # More than in proportion: where noise is as large as the fall, the slope is noise too.
         own = np.interp(crossing, steps, own)
-        noise = own * (1.0 + own) / np.maximum(slope, 1e-9)
+        noise = own * (1.0 + 4.0 * own) / np.maximum(slope, 1e-9)
         times[inside] = np.log(crossing)
         errors[inside] = np.minimum(np.hypot(noise, 0.3 / crossing), _MOST_ERROR)
         return times, errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 import re
 from typing import Any
@@ -32,10 +33,12 @@ def test_the_readme_example_runs(
     model = mlp()
 
     def fine_tune(trial: optuna.Trial, rate: float, size: int, momentum: float) -> float:
-        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
+        # Every trial begins with the pretrained weights.
+        network = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=momentum)
         with TrainingLog(trial) as log:
             for batch in torch.randperm(len(x)).split(size):
-                loss = torch.nn.functional.cross_entropy(model(x[batch]), y[batch])
+                loss = torch.nn.functional.cross_entropy(network(x[batch]), y[batch])
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
                 optimizer.step()

@@ -69,6 +69,10 @@ METHODS = {
     "c/eta_e+lag": "`c / eta_e + m / (1 - m)`",
     "gp": "Gaussian process",
 }
+_STYLES: dict[str, dict[str, Any]] = {
+    "ours": {"linewidth": 2.5, "color": "tab:blue"},
+    "none": {"color": "0.5"},
+}
 _RUNGS = [int(np.argmin(np.abs(FRACTIONS - f))) for f in TARGETS]
 # Logarithms of factors have this prior variance over that of a trial.
 _SHRINKAGE = 0.1
@@ -271,6 +275,22 @@ def _errors(logs: NDArray[np.float64], real: NDArray[np.float64]) -> NDArray[np.
     """Relative errors in whole steps."""
     steps = np.maximum(1.0, np.ceil(np.exp(logs) - 1e-9))
     return np.asarray(np.abs(steps / np.maximum(1.0, np.ceil(real - 1e-9)) - 1.0))
+
+
+def errors_of(calibration: Calibration, task: Task) -> NDArray[np.float64]:
+    """Return relative errors of all runs and targets, NaN where a run did not get there.
+
+    Args:
+        calibration:
+            What was learned.
+        task:
+            The recorded runs.
+
+    Returns:
+        Shape (K, targets).
+    """
+    logs, _ = _ours(calibration, task, np.arange(len(task.observations)))
+    return _errors(logs, task.real)
 
 
 def learning_curves(task: Task, n_repeats: int, *, seed: int = 0) -> list[dict[str, Any]]:
@@ -519,11 +539,17 @@ def _means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         dict(zip(keys, key, strict=True))
         | {
-            name: float(np.mean([r[name] for r in own]))
+            name: _mean([r[name] for r in own])
             for name in ("error", "median", "coverage", "width")
         }
         for key, own in groups.items()
     ]
+
+
+def _mean(values: list[float]) -> float:
+    """Over the repeats in which a method had anything to go by."""
+    known = [v for v in values if np.isfinite(v)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _value(
@@ -576,7 +602,11 @@ def _tables(means: list[dict[str, Any]], extra: dict[str, Any]) -> list[str]:
         names = [name for name in tasks if name.startswith(starts)]
         if not names:
             continue
-        noise = ", ".join(f"{name} {extra['seed'][name]:.1%}" for name in names)
+        noise = ", ".join(
+            f"{name} {extra['seed'][name]:.1%}"
+            for name in names
+            if np.isfinite(extra["seed"][name])
+        )
         lines += [
             f"{group} ({', '.join(names)}), mean error by the number of observed trials:",
             "",
@@ -632,7 +662,7 @@ def _draw(means: list[dict[str, Any]], path: Path) -> None:
     for panel, group in zip(panels[0], present, strict=True):
         for method, name in METHODS.items():
             errors = [100 * _value(means, group, "all", method, count) for count in COUNTS]
-            style = {"linewidth": 2.5, "color": "tab:blue"} if method == "ours" else {}
+            style = _STYLES.get(method, {})
             panel.plot(COUNTS, errors, "o-", markersize=3, label=name.replace("`", ""), **style)
         panel.set_yscale("log")
         panel.set_title(group)
