@@ -10,6 +10,7 @@ import math
 from typing import Any
 from typing import get_args
 from typing import Literal
+from typing import SupportsFloat
 from typing import TYPE_CHECKING
 import warnings
 
@@ -196,6 +197,13 @@ class TrainingTimePredictor:
             raise TypeError(f"spectrum must be a Spectrum but got {type(spectrum).__name__}.")
         if smoothing is not None and not isinstance(smoothing, Smoothing):
             raise TypeError(f"smoothing must be a Smoothing but got {smoothing!r}.")
+        if throughput is not None:
+            _check_kind("throughput", throughput, Throughput)
+        if calibration is not None:
+            _check_kind("calibration", calibration, Calibration)
+        _check_seed(seed)
+        for name, flag in (("nesterov", nesterov), ("exact", exact)):
+            _check_kind(name, flag, bool)
         self.spectrum = spectrum
         self.max_steps = _check_count("max_steps", max_steps)
         self.n_seeds = _check_count("n_seeds", n_seeds)
@@ -384,7 +392,9 @@ class TrainingTimePredictor:
         """
         from optuna_ttp.jacobian import resolve_device
         from optuna_ttp.pilot import train_pilot
+        from optuna_ttp.task import FineTuningTask
 
+        _check_kind("task", task, FineTuningTask)
         if task.fingerprint != self.spectrum.metadata.fingerprint:
             raise FingerprintMismatchError(
                 f"The task must be that of the spectrum, {self.spectrum.metadata.fingerprint[:12]}"
@@ -950,6 +960,7 @@ class TrainingTimePredictor:
                 f"Exactly one of {', '.join(arguments)} must be given but got {len(given)}."
             )
         name, value = next(iter(given.items()))
+        _check_number(name, value)
         if name == "target_epsilon":
             if not 0.0 < value < 1.0:
                 raise ValueError(f"target_epsilon must be in (0, 1) but got {value}.")
@@ -1048,7 +1059,28 @@ def _refuse(values: NDArray[np.float64], good: NDArray[np.bool_], message: str) 
         raise ValueError(f"{message} but got {values[~good].flat[0]}.")
 
 
+def _check_number(name: str, value: Any) -> None:
+    if (
+        isinstance(value, bool | str)
+        or np.ndim(value) != 0
+        or not isinstance(value, SupportsFloat)
+    ):
+        raise TypeError(f"{name} must be a number but got {value!r}.")
+
+
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__} but got {value!r}.")
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed must be a whole number of at least 0 but got {seed!r}.")
+
+
 def _check_count(name: str, value: int) -> int:
+    if not isinstance(value, bool):
+        _check_number(name, value)
     if isinstance(value, bool) or not 1 <= value <= 2**53 or value != int(value):
         raise ValueError(f"{name} must be a positive integer but got {value!r}.")
     return int(value)
@@ -1063,6 +1095,8 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
 def _check_sgd(
     dampening: float, nesterov: bool, weight_decay: float, spectrum: Spectrum
 ) -> dict[str, Any]:
+    _check_number("dampening", dampening)
+    _check_number("weight_decay", weight_decay)
     if not 0.0 <= dampening < 1.0:
         raise ValueError(f"dampening must be in [0, 1) but got {dampening}.")
     if nesterov and dampening:
