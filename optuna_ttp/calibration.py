@@ -255,10 +255,11 @@ class Calibration:
         """Whether predictions may steer a search.
 
         Unless five trials or more say that predictions are off by more than a factor 1.65, and
-        that a trivial rule does clearly better (its squared error is less than two thirds) or that
-        they do not even rank the trials (Kendall's tau below 0.2).
+        that a trivial rule does clearly better (its squared error is less than two thirds), or not
+        much worse while predictions do not even rank the trials (Kendall's tau below 0.2).
         """
-        worse = self.trust < -_CLEARLY or self.rank_agreement < _MIN_AGREEMENT
+        unranked = self.rank_agreement < _MIN_AGREEMENT
+        worse = self.trust < (_CLEARLY if unranked else -_CLEARLY)
         return not (
             self.n_observed >= _MIN_DISTRUST and self.log_error > _HARMLESS_ERROR and worse
         )

@@ -484,7 +484,7 @@ def main() -> None:
         paths = sorted(options.curves.glob(f"{start}-*.npz"))[: 1 if options.smoke else None]
         spectra = [spectrum_of(path.stem, options.store) for path in paths]
         for k, (path, spectrum) in enumerate(zip(paths, spectra, strict=True)):
-            task = load_task(path, spectrum)
+            task = load_task(path, spectrum, most=_MOST_WRONG if options.smoke else None)
             rows += learning_curves(task, n_repeats)
             extra["seed"][task.name] = seed_error(task)
             extra["partial"][task.name] = partial_errors(task, max(1, n_repeats // 10))
