@@ -16,8 +16,6 @@ from optuna.trial import TrialState
 from optuna_ttp._optuna_compat import FINISHED
 from optuna_ttp._optuna_compat import PerStudy
 from optuna_ttp._optuna_compat import trials_of
-from optuna_ttp.calibration import calibrate
-from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import Observation
 from optuna_ttp.exceptions import UnusableCurveWarning
@@ -203,21 +201,6 @@ def observations_of(study: optuna.Study, predictor: TrainingTimePredictor) -> li
         if one is not None:
             observations.append(one)
     return observations
-
-
-def calibration_of(study: optuna.Study, predictor: TrainingTimePredictor) -> Calibration:
-    """Learn from a study's trials how predicted times relate to observed ones.
-
-    Args:
-        study:
-            The study.
-        predictor:
-            Knows the task, and what was observed before the study.
-
-    Returns:
-        What was learned; nothing where no trial recorded its training loss.
-    """
-    return calibrate([*predictor.observations, *observations_of(study, predictor)])
 
 
 def informed_by(study: optuna.Study, predictor: TrainingTimePredictor) -> TrainingTimePredictor:

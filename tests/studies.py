@@ -24,7 +24,7 @@ from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
-from optuna_ttp.training_log import calibration_of
+from optuna_ttp.training_log import informed_by
 from tests.models import small_spectrum
 
 
@@ -177,7 +177,7 @@ def observe_and_predict(storage_url: str, rates: tuple[float, ...]) -> tuple[int
         pruner=TTPPruner(predictor),
     )
     add_observed(study, lambda steps: 2.0 * steps, rates)
-    calibration = calibration_of(study, predictor)
+    calibration = informed_by(study, predictor).calibration
     prediction = predictor.calibrated(calibration).predict([0.05, 0.1], 8, 0.0)
     return calibration.n_observed, prediction.steps.tolist()
 

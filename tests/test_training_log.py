@@ -20,8 +20,8 @@ from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp.exceptions import UnusableCurveWarning
-from optuna_ttp.training_log import calibration_of
 from optuna_ttp.training_log import CURVE
+from optuna_ttp.training_log import informed_by
 from optuna_ttp.training_log import observations_of
 from optuna_ttp.training_log import observed_curve
 from optuna_ttp.training_log import observed_steps
@@ -220,7 +220,7 @@ def test_trials_that_take_twice_as_long_correct_the_clock(with_pruner: bool) -> 
     predictor = quick_predictor()
     study = _study(with_pruner=with_pruner)
     add_observed(study, lambda steps: 2.0 * steps)
-    calibration = calibration_of(study, predictor)
+    calibration = informed_by(study, predictor).calibration
     assert calibration.n_observed == 6
     # The first one was told before anything was known, so it ranks among the fast ones.
     assert calibration.rank_agreement > 0.7
@@ -237,7 +237,7 @@ def test_predictions_that_were_already_corrected_are_not_corrected_twice() -> No
     predictor = quick_predictor()
     study = _study()
     add_observed(study, lambda steps: 2.0 * steps, rates=(0.04, 0.05, 0.06) * 4)
-    calibration = calibration_of(study, predictor)
+    calibration = informed_by(study, predictor).calibration
     corrected = predictor.calibrated(calibration).predict(0.05, 8, 0.0)
     assert float(corrected.steps) == pytest.approx(
         2.0 * float(predictor.predict(0.05, 8, 0.0).steps), rel=0.1
@@ -250,7 +250,7 @@ def test_trials_that_train_on_behind_their_target_are_no_errors() -> None:
     for rate in (0.05, 0.07, 0.1, 0.15):
         steps = float(predictor.predict(rate, 8, 0.0).steps)
         study.tell(_run(study, losses(steps, math.ceil(2.5 * steps)), rate), 0.0)
-    calibration = calibration_of(study, predictor)
+    calibration = informed_by(study, predictor).calibration
     # The curve has another shape than the prediction, but it is at the target on time.
     assert calibration.log_error < 0.5
     assert calibration.rank_agreement > 0.8
@@ -266,14 +266,14 @@ def test_trials_for_another_target_of_the_task_count_and_those_of_another_task_d
     study = _study(with_pruner=False)
     add_observed(study, lambda steps: 2.0 * steps, rates=(0.05, 0.1, 0.2))
     other_target = TrainingTimePredictor(small_spectrum(), target_fraction=0.6)
-    assert calibration_of(study, other_target).n_observed == 3
+    assert informed_by(study, other_target).calibration.n_observed == 3
     metadata = replace(small_spectrum().metadata, fingerprint="0" * 64)
     other_task = TrainingTimePredictor(
         replace(small_spectrum(), metadata=metadata), target_fraction=0.5
     )
     assert other_task.target == predictor.target
-    assert calibration_of(study, other_task).n_observed == 0
-    assert calibration_of(study, predictor).n_observed == 3
+    assert informed_by(study, other_task).calibration.n_observed == 0
+    assert informed_by(study, predictor).calibration.n_observed == 3
 
 
 def test_trials_without_a_curve_or_without_a_prediction_teach_nothing() -> None:
@@ -282,7 +282,7 @@ def test_trials_without_a_curve_or_without_a_prediction_teach_nothing() -> None:
     study.enqueue_trial(FAST)
     study.optimize(lambda t: t.suggest_float("learning_rate", 0.01, 1.0) + _rest(t), n_trials=1)
     _recorded(losses(5, 20), study)
-    calibration = calibration_of(study, predictor)
+    calibration = informed_by(study, predictor).calibration
     assert calibration.n_observed == 0
     assert not calibration.weights.any()
 
@@ -303,7 +303,7 @@ def test_partial_curves_count(state: TrialState) -> None:
     assert seen.n_steps == 40 and not seen.diverged
     assert np.isfinite(seen.observed).sum() >= 3
     assert np.isfinite(seen.predicted).sum() >= 3
-    assert calibration_of(study, predictor).n_observed == 1
+    assert informed_by(study, predictor).calibration.n_observed == 1
 
 
 def test_a_running_trial_counts_with_what_it_has_recorded_by_now() -> None:
@@ -342,7 +342,7 @@ def test_a_retried_trial_does_not_count_twice() -> None:
     assert len(observations_of(study, predictor)) == 1
     study.tell(again, 0.0)
     assert len(observations_of(study, predictor)) == 1
-    assert calibration_of(study, predictor).n_observed == 1
+    assert informed_by(study, predictor).calibration.n_observed == 1
 
 
 # Every k-th step
@@ -441,7 +441,7 @@ def test_another_loss_is_named_once_and_left_out(
     assert len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert calibration_of(study, predictor).n_observed == 0
+        assert informed_by(study, predictor).calibration.n_observed == 0
 
 
 @pytest.mark.filterwarnings("always::optuna_ttp.exceptions.UnusableCurveWarning")
