@@ -455,7 +455,8 @@ class TrainingTimePredictor:
                 for s, c in zip(p.curve_steps, p.curve_losses, strict=True)
             ]
         )
-        depths = np.log(self.initial_loss / losses)[:, None]
+        # A loss may come out as zero where the simulated outputs grow without bound.
+        depths = np.log(self.initial_loss / np.maximum(losses, 1e-30))[:, None]
         unstable = self._instability(depths, shares)[:, 0]
         # One of them is always slow enough.
         best = int(np.argmin(np.where(unstable <= _PROBE_INSTABILITY, losses, np.inf)))

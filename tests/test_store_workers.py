@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import copy
 from functools import partial
 import logging
 import multiprocessing
@@ -37,10 +38,14 @@ from tests.servers import PostgreSQL
 
 QUICK: dict[str, Any] = {"measure_speed": False, "probe": False, "show_progress_bar": False}
 
+# Built once: a model built while another thread runs one may draw other weights, because torch's
+# global generator is shared by all threads.
+_MODEL = mlp()
+
 
 def _task(before: Callable[[], None] | None = None) -> FineTuningTask:
     """A small task, which does something whenever its model runs."""
-    task = FineTuningTask(mlp(), vectors(5))
+    task = FineTuningTask(copy.deepcopy(_MODEL), vectors(5))
     if before is not None:
         # A hook is no part of the fingerprint.
         task.model.register_forward_pre_hook(lambda model, inputs: before())
