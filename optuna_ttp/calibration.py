@@ -51,6 +51,7 @@ _SLOPE_LENGTH = 1.0
 _START_SD = 0.12
 # Prior of the covariates' effects, at depth one and per unit of depth; and of that of instability.
 _EFFECT_SD = (0.08, 0.05)
+_INSTABILITY_EFFECT = 0.0
 _INSTABILITY_EFFECT_SD = 0.12
 # The product of stability and kernel growth from which on instability shows, and from which on it
 # makes times scatter.
@@ -214,8 +215,7 @@ class Calibration:
     @classmethod
     def none(cls) -> Calibration:
         """Return what is known before any trial: the prior."""
-        covariance = _prior()
-        return cls(np.zeros(len(covariance)), covariance)
+        return cls(*_prior())
 
     @property
     def log_growth(self) -> NDArray[np.float64]:
@@ -432,12 +432,12 @@ def calibrate(observations: Sequence[Observation]) -> Calibration:
     """
     every = [o for o in observations if _n_seen(o) > 0]
     usable = every[-_MOST_TRIALS:]
-    prior = _prior()
+    mean, covariance = _prior()
     if not usable:
-        return Calibration(np.zeros(len(prior)), prior)
+        return Calibration(mean, covariance)
     trials = _Trials.of(usable)
-    precision = np.linalg.inv(prior)
-    weights = np.zeros(len(prior))
+    precision = np.linalg.inv(covariance)
+    weights = mean
     importance = np.ones(len(usable))
     scales = (1.0, 1.0)
     for _ in range(_ROUNDS):
@@ -449,7 +449,9 @@ def calibrate(observations: Sequence[Observation]) -> Calibration:
         y = np.where(seen, observed - logs, 0.0) + x @ weights
         weighted = np.einsum("n,npq,nqw->npw", importance, inverse, x)
         posterior = precision + np.einsum("npv,npw->vw", x, weighted)
-        weights = np.linalg.solve(posterior, np.einsum("np,npw->w", y, weighted))
+        weights = np.linalg.solve(
+            posterior, precision @ mean + np.einsum("np,npw->w", y, weighted)
+        )
         logs, _ = trials.ladder(weights)
         away = np.where(seen, observed - logs, 0.0)
         own = np.where(np.isfinite(trials.observed), away, 0.0)
@@ -668,8 +670,8 @@ def _hats(depths: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @lru_cache(maxsize=1)
-def _prior() -> NDArray[np.float64]:
-    """Prior covariance of the weights: an integrated Gaussian process, and the effects."""
+def _prior() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Prior mean and covariance of the weights: an integrated Gaussian process, and effects."""
     grid = np.linspace(0.0, NODES[-1], 241)
     apart = (grid[:, None] - grid[None, :]) / _SLOPE_LENGTH
     width = grid[1] - grid[0]
@@ -683,7 +685,9 @@ def _prior() -> NDArray[np.float64]:
     whole[: len(NODES), : len(NODES)] = at + _START_SD**2 + 1e-8 * np.eye(len(NODES))
     effects = np.append(np.repeat(_EFFECT_SD, N_COVARIATES), _INSTABILITY_EFFECT_SD) ** 2
     whole[len(NODES) :, len(NODES) :] = np.diag(effects)
-    return whole
+    mean = np.zeros(len(whole))
+    mean[-1] = _INSTABILITY_EFFECT
+    return mean, whole
 
 
 def _wildness(instability: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 CONVERGES = "converges"
 DIVERGES = "diverges"
 NOT_REACHED = "not_reached"
+_IN_WORDS = {CONVERGES: "reach the target", NOT_REACHED: "do not", DIVERGES: "diverge"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,9 +127,10 @@ class Prediction:
     def __str__(self) -> str:
         if self.steps.size != 1:
             kinds, counts = np.unique(self.outcomes, return_counts=True)
-            listing = ", ".join(f"{c} {k}" for k, c in zip(kinds, counts, strict=True))
-            return f"{self.steps.size} configurations: {listing}"
-        doubt = "" if self.reliable.item() else "; unreliable so deep, see the interval"
+            by_kind = dict(zip(kinds, counts, strict=True))
+            named = [f"{by_kind[k]} {text}" for k, text in _IN_WORDS.items() if k in by_kind]
+            return f"{self.steps.size} configurations: {', '.join(named)}"
+        doubt = "" if self.reliable.item() else "; unreliable, the network moves too far"
         outcome = self.outcome
         if outcome == CONVERGES:
             text = f"{self.steps.item():,.0f} steps ({self.epochs.item():.3g} epochs"
@@ -141,4 +143,4 @@ class Prediction:
                 f"diverges: the learning rate is {self.stability.item():.3g} times the largest "
                 f"stable one (probability {self.p_diverges.item():.0%})"
             )
-        return f"not_reached within {self.max_steps.item():,} steps{doubt}"
+        return f"not reached within {self.max_steps.item():,} steps{doubt}"

@@ -401,6 +401,16 @@ class TrainingTimePredictor:
                 f"..., but got {task.fingerprint[:12]}..."
             )
         steps = _check_count("steps", steps)
+        given = {"learning_rate": learning_rate, "momentum": momentum}
+        for name, value in given.items():
+            if value is not None:
+                _check_number(name, value)
+        self._check_configuration(
+            1.0 if learning_rate is None else learning_rate,
+            1,
+            0.0 if momentum is None else momentum,
+            steps,
+        )
         rate, mass = self._probed_configuration(steps, learning_rate, momentum)
         pilot = train_pilot(
             task,
@@ -1025,11 +1035,11 @@ class TrainingTimePredictor:
         momentum: ArrayLike,
         max_steps: ArrayLike,
     ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-        rate, size, mass, horizon = np.broadcast_arrays(
-            np.asarray(learning_rate, dtype=np.float64),
-            np.asarray(batch_size, dtype=np.float64),
-            np.asarray(momentum, dtype=np.float64),
-            np.asarray(max_steps, dtype=np.float64),
+        rate, size, mass, horizon = _broadcast(
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            momentum=momentum,
+            max_steps=max_steps,
         )
         if rate.size == 0:
             raise ValueError("At least one configuration must be given but got none.")
@@ -1053,6 +1063,18 @@ def _name(observation: Observation) -> tuple[float, ...]:
     """What tells an observation from others, as far as it survives being stored."""
     seen = np.nansum(observation.observed), np.nansum(observation.predicted)
     return (*(round(float(s), 2) for s in seen), observation.n_steps, observation.lag)
+
+
+def _broadcast(**arguments: ArrayLike) -> tuple[NDArray[np.float64], ...]:
+    arrays = {name: np.asarray(value, dtype=np.float64) for name, value in arguments.items()}
+    try:
+        return np.broadcast_arrays(*arrays.values())
+    except ValueError as error:
+        shapes = ", ".join(f"{name} {a.shape}" for name, a in arrays.items() if a.ndim)
+        raise ValueError(
+            f"{', '.join(arrays)} must have shapes that go together, one value a configuration, "
+            f"but got {shapes}."
+        ) from error
 
 
 def _refuse(values: NDArray[np.float64], good: NDArray[np.bool_], message: str) -> None:

@@ -147,14 +147,22 @@ def test_prediction_in_words() -> None:
         f"{one.steps_high.item():,.0f} steps"
     )
     assert " s)" not in str(TrainingTimePredictor(spectrum(), target_fraction=0.6).predict(0.1, 4))
-    assert str(predictor.predict(1e-6, 4)) == "not_reached within 10,000 steps"
+    assert str(predictor.predict(1e-6, 4)) == "not reached within 10,000 steps"
     limit = predictor.max_learning_rate(4).item()
     assert str(predictor.predict(12 * limit, 4)) == (
         "diverges: the learning rate is 12 times the largest stable one (probability 85%)"
     )
     assert str(predictor.predict([0.1, 1e-6, 0.1], 4)) == (
-        "3 configurations: 2 converges, 1 not_reached"
+        "3 configurations: 2 reach the target, 1 do not"
     )
+
+
+def test_shapes_that_do_not_go_together_are_named() -> None:
+    predictor = _predictor()
+    with pytest.raises(ValueError, match=r"but got learning_rate \(2,\), batch_size \(3,\)\."):
+        predictor.predict([0.1, 0.2], [4, 5, 6])
+    with pytest.raises(ValueError, match=r"but got batch_size \(2,\), momentum \(3,\)\."):
+        predictor.max_learning_rate([4, 5], [0.0, 0.5, 0.9])
 
 
 def test_configurations_that_all_diverge() -> None:
@@ -309,7 +317,7 @@ def test_horizon_of_a_prediction_out_of_range_is_refused(max_steps: Any) -> None
         ((0.1, 4, math.nan), r"momentum must be in \[0, 1\) but got nan"),
         (([0.1, -1.0], 4, 0.0), "learning_rate must be positive and finite but got -1.0"),
         (([], 4, 0.0), "At least one configuration"),
-        (([0.1, 0.2], [4, 5, 6], 0.0), "broadcast"),
+        (([0.1, 0.2], [4, 5, 6], 0.0), "shapes that go together"),
         (("fast", 4, 0.0), "could not convert"),
     ],
     ids=str,
