@@ -74,8 +74,6 @@ _MOST_TRIALS = 128
 _CENSORED_ERROR = 0.15
 # Corrections beyond this factor are no corrections.
 _MOST_LOG = 12.0
-# Derivatives are forward differences in double precision.
-_DIFFERENCE = 1e-5
 _NEWTON_STEPS = 6
 # Compared with trivial rules from so many trials on, and how much better these must be.
 _MIN_OBSERVATIONS = 3
@@ -386,9 +384,9 @@ class Calibration:
             Logarithms of times at the last rung, ``(K,)``.
         """
         times = _times(
-            self.weights[None], depths, log_steps, growth[None, :], covariates, instability, lag
+            self.weights, depths, log_steps, growth[None, :], covariates, instability, lag
         )
-        return np.asarray(np.log(times[0, :, -1]))
+        return np.asarray(np.log(times[:, -1]))
 
 
 def covariates(
@@ -440,8 +438,8 @@ def calibrate(observations: Sequence[Observation]) -> Calibration:
     weights = mean
     importance = np.ones(len(usable))
     scales = (1.0, 1.0)
+    logs, slopes = trials.ladder(weights)
     for _ in range(_ROUNDS):
-        logs, slopes = trials.ladder(weights)
         observed, errors = trials.with_bounds(logs)
         seen = np.isfinite(observed) & np.isfinite(logs)
         inverse = trials.precision(errors, seen, scales)
@@ -452,7 +450,7 @@ def calibrate(observations: Sequence[Observation]) -> Calibration:
         weights = np.linalg.solve(
             posterior, precision @ mean + np.einsum("np,npw->w", y, weighted)
         )
-        logs, _ = trials.ladder(weights)
+        logs, slopes = trials.ladder(weights)
         away = np.where(seen, observed - logs, 0.0)
         own = np.where(np.isfinite(trials.observed), away, 0.0)
         squares = trials.ratios(own, errors, seen, scales)
@@ -591,11 +589,9 @@ def _ladder(
     lag: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Corrected logarithmic times, ``(K, P)``, and their derivatives by the weights."""
-    moved = weights + _DIFFERENCE * np.concatenate(
-        [np.zeros((1, len(weights))), np.eye(len(weights))]
-    )
-    logs = np.log(_times(moved, depths, log_steps, growth, x, instability, lag))
-    return logs[0], np.moveaxis((logs[1:] - logs[0]) / _DIFFERENCE, 0, 2)
+    paths = _Paths.of(weights, depths, log_steps, growth, x, instability, lag)
+    times, slopes = paths.times(derivatives=True)
+    return np.log(times), slopes / times[:, :, None]
 
 
 def _times(
@@ -607,34 +603,99 @@ def _times(
     instability: NDArray[np.float64],
     lag: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Corrected times for G sets of weights ``(G, W)``: shape ``(G, K, P)``."""
-    steps = np.exp(log_steps)
-    before = np.maximum(np.diff(steps, axis=1, prepend=0.0), 1e-6 * steps)
-    middle = 0.5 * (
-        depths + np.concatenate([np.zeros_like(depths[:, :1]), depths[:, :-1]], axis=1)
-    )
-    hats, deeper = _hats(middle), middle - 1.0
-    m, f = len(NODES), x.shape[1]
-    unstable = np.log1p(instability / _SHOWS)
-    log_speed = np.moveaxis(hats @ weights[:, :m].T, 2, 0)
-    log_speed = log_speed - np.einsum("kpm,km->kp", hats, growth)
-    log_speed = log_speed + (weights[:, m : m + f] @ x.T)[:, :, None]
-    log_speed = log_speed + deeper * (weights[:, m + f : m + 2 * f] @ x.T)[:, :, None]
-    log_speed = log_speed + weights[:, -1, None, None] * unstable
-    # Any multiple of the growth does: it cancels.
-    roots = np.sqrt(instability / instability[:, :1]) * np.exp(
-        0.5 * np.einsum("kpm,km->kp", hats, growth)
-    )
-    faster = roots * np.exp(0.5 * np.clip(log_speed, -_MOST_LOG, _MOST_LOG))
-    lag = np.maximum(lag, 1e-9)
-    speed, new_speed = np.zeros_like(lag), np.zeros(faster.shape[:2])
-    times = np.empty(faster.shape)
-    for j in range(steps.shape[1]):
-        root, new_root, t = roots[:, j], faster[:, :, j], before[:, j]
-        gone = root * (root * t - lag * (root - speed) * -np.expm1(-t / lag))
-        speed = root - (root - speed) * np.exp(-t / lag)
-        times[:, :, j], new_speed = _passed(gone, new_root, new_speed, lag)
-    return np.cumsum(times, axis=2)
+    """Corrected times, ``(K, P)``."""
+    return _Paths.of(weights, depths, log_steps, growth, x, instability, lag).times()[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Paths:
+    """Simulated paths from rung to rung, and how much faster they are taken.
+
+    Attributes:
+        before:
+            Simulated steps between the rungs, ``(K, P)``.
+        roots:
+            Square roots of the growth that was simulated with, up to a factor, ``(K, P)``.
+        faster:
+            The same of the corrected growth.
+        slopes:
+            Derivatives of the logarithm of the corrected growth by the weights, ``(K, P, W)``.
+        lag:
+            Shape ``(K,)``.
+    """
+
+    before: NDArray[np.float64]
+    roots: NDArray[np.float64]
+    faster: NDArray[np.float64]
+    slopes: NDArray[np.float64]
+    lag: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls,
+        weights: NDArray[np.float64],
+        depths: NDArray[np.float64],
+        log_steps: NDArray[np.float64],
+        growth: NDArray[np.float64],
+        x: NDArray[np.float64],
+        instability: NDArray[np.float64],
+        lag: NDArray[np.float64],
+    ) -> _Paths:
+        steps = np.exp(log_steps)
+        before = np.maximum(np.diff(steps, axis=1, prepend=0.0), 1e-6 * steps)
+        middle = 0.5 * (
+            depths + np.concatenate([np.zeros_like(depths[:, :1]), depths[:, :-1]], axis=1)
+        )
+        hats, deeper = _hats(middle), middle - 1.0
+        shape = steps.shape
+        slopes = np.concatenate(
+            [
+                np.broadcast_to(hats, (*shape, len(NODES))),
+                np.broadcast_to(x[:, None, :], (*shape, x.shape[1])),
+                deeper[:, :, None] * x[:, None, :],
+                np.broadcast_to(np.log1p(instability / _SHOWS), shape)[:, :, None],
+            ],
+            axis=2,
+        )
+        simulated = np.einsum("kpm,km->kp", hats, growth)
+        log_speed = slopes @ weights - simulated
+        # Any multiple of the growth does: it cancels.
+        roots = np.sqrt(instability / instability[:, :1]) * np.exp(0.5 * simulated)
+        faster = roots * np.exp(0.5 * np.clip(log_speed, -_MOST_LOG, _MOST_LOG))
+        slopes = np.where((np.abs(log_speed) < _MOST_LOG)[:, :, None], slopes, 0.0)
+        return cls(before, roots, faster, slopes, np.maximum(lag, 1e-9))
+
+    def times(
+        self, *, derivatives: bool = False
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Corrected times at the rungs, and their derivatives by the weights (or zeros)."""
+        lag, shape = self.lag, self.faster.shape
+        speed, new_speed = np.zeros_like(lag), np.zeros_like(lag)
+        times, slopes = np.empty(shape), np.zeros((*shape, self.slopes.shape[2]))
+        speed_slope = np.zeros((shape[0], self.slopes.shape[2]))
+        for j in range(shape[1]):
+            root, new_root, t = self.roots[:, j], self.faster[:, j], self.before[:, j]
+            decay = np.exp(-t / lag)
+            gone = root * (root * t - lag * (root - speed) * (1.0 - decay))
+            speed = root - (root - speed) * decay
+            times[:, j] = t = _passed(gone, new_root, new_speed, lag)
+            decay = np.exp(-t / lag)
+            reached = new_root - (new_root - new_speed) * decay
+            if derivatives:
+                # Implicit: what solves ``_passed`` keeps solving it as root and speed change.
+                by_root = gone / new_root + new_root * (t - lag * (1.0 - decay))
+                by_speed = new_root * lag * (1.0 - decay)
+                root_slope = 0.5 * new_root[:, None] * self.slopes[:, j]
+                slopes[:, j] = (
+                    by_root[:, None] * root_slope + by_speed[:, None] * speed_slope
+                ) / -(new_root * reached)[:, None]
+                speed_slope = (
+                    root_slope * (1.0 - decay)[:, None]
+                    + speed_slope * decay[:, None]
+                    + ((new_root - new_speed) * decay / lag)[:, None] * slopes[:, j]
+                )
+            new_speed = reached
+        return np.cumsum(times, axis=1), np.cumsum(slopes, axis=1)
 
 
 def _passed(
@@ -642,8 +703,8 @@ def _passed(
     root: NDArray[np.float64],
     speed: NDArray[np.float64],
     lag: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Time that a heavy ball takes for an intrinsic time, and its speed then.
+) -> NDArray[np.float64]:
+    """Time that a heavy ball takes for an intrinsic time.
 
     Solves ``root (root t - lag (root - speed) (1 - exp(-t / lag))) = gone`` by Newton's method,
     from the side on which it cannot overshoot.
@@ -657,7 +718,7 @@ def _passed(
         decay = np.exp(-t / lag)
         away = root * (root * t - lag * (root - speed) * (1.0 - decay)) - gone
         t = np.maximum(t - away / (root * (root - (root - speed) * decay)), 1e-3 * t)
-    return t, root - (root - speed) * np.exp(-t / lag)
+    return t
 
 
 def _hats(depths: NDArray[np.float64]) -> NDArray[np.float64]:
