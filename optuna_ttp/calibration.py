@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
 from functools import lru_cache
 import math
 from typing import Any
@@ -30,6 +31,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 from numpy.typing import NDArray
+
+from optuna_ttp.divergence import DivergenceLimit
 
 
 # Rungs of the ladder: the training loss over the initial one, and its negative logarithm.
@@ -197,6 +200,8 @@ class Calibration:
             ``c / eta_e + m / (1 - m)``, with ``c`` from the trials before; NaN for fewer than two.
         compared_error:
             :attr:`log_error` over those trials that the rules can be compared on.
+        divergence:
+            From which learning rate on training does not recover.
     """
 
     weights: NDArray[np.float64]
@@ -209,6 +214,7 @@ class Calibration:
     log_error: float = math.nan
     baseline_error: float = math.nan
     compared_error: float = math.nan
+    divergence: DivergenceLimit = field(default_factory=DivergenceLimit.of)
 
     @classmethod
     def none(cls) -> Calibration:
@@ -431,8 +437,9 @@ def calibrate(observations: Sequence[Observation]) -> Calibration:
     every = [o for o in observations if _n_seen(o) > 0]
     usable = every[-_MOST_TRIALS:]
     mean, covariance = _prior()
+    divergence = _divergence(observations)
     if not usable:
-        return Calibration(mean, covariance)
+        return Calibration(mean, covariance, divergence=divergence)
     trials = _Trials.of(usable)
     precision = np.linalg.inv(covariance)
     weights = mean
@@ -463,7 +470,16 @@ def calibrate(observations: Sequence[Observation]) -> Calibration:
         _SCALE_WEIGHT + len(usable),
         len(every),
         *_held_out(every),
+        divergence,
     )
+
+
+def _divergence(observations: Sequence[Observation]) -> DivergenceLimit:
+    """A trial diverged, or it passed a rung; one that did neither tells nothing."""
+    telling = [o for o in observations if o.diverged or np.isfinite(o.observed).any()]
+    # At the first rung the kernel has hardly grown.
+    stability = [o.instability[0] for o in telling]
+    return DivergenceLimit.of(stability, [o.diverged for o in telling])
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,7 +55,6 @@ from optuna_ttp.uncertainty import is_reliable
 from optuna_ttp.uncertainty import kernel_mismatch
 from optuna_ttp.uncertainty import linearisation_sd
 from optuna_ttp.uncertainty import probability_below
-from optuna_ttp.uncertainty import probability_of_divergence
 from optuna_ttp.uncertainty import stability_sd
 from optuna_ttp.uncertainty import Z_90
 
@@ -540,7 +539,8 @@ class TrainingTimePredictor:
         median = np.exp(np.where(np.isfinite(logs[:, -1]), logs[:, -1], np.inf))
         steps = np.where(np.isfinite(median), np.maximum(1.0, np.ceil(median - 1e-9)), np.inf)
         late = steps > horizon
-        p_diverges = probability_of_divergence(stability, ladder.blown_up)
+        p_diverges = self.calibration.divergence.probability(stability)
+        p_diverges = np.where(ladder.blown_up, np.maximum(p_diverges, 0.5), p_diverges)
         p_converges = (1.0 - p_diverges) * probability_below(steps, sd, horizon)
         steps = np.where(late, np.inf, steps)
         outcomes = np.where(np.isfinite(steps), CONVERGES, NOT_REACHED)

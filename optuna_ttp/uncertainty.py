@@ -27,11 +27,6 @@ _MOST_SD = 2.0
 _UNRELIABLE_DISPLACEMENT = 1.0
 _UNRELIABLE_DEVIATION = 1.0
 _UNRELIABLE_MISMATCH = math.log(3.0)
-# Learning rate over the stability limit from which half of all networks do not recover in 60
-# steps, and the logarithmic width of the transition: geometric mean and spread of the 16 real
-# limits in benchmarks/accuracy/results/stability.csv, two small networks with two losses.
-_HALF_DIVERGE = 4.2
-_DIVERGE_WIDTH = 0.6
 
 
 def displacement(probe: Probe | None, fraction: float) -> float:
@@ -151,31 +146,6 @@ def stability_sd(stability: NDArray[np.float64]) -> NDArray[np.float64]:
         Zero up to half the limit, 0.25 at the limit.
     """
     return np.clip(0.5 * (stability - 0.5), 0.0, 1.0)
-
-
-def probability_of_divergence(
-    stability: NDArray[np.float64], blown_up: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """Return how likely training never recovers.
-
-    Above the limit a network first goes through a loss spike, from which it may recover: the
-    catapult of Lewkowycz et al., 2020 (arXiv 2003.02218). So the probability rises smoothly over
-    the region, and is one half at four times the limit.
-
-    Args:
-        stability:
-            Learning rate over the largest stable one, any shape.
-        blown_up:
-            Whether the simulated loss blew up, the same shape.
-
-    Returns:
-        Probabilities.
-    """
-    from scipy.special import expit
-
-    with np.errstate(divide="ignore"):
-        smooth = expit(np.log(stability / _HALF_DIVERGE) / _DIVERGE_WIDTH)
-    return np.asarray(np.where(blown_up, np.maximum(smooth, 0.5), smooth))
 
 
 def probability_below(

@@ -105,7 +105,8 @@ def test_unusable_trials_are_left_out() -> None:
     expected = calibrate(good)
     calibration = calibrate([*unusable[:2], *good, *unusable[2:]])
     assert calibration.n_observed == 3
-    assert repr(calibration) == repr(expected)
+    # Whether they diverged tells something nevertheless.
+    assert repr(replace(calibration, divergence=expected.divergence)) == repr(expected)
 
 
 # The kernel's growth

@@ -20,7 +20,6 @@ from optuna_ttp.spectrum import Probe
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.uncertainty import linearisation_sd
 from optuna_ttp.uncertainty import probability_below
-from optuna_ttp.uncertainty import probability_of_divergence
 from optuna_ttp.uncertainty import stability_sd
 from tests.cases import spectrum
 from tests.observations import slower
@@ -140,30 +139,6 @@ def test_calibration_moves_the_interval_with_the_steps() -> None:
 
 
 # Probabilities
-
-
-@given(
-    stability=st.lists(st.floats(0, 1e6), min_size=2, max_size=6),
-    blown_up=st.booleans(),
-)
-def test_probability_of_divergence_rises_with_the_learning_rate(
-    stability: list[float], blown_up: bool
-) -> None:
-    ordered = np.sort(stability)
-    p = probability_of_divergence(ordered, np.full(len(ordered), blown_up))
-    assert (np.diff(p) >= 0).all()
-    assert ((p >= 0) & (p <= 1)).all()
-    if blown_up:
-        assert (p >= 0.5).all()
-        assert (p >= probability_of_divergence(ordered, np.zeros(len(ordered), bool))).all()
-
-
-def test_probability_of_divergence_at_known_points() -> None:
-    p = probability_of_divergence(np.array([0.0, 0.25, 4.2, 1e9]), np.zeros(4, dtype=bool))
-    assert p[0] == 0.0
-    assert p[1] < 0.01
-    assert p[2] == pytest.approx(0.5)
-    assert p[3] == pytest.approx(1.0)
 
 
 @given(
