@@ -795,7 +795,7 @@ class TrainingTimePredictor:
     ) -> NDArray[np.float64]:
         n = self.n_samples
         step = rate / (1.0 - mass) * float(self._model.curvatures[0])
-        return covariates(step, mass, (n - size) / (max(n - 1, 1) * size))
+        return covariates(step, (n - size) / (max(n - 1, 1) * size))
 
     def _instability(
         self, depths: NDArray[np.float64], stability: NDArray[np.float64]

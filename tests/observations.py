@@ -87,7 +87,7 @@ def observation(
         predicted=predicted,
         expected=predicted if expected is None else expected,
         growth=np.zeros(len(NODES)),
-        covariates=covariates(step, np.array([momentum]), np.array([gamma]))[0],
+        covariates=covariates(step, np.array([gamma]))[0],
         instability=np.full(len(DEPTHS), stability),
         effective_learning_rate=rate,
         lag=momentum / (1.0 - momentum),

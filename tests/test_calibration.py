@@ -44,7 +44,7 @@ GROWTHS = [unchanged, _grows, _shrinks_and_grows]
 
 
 def _trials(
-    log_growth: Growth, count: int, *, seed: int = 0, deepest: float = DEEP
+    log_growth: Growth, count: int, *, seed: int = 0, deepest: float = DEEP, scatter: float = 0.0
 ) -> list[Observation]:
     rng = np.random.default_rng(seed)
     return [
@@ -56,6 +56,7 @@ def _trials(
             momentum=float(rng.choice([0.0, 0.5])),
             stability=float(rng.uniform(0.01, 0.1)),
             deepest=deepest,
+            error=float(rng.normal(0.0, scatter)) if scatter else 0.0,
             rng=rng,
         )
         for _ in range(count)
@@ -81,13 +82,14 @@ def test_without_observations_nothing_is_corrected() -> None:
     trial = observation()
     for calibration in (Calibration.none(), calibrate([])):
         assert calibration.n_observed == 0
-        assert not calibration.weights.any()
+        assert not calibration.log_growth.any()
         assert math.isnan(calibration.rank_agreement)
         assert math.isnan(calibration.log_error)
         assert math.isnan(calibration.trust)
         assert calibration.trusted
         logs, sds = _corrected(calibration, trial)
-        np.testing.assert_allclose(logs, trial.predicted, rtol=1e-12)
+        # Only large steps are known to be slower than predicted.
+        np.testing.assert_allclose(logs, trial.predicted, atol=0.03)
         # The deeper, the less is known.
         assert (np.diff(sds) > 0).all()
         assert np.isfinite(calibration.log_growth_sd).all()
@@ -127,12 +129,13 @@ def test_a_known_growth_is_recovered_within_its_band(log_growth: Growth, count: 
 @pytest.mark.parametrize("log_growth", [*GROWTHS, _slower])
 def test_what_was_learned_predicts_the_next_trial(log_growth: Growth) -> None:
     calibration = calibrate(_trials(log_growth, 6))
-    for momentum in (0.0, 0.9):
+    # More momentum than in any trial is expected to be slower than predicted.
+    for momentum, error in ((0.0, 0.08), (0.5, 0.08), (0.9, 0.25)):
         trial = observation(log_growth, momentum=momentum, learning_rate=1e-4, batch_size=8)
         logs, _ = _corrected(calibration, trial)
         seen = np.isfinite(trial.observed)
         # Far less than the times were off by: up to log(20).
-        np.testing.assert_allclose(logs[seen], trial.observed[seen], atol=0.08)
+        np.testing.assert_allclose(logs[seen], trial.observed[seen], atol=error)
 
 
 @pytest.mark.parametrize("factor", [0.1, 0.3, 3.0, 10.0])
@@ -359,15 +362,14 @@ def test_whatever_trials_show_the_correction_is_finite(seed: int, count: int) ->
 def test_intervals_cover_four_fifths_of_the_next_trials(count: int) -> None:
     inside = []
     for seed in range(40):
-        calibration = calibrate(_trials(_grows, count, seed=seed))
+        calibration = calibrate(_trials(_grows, count, seed=seed, scatter=0.06))
         wide = float(student.ppf(0.9, calibration.degrees_of_freedom))
-        for trial in _trials(_grows, 3, seed=1000 + seed):
+        for trial in _trials(_grows, 3, seed=1000 + seed, scatter=0.06):
             logs, sds = _corrected(calibration, trial)
             seen = np.isfinite(trial.observed) & (DEPTHS > 0.2)
             inside.append((np.abs(trial.observed - logs) < wide * sds)[seen])
-    # These trials scatter less than trials do before anything is known of them, which takes a few
-    # of them to learn.
-    assert 0.7 < np.concatenate(inside).mean() < (0.97 if count < 8 else 0.95)
+    # What trials at a tenth of the stability limit scatter by is six percent, as above.
+    assert 0.7 < np.concatenate(inside).mean() < 0.95
 
 
 # Trust

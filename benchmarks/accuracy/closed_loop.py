@@ -72,6 +72,11 @@ METHODS = {
 _STYLES: dict[str, dict[str, Any]] = {
     "ours": {"linewidth": 2.5, "color": "tab:blue"},
     "none": {"color": "0.5"},
+    "factor": {"color": "tab:orange"},
+    "offset": {"color": "tab:green"},
+    "c/eta_e": {"color": "tab:red"},
+    "c/eta_e+lag": {"color": "tab:purple"},
+    "gp": {"color": "tab:brown"},
 }
 _RUNGS = [int(np.argmin(np.abs(FRACTIONS - f))) for f in TARGETS]
 # Logarithms of factors have this prior variance over that of a trial.
