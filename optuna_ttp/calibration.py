@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from functools import lru_cache
 import math
 from typing import Any
@@ -225,8 +226,9 @@ class Calibration:
 
     @classmethod
     def none(cls) -> Calibration:
-        """Return what is known before any trial: the prior."""
-        return cls(*_prior())
+        """Return what is known before any trial. The simulation stands as it is."""
+        _, covariance = _prior()
+        return cls(np.zeros(len(covariance)), covariance)
 
     @property
     def log_growth(self) -> NDArray[np.float64]:
@@ -440,7 +442,7 @@ def calibrate(observations: Sequence[Observation]) -> Calibration:
     mean, covariance = _prior()
     divergence = _divergence(observations)
     if not usable:
-        return Calibration(mean, covariance, divergence=divergence)
+        return replace(Calibration.none(), divergence=divergence)
     trials = _Trials.of(usable)
     precision = np.linalg.inv(covariance)
     weights = mean
