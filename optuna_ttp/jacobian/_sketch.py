@@ -138,7 +138,7 @@ def sketch_jacobian(
         raise ValueError(f"width must be even and positive but got {width!r}.")
 
     def run(lifts: Mapping[str, int]) -> Sketch:
-        with _Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
+        with Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
             return passes.sketch(width, projection, seed)
 
     return lifting(run)
@@ -195,17 +195,28 @@ def refine(
     vectors = torch.as_tensor(pairs.eigenvectors[:, :n], dtype=dtype, device=device)
 
     def run(lifts: Mapping[str, int]) -> torch.Tensor:
-        with _Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
+        with Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
             return passes.images(vectors, max_memory)
 
-    basis, values = _nystrom(vectors.double().cpu(), lifting(run))
+    basis, values = nystrom(vectors.double().cpu(), lifting(run))
     leading = (basis * values.sqrt()).to(features)
     basis = basis.to(features)
     return torch.cat([leading, features - basis @ (basis.T @ features)], 1)
 
 
-def _nystrom(vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal eigenvectors and eigenvalues of ``Y (V^T Y)^(-1) Y^T``."""
+def nystrom(vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return orthonormal eigenvectors and eigenvalues of ``Y (V^T Y)^(-1) Y^T``.
+
+    Args:
+        vectors:
+            ``V``, of shape ``(n, p)``, with orthonormal columns.
+        images:
+            ``Y = Theta V``.
+
+    Raises:
+        ValueError:
+            If the kernel overflowed.
+    """
     if not torch.isfinite(images).all():
         raise ValueError(
             "The kernel must be finite but overflowed. Scale the inputs, or compute with "
@@ -221,8 +232,23 @@ def _nystrom(vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor,
     return basis, (singular.square() - shift).clamp(min=0.0)
 
 
-class _Passes:
-    """Passes over the data with the same hooks."""
+class Passes:
+    """Passes over the data with the same hooks.
+
+    Args:
+        task:
+            What is fine-tuned.
+        device:
+            Where to differentiate.
+        dtype:
+            Precision of the Jacobian.
+        seed:
+            Of what gradients are checked on.
+        lifts:
+            See :func:`~optuna_ttp.jacobian._prepare.lifting`.
+        show_progress_bar:
+            Whether to show one.
+    """
 
     def __init__(
         self,
@@ -236,7 +262,7 @@ class _Passes:
         self._task, self._device, self._dtype = task, device, dtype
         self._seed, self._lifts, self._show = seed, lifts, show_progress_bar
 
-    def __enter__(self) -> _Passes:
+    def __enter__(self) -> Passes:
         task, device, dtype = self._task, self._device, self._dtype
         with ExitStack() as stack:
             reference = task.initial_outputs(device, dtype)
@@ -281,8 +307,24 @@ class _Passes:
                 )
         return Sketch(own[0], (own[1], own[2]), validation, inner, trace)
 
-    def images(self, vectors: torch.Tensor, max_memory: int) -> torch.Tensor:
-        """``J (J^T V)``, of the shape of ``V``, in double precision."""
+    def images(
+        self, vectors: torch.Tensor, max_memory: int, *, others: bool = False
+    ) -> torch.Tensor:
+        """Return ``J (J^T V)``, in double precision.
+
+        Args:
+            vectors:
+                ``V``, of shape ``(N C, p)``.
+            max_memory:
+                Bytes for ``J^T V``; where it is larger, more passes are made.
+            others:
+                Of the validation samples: ``J_v (J^T V)``. Off by default.
+        """
+        task, reference = self._task, self._reference
+        if others:
+            assert task.validation is not None
+            task = task.validation
+            reference = task.initial_outputs(self._device, self._dtype)
         n_vectors = vectors.shape[1]
         groups: list[list[str]] = [[]]
         held = 0
@@ -293,11 +335,12 @@ class _Passes:
                 held = 0
             groups[-1].append(p.name)
             held += size
-        total = torch.zeros(vectors.shape, dtype=torch.float64)
-        with self._bar(2 * len(groups) * self._task.n_samples) as bar:
+        shape = (task.n_samples * task.n_outputs, n_vectors)
+        total = torch.zeros(shape, dtype=torch.float64)
+        with self._bar(len(groups) * (self._task.n_samples + task.n_samples)) as bar:
             for names in groups:
                 products = self._products(vectors, set(names), bar)
-                self._add_images(total, products, bar)
+                self._add_images(total, products, task, reference, bar)
         return total
 
     def _products(
@@ -320,10 +363,15 @@ class _Passes:
         return products
 
     def _add_images(
-        self, total: torch.Tensor, products: dict[str, torch.Tensor], bar: tqdm[Any]
+        self,
+        total: torch.Tensor,
+        products: dict[str, torch.Tensor],
+        task: FineTuningTask,
+        reference: NDArray[np.float64],
+        bar: tqdm[Any],
     ) -> None:
-        n_outputs = self._task.n_outputs
-        for first, state, _ in self._states(self._task, self._reference, bar):
+        n_outputs = task.n_outputs
+        for first, state, _ in self._states(task, reference, bar):
             rows = slice(first * n_outputs, (first + state.n_samples) * n_outputs)
             for name, gradient in self._gradients(state):
                 if name not in products:
