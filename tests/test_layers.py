@@ -311,6 +311,10 @@ def test_separated_products_agree(
         assert is_separable(parts[0])
         assert made[0].rows.shape[2] == 1
     torch.testing.assert_close(separated_gram(*made, symmetric=False), rows[0] @ rows[1].T)
+    vectors = torch.randn(len(rows[0]), 2, dtype=torch.float64)
+    torch.testing.assert_close(made[0].gradient().flatten(0, 1), rows[0])
+    torch.testing.assert_close(made[0].product(vectors), rows[0].T @ vectors)
+    torch.testing.assert_close(made[0].image(rows[0].T), rows[0] @ rows[0].T)
     both, all_rows = Separated.concatenate(made), torch.cat(rows)
     square = separated_gram(both, both, symmetric=True)
     samples = torch.arange(len(square)) // classes

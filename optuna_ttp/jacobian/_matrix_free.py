@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # Leading pairs where neither their number nor a share of the trace is asked for.
 N_PAIRS = 100
 # More columns than pairs, for the sake of the last of these.
-_EXTRA = 1.0
+_EXTRA = 1.5
 # Residuals ``|Theta v - lambda v|`` relative to ``lambda`` at which a pair has converged. The
 # eigenvalue is off by about the square of that, relative to the gap behind the block.
 _TOLERANCE = 0.05

@@ -51,6 +51,47 @@ class Separated:
             torch.cat([pad(p.rows, (0, 0, 0, n)) for p, n in zip(parts, missing, strict=True)]),
         )
 
+    def gradient(self) -> torch.Tensor:
+        """Return the gradient, of shape ``(B, C, O k)``."""
+        parts = [
+            self.weights[..., r, None] * self.rows[:, None, :, r]
+            for r in range(self.rows.shape[2])
+        ]
+        return sum(parts[1:], parts[0]).flatten(2)
+
+    def product(self, vectors: torch.Tensor) -> torch.Tensor:
+        """``G^T V``.
+
+        Args:
+            vectors:
+                ``V``, of shape ``(B C, n)``.
+
+        Returns:
+            Shape ``(O k, n)``.
+        """
+        batch, classes, width, rank = self.weights.shape
+        weights = self.weights.permute(0, 2, 3, 1).flatten(1, 2)
+        mixed = (weights @ vectors.unflatten(0, (batch, classes))).unflatten(1, (width, rank))
+        rows = self.rows.permute(1, 3, 0, 2).flatten(2)
+        product: torch.Tensor = rows @ mixed.transpose(0, 1).flatten(1, 2)
+        return product.flatten(0, 1)
+
+    def image(self, matrix: torch.Tensor) -> torch.Tensor:
+        """``G W``.
+
+        Args:
+            matrix:
+                ``W``, of shape ``(O k, n)``.
+
+        Returns:
+            Shape ``(B C, n)``.
+        """
+        batch, _, width, rank = self.weights.shape
+        rows = self.rows.transpose(0, 1).flatten(1, 2)
+        mixed = (rows @ matrix.unflatten(0, (width, -1))).unflatten(1, (batch, rank))
+        image: torch.Tensor = self.weights.flatten(2) @ mixed.transpose(0, 1).flatten(1, 2)
+        return image.flatten(0, 1)
+
 
 def is_separable(factors: Factors) -> bool:
     """Whether the cotangents of all outputs are products of a channel's weight and a pattern.

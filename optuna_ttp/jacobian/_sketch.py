@@ -36,6 +36,7 @@ from optuna_ttp.jacobian._rules import Contribution
 from optuna_ttp.jacobian._samples import check_singles
 from optuna_ttp.jacobian._samples import SampleReader
 from optuna_ttp.jacobian._self_check import check_row_norms
+from optuna_ttp.jacobian._separable import Separated
 from optuna_ttp.jacobian._state import BlockState
 
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 _KEPT_SIZE = 2048
 # Together they have at most so many columns for each one of the sketch.
 _KEPT_SHARE = 0.5
-_BATCH_BYTES = 2**27
+_BATCH_BYTES = 2**28
 _MAX_BATCH = 32
 
 
@@ -339,27 +340,31 @@ class Passes:
         total = torch.zeros(shape, dtype=torch.float64)
         with self._bar(len(groups) * (self._task.n_samples + task.n_samples)) as bar:
             for names in groups:
-                products = self._products(vectors, set(names), bar)
+                products = self._products(vectors, frozenset(names), bar)
                 self._add_images(total, products, task, reference, bar)
         return total
 
     def _products(
-        self, vectors: torch.Tensor, names: set[str], bar: tqdm[Any]
+        self, vectors: torch.Tensor, names: frozenset[str], bar: tqdm[Any]
     ) -> dict[str, torch.Tensor]:
         """``J^T V`` of some parameters."""
         n_outputs = self._task.n_outputs
+        sizes = {p.name: p.size for p in self._layout.parameters}
         products: dict[str, torch.Tensor] = {}
         for first, state, _ in self._states(self._task, self._reference, bar):
             chosen = vectors[first * n_outputs : (first + state.n_samples) * n_outputs]
             for name, gradient in self._gradients(state):
                 if name not in names:
                     continue
+                if name not in products:
+                    products[name] = vectors.new_zeros((sizes[name], vectors.shape[1]))
+                total = products[name]
                 if isinstance(gradient, Factors) and gradient.expand is None:
-                    part = _table_product(gradient, chosen)
+                    total += _table_product(gradient, chosen)
+                elif isinstance(gradient, Separated):
+                    total += gradient.product(chosen)
                 else:
-                    rows = gradient.rows() if isinstance(gradient, Factors) else gradient
-                    part = rows.flatten(0, 1).T @ chosen
-                products[name] = part if name not in products else products[name].add_(part)
+                    total.addmm_(_rows(gradient).flatten(0, 1).T, chosen)
         return products
 
     def _add_images(
@@ -378,9 +383,10 @@ class Passes:
                     continue
                 if isinstance(gradient, Factors) and gradient.expand is None:
                     part = _table_image(gradient, products[name])
+                elif isinstance(gradient, Separated):
+                    part = gradient.image(products[name])
                 else:
-                    flat = gradient.rows() if isinstance(gradient, Factors) else gradient
-                    part = chunked_product(flat.flatten(0, 1), products[name].T)
+                    part = chunked_product(_rows(gradient).flatten(0, 1), products[name].T)
                 total[rows] += part.double().cpu()
 
     def _project(
@@ -398,7 +404,7 @@ class Passes:
         offsets = dict(zip(kept, np.cumsum([0, *kept.values()]).tolist(), strict=False))
         inner = np.zeros((n, c))
         trace = 0.0
-        for first, state, outputs in self._states(task, reference, bar):
+        for first, state, outputs in self._states(task, reference, bar, weight_outputs=True):
             samples = slice(first, first + state.n_samples)
             inner[samples] = outputs
             norms = torch.zeros((state.n_samples, c), dtype=torch.float64)
@@ -408,7 +414,7 @@ class Passes:
                     for part, half in zip(parts[1:], halves, strict=True):
                         half.add_table(part[samples], name, gradient)
                     continue
-                rows = gradient.rows() if isinstance(gradient, Factors) else gradient
+                rows = _rows(gradient)
                 norms += rows.square().sum(-1).double().cpu()
                 if name in kept:
                     columns = slice(offsets[name], offsets[name] + kept[name])
@@ -424,7 +430,12 @@ class Passes:
         return tuple(p.flatten(0, 1) for p in parts), inner, trace
 
     def _states(
-        self, task: FineTuningTask, reference: NDArray[np.float64], bar: tqdm[Any]
+        self,
+        task: FineTuningTask,
+        reference: NDArray[np.float64],
+        bar: tqdm[Any],
+        *,
+        weight_outputs: bool = False,
     ) -> Iterator[tuple[int, BlockState, NDArray[np.float64]]]:
         reader = SampleReader(
             task,
@@ -438,16 +449,17 @@ class Passes:
         )
         for first in range(0, task.n_samples, self._batch_size):
             last = min(first + self._batch_size, task.n_samples)
-            state, outputs = reader.read(self._layout, first, last)
+            state, outputs = reader.read(self._layout, first, last, weight_outputs=weight_outputs)
             yield first, state, outputs
             bar.update(last - first)
 
-    def _gradients(self, state: BlockState) -> Iterator[tuple[str, Contribution]]:
+    def _gradients(self, state: BlockState) -> Iterator[tuple[str, Contribution | Separated]]:
         rows = state.rows.unflatten(0, (state.n_samples, self._task.n_outputs))
         sizes = {p.name: p.size for p in self._layout.parameters}
         for name, offset in self._layout.offsets.items():
             yield name, rows[..., offset : offset + sizes[name]]
         yield from state.factors.items()
+        yield from state.separated.items()
 
     def _bar(self, total: int) -> tqdm[Any]:
         return tqdm(
@@ -461,7 +473,7 @@ class Passes:
     def _largest_rows(self) -> int:
         """Bytes of one sample's rows of the largest parameter, and of their signed copy."""
         itemsize = torch.empty((), dtype=self._dtype).element_size()
-        largest = max((p.size for p in self._layout.parameters if p.method == "panels"), default=0)
+        largest = max((p.size for p in self._layout.parameters if p.method != "rows"), default=0)
         return 2 * itemsize * self._task.n_outputs * largest
 
     def _refuse_infinite(self, state: BlockState, norms: torch.Tensor, first: int) -> None:
@@ -481,7 +493,7 @@ def _layout_of_factors(
     """Rows are made when they are projected, not before."""
     parameters = tuple(
         replace(p, method="ghost" if shape.is_table else "panels")
-        if (shape := found.claims.shapes[p.name]) is not None
+        if (shape := found.claims.shapes[p.name]) is not None and p.method != "separable"
         else p
         for p in found.layout.parameters
     )
@@ -492,6 +504,13 @@ def _layout_of_factors(
             offsets[p.name] = column
             column += p.size
     return Layout(parameters, column, offsets, ())
+
+
+def _rows(gradient: Contribution | Separated) -> torch.Tensor:
+    """Shape ``(B, C, p)``."""
+    if isinstance(gradient, Separated):
+        return gradient.gradient()
+    return gradient.rows() if isinstance(gradient, Factors) else gradient
 
 
 def _split(sizes: dict[str, int], width: int) -> tuple[dict[str, int], dict[str, int]]:

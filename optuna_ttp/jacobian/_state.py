@@ -119,7 +119,7 @@ class StateBuilder:
         self,
         gradients: Iterator[tuple[str, Contribution]],
         classes: slice,
-        weights: dict[str, torch.Tensor],
+        weights: dict[str, torch.Tensor] | None,
     ) -> torch.Tensor:
         """Add the gradients of some outputs of the batch.
 
@@ -129,7 +129,7 @@ class StateBuilder:
             classes:
                 Which outputs.
             weights:
-                The parameters ``w``.
+                The parameters ``w``, if ``J diag(c) w`` is wanted.
 
         Returns:
             What they contribute to ``J diag(c) w``, of shape ``(B, classes)``.
@@ -141,7 +141,7 @@ class StateBuilder:
             parameter = self._parameters[name]
             root = parameter.multiplier**0.5
             if isinstance(contribution, Factors):
-                if parameter.method != "rows":
+                if parameter.method != "rows" and weights is not None:
                     part = contribution.inner(weights[name].detach())
                     inner += parameter.multiplier * part.to(inner)
                 scaled = contribution.scaled(root)
@@ -156,12 +156,12 @@ class StateBuilder:
             self._put(name, factors, classes)
         return inner
 
-    def end(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    def end(self, weights: dict[str, torch.Tensor] | None) -> torch.Tensor:
         """Finish the batch.
 
         Args:
             weights:
-                The parameters ``w``.
+                The parameters ``w``, if ``J diag(c) w`` is wanted.
 
         Returns:
             What the rows contribute to ``J diag(c) w``, of shape ``(B, C)``.
@@ -186,6 +186,8 @@ class StateBuilder:
                 self._written.add(name)
             else:
                 self._add_rows(name, factors.rows(), slice(None))
+        if weights is None:
+            return torch.zeros((self._batch.stop - self._batch.start, self._n_outputs))
         return self._weight_outputs(weights)
 
     def _weight_outputs(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
