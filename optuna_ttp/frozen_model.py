@@ -69,6 +69,38 @@ class FrozenModel:
         self.parameters = parameters
         self._state.update(parameters)
 
+    def try_channels_last(self, inputs: Any) -> None:
+        """Lay the weights of two-dimensional convolutions out channels last, if the model can.
+
+        On a CPU that makes convolutions up to twice as fast, and what they give is laid out the
+        same way. A model that counts on another layout, such as one with ``x.view(...)``, stays
+        as it is.
+
+        Args:
+            inputs:
+                Of two samples or more, to try it with.
+        """
+        before = self._state, self.parameters
+        kinds = (torch.nn.Conv2d, torch.nn.ConvTranspose2d)
+        names = {
+            f"{name}.weight" for name, m in self.adapter.named_modules() if isinstance(m, kinds)
+        }
+        changed: dict[str, torch.Tensor] = {}
+        for name in names & self._state.keys():
+            weight = self._state[name]
+            laid_out = weight.detach().contiguous(memory_format=torch.channels_last)
+            changed[name] = laid_out.requires_grad_(weight.requires_grad)
+        if not changed:
+            return
+        self._state = {**self._state, **changed}
+        self.parameters = {n: changed.get(n, p) for n, p in self.parameters.items()}
+        try:
+            torch.autograd.grad(
+                self(inputs).sum(), list(self.parameters.values()), allow_unused=True
+            )
+        except RuntimeError:
+            self._state, self.parameters = before
+
     def __call__(self, inputs: Any) -> torch.Tensor:
         """Return the outputs, of shape ``(batch, C)``, for a batch of inputs."""
         outputs = torch.func.functional_call(self.adapter, self._state, (inputs,))

@@ -55,7 +55,7 @@ class SpectrumMetadata:
             Numbers that each row of the Jacobian was projected to, or :obj:`None` where it was
             not.
         seed:
-            Of the projection, or :obj:`None` without one.
+            Of the projection, or of where products started; :obj:`None` without either.
         time_error:
             By what share the times of gradient flow are likely to be off because of the
             projection, from its two halves; :obj:`None` without one.

@@ -21,6 +21,10 @@ from optuna_ttp.jacobian import plan_spectrum
 from optuna_ttp.jacobian._factors import Factors
 from optuna_ttp.jacobian._factors import ghost_gram
 from optuna_ttp.jacobian._rules import rule_for
+from optuna_ttp.jacobian._separable import is_separable
+from optuna_ttp.jacobian._separable import separate
+from optuna_ttp.jacobian._separable import Separated
+from optuna_ttp.jacobian._separable import separated_gram
 from optuna_ttp.task import FineTuningTask
 from tests.cases import Case
 from tests.models import cnn
@@ -219,7 +223,7 @@ def test_batch_norm_and_dropout_in_training_mode_are_evaluated() -> None:
     torch.testing.assert_close(statistics, before, rtol=0, atol=0)
 
 
-# The three ways of a product
+# The ways of a product
 
 
 @st.composite
@@ -277,15 +281,102 @@ def test_products_of_tables_agree(seed: int) -> None:
     torch.testing.assert_close(made.inner(weight), (rows @ weight.flatten()).reshape(4, 3))
 
 
+@given(
+    seed=seeds,
+    sizes=st.lists(st.integers(1, 5), min_size=7, max_size=7),
+    separable=st.tuples(st.booleans(), st.booleans()),
+)
+@settings(max_examples=60)
+def test_separated_products_agree(
+    seed: int, sizes: list[int], separable: tuple[bool, bool]
+) -> None:
+    torch.manual_seed(seed)
+    n, m, groups, classes, width, positions, n_rows = sizes
+
+    def make(n: int, easy: bool) -> Factors:
+        def expand(x: torch.Tensor) -> torch.Tensor:
+            return x
+
+        weights = torch.randn(n, groups, classes, width, 1, dtype=torch.float64)
+        # Some channels are active nowhere.
+        pattern = torch.randn(n, groups, 1, width, positions, dtype=torch.float64).clamp(min=0.0)
+        d = weights * pattern if easy else torch.randn((*weights.shape[:-1], positions)).double()
+        x = torch.randn(n, groups, n_rows, positions, dtype=torch.float64)
+        return Factors((x,), expand, (d,), n_rows)
+
+    parts = [make(k, easy) for k, easy in zip((n, m), separable, strict=True)]
+    rows = [f.rows().flatten(0, 1) for f in parts]
+    made = [separate(f) for f in parts]
+    if separable[0]:
+        assert is_separable(parts[0])
+        assert made[0].rows.shape[2] == 1
+    torch.testing.assert_close(separated_gram(*made, symmetric=False), rows[0] @ rows[1].T)
+    vectors = torch.randn(len(rows[0]), 2, dtype=torch.float64)
+    torch.testing.assert_close(made[0].gradient().flatten(0, 1), rows[0])
+    torch.testing.assert_close(made[0].product(vectors), rows[0].T @ vectors)
+    torch.testing.assert_close(made[0].image(rows[0].T), rows[0] @ rows[0].T)
+    both, all_rows = Separated.concatenate(made), torch.cat(rows)
+    square = separated_gram(both, both, symmetric=True)
+    samples = torch.arange(len(square)) // classes
+    lower = samples[:, None] >= samples
+    torch.testing.assert_close(square[lower], (all_rows @ all_rows.T)[lower])
+
+
+class _SometimesMixing(torch.nn.Module):
+    """Behind the layer positions are pooled, and for some samples mixed first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(6, 6)
+        self.mixing = torch.nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.inner(x))
+        mixed = (x[:, :1, :1] > 0.0) * torch.tanh(self.mixing(hidden))
+        return hidden + mixed
+
+
+def test_a_pattern_that_only_some_samples_have() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(12, 5, 6)
+    x[:, 0, 0] = torch.cat([-torch.ones(8), torch.ones(4)])
+    one = _head(_SometimesMixing(), x, -1)
+    plan = plan_spectrum(FineTuningTask(one.model, one.data))
+    method = {p.name: p.method for p in plan.layers}["layer.inner.weight"]
+    assert method == "separable"
+    _check(one)
+
+
+class _Viewing(torch.nn.Module):
+    """Counts on the layout of a convolution's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(2, 4, 3)
+        self.head = torch.nn.Linear(4 * 36, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(torch.tanh(self.convolution(x)).view(len(x), -1))
+        return outputs
+
+
+def test_a_model_that_counts_on_the_layout_of_activations() -> None:
+    torch.manual_seed(0)
+    _check(Case(_Viewing(), (torch.randn(6, 2, 8, 8), torch.arange(6) % 3)))
+
+
 @pytest.mark.parametrize("shape", [(40, 3), (3, 40)], ids=["wide", "narrow"])
 def test_planner_takes_the_cheaper_product(shape: tuple[int, int]) -> None:
     width, n_tokens = shape
     torch.manual_seed(0)
-    layer = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh())
+    linear = [torch.nn.Linear(width, width) for _ in range(2)]
+    layer = torch.nn.Sequential(linear[0], torch.nn.Tanh(), linear[1], torch.nn.Tanh())
     one = _head(layer, torch.randn(12, n_tokens, width), -1)
     plan = plan_spectrum(FineTuningTask(one.model, one.data))
-    method = {p.name: p.method for p in plan.layers}["layer.0.weight"]
-    assert method == ("ghost" if width > n_tokens else "rows")
+    methods = {p.name: p.method for p in plan.layers}
+    assert methods["layer.0.weight"] == ("ghost" if width > n_tokens else "rows")
+    # Behind the second one tokens are only pooled.
+    assert methods["layer.2.weight"] == "separable"
     _check(one)
 
 

@@ -209,7 +209,12 @@ def test_a_sketch_that_is_not_wide_enough_warns(monkeypatch: pytest.MonkeyPatch)
 def test_the_engine_is_chosen_by_sizes_alone() -> None:
     task = FineTuningTask(mlp(), vectors(20))
     assert resolve_engine(task)[0] == "exact"
-    assert resolve_engine(task, max_memory=60_000)[0] == "sketch"
+    # Not even a sketch.
+    assert resolve_engine(task, max_memory=60_000)[0] == "matrix_free"
+    many = FineTuningTask(mlp(), vectors(500))
+    assert resolve_engine(many, max_memory=50_000_000)[0] == "sketch"
+    wide = FineTuningTask(torch.nn.Linear(4, 600), (torch.randn(3, 4), torch.arange(3)))
+    assert resolve_engine(wide, max_memory=70_000_000)[0] == "matrix_free"
     assert resolve_engine(task, "sketch") == ("sketch", "asked for")
     tuned = FineTuningTask(mlp(), vectors(20), learning_rate_multipliers={"0.": 2.0})
     assert resolve_engine(tuned, max_memory=60_000)[0] == "exact"

@@ -41,6 +41,7 @@ CELLS: tuple[tuple[str, int, tuple[str, ...], int], ...] = (
     ("residual", 128, ("ours_exact", "torch_func", "torchjd"), 2),
     ("resnet18", 24, ("ours_exact", "torch_func", "torchjd"), 1),
     ("residual", 256, ("ours_exact", "torch_func"), 1),
+    ("residual", 512, ("ours_exact", "torch_func"), 1),
 )
 SMOKE = (("residual", 4, ("ours_exact", "torch_func"), 1),)
 OF_OTHERS = ("torchjd",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,13 +53,17 @@ class Call:
     versions: tuple[int, ...]
     cache: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @cached_property
+    def _tensors(self) -> list[torch.Tensor]:
+        return tensors_of((self.args, self.kwargs))
+
     @property
     def input(self) -> torch.Tensor:
         """The first tensor among the arguments, in the precision of the parameters."""
-        first = tensors_of((self.args, self.kwargs))[0]
+        first = self._tensors[0]
         return first.to(self.dtype) if first.is_floating_point() else first
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Precision of the parameters, which that of activations under autocast may not be."""
         return next(t.dtype for t in self.state.values() if t.requires_grad)
@@ -66,8 +71,7 @@ class Call:
     @property
     def is_intact(self) -> bool:
         """Whether no later operation has written to the arguments."""
-        now = tuple(t._version for t in tensors_of((self.args, self.kwargs)))
-        return now == self.versions
+        return tuple(t._version for t in self._tensors) == self.versions
 
     def cached(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return what is made of the inputs, made the first time it is asked for.

@@ -9,13 +9,17 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
-ENGINES = ("exact", "sketch", "refined_sketch")
+ENGINES = ("exact", "sketch", "refined_sketch", "matrix_free")
 # Share of the memory budget that the kernel may take.
 _KERNEL_SHARE = 0.5
 # Bytes of an entry: the sum in double precision and the kernel itself.
 _ENTRY_BYTES = 12
 # Multiplications of the product of all rows, of which the contraction needs a fraction.
 _MAX_PRODUCT = 2e14
+# Of a row of the narrowest sketch in single precision, and a copy.
+_SKETCH_BYTES = 4096 * 4 * 2
+# A sketch makes a backward pass for each output of each sample, products a few hundred in all.
+_MAX_OUTPUTS = 500
 
 
 def resolve_engine(
@@ -50,7 +54,13 @@ def resolve_engine(
     if any(factor != 1.0 for factor in task.multipliers.values()):
         return "exact", "the only one that knows learning-rate multipliers"
     if _ENTRY_BYTES * n_rows**2 > _KERNEL_SHARE * max_memory:
-        return "sketch", "the kernel would take too much memory"
-    if float(n_rows) ** 2 * task.n_parameters / 2 > _MAX_PRODUCT:
-        return "sketch", "the product of all rows would take too long"
-    return "exact", "the kernel fits, and its product is affordable"
+        reason = "the kernel would take too much memory"
+    elif float(n_rows) ** 2 * task.n_parameters / 2 > _MAX_PRODUCT:
+        reason = "the product of all rows would take too long"
+    else:
+        return "exact", "the kernel fits, and its product is affordable"
+    if _SKETCH_BYTES * n_rows > max_memory:
+        return "matrix_free", f"{reason}, and so would a sketch"
+    if task.n_outputs > _MAX_OUTPUTS:
+        return "matrix_free", f"{reason}, and there are too many outputs for a sketch"
+    return "sketch", reason

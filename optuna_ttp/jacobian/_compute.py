@@ -17,6 +17,7 @@ from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
 from optuna_ttp.jacobian._choice import resolve_engine
 from optuna_ttp.jacobian._decomposition import Decomposition
 from optuna_ttp.jacobian._decomposition import exact_decomposition
+from optuna_ttp.jacobian._decomposition import matrix_free_decomposition
 from optuna_ttp.jacobian._decomposition import sketched_decomposition
 from optuna_ttp.jacobian._devices import DTYPES
 from optuna_ttp.jacobian._devices import resolve_device
@@ -65,8 +66,10 @@ def compute_spectrum(
         engine:
             ``"exact"``; ``"sketch"``, a random projection of the Jacobian whose width is chosen
             by the times that it predicts; ``"refined_sketch"``, with the leading 100 eigenpairs
-            refined by two more passes over the data; or ``"auto"`` (the default) for a choice by
-            N, C, D and memory between the first two, see
+            refined by two more passes over the data; ``"matrix_free"``, the leading ``rank``
+            eigenpairs (100 by default) from products with the kernel, in memory that grows with
+            N C alone; or ``"auto"`` (the default) for a choice by N, C, D and memory between
+            the exact one, the sketch and the last, see
             :func:`~optuna_ttp.jacobian.resolve_engine`.
         dtype:
             Precision of the Jacobian, ``"float32"`` (the default) or ``"float64"``. Eigenpairs
@@ -83,8 +86,8 @@ def compute_spectrum(
         show_progress_bar:
             Show a progress bar where the standard error stream is a terminal. On by default.
         seed:
-            Of what is random: the projection of a sketch, and the samples on which gradients are
-            checked. Zero by default.
+            Of what is random: the projection of a sketch, where products start, and the samples on
+            which gradients are checked. Zero by default.
         checkpoint:
             Keeps finished blocks of the kernel, so that an interrupted computation goes on where
             it stopped. Only for the exact engine. None by default.
@@ -150,7 +153,7 @@ def compute_spectrum(
             package_version=__version__,
             torch_version=torch.__version__,
             sketch_width=found.sketch_width,
-            seed=None if found.sketch_width is None else seed,
+            seed=None if engine == "exact" else seed,
             time_error=found.time_error,
         ),
         weight_outputs=found.weight_outputs,
@@ -185,6 +188,8 @@ def _decomposition(
         )
     if distributed:
         raise ValueError(f'distributed=True needs the engine "exact" but got {engine!r}.')
+    if engine == "matrix_free":
+        return matrix_free_decomposition(task, device=device, dtype=dtype, **shared)
     return sketched_decomposition(
         task,
         initial_outputs,

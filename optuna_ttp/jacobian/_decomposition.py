@@ -18,6 +18,7 @@ from optuna_ttp.jacobian._eigenpairs import eigenpairs
 from optuna_ttp.jacobian._eigenpairs import eigenpairs_of_features
 from optuna_ttp.jacobian._exact import exact_kernel
 from optuna_ttp.jacobian._flow import flow_times
+from optuna_ttp.jacobian._matrix_free import leading_pairs
 from optuna_ttp.jacobian._sketch import refine
 from optuna_ttp.jacobian._sketch import Sketch
 from optuna_ttp.jacobian._sketch import sketch_jacobian
@@ -233,6 +234,53 @@ def sketched_decomposition(
         width,
         error,
     )
+
+
+def matrix_free_decomposition(
+    task: FineTuningTask,
+    *,
+    rank: int | None,
+    explained_trace: float | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_memory: int,
+    show_progress_bar: bool,
+    seed: int,
+) -> Decomposition:
+    """Decompose the kernel by products with it.
+
+    Args:
+        task:
+            What is fine-tuned.
+        rank:
+            As for :func:`~optuna_ttp.compute_spectrum`.
+        explained_trace:
+            As for :func:`~optuna_ttp.compute_spectrum`.
+        device:
+            Where.
+        dtype:
+            Precision of the Jacobian.
+        max_memory:
+            Bytes.
+        show_progress_bar:
+            Whether to show one.
+        seed:
+            Of where it starts.
+
+    Returns:
+        The decomposition.
+    """
+    found = leading_pairs(
+        task,
+        rank=rank,
+        explained_trace=explained_trace,
+        device=device,
+        dtype=dtype,
+        max_memory=max_memory,
+        show_progress_bar=show_progress_bar,
+        seed=seed,
+    )
+    return Decomposition(found.pairs, found.weight_outputs, None, found.validation_features)
 
 
 def _validation_features(sketch: Sketch, pairs: Eigenpairs) -> NDArray[np.floating[Any]] | None:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 # Bytes for activations and cotangents of the samples that go through the network together: more
 # of them hardly make it faster.
-_BATCH_BYTES = {"cpu": 2**27, "cuda": 2**31}
+_BATCH_BYTES = {"cpu": 2**28, "cuda": 2**31}
 # Smaller than what the outputs are first computed in, so that samples see other neighbours.
 _MAX_BATCH = 32
 # With a checkpoint the samples are cut in so many blocks, whose products are stored one by one.

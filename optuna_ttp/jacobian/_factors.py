@@ -15,7 +15,7 @@ import torch
 # from every entry of the kernel.
 CHUNK = 2**14
 # Elements of what is made on the way: about what a processor's cache holds.
-_SCRATCH = 2**20
+SCRATCH = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +116,26 @@ class Factors:
             return self._table_rows()
         total: torch.Tensor | None = None
         for inputs, cotangent in zip(self.inputs(), self.cotangents, strict=True):
-            part = _outer(cotangent, inputs)
+            part = outer(cotangent, inputs)
             total = part if total is None else total.add_(part)
         assert total is not None
         # (B, G, C, o, k)
         order = (0, 2, 1, 4, 3) if self.transposed else (0, 2, 1, 3, 4)
         return total.permute(order).flatten(2)
+
+    def write_rows(self, target: torch.Tensor) -> None:
+        """Write the gradient as :meth:`rows` has it, without a copy where that can be had.
+
+        Args:
+            target:
+                Contiguous, of the shape of :meth:`rows`.
+        """
+        plain = self.expand is not None and not self.transposed
+        if plain and len(self.sources) == 1 and self.shape[0] == 1:
+            out = target.view(len(target), -1, self.n_rows)
+            outer(self.cotangents[0], self.inputs()[0], out)
+        else:
+            target.copy_(self.rows())
 
     def panels(self, n_columns: int) -> Iterator[torch.Tensor]:
         """Yield the gradient in slices of its columns, ``(B C, at least one)``, in any order.
@@ -137,7 +151,7 @@ class Factors:
         for start in range(0, width, step):
             total: torch.Tensor | None = None
             for a, d in zip(inputs, self.cotangents, strict=True):
-                part = _outer(d[:, :, :, start : start + step], a)
+                part = outer(d[:, :, :, start : start + step], a)
                 total = part if total is None else total.add_(part)
             assert total is not None
             yield total.transpose(1, 2).reshape(len(total) * classes, -1)
@@ -208,9 +222,9 @@ def ghost_gram(left: Factors, right: Factors, *, symmetric: bool) -> torch.Tenso
     n_left, n_right = len(left.cotangents[0]), len(right.cotangents[0])
     device = sums_device(left.cotangents[0].device)
     total = torch.zeros((n_left, classes, n_right, classes), dtype=torch.float64, device=device)
-    d_left, d_right = _joined(left.cotangents), _joined(right.cotangents)
-    a_right = _input_side(right)
-    a_left = a_right if symmetric else _input_side(left)
+    d_left, d_right = joined(left.cotangents), joined(right.cotangents)
+    a_right = input_side(right)
+    a_left = a_right if symmetric else input_side(left)
     for group in range(groups):
         dl, dr = d_left[:, group], d_right[:, group]
         if left.expand is not None:
@@ -225,7 +239,7 @@ def ghost_gram(left: Factors, right: Factors, *, symmetric: bool) -> torch.Tenso
             total += (whole * inputs[:, None, :, None]).to(device)
             continue
         al, ar = al.contiguous(), ar.contiguous()
-        step = max(1, _SCRATCH // (dl[0].numel() // positions * other_positions))
+        step = max(1, SCRATCH // (dl[0].numel() // positions * other_positions))
         for n in range(n_left):
             seen = n + 1 if symmetric else n_right
             for first in range(0, seen, step):
@@ -260,16 +274,21 @@ def _contract(left: torch.Tensor, inputs: torch.Tensor, right: torch.Tensor) -> 
     return total.transpose(0, 1)
 
 
-def _input_side(factors: Factors) -> torch.Tensor:
-    """All positions of all calls: indices ``(B, S)``, or inputs ``(B, G, k, S)``."""
+def input_side(factors: Factors) -> torch.Tensor:
+    """Return all positions of all calls: indices ``(B, S)``, or inputs ``(B, G, k, S)``.
+
+    Args:
+        factors:
+            Of a gradient.
+    """
     if factors.expand is None:
         return torch.cat(factors.sources, 1)
-    return _joined(tuple(factors.inputs()))
+    return joined(tuple(factors.inputs()))
 
 
 def _padded(parts: list[Factors]) -> list[Factors]:
     """Batches of different lengths: positions whose cotangent is zero make them equal."""
-    joined = [(_input_side(p), _joined(p.cotangents)) for p in parts]
+    joined = [(input_side(p), joined(p.cotangents)) for p in parts]
     longest = max(d.shape[-1] for _, d in joined)
     pad = torch.nn.functional.pad
     return [
@@ -287,15 +306,39 @@ def _unchanged(inputs: torch.Tensor) -> torch.Tensor:
     return inputs
 
 
-def _joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return the positions of all calls.
+
+    Args:
+        parts:
+            One tensor ``(..., S)`` a call.
+    """
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def _outer(cotangent: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """``(B, G, C, o, S)`` and ``(B, G, k, S)`` to ``(B, G, C, o, k)``."""
+def outer(
+    cotangent: torch.Tensor, inputs: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum ``D A^T`` over positions.
+
+    Args:
+        cotangent:
+            Shape ``(B, G, C, o, S)``.
+        inputs:
+            Shape ``(B, G, k, S)``.
+        out:
+            Where to write it, of shape ``(B, G C o, k)``, for one group only. Memory of its own by
+            default.
+
+    Returns:
+        Shape ``(B, G, C, o, k)``.
+    """
     batch, groups, classes, width, positions = cotangent.shape
     merged = cotangent.reshape(batch, groups, classes * width, positions)
-    product = merged @ inputs.transpose(2, 3)
+    if out is None:
+        product = merged @ inputs.transpose(2, 3)
+    else:
+        product = torch.bmm(merged[:, 0], inputs[:, 0].transpose(1, 2), out=out)
     return product.reshape(batch, groups, classes, width, -1)
 
 

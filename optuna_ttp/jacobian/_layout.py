@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 GHOST_OVERHEAD = 1.4
 # Block-lower triangle: this share of all pairs of rows is multiplied.
 TRIANGLE = 0.53
+# Weights from which on a parameter's rows are not held together with those of others.
+_ALONE = 2048
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class ParameterLayout:
             ``"rows"``: rows of the Jacobian are held and multiplied. ``"panels"``: inputs and
             cotangents are held, and rows are made from them slice by slice when multiplied.
             ``"ghost"``: the kernel is contracted from inputs and cotangents without rows.
+            ``"separable"``: cotangents are products of a channel's weight and a pattern.
         bytes_per_sample:
             What is held.
         flops_per_sample:
@@ -61,9 +64,10 @@ class Layout:
         parameters:
             Those that are held as rows come first, by multiplier.
         n_columns:
-            Columns of the rows that are held.
+            Columns of the rows that are held together.
         offsets:
-            First column of each parameter that is held as rows.
+            First column of each parameter whose rows are held together with those of others.
+            Large ones are held on their own.
         sections:
             Ranges of columns of the same multiplier, as (start, stop, multiplier).
     """
@@ -104,6 +108,7 @@ def make_layout(
     multipliers: Mapping[str, float],
     shapes: Mapping[str, FactorShape | None],
     *,
+    separable: frozenset[str] = frozenset(),
     n_samples: int,
     n_outputs: int,
     itemsize: int,
@@ -120,6 +125,8 @@ def make_layout(
             Learning-rate multipliers by the same names.
         shapes:
             Factors of the gradients; nothing where only rows can be had.
+        separable:
+            Those whose cotangents are products of a channel's weight and a pattern.
         n_samples:
             N.
         n_outputs:
@@ -132,7 +139,14 @@ def make_layout(
     """
     parameters = [
         _parameter_layout(
-            name, size, multipliers[name], shapes.get(name), n_samples, n_outputs, itemsize
+            name,
+            size,
+            multipliers[name],
+            shapes.get(name),
+            n_samples,
+            n_outputs,
+            itemsize,
+            name in separable,
         )
         for name, size in sizes.items()
     ]
@@ -141,7 +155,7 @@ def make_layout(
     sections: list[tuple[int, int, float]] = []
     column = 0
     for parameter in parameters:
-        if parameter.method != "rows":
+        if parameter.method != "rows" or _is_alone(parameter, shapes.get(parameter.name)):
             continue
         offsets[parameter.name] = column
         stop = column + parameter.size
@@ -153,6 +167,11 @@ def make_layout(
     return Layout(tuple(parameters), column, offsets, tuple(sections))
 
 
+def _is_alone(parameter: ParameterLayout, shape: FactorShape | None) -> bool:
+    """Whether rows are written where they stay by the product that makes them."""
+    return shape is not None and not shape.is_table and parameter.size >= _ALONE
+
+
 def _parameter_layout(
     name: str,
     size: int,
@@ -161,6 +180,7 @@ def _parameter_layout(
     n_samples: int,
     n_outputs: int,
     itemsize: int,
+    separable: bool,
 ) -> ParameterLayout:
     row_bytes = n_outputs * size * itemsize
     product = 2.0 * n_outputs**2 * size
@@ -179,6 +199,10 @@ def _parameter_layout(
             return ParameterLayout(name, size, multiplier, "rows", row_bytes, making, product)
         return ParameterLayout(name, size, multiplier, "ghost", factor_bytes, 0.0, ghost)
     unfolded = g * k * s * itemsize
+    if separable:
+        held = g * o * (n_outputs + k) * itemsize
+        once = 2.0 * g * o * (k + n_outputs**2)
+        return ParameterLayout(name, size, multiplier, "separable", held, 2.0 * size * s, once)
     # Both halves of the triangle have the same number of pairs.
     pairs = TRIANGLE * n_samples
     if GHOST_OVERHEAD * ghost * pairs < product * pairs + making:

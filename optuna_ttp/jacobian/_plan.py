@@ -20,7 +20,7 @@ class LayerPlan:
             ``"rule"``, ``"vmap"`` or ``"loop"``: by the rule of the layer, or by differentiating
             the module for all samples at once, or one after the other.
         method:
-            ``"rows"``, ``"panels"`` or ``"ghost"``: how products are made.
+            ``"rows"``, ``"panels"``, ``"ghost"`` or ``"separable"``: how products are made.
         flops:
             Of making rows and multiplying them.
         bytes:

@@ -14,8 +14,11 @@ import torch
 from optuna_ttp.jacobian._claims import Claims
 from optuna_ttp.jacobian._claims import find_claims
 from optuna_ttp.jacobian._claims import UnclaimedError
+from optuna_ttp.jacobian._factors import Factors
 from optuna_ttp.jacobian._layout import Layout
 from optuna_ttp.jacobian._layout import make_layout
+from optuna_ttp.jacobian._separable import is_separable
+from optuna_ttp.jacobian._tape import Recording
 from optuna_ttp.jacobian._tree import tensors_of
 
 
@@ -80,19 +83,22 @@ def prepare(
     """
     n_checked = min(_N_CHECKED, task.n_samples)
     inputs, _ = next(task.batches(n_checked, device, dtype))
+    if device.type == "cpu" and dtype == torch.float32 and n_checked > 1:
+        frozen.try_channels_last(inputs)
     claims = find_claims(frozen, inputs, n_checked, seed, lifts)
     itemsize = torch.empty((), dtype=dtype).element_size()
     multipliers = dict(zip(frozen.parameters, task.multipliers.values(), strict=True))
+    with claims.tape(frozen).attached() as tape:
+        recording = tape.record(inputs, n_checked)
     layout = make_layout(
         {n: p.numel() for n, p in frozen.parameters.items() if n in claims.shapes},
         multipliers,
         claims.shapes,
+        separable=_separable(claims, recording, seed),
         n_samples=task.n_samples,
         n_outputs=task.n_outputs,
         itemsize=itemsize,
     )
-    with claims.tape(frozen).attached() as tape:
-        recording = tape.record(inputs, n_checked)
     batched = device.type == "cuda"
     replayed = set(claims.replayed)
     elements = 0
@@ -115,6 +121,26 @@ def prepare(
     largest = max((p.size for p in layout.parameters if p.method == "rows"), default=0)
     per_sample = itemsize * (elements // n_checked + unfolded + task.n_outputs * largest)
     return Preparation(claims, layout, per_sample)
+
+
+def _separable(claims: Claims, recording: Recording, seed: int) -> frozenset[str]:
+    """Parameters whose cotangents have the same pattern in two random directions."""
+    n_outputs = recording.outputs.shape[1]
+    if n_outputs == 1:
+        return frozenset()
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, *recording.outputs.shape)
+    directions = torch.randn(shape, generator=generator, dtype=torch.float64)
+    cotangents = recording.cotangents(list(directions.to(recording.outputs)), retain_graph=True)
+    for module in claims.replayed:
+        cotangents.pop(module, None)
+    calls: Counter[str] = Counter()
+    found: set[str] = set()
+    for name, part in claims.gradients(recording, cotangents):
+        calls[name] += 1
+        if isinstance(part, Factors) and part.shape[3] > 1 and is_separable(part):
+            found.add(name)
+    return frozenset(n for n in found if calls[n] == 1)
 
 
 def lifting(run: Callable[[Mapping[str, int]], _Result]) -> _Result:

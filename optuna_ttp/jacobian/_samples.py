@@ -82,7 +82,7 @@ class SampleReader:
         self._batched = device.type == "cuda"
 
     def read(
-        self, layout: Layout, start: int, stop: int
+        self, layout: Layout, start: int, stop: int, *, weight_outputs: bool = True
     ) -> tuple[BlockState, NDArray[np.float64]]:
         """Differentiate a range of samples.
 
@@ -93,11 +93,14 @@ class SampleReader:
                 The first sample.
             stop:
                 After the last one.
+            weight_outputs:
+                Whether ``J diag(c) w`` is wanted. By default it is.
 
         Returns:
-            The state, and ``J diag(c) w`` of shape ``(stop - start, C)``.
+            The state, and ``J diag(c) w`` of shape ``(stop - start, C)``, or zeros.
         """
         n_outputs = self._task.n_outputs
+        weights = self._frozen.parameters if weight_outputs else None
         builder = StateBuilder(layout, stop - start, n_outputs, self.device, self._dtype)
         inner = np.zeros((stop - start, n_outputs))
         for first, recording in self._recordings(start, stop):
@@ -106,9 +109,9 @@ class SampleReader:
             rows = slice(first - start, first - start + batch_size)
             builder.begin(batch_size)
             for classes, gradients in self._gradients(recording):
-                part = builder.add(gradients, classes, self._frozen.parameters)
+                part = builder.add(gradients, classes, weights)
                 inner[rows, classes] += part.numpy()
-            inner[rows] += builder.end(self._frozen.parameters).numpy()
+            inner[rows] += builder.end(weights).numpy()
             self._advance(batch_size * n_outputs)
         return builder.finish(), inner
 

@@ -20,6 +20,7 @@ import torch.distributed as distributed
 from optuna_ttp.jacobian._kernel import Kernel
 from optuna_ttp.jacobian._prepare import Preparation
 from optuna_ttp.jacobian._samples import SampleReader
+from optuna_ttp.jacobian._separable import Separated
 from optuna_ttp.jacobian._state import BlockState
 from optuna_ttp.jacobian._state import multiply
 
@@ -154,9 +155,11 @@ def _broadcast(state: BlockState, share: slice, source: int, n_outputs: int) -> 
     """What one process holds, for all: a new state, or the own one at its source."""
     mine = distributed.get_rank() == source
     n_samples = share.stop - share.start
-    shapes: list[Any] = [_shapes(state)] if mine else [None]
-    distributed.broadcast_object_list(shapes, src=source)
-    if shapes[0] != _shapes(state):
+    ranks = {n: s.rows.shape[2] for n, s in state.separated.items()}
+    sent: list[Any] = [_shapes(state), ranks] if mine else [None, None]
+    distributed.broadcast_object_list(sent, src=source)
+    shapes, ranks = sent
+    if shapes != _shapes(state):
         raise ValueError(
             "All batches must have the same length for several processes. Pad the samples to one "
             "length."
@@ -176,7 +179,16 @@ def _broadcast(state: BlockState, share: slice, source: int, n_outputs: int) -> 
         )
         for name, f in sorted(state.factors.items())
     }
-    return state if mine else BlockState(n_samples, rows, factors)
+    matrices = {n: send(m, n_samples * n_outputs) for n, m in sorted(state.matrices.items())}
+    separated = {}
+    for name, s in sorted(state.separated.items()):
+        # Some samples may need more terms than others.
+        weights, terms = s.weights, s.rows
+        if not mine:
+            weights = weights.new_empty((1, *weights.shape[1:3], ranks[name]))
+            terms = terms.new_empty((1, terms.shape[1], ranks[name], terms.shape[3]))
+        separated[name] = Separated(send(weights, n_samples), send(terms, n_samples))
+    return state if mine else BlockState(n_samples, rows, factors, matrices, separated)
 
 
 def _shapes(state: BlockState) -> list[tuple[str, tuple[int, ...]]]:

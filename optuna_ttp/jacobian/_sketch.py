@@ -36,6 +36,7 @@ from optuna_ttp.jacobian._rules import Contribution
 from optuna_ttp.jacobian._samples import check_singles
 from optuna_ttp.jacobian._samples import SampleReader
 from optuna_ttp.jacobian._self_check import check_row_norms
+from optuna_ttp.jacobian._separable import Separated
 from optuna_ttp.jacobian._state import BlockState
 
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 _KEPT_SIZE = 2048
 # Together they have at most so many columns for each one of the sketch.
 _KEPT_SHARE = 0.5
-_BATCH_BYTES = 2**27
+_BATCH_BYTES = 2**28
 _MAX_BATCH = 32
 
 
@@ -138,7 +139,7 @@ def sketch_jacobian(
         raise ValueError(f"width must be even and positive but got {width!r}.")
 
     def run(lifts: Mapping[str, int]) -> Sketch:
-        with _Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
+        with Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
             return passes.sketch(width, projection, seed)
 
     return lifting(run)
@@ -195,17 +196,28 @@ def refine(
     vectors = torch.as_tensor(pairs.eigenvectors[:, :n], dtype=dtype, device=device)
 
     def run(lifts: Mapping[str, int]) -> torch.Tensor:
-        with _Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
+        with Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
             return passes.images(vectors, max_memory)
 
-    basis, values = _nystrom(vectors.double().cpu(), lifting(run))
+    basis, values = nystrom(vectors.double().cpu(), lifting(run))
     leading = (basis * values.sqrt()).to(features)
     basis = basis.to(features)
     return torch.cat([leading, features - basis @ (basis.T @ features)], 1)
 
 
-def _nystrom(vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal eigenvectors and eigenvalues of ``Y (V^T Y)^(-1) Y^T``."""
+def nystrom(vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return orthonormal eigenvectors and eigenvalues of ``Y (V^T Y)^(-1) Y^T``.
+
+    Args:
+        vectors:
+            ``V``, of shape ``(n, p)``, with orthonormal columns.
+        images:
+            ``Y = Theta V``.
+
+    Raises:
+        ValueError:
+            If the kernel overflowed.
+    """
     if not torch.isfinite(images).all():
         raise ValueError(
             "The kernel must be finite but overflowed. Scale the inputs, or compute with "
@@ -221,8 +233,23 @@ def _nystrom(vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor,
     return basis, (singular.square() - shift).clamp(min=0.0)
 
 
-class _Passes:
-    """Passes over the data with the same hooks."""
+class Passes:
+    """Passes over the data with the same hooks.
+
+    Args:
+        task:
+            What is fine-tuned.
+        device:
+            Where to differentiate.
+        dtype:
+            Precision of the Jacobian.
+        seed:
+            Of what gradients are checked on.
+        lifts:
+            See :func:`~optuna_ttp.jacobian._prepare.lifting`.
+        show_progress_bar:
+            Whether to show one.
+    """
 
     def __init__(
         self,
@@ -236,7 +263,7 @@ class _Passes:
         self._task, self._device, self._dtype = task, device, dtype
         self._seed, self._lifts, self._show = seed, lifts, show_progress_bar
 
-    def __enter__(self) -> _Passes:
+    def __enter__(self) -> Passes:
         task, device, dtype = self._task, self._device, self._dtype
         with ExitStack() as stack:
             reference = task.initial_outputs(device, dtype)
@@ -281,8 +308,24 @@ class _Passes:
                 )
         return Sketch(own[0], (own[1], own[2]), validation, inner, trace)
 
-    def images(self, vectors: torch.Tensor, max_memory: int) -> torch.Tensor:
-        """``J (J^T V)``, of the shape of ``V``, in double precision."""
+    def images(
+        self, vectors: torch.Tensor, max_memory: int, *, others: bool = False
+    ) -> torch.Tensor:
+        """Return ``J (J^T V)``, in double precision.
+
+        Args:
+            vectors:
+                ``V``, of shape ``(N C, p)``.
+            max_memory:
+                Bytes for ``J^T V``; where it is larger, more passes are made.
+            others:
+                Of the validation samples: ``J_v (J^T V)``. Off by default.
+        """
+        task, reference = self._task, self._reference
+        if others:
+            assert task.validation is not None
+            task = task.validation
+            reference = task.initial_outputs(self._device, self._dtype)
         n_vectors = vectors.shape[1]
         groups: list[list[str]] = [[]]
         held = 0
@@ -293,46 +336,57 @@ class _Passes:
                 held = 0
             groups[-1].append(p.name)
             held += size
-        total = torch.zeros(vectors.shape, dtype=torch.float64)
-        with self._bar(2 * len(groups) * self._task.n_samples) as bar:
+        shape = (task.n_samples * task.n_outputs, n_vectors)
+        total = torch.zeros(shape, dtype=torch.float64)
+        with self._bar(len(groups) * (self._task.n_samples + task.n_samples)) as bar:
             for names in groups:
-                products = self._products(vectors, set(names), bar)
-                self._add_images(total, products, bar)
+                products = self._products(vectors, frozenset(names), bar)
+                self._add_images(total, products, task, reference, bar)
         return total
 
     def _products(
-        self, vectors: torch.Tensor, names: set[str], bar: tqdm[Any]
+        self, vectors: torch.Tensor, names: frozenset[str], bar: tqdm[Any]
     ) -> dict[str, torch.Tensor]:
         """``J^T V`` of some parameters."""
         n_outputs = self._task.n_outputs
+        sizes = {p.name: p.size for p in self._layout.parameters}
         products: dict[str, torch.Tensor] = {}
         for first, state, _ in self._states(self._task, self._reference, bar):
             chosen = vectors[first * n_outputs : (first + state.n_samples) * n_outputs]
             for name, gradient in self._gradients(state):
                 if name not in names:
                     continue
+                if name not in products:
+                    products[name] = vectors.new_zeros((sizes[name], vectors.shape[1]))
+                total = products[name]
                 if isinstance(gradient, Factors) and gradient.expand is None:
-                    part = _table_product(gradient, chosen)
+                    total += _table_product(gradient, chosen)
+                elif isinstance(gradient, Separated):
+                    total += gradient.product(chosen)
                 else:
-                    rows = gradient.rows() if isinstance(gradient, Factors) else gradient
-                    part = rows.flatten(0, 1).T @ chosen
-                products[name] = part if name not in products else products[name].add_(part)
+                    total.addmm_(_rows(gradient).flatten(0, 1).T, chosen)
         return products
 
     def _add_images(
-        self, total: torch.Tensor, products: dict[str, torch.Tensor], bar: tqdm[Any]
+        self,
+        total: torch.Tensor,
+        products: dict[str, torch.Tensor],
+        task: FineTuningTask,
+        reference: NDArray[np.float64],
+        bar: tqdm[Any],
     ) -> None:
-        n_outputs = self._task.n_outputs
-        for first, state, _ in self._states(self._task, self._reference, bar):
+        n_outputs = task.n_outputs
+        for first, state, _ in self._states(task, reference, bar):
             rows = slice(first * n_outputs, (first + state.n_samples) * n_outputs)
             for name, gradient in self._gradients(state):
                 if name not in products:
                     continue
                 if isinstance(gradient, Factors) and gradient.expand is None:
                     part = _table_image(gradient, products[name])
+                elif isinstance(gradient, Separated):
+                    part = gradient.image(products[name])
                 else:
-                    flat = gradient.rows() if isinstance(gradient, Factors) else gradient
-                    part = chunked_product(flat.flatten(0, 1), products[name].T)
+                    part = chunked_product(_rows(gradient).flatten(0, 1), products[name].T)
                 total[rows] += part.double().cpu()
 
     def _project(
@@ -350,7 +404,7 @@ class _Passes:
         offsets = dict(zip(kept, np.cumsum([0, *kept.values()]).tolist(), strict=False))
         inner = np.zeros((n, c))
         trace = 0.0
-        for first, state, outputs in self._states(task, reference, bar):
+        for first, state, outputs in self._states(task, reference, bar, weight_outputs=True):
             samples = slice(first, first + state.n_samples)
             inner[samples] = outputs
             norms = torch.zeros((state.n_samples, c), dtype=torch.float64)
@@ -360,7 +414,7 @@ class _Passes:
                     for part, half in zip(parts[1:], halves, strict=True):
                         half.add_table(part[samples], name, gradient)
                     continue
-                rows = gradient.rows() if isinstance(gradient, Factors) else gradient
+                rows = _rows(gradient)
                 norms += rows.square().sum(-1).double().cpu()
                 if name in kept:
                     columns = slice(offsets[name], offsets[name] + kept[name])
@@ -376,7 +430,12 @@ class _Passes:
         return tuple(p.flatten(0, 1) for p in parts), inner, trace
 
     def _states(
-        self, task: FineTuningTask, reference: NDArray[np.float64], bar: tqdm[Any]
+        self,
+        task: FineTuningTask,
+        reference: NDArray[np.float64],
+        bar: tqdm[Any],
+        *,
+        weight_outputs: bool = False,
     ) -> Iterator[tuple[int, BlockState, NDArray[np.float64]]]:
         reader = SampleReader(
             task,
@@ -390,16 +449,17 @@ class _Passes:
         )
         for first in range(0, task.n_samples, self._batch_size):
             last = min(first + self._batch_size, task.n_samples)
-            state, outputs = reader.read(self._layout, first, last)
+            state, outputs = reader.read(self._layout, first, last, weight_outputs=weight_outputs)
             yield first, state, outputs
             bar.update(last - first)
 
-    def _gradients(self, state: BlockState) -> Iterator[tuple[str, Contribution]]:
+    def _gradients(self, state: BlockState) -> Iterator[tuple[str, Contribution | Separated]]:
         rows = state.rows.unflatten(0, (state.n_samples, self._task.n_outputs))
         sizes = {p.name: p.size for p in self._layout.parameters}
         for name, offset in self._layout.offsets.items():
             yield name, rows[..., offset : offset + sizes[name]]
         yield from state.factors.items()
+        yield from state.separated.items()
 
     def _bar(self, total: int) -> tqdm[Any]:
         return tqdm(
@@ -413,7 +473,7 @@ class _Passes:
     def _largest_rows(self) -> int:
         """Bytes of one sample's rows of the largest parameter, and of their signed copy."""
         itemsize = torch.empty((), dtype=self._dtype).element_size()
-        largest = max((p.size for p in self._layout.parameters if p.method == "panels"), default=0)
+        largest = max((p.size for p in self._layout.parameters if p.method != "rows"), default=0)
         return 2 * itemsize * self._task.n_outputs * largest
 
     def _refuse_infinite(self, state: BlockState, norms: torch.Tensor, first: int) -> None:
@@ -433,7 +493,7 @@ def _layout_of_factors(
     """Rows are made when they are projected, not before."""
     parameters = tuple(
         replace(p, method="ghost" if shape.is_table else "panels")
-        if (shape := found.claims.shapes[p.name]) is not None
+        if (shape := found.claims.shapes[p.name]) is not None and p.method != "separable"
         else p
         for p in found.layout.parameters
     )
@@ -444,6 +504,13 @@ def _layout_of_factors(
             offsets[p.name] = column
             column += p.size
     return Layout(parameters, column, offsets, ())
+
+
+def _rows(gradient: Contribution | Separated) -> torch.Tensor:
+    """Shape ``(B, C, p)``."""
+    if isinstance(gradient, Separated):
+        return gradient.gradient()
+    return gradient.rows() if isinstance(gradient, Factors) else gradient
 
 
 def _split(sizes: dict[str, int], width: int) -> tuple[dict[str, int], dict[str, int]]:

@@ -16,10 +16,15 @@ from optuna_ttp.jacobian._factors import ghost_gram
 from optuna_ttp.jacobian._factors import sums_device
 from optuna_ttp.jacobian._layout import Layout
 from optuna_ttp.jacobian._rules import Contribution
+from optuna_ttp.jacobian._separable import separate
+from optuna_ttp.jacobian._separable import Separated
+from optuna_ttp.jacobian._separable import separated_gram
 
 
 # Rows of the kernel that are multiplied at a time: of the triangle, half a tile is wasted.
-_TILE = 64
+_N_TILES, _MIN_TILE, _MAX_TILE = 10, 64, 256
+# Columns that are multiplied at a time: what the processor's cache holds of many rows.
+_COLUMNS = 2**12
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,27 +38,26 @@ class BlockState:
             Shape ``(n C, columns of the layout)``.
         factors:
             By parameter.
+        matrices:
+            Rows of large parameters, each of shape ``(n C, p)``.
+        separated:
+            By parameter.
     """
 
     n_samples: int
     rows: torch.Tensor
     factors: dict[str, Factors]
-
-    @staticmethod
-    def concatenate(parts: list[BlockState]) -> BlockState:
-        """Return the state of all samples of the parts, in order."""
-        if len(parts) == 1:
-            return parts[0]
-        names = parts[0].factors
-        return BlockState(
-            sum(p.n_samples for p in parts),
-            torch.cat([p.rows for p in parts]),
-            {n: Factors.concatenate([p.factors[n] for p in parts]) for n in names},
-        )
+    matrices: dict[str, torch.Tensor]
+    separated: dict[str, Separated]
 
     def first_not_finite(self, n_outputs: int) -> tuple[int, int] | None:
         """Return the first (sample, output) with a gradient that is not finite."""
         finite = torch.isfinite(self.rows).all(1).reshape(self.n_samples, n_outputs)
+        for matrix in self.matrices.values():
+            finite &= torch.isfinite(matrix).all(1).reshape(finite.shape)
+        for separated in self.separated.values():
+            finite &= torch.isfinite(separated.weights).all(-1).all(-1)
+            finite &= torch.isfinite(separated.rows).flatten(1).all(1, keepdim=True)
         for factors in self.factors.values():
             for d in factors.cotangents:
                 finite &= torch.isfinite(d).all(-1).all(-1).all(1)
@@ -91,8 +95,16 @@ class StateBuilder:
         self._rows = torch.zeros(
             (n_samples, n_outputs, layout.n_columns), dtype=dtype, device=device
         )
+        self._matrices = {
+            p.name: torch.empty((n_samples, n_outputs, p.size), dtype=dtype, device=device)
+            for p in layout.parameters
+            if p.method == "rows" and p.name not in layout.offsets
+        }
         self._parts: dict[str, list[Factors]] = {
-            p.name: [] for p in layout.parameters if p.method != "rows"
+            p.name: [] for p in layout.parameters if p.method in ("ghost", "panels")
+        }
+        self._separated: dict[str, list[Separated]] = {
+            p.name: [] for p in layout.parameters if p.method == "separable"
         }
         self._parameters = {p.name: p for p in layout.parameters}
         self._batch = slice(0, 0)
@@ -101,12 +113,13 @@ class StateBuilder:
         """Start the next batch of samples."""
         self._batch = slice(self._batch.stop, self._batch.stop + batch_size)
         self._pending: dict[str, Factors] = {}
+        self._written: set[str] = set()
 
     def add(
         self,
         gradients: Iterator[tuple[str, Contribution]],
         classes: slice,
-        weights: dict[str, torch.Tensor],
+        weights: dict[str, torch.Tensor] | None,
     ) -> torch.Tensor:
         """Add the gradients of some outputs of the batch.
 
@@ -116,7 +129,7 @@ class StateBuilder:
             classes:
                 Which outputs.
             weights:
-                The parameters ``w``.
+                The parameters ``w``, if ``J diag(c) w`` is wanted.
 
         Returns:
             What they contribute to ``J diag(c) w``, of shape ``(B, classes)``.
@@ -128,7 +141,7 @@ class StateBuilder:
             parameter = self._parameters[name]
             root = parameter.multiplier**0.5
             if isinstance(contribution, Factors):
-                if parameter.method != "rows":
+                if parameter.method != "rows" and weights is not None:
                     part = contribution.inner(weights[name].detach())
                     inner += parameter.multiplier * part.to(inner)
                 scaled = contribution.scaled(root)
@@ -143,12 +156,12 @@ class StateBuilder:
             self._put(name, factors, classes)
         return inner
 
-    def end(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    def end(self, weights: dict[str, torch.Tensor] | None) -> torch.Tensor:
         """Finish the batch.
 
         Args:
             weights:
-                The parameters ``w``.
+                The parameters ``w``, if ``J diag(c) w`` is wanted.
 
         Returns:
             What the rows contribute to ``J diag(c) w``, of shape ``(B, C)``.
@@ -157,51 +170,89 @@ class StateBuilder:
             JacobianMismatchError:
                 If a layer did not run for it.
         """
-        missing = self._parts.keys() - self._pending.keys()
+        missing = (self._parts.keys() | self._separated.keys()) - self._pending.keys()
         if missing:
             raise UnclaimedError(missing, "run for some samples but not for others")
         for name in list(self._pending):
             factors = self._pending.pop(name)
             if name in self._parts:
-                self._parts[name].append(replace(factors, caches=()))
-            else:
+                cotangents = tuple(d.contiguous() for d in factors.cotangents)
+                self._parts[name].append(replace(factors, cotangents=cotangents, caches=()))
+            elif name in self._separated:
+                self._separated[name].append(separate(factors))
+            elif name in self._matrices and name not in self._written:
                 # All outputs in one product, which is faster than one after the other.
+                factors.write_rows(self._matrices[name][self._batch])
+                self._written.add(name)
+            else:
                 self._add_rows(name, factors.rows(), slice(None))
-        # Rows are scaled by the root of the multiplier, and so is w.
-        flat = [
-            p.multiplier**0.5 * weights[p.name].detach().flatten()
-            for p in self._layout.parameters
-            if p.method == "rows"
-        ]
-        rows = self._rows[self._batch]
-        return _times(rows, torch.cat(flat) if flat else rows.new_zeros(0))
+        if weights is None:
+            return torch.zeros((self._batch.stop - self._batch.start, self._n_outputs))
+        return self._weight_outputs(weights)
+
+    def _weight_outputs(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the rows of the batch contribute to ``J diag(c) w``."""
+        together: list[torch.Tensor] = []
+        total = torch.zeros((self._batch.stop - self._batch.start, self._n_outputs))
+        for p in self._layout.parameters:
+            if p.method != "rows":
+                continue
+            # Rows are scaled by the root of the multiplier, and so is w.
+            flat = p.multiplier**0.5 * weights[p.name].detach().flatten()
+            if p.name in self._matrices:
+                total = total + _times(self._target(p.name)[self._batch], flat)
+            else:
+                together.append(flat)
+        if together:
+            total = total + _times(self._rows[self._batch], torch.cat(together))
+        return total
 
     def finish(self) -> BlockState:
         """Return the state of all samples."""
         factors = {}
         for name in list(self._parts):
             factors[name] = Factors.concatenate(self._parts.pop(name))
-        return BlockState(self._n_samples, self._rows.flatten(0, 1), factors)
+        return BlockState(
+            self._n_samples,
+            self._rows.flatten(0, 1),
+            factors,
+            {n: m.flatten(0, 1) for n, m in self._matrices.items()},
+            {n: Separated.concatenate(parts) for n, parts in self._separated.items()},
+        )
 
     def _add_rows(
         self, name: str, rows: torch.Tensor, classes: slice, factor: float = 1.0
     ) -> None:
-        offset = self._layout.offsets[name]
-        columns = slice(offset, offset + self._parameters[name].size)
-        self._rows[self._batch, classes, columns].add_(rows, alpha=factor)
+        self._target(name)[self._batch, classes].add_(rows, alpha=factor)
+
+    def _target(self, name: str) -> torch.Tensor:
+        """Where a parameter's rows are held, zero in the batch if nothing was written yet."""
+        if name not in self._matrices:
+            offset = self._layout.offsets[name]
+            return self._rows[..., offset : offset + self._parameters[name].size]
+        if name not in self._written:
+            self._matrices[name][self._batch] = 0.0
+            self._written.add(name)
+        return self._matrices[name]
 
     def _put(self, name: str, factors: Factors, classes: slice) -> None:
         """Add cotangents of some outputs to those of the others."""
         if name not in self._pending:
-            whole = tuple(
-                d.new_empty((*d.shape[:2], self._n_outputs, *d.shape[3:]))
-                for d in factors.cotangents
-            )
+            whole = tuple(_for_all(d, self._n_outputs) for d in factors.cotangents)
             self._pending[name] = replace(factors, cotangents=whole)
         for whole_part, part in zip(
             self._pending[name].cotangents, factors.cotangents, strict=True
         ):
             whole_part[:, :, classes] = part
+
+
+def _for_all(cotangent: torch.Tensor, n_outputs: int) -> torch.Tensor:
+    """Memory for the cotangents ``(B, G, C, o, S)`` of all outputs, laid out like those of one."""
+    batch, groups, _, width, positions = cotangent.shape
+    if cotangent.stride(3) != 1 or positions == 1:
+        return cotangent.new_empty((batch, groups, n_outputs, width, positions))
+    memory = cotangent.new_empty((batch, positions, groups, n_outputs, width))
+    return memory.permute(0, 2, 3, 4, 1)
 
 
 def _times(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -238,13 +289,20 @@ def multiply(
     symmetric = left is right
     sums = _Sums(total, stretched, symmetric)
     for start, stop, multiplier in layout.sections:
-        for first in range(start, stop, CHUNK):
-            columns = slice(first, min(first + CHUNK, stop))
-            sums.add(left.rows[:, columns], right.rows[:, columns], multiplier)
+        sums.add(left.rows[:, start:stop], right.rows[:, start:stop], multiplier)
     for parameter in layout.parameters:
+        name = parameter.name
         if parameter.method == "rows":
+            if name in left.matrices:
+                sums.add(left.matrices[name], right.matrices[name], parameter.multiplier)
             continue
-        one, other = left.factors[parameter.name], right.factors[parameter.name]
+        if parameter.method == "separable":
+            product = separated_gram(
+                left.separated[name], right.separated[name], symmetric=symmetric
+            )
+            sums.add_product(product, parameter.multiplier)
+            continue
+        one, other = left.factors[name], right.factors[name]
         if parameter.method == "ghost":
             product = ghost_gram(one, other, symmetric=symmetric)
             sums.add_product(product, parameter.multiplier)
@@ -274,10 +332,9 @@ class _Sums:
         self._symmetric = symmetric
 
     def add(self, left: torch.Tensor, right: torch.Tensor, multiplier: float) -> None:
-        for column in range(0, left.shape[1], CHUNK):
-            self._add_chunk(
-                left[:, column : column + CHUNK], right[:, column : column + CHUNK], multiplier
-            )
+        for column in range(0, left.shape[1], _COLUMNS):
+            columns = slice(column, column + _COLUMNS)
+            self._add_chunk(left[:, columns], right[:, columns], multiplier)
 
     def add_product(self, product: torch.Tensor, multiplier: float) -> None:
         total, stretched = self._matrices
@@ -289,9 +346,10 @@ class _Sums:
     def _add_chunk(self, left: torch.Tensor, right: torch.Tensor, multiplier: float) -> None:
         total, stretched = self._matrices
         assert total is not None
-        for start in range(0, len(left), _TILE):
-            rows = slice(start, start + _TILE)
-            columns = slice(0, start + _TILE if self._symmetric else len(right))
+        tile = min(_MAX_TILE, max(_MIN_TILE, len(left) // _N_TILES))
+        for start in range(0, len(left), tile):
+            rows = slice(start, start + tile)
+            columns = slice(0, start + tile if self._symmetric else len(right))
             part = (left[rows] @ right[columns].T).to(total.device)
             total[rows, columns] += part
             if stretched is not None:

@@ -1,0 +1,108 @@
+"""The matrix-free engine: memory and time at N C = 50,000, eigenvalues where the exact one runs.
+
+On the residual network with its random weights, whose spectrum decays slowly behind its first ten
+eigenvalues. Each measurement runs in a process of its own, whose whole peak memory counts: the
+interpreter, the network and the data included. Writes ``matrix_free.json``.
+
+Run with ``python -m benchmarks.engine.matrix_free``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+import warnings
+
+import numpy as np
+import torch
+
+from benchmarks.engine.networks import problem
+from benchmarks.environment import environment
+from optuna_ttp import compute_spectrum
+from optuna_ttp import FineTuningTask
+
+
+# Samples where both engines run, and of the large problem.
+SIZES = (256, 5000)
+SMOKE = (12, 24)
+MEMORY = 2**30
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="small sizes only")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--single", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.single is not None:
+        print(json.dumps(_measure(options.single[0], int(options.single[1]), options.threads)))
+        return
+    small, large = SMOKE if options.smoke else SIZES
+    exact, found = (_process(e, small, options.threads) for e in ("exact", "matrix_free"))
+    n = min(len(exact["eigenvalues"]), len(found["eigenvalues"]))
+    values, expected = (np.array(r.pop("eigenvalues")[:n]) for r in (found, exact))
+    summary: dict[str, Any] = {
+        "environment": environment(),
+        "max_memory_gib": MEMORY / 2**30,
+        "threads": options.threads,
+        "exact": exact,
+        "matrix_free": found,
+        "n_eigenvalues": n,
+        "eigenvalue_error": float(np.abs(values / expected - 1.0).max()),
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "matrix_free.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    summary["large"] = _process("matrix_free", large, options.threads)
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+
+
+def _process(engine: str, n_samples: int, threads: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.engine.matrix_free"]
+    command += ["--threads", str(threads), "--single", engine, str(n_samples)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def _measure(engine: str, n_samples: int, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    model, images, labels = problem("residual", n_samples)
+    task = FineTuningTask(model, (images, labels))
+    started, wall = time.process_time(), time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        spectrum = compute_spectrum(
+            task,
+            engine=engine,
+            rank=100,
+            max_memory=MEMORY,
+            measure_speed=False,
+            probe=False,
+            show_progress_bar=False,
+        )
+    return {
+        "engine": engine,
+        "n_samples": n_samples,
+        "n_rows": n_samples * task.n_outputs,
+        "cpu_seconds": round(time.process_time() - started, 1),
+        "wall_seconds": round(time.perf_counter() - wall, 1),
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        "warnings": [str(w.message)[:200] for w in caught if "converged" in str(w.message)],
+        "eigenvalues": spectrum.eigenvalues.tolist(),
+    }
+
+
+if __name__ == "__main__":
+    main()
