@@ -335,9 +335,13 @@ def _predictor(task: str, recordings: Path) -> tuple[TrainingTimePredictor, floa
 
     It is built once and charged to every search.
     """
-    spectrum = Spectrum.load(recordings / "spectra" / f"{task}.ttp")
+    path = recordings / "spectra" / f"{task}.ttp"
+    spectrum = Spectrum.load(path)
+    n_samples = json.loads(path.with_suffix(".json").read_text())["n_samples"]
     started = time.process_time()
-    predictor = TrainingTimePredictor(spectrum, target_fraction=TARGET_FRACTION)
+    predictor = TrainingTimePredictor(
+        spectrum, target_fraction=TARGET_FRACTION, n_samples=n_samples
+    )
     # Builds the surface.
     predictor.score(0.01, min(8, predictor.n_samples), 0.9)
     seconds = time.process_time() - started

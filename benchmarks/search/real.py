@@ -29,6 +29,7 @@ from benchmarks.environment import environment
 from benchmarks.search.record import epoch
 from benchmarks.search.record import evaluate
 from benchmarks.search.record import EXPLAINED_TRACE
+from benchmarks.search.record import SPECTRUM_SAMPLES
 from benchmarks.search.table import TARGET_FRACTION
 from benchmarks.search.tasks import load
 from benchmarks.search.tasks import SearchTask
@@ -146,8 +147,12 @@ def search(task: SearchTask, contestant: str, seed: int, budget: float) -> list[
     pruner: optuna.pruners.BasePruner = optuna.pruners.HyperbandPruner(max_resource=n_epochs)
     if contestant == OURS:
         with mock.patch.object(time, "perf_counter", time.process_time):
-            spectrum = compute_spectrum(task.task(), explained_trace=EXPLAINED_TRACE)
-        predictor = TrainingTimePredictor(spectrum, target_fraction=TARGET_FRACTION)
+            subset = task.tuning.task().subset(SPECTRUM_SAMPLES)
+            spectrum = compute_spectrum(subset, explained_trace=EXPLAINED_TRACE)
+        n_samples = len(task.tuning.labels)
+        predictor = TrainingTimePredictor(
+            spectrum, target_fraction=TARGET_FRACTION, n_samples=n_samples
+        )
         sampler = TTPSampler(predictor, sampler, seed=seed)
         pruner = TTPPruner(predictor, max_epochs=n_epochs)
     study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)

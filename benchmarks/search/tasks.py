@@ -17,7 +17,6 @@ import torch.nn.functional as functional
 
 from benchmarks.accuracy import tasks
 from optuna_ttp import _demo
-from optuna_ttp import FineTuningTask
 
 
 _BATCH_SIZES = (8, 16, 32, 128)
@@ -78,17 +77,6 @@ class SearchTask:
     validation_inputs: torch.Tensor
     validation_labels: torch.Tensor
     grid: Grid
-
-    def task(self) -> FineTuningTask:
-        """Return what the predictor is told about it."""
-        kind = "mse" if self.tuning.labels.is_floating_point() else "cross_entropy"
-        return FineTuningTask(
-            self.tuning.model,
-            (self.tuning.inputs, self.tuning.labels),
-            loss=kind,
-            name=self.tuning.name,
-            validation_data=(self.validation_inputs, self.validation_labels),
-        )
 
 
 def load(name: str) -> SearchTask:
