@@ -269,6 +269,7 @@ def _row(contestant: str, seconds: float, **other: Any) -> dict[str, Any]:
         "oracle_seconds": 2.0,
         "budget_seconds": 100.0,
         "seconds_to_close": seconds,
+        "setup_seconds": 0.0,
         "winners": 10,
         "wrongly_pruned": 1,
         **other,
@@ -280,12 +281,13 @@ def test_the_summary_compares_with_the_best_pair_in_hindsight() -> None:
         _row("random + none", 52.0),
         _row("tpe + none", 22.0),
         _row("tpe + median", math.inf),
-        _row("ours (tpe)", 4.0),
+        _row("ours (tpe)", 4.0, setup_seconds=2.0),
         _row("ours (tpe), shuffled", 33.0),
     ]
     figures = summary(rows)
     assert figures["avoidable_seconds_vs_best_standard_1_worker"]["value"] == 0.1
     assert figures["seconds_vs_oracle"]["value"] == 2.0
+    assert figures["seconds_vs_oracle_without_setup"]["value"] == 1.0
     assert figures["shuffled_vs_wrapped"]["value"] == 1.5
     assert figures["wrongly_pruned_winners"]["value"] == 0.1
     assert figures["worst_task_vs_wrapped"]["value"] == pytest.approx(4 / 22, rel=1e-3)
