@@ -11,6 +11,7 @@ fewer seeds and the samplers that are cheap to run (under half an hour on two co
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from collections.abc import Sequence
 import csv
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from benchmarks.environment import environment
 from benchmarks.search import contestants
 from benchmarks.search.replay import replay
 from benchmarks.search.replay import Search
+from benchmarks.search.summary import read
+from benchmarks.search.summary import summarise
 from benchmarks.search.table import Goal
 from benchmarks.search.table import recorded
 from benchmarks.search.table import Table
@@ -147,8 +150,6 @@ def plan(mode: str, tasks: tuple[str, ...]) -> Plan:
 
 def main() -> None:
     """Run the benchmark."""
-    from benchmarks.search.summary import summarise
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", help="those of the mode by default")
     parser.add_argument("--seeds", type=int, help="as many as the mode has by default")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--resume", action="store_true", help="keep the searches that are there")
     parser.add_argument("--recordings", type=Path, default=RESULTS)
     parser.add_argument("--output", type=Path, help="results/MODE by default")
     options = parser.parse_args()
@@ -170,15 +172,20 @@ def main() -> None:
     jobs = chosen.jobs()
     if options.contestants:
         jobs = [job for job in jobs if job.contestant in options.contestants]
-    started = time.perf_counter()
-    rows, regrets = run(jobs, options.recordings, options.jobs)
     output = options.output or RESULTS / options.mode
     output.mkdir(parents=True, exist_ok=True)
-    with (output / "searches.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    np.savez_compressed(output / "regrets.npz", times=TIMES, regrets=regrets.astype(np.float16))
+    rows: list[dict[str, Any]] = []
+    regrets: list[NDArray[np.float64]] = []
+    if options.resume and (output / "searches.csv").exists():
+        rows, regrets = read(output)
+        done = {(r["task"], r["goal"], r["contestant"], r["workers"]) for r in rows}
+        jobs = [j for j in jobs if (j.task, j.goal, j.contestant, j.n_workers) not in done]
+    started = time.perf_counter()
+    for some_rows, some_regrets in run(jobs, options.recordings, options.jobs):
+        rows += some_rows
+        regrets += some_regrets
+        # After every job, so that a run that is stopped goes on with --resume.
+        _write(output, rows, regrets)
     about = {"environment": environment(), "seconds": round(time.perf_counter() - started)}
     (output / "run.json").write_text(json.dumps(about, indent=2) + "\n")
     summarise(output)
@@ -208,7 +215,7 @@ def complete_tasks(folder: Path) -> list[str]:
 
 def run(
     jobs: Sequence[Job], recordings: Path, n_processes: int
-) -> tuple[list[dict[str, Any]], NDArray[np.float64]]:
+) -> Iterator[tuple[list[dict[str, Any]], list[NDArray[np.float64]]]]:
     """Make searches.
 
     Args:
@@ -219,27 +226,32 @@ def run(
         n_processes:
             How many at once.
 
-    Returns:
-        A row a search, and their regrets at :data:`TIMES`.
+    Yields:
+        A row a search, and their regrets at :data:`TIMES`, of one job after the other.
     """
     work = [(job, recordings) for job in jobs]
-    rows: list[dict[str, Any]] = []
-    regrets: list[NDArray[np.float64]] = []
     context = multiprocessing.get_context("spawn")
     with context.Pool(n_processes, initializer=_quiet) as pool:
-        for count, (some_rows, some_regrets) in enumerate(pool.imap_unordered(_searched, work)):
-            rows += some_rows
-            regrets += some_regrets
-            seconds = np.median([row["seconds_to_close"] for row in some_rows])
-            first = some_rows[0]
+        for count, (rows, regrets) in enumerate(pool.imap_unordered(_searched, work)):
+            seconds = np.median([row["seconds_to_close"] for row in rows])
+            first = rows[0]
             print(
                 f"{count + 1}/{len(work)} {first['task']}, {first['goal']}, "
                 f"{first['workers']} workers, {first['contestant']}: {seconds:.1f} s "
                 f"(oracle {first['oracle_seconds']:.1f} s)",
                 flush=True,
             )
+            yield rows, regrets
+
+
+def _write(output: Path, rows: list[dict[str, Any]], regrets: list[NDArray[np.float64]]) -> None:
     order = sorted(range(len(rows)), key=lambda k: _identity(rows[k]))
-    return [rows[k] for k in order], np.array([regrets[k] for k in order])
+    with (output / "searches.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows[k] for k in order)
+    kept = np.array([regrets[k] for k in order]).astype(np.float16)
+    np.savez_compressed(output / "regrets.npz", times=TIMES, regrets=kept)
 
 
 def _identity(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -51,6 +51,7 @@ _NUMBERS = {
     "wrongly_pruned": int,
 }
 _NAMES = ("task", "goal", "contestant")
+_AVOIDABLE = "avoidable_seconds_vs_best_standard_{}"
 _AIMS = {
     "avoidable_seconds_vs_best_standard_1_worker": ("avoidable seconds, 1 worker", "≤ 0.2"),
     "avoidable_seconds_vs_best_standard_4_workers": ("avoidable seconds, 4 workers", "≤ 0.2"),
@@ -162,24 +163,26 @@ def main() -> None:
     summarise(parser.parse_args().folder)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Read ``searches.csv``.
+def read(folder: Path) -> tuple[list[dict[str, Any]], list[NDArray[np.float64]]]:
+    """Read searches.
 
     Args:
-        path:
-            Of the file.
+        folder:
+            Of ``searches.csv`` and ``regrets.npz``.
 
     Returns:
-        A row a search, numbers as numbers.
+        A row a search, numbers as numbers, and their regrets.
     """
-    with path.open(newline="") as file:
-        return [
+    with (folder / "searches.csv").open(newline="") as file:
+        rows = [
             {
                 key: value if key in _NAMES else _NUMBERS.get(key, float)(value)
                 for key, value in row.items()
             }
             for row in csv.DictReader(file)
         ]
+    with np.load(folder / "regrets.npz") as archive:
+        return rows, list(archive["regrets"].astype(np.float64))
 
 
 def summarise(folder: Path) -> None:
@@ -189,7 +192,7 @@ def summarise(folder: Path) -> None:
         folder:
             Holds ``searches.csv`` and ``regrets.npz``.
     """
-    rows = read(folder / "searches.csv")
+    rows, regrets = read(folder)
     figures = summary(rows)
     about = json.loads((folder / "run.json").read_text())
     (folder / "summary.json").write_text(json.dumps({**figures, **about}, indent=2) + "\n")
@@ -203,8 +206,8 @@ def summarise(folder: Path) -> None:
     (folder / "summary.md").write_text(text)
     print(text)
     with np.load(folder / "regrets.npz") as archive:
-        times, regrets = archive["times"], archive["regrets"].astype(np.float64)
-    _draw(rows, times, regrets, folder)
+        times = archive["times"]
+    _draw(rows, times, np.array(regrets), folder)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -219,22 +222,22 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """
     groups = {(goal, workers): searches for goal, workers, searches in _groups(rows)}
     ours, shuffled, plain = OURS[0], SHUFFLED[0], "tpe + none"
+    wanted: list[tuple[str, tuple[str, int], str, Ratio, Callable[[Any], Any]]] = [
+        (_AVOIDABLE.format("1_worker"), ("metric", 1), ours, _avoidable, np.median),
+        (_AVOIDABLE.format("4_workers"), ("metric", 4), ours, _avoidable, np.median),
+        ("seconds_vs_oracle", ("metric", 1), ours, _over_oracle, np.median),
+        ("seconds_vs_oracle_without_setup", ("metric", 1), ours, _over_oracle, np.median),
+        ("goal_time_vs_tpe", ("time", 1), ours, _over(plain), np.median),
+        ("shuffled_vs_wrapped", ("metric", 1), shuffled, _over(plain), np.median),
+        ("worst_task_vs_wrapped", ("metric", 1), ours, _over(plain), np.max),
+    ]
     figures: dict[str, dict[str, Any]] = {}
-    for workers in (1, 4):
-        searches = groups.get(("metric", workers))
-        if searches is not None:
-            key = f"avoidable_seconds_vs_best_standard_{workers}_worker{'s' * (workers > 1)}"
-            figures[key] = _figure(searches, ours, _avoidable, np.median)
-    searches = groups.get(("metric", 1))
-    if searches is not None:
-        figures["seconds_vs_oracle"] = _figure(searches, ours, _over_oracle, np.median)
-        unpaid = searches.without_setup()
-        figures["seconds_vs_oracle_without_setup"] = _figure(unpaid, ours, _over_oracle, np.median)
-        figures["shuffled_vs_wrapped"] = _figure(searches, shuffled, _over(plain), np.median)
-        figures["worst_task_vs_wrapped"] = _figure(searches, ours, _over(plain), np.max)
-    timed = groups.get(("time", 1))
-    if timed is not None:
-        figures["goal_time_vs_tpe"] = _figure(timed, ours, _over(plain), np.median)
+    for key, group, contestant, ratio, combine in wanted:
+        searches = groups.get(group)
+        if searches is not None and {contestant, plain} <= set(searches.contestants):
+            if key.endswith("without_setup"):
+                searches = searches.without_setup()
+            figures[key] = _figure(searches, contestant, ratio, combine)
     mine = [row for row in rows if row["contestant"] == ours and row["goal"] == "metric"]
     if mine:
         figures["wrongly_pruned_winners"] = _pruned_share(mine)
@@ -362,14 +365,15 @@ def _table(goal: str, workers: int, searches: Searches) -> list[str]:
         "| --- |" + " --- |" * (len(tasks) + 3),
         "| oracle | " + " | ".join(f"{searches.oracle(task):.3g}" for task in tasks) + " | | | |",
     ]
-    best = {task: searches.best_pair(task) for task in tasks}
+    compared = any(name in STANDARD for name in searches.contestants)
+    best = {task: searches.best_pair(task) for task in tasks} if compared else {}
     for name in _ordered(searches.contestants):
         cells = []
         for task in tasks:
             rows = searches.of(name, task)
             never = sum(math.isinf(row["seconds_to_close"]) for row in rows)
             cell = f"{np.median(searches.seconds(name, task)):.3g}" + (f" ({never})" * (never > 0))
-            cells.append(f"**{cell}**" if best[task] == name else cell)
+            cells.append(f"**{cell}**" if best.get(task) == name else cell)
         rows = searches.of(name)
         share = sum(r["wrongly_pruned"] for r in rows) / max(sum(r["winners"] for r in rows), 1)
         setup, overhead = (
