@@ -17,6 +17,7 @@ import csv
 from dataclasses import dataclass
 from dataclasses import replace
 from functools import lru_cache
+import importlib
 import json
 import multiprocessing
 from pathlib import Path
@@ -259,6 +260,9 @@ def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _quiet() -> None:
+    # What is imported when it is first needed must not be charged to whoever comes first.
+    for name in ("scipy.stats", "sklearn.gaussian_process"):
+        importlib.import_module(name)
     import torch
 
     torch.set_num_threads(1)
