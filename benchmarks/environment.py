@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 
-_PLACES = ("--store", "--output", "--curves", "--peers")
+_PLACES = ("--store", "--output", "--curves", "--peers", "--recordings")
 
 
 def environment() -> dict[str, Any]:
