@@ -197,10 +197,12 @@ def test_the_error_bar_covers() -> None:
 
 
 def test_a_sketch_that_is_not_wide_enough_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optuna_ttp.jacobian import _choice
     from optuna_ttp.jacobian import _decomposition
 
-    monkeypatch.setattr(_decomposition, "_WIDTH", 16)
-    monkeypatch.setattr(_decomposition, "_MAX_WIDTH", 32)
+    for module in (_decomposition, _choice):
+        monkeypatch.setattr(module, "WIDTH", 16)
+    monkeypatch.setattr(_choice, "_MAX_WIDTH", 32)
     with pytest.warns(ApproximationWarning, match="The sketch of width 32 leaves predicted times"):
         found = compute_spectrum(_wide(), engine="sketch", measure_speed=False, probe=False)
     assert found.metadata.sketch_width == 32

@@ -108,6 +108,33 @@ def test_spectrum_is_computed_again_for_other_weights_or_settings(url: str) -> N
     assert store.get_or_compute(counting.task, rank=3, **QUICK).rank == 3
 
 
+def test_a_sketch_is_filed_under_its_seed_and_the_width_that_memory_allows(url: str) -> None:
+    task = FineTuningTask(mlp(), vectors(20))
+    store = SpectrumStore(url)
+    settings: dict[str, Any] = {"engine": "sketch", "measure_speed": False, "probe": False}
+    first = store.get_or_compute(task, **settings)
+    other = store.get_or_compute(task, seed=1, **settings)
+    assert (first.metadata.seed, other.metadata.seed) == (0, 1)
+    assert len(store.list()) == 2
+    _assert_equal(store.get_or_compute(task, seed=1, **settings), other)
+    found = store.get(task, engine="sketch", seed=1)
+    assert found is not None
+    _assert_equal(found, other)
+    # 60 rows of 4096 numbers, twice: no wider sketch fits.
+    narrow = store.get_or_compute(task, max_memory=60 * 4096 * 4 * 2, **settings)
+    assert len(store.list()) == 3
+    assert store.get(task, engine="sketch", max_sketch_width=4096) is not None
+    with pytest.raises(ValueError, match="computed with seed=1 but got seed=0"):
+        store.put(other, engine="sketch", seed=0)
+    with pytest.raises(ValueError, match="The sketch has width 4096"):
+        store.put(narrow, engine="sketch", max_sketch_width=2048)
+    # What is exact has no seed.
+    exact = {**settings, "engine": "exact"}
+    for seed in (0, 1):
+        store.get_or_compute(task, seed=seed, **exact)
+    assert len(store.list()) == 4
+
+
 def test_where_and_how_fast_it_is_computed_is_no_setting(url: str) -> None:
     store = SpectrumStore(url)
     counting = Counting()
@@ -153,6 +180,7 @@ def test_defaults_and_numpy_numbers_name_the_same_spectrum(url: str) -> None:
         "dtype": "float32",
         "rank": None,
         "explained_trace": None,
+        "seed": 0,
     }
     first = store.get_or_compute(task, **spelled, **QUICK)
     found = store.get(task)
@@ -187,7 +215,7 @@ def test_put_keeps_what_is_there(url: str) -> None:
 @pytest.mark.parametrize("method", ["get", "put"])
 def test_unknown_settings_are_refused(url: str, method: str) -> None:
     subject = {"get": spectrum().metadata.fingerprint, "put": spectrum()}[method]
-    with pytest.raises(TypeError, match=r"engine, dtype, rank, explained_trace but got device"):
+    with pytest.raises(TypeError, match=r"max_sketch_width but got device"):
         getattr(SpectrumStore(url), method)(subject, device="cpu")
     with pytest.raises(ValueError, match="rank must be a positive integer"):
         getattr(SpectrumStore(url), method)(subject, rank=0)
@@ -210,6 +238,8 @@ def test_list_and_delete(url: str) -> None:
         "dtype": "float32",
         "rank": 2,
         "explained_trace": None,
+        "seed": 0,
+        "max_sketch_width": 32768,
     }
     assert (cut.n_samples, cut.n_outputs) == (12, 3)
     assert cut.n_bytes == len(first.truncate(rank=2).to_bytes())

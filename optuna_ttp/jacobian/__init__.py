@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
 from optuna_ttp.jacobian._choice import resolve_engine
+from optuna_ttp.jacobian._choice import widest_sketch
 from optuna_ttp.jacobian._compute import compute_spectrum
 from optuna_ttp.jacobian._devices import resolve_device
 from optuna_ttp.jacobian._eigenpairs import Eigenpairs
@@ -35,4 +36,5 @@ __all__ = [
     "probe_linearisation",
     "resolve_device",
     "resolve_engine",
+    "widest_sketch",
 ]

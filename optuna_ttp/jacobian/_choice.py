@@ -16,8 +16,11 @@ _KERNEL_SHARE = 0.5
 _ENTRY_BYTES = 12
 # Multiplications of the product of all rows, of which the contraction needs a fraction.
 _MAX_PRODUCT = 2e14
+# Numbers a row of the first sketch, and of the widest.
+WIDTH = 4096
+_MAX_WIDTH = 32768
 # Of a row of the narrowest sketch in single precision, and a copy.
-_SKETCH_BYTES = 4096 * 4 * 2
+_SKETCH_BYTES = WIDTH * 4 * 2
 # A sketch makes a backward pass for each output of each sample, products a few hundred in all.
 _MAX_OUTPUTS = 500
 
@@ -64,3 +67,24 @@ def resolve_engine(
     if task.n_outputs > _MAX_OUTPUTS:
         return "matrix_free", f"{reason}, and there are too many outputs for a sketch"
     return "sketch", reason
+
+
+def widest_sketch(task: FineTuningTask, dtype: str, *, max_memory: int = 4 * 2**30) -> int:
+    """Say how wide a sketch may become.
+
+    Args:
+        task:
+            What is fine-tuned.
+        dtype:
+            ``"float32"`` or ``"float64"``.
+        max_memory:
+            Bytes. 4 GiB by default.
+
+    Returns:
+        Numbers a row.
+    """
+    row_bytes = 2 * (8 if dtype == "float64" else 4) * task.n_samples * task.n_outputs
+    width = WIDTH
+    while width < _MAX_WIDTH and 2 * width * row_bytes <= max_memory:
+        width *= 2
+    return width

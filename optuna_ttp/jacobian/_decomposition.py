@@ -13,6 +13,8 @@ import torch
 
 from optuna_ttp.exceptions import ApproximationWarning
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
+from optuna_ttp.jacobian._choice import widest_sketch
+from optuna_ttp.jacobian._choice import WIDTH
 from optuna_ttp.jacobian._eigenpairs import Eigenpairs
 from optuna_ttp.jacobian._eigenpairs import eigenpairs
 from optuna_ttp.jacobian._eigenpairs import eigenpairs_of_features
@@ -30,9 +32,6 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
-# Numbers a row of the first sketch, and of the widest.
-_WIDTH = 4096
-_MAX_WIDTH = 32768
 # By how much the predicted times may be off because of the projection.
 _TIME_ERROR = 0.03
 # Leading eigenpairs that are refined, and how many more for the sake of the last of these.
@@ -173,7 +172,7 @@ def sketched_decomposition(
     Returns:
         The decomposition.
     """
-    width = _WIDTH
+    width = WIDTH
     n_rows = task.n_samples * task.n_outputs
     itemsize = torch.empty((), dtype=dtype).element_size()
     if n_rows * width * itemsize * 2 > max_memory:
@@ -182,6 +181,7 @@ def sketched_decomposition(
             f"sketch of {n_rows} outputs but got {max_memory / 2**30:.3g} GiB. Give more memory, "
             "or fewer samples."
         )
+    widest = widest_sketch(task, str(dtype).removeprefix("torch."), max_memory=max_memory)
     while True:
         sketch = sketch_jacobian(
             task,
@@ -192,8 +192,7 @@ def sketched_decomposition(
             show_progress_bar=show_progress_bar,
         )
         error = _time_error(task, initial_outputs, sketch)
-        wider = n_rows * 2 * width * itemsize * 2
-        if error <= _TIME_ERROR or width == _MAX_WIDTH or wider > max_memory:
+        if error <= _TIME_ERROR or width >= widest:
             break
         width *= 2
     if not error <= _TIME_ERROR:

@@ -16,6 +16,14 @@ SETTING_DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
     "rank": None,
     "explained_trace": None,
+    "seed": 0,
+    "max_sketch_width": 32768,
+}
+# What only some engines look at.
+_SKETCHES = ("sketch", "refined_sketch")
+_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "seed": (*_SKETCHES, "matrix_free"),
+    "max_sketch_width": _SKETCHES,
 }
 
 
@@ -43,9 +51,11 @@ def complete(settings: dict[str, Any]) -> dict[str, Any]:
         )
     check_truncation(settings.get("rank"), settings.get("explained_trace"))
     # NumPy's numbers, which JSON does not know, name the same spectrum as Python's.
-    kinds = {"rank": int, "explained_trace": float}
+    kinds = {"rank": int, "explained_trace": float, "seed": int, "max_sketch_width": int}
     plain = {k: kinds[k](v) if k in kinds and v is not None else v for k, v in settings.items()}
-    return {**SETTING_DEFAULTS, **plain}
+    whole = {**SETTING_DEFAULTS, **plain}
+    idle = {k for k, engines in _ONLY_FOR.items() if whole["engine"] not in engines}
+    return {k: SETTING_DEFAULTS[k] if k in idle else v for k, v in whole.items()}
 
 
 def key(fingerprint: str, settings: dict[str, Any]) -> str:
@@ -78,13 +88,20 @@ def check_settings(spectrum: Spectrum, settings: dict[str, Any]) -> None:
         ValueError:
             If it was not computed so.
     """
-    made = {"engine": spectrum.metadata.engine, "dtype": spectrum.metadata.dtype}
+    made: dict[str, Any] = {"engine": spectrum.metadata.engine, "dtype": spectrum.metadata.dtype}
+    if spectrum.metadata.seed is not None:
+        made["seed"] = spectrum.metadata.seed
     for name, value in made.items():
         if settings.get(name, value) != value:
             raise ValueError(
                 f"The spectrum was computed with {name}={value!r} but got {name}="
                 f"{settings[name]!r} to store it under."
             )
+    width, widest = spectrum.metadata.sketch_width, settings.get("max_sketch_width")
+    if width is not None and widest is not None and width > widest:
+        raise ValueError(
+            f"The sketch has width {width} but got max_sketch_width={widest} to store it under."
+        )
     rank = settings.get("rank")
     if rank is not None and spectrum.rank > rank:
         raise ValueError(

@@ -140,9 +140,9 @@ class SpectrumStore:
                 was asked for: those given here replace the others. Waits by default.
             settings:
                 Keyword arguments of :func:`~optuna_ttp.compute_spectrum`. Engine, precision and
-                truncation belong to what is looked for; the others only matter when computing.
-                The time of a step is measured, and the linearisation probed, where the stored
-                spectrum lacks it.
+                truncation belong to what is looked for, and of a sketch its seed and the width
+                that memory allows; the others only matter when computing. The time of a step is
+                measured, and the linearisation probed, where the stored spectrum lacks it.
 
         Returns:
             The spectrum.
@@ -152,11 +152,15 @@ class SpectrumStore:
                 If the database fails.
         """
         from optuna_ttp.jacobian import resolve_engine
+        from optuna_ttp.jacobian import widest_sketch
 
         budget = {k: settings[k] for k in ("max_memory",) if k in settings}
         engine, _ = resolve_engine(task, settings.get("engine", "auto"), **budget)
         settings = {**settings, "engine": engine}
         identity = {k: settings[k] for k in SETTING_DEFAULTS if k in settings}
+        identity["max_sketch_width"] = widest_sketch(
+            task, settings.get("dtype", "float32"), **budget
+        )
         key = key_of(task.fingerprint, identity)
         started = time.perf_counter()
         waiting = _Waiting(task.name)
