@@ -379,7 +379,7 @@ class Calibration:
         instability: NDArray[np.float64],
         lag: NDArray[np.float64],
     ) -> NDArray[np.float64]:
-        """Correct predicted times to the last rung, without their deviation: for many at once.
+        """Correct predicted times without their deviation: for many at once.
 
         Args:
             depths:
@@ -396,12 +396,12 @@ class Calibration:
                 Shape ``(K,)``.
 
         Returns:
-            Logarithms of times at the last rung, ``(K,)``.
+            Logarithms of the corrected times, ``(K, P)``.
         """
-        times = _times(
+        paths = _Paths.of(
             self.weights, depths, log_steps, growth[None, :], covariates, instability, lag
         )
-        return np.asarray(np.log(times[:, -1]))
+        return np.log(paths.times()[0])
 
 
 def covariates(
@@ -611,19 +611,6 @@ def _ladder(
     paths = _Paths.of(weights, depths, log_steps, growth, x, instability, lag)
     times, slopes = paths.times(derivatives=True)
     return np.log(times), slopes / times[:, :, None]
-
-
-def _times(
-    weights: NDArray[np.float64],
-    depths: NDArray[np.float64],
-    log_steps: NDArray[np.float64],
-    growth: NDArray[np.float64],
-    x: NDArray[np.float64],
-    instability: NDArray[np.float64],
-    lag: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Corrected times, ``(K, P)``."""
-    return _Paths.of(weights, depths, log_steps, growth, x, instability, lag).times()[0]
 
 
 @dataclass(frozen=True, eq=False)

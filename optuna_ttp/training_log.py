@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 import math
 import time
 from types import TracebackType
@@ -39,6 +41,9 @@ _AT_TARGET = 1.05
 _TOO_HIGH, _TOO_LOW = 5.0, 0.02
 # How close to the batch size that factor is where the loss is a sum over the batch.
 _LIKE_A_SUM = 0.4
+# While fewer trials are finished every one counts; what is learned anew after so many at the most.
+_FEW = 8
+_MOST_NEW = 16
 
 
 class TrainingLog:
@@ -188,9 +193,14 @@ def observations_of(study: optuna.Study, predictor: TrainingTimePredictor) -> li
     Returns:
         One observation a trial.
     """
+    return _observations(study, predictor, trials_of(study, (*FINISHED, TrialState.RUNNING)))
+
+
+def _observations(
+    study: optuna.Study, predictor: TrainingTimePredictor, trials: Sequence[FrozenTrial]
+) -> list[Observation]:
     known = _OBSERVATIONS[study].setdefault(predictor.spectrum.metadata.fingerprint, {})
     observations = []
-    trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
     for trial in sorted(trials, key=lambda t: t.number):
         if trial.number in known:
             one = known[trial.number]
@@ -218,9 +228,79 @@ def informed_by(study: optuna.Study, predictor: TrainingTimePredictor) -> Traini
     return predictor.informed(observations_of(study, predictor))
 
 
+@dataclass
+class _Learned:
+    """What was learned of a study, and from how many trials."""
+
+    predictor: TrainingTimePredictor
+    n_finished: int
+    running: tuple[tuple[int, float], ...]
+
+
+class Learner:
+    """Keeps a predictor informed by a study's trials, at a cost that does not grow with them.
+
+    What was learned is learned anew once the number of finished trials has grown by an eighth (or
+    by sixteen), and while there are fewer than eight also when a running trial tells more.
+
+    Args:
+        predictor:
+            The predictor.
+    """
+
+    def __init__(self, predictor: TrainingTimePredictor) -> None:
+        self._predictor = predictor
+
+    def informed(
+        self, study: optuna.Study, trials: Sequence[FrozenTrial]
+    ) -> TrainingTimePredictor:
+        """Return the predictor as a study's trials have corrected it.
+
+        Args:
+            study:
+                The study.
+            trials:
+                Its finished and running trials, as they were just read.
+
+        Returns:
+            A predictor that shares everything else with the given one.
+        """
+        # Sampler and pruner of a study mostly have the same predictor: they learn together.
+        kept = _LEARNED[study]
+        last = kept.get(id(self._predictor))
+        n_finished = sum(trial.state in FINISHED for trial in trials)
+        running: tuple[tuple[int, float], ...] = ()
+        if n_finished < _FEW:
+            curves = ((t.number, entry(t, CURVE)) for t in trials if t.state not in FINISHED)
+            running = tuple((n, float(c.get("n_steps", 0))) for n, c in curves if c is not None)
+        if last is not None and last.running == running:
+            step = min(max(1, last.n_finished // _FEW), _MOST_NEW)
+            if n_finished < last.n_finished + step:
+                return last.predictor
+        seen = _observations(study, self._predictor, trials)
+        twin = self._predictor.informed(seen)
+        kept[id(self._predictor)] = _Learned(twin, n_finished, running)
+        return twin
+
+    def last(self, study: optuna.Study) -> TrainingTimePredictor:
+        """Return the predictor as it was last corrected.
+
+        Args:
+            study:
+                The study.
+
+        Returns:
+            The given one where nothing was learned yet.
+        """
+        last = _LEARNED[study].get(id(self._predictor))
+        return self._predictor if last is None else last.predictor
+
+
 # By the fingerprint of the task and the number of a finished trial.
 _OBSERVATIONS: PerStudy[dict[str, dict[int, Observation | None]]] = PerStudy(dict)
 _REPORTED: PerStudy[set[int]] = PerStudy(set)
+# By the identity of a predictor, which what was learned keeps alive.
+_LEARNED: PerStudy[dict[int, _Learned]] = PerStudy(dict)
 
 
 def observation_of(
