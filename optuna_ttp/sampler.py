@@ -220,6 +220,7 @@ class TTPSampler(BaseSampler):
         self._exploration = exploration
         self._allow_duplicates = allow_duplicates
         self._rng = np.random.default_rng(seed)
+        self._pool_seed = int(self._rng.integers(2**32))
         self._intersection = PerStudy(partial(IntersectionSearchSpace, include_pruned=True))
         self._pools: PerStudy[dict[str, _Pool]] = PerStudy(dict)
         self._resolved: PerStudy[dict[int, Configuration | None]] = PerStudy(dict)
@@ -230,6 +231,7 @@ class TTPSampler(BaseSampler):
     def reseed_rng(self) -> None:
         """Draw fresh random states, for this sampler and its base sampler."""
         self._rng = np.random.default_rng()
+        self._pool_seed = int(self._rng.integers(2**32))
         self._base.reseed_rng()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
@@ -444,7 +446,9 @@ class TTPSampler(BaseSampler):
         if key not in pools:
             if len(pools) >= _MOST_POOLS:
                 pools.clear()
-            params = [{**known, **p} for p in drawn(own, self._rng)]
+            # The same ones again after the study was put aside.
+            rng = np.random.default_rng(self._pool_seed)
+            params = [{**known, **p} for p in drawn(own, rng)]
             pools[key] = _Pool(Candidates.of(params, partial(self._resolve, predictor)))
         pool = pools[key]
         if not len(pool.candidates):

@@ -41,7 +41,7 @@ _AT_TARGET = 1.05
 _TOO_HIGH, _TOO_LOW = 5.0, 0.02
 # How close to the batch size that factor is where the loss is a sum over the batch.
 _LIKE_A_SUM = 0.4
-# While fewer trials are finished every one counts; what is learned anew after so many at the most.
+# While fewer trials are finished every one counts; at the most so many are waited for.
 _FEW = 8
 _MOST_NEW = 16
 
@@ -228,9 +228,9 @@ def informed_by(study: optuna.Study, predictor: TrainingTimePredictor) -> Traini
     return predictor.informed(observations_of(study, predictor))
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Learned:
-    """What was learned of a study, and from how many trials."""
+    """What was learned of a study, and from how many finished trials and how far running ones."""
 
     predictor: TrainingTimePredictor
     n_finished: int
@@ -240,8 +240,10 @@ class _Learned:
 class Learner:
     """Keeps a predictor informed by a study's trials, at a cost that does not grow with them.
 
-    What was learned is learned anew once the number of finished trials has grown by an eighth (or
-    by sixteen), and while there are fewer than eight also when a running trial tells more.
+    Every finished trial counts at first, and while there are fewer than eight also what running
+    ones have recorded. Later it learns anew from every second trial, every fourth, and so on up to
+    every sixteenth. It depends on the trials alone when that is, so that a study which was put
+    aside goes on as it would have.
 
     Args:
         predictor:
@@ -265,20 +267,21 @@ class Learner:
         Returns:
             A predictor that shares everything else with the given one.
         """
+        finished = [trial for trial in trials if trial.state in FINISHED]
+        step = min(2 ** max(0, (len(finished) // _FEW).bit_length() - 1), _MOST_NEW)
+        n_finished = len(finished) - len(finished) % step
+        under_way: list[FrozenTrial] = []
+        if n_finished < _FEW:
+            under_way = [t for t in trials if t.state not in FINISHED]
+        curves = ((t.number, entry(t, CURVE)) for t in under_way)
+        running = tuple((n, float(c.get("n_steps", 0))) for n, c in curves if c is not None)
         # Sampler and pruner of a study mostly have the same predictor: they learn together.
         kept = _LEARNED[study]
         last = kept.get(id(self._predictor))
-        n_finished = sum(trial.state in FINISHED for trial in trials)
-        running: tuple[tuple[int, float], ...] = ()
-        if n_finished < _FEW:
-            curves = ((t.number, entry(t, CURVE)) for t in trials if t.state not in FINISHED)
-            running = tuple((n, float(c.get("n_steps", 0))) for n, c in curves if c is not None)
-        if last is not None and last.running == running:
-            step = min(max(1, last.n_finished // _FEW), _MOST_NEW)
-            if n_finished < last.n_finished + step:
-                return last.predictor
-        seen = _observations(study, self._predictor, trials)
-        twin = self._predictor.informed(seen)
+        if last is not None and (last.n_finished, last.running) == (n_finished, running):
+            return last.predictor
+        told = [*sorted(finished, key=lambda t: t.number)[:n_finished], *under_way]
+        twin = self._predictor.informed(_observations(study, self._predictor, told))
         kept[id(self._predictor)] = _Learned(twin, n_finished, running)
         return twin
 
