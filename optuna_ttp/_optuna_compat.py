@@ -178,7 +178,7 @@ class _WeighedTPE:
         self, samples: dict[str, NDArray[np.float64]], mpe_below: Any, mpe_above: Any
     ) -> NDArray[np.float64]:
         n = len(next(iter(samples.values())))
-        ours = self._propose(n)
+        ours = self._propose(n // 2)
         # Side by side with those that it has drawn itself from what is good. Parameters that ours
         # lack are as it has drawn them.
         for name, values in samples.items():

@@ -93,6 +93,8 @@ _CLEARLY = 0.5
 _MIN_AGREEMENT = 0.2
 # The newest so many trials say how good predictions are.
 _RECENT = 15
+# So many are compared with rules that learn from the trials before.
+_MOST_COMPARED = 256
 # Typical errors below this (a factor 1.65) do no harm, whatever a rule of thumb does; and what is
 # added to the errors of both.
 _HARMLESS_ERROR = 0.5
@@ -472,7 +474,7 @@ def calibrate(observations: Sequence[Observation]) -> Calibration:
         *scales,
         _SCALE_WEIGHT + len(usable),
         len(every),
-        *_held_out(every),
+        *_held_out(every[-_MOST_COMPARED:]),
         divergence,
     )
 

@@ -234,6 +234,7 @@ class Preference:
         self._cost = float(np.median(outlook.log_cost))
         self._agreement = 1.0
         self._surrogate: _Surrogate | None = None
+        self._scores = self._sorted_scores = np.zeros(0)
         self._tried = cKDTree(evidence.tried.coordinates) if len(evidence.tried) else None
         if goal == "metric" and len(evidence.known):
             self._learn()
@@ -254,7 +255,8 @@ class Preference:
             mean, sd = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
             x = (self._features(known, outlook) - mean) / sd
             self._surrogate = _Surrogate.fit(x, _finite(values), mean, sd)
-            self._surrogate_sorted = np.sort(self._surrogate.optimistic(features))
+            self._scores = self._surrogate.optimistic(features)
+            self._sorted_scores = np.sort(self._scores)
 
     def weigh(self, candidates: Candidates, outlook: Outlook | None = None) -> NDArray[np.float64]:
         """Return what to add to the logarithm of how good a base sampler finds candidates.
@@ -276,8 +278,10 @@ class Preference:
         else:
             merit = self._agreement * self._ranked(outlook)
             if self._surrogate is not None:
-                scores = self._surrogate.optimistic(self._features(candidates, outlook))
-                rank = np.searchsorted(self._surrogate_sorted, scores, side="right")
+                scores = self._scores
+                if candidates is not self.pool:
+                    scores = self._surrogate.optimistic(self._features(candidates, outlook))
+                rank = np.searchsorted(self._sorted_scores, scores, side="right")
                 learned = _RANK_NATS * (rank / len(self.pool) - 1.0)
                 share = self._surrogate.skill
                 merit = (1.0 - share) * merit + 2.0 * share * learned
@@ -403,13 +407,13 @@ class _Surrogate:
     def optimistic(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
         """How good features may be: mean and one standard deviation, larger is better."""
         k = _kernel((features - self.mean) / self.sd, self.x)
-        variance = 1.0 - np.einsum("kn,nm,km->k", k, self.inverse, k)
+        variance = 1.0 - ((k @ self.inverse) * k).sum(axis=1)
         return np.asarray(-(k @ self.solved) + np.sqrt(np.maximum(variance, 1e-12)))
 
 
 def _kernel(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    apart = ((a[:, None] - b[None]) ** 2).sum(axis=2)
-    return np.asarray(np.exp(-0.5 * apart))
+    apart = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2.0 * a @ b.T
+    return np.asarray(np.exp(-0.5 * np.maximum(apart, 0.0)))
 
 
 def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:

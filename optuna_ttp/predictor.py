@@ -335,8 +335,9 @@ class TrainingTimePredictor:
             A new predictor that shares everything else with this one.
         """
         # A trial that was remembered and is in the study again counts once.
-        known = {_name(o) for o in self.observations}
-        observations = [o for o in observations if _name(o) not in known]
+        if self.observations:
+            known = {_name(o) for o in self.observations}
+            observations = [o for o in observations if _name(o) not in known]
         if not observations:
             return self
         every = (*self.observations, *observations)
@@ -1033,15 +1034,21 @@ class TrainingTimePredictor:
                 + stability_sd(stability) ** 2
             )
             return ladder.log_steps, sd
+        # Rungs below the target coincide with it in all rows.
+        apart = (ladder.depths[:, :-1] < ladder.depths[:, -1:]).any(axis=0)
+        columns = np.append(np.flatnonzero(apart), ladder.depths.shape[1] - 1)
+        depths = ladder.depths[:, columns]
         logs, sd = self.calibration.correct(
-            ladder.depths,
-            ladder.log_steps,
+            depths,
+            ladder.log_steps[:, columns],
             growth,
             x,
-            self._instability(ladder.depths, stability),
+            self._instability(depths, stability),
             mass / (1.0 - mass),
         )
-        return logs, np.nan_to_num(sd[:, -1])
+        whole = np.repeat(logs[:, -1:], ladder.depths.shape[1], axis=1)
+        whole[:, columns] = logs
+        return whole, np.nan_to_num(sd[:, -1])
 
     @property
     def _quantile(self) -> float:

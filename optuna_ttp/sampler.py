@@ -223,7 +223,7 @@ class TTPSampler(BaseSampler):
         self._pool_seed = int(self._rng.integers(2**32))
         self._intersection = PerStudy(partial(IntersectionSearchSpace, include_pruned=True))
         self._pools: PerStudy[dict[str, _Pool]] = PerStudy(dict)
-        self._resolved: PerStudy[dict[int, Configuration | None]] = PerStudy(dict)
+        self._seen: PerStudy[_Seen] = PerStudy(_Seen)
 
     def __str__(self) -> str:
         return f"TTPSampler({self._base})"
@@ -494,32 +494,29 @@ class TTPSampler(BaseSampler):
         self, study: Study, trials: Sequence[FrozenTrial], predictor: TrainingTimePredictor
     ) -> tuple[Evidence, int]:
         """What was tried and what it gave; and how many trials are about to try something."""
-        resolved = self._resolved[study]
+        seen = self._seen[study]
         sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
         valued = not is_multi_objective(study)
-        tried, known, values, n_unknown = [], [], [], 0
+        under_way: list[Configuration] = []
+        n_unknown = 0
         for trial in trials:
-            if trial.number in resolved:
-                configuration = resolved[trial.number]
-            else:
-                configuration = self._resolve(predictor, trial.params) if trial.params else None
-                if trial.state != TrialState.RUNNING:
-                    resolved[trial.number] = configuration
-            if configuration is None:
-                n_unknown += trial.state == TrialState.RUNNING
+            if trial.number in seen.numbers:
                 continue
-            tried.append(configuration)
-            if valued and trial.state != TrialState.RUNNING and trial.values:
-                known.append(configuration)
-                values.append(sign * trial.values[0])
-        return (
-            Evidence(
-                Candidates.resolved(tried),
-                Candidates.resolved(known[-_MOST_VALUES:]),
-                np.array(values[-_MOST_VALUES:], dtype=np.float64),
-            ),
-            n_unknown,
+            configuration = self._resolve(predictor, trial.params) if trial.params else None
+            if trial.state != TrialState.RUNNING:
+                value = sign * trial.values[0] if valued and trial.values else math.nan
+                seen.add(trial.number, configuration, value)
+            elif configuration is None:
+                n_unknown += 1
+            else:
+                under_way.append(configuration)
+        newest = seen.values[-_MOST_VALUES:]
+        evidence = Evidence(
+            Candidates.resolved([*seen.tried, *under_way]),
+            Candidates.resolved([configuration for configuration, _ in newest]),
+            np.array([value for _, value in newest], dtype=np.float64),
         )
+        return evidence, n_unknown
 
     def _expected(self, predictor: TrainingTimePredictor, candidates: Candidates) -> Outlook:
         return Outlook.of(
@@ -555,6 +552,22 @@ class TTPSampler(BaseSampler):
             # In a branch of a conditional space whose parameters are not known.
             return None
         return None if configuration is None else clip_batch_size(configuration, predictor)
+
+
+class _Seen:
+    """Finished trials of a study."""
+
+    def __init__(self) -> None:
+        self.numbers: set[int] = set()
+        self.tried: list[Configuration] = []
+        self.values: list[tuple[Configuration, float]] = []
+
+    def add(self, number: int, configuration: Configuration | None, value: float) -> None:
+        self.numbers.add(number)
+        if configuration is not None:
+            self.tried.append(configuration)
+            if not math.isnan(value):
+                self.values.append((configuration, value))
 
 
 class _Pool:

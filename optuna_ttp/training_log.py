@@ -43,7 +43,7 @@ _TOO_HIGH, _TOO_LOW = 5.0, 0.02
 _LIKE_A_SUM = 0.4
 # While fewer trials are finished every one counts; at the most so many are waited for.
 _FEW = 8
-_MOST_NEW = 16
+_MOST_NEW = 32
 
 
 class TrainingLog:
@@ -242,7 +242,7 @@ class Learner:
 
     Every finished trial counts at first, and while there are fewer than eight also what running
     ones have recorded. Later it learns anew from every second trial, every fourth, and so on up to
-    every sixteenth. It depends on the trials alone when that is, so that a study which was put
+    every thirty-second. It depends on the trials alone when that is, so that a study which was put
     aside goes on as it would have.
 
     Args:
