@@ -83,6 +83,8 @@ _ROUNDS = 4
 _MOST_TRIALS = 128
 # A trial that went on without reaching its next rung tells that it is later, within this error.
 _CENSORED_ERROR = 0.15
+# A running trial that is later than so many standard deviations is as late as it is.
+_UNEXPLAINED = 4.0
 # Corrections beyond this factor are no corrections.
 _MOST_LOG = 12.0
 _NEWTON_STEPS = 6
@@ -350,23 +352,28 @@ class Calibration:
         goal, spread = float(logs[0, -1]), float(sd[0, -1])
         if not math.isfinite(goal):
             return math.inf, spread
-        known = np.flatnonzero(np.isfinite(running.observed) & np.isfinite(logs[0, : len(DEPTHS)]))
+        stacked = _Trials.of([running])
+        # A rung that should have been passed by now has not been: it is later.
+        observed, errors = stacked.with_bounds(logs[:, : len(DEPTHS)])
+        known = np.flatnonzero(np.isfinite(observed[0]) & np.isfinite(logs[0, : len(DEPTHS)]))
         known = known[DEPTHS[known] < depths[-1]]
         if not len(known):
             return max(math.exp(goal) - running.n_steps, 1.0), spread
         j = known[-1]
-        stacked = _Trials.of([running])
         seen = np.zeros((1, len(DEPTHS)), dtype=bool)
         seen[0, known] = True
         scales = self.scale, self.instability_scale
-        inverse = stacked.precision(stacked.errors, seen, scales)[0]
+        inverse = stacked.precision(errors, seen, scales)[0]
         common = stacked.common(scales)[0]
-        away = np.where(seen[0], running.observed - logs[0, : len(DEPTHS)], 0.0)
+        away = np.where(seen[0], observed[0] - logs[0, : len(DEPTHS)], 0.0)
         # The correction itself is uncertain in the same way for all rungs.
         gain = common[j] @ inverse
         error = float(gain @ away)
+        if away[j] > _UNEXPLAINED * sd[0, j]:
+            # So late is nothing that the model knows of: the trial has a pace of its own.
+            error = float(away[j])
         left = math.exp(goal) - math.exp(float(logs[0, j]))
-        passed = math.exp(float(running.observed[j]))
+        passed = math.exp(float(observed[0, j]))
         rest = passed + left * math.exp(error) - running.n_steps
         shrunk = max(float(common[j, j] - gain @ common[j]), 0.0)
         total = max(spread**2 - float(common[j, j]) + shrunk, (0.5 * spread) ** 2)

@@ -85,7 +85,6 @@ class Outlook:
             The outlook.
         """
         from optuna_ttp.uncertainty import probability_below
-        from optuna_ttp.uncertainty import probability_of_divergence
 
         seconds = predictor.score(
             learning_rate, batch_size, momentum, simulate_outside=not predictor.has_surface
@@ -101,7 +100,7 @@ class Outlook:
             sd = float(np.clip(predictor.calibration.log_error, _LEAST_SD, _UNTOLD_SD))
         steps = seconds / per_step
         reached = probability_below(steps, np.full(len(steps), sd), horizon)
-        stable = 1.0 - probability_of_divergence(stability, np.zeros(len(steps), dtype=bool))
+        stable = 1.0 - predictor.calibration.divergence.probability(stability)
         with np.errstate(divide="ignore"):
             log_seconds = np.log(seconds)
         spent = np.where(np.isfinite(limit), limit, np.inf) * per_step

@@ -1109,7 +1109,7 @@ class TrainingTimePredictor:
                 depths,
                 logs,
                 np.zeros(len(NODES)),
-                covariates(step, mass, noise),
+                covariates(step, noise),
                 self._instability(depths, stability),
                 mass / (1.0 - mass),
             )

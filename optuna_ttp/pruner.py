@@ -71,7 +71,7 @@ _logger = get_logger("optuna.ttp.pruner")
 
 # The constraint that says by how much a trial is predicted to exceed its budget.
 CONSTRAINT = "ttp_budget"
-# Its bounds, as logarithms: no storage takes infinity.
+# Its bounds, as logarithms.
 _MOST_VIOLATION = 50.0
 # As many trials are remembered; others are read from the storage.
 _REMEMBERED = 1024
@@ -355,7 +355,7 @@ class TTPPruner(BasePruner):
         }
         write_record(study, trial, record)
         if self._constraint:
-            violation = _log_ratio(float(prediction.steps), horizon)
+            violation = _log_ratio(prediction, horizon)
             write_constraint(study, trial, CONSTRAINT, violation)
         return _Known.of(record, self._shadow)
 
@@ -562,10 +562,11 @@ def _incumbent(study: Study, trials: Sequence[FrozenTrial]) -> FrozenTrial | Non
     return min(done, key=lambda t: sign * t.values[0], default=None)
 
 
-def _log_ratio(steps: float, budget: float) -> float:
-    if not math.isfinite(steps):
-        return _MOST_VIOLATION
-    return float(np.clip(math.log(max(steps, 1.0) / budget), -_MOST_VIOLATION, _MOST_VIOLATION))
+def _log_ratio(prediction: Prediction, budget: float) -> float:
+    """Logarithm of the predicted steps over a budget; no storage takes infinity."""
+    steps = float(prediction.steps)
+    log_steps = math.log(steps) if math.isfinite(steps) else _log_median(prediction)
+    return float(np.clip(log_steps - math.log(budget), -_MOST_VIOLATION, _MOST_VIOLATION))
 
 
 def clip_batch_size(
