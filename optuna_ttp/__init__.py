@@ -15,6 +15,7 @@ from optuna_ttp.version import __version__
 
 if TYPE_CHECKING:
     from optuna_ttp.calibration import Calibration
+    from optuna_ttp.decision import Decision
     from optuna_ttp.dynamics import Schedule
     from optuna_ttp.dynamics import Smoothing
     from optuna_ttp.hyperparameters import HyperparameterMap
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from optuna_ttp.sampler import TTPSampler
     from optuna_ttp.spectrum import Spectrum
     from optuna_ttp.store import SpectrumStore
+    from optuna_ttp.study_budget import StudyBudget
     from optuna_ttp.task import FineTuningTask
     from optuna_ttp.throughput import Throughput
     from optuna_ttp.training_log import TrainingLog
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Calibration": "calibration",
+    "Decision": "decision",
     "FineTuningTask": "task",
     "HyperparameterMap": "hyperparameters",
     "Loss": "loss",
@@ -47,6 +50,7 @@ _MODULES = {
     "Smoothing": "dynamics",
     "Spectrum": "spectrum",
     "SpectrumStore": "store",
+    "StudyBudget": "study_budget",
     "TTPPruner": "pruner",
     "TTPSampler": "sampler",
     "Throughput": "throughput",
@@ -59,6 +63,7 @@ _MODULES = {
 
 __all__ = [
     "Calibration",
+    "Decision",
     "FineTuningTask",
     "HyperparameterMap",
     "Loss",
@@ -69,6 +74,7 @@ __all__ = [
     "Smoothing",
     "Spectrum",
     "SpectrumStore",
+    "StudyBudget",
     "TTPPruner",
     "TTPSampler",
     "Throughput",

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import json
+from functools import lru_cache
 from typing import Any
 from typing import Generic
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
+from numpy.typing import NDArray
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler
+from optuna.samplers import GPSampler
+from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 
-_TPE_RELATIVE_PARAMS = "tpe:relative_params"
-# Optuna's own chunk length for system attributes.
-_CHUNK = 2045
+# Points at which the Gaussian process' acquisition function is weighed.
+_N_POINTS = 512
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _T = TypeVar("_T")
 
@@ -50,10 +53,15 @@ def write_user_attr(study: optuna.Study, trial: FrozenTrial, key: str, value: An
     study._storage.set_trial_user_attr(trial._trial_id, key, value)
 
 
-def read_user_attrs(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-    """Return a trial's user attributes as they are in the storage now."""
-    attributes: dict[str, Any] = study._storage.get_trial_user_attrs(trial._trial_id)
-    return attributes
+def write_constraint(study: optuna.Study, trial: FrozenTrial, key: str, value: float) -> None:
+    """Set a constraint of a running trial; nothing where Optuna has no constraints (before 5)."""
+    if hasattr(optuna.trial.Trial, "set_constraint"):
+        study._storage.set_trial_system_attr(trial._trial_id, f"constraints:{key}", value)
+
+
+def frozen(trial: optuna.trial.Trial) -> FrozenTrial:
+    """Return a running trial as the storage has it."""
+    return trial.study._storage.get_trial(trial._trial_id)
 
 
 def fail_trial(study: optuna.Study, trial: FrozenTrial) -> None:
@@ -61,20 +69,41 @@ def fail_trial(study: optuna.Study, trial: FrozenTrial) -> None:
     study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
-def trials_of(study: optuna.Study, states: tuple[TrialState, ...] = FINISHED) -> list[FrozenTrial]:
-    """Return the trials in these states without copying them. They must not be changed."""
-    return study._get_trials(deepcopy=False, states=states, use_cache=False)
+def trials_of(
+    study: optuna.Study,
+    states: tuple[TrialState, ...] = FINISHED,
+    *,
+    since_asked: bool = False,
+) -> list[FrozenTrial]:
+    """Return the trials in these states without copying them. They must not be changed.
+
+    With ``since_asked`` they are read at most once for a trial, together with its sampler.
+    """
+    return study._get_trials(deepcopy=False, states=states, use_cache=since_asked)
 
 
-def fixed_params(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-    """Return what an enqueued trial, or a sampler around the one in use, has fixed."""
+def fixed_params(
+    study: optuna.Study, trial: FrozenTrial, stored: FrozenTrial | None = None
+) -> dict[str, Any]:
+    """Return what an enqueued trial, or a sampler around the one in use, has fixed.
+
+    Args:
+        study: The study.
+        trial: The running trial.
+        stored: The same as it was just read from the storage, where it was.
+    """
+    fixed = inner_fixed_params(study.sampler)
+    attributes = trial.system_attrs if stored is None else stored.system_attrs
+    return {**fixed, **attributes.get("fixed_params", {})}
+
+
+def inner_fixed_params(sampler: BaseSampler) -> dict[str, Any]:
+    """Return what a sampler has fixed of its own base sampler's parameters."""
     fixed: dict[str, Any] = {}
-    sampler = study.sampler
     while isinstance(sampler, optuna.samplers.PartialFixedSampler):
         fixed = {**sampler._fixed_params, **fixed}
         sampler = sampler._base_sampler
-    attributes = study._storage.get_trial_system_attrs(trial._trial_id)
-    return {**fixed, **attributes.get("fixed_params", {})}
+    return fixed
 
 
 def single_value(distribution: BaseDistribution) -> Any:
@@ -96,23 +125,89 @@ def innermost_sampler(sampler: BaseSampler) -> BaseSampler:
     return sampler
 
 
-def share_relative_params(study: optuna.Study, trial: FrozenTrial, params: dict[str, Any]) -> None:
-    """Tell other workers which of several draws was taken.
+Weigh = Callable[[list[dict[str, Any]]], "NDArray[np.float64]"]
 
-    The TPE sampler leaves its last draw on the running trial, for the constant liar of other
-    workers. Where several were drawn and another one was taken, that has to be put right.
+
+def weighed(
+    base: TPESampler | GPSampler,
+    weigh: Weigh,
+    propose: Callable[[int], list[dict[str, Any]]],
+    call: Callable[[BaseSampler], dict[str, Any]],
+) -> dict[str, Any]:
+    """Call a sampler with something added to its acquisition function, in one pass.
+
+    The sampler scores its own candidates, draws no more than once, and itself tells other workers
+    what it chose, as their constant liar needs it.
+
+    Args:
+        base: The sampler. It is used through a copy, because threads may share it.
+        weigh: Adds to the logarithm of how good candidates are.
+        propose: Gives up to so many further candidates, of all or of some of the parameters.
+        call: Calls it.
+
+    Returns:
+        What the call returns.
     """
-    attributes = study._storage.get_trial_system_attrs(trial._trial_id)
-    n_chunks = 0
-    while f"{_TPE_RELATIVE_PARAMS}:{n_chunks}" in attributes:
-        n_chunks += 1
-    if n_chunks == 0:
-        return
-    # Chunks cannot be deleted; blanks at the end do not change what the text means.
-    text = json.dumps(params).ljust((n_chunks - 1) * _CHUNK + 1)
-    for start in range(0, len(text), _CHUNK):
-        study._storage.set_trial_system_attr(
-            trial._trial_id,
-            f"{_TPE_RELATIVE_PARAMS}:{start // _CHUNK}",
-            text[start : start + _CHUNK],
-        )
+    mixin = _WeighedTPE if isinstance(base, TPESampler) else _WeighedGP
+    copied: Any = object.__new__(_mixed(mixin, type(base)))
+    copied.__dict__.update(base.__dict__)
+    copied.__dict__.update(_weigh=weigh, _propose=propose)
+    result = call(copied)
+    # What it keeps between calls, such as the starting point of the next fit.
+    base.__dict__.update({k: v for k, v in copied.__dict__.items() if k in base.__dict__})
+    return result
+
+
+@lru_cache
+def _mixed(mixin: type, base: type) -> type:
+    return type(f"Weighed{base.__name__}", (mixin, base), {})
+
+
+class _WeighedTPE:
+    _weigh: Weigh
+    _propose: Callable[[int], list[dict[str, Any]]]
+
+    def _build_parzen_estimator(
+        self, study: optuna.Study, search_space: dict[str, BaseDistribution], *args: Any, **kw: Any
+    ) -> Any:
+        self._space = search_space
+        build = super()._build_parzen_estimator  # type: ignore[misc]
+        return build(study, search_space, *args, **kw)
+
+    def _compute_acquisition_func(
+        self, samples: dict[str, NDArray[np.float64]], mpe_below: Any, mpe_above: Any
+    ) -> NDArray[np.float64]:
+        n = len(next(iter(samples.values())))
+        ours = self._propose(n // 2)
+        # Side by side with those that it has drawn itself from what is good. Parameters that ours
+        # lack are as it has drawn them.
+        for name, values in samples.items():
+            distribution = self._space[name]
+            further = values[: len(ours)].copy()
+            for i, params in enumerate(ours):
+                if name in params:
+                    further[i] = distribution.to_internal_repr(params[name])
+            samples[name] = np.concatenate([values, further])
+        compute = super()._compute_acquisition_func  # type: ignore[misc]
+        scores = np.asarray(compute(samples, mpe_below, mpe_above))
+        proposed = [
+            {name: self._space[name].to_external_repr(v[i].item()) for name, v in samples.items()}
+            for i in range(len(scores))
+        ]
+        return np.asarray(scores + self._weigh(proposed))
+
+
+class _WeighedGP:
+    _weigh: Weigh
+    _propose: Callable[[int], list[dict[str, Any]]]
+
+    def _optimize_acqf(
+        self, acqf: Any, best_params: NDArray[np.float64] | None
+    ) -> NDArray[np.float64]:
+        best = super()._optimize_acqf(acqf, best_params)  # type: ignore[misc]
+        rng = self._rng.rng  # type: ignore[attr-defined]
+        points = acqf.search_space.sample_normalized_params(_N_POINTS, rng=rng)
+        points = np.concatenate([best[None], points])
+        values = np.asarray(acqf.eval_acqf_no_grad(points))
+        params = [acqf.search_space.get_unnormalized_param(point) for point in points]
+        return np.asarray(points[int(np.argmax(values + self._weigh(params)))])

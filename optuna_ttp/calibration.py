@@ -83,6 +83,8 @@ _ROUNDS = 4
 _MOST_TRIALS = 128
 # A trial that went on without reaching its next rung tells that it is later, within this error.
 _CENSORED_ERROR = 0.15
+# A running trial that is later than so many standard deviations is as late as it is.
+_UNEXPLAINED = 4.0
 # Corrections beyond this factor are no corrections.
 _MOST_LOG = 12.0
 _NEWTON_STEPS = 6
@@ -93,6 +95,8 @@ _CLEARLY = 0.5
 _MIN_AGREEMENT = 0.2
 # The newest so many trials say how good predictions are.
 _RECENT = 15
+# So many are compared with rules that learn from the trials before.
+_MOST_COMPARED = 256
 # Typical errors below this (a factor 1.65) do no harm, whatever a rule of thumb does; and what is
 # added to the errors of both.
 _HARMLESS_ERROR = 0.5
@@ -348,23 +352,28 @@ class Calibration:
         goal, spread = float(logs[0, -1]), float(sd[0, -1])
         if not math.isfinite(goal):
             return math.inf, spread
-        known = np.flatnonzero(np.isfinite(running.observed) & np.isfinite(logs[0, : len(DEPTHS)]))
+        stacked = _Trials.of([running])
+        # A rung that should have been passed by now has not been: it is later.
+        observed, errors = stacked.with_bounds(logs[:, : len(DEPTHS)])
+        known = np.flatnonzero(np.isfinite(observed[0]) & np.isfinite(logs[0, : len(DEPTHS)]))
         known = known[DEPTHS[known] < depths[-1]]
         if not len(known):
             return max(math.exp(goal) - running.n_steps, 1.0), spread
         j = known[-1]
-        stacked = _Trials.of([running])
         seen = np.zeros((1, len(DEPTHS)), dtype=bool)
         seen[0, known] = True
         scales = self.scale, self.instability_scale
-        inverse = stacked.precision(stacked.errors, seen, scales)[0]
+        inverse = stacked.precision(errors, seen, scales)[0]
         common = stacked.common(scales)[0]
-        away = np.where(seen[0], running.observed - logs[0, : len(DEPTHS)], 0.0)
+        away = np.where(seen[0], observed[0] - logs[0, : len(DEPTHS)], 0.0)
         # The correction itself is uncertain in the same way for all rungs.
         gain = common[j] @ inverse
         error = float(gain @ away)
+        if away[j] > _UNEXPLAINED * sd[0, j]:
+            # So late is nothing that the model knows of: the trial has a pace of its own.
+            error = float(away[j])
         left = math.exp(goal) - math.exp(float(logs[0, j]))
-        passed = math.exp(float(running.observed[j]))
+        passed = math.exp(float(observed[0, j]))
         rest = passed + left * math.exp(error) - running.n_steps
         shrunk = max(float(common[j, j] - gain @ common[j]), 0.0)
         total = max(spread**2 - float(common[j, j]) + shrunk, (0.5 * spread) ** 2)
@@ -379,7 +388,7 @@ class Calibration:
         instability: NDArray[np.float64],
         lag: NDArray[np.float64],
     ) -> NDArray[np.float64]:
-        """Correct predicted times to the last rung, without their deviation: for many at once.
+        """Correct predicted times without their deviation: for many at once.
 
         Args:
             depths:
@@ -396,12 +405,12 @@ class Calibration:
                 Shape ``(K,)``.
 
         Returns:
-            Logarithms of times at the last rung, ``(K,)``.
+            Logarithms of the corrected times, ``(K, P)``.
         """
-        times = _times(
+        paths = _Paths.of(
             self.weights, depths, log_steps, growth[None, :], covariates, instability, lag
         )
-        return np.asarray(np.log(times[:, -1]))
+        return np.log(paths.times()[0])
 
 
 def covariates(
@@ -472,7 +481,7 @@ def calibrate(observations: Sequence[Observation]) -> Calibration:
         *scales,
         _SCALE_WEIGHT + len(usable),
         len(every),
-        *_held_out(every),
+        *_held_out(every[-_MOST_COMPARED:]),
         divergence,
     )
 
@@ -611,19 +620,6 @@ def _ladder(
     paths = _Paths.of(weights, depths, log_steps, growth, x, instability, lag)
     times, slopes = paths.times(derivatives=True)
     return np.log(times), slopes / times[:, :, None]
-
-
-def _times(
-    weights: NDArray[np.float64],
-    depths: NDArray[np.float64],
-    log_steps: NDArray[np.float64],
-    growth: NDArray[np.float64],
-    x: NDArray[np.float64],
-    instability: NDArray[np.float64],
-    lag: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Corrected times, ``(K, P)``."""
-    return _Paths.of(weights, depths, log_steps, growth, x, instability, lag).times()[0]
 
 
 @dataclass(frozen=True, eq=False)

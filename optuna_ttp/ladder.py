@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +91,56 @@ class Ladder:
         blown_up = np.ones(count, dtype=bool)
         blown_up[kept] = 2 * np.array([run.blown_up for run in runs]).sum(axis=0) > len(runs)
         return cls(depths, whole, sds, blown_up)
+
+    @classmethod
+    def interpolated(
+        cls,
+        depths: NDArray[np.float64],
+        log_steps: NDArray[np.float64],
+        blown_up: NDArray[np.bool_],
+    ) -> Ladder:
+        """Build the ladder from a response surface.
+
+        Args:
+            depths:
+                Of the surface, ending with the target's, shape ``(Q,)``.
+            log_steps:
+                Shape ``(K, Q)``; NaN where the target is not reached.
+            blown_up:
+                Shape ``(K,)``.
+
+        Returns:
+            The ladder.
+        """
+        place = np.minimum(np.arange(len(DEPTHS) + 1), len(depths) - 1)
+        logs = np.where(blown_up[:, None], np.nan, log_steps[:, place])
+        wide = np.broadcast_to(depths[place], logs.shape)
+        return cls(wide, logs, np.zeros(len(logs)), blown_up)
+
+    def updated(self, other: Ladder, rows: NDArray[np.int64]) -> Ladder:
+        """Return this ladder with some rows of another one.
+
+        Args:
+            other:
+                Of the same shape.
+            rows:
+                Which ones.
+
+        Returns:
+            The ladder.
+        """
+
+        def merged(mine: NDArray[Any], theirs: NDArray[Any]) -> NDArray[Any]:
+            mine = mine.copy()
+            mine[rows] = theirs[rows]
+            return mine
+
+        return Ladder(
+            merged(self.depths, other.depths),
+            merged(self.log_steps, other.log_steps),
+            merged(self.log_sd, other.log_sd),
+            merged(self.blown_up, other.blown_up),
+        )
 
     @property
     def log_target(self) -> NDArray[np.float64]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 import math
 from typing import Any
@@ -9,11 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from optuna_ttp._optuna_compat import FINISHED
-from optuna_ttp._optuna_compat import read_user_attrs
-from optuna_ttp._optuna_compat import trials_of
 from optuna_ttp._optuna_compat import write_user_attr
 
 
@@ -26,11 +26,19 @@ if TYPE_CHECKING:
     from optuna_ttp.predictor import TrainingTimePredictor
 
 
-PREDICTION = "ttp:prediction"
-DECISION = "ttp:decision"
+# All that is known of a trial before it runs is one attribute: every write is a journey to the
+# database.
+RECORD = "ttp:record"
+PREDICTION = "prediction"
+DECISION = "decision"
+# An objective with a clock of its own may write what a trial took, {"trial": number, "seconds":
+# ...}; otherwise it is the time from the trial's start to its end.
 PAID = "ttp:paid"
 RUN = "run"
 SKIP = "skip"
+STOP = "stop"
+# How far above the target a curve may end and count as having reached it.
+_AT_TARGET = 1.05
 
 
 @dataclass(frozen=True)
@@ -51,18 +59,31 @@ class TrialRecord:
         predicted_seconds:
             The same in seconds.
         decision:
-            ``"run"``, ``"skip"``, or :obj:`None` where nothing was decided.
+            ``"run"``, ``"skip"`` before its first step, ``"stop"`` under way, or :obj:`None` where
+            nothing was decided.
+        kind:
+            What a prediction spoke against: ``"diverges"``, ``"budget"``, ``"cost"``,
+            ``"study_budget"`` or ``"chance"``; :obj:`None` where it did not.
+        override:
+            Why it ran nevertheless: ``"untrusted"``, ``"shadow"``, ``"turn"`` or ``"audit"``;
+            :obj:`None` where it did not, or had no need to.
         reason:
             Why, in words.
         paid_seconds:
             From the trial's start to its end.
         avoided_seconds:
             What a skipped trial would have cost, by estimate: the share of its budget that trials
-            which ran took on average, or their mean seconds where there is no budget.
+            which ran took on average, or their mean seconds where there is no budget; of a
+            stopped one what it was predicted to go on for.
+        avoided_sd:
+            Its standard deviation.
         prediction_seconds:
             What its prediction took.
         value:
             Its objective value, where it has a single one.
+        was_wrong:
+            Of a trial that ran in spite of its prediction: whether it reached the target within
+            its budget, or became the best one. :obj:`None` of others, and where nobody can tell.
     """
 
     number: int
@@ -72,11 +93,15 @@ class TrialRecord:
     predicted_steps: float
     predicted_seconds: float
     decision: str | None
+    kind: str | None
+    override: str | None
     reason: str
     paid_seconds: float
     avoided_seconds: float
+    avoided_sd: float
     prediction_seconds: float
     value: float
+    was_wrong: bool | None
 
 
 @dataclass(frozen=True)
@@ -98,6 +123,70 @@ class Report:
     def n_skipped(self) -> int:
         """The number of trials that were skipped on their prediction."""
         return sum(record.decision == SKIP for record in self.records)
+
+    @property
+    def n_stopped(self) -> int:
+        """The number of trials that were stopped under way on their own curve."""
+        return sum(record.decision == STOP for record in self.records)
+
+    @property
+    def skipped_by_kind(self) -> dict[str, int]:
+        """How many trials were skipped or stopped for which kind of reason."""
+        kinds = [r.kind or "other" for r in self.records if r.decision in (SKIP, STOP)]
+        return dict(sorted(Counter(kinds).items()))
+
+    @property
+    def n_audited(self) -> int:
+        """The number of trials that ran in spite of their prediction, and of which one can tell.
+
+        For an audit, in shadow mode, or because it was their turn.
+        """
+        return sum(record.was_wrong is not None for record in self.records)
+
+    @property
+    def n_wrong(self) -> int:
+        """How many of these would have been skipped wrongly."""
+        return sum(record.was_wrong is True for record in self.records)
+
+    def wrong_share(self, coverage: float = 0.8) -> tuple[float, float, float]:
+        """Estimate how often skipping is wrong.
+
+        Args:
+            coverage:
+                Of the interval. 0.8 by default.
+
+        Returns:
+            The share, and the ends of its Jeffreys interval (Brown, Cai and DasGupta, 2001,
+            section 3.1.2). NaN, 0 and 1 where nothing was audited.
+        """
+        from scipy.stats import beta
+
+        n, k = self.n_audited, self.n_wrong
+        if n == 0:
+            return math.nan, 0.0, 1.0
+        low, high = (
+            float(beta.ppf(0.5 + sign * coverage / 2, k + 0.5, n - k + 0.5)) for sign in (-1, 1)
+        )
+        return k / n, 0.0 if k == 0 else low, 1.0 if k == n else high
+
+    @property
+    def saved_sd(self) -> float:
+        """Standard deviation of :attr:`saved_seconds`.
+
+        From how much the trials that ran differ in what they took, or in their share of the
+        budget. Zero where nothing was skipped, NaN where fewer than two ran.
+        """
+        own = [r for r in self.records if r.avoided_seconds > 0]
+        if not own:
+            return 0.0
+        # The mean of those that ran is uncertain in the same way for all that were skipped.
+        single = sum(r.avoided_sd**2 for r in own)
+        common = sum(r.avoided_sd for r in own) ** 2 / max(self._n_ran, 1)
+        return math.sqrt(single + common)
+
+    @property
+    def _n_ran(self) -> int:
+        return sum(r.decision != SKIP and math.isfinite(r.paid_seconds) for r in self.records)
 
     @property
     def paid_seconds(self) -> float:
@@ -142,14 +231,22 @@ class Report:
                 f"{_number(r.predicted_seconds, '.3g'):>9}  {_number(r.paid_seconds, '.3g'):>8}  "
                 f"{_number(r.value, '.4g'):>9}  {decision}{': ' + r.reason if r.reason else ''}"
             )
+        stopped = f", {self.n_stopped} stopped under way" if self.n_stopped else ""
         lines.append(
-            f"{len(self.records)} trials, {self.n_skipped} skipped on their prediction. "
+            f"{len(self.records)} trials, {self.n_skipped} skipped on their prediction{stopped}. "
             f"Paid {self.paid_seconds:.1f} s; avoided about {self.avoided_seconds:.1f} s."
         )
         lines.append(
             f"Net of the spectrum ({self.spectrum_seconds:.1f} s) and of the predictions "
-            f"({self.prediction_seconds:.1f} s): about {self.saved_seconds:.1f} s saved."
+            f"({self.prediction_seconds:.1f} s): about {self.saved_seconds:.1f} s saved"
+            + (f", give or take {self.saved_sd:.1f} s." if self.saved_sd > 0 else ".")
         )
+        if self.n_audited:
+            share, low, high = self.wrong_share()
+            lines.append(
+                f"{self.n_audited} ran in spite of their prediction; {self.n_wrong} of them would "
+                f"have been skipped wrongly ({share:.0%}, 80 % interval {low:.0%} to {high:.0%})."
+            )
         return "\n".join(lines)
 
 
@@ -173,45 +270,41 @@ def report(study: optuna.Study) -> Report:
         for p in (entry(trial, PREDICTION) for trial in trials)
         if p is not None
     }
-    return Report(tuple(_record(trial, typical) for trial in trials), float(sum(spectra.values())))
+    best = _best(study, trials)
+    records = tuple(_record(trial, typical, best) for trial in trials)
+    return Report(records, float(sum(spectra.values())))
 
 
 def entry(trial: FrozenTrial, key: str) -> dict[str, Any] | None:
-    """Return what we wrote on a trial under a key.
+    """Return what is written on a trial under a key.
 
     Args:
         trial:
             Any trial.
         key:
-            One of the ``ttp:`` keys.
+            :data:`PREDICTION` or :data:`DECISION`, or an attribute that begins with ``ttp:``.
 
     Returns:
         The entry, or :obj:`None` where there is none. A retried trial carries the attributes of
         the trial it repeats; those do not count.
     """
-    value = trial.user_attrs.get(key)
+    value = trial.user_attrs.get(key if key.startswith("ttp:") else RECORD)
     if not isinstance(value, dict) or value.get("trial") != trial.number:
         return None
-    return value
+    return value if key.startswith("ttp:") else value.get(key)
 
 
-def record_prediction(
-    study: optuna.Study,
-    trial: FrozenTrial,
+def prediction_entry(
     predictor: TrainingTimePredictor,
     configuration: Configuration,
     prediction: Prediction,
     *,
     budget_steps: float,
     prediction_seconds: float,
-) -> None:
-    """Write down what was predicted for a trial.
+) -> dict[str, Any]:
+    """Return what is written down of a prediction.
 
     Args:
-        study:
-            The study.
-        trial:
-            The running trial.
         predictor:
             What predicted.
         configuration:
@@ -222,101 +315,61 @@ def record_prediction(
             The steps that the trial may take; infinity where no budget was given.
         prediction_seconds:
             What the prediction took.
-    """
-    budget_seconds = budget_steps * float(predictor.seconds_per_step(configuration.batch_size))
-    write_user_attr(
-        study,
-        trial,
-        PREDICTION,
-        {
-            "trial": trial.number,
-            "fingerprint": predictor.spectrum.metadata.fingerprint,
-            "spectrum_seconds": predictor.spectrum.metadata.compute_seconds
-            + predictor.probe_seconds,
-            "target": predictor.target.value,
-            "learning_rate": configuration.learning_rate,
-            "batch_size": configuration.batch_size,
-            "momentum": configuration.momentum,
-            "outcome": prediction.outcome,
-            "steps": _finite(float(prediction.steps)),
-            "seconds": _finite(float(prediction.seconds)),
-            "stability": _finite(float(prediction.stability)),
-            "budget_seconds": _finite(budget_seconds),
-            "prediction_seconds": prediction_seconds,
-            "ladder": {
-                "predicted": _rounded(prediction.log_passages),
-                "expected": _rounded(prediction.expected_log_passages),
-                "growth": _rounded(prediction.log_growth),
-                "covariates": _rounded(prediction.covariates),
-                "instability": _rounded(prediction.instability),
-            },
-        },
-    )
-
-
-def record_decision(study: optuna.Study, trial: FrozenTrial, decision: str, reason: str) -> None:
-    """Write down what was decided about a trial and why.
-
-    Args:
-        study:
-            The study.
-        trial:
-            The running trial.
-        decision:
-            ``"run"`` or ``"skip"``.
-        reason:
-            Why, in words.
-    """
-    value = {"trial": trial.number, "decision": decision, "reason": reason}
-    write_user_attr(study, trial, DECISION, value)
-
-
-def record_paid(study: optuna.Study, trial: FrozenTrial, seconds: float) -> None:
-    """Write down what a trial took.
-
-    Args:
-        study:
-            The study.
-        trial:
-            The trial that is about to finish.
-        seconds:
-            From its start to its end.
-    """
-    write_user_attr(study, trial, PAID, {"trial": trial.number, "seconds": seconds})
-
-
-def stored_entry(study: optuna.Study, trial: FrozenTrial, key: str) -> dict[str, Any] | None:
-    """Like :func:`entry`, but as the storage has it now.
-
-    Args:
-        study:
-            The study.
-        trial:
-            The running trial.
-        key:
-            One of the ``ttp:`` keys.
 
     Returns:
-        The entry, or :obj:`None`.
+        Values that every storage takes.
     """
-    value = read_user_attrs(study, trial).get(key)
-    if not isinstance(value, dict) or value.get("trial") != trial.number:
-        return None
-    return value
+    budget_seconds = budget_steps * float(predictor.seconds_per_step(configuration.batch_size))
+    return {
+        "fingerprint": predictor.spectrum.metadata.fingerprint,
+        "spectrum_seconds": predictor.spectrum.metadata.compute_seconds + predictor.probe_seconds,
+        "target": predictor.target.value,
+        "learning_rate": configuration.learning_rate,
+        "batch_size": configuration.batch_size,
+        "momentum": configuration.momentum,
+        "outcome": prediction.outcome,
+        "steps": _finite(float(prediction.steps)),
+        "seconds": _finite(float(prediction.seconds)),
+        "stability": _finite(float(prediction.stability)),
+        "budget_steps": _finite(budget_steps),
+        "budget_seconds": _finite(budget_seconds),
+        "prediction_seconds": prediction_seconds,
+        "ladder": {
+            "predicted": _rounded(prediction.log_passages),
+            "expected": _rounded(prediction.expected_log_passages),
+            "growth": _rounded(prediction.log_growth),
+            "covariates": _rounded(prediction.covariates),
+            "instability": _rounded(prediction.instability),
+        },
+    }
 
 
-def n_skipped_in_a_row(study: optuna.Study) -> int:
+def write_record(study: optuna.Study, trial: FrozenTrial, record: dict[str, Any]) -> None:
+    """Write down what was predicted and decided for a trial.
+
+    Args:
+        study:
+            The study.
+        trial:
+            The running trial.
+        record:
+            Its number under ``"trial"``, and entries under the names :data:`PREDICTION` and
+            :data:`DECISION`.
+    """
+    write_user_attr(study, trial, RECORD, record)
+
+
+def n_skipped_in_a_row(trials: Sequence[FrozenTrial]) -> int:
     """Return how many of the newest trials were skipped without one that ran, or still runs.
 
     Args:
-        study:
-            The study.
+        trials:
+            Finished and running ones.
 
     Returns:
         A count.
     """
     count = 0
-    trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
     for trial in sorted(trials, key=lambda t: t.number, reverse=True):
         decision = entry(trial, DECISION)
         if decision is None and trial.state == TrialState.RUNNING:
@@ -336,16 +389,22 @@ class _TypicalCost:
             Their mean seconds; NaN where none ran.
         share:
             The mean share of their budget that they took; one where none had a budget.
+        seconds_sd:
+            Standard deviation of their seconds; NaN where fewer than two ran.
+        share_sd:
+            The same of the share.
     """
 
     seconds: float
     share: float
+    seconds_sd: float
+    share_sd: float
 
 
 def _typical_cost(trials: list[FrozenTrial]) -> _TypicalCost:
     seconds, shares = [], []
     for trial in trials:
-        paid = _paid_seconds(trial)
+        paid = paid_seconds(trial)
         if (entry(trial, DECISION) or {}).get("decision") == SKIP or not math.isfinite(paid):
             continue
         seconds.append(paid)
@@ -355,18 +414,24 @@ def _typical_cost(trials: list[FrozenTrial]) -> _TypicalCost:
     return _TypicalCost(
         sum(seconds) / len(seconds) if seconds else math.nan,
         sum(shares) / len(shares) if shares else 1.0,
+        float(np.std(seconds, ddof=1)) if len(seconds) > 1 else math.nan,
+        float(np.std(shares, ddof=1)) if len(shares) > 1 else math.nan,
     )
 
 
-def _record(trial: FrozenTrial, typical: _TypicalCost) -> TrialRecord:
+def _record(trial: FrozenTrial, typical: _TypicalCost, best: int | None) -> TrialRecord:
     prediction = entry(trial, PREDICTION) or {}
     decision = entry(trial, DECISION) or {}
-    paid = _paid_seconds(trial)
-    avoided = 0.0
+    paid = paid_seconds(trial)
+    avoided, avoided_sd = 0.0, 0.0
     if decision.get("decision") == SKIP:
         budget = prediction.get("budget_seconds")
         # Wrapped pruners and the objective stop trials early, so few would have used it up.
         avoided = typical.seconds if budget is None else typical.share * budget
+        avoided_sd = typical.seconds_sd if budget is None else typical.share_sd * budget
+    elif decision.get("decision") == STOP:
+        avoided = _or_nan(decision.get("seconds_left"))
+        avoided_sd = avoided * float(decision.get("log_sd", 0.0))
     values = trial.values or []
     return TrialRecord(
         number=trial.number,
@@ -376,15 +441,70 @@ def _record(trial: FrozenTrial, typical: _TypicalCost) -> TrialRecord:
         predicted_steps=_or_nan(prediction.get("steps")),
         predicted_seconds=_or_nan(prediction.get("seconds")),
         decision=decision.get("decision"),
+        kind=decision.get("kind"),
+        override=decision.get("override"),
         reason=decision.get("reason", ""),
         paid_seconds=paid,
         avoided_seconds=avoided,
+        avoided_sd=avoided_sd,
         prediction_seconds=float(prediction.get("prediction_seconds", 0.0)),
         value=values[0] if len(values) == 1 else math.nan,
+        was_wrong=_was_wrong(trial, best) if decision.get("override") else None,
     )
 
 
-def _paid_seconds(trial: FrozenTrial) -> float:
+def _was_wrong(trial: FrozenTrial, best: int | None) -> bool | None:
+    """Whether a trial did well that had been predicted to do badly."""
+    from optuna_ttp.training_log import observed_curve
+
+    if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+        return None
+    if trial.number == best:
+        return True
+    curve = observed_curve(trial)
+    prediction = entry(trial, PREDICTION) or {}
+    if curve is None or prediction.get("target") is None:
+        return False if trial.state == TrialState.COMPLETE and best is not None else None
+    budget = prediction.get("budget_steps")
+    within = curve.steps <= (math.inf if budget is None else budget)
+    return bool((curve.losses[within] <= _AT_TARGET * prediction["target"]).any())
+
+
+def _best(study: optuna.Study, trials: list[FrozenTrial]) -> int | None:
+    """The number of the best trial of a study with one objective."""
+    done = [t for t in trials if t.state == TrialState.COMPLETE and t.values]
+    if len(study.directions) > 1 or not done:
+        return None
+    sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
+    return min(done, key=lambda t: sign * t.values[0]).number
+
+
+def predicted_cost(trial: FrozenTrial) -> float:
+    """Return what a trial was predicted to take.
+
+    Args:
+        trial:
+            Any trial.
+
+    Returns:
+        Seconds, steps where the time of a step is not known; NaN where nothing was predicted, or
+        nothing finite.
+    """
+    prediction = entry(trial, PREDICTION) or {}
+    seconds = prediction.get("seconds")
+    return _or_nan(prediction.get("steps") if seconds is None else seconds)
+
+
+def paid_seconds(trial: FrozenTrial) -> float:
+    """Return what a trial took.
+
+    Args:
+        trial:
+            Any trial.
+
+    Returns:
+        Seconds; NaN where it is not finished.
+    """
     paid = entry(trial, PAID)
     if paid is not None:
         return float(paid["seconds"])

@@ -79,6 +79,8 @@ _PROBE_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 _PROBE_INSTABILITY = 0.3
 # What the response surface is built from; it ranks candidates, it does not promise times.
 _SURFACE_TRACE = 0.98
+# Simulations without corrections go on for up to so many times the horizon, as a logarithm.
+_MOST_SLACK = 3.0
 
 
 class TrainingTimePredictor:
@@ -263,7 +265,7 @@ class TrainingTimePredictor:
 
     def __getstate__(self) -> dict[str, Any]:
         # The linearised model is derived from the spectrum, and larger.
-        derived = ("_model", "_own_surface", "_stability_limit")
+        derived = ("_model", "_own_surface", "_corrected_surface", "_stability_limit")
         return {k: v for k, v in self.__dict__.items() if k not in derived}
 
     @property
@@ -333,8 +335,9 @@ class TrainingTimePredictor:
             A new predictor that shares everything else with this one.
         """
         # A trial that was remembered and is in the study again counts once.
-        known = {_name(o) for o in self.observations}
-        observations = [o for o in observations if _name(o) not in known]
+        if self.observations:
+            known = {_name(o) for o in self.observations}
+            observations = [o for o in observations if _name(o) not in known]
         if not observations:
             return self
         every = (*self.observations, *observations)
@@ -487,6 +490,7 @@ class TrainingTimePredictor:
         twin.__dict__.update(self.__dict__)
         twin.calibration = calibration
         twin._root = self if self._root is None else self._root
+        twin.__dict__.pop("_corrected_surface", None)
         return twin
 
     def predict(
@@ -534,8 +538,147 @@ class TrainingTimePredictor:
             rate[kept], size[kept], mass[kept], horizon[kept], full_curve=full_curve
         )
         ladder = Ladder.of(runs, self.target, self.initial_loss, len(rate), kept)
+        first = runs[0]
+        strides = np.ones(len(rate), dtype=np.int64)
+        strides[kept] = first.strides
+        steps = np.full((len(rate), first.steps.shape[1]), np.nan)
+        steps[kept] = first.steps
+        curves = {}
+        for name, values in first.curves.items():
+            curves[name] = np.full(steps.shape, np.nan)
+            curves[name][kept] = values
+        return self._prediction(
+            ladder,
+            rate,
+            size,
+            mass,
+            horizon,
+            strides,
+            steps,
+            curves,
+            growth=self._log_growth,
+            shape=shape,
+        )
+
+    def estimate(
+        self,
+        learning_rate: ArrayLike,
+        batch_size: ArrayLike,
+        momentum: ArrayLike = 0.0,
+        *,
+        max_steps: ArrayLike | None = None,
+    ) -> Prediction:
+        """Predict as :meth:`predict` does, but from the response surface, and without curves.
+
+        A prediction takes milliseconds once the surface is built, see :meth:`score`. What the
+        surface would have to extrapolate is simulated. This is what sampler and pruner use.
+
+        Args:
+            learning_rate:
+                Positive.
+            batch_size:
+                Whole numbers from 1 to N.
+            momentum:
+                In [0, 1). Zero by default.
+            max_steps:
+                The horizon in steps, if another one than the predictor's.
+
+        Returns:
+            Steps, epochs, seconds, interval and outcome; the curves are empty.
+
+        Raises:
+            ValueError:
+                If a hyperparameter is out of its range.
+        """
+        rate, size, mass, horizon = self._check_configuration(
+            learning_rate, batch_size, momentum, self.max_steps if max_steps is None else max_steps
+        )
+        shape = rate.shape
+        rate, size, mass, horizon = rate.ravel(), size.ravel(), mass.ravel(), horizon.ravel()
+        hopeless = rate > _HOPELESS_STABILITY * self._largest(size, mass)
+        steps, outside = self._scored(rate, size, mass)
+        # The surface ends at the predictor's horizon.
+        outside |= ~np.isfinite(steps) & (horizon > self.max_steps)
+        simulated = np.flatnonzero(outside & ~hopeless)
+        depths, logs = (
+            self._surface.ladder(rate, self._simulated_size(size).astype(np.float64), mass)
+            if self.has_surface
+            else (DEPTHS[None, -1:], np.full((len(rate), 1), np.nan))
+        )
+        ladder = Ladder.interpolated(depths[0], logs, hopeless)
+        if len(simulated):
+            # As the surface is: without what trials have corrected, which comes afterwards.
+            plain = self.calibrated(Calibration.none())
+            slack = math.exp(float(np.clip(self._log_growth.max(), 0.0, _MOST_SLACK)))
+            runs = plain._simulate(
+                rate[simulated],
+                size[simulated],
+                mass[simulated],
+                np.ceil(slack * horizon[simulated]).astype(np.int64),
+                n_seeds=1,
+            )
+            own = Ladder.of(runs, self.target, self.initial_loss, len(rate), simulated)
+            ladder = ladder.updated(own, simulated)
+        return self._prediction(
+            ladder,
+            rate,
+            size,
+            mass,
+            horizon,
+            np.ones(len(rate), dtype=np.int64),
+            np.empty((len(rate), 0)),
+            {},
+            growth=np.zeros(len(NODES)),
+            shape=shape,
+        )
+
+    def remaining_steps(
+        self, running: Observation, configuration: tuple[float, int, float]
+    ) -> tuple[float, float] | None:
+        """Return how long a running trial still takes, given its own curve.
+
+        See :meth:`~optuna_ttp.Calibration.remaining`.
+
+        Args:
+            running:
+                What was predicted for it by :meth:`estimate`, and seen of it so far.
+            configuration:
+                Its learning rate, batch size and momentum.
+
+        Returns:
+            Steps from the last one that was seen, and the standard deviation of their logarithm;
+            :obj:`None` where the response surface does not know.
+        """
+        rate, size, mass = (np.array([value]) for value in configuration)
+        if not self.has_surface or self._scored(rate, size, mass)[1].any():
+            return None
+        depths, logs = self._surface.ladder(
+            rate, self._simulated_size(size).astype(np.float64), mass
+        )
+        ladder = Ladder.interpolated(depths[0], logs, np.zeros(1, dtype=bool))
+        if not np.isfinite(ladder.log_steps[0, -1]):
+            return None
+        return self.calibration.remaining(running, ladder.depths[0], ladder.log_steps[0])
+
+    def _prediction(
+        self,
+        ladder: Ladder,
+        rate: NDArray[np.float64],
+        size: NDArray[np.int64],
+        mass: NDArray[np.float64],
+        horizon: NDArray[np.int64],
+        strides: NDArray[np.int64],
+        curve_steps: NDArray[np.float64],
+        curves: dict[str, NDArray[np.float64]],
+        *,
+        growth: NDArray[np.float64],
+        shape: tuple[int, ...],
+    ) -> Prediction:
+        """What a ladder says, as trials have corrected it."""
+        stability = rate / self._largest(size, mass)
+        hopeless = stability > _HOPELESS_STABILITY
         x = self._covariates(rate, size, mass)
-        logs, sd = self._corrected(ladder, x, stability, mass)
+        logs, sd = self._corrected(ladder, x, stability, mass, growth)
         median = np.exp(np.where(np.isfinite(logs[:, -1]), logs[:, -1], np.inf))
         steps = np.where(np.isfinite(median), np.maximum(1.0, np.ceil(median - 1e-9)), np.inf)
         late = steps > horizon
@@ -548,16 +691,6 @@ class TrainingTimePredictor:
         widths = np.exp(self._quantile * sd)
         epochs = steps / np.ceil(self.n_samples / size)
         seconds = steps * self.seconds_per_step(size)
-        first = runs[0]
-        strides = np.ones(len(rate), dtype=np.int64)
-        strides[kept] = first.strides
-        length = first.steps.shape[1]
-
-        def whole(values: NDArray[np.float64]) -> NDArray[np.float64]:
-            padded = np.full((len(rate), length), np.nan)
-            padded[kept] = values
-            return padded.reshape(*shape, -1)
-
         return Prediction(
             learning_rate=rate.reshape(shape),
             batch_size=size.reshape(shape),
@@ -574,15 +707,15 @@ class TrainingTimePredictor:
             stability=stability.reshape(shape),
             max_steps=horizon.reshape(shape),
             strides=strides.reshape(shape),
-            curve_steps=whole(warped(first.steps, ladder.log_steps[kept], logs[kept])),
-            curves={name: whole(values) for name, values in first.curves.items()},
+            curve_steps=warped(curve_steps, ladder.log_steps, logs).reshape(*shape, -1),
+            curves={name: values.reshape(*shape, -1) for name, values in curves.items()},
             log_passages=ladder.on_rungs(ladder.log_steps).reshape(*shape, -1),
             expected_log_passages=ladder.on_rungs(logs).reshape(*shape, -1),
             covariates=x.reshape(*shape, -1),
             instability=self._instability(
                 np.broadcast_to(DEPTHS, (len(rate), len(DEPTHS))), stability
             ).reshape(*shape, -1),
-            log_growth=self._log_growth,
+            log_growth=growth,
         )
 
     def score(
@@ -623,9 +756,7 @@ class TrainingTimePredictor:
         shape = rate.shape
         rate, size, mass, horizon = rate.ravel(), size.ravel(), mass.ravel(), horizon.ravel()
         hopeless = rate > _HOPELESS_STABILITY * self._largest(size, mass)
-        steps, outside = self._scored(rate, size, mass)
-        if self.calibration.n_observed:
-            steps = self._corrected_scores(rate, size, mass)
+        steps, outside = self._scored(rate, size, mass, corrected=True)
         outside &= ~hopeless
         if simulate_outside and outside.any():
             chosen = np.flatnonzero(outside)
@@ -639,7 +770,7 @@ class TrainingTimePredictor:
             if self.calibration.n_observed:
                 stability = rate[chosen] / self._largest(size[chosen], mass[chosen])
                 x = self._covariates(rate[chosen], size[chosen], mass[chosen])
-                logs, _ = self._corrected(ladder, x, stability, mass[chosen])
+                logs, _ = self._corrected(ladder, x, stability, mass[chosen], self._log_growth)
             steps[chosen] = np.ceil(np.exp(np.nan_to_num(logs[:, -1], nan=np.inf)) - 1e-9)
         steps = np.where(hopeless | (steps > horizon), np.inf, steps)
         per_step = self.seconds_per_step(size)
@@ -668,6 +799,80 @@ class TrainingTimePredictor:
         )
         outside = self._scored(rate.ravel(), size.ravel(), mass.ravel())[1]
         return outside.reshape(rate.shape)
+
+    def depth_after(
+        self,
+        learning_rate: NDArray[np.float64],
+        batch_size: NDArray[np.int64],
+        momentum: NDArray[np.float64],
+        steps: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Return how deep the training loss is after some steps, from the response surface.
+
+        Args:
+            learning_rate:
+                Shape ``(K,)``.
+            batch_size:
+                Shape ``(K,)``.
+            momentum:
+                Shape ``(K,)``.
+            steps:
+                Shape ``(K,)``.
+
+        Returns:
+            Logarithms of the initial loss over the loss, shape ``(K,)``. Behind the target the
+            loss is taken to go on falling as fast in the logarithm of the steps; where it stays
+            above a rung it is taken to be at the last one that was passed. Zero where training is
+            predicted to diverge, or nothing is known.
+        """
+        if not self.has_surface:
+            return np.zeros(len(learning_rate))
+        surface = self._corrected_surface
+        sizes = self._simulated_size(batch_size).astype(np.float64)
+        logs = surface.passages(learning_rate, sizes, momentum)
+        goal = np.log(np.maximum(steps, 1.0))
+        # The first rung is where the first step is, or before it.
+        logs = np.concatenate([np.minimum(logs[:, :1], 0.0) - 1.0, logs], axis=1)
+        depths = np.concatenate([[0.0], surface.depths])
+        passed = np.logical_and.accumulate(np.nan_to_num(logs, nan=np.inf) <= goal[:, None], 1)
+        last = np.maximum(passed.sum(axis=1) - 1, 0)
+        rows = np.arange(len(goal))
+        after = np.minimum(last + 1, len(depths) - 1)
+        before = np.where(last < len(depths) - 1, last, len(depths) - 2)
+        first, then = logs[rows, before], logs[rows, after]
+        slope = (depths[after] - depths[before]) / np.maximum(then - first, 1e-3)
+        rest = np.clip(goal - logs[rows, last], 0.0, _MOST_SLACK)
+        further = np.where(np.isfinite(slope), slope * rest, 0.0)
+        # No further than the next rung, of which the surface knows that it was not passed.
+        further = np.where(
+            last < len(depths) - 1, np.minimum(further, depths[after] - depths[last]), further
+        )
+        return np.asarray(np.where(np.isfinite(logs[rows, last]), depths[last] + further, 0.0))
+
+    @cached_property
+    def best_depth(self) -> float:
+        """Depth at which the validation loss is predicted to be lowest.
+
+        That of slow full-batch training of the linearised network; infinite without validation
+        data, or where more training always helps within 20,000 steps.
+        """
+        if self._model.validation is None:
+            return math.inf
+        rate = np.array([0.5 / max(float(self._model.curvatures[0]), 1e-30)])
+        run = simulate(
+            self._model,
+            SGD.of(rate),
+            np.array([self._model.n_samples]),
+            max_steps=np.array([20_000]),
+            target=Target("validation_loss", 1e-12),
+            full_curves=True,
+        )
+        losses = run.curves["validation_loss"][0]
+        known = np.flatnonzero(np.isfinite(losses) & np.isfinite(run.steps[0]))
+        best = known[int(np.argmin(losses[known]))]
+        if best == known[-1]:
+            return math.inf
+        return math.log(self.initial_loss / max(float(run.curves["loss"][0, best]), 1e-300))
 
     def seconds_per_step(self, batch_size: ArrayLike) -> NDArray[np.float64]:
         """Return the seconds of a training step; NaN where they were not measured.
@@ -708,6 +913,12 @@ class TrainingTimePredictor:
     @cached_property
     def _stability_limit(self) -> StabilityLimit:
         return StabilityLimit.of(self._model, self.n_samples)
+
+    @property
+    def has_surface(self) -> bool:
+        """Whether times are a function of learning rate, batch size and momentum alone."""
+        settled = self.target.settled
+        return bool(self.schedule.is_constant and not settled and self.method == "linear")
 
     @property
     def _surface(self) -> ResponseSurface:
@@ -811,6 +1022,7 @@ class TrainingTimePredictor:
         x: NDArray[np.float64],
         stability: NDArray[np.float64],
         mass: NDArray[np.float64],
+        growth: NDArray[np.float64],
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Logarithmic times at the rungs, ``(K, P)``, and their deviation at the target."""
         if not self.calibration.n_observed:
@@ -822,15 +1034,21 @@ class TrainingTimePredictor:
                 + stability_sd(stability) ** 2
             )
             return ladder.log_steps, sd
+        # Rungs below the target coincide with it in all rows.
+        apart = (ladder.depths[:, :-1] < ladder.depths[:, -1:]).any(axis=0)
+        columns = np.append(np.flatnonzero(apart), ladder.depths.shape[1] - 1)
+        depths = ladder.depths[:, columns]
         logs, sd = self.calibration.correct(
-            ladder.depths,
-            ladder.log_steps,
-            self._log_growth,
+            depths,
+            ladder.log_steps[:, columns],
+            growth,
             x,
-            self._instability(ladder.depths, stability),
+            self._instability(depths, stability),
             mass / (1.0 - mass),
         )
-        return logs, np.nan_to_num(sd[:, -1])
+        whole = np.repeat(logs[:, -1:], ladder.depths.shape[1], axis=1)
+        whole[:, columns] = logs
+        return whole, np.nan_to_num(sd[:, -1])
 
     @property
     def _quantile(self) -> float:
@@ -847,7 +1065,9 @@ class TrainingTimePredictor:
             return np.full(len(sd), self.reliable)
         return (sd < _UNRELIABLE_SD) & self.calibration.trusted
 
-    def _largest(self, size: NDArray[np.int64], mass: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _largest(
+        self, size: NDArray[np.int64] | NDArray[np.float64], mass: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         return self._stability_limit.max_learning_rate(
             size,
             mass,
@@ -856,33 +1076,45 @@ class TrainingTimePredictor:
         )
 
     def _scored(
-        self, rate: NDArray[np.float64], size: NDArray[np.int64], mass: NDArray[np.float64]
+        self,
+        rate: NDArray[np.float64],
+        size: NDArray[np.int64],
+        mass: NDArray[np.float64],
+        *,
+        corrected: bool = False,
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Steps from the response surface, and where they are extrapolated."""
-        if not self.schedule.is_constant or self.target.settled or self.method != "linear":
+        if not self.has_surface:
             return np.full(len(rate), np.inf), np.ones(len(rate), dtype=bool)
         sizes = self._simulated_size(size).astype(np.float64)
-        return self._surface.steps(rate, sizes, mass)
+        return (self._corrected_surface if corrected else self._surface).steps(rate, sizes, mass)
 
-    def _corrected_scores(
-        self, rate: NDArray[np.float64], size: NDArray[np.int64], mass: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        """Steps from the response surface, as trials have corrected them."""
-        if not self.schedule.is_constant or self.target.settled or self.method != "linear":
-            return np.full(len(rate), np.inf)
-        depths, logs = self._surface.ladder(
-            rate, self._simulated_size(size).astype(np.float64), mass
-        )
-        stability = rate / self._largest(size, mass)
-        corrected = self.calibration.expected(
-            depths,
-            logs,
-            np.zeros(len(NODES)),
-            self._covariates(rate, size, mass),
-            self._instability(depths, stability),
-            mass / (1.0 - mass),
-        )
-        return np.ceil(np.exp(np.nan_to_num(corrected, nan=np.inf)) - 1e-9)
+    @cached_property
+    def _corrected_surface(self) -> ResponseSurface:
+        """The response surface as trials have corrected it."""
+        if not self.calibration.n_observed:
+            return self._surface
+
+        def correct(
+            logs: NDArray[np.float64],
+            rate: NDArray[np.float64],
+            noise: NDArray[np.float64],
+            mass: NDArray[np.float64],
+            depths: NDArray[np.float64],
+        ) -> NDArray[np.float64]:
+            size = self.n_samples / (1.0 + noise * (self.n_samples - 1))
+            step = rate / (1.0 - mass) * float(self._model.curvatures[0])
+            stability = rate / self._largest(size, mass)
+            return self.calibration.expected(
+                depths,
+                logs,
+                np.zeros(len(NODES)),
+                covariates(step, noise),
+                self._instability(depths, stability),
+                mass / (1.0 - mass),
+            )
+
+        return self._surface.retimed(correct)
 
     def _simulated_size(self, size: NDArray[np.int64]) -> NDArray[np.int64]:
         """The batch size that makes as much noise among the spectrum's samples.

@@ -1,58 +1,100 @@
-"""The pruner: skips before the first step what is predicted to be hopeless."""
+"""The pruner: stops what is predicted to be hopeless, before its first step and on its way."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 import math
 import threading
 import time
 from typing import Any
+from typing import get_args
+from typing import Literal
 from typing import TYPE_CHECKING
 import warnings
 
 import numpy as np
 from optuna.logging import get_logger
 from optuna.pruners import BasePruner
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from optuna_ttp._optuna_compat import FINISHED
+from optuna_ttp._optuna_compat import frozen
 from optuna_ttp._optuna_compat import is_multi_objective
 from optuna_ttp._optuna_compat import PerStudy
 from optuna_ttp._optuna_compat import trials_of
+from optuna_ttp._optuna_compat import write_constraint
+from optuna_ttp.decision import Decision
 from optuna_ttp.exceptions import UnreliablePredictionWarning
 from optuna_ttp.hyperparameters import Configuration
 from optuna_ttp.hyperparameters import HyperparameterMap
 from optuna_ttp.hyperparameters import map_or_default
 from optuna_ttp.hyperparameters import MissingParameterError
 from optuna_ttp.ledger import DECISION
+from optuna_ttp.ledger import entry
 from optuna_ttp.ledger import n_skipped_in_a_row
-from optuna_ttp.ledger import record_decision
-from optuna_ttp.ledger import record_prediction
+from optuna_ttp.ledger import predicted_cost
+from optuna_ttp.ledger import PREDICTION
+from optuna_ttp.ledger import prediction_entry
+from optuna_ttp.ledger import RECORD
 from optuna_ttp.ledger import RUN
 from optuna_ttp.ledger import SKIP
-from optuna_ttp.ledger import stored_entry
+from optuna_ttp.ledger import STOP
+from optuna_ttp.ledger import write_record
 from optuna_ttp.prediction import DIVERGES
 from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
-from optuna_ttp.training_log import informed_by
+from optuna_ttp.study_budget import StudyBudget
+from optuna_ttp.training_log import Learner
+from optuna_ttp.training_log import observation_of
+from optuna_ttp.training_log import observed_curve
+from optuna_ttp.training_log import observed_steps
+from optuna_ttp.trial_budget import TrialBudget
+from optuna_ttp.uncertainty import probability_below
+from optuna_ttp.uncertainty import Z_90
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from optuna import Study
     from optuna.trial import FrozenTrial
+    from optuna.trial import Trial
 
     from optuna_ttp.predictor import TrainingTimePredictor
 
 
+Goal = Literal["time", "metric"]
+
 _logger = get_logger("optuna.ttp.pruner")
+
+# The constraint that says by how much a trial is predicted to exceed its budget.
+CONSTRAINT = "ttp_budget"
+# Its bounds, as logarithms.
+_MOST_VIOLATION = 50.0
+# As many trials are remembered; others are read from the storage.
+_REMEMBERED = 1024
 
 
 class TTPPruner(BasePruner):
-    """Prunes a trial before its first step where its prediction says that it is hopeless.
+    """Stops hopeless trials: before their first step by prediction, then by their own curve.
 
-    A trial is hopeless where training is predicted to diverge, or to miss the target within the
-    trial's budget. The decision is made the first time that the objective calls
-    ``trial.should_prune()``: call it once the hyperparameters are suggested, before training, or
-    the steps before that call are paid for. From then on the wrapped pruner decides.
+    **Before the first step** a trial is skipped where training is predicted to diverge; to miss
+    the target within the trial's budget; to cost more than a multiple of what the best trial was
+    predicted to cost (``max_cost_ratio``); or not to fit into what is left of the study's budget.
+    The decision is made the first time that the objective calls ``trial.should_prune()``: call it
+    once the hyperparameters are suggested, before training, or the steps before that call are
+    paid for.
+
+    **During training**, where the objective records its loss with
+    :class:`~optuna_ttp.TrainingLog`, the time that is left is predicted from the trial's own
+    curve, and the trial is stopped once its chance to reach the target within its budget is below
+    ``min_chance``; with ``goal="time"`` also once its chance to be faster than the best trial is.
+    Otherwise the wrapped pruner decides.
+
+    Of any ``max_consecutive + 1`` trials in a row one runs at least, whatever is predicted, and
+    nothing is skipped while predictions prove worse than a rule of thumb.
 
     Example:
         >>> def objective(trial):
@@ -76,12 +118,37 @@ class TTPPruner(BasePruner):
             A trial's budget in passes over the data. None by default.
         max_seconds:
             A trial's budget in seconds of training. None by default.
+        budget:
+            What the whole study may take. No limit by default.
+        goal:
+            ``"time"`` where the objective is the time to the target, ``"metric"`` where it is
+            anything else (the default).
         tolerance:
             Skip only what is predicted to take more than so many times the budget, because
             predictions are not exact. 1.5 by default.
+        min_probability:
+            Skip what reaches the target within that with a smaller probability, before its first
+            step. 0.5 by default: what is more likely to miss it.
+        max_cost_ratio:
+            Skip what is predicted to take more than so many times what the best trial was
+            predicted to take. No limit by default.
+        min_chance:
+            Stop trials under way whose chance is smaller. 0.05 by default; zero never does.
         max_consecutive:
             After so many skipped trials in a row one runs regardless, so that a study cannot
             starve. Ten by default.
+        audit:
+            The share of those that were to be skipped which run anyway, drawn at random, so that
+            :func:`~optuna_ttp.report` can tell how often skipping is wrong. None by default.
+        shadow:
+            Write down what would have been decided, and stop nothing. Off by default. The wrapped
+            pruner decides as ever.
+        constraint:
+            Set the constraint ``"ttp_budget"`` of every trial (with Optuna 5): the logarithm of
+            its predicted steps over its budget, for samplers that heed constraints. Trials above
+            zero do not count as feasible. Off by default.
+        seed:
+            For the audit.
 
     Raises:
         ValueError:
@@ -100,8 +167,17 @@ class TTPPruner(BasePruner):
         max_steps: int | None = None,
         max_epochs: float | None = None,
         max_seconds: float | None = None,
+        budget: StudyBudget | None = None,
+        goal: Goal = "metric",
         tolerance: float = 1.5,
+        min_probability: float = 0.5,
+        max_cost_ratio: float | None = None,
+        min_chance: float = 0.05,
         max_consecutive: int = 10,
+        audit: float = 0.0,
+        shadow: bool = False,
+        constraint: bool = False,
+        seed: int = 0,
     ) -> None:
         from optuna_ttp.predictor import TrainingTimePredictor
 
@@ -111,29 +187,43 @@ class TTPPruner(BasePruner):
             )
         if wrapped_pruner is not None and not isinstance(wrapped_pruner, BasePruner):
             raise TypeError(f"wrapped_pruner must be a pruner but got {wrapped_pruner!r}.")
-        budgets = {"max_steps": max_steps, "max_epochs": max_epochs, "max_seconds": max_seconds}
-        for name, value in budgets.items():
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive but got {value}.")
-        if max_seconds is not None and predictor.throughput is None:
-            raise ValueError(
-                "max_seconds needs to know the time of a step, but the spectrum was computed with "
-                "measure_speed=False. Give max_steps or max_epochs instead."
-            )
+        if budget is not None and not isinstance(budget, StudyBudget):
+            raise TypeError(f"budget must be a StudyBudget but got {budget!r}.")
+        if goal not in get_args(Goal):
+            raise ValueError(f"goal must be one of {', '.join(get_args(Goal))} but got {goal!r}.")
+        self._budget = TrialBudget(max_steps, max_epochs, max_seconds)
+        self._budget.check(predictor)
         if not 1 <= tolerance < math.inf:
             raise ValueError(f"tolerance must be finite and at least 1 but got {tolerance}.")
+        shares = {"min_probability": min_probability, "min_chance": min_chance, "audit": audit}
+        for name, share in shares.items():
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1] but got {share}.")
+        if max_cost_ratio is not None and not 1.0 <= max_cost_ratio < math.inf:
+            raise ValueError(
+                f"max_cost_ratio must be finite and at least 1 but got {max_cost_ratio}."
+            )
         if max_consecutive < 1:
             raise ValueError(f"max_consecutive must be at least 1 but got {max_consecutive}.")
         self._predictor = predictor
+        self._learner = Learner(predictor)
         self._wrapped = wrapped_pruner
         self._map = map_or_default(hyperparameters)
-        self._budgets = {name: value for name, value in budgets.items() if value is not None}
+        self._study_budget = budget
+        self._goal = goal
         self._tolerance = tolerance
+        self._min_probability = min_probability
+        self._max_cost_ratio = max_cost_ratio
+        self._min_chance = min_chance
         self._max_consecutive = max_consecutive
+        self._audit = audit
+        self._shadow = shadow
+        self._constraint = constraint
+        self._seed = seed
         self._warned = False
         self._told = False
         # By the trial's number. What is not in here is read from the storage.
-        self._skipped: PerStudy[dict[int, bool]] = PerStudy(dict)
+        self._known: PerStudy[dict[int, _Known]] = PerStudy(dict)
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,7 +236,7 @@ class TTPPruner(BasePruner):
         self._lock = threading.Lock()
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Decide about a trial when first asked about it; from then on ask the wrapped pruner.
+        """Decide about a trial; where nothing speaks against it, ask the wrapped pruner.
 
         Args:
             study:
@@ -164,62 +254,110 @@ class TTPPruner(BasePruner):
         """
         if is_multi_objective(study):
             raise ValueError(
-                f"TTPPruner prunes studies with one objective but got {len(study.directions)}."
+                f"TTPPruner prunes studies with one objective but got {len(study.directions)}. "
+                "Ask it with TTPPruner.decide(trial) there."
             )
-        if self._is_skipped(study, trial):
+        if self._decided(study, trial).prune:
             return True
         return False if self._wrapped is None else bool(self._wrapped.prune(study, trial))
 
-    def _is_skipped(self, study: Study, trial: FrozenTrial) -> bool:
-        with self._lock:
-            known = self._skipped[study]
-            if trial.number in known:
-                return known[trial.number]
-        # The storage knows where another process asked before, as ask-and-tell may do.
-        decision = stored_entry(study, trial, DECISION)
-        if decision is not None:
-            skipped = bool(decision["decision"] == SKIP)
-        else:
-            skipped = self._decide(study, trial)
-        with self._lock:
-            while len(known) >= 1024:
-                known.pop(next(iter(known)))
-            known[trial.number] = skipped
-        return skipped
+    def decide(self, trial: Trial) -> Decision:
+        """Decide about a trial from within its objective, also with several objectives.
 
-    def _decide(self, study: Study, trial: FrozenTrial) -> bool:
+        Optuna forbids ``trial.should_prune()`` in studies with several objectives. There, the
+        wrapped pruner is not asked.
+
+        Example:
+            >>> def objective(trial):
+            ...     ...
+            ...     decision = pruner.decide(trial)
+            ...     if decision.prune:
+            ...         raise optuna.TrialPruned(decision.reason)
+
+        Args:
+            trial:
+                The trial of the objective.
+
+        Returns:
+            Whether to stop it, and why.
+
+        Raises:
+            ValueError:
+                If the map reads a parameter that no trial of the study has, or a hyperparameter
+                is out of its range.
+        """
+        study, current = trial.study, frozen(trial)
+        decision = self._decided(study, current)
+        if decision.prune or self._wrapped is None or is_multi_objective(study):
+            return decision
+        if self._wrapped.prune(study, current):
+            return Decision(True, f"stopped by {type(self._wrapped).__name__}")
+        return decision
+
+    def _decided(self, study: Study, trial: FrozenTrial) -> Decision:
+        with self._lock:
+            known = self._known[study].get(trial.number)
+        if known is None:
+            trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
+            # The storage knows where another process asked before, as ask-and-tell may do.
+            stored = next((t for t in trials if t.number == trial.number), None)
+            if stored is not None and entry(stored, DECISION) is not None:
+                known = _Known.of(stored.user_attrs[RECORD], self._shadow)
+            else:
+                others = [t for t in trials if t.number != trial.number]
+                known = self._decide(study, trial, others)
+            with self._lock:
+                kept = self._known[study]
+                while len(kept) >= _REMEMBERED:
+                    kept.pop(next(iter(kept)))
+                kept[trial.number] = known
+        if not known.decision.prune:
+            self._follow(study, trial, known)
+        return known.decision
+
+    def _decide(self, study: Study, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> _Known:
+        """Decide before the first step, and write it down."""
         configuration = resolve_for_trial(self._map, study, trial)
         if configuration is None:
             self._say_that_nothing_applies(trial)
             reason = "no prediction: the hyperparameter map does not apply to this trial"
-            record_decision(study, trial, RUN, reason)
-            return False
+            record = {"trial": trial.number, DECISION: {"decision": RUN, "reason": reason}}
+            write_record(study, trial, record)
+            return _Known.of(record, self._shadow)
         started = time.perf_counter()
-        predictor = informed_by(study, self._predictor)
+        predictor = self._learner.informed(study, trials)
         configuration = clip_batch_size(configuration, predictor)
-        budget = self._budget_steps(configuration)
+        budget = float(self._budget.steps(predictor, np.array(configuration.batch_size)))
         horizon = predictor.max_steps if math.isinf(budget) else self._tolerance * budget
-        prediction = predictor.predict(*configuration, max_steps=max(1, int(horizon)))
-        record_prediction(
-            study,
-            trial,
-            predictor,
-            configuration,
-            prediction,
-            budget_steps=budget,
-            prediction_seconds=time.perf_counter() - started,
-        )
-        objection = self._objection(prediction, budget)
-        if objection is None:
-            record_decision(study, trial, RUN, f"predicted: {prediction}")
-            return False
-        override = self._override(study, predictor)
-        if override is not None:
-            record_decision(study, trial, RUN, f"{override}, although {objection}")
-            return False
-        record_decision(study, trial, SKIP, objection)
-        _logger.info(f"Trial {trial.number} is skipped: {objection}.")
-        return True
+        prediction = predictor.estimate(*configuration, max_steps=max(1, int(horizon)))
+        verdict = self._objection(study, trials, predictor, prediction, budget)
+        decision = {"decision": RUN, "reason": f"predicted: {prediction}"}
+        if verdict is not None:
+            kind, objection = verdict
+            override = self._override(trial, trials, predictor)
+            if override is None:
+                decision = {"decision": SKIP, "reason": objection}
+                _logger.info(f"Trial {trial.number} is skipped: {objection}.")
+            else:
+                decision["override"], text = override
+                decision["reason"] = f"{text}, although {objection}"
+            decision["kind"] = kind
+        record = {
+            "trial": trial.number,
+            PREDICTION: prediction_entry(
+                predictor,
+                configuration,
+                prediction,
+                budget_steps=budget,
+                prediction_seconds=time.perf_counter() - started,
+            ),
+            DECISION: decision,
+        }
+        write_record(study, trial, record)
+        if self._constraint:
+            violation = _log_ratio(prediction, horizon)
+            write_constraint(study, trial, CONSTRAINT, violation)
+        return _Known.of(record, self._shadow)
 
     def _say_that_nothing_applies(self, trial: FrozenTrial) -> None:
         if self._map == HyperparameterMap() and trial.params and not self._told:
@@ -231,21 +369,64 @@ class TTPPruner(BasePruner):
                 "Pass hyperparameters=HyperparameterMap(...) if they have other names."
             )
 
-    def _objection(self, prediction: Prediction, budget: float) -> str | None:
-        """Why a trial should not run, in words, or :obj:`None`."""
+    def _objection(
+        self,
+        study: Study,
+        trials: Sequence[FrozenTrial],
+        predictor: TrainingTimePredictor,
+        prediction: Prediction,
+        budget: float,
+    ) -> tuple[str, str] | None:
+        """Why a trial should not run, as a word and in words, or :obj:`None`."""
         if prediction.outcome == DIVERGES:
-            return f"predicted to diverge: {str(prediction).removeprefix('diverges: ')}"
-        if prediction.outcome == NOT_REACHED:
+            text = str(prediction).removeprefix("diverges: ")
+            return "diverges", f"predicted to diverge: {text}"
+        horizon = int(prediction.max_steps)
+        if prediction.outcome == NOT_REACHED and self._min_probability >= 0.5:
             if math.isinf(budget):
-                return f"predicted not to reach the target in {prediction.max_steps:,} steps"
+                return "budget", f"predicted not to reach the target in {horizon:,} steps"
             return (
-                f"predicted to miss the target by far: not reached in {prediction.max_steps:,} "
-                f"steps, {self._tolerance:g} times the budget of {budget:,.0f}"
+                "budget",
+                f"predicted to miss the target by far: not reached in {horizon:,} steps, "
+                f"{self._tolerance:g} times the budget of {budget:,.0f}",
             )
+        if float(prediction.p_converges) < self._min_probability:
+            return (
+                "budget",
+                f"predicted to reach the target in {horizon:,} steps with a probability of "
+                f"{float(prediction.p_converges):.0%} only",
+            )
+        seconds = _cost(prediction, predictor)
+        best = None if self._max_cost_ratio is None else _incumbent(study, trials)
+        if best is not None and self._max_cost_ratio is not None:
+            # NaN, where nothing was predicted for it, is not below anything.
+            ratio = seconds / predicted_cost(best)
+            if self._probability(prediction, self._max_cost_ratio / ratio) < self._min_probability:
+                return (
+                    "cost",
+                    f"predicted to take {ratio:.3g} times what the best trial, number "
+                    f"{best.number}, was predicted to take",
+                )
+        if self._study_budget is not None:
+            steps = float(np.exp(_log_median(prediction)))
+            if not self._study_budget.fits(trials, seconds, steps):
+                return (
+                    "study_budget",
+                    f"predicted to take {seconds:.3g} s, more than is left of "
+                    f"{self._study_budget}",
+                )
         return None
 
-    def _override(self, study: Study, predictor: TrainingTimePredictor) -> str | None:
-        """Why a trial runs in spite of its prediction, in words, or :obj:`None`."""
+    @staticmethod
+    def _probability(prediction: Prediction, ratio: float) -> float:
+        """How likely it takes at most so many times its predicted time."""
+        sd = np.array([_log_sd(prediction)])
+        return float(probability_below(np.ones(1), sd, np.array([ratio]))[0])
+
+    def _override(
+        self, trial: FrozenTrial, trials: Sequence[FrozenTrial], predictor: TrainingTimePredictor
+    ) -> tuple[str, str] | None:
+        """Why a trial runs in spite of its prediction, as a word and in words."""
         calibration = predictor.calibration
         if not calibration.trusted:
             if not self._warned:
@@ -259,23 +440,133 @@ class TTPPruner(BasePruner):
                     UnreliablePredictionWarning,
                     stacklevel=2,
                 )
-            return "predictions are worse than a rule of thumb"
-        if n_skipped_in_a_row(study) >= self._max_consecutive:
-            return f"runs after {self._max_consecutive} skipped trials in a row"
+            return "untrusted", "predictions are worse than a rule of thumb"
+        if self._shadow:
+            return "shadow", "runs in shadow mode"
+        if n_skipped_in_a_row(trials) >= self._max_consecutive:
+            return "turn", f"runs after {self._max_consecutive} skipped trials in a row"
+        # The same for every process that asks.
+        if np.random.default_rng((self._seed, trial.number)).random() < self._audit:
+            return "audit", "runs to see whether skipping would have been right"
         return None
 
-    def _budget_steps(self, configuration: Configuration) -> float:
-        budgets = [math.inf]
-        n_samples = self._predictor.spectrum.n_samples
-        if "max_steps" in self._budgets:
-            budgets.append(self._budgets["max_steps"])
-        if "max_epochs" in self._budgets:
-            per_epoch = math.ceil(n_samples / configuration.batch_size)
-            budgets.append(self._budgets["max_epochs"] * per_epoch)
-        if "max_seconds" in self._budgets:
-            per_step = self._predictor.seconds_per_step(np.array(configuration.batch_size))
-            budgets.append(self._budgets["max_seconds"] / float(per_step))
-        return min(budgets)
+    def _follow(self, study: Study, trial: FrozenTrial, known: _Known) -> None:
+        """Decide again once a trial under way has recorded more of its curve."""
+        if known.prediction is None or self._min_chance == 0.0:
+            return
+        curve = observed_curve(trial)
+        if curve is None or curve.n_steps <= known.n_steps or curve.diverged:
+            return
+        known.n_steps = curve.n_steps
+        predictor = self._learner.last(study)
+        running = copy.copy(trial)
+        running.user_attrs = {**trial.user_attrs, RECORD: known.record}
+        observation = observation_of(running, predictor, set())
+        if observation is None or not predictor.calibration.trusted:
+            return
+        of = known.prediction
+        configuration = (of["learning_rate"], of["batch_size"], of["momentum"])
+        rest = predictor.remaining_steps(observation, configuration)
+        if rest is None or curve.losses[-1] <= predictor.target.value:
+            return
+        budget = float(self._budget.steps(predictor, np.array(of["batch_size"])))
+        limit, what = budget, f"reach the target within its budget of {budget:,.0f} steps"
+        if self._goal == "time":
+            fastest = self._fastest(study, predictor, of["batch_size"])
+            if fastest < limit:
+                limit, what = fastest, f"be faster than the best trial ({fastest:,.0f} steps)"
+        if not math.isfinite(limit):
+            return
+        left = np.array([limit - curve.n_steps])
+        steps, sd = np.array([max(rest[0], 1.0)]), np.array([rest[1]])
+        chance = 0.0 if left[0] <= 0 else float(probability_below(steps, sd, left)[0])
+        if chance >= self._min_chance:
+            return
+        reason = (
+            f"after {curve.n_steps:,.0f} steps its chance to {what} is {chance:.1%}: about "
+            f"{rest[0]:,.0f} steps are left"
+        )
+        overridden = "override" in known.record[DECISION]
+        decision = dict(known.record[DECISION])
+        if overridden:
+            return  # It runs although its prediction is bad: to its end.
+        if self._shadow:
+            decision |= {"override": "shadow", "kind": "chance"}
+            decision["reason"] = f"runs in shadow mode, although {reason}"
+        else:
+            decision |= {"decision": STOP, "kind": "chance", "reason": reason, "log_sd": rest[1]}
+            per_step = float(predictor.seconds_per_step(of["batch_size"]))
+            seconds = min(rest[0], max(float(left[0]), 0.0)) * per_step
+            decision["seconds_left"] = seconds if math.isfinite(seconds) else None
+            known.decision = Decision(True, reason)
+            _logger.info(f"Trial {trial.number} is stopped: {reason}.")
+        known.record = {**known.record, DECISION: decision}
+        write_record(study, trial, known.record)
+
+    def _fastest(self, study: Study, predictor: TrainingTimePredictor, batch_size: int) -> float:
+        """Steps in which a trial with this batch size would be as fast as the best one."""
+        fastest = math.inf
+        for trial in trials_of(study, (TrialState.COMPLETE,)):
+            of = entry(trial, PREDICTION)
+            if of is None:
+                continue
+            steps = observed_steps(trial, predictor)
+            if math.isfinite(steps):
+                ratio = predictor.seconds_per_step(np.array([of["batch_size"], batch_size]))
+                relative = float(ratio[0] / ratio[1])
+                fastest = min(fastest, steps * (1.0 if math.isnan(relative) else relative))
+        return fastest
+
+
+@dataclass
+class _Known:
+    """What is known of a trial: what is written down, what it came to, how much was seen."""
+
+    record: dict[str, Any]
+    decision: Decision
+    n_steps: float = 0.0
+
+    @classmethod
+    def of(cls, record: dict[str, Any], shadow: bool) -> _Known:
+        decision = record[DECISION]
+        prune = decision["decision"] in (SKIP, STOP) and not shadow
+        return cls(record, Decision(prune, decision["reason"]))
+
+    @property
+    def prediction(self) -> dict[str, Any] | None:
+        return self.record.get(PREDICTION)
+
+
+def _log_median(prediction: Prediction) -> float:
+    """Logarithm of the predicted steps, also beyond the horizon."""
+    return 0.5 * float(np.log(prediction.steps_low) + np.log(prediction.steps_high))
+
+
+def _log_sd(prediction: Prediction) -> float:
+    width = float(np.log(prediction.steps_high) - np.log(prediction.steps_low))
+    return max(width / (2.0 * Z_90), 1e-6) if math.isfinite(width) else 1.0
+
+
+def _cost(prediction: Prediction, predictor: TrainingTimePredictor) -> float:
+    """Predicted seconds; steps where the time of a step is not known."""
+    seconds = float(prediction.seconds)
+    return float(prediction.steps) if math.isnan(seconds) else seconds
+
+
+def _incumbent(study: Study, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """The best completed trial of a study with one objective."""
+    if is_multi_objective(study):
+        return None
+    sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
+    done = [t for t in trials if t.state == TrialState.COMPLETE and t.values]
+    return min(done, key=lambda t: sign * t.values[0], default=None)
+
+
+def _log_ratio(prediction: Prediction, budget: float) -> float:
+    """Logarithm of the predicted steps over a budget; no storage takes infinity."""
+    steps = float(prediction.steps)
+    log_steps = math.log(steps) if math.isfinite(steps) else _log_median(prediction)
+    return float(np.clip(log_steps - math.log(budget), -_MOST_VIOLATION, _MOST_VIOLATION))
 
 
 def clip_batch_size(

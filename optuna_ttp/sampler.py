@@ -1,16 +1,20 @@
-"""The sampler: among what its base sampler finds good, it avoids what trains slowly."""
+"""The sampler: predicted time and success weigh what its base sampler finds good."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
-from datetime import datetime
+from dataclasses import dataclass
 from functools import partial
+import math
 import time
 from typing import Any
+from typing import get_args
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.logging import get_logger
 from optuna.samplers import BaseSampler
@@ -22,26 +26,37 @@ from optuna.samplers import QMCSampler
 from optuna.samplers import RandomSampler
 from optuna.samplers import TPESampler
 from optuna.search_space import IntersectionSearchSpace
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from optuna_ttp._optuna_compat import fail_trial
+from optuna_ttp._optuna_compat import FINISHED
 from optuna_ttp._optuna_compat import fixed_params
+from optuna_ttp._optuna_compat import inner_fixed_params
 from optuna_ttp._optuna_compat import innermost_sampler
 from optuna_ttp._optuna_compat import is_multi_objective
 from optuna_ttp._optuna_compat import PerStudy
-from optuna_ttp._optuna_compat import share_relative_params
 from optuna_ttp._optuna_compat import single_value
 from optuna_ttp._optuna_compat import trials_of
+from optuna_ttp._optuna_compat import weighed
+from optuna_ttp.candidates import Candidates
+from optuna_ttp.candidates import drawn
+from optuna_ttp.candidates import Evidence
+from optuna_ttp.candidates import Preference
 from optuna_ttp.hyperparameters import map_or_default
 from optuna_ttp.hyperparameters import MissingParameterError
+from optuna_ttp.ledger import entry
 from optuna_ttp.ledger import PREDICTION
-from optuna_ttp.ledger import record_paid
-from optuna_ttp.ledger import record_prediction
-from optuna_ttp.ledger import stored_entry
+from optuna_ttp.ledger import prediction_entry
+from optuna_ttp.ledger import write_record
+from optuna_ttp.outlook import Outlook
 from optuna_ttp.pruner import clip_batch_size
+from optuna_ttp.pruner import Goal
 from optuna_ttp.pruner import resolve_for_trial
 from optuna_ttp.pruner import TTPPruner
-from optuna_ttp.training_log import informed_by
+from optuna_ttp.study_budget import StudyBudget
+from optuna_ttp.training_log import Learner
+from optuna_ttp.trial_budget import TrialBudget
 
 
 if TYPE_CHECKING:
@@ -55,35 +70,53 @@ if TYPE_CHECKING:
 
 _logger = get_logger("optuna.ttp.sampler")
 
-# Samplers of which a relative proposal can be asked for again without harm.
-_REDRAWABLE = (RandomSampler, TPESampler)
+# Samplers whose acquisition function can be weighed.
+_WEIGHED = (GPSampler, TPESampler)
+# Samplers that do without being asked about some trials. Their first ones may be ours.
+_PATIENT = (RandomSampler, TPESampler, GPSampler, CmaEsSampler)
 # Samplers whose independent proposals are random draws that do not depend on each other.
-_INDEPENDENT = (
-    *_REDRAWABLE,
-    CmaEsSampler,
-    GPSampler,
-    NSGAIIISampler,
-    NSGAIISampler,
-    QMCSampler,
-)
+_INDEPENDENT = (*_PATIENT, NSGAIIISampler, NSGAIISampler, QMCSampler)
+# A prior's weight falls with the number of trials as so many over it (piBO).
+_PRIOR_TRIALS = 30.0
+# Trusted predictions weigh as much at least: their errors are known to do no harm.
+_LEAST_TRUST = 0.3
+# Pools of candidates that are kept: fixed parameters make a space of their own.
+_MOST_POOLS = 32
+# The newest so many values are learned from.
+_MOST_VALUES = 100
+# Nats against what was tried before.
+_UNWANTED = 1e6
 
 
 class TTPSampler(BaseSampler):
-    """Passes over those proposals of its base sampler that are predicted to train slowly.
+    """Weighs what its base sampler finds good by predicted time and probability of success.
 
-    The base sampler is asked for a few candidates. The first one is proposed, unless its predicted
-    time to the target (in seconds, or in steps where the time of a step is not known) is clearly
-    longer than the shortest of all: by more than predictions are typically off, a factor of two
-    until trials have told (see :class:`~optuna_ttp.Calibration`). Then it is the first that is
-    not. A share of the trials takes the first candidate, whatever is predicted. Parameters other
-    than learning rate, batch size and momentum come along with the chosen candidate; in a search
-    space that has none of the three, this sampler is its base sampler. So it is once the
-    predictions turn out neither to rank the trials that ran nor to come close.
+    The first trials are a cheap, spread-out design among the configurations that are predicted to
+    reach the target (the cost-effective initial design of CArBO: Lee et al., 2020, "Cost-aware
+    Bayesian optimization", arXiv 2003.10870). Then predictions are a prior of where the optimum is
+    (piBO: Hvarfner et al., 2022, "piBO: Augmenting acquisition functions with user beliefs for
+    Bayesian optimization", arXiv 2204.11051):
+    ``log a(x) + w_n (m(x) + log p(x) - alpha log c(x))`` with the base sampler's acquisition
+    function ``a``; how good ``m`` the configuration is predicted to be; the probability ``p`` that
+    training neither diverges nor misses the target; the predicted cost ``c``, whose exponent
+    ``alpha`` is the share of the study's budget that is left (cost cooling, CArBO section 3); and
+    a weight ``w_n`` that falls with the number of trials ``n``, and with the measured trust in
+    predictions (see :class:`~optuna_ttp.Calibration`). A share of the trials is left to the base
+    sampler. So are all once predictions turn out neither to rank the trials that ran nor to come
+    close.
 
-    Several candidates are drawn where the base sampler permits it: from
-    :class:`~optuna.samplers.RandomSampler` and :class:`~optuna.samplers.TPESampler` always, from
-    the Gaussian process, CMA-ES, quasi-Monte Carlo and NSGA samplers in their random first trials.
-    Otherwise the single proposal of the base sampler is used as it is.
+    Two questions can be asked. With ``goal="time"``, which configuration is the fastest to the
+    predictor's target: ``m`` is the logarithm of the predicted time, in units of its error. With
+    ``goal="metric"``, which one is best at the end of a trial's budget: ``m`` ranks configurations
+    by the depth that their training loss is predicted to get to by then, up to where the
+    validation loss is predicted to turn; as values come in, a Gaussian process of the values over
+    predicted depth, stability and noise takes its place, as far as it proves right.
+
+    :class:`~optuna.samplers.TPESampler` and :class:`~optuna.samplers.GPSampler` are weighed in one
+    pass over their own candidates. Of others the independent proposals are drawn a few times, and
+    the best of them is taken; their relative proposals are used as they are. Parameters other than
+    learning rate, batch size and momentum are the base sampler's; in a search space that has none
+    of the three, this sampler is its base sampler.
 
     Example:
         >>> study = optuna.create_study(
@@ -102,12 +135,28 @@ class TTPSampler(BaseSampler):
         search_space:
             Distributions of the parameters that the map reads, so that they are chosen together
             from the first trial on. By default they are found from the finished trials.
+        goal:
+            ``"time"`` (the default) or ``"metric"``.
+        max_steps:
+            A trial's budget in optimiser steps. The predictor's horizon by default.
+        max_epochs:
+            A trial's budget in passes over the data. None by default.
+        max_seconds:
+            A trial's budget in seconds of training. None by default.
+        budget:
+            What the whole study may take. No limit by default.
+        n_design_trials:
+            How many trials the design has. Five by default.
         n_candidates:
-            How many proposals to choose from. Eight by default.
+            How many independent proposals to choose from. Eight by default; one leaves the base
+            sampler alone.
         exploration:
-            The share of trials that take the first proposal. 0.1 by default.
+            The share of trials that are left to the base sampler. 0.1 by default.
+        allow_duplicates:
+            Whether a configuration that ran may be proposed again, as makes sense where the
+            objective is noisy. Off by default.
         seed:
-            For that share, and for the default base sampler.
+            For that share and the design, and for the default base sampler.
 
     Raises:
         ValueError:
@@ -123,8 +172,15 @@ class TTPSampler(BaseSampler):
         *,
         hyperparameters: HyperparameterMap | None = None,
         search_space: Mapping[str, BaseDistribution] | None = None,
+        goal: Goal = "time",
+        max_steps: int | None = None,
+        max_epochs: float | None = None,
+        max_seconds: float | None = None,
+        budget: StudyBudget | None = None,
+        n_design_trials: int = 5,
         n_candidates: int = 8,
         exploration: float = 0.1,
+        allow_duplicates: bool = False,
         seed: int | None = None,
     ) -> None:
         from optuna_ttp.predictor import TrainingTimePredictor
@@ -141,18 +197,33 @@ class TTPSampler(BaseSampler):
                     f"search_space must map names to distributions but got {distribution!r} for "
                     f"{name!r}."
                 )
+        if budget is not None and not isinstance(budget, StudyBudget):
+            raise TypeError(f"budget must be a StudyBudget but got {budget!r}.")
+        if goal not in get_args(Goal):
+            raise ValueError(f"goal must be one of {', '.join(get_args(Goal))} but got {goal!r}.")
+        if n_design_trials < 0:
+            raise ValueError(f"n_design_trials must not be negative but got {n_design_trials}.")
         if n_candidates < 1:
             raise ValueError(f"n_candidates must be at least 1 but got {n_candidates}.")
         if not 0.0 <= exploration <= 1.0:
             raise ValueError(f"exploration must be in [0, 1] but got {exploration}.")
-        self._predictor = predictor
+        self._budget = TrialBudget(max_steps, max_epochs, max_seconds)
+        self._budget.check(predictor)
+        self._learner = Learner(predictor)
         self._base = TPESampler(seed=seed) if base_sampler is None else base_sampler
         self._map = map_or_default(hyperparameters)
         self._given_space = None if search_space is None else dict(search_space)
+        self._goal = goal
+        self._study_budget = budget
+        self._n_design_trials = n_design_trials
         self._n_candidates = n_candidates
         self._exploration = exploration
+        self._allow_duplicates = allow_duplicates
         self._rng = np.random.default_rng(seed)
+        self._pool_seed = int(self._rng.integers(2**32))
         self._intersection = PerStudy(partial(IntersectionSearchSpace, include_pruned=True))
+        self._pools: PerStudy[dict[str, _Pool]] = PerStudy(dict)
+        self._seen: PerStudy[_Seen] = PerStudy(_Seen)
 
     def __str__(self) -> str:
         return f"TTPSampler({self._base})"
@@ -160,6 +231,7 @@ class TTPSampler(BaseSampler):
     def reseed_rng(self) -> None:
         """Draw fresh random states, for this sampler and its base sampler."""
         self._rng = np.random.default_rng()
+        self._pool_seed = int(self._rng.integers(2**32))
         self._base.reseed_rng()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
@@ -179,7 +251,8 @@ class TTPSampler(BaseSampler):
             fail_trial(study, trial)
             raise ValueError(
                 "Optuna does not prune in studies with several objectives, but this one has "
-                f"{len(study.directions)} and a TTPPruner. Use TTPSampler alone."
+                f"{len(study.directions)} and a TTPPruner. Use TTPSampler alone, and call "
+                "TTPPruner.decide(trial) in the objective."
             )
         self._base.before_trial(study, trial)
 
@@ -204,7 +277,7 @@ class TTPSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Choose among the base sampler's proposals.
+        """Choose a configuration.
 
         Args:
             study:
@@ -217,29 +290,38 @@ class TTPSampler(BaseSampler):
         Returns:
             Values by name.
         """
-        known = self._known_params(study, trial)
-        examples = {name: single_value(d) for name, d in search_space.items()}
         # What the base sampler would get without us, in its own order: its draws depend on it.
         inferred = self._base.infer_relative_search_space(study, trial)
         base_space = {name: search_space[name] for name in inferred if name in search_space}
+        preference = self._preference(study, trial, search_space)
+        if preference is None:
+            return self._base.sample_relative(study, trial, base_space)
+        base = innermost_sampler(self._base)
+        if isinstance(base, _PATIENT) and preference.n_before < self._n_design_trials:
+            chosen = preference.next_of_design()
+            if chosen is not None:
+                return self._complete(study, trial, search_space, chosen)
+        if isinstance(base, _WEIGHED) and base_space:
+            relative = weighed(
+                base,
+                preference.weigh,
+                preference.propose,
+                lambda sampler: sampler.sample_relative(study, trial, base_space),
+            )
+            # The base sampler's own first trials are random, so the design goes on.
+            chosen = None if relative else preference.next_of_design()
+            if relative or chosen is not None:
+                return self._complete(study, trial, search_space, relative or chosen or {})
         relative = self._base.sample_relative(study, trial, base_space)
-        if not (
-            self._applies({**examples, **known})
-            and self._may_complete(search_space, relative)
-            and self._may_choose(redrawn=bool(relative))
-            and (predictor := informed_by(study, self._predictor)).calibration.trusted
-        ):
+        if relative or not isinstance(base, _INDEPENDENT):
             # Where a parameter is left out, the base sampler is asked once the trial suggests it.
             return relative
-        relatives = [relative]
-        for _ in range(self._n_candidates - 1):
-            again = self._base.sample_relative(study, trial, base_space) if relative else {}
-            relatives.append(again)
-        candidates = [self._complete(study, trial, search_space, r) for r in relatives]
-        chosen = self._choose([{**candidate, **known} for candidate in candidates], predictor)
-        if relative:
-            share_relative_params(study, trial, relatives[chosen])
-        return candidates[chosen]
+        candidates = [
+            self._complete(study, trial, search_space, {}) for _ in range(self._n_candidates)
+        ]
+        weights = preference.weigh(candidates)
+        _logger.debug(f"Weights of the candidates: {np.round(weights, 3).tolist()}.")
+        return candidates[int(np.argmax(weights))]
 
     def sample_independent(
         self,
@@ -272,7 +354,7 @@ class TTPSampler(BaseSampler):
         state: TrialState,
         values: Sequence[float] | None,
     ) -> None:
-        """Write into the ledger what the trial took, and what is predicted for it.
+        """Write into the ledger what is predicted for the trial, unless the pruner did.
 
         Args:
             study:
@@ -289,10 +371,7 @@ class TTPSampler(BaseSampler):
                 If the map reads a parameter that no trial of the study has.
         """
         try:
-            if trial.datetime_start is not None:
-                now = datetime.now(trial.datetime_start.tzinfo)
-                record_paid(study, trial, (now - trial.datetime_start).total_seconds())
-            if state != TrialState.FAIL and stored_entry(study, trial, PREDICTION) is None:
+            if state != TrialState.FAIL and entry(trial, PREDICTION) is None:
                 try:
                     self._record_prediction(study, trial)
                 except MissingParameterError:
@@ -308,19 +387,19 @@ class TTPSampler(BaseSampler):
         if configuration is None:
             return
         started = time.perf_counter()
-        # The trial itself is not finished yet, so nothing is learned from it here.
-        predictor = informed_by(study, self._predictor)
+        trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
+        others = [t for t in trials if t.number != trial.number]
+        predictor = self._learner.informed(study, others)
         configuration = clip_batch_size(configuration, predictor)
-        prediction = predictor.predict(*configuration)
-        record_prediction(
-            study,
-            trial,
+        prediction = predictor.estimate(*configuration)
+        made = prediction_entry(
             predictor,
             configuration,
             prediction,
-            budget_steps=float("inf"),
+            budget_steps=math.inf,
             prediction_seconds=time.perf_counter() - started,
         )
+        write_record(study, trial, {"trial": trial.number, PREDICTION: made})
 
     def _own_space(self, study: Study) -> dict[str, BaseDistribution]:
         """The distributions of the parameters that the map reads, where all are known."""
@@ -328,7 +407,7 @@ class TTPSampler(BaseSampler):
             return {n: d for n, d in self._given_space.items() if not d.single()}
         if not isinstance(innermost_sampler(self._base), _INDEPENDENT):
             return {}
-        space = self._intersection[study].calculate(study)
+        space = self._intersection[study].calculate(study, use_cache=True)
         example = self._example_params(study)
         names = self._map.parameters_read(example)
         if not names or not names <= set(space):
@@ -336,34 +415,118 @@ class TTPSampler(BaseSampler):
         return {name: space[name] for name in sorted(names) if not space[name].single()}
 
     def _example_params(self, study: Study) -> dict[str, Any]:
-        for trial in reversed(trials_of(study, (TrialState.COMPLETE, TrialState.PRUNED))):
+        states = (TrialState.COMPLETE, TrialState.PRUNED)
+        for trial in reversed(trials_of(study, states, since_asked=True)):
             if trial.params:
                 return trial.params
         return {}
 
-    def _known_params(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
-        """Values that are settled before sampling: fixed, suggested, or the only possible."""
-        space = {**self._intersection[study].calculate(study), **(self._given_space or {})}
-        singles = {n: single_value(d) for n, d in space.items() if d.single()}
-        return {**singles, **fixed_params(study, trial), **trial.params}
-
-    def _applies(self, names: Mapping[str, Any]) -> bool:
-        """Whether the map reads something, and all that it reads is among these names."""
-        read = self._map.parameters_read(names)
-        return bool(read) and read <= set(names)
-
-    def _may_complete(
-        self, search_space: Mapping[str, BaseDistribution], relative: Mapping[str, Any]
-    ) -> bool:
-        """Whether what the base sampler left out may be drawn independently here."""
-        if set(search_space) <= set(relative):
-            return True
-        return isinstance(innermost_sampler(self._base), _INDEPENDENT)
-
-    def _may_choose(self, *, redrawn: bool) -> bool:
+    def _preference(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> _Choice | None:
+        """What predictions say of this search space; nothing where the base sampler decides."""
+        trials = trials_of(study, (*FINISHED, TrialState.RUNNING), since_asked=True)
+        stored = next((t for t in reversed(trials) if t.number == trial.number), None)
+        known = self._known_params(study, trial, stored)
+        examples = {name: single_value(d) for name, d in search_space.items()}
+        read = self._map.parameters_read({**examples, **known})
+        if not read or not read <= {*examples, *known}:
+            return None
         if self._n_candidates == 1 or self._rng.random() < self._exploration:
-            return False
-        return not redrawn or isinstance(innermost_sampler(self._base), _REDRAWABLE)
+            return None
+        others = [t for t in trials if t.number != trial.number]
+        predictor = self._learner.informed(study, others)
+        if not predictor.calibration.trusted:
+            return None
+        own = {name: d for name, d in search_space.items() if name in read and name not in known}
+        if not own:
+            return None
+        pools = self._pools[study]
+        key = repr((sorted(own.items()), sorted((n, known[n]) for n in read if n in known)))
+        if key not in pools:
+            if len(pools) >= _MOST_POOLS:
+                pools.clear()
+            # The same ones again after the study was put aside.
+            rng = np.random.default_rng(self._pool_seed)
+            params = [{**known, **p} for p in drawn(own, rng)]
+            pools[key] = _Pool(Candidates.of(params, partial(self._resolve, predictor)))
+        pool = pools[key]
+        if not len(pool.candidates):
+            return None
+        repeat = self._allow_duplicates or not set(search_space) <= set(own)
+        evidence, n_unknown = self._evidence(study, others, predictor)
+        n_before = sum(t.state != TrialState.FAIL for t in others)
+        share = 1.0 if self._study_budget is None else self._study_budget.share_left(others)
+        preference = Preference(
+            pool.candidates,
+            pool.outlook(predictor, self._expected),
+            self._goal,
+            predictor.best_depth if self._goal == "metric" else math.inf,
+            evidence,
+            partial(self._expected, predictor),
+            share,
+        )
+        trust = predictor.calibration.trust
+        weight = 1.0 if math.isnan(trust) else min(1.0, max(_LEAST_TRUST, trust))
+        weight *= min(1.0, _PRIOR_TRIALS / max(n_before, 1))
+        return _Choice(
+            preference,
+            partial(self._resolve, predictor),
+            known,
+            frozenset(own),
+            weight,
+            repeat,
+            n_before,
+            n_unknown,
+        )
+
+    def _known_params(
+        self, study: Study, trial: FrozenTrial, stored: FrozenTrial | None
+    ) -> dict[str, Any]:
+        """Values that are settled before sampling: fixed, suggested, or the only possible."""
+        found = self._intersection[study].calculate(study, use_cache=True)
+        space = {**found, **(self._given_space or {})}
+        singles = {n: single_value(d) for n, d in space.items() if d.single()}
+        inner = inner_fixed_params(self._base)
+        return {**singles, **inner, **fixed_params(study, trial, stored), **trial.params}
+
+    def _evidence(
+        self, study: Study, trials: Sequence[FrozenTrial], predictor: TrainingTimePredictor
+    ) -> tuple[Evidence, int]:
+        """What was tried and what it gave; and how many trials are about to try something."""
+        seen = self._seen[study]
+        sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
+        valued = not is_multi_objective(study)
+        under_way: list[Configuration] = []
+        n_unknown = 0
+        for trial in trials:
+            if trial.number in seen.numbers:
+                continue
+            configuration = self._resolve(predictor, trial.params) if trial.params else None
+            if trial.state != TrialState.RUNNING:
+                value = sign * trial.values[0] if valued and trial.values else math.nan
+                seen.add(trial.number, configuration, value)
+            elif configuration is None:
+                n_unknown += 1
+            else:
+                under_way.append(configuration)
+        newest = seen.values[-_MOST_VALUES:]
+        evidence = Evidence(
+            Candidates.resolved([*seen.tried, *under_way]),
+            Candidates.resolved([configuration for configuration, _ in newest]),
+            np.array([value for _, value in newest], dtype=np.float64),
+        )
+        return evidence, n_unknown
+
+    def _expected(self, predictor: TrainingTimePredictor, candidates: Candidates) -> Outlook:
+        return Outlook.of(
+            predictor,
+            candidates.learning_rate,
+            candidates.batch_size,
+            candidates.momentum,
+            self._budget,
+            trains_to_budget=self._goal == "metric",
+        )
 
     def _complete(
         self,
@@ -372,32 +535,93 @@ class TTPSampler(BaseSampler):
         search_space: Mapping[str, BaseDistribution],
         relative: Mapping[str, Any],
     ) -> dict[str, Any]:
-        candidate = dict(relative)
+        candidate = {name: value for name, value in relative.items() if name in search_space}
+        if not isinstance(innermost_sampler(self._base), _INDEPENDENT):
+            return candidate
         # Sorted, because the order of a dictionary may differ between processes.
-        for name in sorted(set(search_space) - set(relative)):
+        for name in sorted(set(search_space) - set(candidate)):
             candidate[name] = self._base.sample_independent(study, trial, name, search_space[name])
         return candidate
 
-    def _choose(self, candidates: list[dict[str, Any]], predictor: TrainingTimePredictor) -> int:
-        """The first candidate within a margin of the shortest predicted time.
-
-        Between candidates that predictions cannot tell apart, the base sampler knows better.
-        """
-        resolved = [self._resolve(candidate) for candidate in candidates]
-        if any(configuration is None for configuration in resolved):
-            return 0
-        rates, sizes, momenta = zip(
-            *(clip_batch_size(c, predictor) for c in resolved if c is not None), strict=True
-        )
-        seconds = predictor.score(rates, sizes, momenta)
-        margin = predictor.calibration.typical_factor
-        chosen = int(np.argmax(seconds <= margin * seconds.min()))
-        _logger.debug(f"Predicted seconds of the candidates: {np.round(seconds, 3).tolist()}.")
-        return chosen
-
-    def _resolve(self, candidate: dict[str, Any]) -> Configuration | None:
+    def _resolve(
+        self, predictor: TrainingTimePredictor, params: Mapping[str, Any]
+    ) -> Configuration | None:
         try:
-            return self._map.resolve(candidate)
+            configuration = self._map.resolve(params)
         except MissingParameterError:
-            # The candidate is in a branch of a conditional space whose parameters are not known.
+            # In a branch of a conditional space whose parameters are not known.
             return None
+        return None if configuration is None else clip_batch_size(configuration, predictor)
+
+
+class _Seen:
+    """Finished trials of a study."""
+
+    def __init__(self) -> None:
+        self.numbers: set[int] = set()
+        self.tried: list[Configuration] = []
+        self.values: list[tuple[Configuration, float]] = []
+
+    def add(self, number: int, configuration: Configuration | None, value: float) -> None:
+        self.numbers.add(number)
+        if configuration is not None:
+            self.tried.append(configuration)
+            if not math.isnan(value):
+                self.values.append((configuration, value))
+
+
+class _Pool:
+    """Candidates of a search space, and what was last expected of them."""
+
+    def __init__(self, candidates: Candidates) -> None:
+        self.candidates = candidates
+        self._last: tuple[TrainingTimePredictor, Outlook] | None = None
+
+    def outlook(
+        self,
+        predictor: TrainingTimePredictor,
+        expected: Callable[[TrainingTimePredictor, Candidates], Outlook],
+    ) -> Outlook:
+        if self._last is None or self._last[0] is not predictor:
+            self._last = predictor, expected(predictor, self.candidates)
+        return self._last[1]
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """A preference, for parameters as the base sampler has them."""
+
+    preference: Preference
+    resolve: Callable[[Mapping[str, Any]], Configuration | None]
+    known: Mapping[str, Any]
+    own: frozenset[str]
+    weight: float
+    repeat: bool
+    n_before: int
+    n_unknown: int
+
+    def weigh(self, params: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+        """Nats for each; none where predictions say nothing."""
+        resolved = [self.resolve({**self.known, **p}) for p in params]
+        told = np.array([c is not None for c in resolved])
+        weights = np.zeros(len(params))
+        candidates = Candidates.resolved([c for c in resolved if c is not None])
+        if len(candidates):
+            own = self.weight * self.preference.weigh(candidates)
+            if not self.repeat:
+                own = np.where(self.preference.is_tried(candidates), -_UNWANTED, own)
+            weights[told] = own
+        return weights
+
+    def propose(self, n: int) -> list[dict[str, Any]]:
+        """Up to so many configurations that are expected to be best."""
+        pool = self.preference.pool
+        return [self._own(pool.params[j]) for j in self.preference.best(n, repeat=self.repeat)]
+
+    def next_of_design(self) -> dict[str, Any] | None:
+        """The next one of the design, leaving those before it to trials about to begin."""
+        places = self.preference.best(1 + self.n_unknown, repeat=self.repeat)
+        return self._own(self.preference.pool.params[places[-1]]) if places else None
+
+    def _own(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: params[name] for name in self.own}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 import math
 import time
 from types import TracebackType
@@ -39,6 +41,9 @@ _AT_TARGET = 1.05
 _TOO_HIGH, _TOO_LOW = 5.0, 0.02
 # How close to the batch size that factor is where the loss is a sum over the batch.
 _LIKE_A_SUM = 0.4
+# While fewer trials are finished every one counts; at the most so many are waited for.
+_FEW = 8
+_MOST_NEW = 32
 
 
 class TrainingLog:
@@ -188,9 +193,14 @@ def observations_of(study: optuna.Study, predictor: TrainingTimePredictor) -> li
     Returns:
         One observation a trial.
     """
+    return _observations(study, predictor, trials_of(study, (*FINISHED, TrialState.RUNNING)))
+
+
+def _observations(
+    study: optuna.Study, predictor: TrainingTimePredictor, trials: Sequence[FrozenTrial]
+) -> list[Observation]:
     known = _OBSERVATIONS[study].setdefault(predictor.spectrum.metadata.fingerprint, {})
     observations = []
-    trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
     for trial in sorted(trials, key=lambda t: t.number):
         if trial.number in known:
             one = known[trial.number]
@@ -218,9 +228,82 @@ def informed_by(study: optuna.Study, predictor: TrainingTimePredictor) -> Traini
     return predictor.informed(observations_of(study, predictor))
 
 
+@dataclass(frozen=True)
+class _Learned:
+    """What was learned of a study, and from how many finished trials and how far running ones."""
+
+    predictor: TrainingTimePredictor
+    n_finished: int
+    running: tuple[tuple[int, float], ...]
+
+
+class Learner:
+    """Keeps a predictor informed by a study's trials, at a cost that does not grow with them.
+
+    Every finished trial counts at first, and while there are fewer than eight also what running
+    ones have recorded. Later it learns anew from every second trial, every fourth, and so on up to
+    every thirty-second. It depends on the trials alone when that is, so that a study which was put
+    aside goes on as it would have.
+
+    Args:
+        predictor:
+            The predictor.
+    """
+
+    def __init__(self, predictor: TrainingTimePredictor) -> None:
+        self._predictor = predictor
+
+    def informed(
+        self, study: optuna.Study, trials: Sequence[FrozenTrial]
+    ) -> TrainingTimePredictor:
+        """Return the predictor as a study's trials have corrected it.
+
+        Args:
+            study:
+                The study.
+            trials:
+                Its finished and running trials, as they were just read.
+
+        Returns:
+            A predictor that shares everything else with the given one.
+        """
+        finished = [trial for trial in trials if trial.state in FINISHED]
+        step = min(2 ** max(0, (len(finished) // _FEW).bit_length() - 1), _MOST_NEW)
+        n_finished = len(finished) - len(finished) % step
+        under_way: list[FrozenTrial] = []
+        if n_finished < _FEW:
+            under_way = [t for t in trials if t.state not in FINISHED]
+        curves = ((t.number, entry(t, CURVE)) for t in under_way)
+        running = tuple((n, float(c.get("n_steps", 0))) for n, c in curves if c is not None)
+        # Sampler and pruner of a study mostly have the same predictor: they learn together.
+        kept = _LEARNED[study]
+        last = kept.get(id(self._predictor))
+        if last is not None and (last.n_finished, last.running) == (n_finished, running):
+            return last.predictor
+        told = [*sorted(finished, key=lambda t: t.number)[:n_finished], *under_way]
+        twin = self._predictor.informed(_observations(study, self._predictor, told))
+        kept[id(self._predictor)] = _Learned(twin, n_finished, running)
+        return twin
+
+    def last(self, study: optuna.Study) -> TrainingTimePredictor:
+        """Return the predictor as it was last corrected.
+
+        Args:
+            study:
+                The study.
+
+        Returns:
+            The given one where nothing was learned yet.
+        """
+        last = _LEARNED[study].get(id(self._predictor))
+        return self._predictor if last is None else last.predictor
+
+
 # By the fingerprint of the task and the number of a finished trial.
 _OBSERVATIONS: PerStudy[dict[str, dict[int, Observation | None]]] = PerStudy(dict)
 _REPORTED: PerStudy[set[int]] = PerStudy(set)
+# By the identity of a predictor, which what was learned keeps alive.
+_LEARNED: PerStudy[dict[int, _Learned]] = PerStudy(dict)
 
 
 def observation_of(

@@ -90,7 +90,7 @@ def suggest(trial: optuna.Trial) -> dict[str, Any]:
 
 def predicted_steps(params: dict[str, Any]) -> float:
     """The prediction for a trial's parameters."""
-    return float(quick_predictor().predict(**{n: params[n] for n in SPACE}).steps)
+    return float(quick_predictor().estimate(**{n: params[n] for n in SPACE}).steps)
 
 
 def predicted_seconds(proposed: list[dict[str, Any]]) -> NDArray[np.float64]:

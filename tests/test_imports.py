@@ -23,12 +23,15 @@ MODULES = {
 OPTUNA_SIDE = (
     "_demo",
     "_optuna_compat",
+    "candidates",
     "cli",
     "integrations",
     "ledger",
     "memory",
     "pruner",
     "sampler",
+    "study_budget",
+    "testing",
     "training_log",
     "visualization",
 )

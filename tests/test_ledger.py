@@ -19,6 +19,7 @@ from optuna_ttp.ledger import entry
 from optuna_ttp.ledger import n_skipped_in_a_row
 from optuna_ttp.ledger import PAID
 from optuna_ttp.ledger import PREDICTION
+from optuna_ttp.ledger import RECORD
 from tests.studies import asked
 from tests.studies import DIVERGING
 from tests.studies import FAST
@@ -60,9 +61,7 @@ def _line(
     """A finished trial with what our sampler and pruner would have written on it."""
     attributes: dict[str, Any] = {PAID: {"trial": number, "seconds": paid}}
     if decision is not None:
-        attributes[DECISION] = {"trial": number, "decision": decision, "reason": "because"}
-        attributes[PREDICTION] = {
-            "trial": number,
+        made = {
             "fingerprint": fingerprint,
             "spectrum_seconds": {"a": 3.0, "b": 4.0}[fingerprint],
             "outcome": "diverges" if steps is None else "converges",
@@ -71,6 +70,8 @@ def _line(
             "budget_seconds": budget,
             "prediction_seconds": 0.5,
         }
+        decided = {"decision": decision, "reason": "because"}
+        attributes[RECORD] = {"trial": number, PREDICTION: made, DECISION: decided}
     return FrozenTrial(
         number=number,
         trial_id=number,
@@ -88,24 +89,23 @@ def _line(
 
 
 def test_every_trial_has_a_prediction_a_decision_and_a_price() -> None:
-    trials = _run(_study(), FAST, SLOW, DIVERGING, HOPELESS)
+    study = _study()
+    trials = _run(study, FAST, SLOW, DIVERGING, HOPELESS)
     assert [t.state.name for t in trials] == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
     predictions = [entry(trial, PREDICTION) for trial in trials]
     outcomes = [p["outcome"] for p in predictions if p is not None]
     assert outcomes == ["converges", "converges", "diverges", "not_reached"]
     decisions = [entry(trial, DECISION) for trial in trials]
     assert [d["decision"] for d in decisions if d is not None] == ["run", "run", "skip", "skip"]
-    for trial in trials:
-        paid = entry(trial, PAID)
-        assert paid is not None and trial.duration is not None
-        assert 0.0 <= paid["seconds"] <= trial.duration.total_seconds()
+    paid = [record.paid_seconds for record in report(study).records]
+    assert paid == [t.duration.total_seconds() for t in trials if t.duration is not None]
 
 
 def test_a_prediction_says_for_what_and_from_what_it_was_made() -> None:
     [trial] = _run(_study(max_steps=40), {**FAST, "momentum": 0.5})
     prediction = entry(trial, PREDICTION)
     predictor = quick_predictor()
-    expected = predictor.predict(0.1, 8, 0.5)
+    expected = predictor.estimate(0.1, 8, 0.5)
     assert prediction is not None
     assert (prediction["learning_rate"], prediction["batch_size"], prediction["momentum"]) == (
         (0.1, 8, 0.5)
@@ -257,11 +257,11 @@ def test_a_study_with_several_objectives_gets_a_report() -> None:
 
 def test_trials_skipped_in_a_row_are_counted_back_to_one_that_ran() -> None:
     study = _study(max_steps=16)
-    assert n_skipped_in_a_row(study) == 0
+    assert n_skipped_in_a_row(study.trials) == 0
     _run(study, SLOW, FAST, SLOW, DIVERGING)
-    assert n_skipped_in_a_row(study) == 2
+    assert n_skipped_in_a_row(study.trials) == 2
     _run(study, FAST)
-    assert n_skipped_in_a_row(study) == 0
+    assert n_skipped_in_a_row(study.trials) == 0
 
 
 def test_a_trial_that_still_runs_ends_the_row() -> None:
@@ -269,11 +269,11 @@ def test_a_trial_that_still_runs_ends_the_row() -> None:
     _run(study, SLOW, SLOW)
     running = asked(study, FAST)
     # It has not asked yet.
-    assert n_skipped_in_a_row(study) == 2
+    assert n_skipped_in_a_row(study.trials) == 2
     assert not running.should_prune()
-    assert n_skipped_in_a_row(study) == 0
+    assert n_skipped_in_a_row(study.trials) == 0
     _run(study, SLOW)
-    assert n_skipped_in_a_row(study) == 1
+    assert n_skipped_in_a_row(study.trials) == 1
 
 
 def test_a_trial_that_another_pruner_saw_ends_the_row() -> None:
@@ -281,4 +281,4 @@ def test_a_trial_that_another_pruner_saw_ends_the_row() -> None:
     _run(study, SLOW)
     study.pruner = optuna.pruners.NopPruner()
     _run(study, SLOW)
-    assert n_skipped_in_a_row(study) == 0
+    assert n_skipped_in_a_row(study.trials) == 0

@@ -282,7 +282,7 @@ def test_a_batch_above_the_number_of_samples_is_a_full_batch() -> None:
     prediction = entry(study.trials[0], PREDICTION)
     assert prediction is not None
     assert prediction["batch_size"] == 24
-    assert prediction["steps"] == float(quick_predictor().predict(0.1, 24, 0.0).steps)
+    assert prediction["steps"] == float(quick_predictor().estimate(0.1, 24, 0.0).steps)
 
 
 def test_functions_and_fixed_values_reach_the_prediction() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,9 @@ class ResponseSurface:
         log_shares:
             Logarithm of the time at each rung over that at the target, shape (momenta, noise
             scales, rates, P); zero at the target and where it was not reached.
+        log_rungs:
+            Logarithm of the intrinsic time ``eta_e t`` at each rung, the same shape; NaN where a
+            node does not get there, which may be on its way to a target that it misses.
         curvature:
             ``h_1``.
         n_samples:
@@ -61,6 +66,7 @@ class ResponseSurface:
     log_tau: NDArray[np.float64]
     depths: NDArray[np.float64]
     log_shares: NDArray[np.float64]
+    log_rungs: NDArray[np.float64]
     curvature: float
     n_samples: int
 
@@ -130,12 +136,16 @@ class ResponseSurface:
         log_tau = np.log(effective * np.maximum(steps, 1.0))
         initial = float(model.loss(model.initial_outputs[None]))
         depths, log_shares = _shares(curves, target, rungs, initial)
+        passages = curves.log_passages(initial * np.exp(-depths[:-1])).reshape(*m.shape, -1)
+        at_target = np.where(np.isfinite(steps), log_tau - np.log(effective), np.nan)
+        log_rungs = np.concatenate([passages, at_target[..., None]], axis=3)
         return cls(
             -np.log1p(-momenta),
             _noise_scale(sizes, n),
             log_tau,
             depths,
             log_shares.reshape(*m.shape, -1),
+            np.maximum.accumulate(log_rungs + np.log(effective)[..., None], axis=3),
             curvature,
             n,
         )
@@ -202,6 +212,88 @@ class ResponseSurface:
         shares = RegularGridInterpolator(axes, self.log_shares)(points)
         logs = np.log(np.where(np.isfinite(steps), steps, np.nan))[:, None] + shares
         return self.depths[None, :], logs
+
+    def passages(
+        self,
+        learning_rate: NDArray[np.float64],
+        batch_size: NDArray[np.float64],
+        momentum: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Return interpolated times at the rungs, also on the way to a target that is missed.
+
+        Args:
+            learning_rate:
+                Shape ``(K,)``.
+            batch_size:
+                Shape ``(K,)``.
+            momentum:
+                Shape ``(K,)``.
+
+        Returns:
+            Logarithms of steps at :attr:`depths`, ``(K, P)``; NaN where a rung is not reached.
+        """
+        from scipy.interpolate import RegularGridInterpolator
+
+        effective, axes, points, _, hopeless = self._points(learning_rate, batch_size, momentum)
+        known = np.isfinite(self.log_rungs)
+        table = np.stack([np.where(known, self.log_rungs, 0.0), known], axis=4)
+        both = RegularGridInterpolator(axes, table)(points)
+        total, share = both[..., 0], both[..., 1]
+        logs = total / np.where(share > 0, share, 1.0) - np.log(effective)[:, None]
+        return np.where((share > 0.5) & ~hopeless[:, None], logs, np.nan)
+
+    def retimed(
+        self,
+        correct: Callable[
+            [
+                NDArray[np.float64],
+                NDArray[np.float64],
+                NDArray[np.float64],
+                NDArray[np.float64],
+                NDArray[np.float64],
+            ],
+            NDArray[np.float64],
+        ],
+    ) -> ResponseSurface:
+        """Return a surface with other times at the nodes.
+
+        Args:
+            correct:
+                Maps logarithms of steps at :attr:`depths` ``(K, P)``, NaN behind a curve's end,
+                learning rates, noise scales and momenta ``(K,)`` and depths ``(1, P)`` to other
+                logarithms of the same shape.
+
+        Returns:
+            The surface.
+        """
+        shape = self.log_tau.shape
+        mass, noise, u = np.meshgrid(
+            -np.expm1(-self.momenta),
+            self.noise_scales,
+            np.linspace(0, 1, shape[2]),
+            indexing="ij",
+        )
+        effective = _SLOW * (_fastest(mass) / _SLOW) ** u / self.curvature
+        rate = (effective * (1 - mass)).ravel()
+        logs = self.log_rungs - np.log(effective)[..., None]
+        new = correct(
+            logs.reshape(-1, shape_p := logs.shape[3]),
+            rate,
+            noise.ravel(),
+            mass.ravel(),
+            self.depths[None, :],
+        ).reshape(*shape, shape_p)
+        log_rungs = new + np.log(effective)[..., None]
+        reached = np.isfinite(self.log_tau)
+        at_target = new[..., -1:]
+        known = np.isfinite(new) & np.isfinite(at_target)
+        shares = np.where(known, np.minimum(new - at_target, 0.0), self.log_shares)
+        return replace(
+            self,
+            log_tau=np.where(reached, log_rungs[..., -1], np.inf),
+            log_shares=np.where(reached[..., None], shares, self.log_shares),
+            log_rungs=log_rungs,
+        )
 
     def _points(
         self,

@@ -1,0 +1,227 @@
+"""A conformance suite for pruners, in the manner of ``optuna.testing.pytest_samplers``.
+
+Subclass :class:`PrunerTestCase` in a test module and give it a fixture named ``pruner``:
+
+    >>> class TestMyPruner(PrunerTestCase):
+    ...     @pytest.fixture(params=[MyPruner, lambda: MyPruner(n_warmup_steps=2)])
+    ...     def pruner(self, request):
+    ...         return request.param  # called without arguments, it makes a new pruner
+
+Override a test with ``pass`` where a pruner is meant to behave otherwise. Needs pytest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import copy
+import math
+import pickle
+from typing import get_args
+from typing import Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.distributions import FloatDistribution
+from optuna.pruners import BasePruner
+from optuna.trial import create_trial
+from optuna.trial import TrialState
+import pytest
+
+
+PrunerFactory = Callable[[], BasePruner]
+Direction = Literal["minimize", "maximize"]
+
+_DIRECTIONS = pytest.mark.parametrize("direction", ["minimize", "maximize"])
+_N_STEPS = 8
+_SPACE: dict[str, BaseDistribution] = {"x": FloatDistribution(0.0, 1.0)}
+
+
+class PrunerTestCase:
+    """What Optuna and its samplers expect of any pruner.
+
+    Reports are whole steps from zero on. Finished trials of a study are good ones unless a test
+    says otherwise.
+    """
+
+    @pytest.fixture
+    def pruner(self) -> PrunerFactory:
+        """Make a new pruner. To be overridden.
+
+        Raises:
+            NotImplementedError:
+                If it is not.
+        """
+        raise NotImplementedError("Give a fixture `pruner` that returns a function.")
+
+    @_DIRECTIONS
+    def test_the_first_trial_runs(self, pruner: PrunerFactory, direction: Direction) -> None:
+        """Nothing is known that it could be worse than."""
+        study = _study(pruner(), direction)
+        assert _run(study, [1.0 / (step + 1) for step in range(_N_STEPS)]) == _N_STEPS
+
+    def test_nothing_is_reported_yet(self, pruner: PrunerFactory) -> None:
+        """Asking before any report is allowed."""
+        study = _study(pruner())
+        answer = study.ask(_SPACE).should_prune()
+        assert _is_bool(answer)
+
+    def test_the_answer_is_a_bool(self, pruner: PrunerFactory) -> None:
+        """Nothing else that is true or false. NumPy's will do: Optuna's own pruners return it."""
+        study = _study(pruner(), n_good=6)
+        trial = study.ask(_SPACE)
+        for step in range(_N_STEPS):
+            trial.report(100.0, step)
+            assert _is_bool(trial.should_prune())
+
+    @_DIRECTIONS
+    def test_the_best_trial_so_far_runs(self, pruner: PrunerFactory, direction: Direction) -> None:
+        """A trial that is better at every step than all before is not pruned."""
+        study = _study(pruner(), direction, n_good=6)
+        better = -10.0 if direction == "minimize" else 10.0
+        assert _run(study, [better] * _N_STEPS) == _N_STEPS
+
+    @_DIRECTIONS
+    def test_directions_mirror_each_other(
+        self, pruner: PrunerFactory, direction: Direction
+    ) -> None:
+        """Maximising the negative value prunes what minimising the value prunes."""
+        lengths = []
+        for mirrored in get_args(Direction):
+            sign = 1.0 if mirrored == "minimize" else -1.0
+            study = _study(pruner(), mirrored)
+            of = 1.0 if direction == "minimize" else -1.0
+            values = [(7 * k % 5) * of for k in range(10)]
+            lengths.append([_run(study, [sign * v] * _N_STEPS) for v in values])
+        assert lengths[0] == lengths[1]
+
+    def test_the_same_reports_get_the_same_answer(self, pruner: PrunerFactory) -> None:
+        """Asking twice changes nothing."""
+        study = _study(pruner(), n_good=6)
+        trial = study.ask(_SPACE)
+        for step in range(_N_STEPS):
+            trial.report(50.0, step)
+            assert trial.should_prune() == trial.should_prune()
+
+    def test_the_trial_is_not_changed(self, pruner: PrunerFactory) -> None:
+        """A pruner decides; values, parameters and reports are those of the objective."""
+        study = _study(pruner(), n_good=4)
+        trial = study.ask(_SPACE)
+        trial.report(1.0, 0)
+        trial.should_prune()
+        before = copy.deepcopy(study.trials[-1])
+        trial.should_prune()
+        after = study.trials[-1]
+        for name in ("params", "intermediate_values", "values", "state", "distributions"):
+            assert getattr(before, name) == getattr(after, name)
+        assert after.state == TrialState.RUNNING
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_reports_that_are_no_numbers(self, pruner: PrunerFactory, value: float) -> None:
+        """They are answered, wherever they come."""
+        study = _study(pruner(), n_good=4)
+        trial = study.ask(_SPACE)
+        for step, report in enumerate([1.0, value, 1.0]):
+            trial.report(report, step)
+            assert _is_bool(trial.should_prune())
+        study.tell(trial, None, TrialState.PRUNED)
+        _run(study, [1.0] * 3)
+
+    def test_trials_without_reports(self, pruner: PrunerFactory) -> None:
+        """Finished, pruned, failed and running trials that reported nothing do no harm."""
+        study = _study(pruner())
+        for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL):
+            value = 0.5 if state == TrialState.COMPLETE else None
+            study.tell(study.ask(_SPACE), value, state)
+        study.ask(_SPACE)
+        trial = study.ask(_SPACE)
+        trial.report(1.0, 0)
+        assert _is_bool(trial.should_prune())
+
+    def test_steps_that_others_do_not_have(self, pruner: PrunerFactory) -> None:
+        """Steps need not be consecutive, nor those of other trials."""
+        study = _study(pruner(), n_good=4)
+        trial = study.ask(_SPACE)
+        for step in (1, 5, 100, 10_000):
+            trial.report(1.0, step)
+            assert _is_bool(trial.should_prune())
+
+    @pytest.mark.parametrize("n_jobs", [1, 2])
+    def test_a_study_goes_to_its_end(self, pruner: PrunerFactory, n_jobs: int) -> None:
+        """Every trial is completed or pruned, and some are completed."""
+
+        def objective(trial: optuna.Trial) -> float:
+            x = trial.suggest_float("x", 0.0, 1.0)
+            for step in range(_N_STEPS):
+                trial.report(x + 1.0 / (step + 1), step)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+            return x
+
+        study = _study(pruner())
+        study.optimize(objective, n_trials=20, n_jobs=n_jobs)
+        states = [trial.state for trial in study.trials]
+        assert set(states) <= {TrialState.COMPLETE, TrialState.PRUNED}
+        assert TrialState.COMPLETE in states
+
+    def test_it_goes_on_after_being_pickled(self, pruner: PrunerFactory) -> None:
+        """Studies are pickled, and other processes have a pruner of their own."""
+        study = _study(pruner(), n_good=6)
+        trial = study.ask(_SPACE)
+        trial.report(50.0, 0)
+        expected = trial.should_prune()
+        study.pruner = pickle.loads(pickle.dumps(study.pruner))
+        assert trial.should_prune() == expected
+
+    @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+    def test_ask_and_tell_by_number(self, pruner: PrunerFactory) -> None:
+        """A trial need not be pruned by whoever asked for it."""
+        study = _study(pruner(), n_good=2)
+        trial = study.ask(_SPACE)
+        trial.report(1.0, 0)
+        trial.should_prune()
+        study.tell(trial.number, 1.0)
+        assert study.trials[-1].state == TrialState.COMPLETE
+
+    def test_one_pruner_serves_several_studies(self, pruner: PrunerFactory) -> None:
+        """What one study's trials reported is nothing to another's."""
+        shared = pruner()
+        lengths = [
+            [_run(study, [float(7 * k % 5)] * _N_STEPS) for k in range(8)]
+            for study in (_study(shared), _study(shared))
+        ]
+        assert lengths[0] == lengths[1]
+
+
+def _is_bool(answer: object) -> bool:
+    return isinstance(answer, bool | np.bool_)
+
+
+def _study(pruner: BasePruner, direction: Direction = "minimize", n_good: int = 0) -> optuna.Study:
+    study = optuna.create_study(
+        direction=direction,
+        # Where a pruner draws lots, as Hyperband does for its brackets, by the study's name.
+        study_name="conformance",
+        sampler=optuna.samplers.RandomSampler(seed=0),
+        pruner=pruner,
+    )
+    for k in range(n_good):
+        values = dict.fromkeys(range(_N_STEPS), 0.1 * k)
+        study.add_trial(
+            create_trial(
+                value=0.1 * k, params={"x": 0.5}, distributions=_SPACE, intermediate_values=values
+            )
+        )
+    return study
+
+
+def _run(study: optuna.Study, reports: list[float]) -> int:
+    """Run a trial with these reports; return at how many of them it was still running."""
+    trial = study.ask(_SPACE)
+    for step, value in enumerate(reports):
+        trial.report(value, step)
+        if trial.should_prune():
+            study.tell(trial, None, TrialState.PRUNED)
+            return step
+    study.tell(trial, reports[-1])
+    return len(reports)
