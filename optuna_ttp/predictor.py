@@ -649,7 +649,9 @@ class TrainingTimePredictor:
             Steps from the last one that was seen, and the standard deviation of their logarithm;
             :obj:`None` where the response surface does not know.
         """
-        rate, size, mass = (np.array([value]) for value in configuration)
+        rate, size, mass, _ = self._check_configuration(
+            *(np.array([value]) for value in configuration), self.max_steps
+        )
         if not self.has_surface or self._scored(rate, size, mass)[1].any():
             return None
         depths, logs = self._surface.ladder(
@@ -827,9 +829,11 @@ class TrainingTimePredictor:
         """
         if not self.has_surface:
             return np.zeros(len(learning_rate))
+        rate, size, mass, _ = self._check_configuration(
+            learning_rate, batch_size, momentum, self.max_steps
+        )
         surface = self._corrected_surface
-        sizes = self._simulated_size(batch_size).astype(np.float64)
-        logs = surface.passages(learning_rate, sizes, momentum)
+        logs = surface.passages(rate, self._simulated_size(size).astype(np.float64), mass)
         goal = np.log(np.maximum(steps, 1.0))
         # The first rung is where the first step is, or before it.
         logs = np.concatenate([np.minimum(logs[:, :1], 0.0) - 1.0, logs], axis=1)

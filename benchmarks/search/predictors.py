@@ -153,6 +153,22 @@ class ToldPredictor(TrainingTimePredictor):
             expected_log_passages=passages,
         )
 
+    def estimate(
+        self,
+        learning_rate: ArrayLike,
+        batch_size: ArrayLike,
+        momentum: ArrayLike = 0.0,
+        *,
+        max_steps: ArrayLike | None = None,
+    ) -> Prediction:
+        """Predict what it is told."""
+        return self.predict(learning_rate, batch_size, momentum, max_steps=max_steps)
+
+    @property
+    def has_surface(self) -> bool:
+        """Nothing is interpolated."""
+        return False
+
     def score(
         self,
         learning_rate: ArrayLike,
