@@ -649,8 +649,9 @@ class TrainingTimePredictor:
             Steps from the last one that was seen, and the standard deviation of their logarithm;
             :obj:`None` where the response surface does not know.
         """
+        one_rate, one_size, one_mass = ([value] for value in configuration)
         rate, size, mass, _ = self._check_configuration(
-            *(np.array([value]) for value in configuration), self.max_steps
+            one_rate, one_size, one_mass, self.max_steps
         )
         if not self.has_surface or self._scored(rate, size, mass)[1].any():
             return None
