@@ -29,7 +29,7 @@ from optuna.trial import TrialState
 
 from benchmarks.search.table import Table
 from benchmarks.search.table import Trajectory
-import optuna_ttp.sampler
+import optuna_ttp.study_budget
 import optuna_ttp.training_log
 from optuna_ttp.training_log import TrainingLog
 
@@ -338,7 +338,7 @@ class _Storage(InMemoryStorage):
 
 @contextmanager
 def _simulated(clock: Clock) -> Iterator[None]:
-    """Let sampler and log read the simulated clock where they tell how long training took."""
+    """Let budget and log read the simulated clock where they tell how long training took."""
 
     class SimulatedDatetime(datetime):
         @classmethod
@@ -347,7 +347,7 @@ def _simulated(clock: Clock) -> Iterator[None]:
 
     replaced = [
         (optuna_ttp.training_log, "time", clock),
-        (optuna_ttp.sampler, "datetime", SimulatedDatetime),
+        (optuna_ttp.study_budget, "datetime", SimulatedDatetime),
     ]
     kept = [getattr(module, name) for module, name, _ in replaced]
     for module, name, simulated in replaced:
