@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+import torch
 
 from benchmarks.search import contestants
+from benchmarks.search.predictors import recorded_times
+from benchmarks.search.predictors import rule_of_thumb
+from benchmarks.search.predictors import ShuffledPredictor
 from benchmarks.search.recording import read
 from benchmarks.search.recording import Run
 from benchmarks.search.recording import write
@@ -21,6 +25,10 @@ from benchmarks.search.summary import summary
 from benchmarks.search.table import from_recording
 from benchmarks.search.table import Table
 from benchmarks.search.table import Trajectory
+from optuna_ttp import compute_spectrum
+from optuna_ttp import FineTuningTask
+from optuna_ttp import Throughput
+from optuna_ttp import TrainingTimePredictor
 from optuna_ttp.training_log import CURVE
 
 
@@ -315,3 +323,98 @@ def test_every_standard_contestant_searches(name: str) -> None:
     search = replay(table, players.sampler, players.pruner, budget_seconds=60.0)
     assert search.trials
     assert not players.predicts
+
+
+@pytest.fixture(scope="module")
+def predictor() -> TrainingTimePredictor:
+    torch.manual_seed(0)
+    inputs = torch.randn(32, 4)
+    task = FineTuningTask(torch.nn.Linear(4, 1), (inputs, inputs[:, :1]), loss="mse")
+    return TrainingTimePredictor(
+        compute_spectrum(task, measure_speed=False),
+        target_fraction=0.5,
+        throughput=Throughput(np.array([8]), np.array([0.5]), device="cpu"),
+    )
+
+
+_TIMED = from_recording(
+    "task",
+    [
+        _run(0.01, [2.0, 1.9, 1.8], [0.2, 0.3, 0.3]),
+        _run(0.02, [2.0, 1.5, 0.9], [0.2, 0.5, 0.6]),
+        _run(0.04, [2.0, 0.5, 0.1], [0.2, 0.7, 0.9]),
+    ],
+    "metric",
+)
+
+
+def _all(table: Table) -> tuple[Any, Any, Any]:
+    rates = np.array(table.values["learning_rate"])
+    return rates, np.full(len(rates), 8), np.full(len(rates), 0.9)
+
+
+def test_recorded_times_are_those_of_the_recording(predictor: TrainingTimePredictor) -> None:
+    target = predictor.target.value
+    table = from_recording(
+        "task",
+        [
+            _run(0.01, [4 * target, 3 * target, 2 * target], [0.2, 0.3, 0.3]),
+            # Two steps an epoch; half of the way from the first to the second, in logarithms.
+            _run(0.02, [4 * target, 2 * target, 0.5 * target], [0.2, 0.5, 0.6]),
+        ],
+        "metric",
+    )
+    told = recorded_times(predictor, table)
+    assert told.estimate(*_all(table)).steps.tolist() == [math.inf, 3.0]
+    assert told.score(*_all(table)).tolist() == [math.inf, 1.5]
+
+
+def test_an_error_changes_recorded_times(predictor: TrainingTimePredictor) -> None:
+    exact = recorded_times(predictor, _TIMED).score(0.04, 8, 0.9)
+    wrong = {
+        float(recorded_times(predictor, _TIMED, log_sd=2.0, seed=k).score(0.04, 8, 0.9))
+        for k in range(5)
+    }
+    assert len(wrong | {float(exact)}) > 2
+
+
+def test_the_rule_of_thumb_falls_with_the_learning_rate(predictor: TrainingTimePredictor) -> None:
+    steps = rule_of_thumb(predictor, _TIMED).estimate(*_all(_TIMED)).steps
+    assert steps[0] / steps[2] == pytest.approx(4.0, rel=0.2)
+
+
+def test_a_shuffled_predictor_says_the_same_of_other_configurations(
+    predictor: TrainingTimePredictor,
+) -> None:
+    straight = predictor.score(*_all(_TIMED))
+    orders = set()
+    for seed in range(6):
+        shuffled = ShuffledPredictor.of(predictor, _TIMED, seed)
+        scores = shuffled.score(*_all(_TIMED))
+        assert sorted(scores) == pytest.approx(sorted(straight))
+        np.testing.assert_array_equal(scores, shuffled.score(*_all(_TIMED)))
+        orders.add(tuple(np.argsort(scores)))
+    assert len(orders) > 1
+
+
+@pytest.mark.parametrize(
+    "name", ["ours (tpe)", "ours (gp)", *contestants.SHUFFLED, contestants.RULE, contestants.KNOWN]
+)
+@pytest.mark.parametrize("goal", ["metric", "time"])
+def test_ours_search_with_any_predictor(
+    predictor: TrainingTimePredictor, name: str, goal: Any
+) -> None:
+    table = from_recording(
+        "task",
+        [
+            _run(0.001 * 2**k, [0.4, 0.4 / (1.0 + 0.3 * k), 0.4 / (1.0 + k)], [0.2, 0.5, 0.1 * k])
+            for k in range(8)
+        ],
+        goal,
+    )
+    players = contestants.players(name, table, 0, lambda: predictor)
+    assert players.predicts
+    search = replay(
+        table, players.sampler, players.pruner, budget_seconds=200.0, logged=True, max_trials=12
+    )
+    assert math.isfinite(search.seconds_to_close)

@@ -132,9 +132,17 @@ def wrapped(
         base,
         hyperparameters=hyperparameters,
         search_space=table.search_space,
+        goal=table.goal,
+        max_epochs=table.n_epochs,
         seed=seed,
     )
-    pruner = TTPPruner(predictor, hyperparameters=hyperparameters, max_epochs=table.n_epochs)
+    pruner = TTPPruner(
+        predictor,
+        hyperparameters=hyperparameters,
+        goal=table.goal,
+        max_epochs=table.n_epochs,
+        seed=seed,
+    )
     return Players(sampler, pruner, True)
 
 

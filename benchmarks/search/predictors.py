@@ -24,6 +24,10 @@ from optuna_ttp.prediction import Prediction
 Steps = Callable[
     [NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]
 ]
+# Losses are not told to fall further than so many targets on a logarithmic scale.
+_MOST_TARGETS = 4.0
+# A learning rate that no search gets near.
+_UNLIMITED = 1e6
 # What a predictor that is told its times says about their scatter.
 _LOG_SD = 0.2
 
@@ -65,16 +69,40 @@ class ShuffledPredictor(TrainingTimePredictor):
         rate, size, mass, horizon = super()._check_configuration(
             learning_rate, batch_size, momentum, max_steps
         )
-        places = [
-            _nearest(column, values)
-            for column, values in zip(
-                self._values, (rate, size.astype(np.float64), mass), strict=True
-            )
-        ]
+        return *self._other(rate, size, mass), horizon
+
+    def depth_after(
+        self,
+        learning_rate: NDArray[np.float64],
+        batch_size: NDArray[np.int64],
+        momentum: NDArray[np.float64],
+        steps: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Return the depth of the other configuration."""
+        return super().depth_after(*self._other(learning_rate, batch_size, momentum), steps)
+
+    def remaining_steps(
+        self, running: Observation, configuration: tuple[float, int, float]
+    ) -> tuple[float, float] | None:
+        """Say nothing: a trial's own curve would tell the truth."""
+        return None
+
+    def max_learning_rate(
+        self, batch_size: ArrayLike, momentum: ArrayLike = 0.0
+    ) -> NDArray[np.float64]:
+        """Say nothing about stability."""
+        return _unlimited(batch_size, momentum)
+
+    def _other(
+        self, rate: NDArray[np.float64], size: NDArray[np.int64], mass: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+        wanted = (rate, size.astype(np.float64), mass)
+        columns = zip(self._values, wanted, strict=True)
+        places = [_nearest(column, values) for column, values in columns]
         shape = tuple(map(len, self._values))
         others = np.unravel_index(self._order[np.ravel_multi_index(places, shape)], shape)
         rate, sizes, mass = (c[k] for c, k in zip(self._values, others, strict=True))
-        return rate, np.minimum(sizes, self.n_samples).astype(np.int64), mass, horizon
+        return rate, np.minimum(sizes, self.n_samples).astype(np.int64), mass
 
 
 class ToldPredictor(TrainingTimePredictor):
@@ -186,6 +214,40 @@ class ToldPredictor(TrainingTimePredictor):
         seconds = told * np.where(np.isnan(per_step), 1.0, per_step)
         return np.where(told <= horizon, seconds, np.inf)
 
+    def estimate(
+        self,
+        learning_rate: ArrayLike,
+        batch_size: ArrayLike,
+        momentum: ArrayLike = 0.0,
+        *,
+        max_steps: ArrayLike | None = None,
+    ) -> Prediction:
+        """Predict what it is told."""
+        return self.predict(learning_rate, batch_size, momentum, max_steps=max_steps)
+
+    def depth_after(
+        self,
+        learning_rate: NDArray[np.float64],
+        batch_size: NDArray[np.int64],
+        momentum: NDArray[np.float64],
+        steps: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Return how deep the loss is, as if it fell exponentially."""
+        told = self._told(learning_rate, batch_size, momentum)
+        return np.asarray(-math.log(self.depth) * np.minimum(steps / told, _MOST_TARGETS))
+
+    def remaining_steps(
+        self, running: Observation, configuration: tuple[float, int, float]
+    ) -> tuple[float, float] | None:
+        """Say nothing: it is told times before the first step only."""
+        return None
+
+    def max_learning_rate(
+        self, batch_size: ArrayLike, momentum: ArrayLike = 0.0
+    ) -> NDArray[np.float64]:
+        """Say nothing about stability."""
+        return _unlimited(batch_size, momentum)
+
     def _told(
         self, rate: NDArray[Any], size: NDArray[Any], mass: NDArray[Any]
     ) -> NDArray[np.float64]:
@@ -240,6 +302,9 @@ def recorded_times(
         below = np.flatnonzero(losses <= target)
         if len(below):
             k = int(below[0])
+            if k == 0:
+                steps[places] = 1.0
+                continue
             share = math.log(losses[k - 1] / target) / math.log(losses[k - 1] / losses[k])
             steps[places] = max(1.0, (k - 1 + share) * trajectory.steps_per_epoch)
     errors = np.random.default_rng(seed).normal(0.0, log_sd, shape) if log_sd else np.zeros(shape)
@@ -261,6 +326,10 @@ def _twin(cls: Any, predictor: TrainingTimePredictor) -> Any:
     twin.__dict__.update(predictor.__dict__)
     twin._root = predictor
     return twin
+
+
+def _unlimited(batch_size: ArrayLike, momentum: ArrayLike) -> NDArray[np.float64]:
+    return np.full(np.broadcast_shapes(np.shape(batch_size), np.shape(momentum)), _UNLIMITED)
 
 
 def _columns(table: Table) -> tuple[NDArray[np.float64], ...]:

@@ -153,7 +153,14 @@ def search(task: SearchTask, contestant: str, seed: int, budget: float) -> list[
         predictor = TrainingTimePredictor(
             spectrum, target_fraction=TARGET_FRACTION, n_samples=n_samples
         )
-        sampler = TTPSampler(predictor, sampler, seed=seed)
+        sampler = TTPSampler(
+            predictor,
+            sampler,
+            search_space=_search_space(task),
+            goal="metric",
+            max_epochs=n_epochs,
+            seed=seed,
+        )
         pruner = TTPPruner(predictor, max_epochs=n_epochs)
     study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
     lines: list[Line] = []
@@ -170,6 +177,15 @@ def search(task: SearchTask, contestant: str, seed: int, budget: float) -> list[
             about = (task.tuning.name, contestant, seed, trial.number, round(ended, 3), state)
             lines.append(Line(*about, epochs, value, **trial.params))
     return lines
+
+
+def _search_space(task: SearchTask) -> dict[str, optuna.distributions.BaseDistribution]:
+    rates = task.grid.learning_rates
+    return {
+        "learning_rate": optuna.distributions.FloatDistribution(rates[0], rates[-1], log=True),
+        "batch_size": optuna.distributions.CategoricalDistribution(task.grid.batch_sizes),
+        "momentum": optuna.distributions.FloatDistribution(0.0, 0.99),
+    }
 
 
 def _train(task: SearchTask, trial: optuna.Trial, *, logged: bool) -> tuple[int, float]:
