@@ -58,10 +58,14 @@ class TrainingLog:
     Args:
         trial:
             The trial of the objective.
+        measure_speed:
+            Measure the seconds a step, too. On by default. Without them a search depends on its
+            seeds alone, and can be repeated exactly.
     """
 
-    def __init__(self, trial: optuna.trial.Trial) -> None:
+    def __init__(self, trial: optuna.trial.Trial, *, measure_speed: bool = True) -> None:
         self._trial = trial
+        self._measure_speed = measure_speed
         self._losses: list[float] = []
         self._steps: list[int] = []
         self._times: list[float] = []
@@ -129,7 +133,7 @@ class TrainingLog:
 
     def _seconds_per_step(self) -> float | None:
         """The median over the steps: pauses for validation or another process do not count."""
-        if len(self._times) < 3:
+        if not self._measure_speed or len(self._times) < 3:
             return None
         return float(f"{np.median(np.diff(self._times) / np.diff(self._steps)):.4g}")
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import hypothesis
+import optuna
 import pytest
 import torch
 
@@ -21,6 +22,14 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("package")
+
+
+@pytest.fixture(autouse=True)
+def _same_verbosity() -> Iterator[None]:
+    """A test that sets Optuna's verbosity, as the demo does, sets it for itself alone."""
+    before = optuna.logging.get_verbosity()
+    yield
+    optuna.logging.set_verbosity(before)
 
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])

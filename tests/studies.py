@@ -115,7 +115,8 @@ def objective(trial: optuna.Trial) -> float:
     if trial.should_prune():
         raise optuna.TrialPruned
     loss = math.nan
-    with TrainingLog(trial) as log:
+    # Without times: the same seed gives the same trials.
+    with TrainingLog(trial, measure_speed=False) as log:
         for step, loss in enumerate(losses(min(steps, 1e4), 6)):
             log.step(loss)
             trial.report(loss, step)

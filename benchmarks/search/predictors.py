@@ -214,17 +214,6 @@ class ToldPredictor(TrainingTimePredictor):
         seconds = told * np.where(np.isnan(per_step), 1.0, per_step)
         return np.where(told <= horizon, seconds, np.inf)
 
-    def estimate(
-        self,
-        learning_rate: ArrayLike,
-        batch_size: ArrayLike,
-        momentum: ArrayLike = 0.0,
-        *,
-        max_steps: ArrayLike | None = None,
-    ) -> Prediction:
-        """Predict what it is told."""
-        return self.predict(learning_rate, batch_size, momentum, max_steps=max_steps)
-
     def depth_after(
         self,
         learning_rate: NDArray[np.float64],

@@ -123,6 +123,7 @@ def leading_pairs(
     n_rows = task.n_samples * task.n_outputs
     n_wanted = min(n_rows, N_PAIRS if rank is None else rank)
     n_columns = min(n_rows, n_wanted + max(10, int(_EXTRA * n_wanted)))
+    _check_memory(task, n_columns, max_memory)
     if by_directions(task, n_columns, dtype, max_memory):
         found = _by_directions(task, n_wanted, n_columns, device, dtype, max_memory, seed)
     else:
@@ -148,6 +149,17 @@ def leading_pairs(
         None if features is None else features[:, :n_kept],
         found.width,
     )
+
+
+def _check_memory(task: FineTuningTask, n_columns: int, max_memory: int) -> None:
+    """Refuse what cannot be done: a block of vectors and the weights, in single precision."""
+    minimum = 4 * (task.n_samples * task.n_outputs * n_columns + task.n_parameters)
+    if minimum > max_memory:
+        raise ValueError(
+            f"max_memory must be at least {minimum / 2**30:.3g} GiB for {n_columns} vectors of "
+            f"{task.n_samples * task.n_outputs} outputs and {task.n_parameters} parameters but got "
+            f"{max_memory / 2**30:.3g} GiB. Give more memory, a smaller rank, or fewer samples."
+        )
 
 
 def by_directions(
