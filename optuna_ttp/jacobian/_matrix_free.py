@@ -157,8 +157,9 @@ def _check_memory(task: FineTuningTask, n_columns: int, max_memory: int) -> None
     if minimum > max_memory:
         raise ValueError(
             f"max_memory must be at least {minimum / 2**30:.3g} GiB for {n_columns} vectors of "
-            f"{task.n_samples * task.n_outputs} outputs and {task.n_parameters} parameters but got "
-            f"{max_memory / 2**30:.3g} GiB. Give more memory, a smaller rank, or fewer samples."
+            f"{task.n_samples * task.n_outputs} outputs and {task.n_parameters} parameters "
+            f"but got {max_memory / 2**30:.3g} GiB. Give more memory, a smaller rank, or fewer "
+            "samples."
         )
 
 
