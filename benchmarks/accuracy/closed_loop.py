@@ -661,6 +661,8 @@ def _draw(means: list[dict[str, Any]], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import NullFormatter
 
     present = [g for g in GROUPS if np.isfinite(_value(means, g, "all", "ours", 0))]
     figure, panels = plt.subplots(1, len(present), figsize=(4.5 * len(present), 4), squeeze=False)
@@ -670,6 +672,9 @@ def _draw(means: list[dict[str, Any]], path: Path) -> None:
             style = _STYLES.get(method, {})
             panel.plot(COUNTS, errors, "o-", markersize=3, label=name.replace("`", ""), **style)
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.set_title(group)
         panel.set_xlabel("observed trials")
         panel.set_ylabel("mean error of the training time, %")
