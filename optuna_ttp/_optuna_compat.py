@@ -53,10 +53,14 @@ def write_user_attr(study: optuna.Study, trial: FrozenTrial, key: str, value: An
     study._storage.set_trial_user_attr(trial._trial_id, key, value)
 
 
+def has_constraints() -> bool:
+    """Return whether trials have constraints, as from Optuna 5 on."""
+    return hasattr(optuna.trial.Trial, "set_constraint")
+
+
 def write_constraint(study: optuna.Study, trial: FrozenTrial, key: str, value: float) -> None:
-    """Set a constraint of a running trial; nothing where Optuna has no constraints (before 5)."""
-    if hasattr(optuna.trial.Trial, "set_constraint"):
-        study._storage.set_trial_system_attr(trial._trial_id, f"constraints:{key}", value)
+    """Set a constraint of a running trial."""
+    study._storage.set_trial_system_attr(trial._trial_id, f"constraints:{key}", value)
 
 
 def frozen(trial: optuna.trial.Trial) -> FrozenTrial:

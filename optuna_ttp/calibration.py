@@ -245,16 +245,6 @@ class Calibration:
         return np.sqrt(np.diag(self.covariance)[: len(NODES)])
 
     @property
-    def typical_factor(self) -> float:
-        """By what factor a predicted time is typically off: two until three trials have told.
-
-        At least 1.5, because a few lucky trials prove little.
-        """
-        if self.n_observed < _MIN_OBSERVATIONS:
-            return 2.0
-        return max(1.5, math.exp(min(self.log_error, _LARGE_ERROR)))
-
-    @property
     def trust(self) -> float:
         """Share of the better trivial rule's squared error that predictions avoid, at most one.
 

@@ -37,8 +37,6 @@ PAID = "ttp:paid"
 RUN = "run"
 SKIP = "skip"
 STOP = "stop"
-# How far above the target a curve may end and count as having reached it.
-_AT_TARGET = 1.05
 
 
 @dataclass(frozen=True)
@@ -455,6 +453,7 @@ def _record(trial: FrozenTrial, typical: _TypicalCost, best: int | None) -> Tria
 
 def _was_wrong(trial: FrozenTrial, best: int | None) -> bool | None:
     """Whether a trial did well that had been predicted to do badly."""
+    from optuna_ttp.training_log import AT_TARGET
     from optuna_ttp.training_log import observed_curve
 
     if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
@@ -467,7 +466,7 @@ def _was_wrong(trial: FrozenTrial, best: int | None) -> bool | None:
         return False if trial.state == TrialState.COMPLETE and best is not None else None
     budget = prediction.get("budget_steps")
     within = curve.steps <= (math.inf if budget is None else budget)
-    return bool((curve.losses[within] <= _AT_TARGET * prediction["target"]).any())
+    return bool((curve.losses[within] <= AT_TARGET * prediction["target"]).any())
 
 
 def _best(study: optuna.Study, trials: list[FrozenTrial]) -> int | None:

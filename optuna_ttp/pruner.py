@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import warnings
 
 import numpy as np
+import optuna
 from optuna.logging import get_logger
 from optuna.pruners import BasePruner
 from optuna.study import StudyDirection
@@ -21,6 +22,7 @@ from optuna.trial import TrialState
 
 from optuna_ttp._optuna_compat import FINISHED
 from optuna_ttp._optuna_compat import frozen
+from optuna_ttp._optuna_compat import has_constraints
 from optuna_ttp._optuna_compat import is_multi_objective
 from optuna_ttp._optuna_compat import PerStudy
 from optuna_ttp._optuna_compat import trials_of
@@ -206,6 +208,11 @@ class TTPPruner(BasePruner):
         if max_consecutive < 1:
             raise ValueError(f"max_consecutive must be at least 1 but got {max_consecutive}.")
         self._predictor = predictor
+        if constraint and not has_constraints():
+            raise ValueError(
+                "constraint=True needs Optuna 5 or newer, whose trials have constraints, but got "
+                f"Optuna {optuna.__version__}."
+            )
         self._learner = Learner(predictor)
         self._wrapped = wrapped_pruner
         self._map = map_or_default(hyperparameters)
@@ -410,10 +417,12 @@ class TTPPruner(BasePruner):
         if self._study_budget is not None:
             steps = float(np.exp(_log_median(prediction)))
             if not self._study_budget.fits(trials, seconds, steps):
+                cost = (
+                    f"{seconds:.3g} s" if self._study_budget.in_seconds else f"{steps:.3g} steps"
+                )
                 return (
                     "study_budget",
-                    f"predicted to take {seconds:.3g} s, more than is left of "
-                    f"{self._study_budget}",
+                    f"predicted to take {cost}, more than is left of {self._study_budget}",
                 )
         return None
 

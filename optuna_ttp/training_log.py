@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 CURVE = "ttp:curve"
 # How far above the target a curve may end and count as having reached it.
-_AT_TARGET = 1.05
+AT_TARGET = 1.05
 # A first loss so many times the initial one, or so small a part of it, is not the same loss, even
 # where it is that of a small mini-batch.
 _TOO_HIGH, _TOO_LOW = 5.0, 0.02
@@ -177,7 +177,7 @@ def observed_steps(trial: FrozenTrial, predictor: TrainingTimePredictor) -> floa
         return float("nan")
     passage = predictor.target.first_passage(curve.steps, curve.losses)
     # A trial that stops at its target ends on it, give or take the noise of the last batches.
-    if not np.isfinite(passage) and curve.losses[-1] <= _AT_TARGET * predictor.target.value:
+    if not np.isfinite(passage) and curve.losses[-1] <= AT_TARGET * predictor.target.value:
         return float(curve.steps[-1])
     return passage
 

@@ -357,18 +357,24 @@ def test_whatever_trials_show_the_correction_is_finite(seed: int, count: int) ->
 # Intervals
 
 
-@pytest.mark.parametrize("count", [1, 3, 8])
-def test_intervals_cover_four_fifths_of_the_next_trials(count: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "scatter", "most"),
+    [(1, 0.06, 0.95), (3, 0.06, 0.95), (8, 0.06, 0.95), (3, 0.0, 0.97), (8, 0.0, 0.95)],
+)
+def test_intervals_cover_four_fifths_of_the_next_trials(
+    count: int, scatter: float, most: float
+) -> None:
     inside = []
     for seed in range(40):
-        calibration = calibrate(_trials(_grows, count, seed=seed, scatter=0.06))
+        calibration = calibrate(_trials(_grows, count, seed=seed, scatter=scatter))
         wide = float(student.ppf(0.9, calibration.degrees_of_freedom))
-        for trial in _trials(_grows, 3, seed=1000 + seed, scatter=0.06):
+        for trial in _trials(_grows, 3, seed=1000 + seed, scatter=scatter):
             logs, sds = _corrected(calibration, trial)
             seen = np.isfinite(trial.observed) & (DEPTHS > 0.2)
             inside.append((np.abs(trial.observed - logs) < wide * sds)[seen])
-    # What trials at a tenth of the stability limit scatter by is six percent, as above.
-    assert 0.7 < np.concatenate(inside).mean() < 0.95
+    # Trials at a tenth of the stability limit are expected to scatter by six percent. It takes a
+    # few that do not to learn that they do not.
+    assert 0.7 < np.concatenate(inside).mean() < most
 
 
 # Trust
@@ -467,12 +473,3 @@ def test_close_predictions_are_trusted_also_where_a_rule_of_thumb_is_perfect(
     assert calibration.baseline_error < 1e-6
     assert calibration.log_error == pytest.approx(error)
     assert calibration.trusted
-
-
-def test_the_typical_factor_is_two_until_trials_have_told() -> None:
-    def of(errors: list[float]) -> Calibration:
-        return calibrate([observation(error=math.log(e)) for e in errors])
-
-    assert of([100.0, 0.01]).typical_factor == 2.0
-    assert of([1.0] * 6).typical_factor == 1.5
-    assert of([10.0, 0.1] * 3).typical_factor == pytest.approx(10.0)
