@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 import copy
 from functools import partial
 import logging
@@ -342,6 +343,26 @@ def test_blocks_are_kept_until_the_spectrum_is_stored(any_url: str) -> None:
     other.clear()
     assert other.load_block("gram/0") is None
     assert store.verify().is_clean
+
+
+def test_blocks_of_two_that_both_believe_to_be_the_owner_leave_nothing_behind(
+    any_url: str,
+) -> None:
+    def save(seed: int) -> None:
+        checkpoint = SpectrumStore(any_url).checkpoint("f" * 64)
+        generator = random.Random(seed)
+        for _ in range(40):
+            if generator.random() < 0.3:
+                checkpoint.clear()
+            else:
+                checkpoint.save_block("gram/0", np.full(50, seed))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(save, range(3)))
+    store = SpectrumStore(any_url)
+    assert store.verify().is_clean
+    found = store.checkpoint("f" * 64).load_block("gram/0")
+    assert found is None or len(set(found)) == 1
 
 
 def test_a_damaged_block_is_computed_again(tmp_path: Path) -> None:

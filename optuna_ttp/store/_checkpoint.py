@@ -60,7 +60,7 @@ class Checkpoint:
             raise ValueError(f"name must have 1 to 255 characters but got {len(name)}.")
 
         def work(connection: sa.Connection) -> None:
-            self._delete(connection, name)
+            _delete(connection, *self._is(name))
             own = uuid4().hex
             pieces = blob.write({"name": name}, {"block": np.asarray(array)})
             n_bytes = _chunks.insert(connection, own, pieces)
@@ -120,11 +120,6 @@ class Checkpoint:
     def _is(self, name: str) -> tuple[sa.ColumnElement[bool], ...]:
         return checkpoints.c.key == self._key, checkpoints.c.name == name
 
-    def _delete(self, connection: sa.Connection, name: str) -> None:
-        old = sa.select(checkpoints.c.blob).where(*self._is(name))
-        _chunks.delete(connection, connection.execute(old).scalars().all())
-        connection.execute(sa.delete(checkpoints).where(*self._is(name)))
-
 
 def clear(connection: sa.Connection, key: str) -> None:
     """Delete the blocks of a spectrum.
@@ -135,6 +130,11 @@ def clear(connection: sa.Connection, key: str) -> None:
         key:
             The spectrum's.
     """
-    old = sa.select(checkpoints.c.blob).where(checkpoints.c.key == key)
-    _chunks.delete(connection, connection.execute(old).scalars().all())
-    connection.execute(sa.delete(checkpoints).where(checkpoints.c.key == key))
+    _delete(connection, checkpoints.c.key == key)
+
+
+def _delete(connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> None:
+    names = connection.execute(sa.select(checkpoints.c.blob).where(*conditions)).scalars().all()
+    _chunks.delete(connection, names)
+    # By their arrays: a row that another worker has written since then keeps its own.
+    connection.execute(sa.delete(checkpoints).where(checkpoints.c.blob.in_(names)))

@@ -197,7 +197,9 @@ class SpectrumStore:
             settings = {**settings, "checkpoint": blocks}
         spectrum = compute_spectrum(task, **settings)
         if not self._put(spectrum, identity):
-            # This worker was believed dead, and succeeded. All are to go on with the same numbers.
+            # This worker was believed dead, and succeeded. All are to go on with the same numbers,
+            # and nobody needs the blocks that it saved after the other one had finished.
+            self.checkpoint(task, **identity).clear()
             return self.get(task, **identity) or spectrum
         _logger.info(
             f"Computed the spectrum of {task.name!r} in {spectrum.metadata.compute_seconds:.1f} s "
