@@ -13,6 +13,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    import torch
 
 
 _HINT = (
@@ -143,3 +144,55 @@ class Loss:
         q = np.tile(self.label_smoothing / n_outputs * weights, (n_samples, 1))
         q[np.arange(n_samples), labels] += (1.0 - self.label_smoothing) * weights[labels]
         return q, weights[labels]
+
+    def residuals(
+        self, outputs: NDArray[np.float64], targets: NDArray[Any]
+    ) -> NDArray[np.float64]:
+        """Return the gradient of the mean loss with respect to the outputs.
+
+        Args:
+            outputs:
+                Shape ``(N, C)``.
+            targets:
+                As for :meth:`soft_targets`.
+
+        Returns:
+            Shape ``(N, C)``; see :func:`output_gradients`.
+        """
+        import torch
+
+        soft_targets, normalisers = self.soft_targets(targets, outputs.shape[1])
+        found = output_gradients(
+            self.kind, *map(torch.as_tensor, (outputs[None], soft_targets, normalisers))
+        )
+        return np.asarray(found[0].numpy())
+
+
+def output_gradients(
+    kind: str, outputs: torch.Tensor, soft_targets: torch.Tensor, normalisers: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradient of a batch's mean loss with respect to its outputs.
+
+    ``(sum_c q_c) softmax(f) - q`` over ``sum n`` for the cross-entropy, ``2 (f - q) / C`` over
+    ``sum n`` for the mean squared error.
+
+    Args:
+        kind:
+            ``"cross_entropy"`` or ``"mse"``.
+        outputs:
+            Shape ``(K, B, C)``.
+        soft_targets:
+            Shape ``(B, C)``.
+        normalisers:
+            Shape ``(B,)``.
+
+    Returns:
+        Shape ``(K, B, C)``.
+    """
+    if kind == "mse":
+        gradient = (outputs - soft_targets) * (2.0 / outputs.shape[2])
+    else:
+        gradient = outputs.softmax(dim=2) * soft_targets.sum(dim=1, keepdim=True) - soft_targets
+    total = normalisers.sum()
+    # PyTorch's weighted mean over a batch of weightless samples is 0/0; it moves nothing.
+    return gradient / total if total > 0 else gradient * 0.0

@@ -78,7 +78,7 @@ _MARGIN = 1.5
 _PROBE_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 _PROBE_INSTABILITY = 0.3
 # What the response surface is built from; it ranks candidates, it does not promise times.
-_SURFACE_TRACE = 0.98
+_SURFACE_TRACE = 0.95
 # Simulations without corrections go on for up to so many times the horizon, as a logarithm.
 _MOST_SLACK = 3.0
 
@@ -732,7 +732,7 @@ class TrainingTimePredictor:
         """Return approximate seconds to the target for many configurations, in microseconds each.
 
         For ranking candidates: interpolated in a response surface, which is built by simulation
-        when it is first needed (seconds), from the eigenpairs that hold 98 % of the trace. What
+        when it is first needed (seconds), from the eigenpairs that hold 95 % of the trace. What
         the surface would have to extrapolate (see :meth:`is_extrapolated`) is simulated instead.
 
         Args:

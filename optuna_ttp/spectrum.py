@@ -23,6 +23,8 @@ from optuna_ttp._archive import MOST_ARCHIVE
 from optuna_ttp._archive import read_archive
 from optuna_ttp.exceptions import DamagedSpectrumError
 from optuna_ttp.loss import Loss
+from optuna_ttp.ritz import N_RITZ
+from optuna_ttp.ritz import ritz_pairs
 from optuna_ttp.throughput import Throughput
 
 
@@ -128,7 +130,8 @@ class Spectrum:
 
     Attributes:
         eigenvalues:
-            Of ``Theta = J J^T``, not divided by N; shape ``(r,)``, positive, descending.
+            Of ``Theta = J J^T``, not divided by N; shape ``(r,)``, positive, descending. The last
+            few may be Ritz values, see :meth:`truncate`.
         eigenvectors:
             Shape ``(N C, r)``; row ``n C + c`` belongs to output c of sample n.
         trace:
@@ -245,7 +248,9 @@ class Spectrum:
             rank:
                 Keep at most so many. All by default.
             explained_trace:
-                Keep the fewest that hold this share of the trace. All by default.
+                Keep the fewest that hold this share of the trace, and beside them, as far as the
+                rank allows, the four Ritz pairs that stand for what the initial residual sees of
+                the others, see :func:`~optuna_ttp.ritz.ritz_pairs`. All by default.
 
         Returns:
             A new spectrum; this one where nothing is dropped.
@@ -262,7 +267,10 @@ class Spectrum:
                     f"explained_trace must be at most {self.explained_trace:.6f}, what this "
                     f"spectrum holds, but got {explained_trace}. Compute it again with more."
                 )
-            n_kept = min(n_kept, n_explaining(self.eigenvalues, explained_trace * self.trace))
+            n_needed = n_explaining(self.eigenvalues, explained_trace * self.trace)
+            # Where the others are so few they stay as they are.
+            if n_needed < n_kept and n_needed + N_RITZ < self.rank:
+                return self._condensed(n_needed, min(N_RITZ, n_kept - n_needed))
         if n_kept == self.rank:
             return self
         validation = self.validation
@@ -274,6 +282,36 @@ class Spectrum:
             eigenvectors=self.eigenvectors[:, :n_kept],
             validation=validation,
             decay_factors=None if self.decay_factors is None else self.decay_factors[:n_kept],
+        )
+
+    def _condensed(self, n_kept: int, n_ritz: int) -> Spectrum:
+        """Leading eigenpairs, and Ritz pairs for the others."""
+        residual = self.loss.residuals(self.initial_outputs, self.targets).ravel()
+        rest = self.eigenvalues[n_kept:]
+        others = self.eigenvectors[:, n_kept:]
+        values, mixing = ritz_pairs(rest, residual @ others, n_ritz)
+
+        def mixed(columns: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+            new = np.concatenate([columns[:, :n_kept], columns[:, n_kept:] @ mixing], axis=1)
+            return new.astype(columns.dtype)
+
+        validation = self.validation
+        if validation is not None:
+            # They are the cross kernel over the root of the eigenvalue.
+            cross = mixed(validation.features * np.sqrt(self.eigenvalues))
+            kept = np.concatenate([self.eigenvalues[:n_kept], values])
+            validation = replace(validation, features=cross / np.sqrt(kept).astype(cross.dtype))
+        decay = self.decay_factors
+        if decay is not None:
+            # Of each direction alone, as they are kept.
+            shares = np.square(mixing) * rest[:, None] / values
+            decay = np.concatenate([decay[:n_kept], decay[n_kept:] @ shares])
+        return replace(
+            self,
+            eigenvalues=np.concatenate([self.eigenvalues[:n_kept], values]),
+            eigenvectors=mixed(self.eigenvectors),
+            validation=validation,
+            decay_factors=decay,
         )
 
     def to_pieces(

@@ -18,10 +18,13 @@ import pytest
 import torch
 
 from optuna_ttp import blob
+from optuna_ttp import TrainingTimePredictor
 from optuna_ttp.exceptions import DamagedSpectrumError
 from optuna_ttp.loss import Loss
+from optuna_ttp.ritz import N_RITZ
 from optuna_ttp.spectrum import n_explaining
 from optuna_ttp.spectrum import Spectrum
+from optuna_ttp.spectrum import Validation
 from optuna_ttp.throughput import Throughput
 from tests.cases import spectrum
 
@@ -269,15 +272,24 @@ def test_truncate_by_trace_keeps_the_fewest_that_explain_it(share: float) -> Non
     whole = spectrum()
     cut = whole.truncate(explained_trace=share)
     assert cut.explained_trace >= share - 1e-9
-    if cut.rank > 1:
-        assert whole.eigenvalues[: cut.rank - 1].sum() < share * whole.trace
+    n_kept = n_explaining(whole.eigenvalues, share * whole.trace)
+    if n_kept + N_RITZ >= whole.rank:
+        assert cut is whole
+        return
+    np.testing.assert_array_equal(cut.eigenvalues[:n_kept], whole.eigenvalues[:n_kept])
+    # The eigenvalues of this kernel come in threes.
+    n_different = len(np.unique(whole.eigenvalues[n_kept:].round(9)))
+    assert cut.rank == n_kept + min(N_RITZ, n_different)
 
 
 def test_truncate_by_both_keeps_the_fewer() -> None:
     whole = spectrum()
-    by_trace = whole.truncate(explained_trace=0.9).rank
-    assert whole.truncate(rank=2, explained_trace=0.9).rank == min(2, by_trace)
-    assert whole.truncate(rank=20, explained_trace=0.9).rank == by_trace
+    by_trace = whole.truncate(explained_trace=0.5).rank
+    assert by_trace == 4 + N_RITZ
+    cut = whole.truncate(rank=2, explained_trace=0.5)
+    np.testing.assert_array_equal(cut.eigenvalues, whole.eigenvalues[:2])
+    assert whole.truncate(rank=by_trace - 1, explained_trace=0.5).rank == by_trace - 1
+    assert whole.truncate(rank=20, explained_trace=0.5).rank == by_trace
 
 
 def test_truncate_cannot_explain_more_than_is_kept() -> None:
@@ -285,6 +297,41 @@ def test_truncate_cannot_explain_more_than_is_kept() -> None:
     with pytest.raises(ValueError, match=r"explained_trace must be at most 0\.\d+, what this"):
         cut.truncate(explained_trace=0.999)
     assert cut.truncate(explained_trace=cut.explained_trace) is cut
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_what_is_dropped_is_still_learned(loss: str) -> None:
+    whole = spectrum(loss, n_samples=40)
+    cut = whole.truncate(explained_trace=0.5)
+    bare = whole.truncate(rank=cut.rank)
+    assert bare.rank == 8
+    # Slow full-batch training, which sees the residual along the smallest eigenvalues.
+    rate = 0.2 / whole.eigenvalues[0]
+    outcomes = [
+        TrainingTimePredictor(s, target_fraction=0.7).predict(rate, 40, max_steps=100_000)
+        for s in (whole, cut, bare)
+    ]
+    steps = [float(o.steps) for o in outcomes]
+    assert steps[1] == pytest.approx(steps[0], rel=0.005)
+    assert steps[2] > 1.1 * steps[0]
+
+
+def test_validation_and_decay_follow_the_ritz_pairs() -> None:
+    whole = spectrum(n_samples=30)
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(6 * whole.n_outputs, whole.rank))
+    outputs = rng.normal(size=(6, whole.n_outputs))
+    held_out = Validation(features, outputs, np.arange(6) % whole.n_outputs)
+    whole = replace(whole, validation=held_out, decay_factors=np.full(whole.rank, 3.0))
+    cut = whole.truncate(explained_trace=0.6)
+    assert cut.validation is not None
+    assert cut.decay_factors is not None
+    # The cross kernel, applied to the eigenvectors and to their mixtures.
+    cross = features * np.sqrt(whole.eigenvalues) @ whole.eigenvectors.T
+    expected = cross @ cut.eigenvectors / np.sqrt(cut.eigenvalues)
+    np.testing.assert_allclose(cut.validation.features, expected, rtol=1e-9, atol=1e-9)
+    # One factor for all directions stays that.
+    np.testing.assert_allclose(cut.decay_factors, 3.0)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.5, 3.0, True, float("inf"), float("nan"), "3"])

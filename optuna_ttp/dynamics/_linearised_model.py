@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 import torch
 
 from optuna_ttp.loss import Loss
+from optuna_ttp.loss import output_gradients
 from optuna_ttp.spectrum import Spectrum
 
 
@@ -210,9 +211,6 @@ class LinearisedModel:
     ) -> torch.Tensor:
         """Return the gradient of a batch's mean loss with respect to its outputs.
 
-        ``(sum_c q_c) softmax(f) - q`` over ``sum n`` for the cross-entropy, ``2 (f - q) / C`` over
-        ``sum n`` for the mean squared error.
-
         Args:
             outputs:
                 Shape ``(K, B, C)``.
@@ -222,17 +220,9 @@ class LinearisedModel:
                 Shape ``(B,)``.
 
         Returns:
-            Shape ``(K, B, C)``.
+            Shape ``(K, B, C)``; see :func:`optuna_ttp.loss.output_gradients`.
         """
-        if self.kind == "mse":
-            gradient = (outputs - soft_targets) * (2.0 / outputs.shape[2])
-        else:
-            gradient = (
-                outputs.softmax(dim=2) * soft_targets.sum(dim=1, keepdim=True) - soft_targets
-            )
-        total = normalisers.sum()
-        # PyTorch's weighted mean over a batch of weightless samples is 0/0; it moves nothing.
-        return gradient / total if total > 0 else torch.zeros_like(gradient)
+        return output_gradients(self.kind, outputs, soft_targets, normalisers)
 
     def gradient(self, theta: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the loss over all samples for K states ``(K, r)``."""

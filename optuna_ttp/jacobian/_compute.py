@@ -8,11 +8,13 @@ from datetime import timezone
 import time
 from typing import Any
 from typing import TYPE_CHECKING
+import warnings
 
 import numpy as np
 from numpy.typing import NDArray
 import torch
 
+from optuna_ttp.exceptions import ApproximationWarning
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
 from optuna_ttp.jacobian._choice import resolve_engine
 from optuna_ttp.jacobian._decomposition import Decomposition
@@ -62,7 +64,9 @@ def compute_spectrum(
         rank:
             Keep at most so many eigenpairs. All that rise above rounding errors by default.
         explained_trace:
-            Keep the fewest eigenpairs that hold this share of the trace of the kernel.
+            Keep the fewest eigenpairs that hold this share of the trace of the kernel, and beside
+            them four that stand for what the initial residual sees of the others, see
+            :meth:`Spectrum.truncate`. All by default.
         engine:
             ``"exact"``; ``"sketch"``, a random projection of the Jacobian whose width is chosen
             by the times that it predicts; ``"refined_sketch"``, with the leading 100 eigenpairs
@@ -116,7 +120,6 @@ def compute_spectrum(
     initial_outputs = task.initial_outputs(resolved, DTYPES[dtype])
     shared = {
         "rank": rank,
-        "explained_trace": explained_trace,
         "max_memory": max_memory,
         "show_progress_bar": show_progress_bar,
         "seed": seed,
@@ -160,11 +163,26 @@ def compute_spectrum(
         decay_factors=found.decay_factors,
         validation=validation,
     )
+    if explained_trace is not None:
+        spectrum = spectrum.truncate(explained_trace=_within_reach(spectrum, explained_trace))
     if not probe:
         return spectrum
     spectrum = probe_linearisation(task, spectrum, device=resolved, dtype=DTYPES[dtype])
     seconds = time.perf_counter() - started
     return replace(spectrum, metadata=replace(spectrum.metadata, compute_seconds=seconds))
+
+
+def _within_reach(spectrum: Spectrum, explained_trace: float) -> float:
+    """What is asked for, or as much as the leading eigenpairs hold."""
+    share = spectrum.explained_trace
+    if spectrum.metadata.engine == "matrix_free" and share < explained_trace:
+        warnings.warn(
+            f"The leading {spectrum.rank} eigenpairs hold {share:.3g} of the trace, not "
+            f"explained_trace={explained_trace}. Give a larger rank.",
+            ApproximationWarning,
+            stacklevel=3,
+        )
+    return min(share, explained_trace)
 
 
 def _decomposition(

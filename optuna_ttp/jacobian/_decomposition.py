@@ -70,7 +70,6 @@ def exact_decomposition(
     task: FineTuningTask,
     *,
     rank: int | None,
-    explained_trace: float | None,
     device: torch.device,
     dtype: torch.dtype,
     max_memory: int,
@@ -85,8 +84,6 @@ def exact_decomposition(
         task:
             What is fine-tuned.
         rank:
-            As for :func:`~optuna_ttp.compute_spectrum`.
-        explained_trace:
             As for :func:`~optuna_ttp.compute_spectrum`.
         device:
             Where.
@@ -116,7 +113,7 @@ def exact_decomposition(
         checkpoint=checkpoint,
         distributed=distributed,
     )
-    pairs = eigenpairs(kernel.gram, rank=rank, explained_trace=explained_trace)
+    pairs = eigenpairs(kernel.gram, rank=rank)
     decay_factors = None
     if kernel.stretched is not None:
         moved = kernel.stretched @ pairs.eigenvectors
@@ -134,7 +131,6 @@ def sketched_decomposition(
     *,
     refined: bool,
     rank: int | None,
-    explained_trace: float | None,
     device: torch.device,
     dtype: torch.dtype,
     max_memory: int,
@@ -155,8 +151,6 @@ def sketched_decomposition(
         refined:
             Refine the leading eigenpairs by two more passes.
         rank:
-            As for :func:`~optuna_ttp.compute_spectrum`.
-        explained_trace:
             As for :func:`~optuna_ttp.compute_spectrum`.
         device:
             Where.
@@ -204,12 +198,7 @@ def sketched_decomposition(
         )
     features = sketch.features()
     n_needed = _N_REFINED + _N_MORE if refined else rank
-    pairs = eigenpairs_of_features(
-        features,
-        rank=n_needed if refined else rank,
-        explained_trace=None if refined else explained_trace,
-        trace=sketch.trace,
-    )
+    pairs = eigenpairs_of_features(features, rank=n_needed, trace=sketch.trace)
     if refined:
         features = refine(
             task,
@@ -222,9 +211,7 @@ def sketched_decomposition(
             max_memory=max_memory,
             show_progress_bar=show_progress_bar,
         )
-        pairs = eigenpairs_of_features(
-            features, rank=rank, explained_trace=explained_trace, trace=sketch.trace
-        )
+        pairs = eigenpairs_of_features(features, rank=rank, trace=sketch.trace)
     return Decomposition(
         pairs,
         sketch.weight_outputs,
@@ -239,7 +226,6 @@ def matrix_free_decomposition(
     task: FineTuningTask,
     *,
     rank: int | None,
-    explained_trace: float | None,
     device: torch.device,
     dtype: torch.dtype,
     max_memory: int,
@@ -252,8 +238,6 @@ def matrix_free_decomposition(
         task:
             What is fine-tuned.
         rank:
-            As for :func:`~optuna_ttp.compute_spectrum`.
-        explained_trace:
             As for :func:`~optuna_ttp.compute_spectrum`.
         device:
             Where.
@@ -272,7 +256,6 @@ def matrix_free_decomposition(
     found = leading_pairs(
         task,
         rank=rank,
-        explained_trace=explained_trace,
         device=device,
         dtype=dtype,
         max_memory=max_memory,

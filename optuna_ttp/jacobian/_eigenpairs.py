@@ -10,8 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 import torch
 
-from optuna_ttp.spectrum import n_explaining
-
 
 # Rows that are multiplied in the precision of the matrix.
 _CHUNK = 2**14
@@ -35,9 +33,7 @@ class Eigenpairs:
     trace: float
 
 
-def eigenpairs(
-    gram: NDArray[Any], *, rank: int | None = None, explained_trace: float | None = None
-) -> Eigenpairs:
+def eigenpairs(gram: NDArray[Any], *, rank: int | None = None) -> Eigenpairs:
     """Decompose a kernel matrix in double precision.
 
     Args:
@@ -45,8 +41,6 @@ def eigenpairs(
             Symmetric positive semi-definite, of shape ``(n, n)``.
         rank:
             Keep at most so many pairs. All by default.
-        explained_trace:
-            Keep the fewest pairs that hold this share of the trace. All by default.
 
     Returns:
         The pairs whose eigenvalue is above the rounding error of the input's precision.
@@ -65,7 +59,7 @@ def eigenpairs(
     if not trace > 0:
         raise ValueError("The Jacobian must not be zero: no trainable parameter moves any output.")
     matrix = gram.astype(np.float64)
-    if rank is not None and explained_trace is None and n > 1500 and rank < n // 5:
+    if rank is not None and n > 1500 and rank < n // 5:
         from scipy.sparse.linalg import eigsh
 
         # A fixed start vector, so that the same matrix gives the same pairs.
@@ -80,8 +74,6 @@ def eigenpairs(
     # Rounding in the matrix, or in its decomposition.
     floor = values[0] * max(np.finfo(gram.dtype).eps, n * np.finfo(np.float64).eps)
     n_kept = int(np.count_nonzero(values > floor))
-    if explained_trace is not None:
-        n_kept = min(n_kept, n_explaining(values, explained_trace * trace))
     if rank is not None:
         n_kept = min(n_kept, rank)
     return Eigenpairs(values[:n_kept].copy(), vectors[:, :n_kept].copy(), trace)
@@ -91,7 +83,6 @@ def eigenpairs_of_features(
     features: torch.Tensor,
     *,
     rank: int | None = None,
-    explained_trace: float | None = None,
     trace: float | None = None,
 ) -> Eigenpairs:
     """Decompose ``Z Z^T`` without forming it where ``Z`` has fewer columns than rows.
@@ -102,8 +93,6 @@ def eigenpairs_of_features(
         features:
             ``Z``, of shape ``(n, d)``.
         rank:
-            As for :func:`eigenpairs`.
-        explained_trace:
             As for :func:`eigenpairs`.
         trace:
             Of the matrix that ``Z Z^T`` stands for, where it is known better. That of
@@ -118,9 +107,9 @@ def eigenpairs_of_features(
     """
     n, width = features.shape
     if n <= width:
-        pairs = eigenpairs(_products(features.T), rank=rank, explained_trace=explained_trace)
+        pairs = eigenpairs(_products(features.T), rank=rank)
         return pairs if trace is None else replace(pairs, trace=trace)
-    dual = eigenpairs(_products(features), rank=rank, explained_trace=explained_trace)
+    dual = eigenpairs(_products(features), rank=rank)
     scaled = dual.eigenvectors / np.sqrt(dual.eigenvalues)
     vectors = features @ torch.as_tensor(scaled, dtype=features.dtype, device=features.device)
     return Eigenpairs(

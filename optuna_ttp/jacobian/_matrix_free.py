@@ -30,7 +30,6 @@ from optuna_ttp.jacobian._samples import check_singles
 from optuna_ttp.jacobian._sketch import nystrom
 from optuna_ttp.jacobian._sketch import Passes
 from optuna_ttp.jacobian._sketch import sketch_jacobian
-from optuna_ttp.spectrum import n_explaining
 
 
 if TYPE_CHECKING:
@@ -75,7 +74,6 @@ def leading_pairs(
     task: FineTuningTask,
     *,
     rank: int | None = None,
-    explained_trace: float | None = None,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     max_memory: int = 4 * 2**30,
@@ -92,8 +90,6 @@ def leading_pairs(
             What is fine-tuned. All learning-rate multipliers must be one.
         rank:
             How many pairs. 100 by default.
-        explained_trace:
-            Of these, keep the fewest that hold this share of the trace.
         device:
             Where to differentiate.
         dtype:
@@ -107,7 +103,7 @@ def leading_pairs(
 
     Returns:
         The pairs. There is an :exc:`~optuna_ttp.exceptions.ApproximationWarning` where some have
-        not converged, or hold less of the trace than was asked for.
+        not converged.
 
     Raises:
         ValueError:
@@ -125,30 +121,8 @@ def leading_pairs(
     n_columns = min(n_rows, n_wanted + max(10, int(_EXTRA * n_wanted)))
     _check_memory(task, n_columns, max_memory)
     if by_directions(task, n_columns, dtype, max_memory):
-        found = _by_directions(task, n_wanted, n_columns, device, dtype, max_memory, seed)
-    else:
-        found = _by_rows(
-            task, n_wanted, n_columns, device, dtype, max_memory, show_progress_bar, seed
-        )
-    pairs = found.pairs
-    if explained_trace is None:
-        return found
-    n_kept = n_explaining(pairs.eigenvalues, explained_trace * pairs.trace)
-    share = float(pairs.eigenvalues.sum()) / pairs.trace
-    if share < explained_trace:
-        warnings.warn(
-            f"The leading {len(pairs.eigenvalues)} eigenpairs hold {share:.3g} of the trace, not "
-            f"explained_trace={explained_trace}. Give a larger rank.",
-            ApproximationWarning,
-            stacklevel=5,
-        )
-    features = found.validation_features
-    return LeadingPairs(
-        Eigenpairs(pairs.eigenvalues[:n_kept], pairs.eigenvectors[:, :n_kept], pairs.trace),
-        found.weight_outputs,
-        None if features is None else features[:, :n_kept],
-        found.width,
-    )
+        return _by_directions(task, n_wanted, n_columns, device, dtype, max_memory, seed)
+    return _by_rows(task, n_wanted, n_columns, device, dtype, max_memory, show_progress_bar, seed)
 
 
 def _check_memory(task: FineTuningTask, n_columns: int, max_memory: int) -> None:
