@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -273,6 +274,15 @@ def effective_rates(sgd: SGD, steps_per_epoch: int, n_steps: int) -> NDArray[np.
 
 
 @dataclass(frozen=True, eq=False)
+class _Step:
+    """Of a :class:`_Plan`, each ``(K, 1)``; no gain where all are one."""
+
+    rate: torch.Tensor
+    mass: torch.Tensor
+    gain: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class _Plan:
     """What a group of K configurations does at each of its T (coarse) steps.
 
@@ -303,6 +313,26 @@ class _Plan:
 
         decay = tensor(sgd.weight_decay[:, None]) if sgd.weight_decay.any() else None
         return cls(tensor(rates), tensor(masses), tensor(gain), tensor(nesterov), decay, stride)
+
+    @cached_property
+    def changes(self) -> bool:
+        """Whether there is a schedule."""
+        return self.rates.shape[1] > 1
+
+    @cached_property
+    def looks_ahead(self) -> bool:
+        """Whether any momentum is Nesterov's."""
+        return bool((self.nesterov > 0).any())
+
+    @cached_property
+    def _dampens(self) -> bool:
+        return bool((self.gain != 1.0).any())
+
+    def at(self, step: int) -> _Step:
+        """What a step does."""
+        place = min(step, self.rates.shape[1] - 1)
+        gain = self.gain[:, place, None] if self._dampens else None
+        return _Step(self.rates[:, place, None], self.masses[:, place, None], gain)
 
     def keep(self, chosen: torch.Tensor) -> _Plan:
         return _Plan(
@@ -378,6 +408,7 @@ def _refined_strides(
     return refined
 
 
+@torch.inference_mode()
 def _simulate_group(
     model: LinearisedModel,
     plan: _Plan,
@@ -398,14 +429,15 @@ def _simulate_group(
     initial = float(model.loss(model.initial_outputs[None]))
     roots = theta.new_ones((len(records), 1))
     column = None if target is None else quantities.index(target.quantity)
-    next_record = 0
+    now = plan.at(0)
+    next_record, next_end = 0, int(max_steps.min())
     step = 0
     while True:
         psi, offset, soft_targets, normalisers = next(batches)
         outputs = (offset + theta @ psi.T).reshape(len(theta), len(normalisers), -1)
         if filtered is not None:
             filtered.update(model.batch_loss(outputs, soft_targets, normalisers))
-        if step >= next_record or np.any(step == max_steps[active]):
+        if step >= next_record or step >= next_end:
             values = _observe(model, theta, quantities, filtered)
             for k, row in zip(active, values, strict=True):
                 records[k].append((float(step * plan.stride), *row))
@@ -423,6 +455,8 @@ def _simulate_group(
                 if filtered is not None:
                     filtered.keep(keep)
                 active, values = active[~done], values[~done]
+                next_end = int(max_steps[active].min())
+                now = plan.at(step)
             if growth is not None:
                 roots = torch.as_tensor(np.sqrt(growth.at(values[:, :1] / initial))).to(theta)
             else:
@@ -433,15 +467,19 @@ def _simulate_group(
         if plan.decay is not None and model.pull is not None:
             moved = theta if model.decay_factors is None else model.decay_factors * theta
             gradient = gradient + plan.decay * (model.pull + moved)
-        now = min(step, plan.rates.shape[1] - 1)
-        rate, mass, gain = (a[:, now, None] for a in (plan.rates, plan.masses, plan.gain))
+        if plan.changes:
+            now = plan.at(step)
         # The Jacobian grows like the root of the kernel: a gradient enters the velocity with that
         # of its own time, and the velocity moves the outputs with that of now.
         gradient = roots * gradient
         # PyTorch does not dampen the first gradient.
-        velocity = mass * velocity + gradient * (1.0 if step == 0 else gain)
-        ahead = gradient + mass * velocity
-        theta = theta - roots * rate * torch.where(plan.nesterov > 0, ahead, velocity)
+        damped = gradient if now.gain is None or step == 0 else gradient * now.gain
+        velocity = torch.addcmul(damped, now.mass, velocity)
+        direction = velocity
+        if plan.looks_ahead:
+            ahead = torch.addcmul(gradient, now.mass, velocity)
+            direction = torch.where(plan.nesterov > 0, ahead, velocity)
+        theta = torch.addcmul(theta, roots * now.rate, direction, value=-1.0)
         step += 1
 
 

@@ -26,6 +26,8 @@ _SLOW = 0.05
 _FAST = 8.0
 # Nodes that need so many times the slow regime's intrinsic time wander about and are given up.
 _PATIENCE = 5.0
+# And so many times the memory of the momentum, twice the time in which oscillations die down.
+_SETTLING = 20.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +132,7 @@ class ResponseSurface:
             (effective * (1 - m)).ravel(),
             b.ravel(),
             m.ravel(),
-            np.minimum(patience + 50.0 / (1 - m), max_steps).ravel(),
+            np.minimum(patience + _SETTLING / (1 - m), max_steps).ravel(),
         )
         steps = curves.first_passages(target).reshape(m.shape)
         log_tau = np.log(effective * np.maximum(steps, 1.0))

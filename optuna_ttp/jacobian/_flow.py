@@ -21,6 +21,7 @@ _MAX_STEPS = 3_000
 _SAFETY = 0.9
 
 
+@torch.inference_mode()
 def flow_times(spectrum: Spectrum, *, rank: int = 200) -> NDArray[np.float64]:
     """Return the times at which gradient flow reaches fractions of its reducible loss.
 

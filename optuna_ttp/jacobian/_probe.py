@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 import torch
 
 from optuna_ttp.dynamics import LinearisedModel
@@ -69,26 +70,27 @@ def probe_linearisation(
         for theta in _path(model):
             weights = torch.as_tensor((vectors @ theta.numpy()).reshape(-1, task.n_outputs))
             fractions.append(float(model.loss(model.outputs(theta[None]))) / initial)
-            change = _change(task, frozen, weights, device, dtype, batch_size)
+            _, change = _pulled(task, frozen, weights, device, dtype, batch_size)
             displacements.append(_largest(frozen, change))
-            residuals = model.residuals(
-                model.outputs(theta[None]), model.soft_targets, model.normalisers
-            )[0]
-            before = _squared(task, frozen, residuals, device, dtype, batch_size)
+            expected = model.outputs(theta[None])
+            residuals = model.residuals(expected, model.soft_targets, model.normalisers)[0]
             outputs, after = _displaced(task, frozen, residuals, change, device, dtype, batch_size)
+            before, unseen = _squared_gradient(spectrum, residuals.numpy().ravel())
             ratios.append(after / before if before > 0.0 else 1.0)
-            expected = model.outputs(theta[None])[0]
-            away = float((outputs - expected).norm())
-            moved = float((expected - model.initial_outputs).norm())
+            away = float((outputs - expected[0]).norm())
+            moved = float((expected[0] - model.initial_outputs).norm())
             deviations.append(away / moved if math.isfinite(away) else math.inf)
-            linear &= away <= _LINEAR * moved and abs(ratios[-1] - 1.0) <= _LINEAR
+            # A head of zeros: outputs are linear on the way, the kernel is not.
+            linear &= away <= _LINEAR * moved and abs(ratios[-1] - 1.0) <= _LINEAR + unseen
     if linear:
         # However far they go: the kernel is the same everywhere.
         displacements = [0.0] * len(fractions)
+        ratios = [1.0] * len(fractions)
     probe = Probe(*map(np.array, (fractions, displacements, deviations, ratios)))
     return replace(spectrum, probe=probe)
 
 
+@torch.inference_mode()
 def _path(model: LinearisedModel) -> list[torch.Tensor]:
     """States of gradient flow where it first is at the fractions of the initial loss."""
     theta = model.features.new_zeros((1, model.rank))
@@ -116,7 +118,7 @@ def _displaced(
     dtype: torch.dtype,
     batch_size: int,
 ) -> tuple[torch.Tensor, float]:
-    """The network's own outputs at the displaced weights, and :func:`_squared` there."""
+    """The network's own outputs at the displaced weights, and ``u^T J c J^T u`` there."""
     start = dict(frozen.parameters)
     frozen.replace_parameters(
         {
@@ -124,28 +126,26 @@ def _displaced(
             for (n, w), d in zip(start.items(), change, strict=True)
         }
     )
-    with torch.no_grad():
-        outputs = torch.cat(
-            [frozen(x).double().cpu() for x, _ in task.batches(batch_size, device, dtype)]
-        )
-    squared = _squared(task, frozen, residuals, device, dtype, batch_size)
+    outputs, scaled = _pulled(task, frozen, residuals, device, dtype, batch_size)
     frozen.replace_parameters(start)
-    return outputs, squared
-
-
-def _squared(
-    task: FineTuningTask,
-    frozen: FrozenModel,
-    residuals: torch.Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch_size: int,
-) -> float:
-    """``u^T J c J^T u`` for ``u`` the residuals; infinite where it overflows."""
-    scaled = _change(task, frozen, residuals, device, dtype, batch_size)
     factors = task.multipliers.values()
     total = sum(float(g.double().square().sum()) / c for g, c in zip(scaled, factors, strict=True))
-    return total if math.isfinite(total) else math.inf
+    return outputs, total if math.isfinite(total) else math.inf
+
+
+def _squared_gradient(spectrum: Spectrum, residuals: NDArray[np.float64]) -> tuple[float, float]:
+    """``u^T J c J^T u`` at the pretrained weights, and the share of it that is only estimated.
+
+    What the kept eigenvectors do not see is taken to lie evenly among the others.
+    """
+    seen = residuals @ spectrum.eigenvectors
+    known = float(np.square(seen) @ spectrum.eigenvalues)
+    n_dropped = len(residuals) - spectrum.rank
+    if n_dropped == 0:
+        return known, 0.0
+    mean = max(spectrum.trace - float(spectrum.eigenvalues.sum()), 0.0) / n_dropped
+    rest = mean * max(float(residuals @ residuals - seen @ seen), 0.0)
+    return known + rest, rest / (known + rest) if rest else 0.0
 
 
 def _largest(frozen: FrozenModel, change: list[torch.Tensor]) -> float:
@@ -161,19 +161,21 @@ def _largest(frozen: FrozenModel, change: list[torch.Tensor]) -> float:
     return max(changes)
 
 
-def _change(
+def _pulled(
     task: FineTuningTask,
     frozen: FrozenModel,
     output_weights: torch.Tensor,
     device: torch.device,
     dtype: torch.dtype,
     batch_size: int,
-) -> list[torch.Tensor]:
-    """``c J^T u`` for weights ``u`` of the outputs."""
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Outputs in double precision, and ``c J^T u`` for weights ``u`` of the outputs."""
     parameters = list(frozen.parameters.values())
     total = [torch.zeros_like(p) for p in parameters]
+    found = []
     for first, (inputs, _) in enumerate(task.batches(batch_size, device, dtype)):
         outputs = frozen(inputs)
+        found.append(outputs.detach().double().cpu())
         rows = slice(first * batch_size, first * batch_size + len(outputs))
         parts = torch.autograd.grad(
             outputs,
@@ -185,4 +187,4 @@ def _change(
         for whole, part in zip(total, parts, strict=True):
             whole += part if part.layout == torch.strided else part.to_dense()
     factors = task.multipliers.values()
-    return [factor * d for factor, d in zip(factors, total, strict=True)]
+    return torch.cat(found), [factor * d for factor, d in zip(factors, total, strict=True)]
