@@ -590,7 +590,7 @@ def test_deviations_and_kernel_ratios_are_those_of_the_displaced_network(
         there = {n: w + change[n] for n, w in weights.items()}
         ratio = squared(there, u) / squared(weights, u)
         # What is dropped is known on average.
-        assert probe.kernel_ratios[k] == pytest.approx(ratio, rel=1e-6 if rank is None else 3e-4)
+        assert probe.kernel_ratios[k] == pytest.approx(ratio, rel=1e-6 if rank is None else 1e-3)
         away = (outputs(there) - expected[0]).norm()
         moved = (expected[0] - model.initial_outputs).norm()
         assert probe.output_deviations[k] == pytest.approx(float(away / moved), rel=1e-6)
