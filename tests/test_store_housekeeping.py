@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -199,6 +200,29 @@ def test_a_damaged_file_is_put_aside(url: str, folder: Path, damage: str) -> Non
         assert store.get(_named("a").metadata.fingerprint, dtype="float64") is None
     store.put(_named("a"), dtype="float64")
     assert store.get(_named("a").metadata.fingerprint, dtype="float64") is not None
+
+
+def test_a_folder_that_cannot_be_read_is_no_damage(
+    url: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SpectrumStore(url, object_folder=folder, object_threshold=0)
+    store.put(_named("a"), dtype="float64")
+    fingerprint = _named("a").metadata.fingerprint
+    # A share that is not mounted, a folder of another name: the team's spectrum is still good.
+    elsewhere = SpectrumStore(url, object_folder=tmp_path / "elsewhere")
+    for ask in (lambda: elsewhere.get(fingerprint, dtype="float64"), elsewhere.verify):
+        with pytest.raises(StoreError, match="elsewhere is empty. Mount it, or open the store"):
+            ask()
+
+    def refuse(path: Path, *arguments: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(StoreError, match="Could not read the folder .*Permission denied"):
+            store.get(fingerprint, dtype="float64")
+    assert store.get(fingerprint, dtype="float64") is not None
+    assert store.verify().is_clean
 
 
 def test_files_that_no_row_names_are_deleted_when_they_are_old(url: str, folder: Path) -> None:

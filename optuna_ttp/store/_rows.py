@@ -123,7 +123,7 @@ def select(connection: sa.Connection, row: sa.Row[Any], folder: ObjectFolder | N
         FingerprintMismatchError:
             If the arrays belong to another task.
         StoreError:
-            If they lie in a folder that this store does not know.
+            If they lie in a folder that this store does not know or cannot read.
     """
     try:
         if row.in_folder:
