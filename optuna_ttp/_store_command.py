@@ -8,6 +8,7 @@ from pathlib import Path
 import sys
 from typing import TYPE_CHECKING
 
+from optuna_ttp.exceptions import DamagedSpectrumError
 from optuna_ttp.exceptions import OptunaTTPError
 
 
@@ -118,7 +119,7 @@ def _list(store: SpectrumStore, options: argparse.Namespace) -> int:
 
 def _show(store: SpectrumStore, options: argparse.Namespace) -> int:
     stored = _chosen(store, options.key)
-    for name, value in {**stored.provenance, **vars(stored), **stored.settings}.items():
+    for name, value in {**stored.provenance, **stored.settings, **vars(stored)}.items():
         if name not in ("provenance", "settings"):
             print(f"{name}: {'-' if value is None else value}")
     return 0
@@ -157,7 +158,10 @@ def _export(store: SpectrumStore, options: argparse.Namespace) -> int:
 
 
 def _import(store: SpectrumStore, options: argparse.Namespace) -> int:
-    spectrum = store.import_spectrum(options.path)
+    try:
+        spectrum = store.import_spectrum(options.path)
+    except DamagedSpectrumError as error:
+        raise DamagedSpectrumError(f"Could not import {options.path}: {error}.") from error
     print(f"Stored the spectrum of {spectrum.metadata.name!r}.")
     return 0
 

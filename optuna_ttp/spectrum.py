@@ -9,6 +9,7 @@ from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import fields
 from dataclasses import replace
+import errno
 from numbers import Integral
 import os
 from pathlib import Path
@@ -461,6 +462,9 @@ def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
         pieces:
             The content.
     """
+    # Path(".") has no name to derive another one from.
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = path.with_name(f"{path.name}.{os.getpid()}.{uuid4().hex[:8]}.partial")
     try:
         with partial.open("xb") as file:

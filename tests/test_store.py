@@ -221,6 +221,19 @@ def test_unknown_settings_are_refused(url: str, method: str) -> None:
         getattr(SpectrumStore(url), method)(subject, rank=0)
 
 
+def test_a_misspelt_setting_is_refused_also_where_a_spectrum_is_stored(url: str) -> None:
+    store = SpectrumStore(url)
+    counting = Counting()
+    store.get_or_compute(counting.task, **QUICK)
+    with pytest.raises(TypeError, match=r"compute_spectrum takes .*explained_trace.*but got expl"):
+        store.get_or_compute(counting.task, **QUICK, explaned_trace=0.9)
+    with pytest.raises(TypeError, match=r"compute_spectrum takes .* but got ranc"):
+        store.get_or_compute(counting.task, **QUICK, instead_of_waiting={"ranc": 3})
+    task: Any = counting.task.fingerprint
+    with pytest.raises(TypeError, match="task must be a FineTuningTask but got str"):
+        store.get_or_compute(task)
+
+
 def test_list_and_delete(url: str) -> None:
     store = SpectrumStore(url)
     assert store.list() == []

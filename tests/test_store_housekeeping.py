@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -105,6 +106,47 @@ def test_limits_out_of_range_are_refused() -> None:
         SpectrumStore("sqlite://", object_threshold=-1)
 
 
+@pytest.mark.parametrize(
+    ("limit", "error"), [(-1, ValueError), (float("nan"), ValueError), ("10MB", TypeError)]
+)
+def test_prune_refuses_a_limit_that_is_none(url: str, limit: Any, error: type[Exception]) -> None:
+    store, _ = _fill(url, "ab")
+    for ask in (store.prune, lambda max_bytes: SpectrumStore(url, max_bytes=max_bytes)):
+        with pytest.raises(error, match=r"max_bytes must be (nonnegative|a number) .*but got"):
+            ask(max_bytes=limit)
+    assert _names(store) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("settings", "{"),
+        ("settings", "[]"),
+        ("provenance", "nothing"),
+        ("used_at", 1e300),
+        ("rank", 3),
+        ("n_samples", 7),
+    ],
+)
+def test_a_damaged_description_hides_no_other_spectrum(
+    url: str, command: Any, column: str, value: Any
+) -> None:
+    store, _ = _fill(url, "ab")
+    key = {s.name: s.key for s in store.list()}["a"]
+    change = sa.update(spectra).where(spectra.c.key == key).values({column: value})
+    Database(url).write(lambda c: c.execute(change))
+    assert list(store.verify().damaged) == [key]
+    if column in ("rank", "n_samples"):
+        assert _names(store) == "ab"
+    else:
+        with pytest.warns(DamagedSpectrumWarning, match="left out of the list.*verify --put-as"):
+            assert _names(store) == "b"
+    with pytest.warns(DamagedSpectrumWarning, match="was put aside"):
+        assert store.get(_named("a").metadata.fingerprint, dtype="float64") is None
+    assert _names(store) == "b"
+    assert command("verify")[1].count("damaged") == 1
+
+
 def test_prune_deletes_what_is_of_no_use_and_nothing_else(any_url: str) -> None:
     store, _ = _fill(any_url, "ab")
     database = Database(any_url)
@@ -199,6 +241,29 @@ def test_a_damaged_file_is_put_aside(url: str, folder: Path, damage: str) -> Non
         assert store.get(_named("a").metadata.fingerprint, dtype="float64") is None
     store.put(_named("a"), dtype="float64")
     assert store.get(_named("a").metadata.fingerprint, dtype="float64") is not None
+
+
+def test_a_folder_that_cannot_be_read_is_no_damage(
+    url: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SpectrumStore(url, object_folder=folder, object_threshold=0)
+    store.put(_named("a"), dtype="float64")
+    fingerprint = _named("a").metadata.fingerprint
+    # A share that is not mounted, a folder of another name: the team's spectrum is still good.
+    elsewhere = SpectrumStore(url, object_folder=tmp_path / "elsewhere")
+    for ask in (lambda: elsewhere.get(fingerprint, dtype="float64"), elsewhere.verify):
+        with pytest.raises(StoreError, match=r"elsewhere is empty. Mount it, or open the store"):
+            ask()
+
+    def refuse(path: Path, *arguments: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(StoreError, match=r"Could not read the folder .*Permission denied"):
+            store.get(fingerprint, dtype="float64")
+    assert store.get(fingerprint, dtype="float64") is not None
+    assert store.verify().is_clean
 
 
 def test_files_that_no_row_names_are_deleted_when_they_are_old(url: str, folder: Path) -> None:
@@ -339,6 +404,25 @@ def test_export_and_import(url: str, command: Any, tmp_path: Path) -> None:
     status, text = command("import", str(tmp_path / "text"))
     assert status == 1
     assert "no spectrum" in text
+    assert str(tmp_path / "text") in text
+
+
+@pytest.mark.parametrize("path", [".", "folder"])
+def test_export_to_a_folder_is_refused(
+    url: str, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    _fill(url, "a")
+    status, text = command("export", "", path)
+    assert status == 1
+    assert "Is a directory" in text
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_show_tells_the_rank_of_what_is_not_truncated(url: str, command: Any) -> None:
+    store, _ = _fill(url, "a")
+    assert f"\nrank: {store.list()[0].rank}\n" in command("show", "")[1]
 
 
 def test_the_command_shows_no_password(command: Any) -> None:

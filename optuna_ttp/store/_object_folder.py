@@ -87,12 +87,23 @@ class ObjectFolder:
 
         Raises:
             DamagedSpectrumError:
-                If there is none.
+                If there is none among others.
+            StoreError:
+                If the folder cannot be read, or holds nothing at all.
         """
         try:
             return self._file(name).open("rb")
-        except OSError as error:
+        except FileNotFoundError as error:
+            # A share that is not mounted looks like this. Nothing is wrong with what it holds.
+            if next(self._path.glob("??"), None) is None:
+                raise StoreError(
+                    f"The arrays lie in an object folder but {self._path} is empty. Mount it, or "
+                    "open the store with the object_folder that the other workers use. If its "
+                    "files are lost, delete their spectra."
+                ) from error
             raise DamagedSpectrumError(f"its file is missing ({error.strerror})") from error
+        except OSError as error:
+            raise StoreError(f"Could not read the folder {self._path}: {error}") from error
 
     def delete_unused(self, used: set[str], *, grace_seconds: float = _GRACE_SECONDS) -> int:
         """Delete files that no row names.

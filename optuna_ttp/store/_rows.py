@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import asdict
+from dataclasses import fields
 from datetime import datetime
 from datetime import timezone
 import json
@@ -123,7 +124,7 @@ def select(connection: sa.Connection, row: sa.Row[Any], folder: ObjectFolder | N
         FingerprintMismatchError:
             If the arrays belong to another task.
         StoreError:
-            If they lie in a folder that this store does not know.
+            If they lie in a folder that this store does not know or cannot read.
     """
     try:
         if row.in_folder:
@@ -137,6 +138,7 @@ def select(connection: sa.Connection, row: sa.Row[Any], folder: ObjectFolder | N
         else:
             pieces = blob.Pieces(_chunks.select(connection, row.blob, row.n_bytes))
             spectrum = _checked(pieces, row)
+        _check_description(row, spectrum)
     except DamagedSpectrumError as error:
         raise DamagedRow(row, str(error)) from error
     if spectrum.metadata.fingerprint != row.fingerprint:
@@ -196,15 +198,29 @@ def listed(row: sa.Row[Any]) -> StoredSpectrum:
     Args:
         row:
             Of the table of spectra.
+
+    Raises:
+        DamagedSpectrumError:
+            If that is not as it was written.
     """
-    values = row._asdict()
-    for name in ("checksum", "blob"):
-        del values[name]
-    values["settings"] = json.loads(row.settings)
-    values["provenance"] = json.loads(row.provenance)
+    values = {field.name: getattr(row, field.name) for field in fields(StoredSpectrum)}
+    try:
+        for name in ("settings", "provenance"):
+            # What is no object has no items.
+            values[name] = dict(json.loads(values[name]).items())
+        values["used_at"] = _iso(row.used_at) if row.used_at else None
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        reason = f"its description is damaged ({type(error).__name__})"
+        raise DamagedSpectrumError(reason) from error
     values["in_folder"] = bool(row.in_folder)
-    values["used_at"] = _iso(row.used_at) if row.used_at else None
     return StoredSpectrum(**values)
+
+
+def _check_description(row: sa.Row[Any], spectrum: Spectrum) -> None:
+    described = listed(row)
+    for name in ("n_samples", "n_outputs", "rank"):
+        if getattr(described, name) != getattr(spectrum, name):
+            raise DamagedSpectrumError(f"its {name} is not that of its arrays")
 
 
 def _iso(seconds: float) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import replace
+import inspect
 import math
+from numbers import Real
 import os
 from pathlib import Path
 import time
@@ -107,8 +109,7 @@ class SpectrumStore:
     ) -> None:
         if not 0.1 <= lease_seconds < math.inf:
             raise ValueError(f"lease_seconds must be at least 0.1 but got {lease_seconds}.")
-        if max_bytes is not None and max_bytes < 0:
-            raise ValueError(f"max_bytes must be nonnegative but got {max_bytes}.")
+        _check_limit(max_bytes)
         if object_threshold < 0:
             raise ValueError(f"object_threshold must be nonnegative but got {object_threshold}.")
         self._database = Database(url)
@@ -148,12 +149,15 @@ class SpectrumStore:
             The spectrum.
 
         Raises:
+            TypeError:
+                If this is no task, or a setting is unknown.
             StoreError:
                 If the database fails.
         """
         from optuna_ttp.jacobian import resolve_engine
         from optuna_ttp.jacobian import widest_sketch
 
+        _check_asked(task, {**settings, **(instead_of_waiting or {})})
         budget = {k: settings[k] for k in ("max_memory",) if k in settings}
         engine, _ = resolve_engine(task, settings.get("engine", "auto"), **budget)
         settings = {**settings, "engine": engine}
@@ -384,13 +388,17 @@ class SpectrumStore:
     def list(self) -> list[StoredSpectrum]:
         """Return what is stored, oldest first, without reading the arrays.
 
+        One whose description cannot be read is left out with a
+        :class:`~optuna_ttp.exceptions.DamagedSpectrumWarning`.
+
         Raises:
             StoreError:
                 If the database fails.
         """
         query = sa.select(spectra).order_by(spectra.c.created_at, spectra.c.key)
         rows = self._database.read(lambda connection: connection.execute(query).all())
-        return [_rows.listed(row) for row in rows]
+        found = [_listed_or_told(row) for row in rows]
+        return [stored for stored in found if stored is not None]
 
     def delete(self, task: FineTuningTask | str) -> int:
         """Delete all spectra of a task.
@@ -553,9 +561,12 @@ class SpectrumStore:
             What was deleted.
 
         Raises:
+            ValueError:
+                If the limit is negative.
             StoreError:
                 If the database fails.
         """
+        _check_limit(max_bytes)
         pruning = _housekeeping.prune(self._database, self._folder, max_bytes)
         if pruning.n_evicted or pruning.n_quarantined or pruning.n_orphaned:
             self._database.vacuum()
@@ -616,6 +627,41 @@ class SpectrumStore:
         except (AttributeError, TypeError, ValueError) as error:
             raise DamagedSpectrumError(f"The file's settings do not fit: {error}") from error
         return spectrum
+
+
+def _listed_or_told(row: sa.Row[Any]) -> StoredSpectrum | None:
+    try:
+        return _rows.listed(row)
+    except DamagedSpectrumError as error:
+        warnings.warn(
+            f"The stored spectrum {row.key[:12]}... is left out of the list: {error}. "
+            "'optuna-ttp store verify --put-aside' lets it be computed again.",
+            DamagedSpectrumWarning,
+            stacklevel=4,
+        )
+        return None
+
+
+def _check_asked(task: FineTuningTask, settings: dict[str, Any]) -> None:
+    # Here, not when computing: what is stored would be served under a misspelt setting.
+    from optuna_ttp.jacobian import compute_spectrum
+    from optuna_ttp.task import FineTuningTask
+
+    if not isinstance(task, FineTuningTask):
+        raise TypeError(f"task must be a FineTuningTask but got {type(task).__name__}.")
+    _, *known = inspect.signature(compute_spectrum).parameters
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise TypeError(f"compute_spectrum takes {', '.join(known)} but got {', '.join(unknown)}.")
+
+
+def _check_limit(max_bytes: int | None) -> None:
+    if max_bytes is None:
+        return
+    if not isinstance(max_bytes, Real):
+        raise TypeError(f"max_bytes must be a number of bytes but got {max_bytes!r}.")
+    if not max_bytes >= 0:
+        raise ValueError(f"max_bytes must be nonnegative but got {max_bytes}.")
 
 
 class _Waiting:
