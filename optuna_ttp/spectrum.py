@@ -465,6 +465,9 @@ def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
     # Path(".") has no name to derive another one from.
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        # Replacing a device or a pipe would take it away from everybody.
+        raise OSError(errno.EINVAL, "Not a file that can be replaced", str(path))
     partial = path.with_name(f"{path.name}.{os.getpid()}.{uuid4().hex[:8]}.partial")
     try:
         with partial.open("xb") as file:

@@ -387,3 +387,11 @@ def test_repr_and_sizes() -> None:
     assert repr(one) == (
         "Spectrum(name='mine', n_samples=12, n_outputs=3, rank=21, explained_trace=1.0000)"
     )
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="Not a file that can be replaced"):
+        spectrum().save(pipe)
+    assert pipe.is_fifo()
