@@ -25,6 +25,7 @@ from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import FRACTIONS
 from optuna_ttp.calibration import NODES
 from optuna_ttp.calibration import Observation
+from optuna_ttp.calibration import SimulatedPassages
 from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.dynamics import ResponseSurface
@@ -1044,12 +1045,14 @@ class TrainingTimePredictor:
         columns = np.append(np.flatnonzero(apart), ladder.depths.shape[1] - 1)
         depths = ladder.depths[:, columns]
         logs, sd = self.calibration.correct(
-            depths,
-            ladder.log_steps[:, columns],
-            growth,
-            x,
-            self._instability(depths, stability),
-            mass / (1.0 - mass),
+            SimulatedPassages(
+                depths,
+                ladder.log_steps[:, columns],
+                growth[None],
+                x,
+                self._instability(depths, stability),
+                mass / (1.0 - mass),
+            )
         )
         whole = np.repeat(logs[:, -1:], ladder.depths.shape[1], axis=1)
         whole[:, columns] = logs
@@ -1111,12 +1114,14 @@ class TrainingTimePredictor:
             step = rate / (1.0 - mass) * float(self._model.curvatures[0])
             stability = rate / self._largest(size, mass)
             return self.calibration.expected(
-                depths,
-                logs,
-                np.zeros(len(NODES)),
-                covariates(step, noise),
-                self._instability(depths, stability),
-                mass / (1.0 - mass),
+                SimulatedPassages(
+                    depths,
+                    logs,
+                    np.zeros((1, len(NODES))),
+                    covariates(step, noise),
+                    self._instability(depths, stability),
+                    mass / (1.0 - mass),
+                )
             )
 
         return self._surface.retimed(correct)
