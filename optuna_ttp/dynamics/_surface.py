@@ -28,6 +28,8 @@ _FAST = 8.0
 _PATIENCE = 5.0
 # And so many times the memory of the momentum, twice the time in which oscillations die down.
 _SETTLING = 20.0
+# Behind the target a loss goes on falling for so long, as a logarithm of the steps.
+_FURTHEST = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,6 +245,50 @@ class ResponseSurface:
         total, share = both[..., 0], both[..., 1]
         logs = total / np.where(share > 0, share, 1.0) - np.log(effective)[:, None]
         return np.where((share > 0.5) & ~hopeless[:, None], logs, np.nan)
+
+    def depth_after(
+        self,
+        learning_rate: NDArray[np.float64],
+        batch_size: NDArray[np.float64],
+        momentum: NDArray[np.float64],
+        steps: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Return how deep the loss is after some steps.
+
+        Args:
+            learning_rate:
+                Shape ``(K,)``.
+            batch_size:
+                Shape ``(K,)``.
+            momentum:
+                Shape ``(K,)``.
+            steps:
+                Shape ``(K,)``.
+
+        Returns:
+            Logarithms of the initial loss over the loss, shape ``(K,)``. Behind the target the
+            loss goes on falling as fast in the logarithm of the steps; where it stays above a rung
+            it is at the last one that was passed.
+        """
+        logs = self.passages(learning_rate, batch_size, momentum)
+        goal = np.log(np.maximum(steps, 1.0))
+        # The first rung is where the first step is, or before it.
+        logs = np.concatenate([np.minimum(logs[:, :1], 0.0) - 1.0, logs], axis=1)
+        depths = np.concatenate([[0.0], self.depths])
+        passed = np.logical_and.accumulate(np.nan_to_num(logs, nan=np.inf) <= goal[:, None], 1)
+        last = np.maximum(passed.sum(axis=1) - 1, 0)
+        rows = np.arange(len(goal))
+        after = np.minimum(last + 1, len(depths) - 1)
+        before = np.where(last < len(depths) - 1, last, len(depths) - 2)
+        first, then = logs[rows, before], logs[rows, after]
+        slope = (depths[after] - depths[before]) / np.maximum(then - first, 1e-3)
+        rest = np.clip(goal - logs[rows, last], 0.0, _FURTHEST)
+        further = np.where(np.isfinite(slope), slope * rest, 0.0)
+        # No further than the next rung, of which the surface knows that it was not passed.
+        further = np.where(
+            last < len(depths) - 1, np.minimum(further, depths[after] - depths[last]), further
+        )
+        return np.asarray(np.where(np.isfinite(logs[rows, last]), depths[last] + further, 0.0))
 
     def retimed(
         self,
