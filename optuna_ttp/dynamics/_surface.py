@@ -107,8 +107,7 @@ class ResponseSurface:
         n = model.n_samples
         sizes = np.array([n, *(b for b in reversed(_BATCH_SIZES) if b < 0.7 * n)])
         momenta = np.array(_MOMENTA)
-        m, b, u = np.meshgrid(momenta, sizes, np.linspace(0, 1, _N_RATES), indexing="ij")
-        effective = _SLOW * (_fastest(m) / _SLOW) ** u / curvature
+        m, b, effective = _nodes(momenta, sizes, _N_RATES, curvature)
 
         def simulated(
             rate: NDArray[np.float64],
@@ -315,13 +314,9 @@ class ResponseSurface:
             The surface.
         """
         shape = self.log_tau.shape
-        mass, noise, u = np.meshgrid(
-            -np.expm1(-self.momenta),
-            self.noise_scales,
-            np.linspace(0, 1, shape[2]),
-            indexing="ij",
+        mass, noise, effective = _nodes(
+            -np.expm1(-self.momenta), self.noise_scales, shape[2], self.curvature
         )
-        effective = _SLOW * (_fastest(mass) / _SLOW) ** u / self.curvature
         rate = (effective * (1 - mass)).ravel()
         logs = self.log_rungs - np.log(effective)[..., None]
         new = correct(
@@ -392,6 +387,14 @@ def _shares(
 
 
 _OF_SGD = ("dampening", "nesterov", "weight_decay")
+
+
+def _nodes(
+    momenta: NDArray[np.float64], noises: NDArray[Any], n_rates: int, curvature: float
+) -> tuple[NDArray[np.float64], NDArray[Any], NDArray[np.float64]]:
+    """Momentum, batch size or noise scale, and effective learning rate of all nodes."""
+    m, b, u = np.meshgrid(momenta, noises, np.linspace(0, 1, n_rates), indexing="ij")
+    return m, b, _SLOW * (_fastest(m) / _SLOW) ** u / curvature
 
 
 def _fastest(momentum: NDArray[np.float64]) -> NDArray[np.float64]:
