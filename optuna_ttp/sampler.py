@@ -41,8 +41,6 @@ from optuna_ttp._optuna_compat import trials_of
 from optuna_ttp._optuna_compat import weighed
 from optuna_ttp.candidates import Candidates
 from optuna_ttp.candidates import drawn
-from optuna_ttp.candidates import Evidence
-from optuna_ttp.candidates import Preference
 from optuna_ttp.hyperparameters import map_or_default
 from optuna_ttp.hyperparameters import MissingParameterError
 from optuna_ttp.ledger import entry
@@ -50,6 +48,8 @@ from optuna_ttp.ledger import PREDICTION
 from optuna_ttp.ledger import prediction_entry
 from optuna_ttp.ledger import write_record
 from optuna_ttp.outlook import Outlook
+from optuna_ttp.preference import Evidence
+from optuna_ttp.preference import Preference
 from optuna_ttp.pruner import clip_batch_size
 from optuna_ttp.pruner import Goal
 from optuna_ttp.pruner import resolve_for_trial

@@ -17,6 +17,7 @@ from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import NODES
 from optuna_ttp.calibration import Observation
+from optuna_ttp.calibration import SimulatedPassages
 from tests.observations import DEEP
 from tests.observations import Growth
 from tests.observations import ladder
@@ -65,12 +66,14 @@ def _trials(
 
 def _corrected(calibration: Calibration, trial: Observation) -> tuple[NDArray[np.float64], ...]:
     logs, sds = calibration.correct(
-        DEPTHS[None],
-        trial.predicted[None],
-        trial.growth,
-        trial.covariates[None],
-        trial.instability[None],
-        np.array([trial.lag]),
+        SimulatedPassages(
+            DEPTHS[None],
+            trial.predicted[None],
+            trial.growth[None],
+            trial.covariates[None],
+            trial.instability[None],
+            np.array([trial.lag]),
+        )
     )
     return logs[0], sds[0]
 

@@ -28,6 +28,7 @@ OPTUNA_SIDE = (
     "integrations",
     "ledger",
     "memory",
+    "preference",
     "pruner",
     "sampler",
     "study_budget",

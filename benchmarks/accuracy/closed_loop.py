@@ -49,6 +49,7 @@ from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import FRACTIONS
 from optuna_ttp.calibration import NODES
 from optuna_ttp.calibration import Observation
+from optuna_ttp.calibration import SimulatedPassages
 from optuna_ttp.dynamics import Target
 from optuna_ttp.loss_curve import LossCurve
 
@@ -204,12 +205,14 @@ def _ours(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Logarithmic times to the targets and their deviation, both (K, targets)."""
     logs, sd = calibration.correct(
-        DEPTHS[None, :],
-        _stacked(task, chosen, "predicted"),
-        np.zeros(len(NODES)),
-        _stacked(task, chosen, "covariates"),
-        _stacked(task, chosen, "instability"),
-        task.lag[chosen],
+        SimulatedPassages(
+            DEPTHS[None, :],
+            _stacked(task, chosen, "predicted"),
+            np.zeros((1, len(NODES))),
+            _stacked(task, chosen, "covariates"),
+            _stacked(task, chosen, "instability"),
+            task.lag[chosen],
+        )
     )
     return logs[:, _RUNGS], sd[:, _RUNGS]
 
@@ -440,12 +443,14 @@ def trust_after_five(task: Task, n_repeats: int, *, seed: int = 2) -> list[float
         for k in rng.permutation(len(task.observations))[:5]:
             one = task.observations[k]
             logs, _ = calibrate(trials).correct(
-                DEPTHS[None, :],
-                one.predicted[None],
-                np.zeros(len(NODES)),
-                one.covariates[None],
-                one.instability[None],
-                np.array([one.lag]),
+                SimulatedPassages(
+                    DEPTHS[None, :],
+                    one.predicted[None],
+                    np.zeros((1, len(NODES))),
+                    one.covariates[None],
+                    one.instability[None],
+                    np.array([one.lag]),
+                )
             )
             trials.append(replace(one, expected=logs[0]))
         result.append(calibrate(trials).trust)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from benchmarks.search.table import Table
 from optuna_ttp import TrainingTimePredictor
+from optuna_ttp._configurations import Configurations
 from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import Observation
 from optuna_ttp.prediction import CONVERGES
@@ -65,11 +66,10 @@ class ShuffledPredictor(TrainingTimePredictor):
         batch_size: ArrayLike,
         momentum: ArrayLike,
         max_steps: ArrayLike,
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-        rate, size, mass, horizon = super()._check_configuration(
-            learning_rate, batch_size, momentum, max_steps
-        )
-        return *self._other(rate, size, mass), horizon
+    ) -> Configurations:
+        own = super()._check_configuration(learning_rate, batch_size, momentum, max_steps)
+        rate, size, mass = self._other(own.learning_rate, own.batch_size, own.momentum)
+        return replace(own, learning_rate=rate, batch_size=size, momentum=mass)
 
     def depth_after(
         self,
@@ -206,13 +206,11 @@ class ToldPredictor(TrainingTimePredictor):
         simulate_outside: bool = True,
     ) -> NDArray[np.float64]:
         """Score by what it is told."""
-        rate, size, mass, horizon = self._check_configuration(
-            learning_rate, batch_size, momentum, self.max_steps
-        )
-        told = self._told(rate, size, mass)
-        per_step = self.seconds_per_step(size)
+        chosen = self._check_configuration(learning_rate, batch_size, momentum, self.max_steps)
+        told = self._told(chosen.learning_rate, chosen.batch_size, chosen.momentum)
+        per_step = self.seconds_per_step(chosen.batch_size)
         seconds = told * np.where(np.isnan(per_step), 1.0, per_step)
-        return np.where(told <= horizon, seconds, np.inf)
+        return np.where(told <= chosen.max_steps, seconds, np.inf).reshape(chosen.shape)
 
     def depth_after(
         self,
@@ -310,10 +308,7 @@ def recorded_times(
 
 def _twin(cls: Any, predictor: TrainingTimePredictor) -> Any:
     twin = object.__new__(cls)
-    # What is derived from the spectrum is derived once.
-    _ = predictor._surface
     twin.__dict__.update(predictor.__dict__)
-    twin._root = predictor
     return twin
 
 

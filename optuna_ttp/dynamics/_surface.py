@@ -28,6 +28,8 @@ _FAST = 8.0
 _PATIENCE = 5.0
 # And so many times the memory of the momentum, twice the time in which oscillations die down.
 _SETTLING = 20.0
+# Behind the target a loss goes on falling for so long, as a logarithm of the steps.
+_FURTHEST = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +107,7 @@ class ResponseSurface:
         n = model.n_samples
         sizes = np.array([n, *(b for b in reversed(_BATCH_SIZES) if b < 0.7 * n)])
         momenta = np.array(_MOMENTA)
-        m, b, u = np.meshgrid(momenta, sizes, np.linspace(0, 1, _N_RATES), indexing="ij")
-        effective = _SLOW * (_fastest(m) / _SLOW) ** u / curvature
+        m, b, effective = _nodes(momenta, sizes, _N_RATES, curvature)
 
         def simulated(
             rate: NDArray[np.float64],
@@ -244,6 +245,50 @@ class ResponseSurface:
         logs = total / np.where(share > 0, share, 1.0) - np.log(effective)[:, None]
         return np.where((share > 0.5) & ~hopeless[:, None], logs, np.nan)
 
+    def depth_after(
+        self,
+        learning_rate: NDArray[np.float64],
+        batch_size: NDArray[np.float64],
+        momentum: NDArray[np.float64],
+        steps: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Return how deep the loss is after some steps.
+
+        Args:
+            learning_rate:
+                Shape ``(K,)``.
+            batch_size:
+                Shape ``(K,)``.
+            momentum:
+                Shape ``(K,)``.
+            steps:
+                Shape ``(K,)``.
+
+        Returns:
+            Logarithms of the initial loss over the loss, shape ``(K,)``. Behind the target the
+            loss goes on falling as fast in the logarithm of the steps; where it stays above a rung
+            it is at the last one that was passed.
+        """
+        logs = self.passages(learning_rate, batch_size, momentum)
+        goal = np.log(np.maximum(steps, 1.0))
+        # The first rung is where the first step is, or before it.
+        logs = np.concatenate([np.minimum(logs[:, :1], 0.0) - 1.0, logs], axis=1)
+        depths = np.concatenate([[0.0], self.depths])
+        passed = np.logical_and.accumulate(np.nan_to_num(logs, nan=np.inf) <= goal[:, None], 1)
+        last = np.maximum(passed.sum(axis=1) - 1, 0)
+        rows = np.arange(len(goal))
+        after = np.minimum(last + 1, len(depths) - 1)
+        before = np.where(last < len(depths) - 1, last, len(depths) - 2)
+        first, then = logs[rows, before], logs[rows, after]
+        slope = (depths[after] - depths[before]) / np.maximum(then - first, 1e-3)
+        rest = np.clip(goal - logs[rows, last], 0.0, _FURTHEST)
+        further = np.where(np.isfinite(slope), slope * rest, 0.0)
+        # No further than the next rung, of which the surface knows that it was not passed.
+        further = np.where(
+            last < len(depths) - 1, np.minimum(further, depths[after] - depths[last]), further
+        )
+        return np.asarray(np.where(np.isfinite(logs[rows, last]), depths[last] + further, 0.0))
+
     def retimed(
         self,
         correct: Callable[
@@ -269,13 +314,9 @@ class ResponseSurface:
             The surface.
         """
         shape = self.log_tau.shape
-        mass, noise, u = np.meshgrid(
-            -np.expm1(-self.momenta),
-            self.noise_scales,
-            np.linspace(0, 1, shape[2]),
-            indexing="ij",
+        mass, noise, effective = _nodes(
+            -np.expm1(-self.momenta), self.noise_scales, shape[2], self.curvature
         )
-        effective = _SLOW * (_fastest(mass) / _SLOW) ** u / self.curvature
         rate = (effective * (1 - mass)).ravel()
         logs = self.log_rungs - np.log(effective)[..., None]
         new = correct(
@@ -346,6 +387,14 @@ def _shares(
 
 
 _OF_SGD = ("dampening", "nesterov", "weight_decay")
+
+
+def _nodes(
+    momenta: NDArray[np.float64], noises: NDArray[Any], n_rates: int, curvature: float
+) -> tuple[NDArray[np.float64], NDArray[Any], NDArray[np.float64]]:
+    """Momentum, batch size or noise scale, and effective learning rate of all nodes."""
+    m, b, u = np.meshgrid(momenta, noises, np.linspace(0, 1, n_rates), indexing="ij")
+    return m, b, _SLOW * (_fastest(m) / _SLOW) ** u / curvature
 
 
 def _fastest(momentum: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -143,25 +143,9 @@ def sketched_decomposition(
     that its two halves predict differ by at most twice 3 %, or the memory does not allow more;
     then there is an :exc:`~optuna_ttp.exceptions.ApproximationWarning`.
 
-    Args:
-        task:
-            What is fine-tuned.
-        initial_outputs:
-            Of the pretrained model, ``(N, C)``.
-        refined:
-            Refine the leading eigenpairs by two more passes.
-        rank:
-            As for :func:`~optuna_ttp.compute_spectrum`.
-        device:
-            Where.
-        dtype:
-            Precision of the Jacobian.
-        max_memory:
-            Bytes.
-        show_progress_bar:
-            Whether to show one.
-        seed:
-            Of the projection.
+    ``initial_outputs`` are those of the pretrained model, ``(N, C)``; with ``refined`` the leading
+    eigenpairs are refined by two more passes. The other arguments are those of
+    :func:`exact_decomposition`.
 
     Returns:
         The decomposition.
@@ -234,21 +218,7 @@ def matrix_free_decomposition(
 ) -> Decomposition:
     """Decompose the kernel by products with it.
 
-    Args:
-        task:
-            What is fine-tuned.
-        rank:
-            As for :func:`~optuna_ttp.compute_spectrum`.
-        device:
-            Where.
-        dtype:
-            Precision of the Jacobian.
-        max_memory:
-            Bytes.
-        show_progress_bar:
-            Whether to show one.
-        seed:
-            Of where it starts.
+    The arguments are those of :func:`exact_decomposition`.
 
     Returns:
         The decomposition.

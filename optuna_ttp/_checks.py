@@ -1,0 +1,157 @@
+"""Bad arguments of a predictor are refused here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from typing import SupportsFloat
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.spectrum import Spectrum
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is no number.
+
+    Args:
+        name:
+            Of the argument.
+        value:
+            What was given.
+
+    Raises:
+        TypeError:
+            If it is none.
+    """
+    if (
+        isinstance(value, bool | str)
+        or np.ndim(value) != 0
+        or not isinstance(value, SupportsFloat)
+    ):
+        raise TypeError(f"{name} must be a number but got {value!r}.")
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Refuse what is not of a type.
+
+    Args:
+        name:
+            Of the argument.
+        value:
+            What was given.
+        kind:
+            The type.
+
+    Raises:
+        TypeError:
+            If it is none.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__} but got {value!r}.")
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse what is no seed.
+
+    Args:
+        seed:
+            What was given.
+
+    Raises:
+        ValueError:
+            If it is none.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed must be a whole number of at least 0 but got {seed!r}.")
+
+
+def check_count(name: str, value: int) -> int:
+    """Refuse what is no positive integer.
+
+    Args:
+        name:
+            Of the argument.
+        value:
+            What was given.
+
+    Returns:
+        The integer.
+
+    Raises:
+        ValueError:
+            If it is none.
+    """
+    if not isinstance(value, bool):
+        check_number(name, value)
+    if isinstance(value, bool) or not 1 <= value <= 2**53 or value != int(value):
+        raise ValueError(f"{name} must be a positive integer but got {value!r}.")
+    return int(value)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+    """Refuse what is not one of a few.
+
+    Args:
+        name:
+            Of the argument.
+        value:
+            What was given.
+        choices:
+            The few.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError:
+            If it is none.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)} but got {value!r}.")
+    return value
+
+
+def check_sgd(
+    dampening: float, nesterov: bool, weight_decay: float, spectrum: Spectrum
+) -> dict[str, Any]:
+    """Refuse settings of SGD that do not go together.
+
+    Args:
+        dampening:
+            Of :class:`torch.optim.SGD`.
+        nesterov:
+            Likewise.
+        weight_decay:
+            Likewise.
+        spectrum:
+            What is simulated from.
+
+    Returns:
+        Arguments of :meth:`~optuna_ttp.dynamics.SGD.of`.
+
+    Raises:
+        TypeError:
+            If one is no number.
+        ValueError:
+            If one is out of its range.
+    """
+    check_number("dampening", dampening)
+    check_number("weight_decay", weight_decay)
+    if not 0.0 <= dampening < 1.0:
+        raise ValueError(f"dampening must be in [0, 1) but got {dampening}.")
+    if nesterov and dampening:
+        raise ValueError(
+            f"Nesterov momentum needs zero dampening, as in PyTorch, but got {dampening}."
+        )
+    if not (math.isfinite(weight_decay) and weight_decay >= 0.0):
+        raise ValueError(f"weight_decay must not be negative but got {weight_decay}.")
+    if weight_decay and spectrum.weight_outputs is None:
+        raise ValueError(
+            "weight_decay needs a spectrum that knows what the weights contribute to the outputs "
+            "but got one that was computed by an older version. Compute it again."
+        )
+    return {"dampening": dampening, "nesterov": bool(nesterov), "weight_decay": weight_decay}

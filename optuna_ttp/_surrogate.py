@@ -1,0 +1,110 @@
+"""A small Gaussian process of a study's values over predicted features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+# What counts as noise.
+_NOISE = 0.3
+
+
+@dataclass(frozen=True, eq=False)
+class Surrogate:
+    """A Gaussian process of the values over what predictions say of a configuration.
+
+    Attributes:
+        x:
+            Features of what was seen, shape ``(k, F)``.
+        solved:
+            Inverse covariance times normal scores of the values, shape ``(k,)``.
+        inverse:
+            Inverse covariance, shape ``(k, k)``.
+        mean:
+            Of the features as they come, shape ``(F,)``.
+        sd:
+            Their standard deviation.
+        skill:
+            From zero to one, how well values are ranked that were left out.
+    """
+
+    x: NDArray[np.float64]
+    solved: NDArray[np.float64]
+    inverse: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    sd: NDArray[np.float64]
+    skill: float
+
+    @classmethod
+    def fit(
+        cls,
+        x: NDArray[np.float64],
+        values: NDArray[np.float64],
+        mean: NDArray[np.float64],
+        sd: NDArray[np.float64],
+    ) -> Surrogate:
+        """Fit it.
+
+        Args:
+            x:
+                Features, of mean zero and standard deviation one, shape ``(k, F)``.
+            values:
+                Smaller is better, shape ``(k,)``.
+            mean:
+                Of the features as they come, shape ``(F,)``.
+            sd:
+                Their standard deviation.
+
+        Returns:
+            The surrogate.
+        """
+        from scipy.stats import kendalltau
+        from scipy.stats import norm
+        from scipy.stats import rankdata
+
+        # Normal scores: a loss that blew up is worst, not a million times worse.
+        y = np.asarray(norm.ppf((rankdata(values) - 0.5) / len(values)), dtype=np.float64)
+        kernel = _kernel(x, x) + _NOISE**2 * np.eye(len(x))
+        inverse = np.linalg.inv(kernel)
+        solved = inverse @ y
+        # Left out one at a time (Rasmussen and Williams, 2006, equation 5.12).
+        held_out = y - solved / np.diag(inverse)
+        tau = float(np.nan_to_num(kendalltau(held_out, y).statistic))
+        n = len(y)
+        skill = min(1.0, max(0.0, 1.5 * tau)) * n / (n + 4.0)
+        return cls(x, solved, np.asarray(inverse, dtype=np.float64), mean, sd, skill)
+
+    def optimistic(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return how good features may be: mean and one standard deviation.
+
+        Args:
+            features:
+                As they come, shape ``(K, F)``.
+
+        Returns:
+            Shape ``(K,)``, larger is better.
+        """
+        k = _kernel((features - self.mean) / self.sd, self.x)
+        variance = 1.0 - ((k @ self.inverse) * k).sum(axis=1)
+        return np.asarray(-(k @ self.solved) + np.sqrt(np.maximum(variance, 1e-12)))
+
+
+def _kernel(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    apart = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2.0 * a @ b.T
+    return np.asarray(np.exp(-0.5 * np.maximum(apart, 0.0)))
+
+
+def finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return values with the largest number where they are not finite.
+
+    Args:
+        values:
+            Any shape.
+
+    Returns:
+        The same shape.
+    """
+    return np.where(np.isfinite(values), values, np.finfo(np.float64).max)

@@ -1,0 +1,43 @@
+"""Observed loss curves in; a corrected clock, its uncertainty and a measure of trust out.
+
+The clock's error is mostly one function of the depth, shared by all configurations of a task: the
+kernel grows (or shrinks) as the network is trained, by a factor ``kappa`` that depends on how far
+the loss has come. What is left depends a little on the configuration. Both are learned together,
+from the times at which observed trials passed a ladder of depths.
+
+``u``, a function of the depth, is the logarithm of what the kernel is multiplied by on top of the
+growth that a prediction was simulated with. Without momentum it divides the time between two rungs
+by ``exp(u)``. Momentum has to pick up speed first: along the path of the linearised network, with
+``tau`` the intrinsic time, ``l`` the lag ``m / (1 - m)`` and ``K`` the growth, the heavy ball is
+``tau' = sqrt(K) v``, ``l v' = sqrt(K) - v``. A simulated ladder is turned into intrinsic times by
+this equation with the growth it was simulated with, and back into steps with the corrected one.
+
+The logarithms of the times are linearised about the current estimate (Gauss-Newton), and the
+posterior of ``u`` and of the covariates' effects is that of a Bayesian linear regression, in
+closed form; a few rounds suffice. ``u`` has a Gaussian-process prior whose slope in the depth is
+smooth, so that a depth that was never seen is uncertain, not wild. The scale of the errors is
+learned too (conjugate inverse gamma), which makes predictive distributions Student's t.
+"""
+
+from __future__ import annotations
+
+from optuna_ttp.calibration._calibrate import calibrate
+from optuna_ttp.calibration._calibration import Calibration
+from optuna_ttp.calibration._observation import Observation
+from optuna_ttp.calibration._passages import covariates
+from optuna_ttp.calibration._passages import SimulatedPassages
+from optuna_ttp.calibration._rungs import DEPTHS
+from optuna_ttp.calibration._rungs import FRACTIONS
+from optuna_ttp.calibration._rungs import NODES
+
+
+__all__ = [
+    "DEPTHS",
+    "FRACTIONS",
+    "NODES",
+    "Calibration",
+    "Observation",
+    "SimulatedPassages",
+    "calibrate",
+    "covariates",
+]

@@ -1,0 +1,216 @@
+"""What observed trials say about a predictor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import field
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optuna_ttp.calibration._errors import RUNG_SD
+from optuna_ttp.calibration._errors import SCALE_WEIGHT
+from optuna_ttp.calibration._errors import TRIAL_SD
+from optuna_ttp.calibration._errors import wildness
+from optuna_ttp.calibration._observation import Observation
+from optuna_ttp.calibration._passages import SimulatedPassages
+from optuna_ttp.calibration._paths import corrected
+from optuna_ttp.calibration._paths import Paths
+from optuna_ttp.calibration._prior import prior
+from optuna_ttp.calibration._rungs import DEPTHS
+from optuna_ttp.calibration._rungs import NODES
+from optuna_ttp.calibration._trials import Trials
+from optuna_ttp.divergence import DivergenceLimit
+
+
+# A running trial that is later than so many standard deviations is as late as it is.
+_UNEXPLAINED = 4.0
+# Compared with trivial rules from so many trials on, and how much better these must be.
+_MIN_OBSERVATIONS = 3
+_MIN_DISTRUST = 5
+_CLEARLY = 0.5
+_MIN_AGREEMENT = 0.2
+# Typical errors below this (a factor 1.65) do no harm, whatever a rule of thumb does; and what is
+# added to the errors of both.
+_HARMLESS_ERROR = 0.5
+_DOUBT = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What observed trials say about a predictor. Nothing, by default.
+
+    Attributes:
+        weights:
+            Posterior mean of ``u`` at :data:`NODES` and of the covariates' effects, ``(W,)``.
+        covariance:
+            Its covariance, ``(W, W)``.
+        scale:
+            Scale of the errors' variance; one before anything is observed.
+        instability_scale:
+            Scale of the variance that comes with instability, likewise.
+        degrees_of_freedom:
+            Of the predictive Student's t.
+        n_observed:
+            The number of trials behind it.
+        rank_agreement:
+            Kendall's tau of times as predicted before each trial and as observed; NaN for fewer
+            than two trials.
+        log_error:
+            Root mean square of log(observed / predicted before the trial); NaN for no trials.
+        baseline_error:
+            The same of the better of two rules without a spectrum, ``c / eta_e`` and
+            ``c / eta_e + m / (1 - m)``, with ``c`` from the trials before; NaN for fewer than two.
+        compared_error:
+            :attr:`log_error` over those trials that the rules can be compared on.
+        divergence:
+            From which learning rate on training does not recover.
+    """
+
+    weights: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    scale: float = 1.0
+    instability_scale: float = 1.0
+    degrees_of_freedom: float = SCALE_WEIGHT
+    n_observed: int = 0
+    rank_agreement: float = math.nan
+    log_error: float = math.nan
+    baseline_error: float = math.nan
+    compared_error: float = math.nan
+    divergence: DivergenceLimit = field(default_factory=DivergenceLimit.of)
+
+    @classmethod
+    def none(cls) -> Calibration:
+        """Return what is known before any trial. The simulation stands as it is."""
+        _, covariance = prior()
+        return cls(np.zeros(len(covariance)), covariance)
+
+    @property
+    def log_growth(self) -> NDArray[np.float64]:
+        """Logarithm of the correction of the kernel at :data:`NODES`, shape ``(M,)``."""
+        return self.weights[: len(NODES)]
+
+    @property
+    def log_growth_sd(self) -> NDArray[np.float64]:
+        """Its standard deviation, shape ``(M,)``."""
+        return np.sqrt(np.diag(self.covariance)[: len(NODES)])
+
+    @property
+    def trust(self) -> float:
+        """Share of the better trivial rule's squared error that predictions avoid, at most one.
+
+        Held out: every trial was predicted before it was learned from. Negative where the rule is
+        better. Errors of 20 % are added to both sides, so that it does not hang on a hair. NaN
+        for fewer than three trials.
+        """
+        if self.n_observed < _MIN_OBSERVATIONS or math.isnan(self.baseline_error):
+            return math.nan
+        doubt = _DOUBT**2
+        return 1.0 - (self.compared_error**2 + doubt) / (self.baseline_error**2 + doubt)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether predictions may steer a search.
+
+        Unless five trials or more say that predictions are off by more than a factor 1.65, and
+        that a trivial rule does clearly better (its squared error is less than two thirds), or not
+        much worse while predictions do not even rank the trials (Kendall's tau below 0.2).
+        """
+        unranked = self.rank_agreement < _MIN_AGREEMENT
+        worse = self.trust < (_CLEARLY if unranked else -_CLEARLY)
+        return not (
+            self.n_observed >= _MIN_DISTRUST and self.log_error > _HARMLESS_ERROR and worse
+        )
+
+    def correct(
+        self, passages: SimulatedPassages
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Correct predicted times.
+
+        Args:
+            passages:
+                As simulated.
+
+        Returns:
+            Logarithms of the corrected times and their standard deviation, both ``(K, P)``.
+        """
+        logs, slopes = corrected(passages, self.weights)
+        known = np.nan_to_num(slopes)
+        variance = np.einsum("kpv,vw,kpw->kp", known, self.covariance, known)
+        own = self.scale * (TRIAL_SD**2 + RUNG_SD**2)
+        wild = self.instability_scale * wildness(passages.instability) ** 2
+        return logs, np.sqrt(variance + own + wild)
+
+    def remaining(
+        self, running: Observation, depths: NDArray[np.float64], log_steps: NDArray[np.float64]
+    ) -> tuple[float, float]:
+        """Return how long a running trial still takes to the last rung, given its own curve.
+
+        Its errors so far are taken for the error common to its rungs, as far as they are larger
+        than what single rungs scatter by; what is left of the way is stretched by it.
+
+        Args:
+            running:
+                What was predicted for it and seen of it so far.
+            depths:
+                Rungs, ascending, for this trial alone, shape ``(P,)``: the first ones
+                are :data:`DEPTHS`, the last is the target.
+            log_steps:
+                As simulated with :attr:`Observation.growth`, shape ``(P,)``.
+
+        Returns:
+            Steps from :attr:`Observation.n_steps` on, and the standard deviation of their
+            logarithm. Infinite where the target is out of reach.
+        """
+        logs, sd = self.correct(
+            SimulatedPassages(
+                depths[None],
+                log_steps[None],
+                running.growth[None],
+                running.covariates[None],
+                np.interp(depths, DEPTHS, running.instability)[None],
+                np.array([running.lag]),
+            )
+        )
+        goal, spread = float(logs[0, -1]), float(sd[0, -1])
+        if not math.isfinite(goal):
+            return math.inf, spread
+        stacked = Trials.of([running])
+        # A rung that should have been passed by now has not been: it is later.
+        observed, errors = stacked.with_bounds(logs[:, : len(DEPTHS)])
+        known = np.flatnonzero(np.isfinite(observed[0]) & np.isfinite(logs[0, : len(DEPTHS)]))
+        known = known[DEPTHS[known] < depths[-1]]
+        if not len(known):
+            return max(math.exp(goal) - running.n_steps, 1.0), spread
+        j = known[-1]
+        seen = np.zeros((1, len(DEPTHS)), dtype=bool)
+        seen[0, known] = True
+        scales = self.scale, self.instability_scale
+        inverse = stacked.precision(errors, seen, scales)[0]
+        common = stacked.common(scales)[0]
+        away = np.where(seen[0], observed[0] - logs[0, : len(DEPTHS)], 0.0)
+        # The correction itself is uncertain in the same way for all rungs.
+        gain = common[j] @ inverse
+        error = float(gain @ away)
+        if away[j] > _UNEXPLAINED * sd[0, j]:
+            # So late is nothing that the model knows of: the trial has a pace of its own.
+            error = float(away[j])
+        left = math.exp(goal) - math.exp(float(logs[0, j]))
+        passed = math.exp(float(observed[0, j]))
+        rest = passed + left * math.exp(error) - running.n_steps
+        shrunk = max(float(common[j, j] - gain @ common[j]), 0.0)
+        total = max(spread**2 - float(common[j, j]) + shrunk, (0.5 * spread) ** 2)
+        return max(rest, 1.0), math.sqrt(total)
+
+    def expected(self, passages: SimulatedPassages) -> NDArray[np.float64]:
+        """Correct predicted times without their deviation: for many at once.
+
+        Args:
+            passages:
+                As simulated.
+
+        Returns:
+            Logarithms of the corrected times, ``(K, P)``.
+        """
+        return np.log(Paths.of(passages, self.weights).times()[0])

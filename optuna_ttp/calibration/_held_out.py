@@ -1,0 +1,80 @@
+"""How good the predictions were that were made before each trial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+from numpy.typing import NDArray
+
+from optuna_ttp.calibration._observation import Observation
+from optuna_ttp.calibration._rungs import deepest
+
+
+# The newest so many trials say how good predictions are.
+_RECENT = 15
+# What counts as the error where a prediction was out of reach.
+_LARGE_ERROR = 3.0
+
+
+def held_out(observations: Sequence[Observation]) -> tuple[float, float, float, float]:
+    """Return rank agreement and errors of what was predicted before each trial, and of rules.
+
+    Args:
+        observations:
+            Trials, oldest first, of each of which something was seen.
+
+    Returns:
+        Kendall's tau, the root mean square of the logarithmic errors, that of the better of two
+        trivial rules, and that of the predictions over those trials that the rules predict.
+    """
+    observed = np.array([o.observed for o in observations])
+    expected = np.array([o.expected for o in observations])
+    rates = np.log([[o.effective_learning_rate] for o in observations])
+    lags = np.array([[o.lag] for o in observations])
+    # Every trial counts once, with the deepest rung that it was seen on.
+    told = np.where(np.isfinite(expected), observed, np.nan)
+    told = np.where(np.isfinite(told).any(axis=1, keepdims=True), told, observed)
+    chosen = (np.arange(len(observed)), np.array([deepest(row) for row in told]))
+    errors = np.where(np.isfinite(expected), observed - expected, _LARGE_ERROR)[chosen]
+    plain = _mean_before(observed + rates) - rates
+    intrinsic = _mean_before(np.log(np.maximum(np.exp(observed) - lags, 1.0)) + rates)
+    shifted = np.log(np.exp(intrinsic - rates) + lags)
+    rules = np.stack([(observed - plain)[chosen], (observed - shifted)[chosen]])
+    # Old errors are forgotten: what was learned since may have mended them.
+    recent = np.arange(len(observed)) >= len(observed) - _RECENT
+    compared = np.isfinite(rules).all(axis=0) & recent
+    squared = np.square(rules[:, compared]).mean(axis=1) if compared.any() else np.array([np.nan])
+    # Times are ranked at one depth: the deepest that at least half of the trials have passed.
+    common = deepest(np.where(2 * np.isfinite(told).sum(axis=0) >= len(observed), 1, np.nan))
+    there = np.isfinite(observed[:, common]) & recent
+    late = np.where(np.isfinite(expected), expected, np.inf)
+    return (
+        _kendall(late[there, common], observed[there, common]),
+        float(np.sqrt(np.square(errors[recent]).mean())),
+        float(np.sqrt(squared.min())),
+        float(np.sqrt(np.square(errors[compared]).mean())) if compared.any() else math.nan,
+    )
+
+
+def _mean_before(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over the rows above each, of what is not NaN."""
+    known = np.isfinite(values)
+    total = np.cumsum(np.where(known, values, 0.0), axis=0) - np.where(known, values, 0.0)
+    count = np.cumsum(known, axis=0) - known
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _kendall(first: ArrayLike, second: ArrayLike) -> float:
+    if np.size(first) < 2:
+        return math.nan
+    from scipy.stats import kendalltau
+
+    # Ranks, because the statistic does not take infinities.
+    tau = kendalltau(
+        np.unique(first, return_inverse=True)[1], np.unique(second, return_inverse=True)[1]
+    ).statistic
+    # Without any difference in the predictions there is no ranking, hence no agreement.
+    return 0.0 if math.isnan(tau) else float(tau)

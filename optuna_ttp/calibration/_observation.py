@@ -1,0 +1,108 @@
+"""What was predicted for a trial before it ran, and what was seen of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optuna_ttp.calibration._rungs import DEPTHS
+from optuna_ttp.calibration._rungs import N_COVARIATES
+from optuna_ttp.calibration._rungs import NODES
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What was predicted for a trial before it ran, and what was seen of it.
+
+    Attributes:
+        predicted:
+            Logarithm of the predicted step at each of :data:`DEPTHS`, as simulated; NaN behind
+            the end of the simulation. Shape ``(P,)``.
+        expected:
+            The same as corrected by what had been learned then.
+        growth:
+            Logarithm of the correction of the kernel that it was simulated with, at
+            :data:`NODES`, shape ``(M,)``.
+        covariates:
+            Of the configuration, shape ``(F,)``; see :func:`covariates`.
+        instability:
+            Learning rate over the largest stable one, times what the kernel was predicted to have
+            grown by, at each of :data:`DEPTHS`, shape ``(P,)``.
+        effective_learning_rate:
+            ``eta / (1 - m)``.
+        lag:
+            Steps by which momentum lags behind.
+        observed:
+            Logarithm of the step at which each of :data:`DEPTHS` was passed; NaN where not seen.
+        errors:
+            Its standard error.
+        n_steps:
+            Steps that the trial has taken.
+        diverged:
+            Whether its loss became infinite or NaN.
+        batch_size:
+            Of the configuration; zero where it is not known.
+        seconds_per_step:
+            Median over its steps; NaN where it was not measured.
+    """
+
+    predicted: NDArray[np.float64]
+    expected: NDArray[np.float64]
+    growth: NDArray[np.float64]
+    covariates: NDArray[np.float64]
+    instability: NDArray[np.float64]
+    effective_learning_rate: float
+    lag: float
+    observed: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    n_steps: float
+    diverged: bool = False
+    batch_size: int = 0
+    seconds_per_step: float = math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values that JSON takes; NaN as :obj:`None`."""
+        return {name: _plain(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Observation:
+        """Read what :meth:`to_json` returned.
+
+        Args:
+            values:
+                The plain values.
+
+        Returns:
+            The observation.
+
+        Raises:
+            ValueError:
+                If they are no observation, or one of another version of this package.
+        """
+        sizes = {"growth": len(NODES), "covariates": N_COVARIATES}
+        try:
+            read = {name: _unplain(values[name]) for name in cls.__dataclass_fields__}
+            for name, value in read.items():
+                if isinstance(value, np.ndarray) and len(value) != sizes.get(name, len(DEPTHS)):
+                    raise ValueError(f"{name} has {len(value)} values")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"These values are no observation: {error}.") from error
+        return cls(**read)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [_plain(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return round(float(value), 6) if math.isfinite(value) else None
+    return bool(value) if isinstance(value, bool | np.bool_) else int(value)
+
+
+def _unplain(value: Any) -> Any:
+    if isinstance(value, list):
+        return np.array([math.nan if v is None else v for v in value], dtype=np.float64)
+    return math.nan if value is None else value

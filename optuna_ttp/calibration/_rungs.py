@@ -1,0 +1,33 @@
+"""The depths at which curves are compared, and those between which corrections are learned."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+# Rungs of the ladder: the training loss over the initial one, and its negative logarithm.
+# fmt: off
+FRACTIONS = np.array([
+    0.95, 0.9, 0.82, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.07, 0.05, 0.03,
+    0.01, 0.0025,
+])
+# fmt: on
+DEPTHS = -np.log(FRACTIONS)
+# Depths between which `u` is interpolated linearly.
+NODES = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0])
+N_COVARIATES = 2
+
+
+def deepest(row: NDArray[np.float64]) -> int:
+    """Return the deepest rung that is known.
+
+    Args:
+        row:
+            Values at the rungs, NaN where unknown.
+
+    Returns:
+        Its place, -1 where none is.
+    """
+    known = np.flatnonzero(np.isfinite(row))
+    return int(known[-1]) if len(known) else -1
