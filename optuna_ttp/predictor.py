@@ -1076,7 +1076,7 @@ class TrainingTimePredictor:
         return self._stability_limit.max_learning_rate(
             size,
             mass,
-            nesterov=bool(self._sgd["nesterov"]),
+            **self._sgd,
             replacement=self.sampling == "replacement",
         )
 
