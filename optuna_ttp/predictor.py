@@ -1295,10 +1295,10 @@ class TrainingTimePredictor:
         _refuse(mass, (mass >= 0) & (mass < 1), "momentum must be in [0, 1)")
         _refuse(
             horizon,
-            (horizon >= 1) & (horizon <= 2**53),
+            (horizon >= 1) & (horizon <= 2**53) & (horizon == np.floor(horizon)),
             "max_steps must be a positive integer",
         )
-        return rate, size.astype(np.int64), mass, np.floor(horizon).astype(np.int64)
+        return rate, size.astype(np.int64), mass, horizon.astype(np.int64)
 
 
 def _name(observation: Observation) -> tuple[float, ...]:
