@@ -79,14 +79,14 @@ class Configurations:
         _refuse(mass, (mass >= 0) & (mass < 1), "momentum must be in [0, 1)")
         _refuse(
             horizon,
-            (horizon >= 1) & (horizon <= 2**53),
+            (horizon >= 1) & (horizon <= 2**53) & (horizon == np.floor(horizon)),
             "max_steps must be a positive integer",
         )
         return cls(
             rate.ravel(),
             size.astype(np.int64).ravel(),
             mass.ravel(),
-            np.floor(horizon).astype(np.int64).ravel(),
+            horizon.astype(np.int64).ravel(),
             rate.shape,
         )
 

@@ -116,7 +116,7 @@ class Simulator:
         return self.stability_limit.max_learning_rate(
             size,
             mass,
-            nesterov=bool(self.sgd["nesterov"]),
+            **self.sgd,
             replacement=self.sampling == "replacement",
         )
 

@@ -39,6 +39,11 @@ def resolve_target(arguments: dict[str, float | None], simulator: Simulator) -> 
         )
     name, value = next(iter(given.items()))
     check_number(name, value)
+    if not simulator.initial_loss > 0.0:
+        raise ValueError(
+            "The initial training loss must be positive but got 0: nothing is left to train. "
+            "Do data and loss fit the model?"
+        )
     if name == "target_epsilon":
         if not 0.0 < value < 1.0:
             raise ValueError(f"target_epsilon must be in (0, 1) but got {value}.")

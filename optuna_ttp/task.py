@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from typing import Any
+from typing import SupportsFloat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -384,7 +385,16 @@ def _check_parameters(model: torch.nn.Module) -> None:
 def _multipliers(model: torch.nn.Module, given: Mapping[str, float]) -> dict[str, float]:
     """The learning-rate multiplier of each trainable parameter."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            "learning_rate_multipliers must be a mapping from names to numbers but got "
+            f"{type(given).__name__}."
+        )
     for start, factor in given.items():
+        if isinstance(factor, bool | str) or not isinstance(factor, SupportsFloat):
+            raise TypeError(
+                f"learning_rate_multipliers must be numbers but got {factor!r} for {start!r}."
+            )
         if not (math.isfinite(factor) and factor > 0):
             raise ValueError(
                 f"learning_rate_multipliers must be positive but got {factor} for {start!r}. "

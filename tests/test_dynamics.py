@@ -48,10 +48,14 @@ def _simulate(
 
 
 def _max_learning_rate(
-    model: LinearisedModel, batch_size: Any, momentum: Any, n_samples: int | None = None
+    model: LinearisedModel,
+    batch_size: Any,
+    momentum: Any,
+    n_samples: int | None = None,
+    **settings: Any,
 ) -> NDArray[np.float64]:
     limit = StabilityLimit.of(model, n_samples)
-    return limit.max_learning_rate(np.asarray(batch_size), np.asarray(momentum))
+    return limit.max_learning_rate(np.asarray(batch_size), np.asarray(momentum), **settings)
 
 
 def _one_sample_a_direction(curvatures: Any, n_samples: int) -> LinearisedModel:
@@ -568,6 +572,46 @@ def test_full_batch_limit_is_that_of_the_heavy_ball(
     h = np.sort(curvatures)[::-1]
     limit = _max_learning_rate(_one_sample_a_direction(h, 50), [50], [momentum])[0]
     assert limit == pytest.approx(2 * (1 + momentum) / h[0], rel=1e-9)
+
+
+@given(
+    momentum=st.sampled_from([0.0, 0.5, 0.9]),
+    weight_decay=st.floats(0, 50),
+    dampening=st.floats(0, 0.95),
+    nesterov=st.booleans(),
+)
+def test_full_batch_limit_is_where_torch_sgd_blows_up(
+    momentum: float, weight_decay: float, dampening: float, nesterov: bool
+) -> None:
+    nesterov = nesterov and momentum > 0
+    dampening = 0.0 if nesterov else dampening
+    settings: dict[str, Any] = {
+        "weight_decay": weight_decay,
+        "dampening": dampening,
+        "nesterov": nesterov,
+    }
+    model = _one_sample_a_direction([2.0, 1.0], 50)
+    limit = _max_learning_rate(model, [50], [momentum], **settings).item()
+    curvatures = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    grown = []
+    for rate in (0.95 * limit, 1.05 * limit):
+        weights = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+        sgd = torch.optim.SGD([weights], rate, momentum, **settings)
+        for _ in range(500):
+            weights.grad = curvatures * weights.detach()
+            sgd.step()
+        grown.append(float(weights.detach().abs().max()))
+    assert grown[0] < 0.1
+    assert grown[1] > 10.0
+
+
+def test_dampened_mini_batches_bear_a_larger_learning_rate() -> None:
+    model = _least_squares(128, 32)
+    plain, dampened = (
+        _max_learning_rate(model, [8, 8], [0.0, 0.9], dampening=d) for d in (0.0, 0.9)
+    )
+    # PyTorch ignores the dampening where there is no momentum.
+    np.testing.assert_allclose(dampened / plain, [1.0, 10.0])
 
 
 def test_limit_rises_with_the_batch_size_to_that_of_the_full_batch() -> None:

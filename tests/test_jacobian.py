@@ -404,3 +404,9 @@ def test_real_sgd_step_equals_linearised_step_for_a_transformer(
     real = _real_change(Case(model, items), 1e-6, torch.float64)
     assert np.abs(real).max() > 0
     assert relative_error(_linearised_change(spectrum, 1e-6), real) < 1e-2
+
+
+@pytest.mark.parametrize("task", [None, "task", torch.nn.Linear(3, 2)])
+def test_what_is_no_task_is_refused(task: Any) -> None:
+    with pytest.raises(TypeError, match="task must be a FineTuningTask but got"):
+        compute_spectrum(task)

@@ -547,6 +547,12 @@ def test_multiplier_that_is_not_positive_is_refused(factor: float) -> None:
         _grouped_task({"head": factor})
 
 
+@pytest.mark.parametrize("multipliers", [[2.0], {"": "2"}, {"": None}])
+def test_multipliers_of_another_kind_are_refused(multipliers: Any) -> None:
+    with pytest.raises(TypeError, match="learning_rate_multipliers must be"):
+        _grouped_task(multipliers)
+
+
 @pytest.mark.parametrize("name", ["heads.", "weight", "body.weight.x"])
 def test_multiplier_of_no_parameter_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"but got '{name}'. Names are like body.weight"):

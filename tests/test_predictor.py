@@ -592,3 +592,10 @@ def test_learning_rate_far_above_the_limit_diverges() -> None:
     assert (predictor.predict(10 * limit, [2, 12], 0.9).outcomes == "diverges").all()
     assert (predictor.predict(0.1 * limit, [2, 12], 0.9).outcomes == "converges").all()
     np.testing.assert_allclose(predictor.predict(limit, [2, 12], 0.9).stability, 1.0)
+
+
+def test_horizon_that_is_not_whole_is_refused() -> None:
+    predictor = _predictor()
+    for ask in (predictor.predict, predictor.estimate):
+        with pytest.raises(ValueError, match=r"positive integer but got 2\.5"):
+            ask(0.1, 4, max_steps=[10, 2.5])

@@ -606,3 +606,20 @@ def test_uncertainty_grows_with_the_displacement() -> None:
     assert 3 > linearisation_sd(_probe(_made_up([0.0, math.inf])), 0.5) >= sds[-1]
     assert linearisation_sd(None, 0.5) > sds[0]
     assert is_reliable(None, 0.1)
+
+
+def test_task_without_loss_is_refused_by_the_predictor() -> None:
+    model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+    task = FineTuningTask(model, (x, model(x).detach()), loss="mse")
+    one = compute_spectrum(task, measure_speed=False, dtype="float64")
+    exact = replace(one, initial_outputs=one.targets.astype(np.float64), probe=None)
+    probed = probe_linearisation(task, exact, device=torch.device("cpu"))
+    assert probed.probe is None
+    targets: list[dict[str, Any]] = [
+        {"target_fraction": 0.1},
+        {"target_loss": 0.1},
+        {"target_epsilon": 0.1},
+    ]
+    for target in targets:
+        with pytest.raises(ValueError, match="nothing is left to train"):
+            TrainingTimePredictor(probed, **target)

@@ -47,6 +47,10 @@ class StabilityLimit:
     limit is taken to be lower by the same factor ``1 / (1 + 2 m)`` there and at most that of
     heavy ball where noise decides.
 
+    Dampening ``d`` is a learning rate of ``(1 - d) eta``. Weight decay ``w`` adds to every
+    curvature: ``eta (h_1 + w) = 2 (1 + m)`` on full batches. On mini-batches the reciprocals of
+    both limits, that without decay and that of the decay alone, are added as they are there.
+
     Attributes:
         largest_curvature:
             ``h_1``.
@@ -94,7 +98,9 @@ class StabilityLimit:
         batch_size: NDArray[np.float64] | NDArray[np.int64],
         momentum: NDArray[np.float64],
         *,
+        dampening: float = 0.0,
         nesterov: NDArray[np.bool_] | bool = False,
+        weight_decay: float = 0.0,
         replacement: bool = False,
     ) -> NDArray[np.float64]:
         """Return the largest stable learning rate.
@@ -104,14 +110,31 @@ class StabilityLimit:
                 Any shape.
             momentum:
                 The same shape.
+            dampening:
+                Of :class:`torch.optim.SGD`, which ignores it without momentum. Zero by default.
             nesterov:
                 The same shape. Heavy ball by default.
+            weight_decay:
+                Of :class:`torch.optim.SGD`. Zero by default.
             replacement:
                 Whether batches are drawn with replacement. Off by default.
 
         Returns:
             Learning rates; infinity where nothing is curved.
         """
+        without = self._without_decay(batch_size, momentum, nesterov, replacement)
+        full = 2.0 * (1.0 + momentum) / np.where(nesterov, 1.0 + 2.0 * momentum, 1.0)
+        gain = np.where(momentum > 0, 1.0 - dampening, 1.0)
+        with np.errstate(divide="ignore"):
+            return 1.0 / (gain * (1.0 / without + weight_decay / full))
+
+    def _without_decay(
+        self,
+        batch_size: NDArray[np.float64] | NDArray[np.int64],
+        momentum: NDArray[np.float64],
+        nesterov: NDArray[np.bool_] | bool,
+        replacement: bool,
+    ) -> NDArray[np.float64]:
         if not self.largest_curvature > 0:
             return np.full(np.shape(batch_size), np.inf)
         n, b = self.n_samples, np.asarray(batch_size, dtype=np.float64)

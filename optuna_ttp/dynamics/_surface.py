@@ -382,7 +382,9 @@ def _shares(
     shares = np.concatenate([shares, np.zeros((len(shares), 1))], axis=1)
     shares = np.where(np.isfinite(shares), np.minimum(shares, 0.0), np.nan)
     # Unknown rungs take the median over the nodes; the times there are not used anyway.
-    middle = np.nan_to_num(np.nanmedian(shares, axis=0))
+    known = np.isfinite(shares).any(axis=0)
+    middle = np.zeros(len(depths))
+    middle[known] = np.nanmedian(shares[:, known], axis=0)
     return depths, np.maximum.accumulate(np.where(np.isnan(shares), middle, shares), axis=1)
 
 

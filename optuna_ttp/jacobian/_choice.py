@@ -45,9 +45,15 @@ def resolve_engine(
         The engine's name, and why it is the one.
 
     Raises:
+        TypeError:
+            If the task is none.
         ValueError:
             If there is no such engine.
     """
+    from optuna_ttp.task import FineTuningTask
+
+    if not isinstance(task, FineTuningTask):
+        raise TypeError(f"task must be a FineTuningTask but got {type(task).__name__}.")
     if engine in ENGINES:
         return engine, "asked for"
     if engine != "auto":

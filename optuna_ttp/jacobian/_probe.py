@@ -59,10 +59,13 @@ def probe_linearisation(
             Samples that go through the network together. 64 by default.
 
     Returns:
-        The same spectrum with :attr:`~optuna_ttp.Spectrum.probe`.
+        The same spectrum with :attr:`~optuna_ttp.Spectrum.probe`; without where the loss is zero
+        already.
     """
     model = LinearisedModel.from_spectrum(spectrum, dtype=torch.float64)
     initial = float(model.loss(model.initial_outputs[None]))
+    if not initial > 0.0:
+        return spectrum
     vectors = spectrum.eigenvectors.astype(np.float64) / np.sqrt(spectrum.eigenvalues)
     fractions, displacements, deviations, ratios = [1.0], [0.0], [0.0], [1.0]
     with task.frozen(device, dtype) as frozen:
