@@ -28,7 +28,7 @@ _RANK_NATS = 6.0
 _SATURATED_DEPTH = 4.0
 # A learning rate of so many times the largest stable one halves the odds of a good metric. On the
 # same tasks the best lie at 0.02 to 0.7 times, and above 1.5 times there is none.
-_UNSTEADY = 1.0
+_UNSTEADY = 0.3
 # Of the surrogate: the least number of values.
 _FEWEST_VALUES = 4
 # Values are compared with predictions from so many on; what they weigh before that.

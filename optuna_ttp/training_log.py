@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import warnings
 
 import numpy as np
+from numpy.typing import NDArray
 from optuna.trial import TrialState
 
 from optuna_ttp._optuna_compat import FINISHED
@@ -41,6 +42,10 @@ AT_TARGET = 1.05
 _TOO_HIGH, _TOO_LOW = 5.0, 0.02
 # How close to the batch size that factor is where the loss is a sum over the batch.
 _LIKE_A_SUM = 0.4
+# Training that rose so many times above its first loss, and ends above so much of it, in a time in
+# which its loss was predicted to be halved and twice as much, does not recover.
+_SPIKE, _NOT_LEARNED = 1.3, 0.9
+_HALVED, _AMPLE = math.log(2.0) + 1e-9, math.log(3.0)
 # While fewer trials are finished every one counts; at the most so many are waited for.
 _FEW = 8
 _MOST_NEW = 32
@@ -354,10 +359,24 @@ def observation_of(
         observed=observed,
         errors=errors,
         n_steps=curve.n_steps,
-        diverged=curve.diverged,
+        diverged=curve.diverged or _broke_down(curve, _array(ladder["predicted"])),
         batch_size=int(prediction["batch_size"]),
         seconds_per_step=_array([(entry(trial, CURVE) or {}).get("seconds_per_step")])[0],
     )
+
+
+def _broke_down(curve: LossCurve, predicted: NDArray[np.float64]) -> bool:
+    """Whether training went through a spike and stayed above its start, in ample time.
+
+    A network that is thrown where its gradients vanish ends with the loss of a guess: its loss is
+    finite, but it comes down no more than one that is not.
+    """
+    first, last = float(curve.losses[0]), float(curve.losses[-1])
+    if not (curve.losses.max() > _SPIKE * first and last > _NOT_LEARNED * first):
+        return False
+    known = np.isfinite(predicted)
+    halved = predicted[known & (DEPTHS <= _HALVED)]
+    return bool(len(halved) and math.log(max(curve.n_steps, 1)) > halved[-1] + _AMPLE)
 
 
 def _other_loss(
@@ -403,5 +422,5 @@ def _entry(curve: LossCurve, first: float) -> dict[str, Any]:
     }
 
 
-def _array(values: list[float | None]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _array(values: list[float | None]) -> NDArray[np.float64]:
     return np.array([math.nan if v is None else v for v in values], dtype=np.float64)

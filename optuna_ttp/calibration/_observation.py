@@ -43,7 +43,7 @@ class Observation:
         n_steps:
             Steps that the trial has taken.
         diverged:
-            Whether its loss became infinite or NaN.
+            Whether its loss became infinite or NaN, or stayed where a spike had left it.
         batch_size:
             Of the configuration; zero where it is not known.
         seconds_per_step:
