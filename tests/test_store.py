@@ -611,3 +611,12 @@ def test_list_is_sorted_by_age(url: str) -> None:
         store.put(replace(spectrum(), metadata=metadata))
     assert [s.created_at[-1] for s in store.list()] == ["1", "2", "3"]
     assert json.dumps([s.settings for s in store.list()])
+
+
+def test_what_is_no_name_or_number_is_refused_in_words() -> None:
+    wrong: Any = torch.float64
+    with pytest.raises(TypeError, match=r"dtype must be a name but got torch\.float64"):
+        SpectrumStore("sqlite://").get("f" * 64, dtype=wrong)
+    seconds: Any = "60"
+    with pytest.raises(TypeError, match="lease_seconds must be a number but got '60'"):
+        SpectrumStore("sqlite://", lease_seconds=seconds)

@@ -49,6 +49,9 @@ def complete(settings: dict[str, Any]) -> dict[str, Any]:
             f"The settings of a stored spectrum are {', '.join(SETTING_DEFAULTS)} but got "
             f"{', '.join(unknown)}."
         )
+    for name in ("engine", "dtype"):
+        if not isinstance(settings.get(name, ""), str):
+            raise TypeError(f"{name} must be a name but got {settings[name]!r}.")
     check_truncation(settings.get("rank"), settings.get("explained_trace"))
     # NumPy's numbers, which JSON does not know, name the same spectrum as Python's.
     kinds = {"rank": int, "explained_trace": float, "seed": int, "max_sketch_width": int}
