@@ -147,6 +147,44 @@ def test_depthwise_convolution(device: torch.device) -> None:
     _check(_head(layer, torch.randn(5, 6, 7, 7)), device, derivatives={"layer.weight": "rule"})
 
 
+class _Prepared(torch.nn.Conv2d):
+    """Does something to the inputs, the weight or the outputs of a convolution."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(4, 8, 3, stride=2, padding=1, groups=2)
+        self.what = what
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, padding = self.weight, 1
+        if self.what == "uneven padding":
+            x, padding = functional.pad(x, (0, 1, 1, 2)), 0
+        if self.what == "standardised weight":
+            weight = weight - weight.mean(dim=(1, 2, 3), keepdim=True)
+        # By position and by name.
+        y = functional.conv2d(x, weight, self.bias, (2, 2), padding=padding, groups=self.groups)
+        if self.what == "twice":
+            return y + functional.conv2d(x.flip(2), weight, self.bias, 2, 1, 1, self.groups)
+        return 2.0 * y if self.what == "scaled outputs" else y
+
+
+@pytest.mark.parametrize(
+    ("what", "derivative"),
+    [
+        ("uneven padding", "rule"),
+        ("nothing", "rule"),
+        ("standardised weight", "vmap"),
+        ("scaled outputs", "vmap"),
+        ("twice", "vmap"),
+    ],
+)
+def test_convolutions_with_a_forward_of_their_own(
+    what: str, derivative: str, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    case = _head(_Prepared(what), torch.randn(5, 4, 7, 6))
+    _check(case, device, derivatives={"layer.weight": derivative, "layer.bias": derivative})
+
+
 # Linear layers, tables and norms
 
 

@@ -14,7 +14,9 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as functional
+from torch.overrides import TorchFunctionMode
 
+from optuna_ttp.exceptions import JacobianMismatchError
 from optuna_ttp.jacobian._call import Call
 from optuna_ttp.jacobian._factors import Factors
 
@@ -39,7 +41,11 @@ def rule_for(module: torch.nn.Module) -> Rule | None:
     """
     for kind, rule in _RULES:
         if isinstance(module, kind):
-            return rule if _computes_like(module, kind) and _is_plain(module) else None
+            if not _is_plain(module):
+                return None
+            if _computes_like(module, kind):
+                return rule
+            return _prepared_convolution if rule is _convolution else None
     # Hugging Face's own class, which need not be installed.
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return _conv1d_of_transformers
@@ -99,6 +105,70 @@ def _convolution(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contri
     )
     n_rows = call.state["weight"][0].numel()
     return _weight_and_bias(call, call.input, unfold, d, n_rows)
+
+
+def _prepared_convolution(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
+    """A convolution that first does something to its inputs, such as uneven padding."""
+    module: Any = call.module
+    d = _stacked([t.flatten(2).unflatten(1, (module.groups, -1)) for t in cotangents], 2)
+    unfold = partial(
+        _unfolded,
+        kernel=module.kernel_size,
+        stride=tuple(module.stride),
+        dilation=module.dilation,
+        padding=(),
+        mode="zeros",
+        groups=module.groups,
+    )
+    inputs = call.cached("convolved", partial(_convolved, call))
+    return _weight_and_bias(call, inputs, unfold, d, call.state["weight"][0].numel())
+
+
+def _convolved(call: Call) -> torch.Tensor:
+    """What a module convolves with its own weight to get its output, padded.
+
+    Raises:
+        JacobianMismatchError:
+            If it does anything else.
+    """
+    module: Any = call.module
+    state = {name: tensor.detach() for name, tensor in call.state.items()}
+    with torch.no_grad(), _Convolutions() as seen:
+        output = torch.func.functional_call(module, state, call.args, call.kwargs)
+    found, n_axes = seen.arguments, len(module.kernel_size)
+    if len(found) != 1 or seen.outputs[0] is not output:
+        raise JacobianMismatchError("The output of the module is not that of one convolution.")
+    if found[0]["weight"] is not state["weight"] or isinstance(found[0].get("padding"), str):
+        raise JacobianMismatchError("The module convolves with another weight or padding.")
+    for name in ("stride", "dilation"):
+        if _per_axis(found[0].get(name, 1), n_axes) != _per_axis(getattr(module, name), n_axes):
+            raise JacobianMismatchError(f"The module convolves with another {name}.")
+    sizes = _per_axis(found[0].get("padding", 0), n_axes)
+    inputs = functional.pad(found[0]["input"], [p for p in reversed(sizes) for _ in (0, 1)])
+    return inputs.to(call.dtype)
+
+
+def _per_axis(value: Any, n_axes: int) -> list[int]:
+    return [value] * n_axes if isinstance(value, int) else list(value)
+
+
+class _Convolutions(TorchFunctionMode):
+    """Sees the convolutions that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: list[dict[str, Any]] = []
+        self.outputs: list[torch.Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (functional.conv1d, functional.conv2d, functional.conv3d):
+            names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+            self.arguments.append({**dict(zip(names, args, strict=False)), **(kwargs or {})})
+            self.outputs.append(result)
+        return result
 
 
 def _transposed_convolution(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:

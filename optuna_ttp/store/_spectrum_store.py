@@ -107,7 +107,7 @@ class SpectrumStore:
         max_bytes: int | None = None,
         lease_seconds: float = 60.0,
     ) -> None:
-        if not isinstance(lease_seconds, Real):
+        if isinstance(lease_seconds, bool) or not isinstance(lease_seconds, int | float):
             raise TypeError(f"lease_seconds must be a number but got {lease_seconds!r}.")
         if not 0.1 <= lease_seconds < math.inf:
             raise ValueError(f"lease_seconds must be at least 0.1 but got {lease_seconds}.")
