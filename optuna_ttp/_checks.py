@@ -11,6 +11,8 @@ import numpy as np
 
 
 if TYPE_CHECKING:
+    import torch
+
     from optuna_ttp.spectrum import Spectrum
 
 
@@ -67,6 +69,33 @@ def check_seed(seed: Any) -> None:
     """
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0 but got {seed!r}.")
+
+
+def check_device(device: Any) -> torch.device:
+    """Refuse what torch cannot use here.
+
+    Args:
+        device:
+            Its name.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError:
+            If it is none, or none that holds numbers.
+    """
+    import torch
+
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"device must be one that torch can use here but got {device!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return found
 
 
 def check_count(name: str, value: int) -> int:

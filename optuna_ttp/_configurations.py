@@ -118,7 +118,7 @@ class Configurations:
 
 
 def _broadcast(**arguments: ArrayLike) -> tuple[NDArray[np.float64], ...]:
-    arrays = {name: np.asarray(value, dtype=np.float64) for name, value in arguments.items()}
+    arrays = {name: _numbers(name, value) for name, value in arguments.items()}
     try:
         return np.broadcast_arrays(*arrays.values())
     except ValueError as error:
@@ -127,6 +127,17 @@ def _broadcast(**arguments: ArrayLike) -> tuple[NDArray[np.float64], ...]:
             f"{', '.join(arrays)} must have shapes that go together, one value a configuration, "
             f"but got {shapes}."
         ) from error
+
+
+def _numbers(name: str, value: ArrayLike) -> NDArray[np.float64]:
+    try:
+        found = np.asarray(value)
+        if found.dtype.kind not in "bUS":
+            return found.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        # A tensor that wants gradients says what to do itself.
+        raise TypeError(f"{name} must be numbers but got {value!r}: {error}") from error
+    raise TypeError(f"{name} must be numbers but got {value!r}.")
 
 
 def _refuse(values: NDArray[np.float64], good: NDArray[np.bool_], message: str) -> None:

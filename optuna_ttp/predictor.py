@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from optuna_ttp._checks import check_choice
 from optuna_ttp._checks import check_count
+from optuna_ttp._checks import check_device
 from optuna_ttp._checks import check_kind
 from optuna_ttp._checks import check_number
 from optuna_ttp._checks import check_seed
@@ -196,7 +197,7 @@ class TrainingTimePredictor(Estimator):
             n_seeds=n_seeds,
             seed=seed,
             exact=exact,
-            device=device,
+            device=str(check_device(device)),
             sgd=sgd,
         )
         target = resolve_target(

@@ -318,7 +318,6 @@ def test_horizon_of_a_prediction_out_of_range_is_refused(max_steps: Any) -> None
         (([0.1, -1.0], 4, 0.0), "learning_rate must be positive and finite but got -1.0"),
         (([], 4, 0.0), "At least one configuration"),
         (([0.1, 0.2], [4, 5, 6], 0.0), "shapes that go together"),
-        (("fast", 4, 0.0), "could not convert"),
     ],
     ids=str,
 )
@@ -599,3 +598,28 @@ def test_horizon_that_is_not_whole_is_refused() -> None:
     for ask in (predictor.predict, predictor.estimate):
         with pytest.raises(ValueError, match=r"positive integer but got 2\.5"):
             ask(0.1, 4, max_steps=[10, 2.5])
+
+
+@pytest.mark.parametrize("device", ["xyz", "meta", "cuda:77"])
+def test_devices_that_cannot_be_used_are_refused(device: str) -> None:
+    with pytest.raises(ValueError, match="device must be one that torch can use here but got"):
+        TrainingTimePredictor(spectrum(), target_fraction=0.5, device=device)
+
+
+@pytest.mark.parametrize(
+    "rate", [True, "fast", "0.05", torch.tensor(0.1, requires_grad=True), [0.1, [0.2]], None, {}]
+)
+def test_learning_rates_that_are_no_numbers_are_refused(rate: Any) -> None:
+    predictor = TrainingTimePredictor(spectrum(), target_fraction=0.5)
+    with pytest.raises(TypeError, match="learning_rate must be numbers but got"):
+        predictor.predict(rate, 4)
+
+
+def test_targets_out_of_reach_are_scored_without_a_warning(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    predictor = TrainingTimePredictor(
+        spectrum().truncate(rank=1), target_fraction=0.01, max_steps=50
+    )
+    assert np.isinf(predictor.score(0.01, 8, 0.9))
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 import torch
 
+from optuna_ttp._checks import check_seed
 from optuna_ttp.exceptions import ApproximationWarning
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
 from optuna_ttp.jacobian._choice import resolve_engine
@@ -111,6 +112,7 @@ def compute_spectrum(
             If rows differ from what plain automatic differentiation gives.
     """
     check_truncation(rank, explained_trace)
+    check_seed(seed)
     engine, _ = resolve_engine(task, engine, max_memory=max_memory)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)} but got {dtype!r}.")

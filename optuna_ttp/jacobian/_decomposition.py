@@ -174,8 +174,9 @@ def sketched_decomposition(
             break
         width *= 2
     if not error <= _TIME_ERROR:
+        by_what = f"uncertain by {error:.0%}" if np.isfinite(error) else "unknown"
         warnings.warn(
-            f"The sketch of width {width} leaves predicted times uncertain by {error:.0%}. "
+            f"The sketch of width {width} leaves predicted times {by_what}. "
             'Give more memory, or use engine="exact".',
             ApproximationWarning,
             stacklevel=4,

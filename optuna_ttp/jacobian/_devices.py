@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from optuna_ttp._checks import check_device
+
 
 if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
@@ -31,15 +33,7 @@ def resolve_device(task: FineTuningTask, device: str | torch.device | None) -> t
             If the device asked for cannot be used here.
     """
     if device is not None:
-        try:
-            resolved = torch.device(device)
-            torch.empty(0, device=resolved)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"device must be one that torch can use here but got {device!r}: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-        return resolved
+        return check_device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return next(task.model.parameters()).device
