@@ -607,7 +607,7 @@ def test_devices_that_cannot_be_used_are_refused(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "rate", [True, "fast", "0.05", torch.tensor(0.1, requires_grad=True), [0.1, [0.2]], None, {}]
+    "rate", [True, "fast", "0.05", torch.tensor(0.1, requires_grad=True), [0.1, [0.2]], {}]
 )
 def test_learning_rates_that_are_no_numbers_are_refused(rate: Any) -> None:
     predictor = TrainingTimePredictor(spectrum(), target_fraction=0.5)
