@@ -90,6 +90,7 @@ def check_device(device: Any) -> torch.device:
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).cpu()
+    # An unknown name, a build without CUDA, a device without numbers, no name at all.
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(
             f"device must be one that torch can use here but got {device!r}: "

@@ -557,9 +557,9 @@ def test_warning_names_the_difference_of_the_kernel() -> None:
 
 
 @pytest.mark.parametrize("multipliers", [None, {"0.": 5.0, "2.bias": 0.2}])
-@pytest.mark.parametrize("rank", [None, 9])
+@pytest.mark.parametrize(("rank", "tolerance"), [(None, 1e-6), (9, 1e-3), (4, 1e-2)])
 def test_deviations_and_kernel_ratios_are_those_of_the_displaced_network(
-    multipliers: dict[str, float] | None, rank: int | None
+    multipliers: dict[str, float] | None, rank: int | None, tolerance: float
 ) -> None:
     x, y = separated(8)
     network = mlp().double()
@@ -589,8 +589,8 @@ def test_deviations_and_kernel_ratios_are_those_of_the_displaced_network(
         u = model.residuals(expected, model.soft_targets, model.normalisers)[0]
         there = {n: w + change[n] for n, w in weights.items()}
         ratio = squared(there, u) / squared(weights, u)
-        # What is dropped is known on average.
-        assert probe.kernel_ratios[k] == pytest.approx(ratio, rel=1e-6 if rank is None else 1e-3)
+        # What is dropped is known on average, and computed where it is much.
+        assert probe.kernel_ratios[k] == pytest.approx(ratio, rel=tolerance)
         away = (outputs(there) - expected[0]).norm()
         moved = (expected[0] - model.initial_outputs).norm()
         assert probe.output_deviations[k] == pytest.approx(float(away / moved), rel=1e-6)

@@ -25,6 +25,8 @@ _FRACTIONS = (0.85, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 _MAX_STEPS = 5_000
 # Outputs that are so close, relatively, to the linearised ones at every point are linear.
 _LINEAR = 1e-3
+# A gradient of which the spectrum may leave so much to be estimated; of others it is computed.
+_MOST_UNSEEN = 1e-2
 
 
 def probe_linearisation(
@@ -79,6 +81,9 @@ def probe_linearisation(
             residuals = model.residuals(expected, model.soft_targets, model.normalisers)[0]
             outputs, after = _displaced(task, frozen, residuals, change, device, dtype, batch_size)
             before, unseen = _squared_gradient(spectrum, residuals.numpy().ravel())
+            if unseen > _MOST_UNSEEN:
+                _, pulled = _pulled(task, frozen, residuals, device, dtype, batch_size)
+                before, unseen = _squared(task, pulled), 0.0
             ratios.append(after / before if before > 0.0 else 1.0)
             away = float((outputs - expected[0]).norm())
             moved = float((expected[0] - model.initial_outputs).norm())
@@ -131,9 +136,14 @@ def _displaced(
     )
     outputs, scaled = _pulled(task, frozen, residuals, device, dtype, batch_size)
     frozen.replace_parameters(start)
+    return outputs, _squared(task, scaled)
+
+
+def _squared(task: FineTuningTask, scaled: list[torch.Tensor]) -> float:
+    """``u^T J c J^T u`` from ``c J^T u``; infinite where it overflows."""
     factors = task.multipliers.values()
     total = sum(float(g.double().square().sum()) / c for g, c in zip(scaled, factors, strict=True))
-    return outputs, total if math.isfinite(total) else math.inf
+    return total if math.isfinite(total) else math.inf
 
 
 def _squared_gradient(spectrum: Spectrum, residuals: NDArray[np.float64]) -> tuple[float, float]:
