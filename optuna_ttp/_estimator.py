@@ -52,6 +52,15 @@ class Estimator:
         return self._corrected.path.target
 
     @property
+    def target_depth(self) -> float:
+        """Logarithm of the initial training loss over that at the target.
+
+        Of the linearised path where the target is not a training loss; NaN where it depends on the
+        end of the curve.
+        """
+        return -math.log(max(self._corrected.path.fraction, 1e-300))
+
+    @property
     def max_steps(self) -> int:
         """The horizon."""
         return self._corrected.path.max_steps
@@ -111,11 +120,11 @@ class Estimator:
         outside |= ~np.isfinite(steps) & (configurations.max_steps > self.max_steps)
         simulated = np.flatnonzero(outside & ~hopeless)
         depths, logs = (
-            (DEPTHS[None, -1:], np.full((len(configurations), 1), np.nan))
+            (DEPTHS[-1:], np.full((len(configurations), 1), np.nan))
             if surface is None
-            else surface.ladder(*self._places(configurations))
+            else (surface.depths, surface.passages(*self._places(configurations)))
         )
-        ladder = Ladder.interpolated(depths[0], logs, hopeless)
+        ladder = Ladder.interpolated(depths, logs, hopeless)
         if len(simulated):
             # As the surface is: without what trials have corrected, which comes afterwards.
             plain = replace(self._corrected, calibration=Calibration.none())
@@ -134,7 +143,10 @@ class Estimator:
         )
 
     def remaining_steps(
-        self, running: Observation, configuration: tuple[float, int, float]
+        self,
+        running: Observation,
+        configuration: tuple[float, int, float],
+        depth: float | None = None,
     ) -> tuple[float, float] | None:
         """Return how long a running trial still takes, given its own curve.
 
@@ -145,6 +157,9 @@ class Estimator:
                 What was predicted for it by :meth:`estimate`, and seen of it so far.
             configuration:
                 Its learning rate, batch size and momentum.
+            depth:
+                Where to: the logarithm of the initial training loss over another one on the way to
+                the target. The target by default.
 
         Returns:
             Steps from the last one that was seen, and the standard deviation of their logarithm;
@@ -157,11 +172,17 @@ class Estimator:
         surface = self._corrected.path.surface
         if surface.steps(*self._places(one))[1].any():
             return None
-        depths, logs = surface.ladder(*self._places(one))
-        ladder = Ladder.interpolated(depths[0], logs, np.zeros(1, dtype=bool))
-        if not np.isfinite(ladder.log_steps[0, -1]):
+        ladder = surface.passages(*self._places(one))[0]
+        aim = surface.depths[-1] if depth is None else min(depth, surface.depths[-1])
+        passed = np.isfinite(ladder)
+        goal = np.interp(aim, surface.depths[passed], ladder[passed]) if passed.any() else np.nan
+        if not np.isfinite(goal) or surface.depths[passed][-1] < aim - 1e-9:
             return None
-        return self.calibration.remaining(running, ladder.depths[0], ladder.log_steps[0])
+        if not np.isfinite(running.predicted).any():
+            return None
+        depths = np.append(DEPTHS, np.inf).clip(max=aim)
+        steps = np.interp(depths, surface.depths[passed], ladder[passed])
+        return self.calibration.remaining(running, depths, steps)
 
     def score(
         self,

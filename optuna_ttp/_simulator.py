@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 from typing import Literal
@@ -88,6 +89,11 @@ class Simulator:
     def stability_limit(self) -> StabilityLimit:
         """At the pretrained weights."""
         return StabilityLimit.of(self.model, self.n_samples)
+
+    @property
+    def own_stability_limit(self) -> StabilityLimit:
+        """The same for batches of the spectrum's samples."""
+        return replace(self.stability_limit, n_samples=self.spectrum.n_samples)
 
     @property
     def initial_loss(self) -> float:
@@ -242,6 +248,7 @@ class Simulator:
                 sampling=self.sampling,
                 smoothing=self.smoothing,
                 growth=growth,
+                limit=self.own_stability_limit,
                 seed=self.seed + k,
                 steps_per_epoch=per_epoch,
             )

@@ -98,6 +98,7 @@ class TargetPath:
             sampling=self.simulator.sampling,
             smoothing=self.simulator.smoothing,
             growth=self.simulator.kernel_growth,
+            limit=self.simulator.own_stability_limit,
             seed=self.simulator.seed,
             **self.simulator.sgd,
         )

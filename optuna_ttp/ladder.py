@@ -105,7 +105,7 @@ class Ladder:
             depths:
                 Of the surface, ending with the target's, shape ``(Q,)``.
             log_steps:
-                Shape ``(K, Q)``; NaN where the target is not reached.
+                Shape ``(K, Q)``; NaN where a rung is not reached.
             blown_up:
                 Shape ``(K,)``.
 

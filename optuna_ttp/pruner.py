@@ -17,9 +17,10 @@ import numpy as np
 import optuna
 from optuna.logging import get_logger
 from optuna.pruners import BasePruner
-from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from optuna_ttp._best_trials import best_depth
+from optuna_ttp._best_trials import incumbent
 from optuna_ttp._optuna_compat import FINISHED
 from optuna_ttp._optuna_compat import frozen
 from optuna_ttp._optuna_compat import has_constraints
@@ -75,6 +76,8 @@ _logger = get_logger("optuna.ttp.pruner")
 CONSTRAINT = "ttp_budget"
 # Its bounds, as logarithms.
 _MOST_VIOLATION = 50.0
+# No trial is stopped by its own curve before so large a share of the steps that it may take.
+_EARLIEST = 0.2
 # As many trials are remembered; others are read from the storage.
 _REMEMBERED = 1024
 
@@ -85,13 +88,16 @@ class TTPPruner(BasePruner):
     **Before the first step** a trial is skipped where training is predicted to diverge; to miss
     the target within the trial's budget; to cost more than a multiple of what the best trial was
     predicted to cost (``max_cost_ratio``); or not to fit into what is left of the study's budget.
-    The decision is made the first time that the objective calls ``trial.should_prune()``: call it
+    With ``goal="metric"`` a trial that is predicted to miss the target runs all the same where its
+    training loss is predicted to get as low as that of any among the best quarter of the completed
+    trials: the target is not what their value depends on. The decision is made the first time that the objective calls ``trial.should_prune()``: call it
     once the hyperparameters are suggested, before training, or the steps before that call are
     paid for.
 
     **During training**, where the objective records its loss with
     :class:`~optuna_ttp.TrainingLog`, the time that is left is predicted from the trial's own
-    curve, and the trial is stopped once its chance to reach the target within its budget is below
+    curve after a fifth of the steps that it may take, and the trial is stopped once its chance to
+    reach the target, or to get as far as those best trials, within its budget is below
     ``min_chance``; with ``goal="time"`` also once its chance to be faster than the best trial is.
     Otherwise the wrapped pruner decides.
 
@@ -337,7 +343,7 @@ class TTPPruner(BasePruner):
         budget = float(self._budget.steps(predictor, np.array(configuration.batch_size)))
         horizon = predictor.max_steps if math.isinf(budget) else self._tolerance * budget
         prediction = predictor.estimate(*configuration, max_steps=max(1, int(horizon)))
-        verdict = self._objection(study, trials, predictor, prediction, budget)
+        verdict = self._objection(study, trials, predictor, configuration, prediction, budget)
         decision = {"decision": RUN, "reason": f"predicted: {prediction}"}
         if verdict is not None:
             kind, objection = verdict
@@ -381,6 +387,7 @@ class TTPPruner(BasePruner):
         study: Study,
         trials: Sequence[FrozenTrial],
         predictor: TrainingTimePredictor,
+        configuration: Configuration,
         prediction: Prediction,
         budget: float,
     ) -> tuple[str, str] | None:
@@ -389,6 +396,8 @@ class TTPPruner(BasePruner):
             text = str(prediction).removeprefix("diverges: ")
             return "diverges", f"predicted to diverge: {text}"
         horizon = int(prediction.max_steps)
+        if self._is_as_good_as_the_best(study, trials, predictor, configuration, prediction):
+            return self._cost_objection(study, trials, predictor, prediction)
         if prediction.outcome == NOT_REACHED and self._min_probability >= 0.5:
             if math.isinf(budget):
                 return "budget", f"predicted not to reach the target in {horizon:,} steps"
@@ -403,8 +412,36 @@ class TTPPruner(BasePruner):
                 f"predicted to reach the target in {horizon:,} steps with a probability of "
                 f"{float(prediction.p_converges):.0%} only",
             )
+        return self._cost_objection(study, trials, predictor, prediction)
+
+    def _is_as_good_as_the_best(
+        self,
+        study: Study,
+        trials: Sequence[FrozenTrial],
+        predictor: TrainingTimePredictor,
+        configuration: Configuration,
+        prediction: Prediction,
+    ) -> bool:
+        """Whether a trial gets to where one of the best ended, short of the target, in time."""
+        if self._goal == "time" or float(prediction.p_diverges) > 1.0 - self._min_probability:
+            return False
+        depth = best_depth(study, trials, predictor)
+        if not depth < predictor.target_depth:
+            return False
+        rate, size, mass = (np.array([value]) for value in configuration)
+        horizon = np.array([float(prediction.max_steps)])
+        return bool(predictor.depth_after(rate, size, mass, horizon)[0] >= depth)
+
+    def _cost_objection(
+        self,
+        study: Study,
+        trials: Sequence[FrozenTrial],
+        predictor: TrainingTimePredictor,
+        prediction: Prediction,
+    ) -> tuple[str, str] | None:
+        """Why a trial that would succeed costs too much, likewise."""
         seconds = _cost(prediction, predictor)
-        best = None if self._max_cost_ratio is None else _incumbent(study, trials)
+        best = None if self._max_cost_ratio is None else incumbent(study, trials)
         if best is not None and self._max_cost_ratio is not None:
             # NaN, where nothing was predicted for it, is not below anything.
             ratio = seconds / predicted_cost(best)
@@ -475,16 +512,20 @@ class TTPPruner(BasePruner):
             return
         of = known.prediction
         configuration = (of["learning_rate"], of["batch_size"], of["momentum"])
-        rest = predictor.remaining_steps(observation, configuration)
-        if rest is None or curve.losses[-1] <= predictor.target.value:
+        depth, aim = self._aim(study, predictor)
+        if depth is None or -math.log(curve.losses[-1] / predictor.initial_loss) >= depth:
+            return
+        rest = predictor.remaining_steps(observation, configuration, depth)
+        if rest is None:
             return
         budget = float(self._budget.steps(predictor, np.array(of["batch_size"])))
-        limit, what = budget, f"reach the target within its budget of {budget:,.0f} steps"
+        limit, what = budget, f"{aim} within its budget of {budget:,.0f} steps"
         if self._goal == "time":
             fastest = self._fastest(study, predictor, of["batch_size"])
             if fastest < limit:
                 limit, what = fastest, f"be faster than the best trial ({fastest:,.0f} steps)"
-        if not math.isfinite(limit):
+        # The first steps tell little of the last ones.
+        if not math.isfinite(limit) or curve.n_steps < _EARLIEST * limit:
             return
         left = np.array([limit - curve.n_steps])
         steps, sd = np.array([max(rest[0], 1.0)]), np.array([rest[1]])
@@ -511,6 +552,22 @@ class TTPPruner(BasePruner):
             _logger.info(f"Trial {trial.number} is stopped: {reason}.")
         known.record = {**known.record, DECISION: decision}
         write_record(study, trial, known.record)
+
+    def _aim(self, study: Study, predictor: TrainingTimePredictor) -> tuple[float | None, str]:
+        """What depth a trial under way has to reach, and in words.
+
+        Where the objective is a metric it is not known before a trial has completed: the best ones
+        may never reach the target.
+        """
+        target = predictor.target_depth, "reach the target"
+        if self._goal == "time":
+            return target
+        depth = best_depth(study, trials_of(study, (TrialState.COMPLETE,)), predictor)
+        if math.isinf(depth):
+            return None, ""
+        if depth >= target[0]:
+            return target
+        return depth, "get as far as the best trials"
 
     def _fastest(self, study: Study, predictor: TrainingTimePredictor, batch_size: int) -> float:
         """Steps in which a trial with this batch size would be as fast as the best one."""
@@ -560,15 +617,6 @@ def _cost(prediction: Prediction, predictor: TrainingTimePredictor) -> float:
     """Predicted seconds; steps where the time of a step is not known."""
     seconds = float(prediction.seconds)
     return float(prediction.steps) if math.isnan(seconds) else seconds
-
-
-def _incumbent(study: Study, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    """The best completed trial of a study with one objective."""
-    if is_multi_objective(study):
-        return None
-    sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
-    done = [t for t in trials if t.state == TrialState.COMPLETE and t.values]
-    return min(done, key=lambda t: sign * t.values[0], default=None)
 
 
 def _log_ratio(prediction: Prediction, budget: float) -> float:

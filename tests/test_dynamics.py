@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import pytest
 import torch
 
+from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.dynamics import mse_gradient_descent
 from optuna_ttp.dynamics import mse_gradient_flow
@@ -340,6 +341,44 @@ def test_training_just_below_the_limit_does_not_blow_up() -> None:
     curves = _simulate(LinearisedModel.from_spectrum(one), rate, 12, max_steps=1000)
     assert not curves.blown_up[0]
     assert curves.curves["loss"][0, -1] < curves.curves["loss"][0, 0]
+
+
+# A kernel that grows
+
+
+def _grown(rate: float, momentum: float = 0.0, *, limited: bool = True) -> Any:
+    """Simulate a kernel that grows tenfold, a learning rate in units of the stability limit."""
+    model = LinearisedModel.from_spectrum(spectrum("mse"))
+    limit = StabilityLimit.of(model)
+    largest = float(limit.max_learning_rate(np.array([12]), np.array([momentum]))[0])
+    growth = KernelGrowth(np.array([1.0, 0.7, 0.1]), np.array([1.0, 3.0, 10.0]))
+    return simulate(
+        model,
+        SGD.of([rate * largest], momentum),
+        np.array([12]),
+        max_steps=np.array([2000]),
+        growth=growth,
+        limit=limit if limited else None,
+    )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("rate", [0.2, 0.5, 0.95])
+def test_a_kernel_grows_up_to_the_edge_of_stability_only(rate: float, momentum: float) -> None:
+    assert _grown(rate, momentum, limited=False).blown_up[0]
+    held = _grown(rate, momentum)
+    assert not held.blown_up[0]
+    losses = held.curves["loss"][0]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_far_from_the_edge_a_kernel_grows_as_it_is_told() -> None:
+    free, held = _grown(0.05, limited=False), _grown(0.05)
+    np.testing.assert_array_equal(free.curves["loss"], held.curves["loss"])
+
+
+def test_a_learning_rate_above_the_limit_blows_up_as_with_a_frozen_kernel() -> None:
+    assert _grown(1.5).blown_up[0]
 
 
 # Several steps as one

@@ -256,7 +256,7 @@ def test_a_study_with_several_objectives_gets_a_report() -> None:
 
 
 def test_trials_skipped_in_a_row_are_counted_back_to_one_that_ran() -> None:
-    study = _study(max_steps=16)
+    study = _study(max_steps=16, goal="time")
     assert n_skipped_in_a_row(study.trials) == 0
     _run(study, SLOW, FAST, SLOW, DIVERGING)
     assert n_skipped_in_a_row(study.trials) == 2

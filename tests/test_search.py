@@ -331,6 +331,63 @@ def test_a_trial_that_will_miss_its_budget_is_stopped_on_its_own_curve() -> None
     assert "1 stopped under way" in str(ledger)
 
 
+def test_the_first_steps_stop_nothing() -> None:
+    study = _study(max_steps=100)
+    add_observed(study, lambda steps: steps)
+    stopped = _train(asked(study, FAST), 2000.0, 100)
+    # What is recorded is written down after 8, 16, 32, ... steps.
+    assert stopped == 32
+
+
+def test_where_no_trial_has_completed_none_is_stopped_for_the_target() -> None:
+    def steps(goal: Any) -> int:
+        study = _study(max_steps=100, goal=goal)
+        for k in range(3):
+            trial = asked(study, {**FAST, "learning_rate": 0.1 + 0.02 * k})
+            with TrainingLog(trial, measure_speed=False) as log:
+                for loss in losses(12.0, 12):
+                    log.step(loss)
+            trial.should_prune()
+            study.tell(trial, state=TrialState.PRUNED)
+        return _train(asked(study, FAST), 2000.0, 100)
+
+    assert steps("time") < 100
+    assert steps("metric") == 100
+
+
+def test_a_trial_that_gets_as_far_as_the_best_runs_although_it_misses_the_target() -> None:
+    def decided(goal: Any, depth: float) -> tuple[bool, str]:
+        """Whether SLOW is skipped, after a trial that completed after a share of its way."""
+        study = _study(max_steps=16, goal=goal)
+        trial = asked(study, FAST)
+        with TrainingLog(trial, measure_speed=False) as log:
+            for loss in losses(30.0, 1 + round(30.0 * depth)):
+                log.step(loss)
+        study.tell(trial, 1.0)
+        skipped = asked(study, SLOW).should_prune()
+        return skipped, _decision(study)["reason"]
+
+    # It needs about 40 steps, and 24 are what it may take with the tolerance.
+    assert decided("metric", 0.3) == (False, decided("metric", 0.3)[1])
+    for goal, depth in (("metric", 0.95), ("time", 0.3)):
+        skipped, reason = decided(goal, depth)
+        assert skipped
+        assert "predicted to miss the target by far" in reason
+
+
+def test_a_trial_that_cannot_get_as_far_as_the_best_is_stopped() -> None:
+    study = _study(max_steps=100)
+    for rate in (0.08, 0.1, 0.12):
+        trial = asked(study, {**FAST, "learning_rate": rate})
+        assert not trial.should_prune()
+        with TrainingLog(trial, measure_speed=False) as log:
+            for loss in losses(150.0, 100):
+                log.step(loss)
+        study.tell(trial, rate)
+    assert _train(asked(study, {**FAST, "learning_rate": 0.11}), 5000.0, 100) < 100
+    assert "its chance to get as far as the best trials within" in _decision(study)["reason"]
+
+
 def test_a_trial_that_makes_it_is_not_stopped() -> None:
     study = _study(max_steps=100)
     add_observed(study, lambda steps: steps)

@@ -82,7 +82,10 @@ class ShuffledPredictor(TrainingTimePredictor):
         return super().depth_after(*self._other(learning_rate, batch_size, momentum), steps)
 
     def remaining_steps(
-        self, running: Observation, configuration: tuple[float, int, float]
+        self,
+        running: Observation,
+        configuration: tuple[float, int, float],
+        depth: float | None = None,
     ) -> tuple[float, float] | None:
         """Say nothing: a trial's own curve would tell the truth."""
         return None
@@ -224,7 +227,10 @@ class ToldPredictor(TrainingTimePredictor):
         return np.asarray(-math.log(self.depth) * np.minimum(steps / told, _MOST_TARGETS))
 
     def remaining_steps(
-        self, running: Observation, configuration: tuple[float, int, float]
+        self,
+        running: Observation,
+        configuration: tuple[float, int, float],
+        depth: float | None = None,
     ) -> tuple[float, float] | None:
         """Say nothing: it is told times before the first step only."""
         return None

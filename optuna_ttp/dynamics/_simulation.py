@@ -22,6 +22,7 @@ from optuna_ttp.dynamics._linearised_model import LinearisedModel
 from optuna_ttp.dynamics._sgd import lag
 from optuna_ttp.dynamics._sgd import SGD
 from optuna_ttp.dynamics._smoothing import Smoothing
+from optuna_ttp.dynamics._stability import StabilityLimit
 from optuna_ttp.dynamics._target import Target
 
 
@@ -32,6 +33,8 @@ _COARSE_STEP = 0.25
 _MIN_COARSE_STEPS = 64
 # A loss so many times the initial one is given up.
 BLOW_UP = 100.0
+# How far a kernel grows towards the edge of stability: swings at the edge itself never die down.
+_EDGE = 0.8
 # No time is shorter, so that it has a logarithm.
 _SOONEST = 0.1
 # How far the next recorded step is from the last one, relatively.
@@ -127,6 +130,7 @@ def simulate(
     sampling: Sampling = "shuffle",
     smoothing: Smoothing | None = None,
     growth: KernelGrowth | None = None,
+    limit: StabilityLimit | None = None,
     seed: int = 0,
     steps_per_epoch: NDArray[np.int64] | None = None,
 ) -> Trajectories:
@@ -155,6 +159,10 @@ def simulate(
             Also record the smoothed loss of the mini-batches.
         growth:
             What the kernel is multiplied by as the loss falls. Nothing by default.
+        limit:
+            Of the model's learning rates. A kernel grows up to the edge of stability only, where
+            training holds it (Cohen et al., 2021, "Gradient descent on neural networks typically
+            occurs at the edge of stability", arXiv 2103.00065). Nothing holds it by default.
         seed:
             For the order of the samples.
         steps_per_epoch:
@@ -176,6 +184,9 @@ def simulate(
     stride = np.ones(n_configurations, dtype=np.int64)
     if not exact and smoothing is None:
         stride = strides(model, sgd, batch_size, max_steps, growth, steps_per_epoch)
+    ceilings = np.full(n_configurations, np.inf)
+    if growth is not None and limit is not None:
+        ceilings = limit.headroom(sgd, batch_size, replacement=sampling == "replacement")
     quantities = _quantities(model, target, full_curves, smoothing)
     records: list[list[tuple[float, ...]]] = [[] for _ in range(n_configurations)]
     blown_up = np.zeros(n_configurations, dtype=bool)
@@ -199,6 +210,7 @@ def simulate(
                 quantities,
                 smoothing,
                 growth,
+                np.maximum(_EDGE * ceilings[members], 1.0),
                 [records[k] for k in members],
             )
         refined = _refined_strides(records, quantities, stride, target)
@@ -418,6 +430,7 @@ def _simulate_group(
     quantities: list[str],
     smoothing: Smoothing | None,
     growth: KernelGrowth | None,
+    ceilings: NDArray[np.float64],
     records: list[list[tuple[float, ...]]],
 ) -> NDArray[np.bool_]:
     """Advance configurations that see the same batches together; append to their records."""
@@ -428,6 +441,7 @@ def _simulate_group(
     active = np.arange(len(records))
     initial = float(model.loss(model.initial_outputs[None]))
     roots = theta.new_ones((len(records), 1))
+    lowest = np.full(len(records), initial)
     column = None if target is None else quantities.index(target.quantity)
     now = plan.at(0)
     next_record, next_end = 0, int(max_steps.min())
@@ -458,7 +472,11 @@ def _simulate_group(
                 next_end = int(max_steps[active].min())
                 now = plan.at(step)
             if growth is not None:
-                roots = torch.as_tensor(np.sqrt(growth.at(values[:, :1] / initial))).to(theta)
+                # What has grown stays so while the loss swings: otherwise the swings feed on it.
+                lowest[active] = np.fmin(lowest[active], values[:, 0])
+                factors = growth.at(lowest[active, None] / initial)
+                factors = np.minimum(factors, ceilings[active, None])
+                roots = torch.as_tensor(np.sqrt(factors)).to(theta)
             else:
                 roots = roots[: len(active)]
             next_record = max(step + 1, int(step * _SPACING))

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 import torch
 
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
+from optuna_ttp.dynamics._sgd import SGD
 
 
 # Of the table of how much of the spectrally expressible noise there is.
@@ -98,9 +99,9 @@ class StabilityLimit:
         batch_size: NDArray[np.float64] | NDArray[np.int64],
         momentum: NDArray[np.float64],
         *,
-        dampening: float = 0.0,
+        dampening: NDArray[np.float64] | float = 0.0,
         nesterov: NDArray[np.bool_] | bool = False,
-        weight_decay: float = 0.0,
+        weight_decay: NDArray[np.float64] | float = 0.0,
         replacement: bool = False,
     ) -> NDArray[np.float64]:
         """Return the largest stable learning rate.
@@ -127,6 +128,32 @@ class StabilityLimit:
         gain = np.where(momentum > 0, 1.0 - dampening, 1.0)
         with np.errstate(divide="ignore"):
             return 1.0 / (gain * (1.0 / without + weight_decay / full))
+
+    def headroom(
+        self, sgd: SGD, batch_size: NDArray[np.int64], *, replacement: bool = False
+    ) -> NDArray[np.float64]:
+        """Return the largest stable learning rates over those of K configurations.
+
+        Args:
+            sgd:
+                The K configurations.
+            batch_size:
+                Shape ``(K,)``.
+            replacement:
+                Whether batches are drawn with replacement. Off by default.
+
+        Returns:
+            Shape ``(K,)``; infinite where nothing is curved.
+        """
+        largest = self.max_learning_rate(
+            batch_size,
+            sgd.momentum,
+            dampening=sgd.dampening,
+            nesterov=sgd.nesterov,
+            weight_decay=sgd.weight_decay,
+            replacement=replacement,
+        )
+        return np.asarray(largest / sgd.learning_rate)
 
     def _without_decay(
         self,

@@ -53,9 +53,6 @@ class ResponseSurface:
         depths:
             Rungs on the way to the target, logarithms of the initial loss over the loss, ascending
             and ending with the target's own, shape ``(P,)``.
-        log_shares:
-            Logarithm of the time at each rung over that at the target, shape (momenta, noise
-            scales, rates, P); zero at the target and where it was not reached.
         log_rungs:
             Logarithm of the intrinsic time ``eta_e t`` at each rung, the same shape; NaN where a
             node does not get there, which may be on its way to a target that it misses.
@@ -69,7 +66,6 @@ class ResponseSurface:
     noise_scales: NDArray[np.float64]
     log_tau: NDArray[np.float64]
     depths: NDArray[np.float64]
-    log_shares: NDArray[np.float64]
     log_rungs: NDArray[np.float64]
     curvature: float
     n_samples: int
@@ -138,7 +134,7 @@ class ResponseSurface:
         steps = curves.first_passages(target).reshape(m.shape)
         log_tau = np.log(effective * np.maximum(steps, 1.0))
         initial = float(model.loss(model.initial_outputs[None]))
-        depths, log_shares = _shares(curves, target, rungs, initial)
+        depths = _depths(curves, target, rungs, initial)
         passages = curves.log_passages(initial * np.exp(-depths[:-1])).reshape(*m.shape, -1)
         at_target = np.where(np.isfinite(steps), log_tau - np.log(effective), np.nan)
         log_rungs = np.concatenate([passages, at_target[..., None]], axis=3)
@@ -147,7 +143,6 @@ class ResponseSurface:
             _noise_scale(sizes, n),
             log_tau,
             depths,
-            log_shares.reshape(*m.shape, -1),
             np.maximum.accumulate(log_rungs + np.log(effective)[..., None], axis=3),
             curvature,
             n,
@@ -188,34 +183,6 @@ class ResponseSurface:
         steps = np.where((share > 0.5) & ~hopeless, np.ceil(tau / effective), np.inf)
         return steps, (outside | ((share > 1e-9) & (share < 1.0 - 1e-9))) & ~hopeless
 
-    def ladder(
-        self,
-        learning_rate: NDArray[np.float64],
-        batch_size: NDArray[np.float64],
-        momentum: NDArray[np.float64],
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return interpolated times at the rungs.
-
-        Args:
-            learning_rate:
-                Shape ``(K,)``.
-            batch_size:
-                Shape ``(K,)``.
-            momentum:
-                Shape ``(K,)``.
-
-        Returns:
-            Depths, of shape ``(1, P)``, and logarithms of steps, ``(K, P)``; NaN where the
-            target is not reached.
-        """
-        from scipy.interpolate import RegularGridInterpolator
-
-        steps, _ = self.steps(learning_rate, batch_size, momentum)
-        _, axes, points, _, _ = self._points(learning_rate, batch_size, momentum)
-        shares = RegularGridInterpolator(axes, self.log_shares)(points)
-        logs = np.log(np.where(np.isfinite(steps), steps, np.nan))[:, None] + shares
-        return self.depths[None, :], logs
-
     def passages(
         self,
         learning_rate: NDArray[np.float64],
@@ -243,7 +210,8 @@ class ResponseSurface:
         both = RegularGridInterpolator(axes, table)(points)
         total, share = both[..., 0], both[..., 1]
         logs = total / np.where(share > 0, share, 1.0) - np.log(effective)[:, None]
-        return np.where((share > 0.5) & ~hopeless[:, None], logs, np.nan)
+        known = (share > 0.5) & ~hopeless[:, None]
+        return np.maximum.accumulate(np.where(known, logs, np.nan), axis=1)
 
     def depth_after(
         self,
@@ -328,15 +296,8 @@ class ResponseSurface:
         ).reshape(*shape, shape_p)
         log_rungs = new + np.log(effective)[..., None]
         reached = np.isfinite(self.log_tau)
-        at_target = new[..., -1:]
-        known = np.isfinite(new) & np.isfinite(at_target)
-        shares = np.where(known, np.minimum(new - at_target, 0.0), self.log_shares)
-        return replace(
-            self,
-            log_tau=np.where(reached, log_rungs[..., -1], np.inf),
-            log_shares=np.where(reached[..., None], shares, self.log_shares),
-            log_rungs=log_rungs,
-        )
+        log_tau = np.where(reached, log_rungs[..., -1], np.inf)
+        return replace(self, log_tau=log_tau, log_rungs=log_rungs)
 
     def _points(
         self,
@@ -366,26 +327,18 @@ class ResponseSurface:
         return effective, axes, points, outside, u > 1.0 + 1e-9
 
 
-def _shares(
+def _depths(
     curves: Trajectories, target: Target, rungs: NDArray[np.float64], initial: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Depths of the rungs, and logarithms of their times over that of the target."""
-    at_target = np.log(curves.crossings(target))
+) -> NDArray[np.float64]:
+    """The rungs down to the target, and the target's own."""
     if target.quantity == "loss":
         deepest = float(np.log(initial / target.value))
     else:
         # As deep as most curves are where they reach the target.
-        lowest = [np.nanmin(row) for row in curves.curves["loss"][np.isfinite(at_target)]]
+        reached = np.isfinite(curves.crossings(target))
+        lowest = [np.nanmin(row) for row in curves.curves["loss"][reached]]
         deepest = float(np.log(initial / np.median(lowest))) if lowest else float(rungs[-1])
-    depths = np.append(rungs[rungs < deepest], deepest)
-    shares = curves.log_passages(initial * np.exp(-depths[:-1])) - at_target[:, None]
-    shares = np.concatenate([shares, np.zeros((len(shares), 1))], axis=1)
-    shares = np.where(np.isfinite(shares), np.minimum(shares, 0.0), np.nan)
-    # Unknown rungs take the median over the nodes; the times there are not used anyway.
-    known = np.isfinite(shares).any(axis=0)
-    middle = np.zeros(len(depths))
-    middle[known] = np.nanmedian(shares[:, known], axis=0)
-    return depths, np.maximum.accumulate(np.where(np.isnan(shares), middle, shares), axis=1)
+    return np.append(rungs[rungs < deepest], deepest)
 
 
 _OF_SGD = ("dampening", "nesterov", "weight_decay")
