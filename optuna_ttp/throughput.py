@@ -141,8 +141,8 @@ def measure_throughput(
 ) -> Throughput:
     """Time real steps (forward, loss, backward, weight update) on the task's own data.
 
-    The weights that are updated are copies. The median over the repetitions is taken; at least
-    three follow a warm-up step.
+    The weights that are updated are copies. The median over the repetitions is taken; there is
+    one at least, after a warm-up step where steps are short or the first ones.
 
     Args:
         task:
@@ -167,8 +167,10 @@ def measure_throughput(
         for size in sizes:
             inputs, _ = next(task.batches(size, device, torch.float32))
             timings: list[float] = []
-            _time_step(frozen, inputs, device)
-            while len(timings) < 3 or (sum(timings) < seconds_per_size and len(timings) < 50):
+            # A warm-up changes little of what takes long, and costs as much.
+            if not seconds or seconds[-1] < seconds_per_size:
+                _time_step(frozen, inputs, device)
+            while not timings or (sum(timings) < seconds_per_size and len(timings) < 50):
                 timings.append(_time_step(frozen, inputs, device))
             seconds.append(float(np.median(timings)))
     # A larger batch cannot be faster; where it seems so, that is the noise of a shared machine.

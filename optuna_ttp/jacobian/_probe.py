@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
-_FRACTIONS = (0.85, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
+# Two passes over the data each. With twice as many, the growth that is predicted between them
+# changes by 1 % on average and 12 % at most, over nine networks of benchmarks/search.
+_FRACTIONS = (0.85, 0.7, 0.35, 0.15, 0.05)
 # Steps of the linearised path after which what is not reached is not looked at.
 _MAX_STEPS = 5_000
 # Outputs that are so close, relatively, to the linearised ones at every point are linear.
