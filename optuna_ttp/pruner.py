@@ -90,7 +90,9 @@ class TTPPruner(BasePruner):
     predicted to cost (``max_cost_ratio``); or not to fit into what is left of the study's budget.
     With ``goal="metric"`` a trial that is predicted to miss the target runs all the same where its
     training loss is predicted to get as low as that of any among the best quarter of the completed
-    trials: the target is not what their value depends on. The decision is made the first time that the objective calls ``trial.should_prune()``: call it
+    trials: the target is not what their value depends on.
+
+    The decision is made the first time that the objective calls ``trial.should_prune()``: call it
     once the hyperparameters are suggested, before training, or the steps before that call are
     paid for.
 
