@@ -21,6 +21,7 @@ def main() -> None:
     cells = exact["cells"]
     sketch = _read(folder / "sketch.json")
     products = _read(folder / "matrix_free.json") or {}
+    processes = (_read(folder / "distributed.json") or {"cells": []})["cells"]
     residual = [c for c in cells if c["network"] == "residual"]
     resnet = [c for c in cells if c["network"] == "resnet18"]
     summary: dict[str, Any] = {
@@ -45,7 +46,13 @@ def main() -> None:
         "share_of_lower_bound": min(
             c["bound"]["cpu_seconds"] / _median(c, "ours_exact", "cpu_seconds") for c in cells
         ),
-        "distributed_error": None,
+        "distributed_error": max((c["relative_difference"] for c in processes), default=None),
+        "distributed_share_of_flops": max(
+            (c["largest_share_of_gflop"] for c in processes), default=None
+        ),
+        "distributed_share_of_cpu_seconds": max(
+            (c["largest_share_of_cpu_seconds"] for c in processes), default=None
+        ),
         "environment": exact["environment"],
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -108,9 +108,9 @@ def exact_kernel(
             Keeps finished blocks of the kernel, so that an interrupted computation goes on where
             it stopped. None by default.
         distributed:
-            Share the samples with the other processes of the default group of
+            Share samples and weights with the other processes of the default group of
             :mod:`torch.distributed`, all of which must call this with the same task. What a
-            process holds of its samples, and once more that of another, is not limited by
+            process holds of its samples, and of its weights for all samples, is not limited by
             ``max_memory``, and there is no checkpoint. Off by default.
 
     Returns:

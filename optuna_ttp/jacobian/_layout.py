@@ -100,7 +100,8 @@ class Layout:
     @property
     def has_multipliers(self) -> bool:
         """Whether a learning-rate multiplier is not one."""
-        return any(p.multiplier != 1.0 for p in self.parameters)
+        of_sections = any(multiplier != 1.0 for _, _, multiplier in self.sections)
+        return of_sections or any(p.multiplier != 1.0 for p in self.parameters)
 
 
 def make_layout(
