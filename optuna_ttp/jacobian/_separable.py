@@ -131,13 +131,14 @@ def separate(factors: Factors) -> Separated:
 def _split(factors: Factors) -> tuple[torch.Tensor, torch.Tensor] | None:
     """``u`` of shape ``(B, G, C, o)`` and ``m`` of shape ``(B, G, o, S)``, if there are such."""
     d = joined(factors.cotangents)
-    squares = d.square().sum(-1)
-    largest, which = squares.max(2)
+    largest, which = torch.linalg.vector_norm(d, dim=-1).max(2)
     patterns = torch.take_along_dim(d, which[:, :, None, :, None], 2)
     inner = (d * patterns).sum(-1)
-    weights = inner / largest[:, :, None].clamp(min=torch.finfo(d.dtype).tiny)
-    away = (d - weights[..., None] * patterns).abs().amax((3, 4))
-    tolerance = _ROUNDINGS * torch.finfo(d.dtype).eps * d.abs().amax((3, 4))
+    weights = inner / largest[:, :, None].square().clamp(min=torch.finfo(d.dtype).tiny)
+    away = torch.addcmul(d, weights[..., None], patterns, value=-1.0)
+    away = torch.linalg.vector_norm(away, torch.inf, dim=(3, 4))
+    largest_cotangents = torch.linalg.vector_norm(d, torch.inf, dim=(3, 4))
+    tolerance = _ROUNDINGS * torch.finfo(d.dtype).eps * largest_cotangents
     return (weights, patterns[:, :, 0]) if bool((away <= tolerance).all()) else None
 
 

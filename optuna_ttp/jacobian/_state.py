@@ -103,6 +103,10 @@ class StateBuilder:
         self._parts: dict[str, list[Factors]] = {
             p.name: [] for p in layout.parameters if p.method in ("ghost", "panels")
         }
+        # Memory for the factors of all samples; nothing where batches have different lengths.
+        self._whole: dict[str, Factors | None] = {}
+        # Memory for the cotangents of a batch, for one batch after the other.
+        self._scratch: dict[str, tuple[torch.Tensor, ...]] = {}
         self._separated: dict[str, list[Separated]] = {
             p.name: [] for p in layout.parameters if p.method == "separable"
         }
@@ -175,9 +179,10 @@ class StateBuilder:
             raise UnclaimedError(missing, "run for some samples but not for others")
         for name in list(self._pending):
             factors = self._pending.pop(name)
+            # What is made of the inputs is needed once more, and not kept.
+            factors = replace(factors, caches=())
             if name in self._parts:
-                cotangents = tuple(d.contiguous() for d in factors.cotangents)
-                self._parts[name].append(replace(factors, cotangents=cotangents, caches=()))
+                self._keep(name, factors)
             elif name in self._separated:
                 self._separated[name].append(separate(factors))
             elif name in self._matrices and name not in self._written:
@@ -209,9 +214,11 @@ class StateBuilder:
 
     def finish(self) -> BlockState:
         """Return the state of all samples."""
+        self._scratch.clear()
         factors = {}
         for name in list(self._parts):
-            factors[name] = Factors.concatenate(self._parts.pop(name))
+            parts, whole = self._parts.pop(name), self._whole.pop(name)
+            factors[name] = Factors.concatenate(parts) if whole is None else whole
         return BlockState(
             self._n_samples,
             self._rows.flatten(0, 1),
@@ -238,12 +245,66 @@ class StateBuilder:
     def _put(self, name: str, factors: Factors, classes: slice) -> None:
         """Add cotangents of some outputs to those of the others."""
         if name not in self._pending:
-            whole = tuple(_for_all(d, self._n_outputs) for d in factors.cotangents)
-            self._pending[name] = replace(factors, cotangents=whole)
+            memory = self._memory(name, factors)
+            self._pending[name] = replace(factors, cotangents=memory)
         for whole_part, part in zip(
             self._pending[name].cotangents, factors.cotangents, strict=True
         ):
             whole_part[:, :, classes] = part
+
+    def _memory(self, name: str, factors: Factors) -> tuple[torch.Tensor, ...]:
+        """Where the cotangents of all outputs of a batch are gathered."""
+        if name in self._parts:
+            if name not in self._whole:
+                self._whole[name] = _empty_like(factors, self._n_samples, self._n_outputs)
+            whole = self._whole[name]
+            if whole is not None and _same_shapes(whole, factors):
+                return tuple(d[self._batch] for d in whole.cotangents)
+            return _empty_like(factors, len(factors.cotangents[0]), self._n_outputs).cotangents
+        shapes = [d.shape for d in factors.cotangents]
+        held = self._scratch.get(name)
+        if held is None or any(
+            len(h) < shape[0] or h.shape[1] != shape[1] or h.shape[3:] != shape[3:]
+            for h, shape in zip(held, shapes, strict=True)
+        ):
+            held = tuple(_for_all(d, self._n_outputs) for d in factors.cotangents)
+            self._scratch[name] = held
+        return tuple(h[: shape[0]] for h, shape in zip(held, shapes, strict=True))
+
+    def _keep(self, name: str, factors: Factors) -> None:
+        """Keep the factors of a batch."""
+        whole, parts = self._whole[name], self._parts[name]
+        if whole is not None and _same_shapes(whole, factors):
+            for all_, own in zip(whole.sources, factors.sources, strict=True):
+                all_[self._batch] = own
+            # Views of the whole, for when a later batch turns out to be of another length.
+            sources = tuple(t[self._batch] for t in whole.sources)
+            parts.append(replace(factors, sources=sources))
+            return
+        self._whole[name] = None
+        parts.append(factors)
+
+
+def _empty_like(factors: Factors, n_samples: int, n_outputs: int) -> Factors:
+    """Memory for the factors of all outputs of so many samples."""
+
+    def memory(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+        return torch.empty((n_samples, *shape), dtype=tensor.dtype, device=tensor.device)
+
+    sources = tuple(memory(t, *t.shape[1:]) for t in factors.sources)
+    cotangents = tuple(memory(d, d.shape[1], n_outputs, *d.shape[3:]) for d in factors.cotangents)
+    return replace(factors, sources=sources, cotangents=cotangents, caches=())
+
+
+def _same_shapes(whole: Factors, part: Factors) -> bool:
+    """Whether both are of calls with the same numbers of positions."""
+    if len(whole.sources) != len(part.sources):
+        return False
+    sources = zip(whole.sources, part.sources, strict=True)
+    cotangents = zip(whole.cotangents, part.cotangents, strict=True)
+    return all(a.shape[1:] == b.shape[1:] for a, b in sources) and all(
+        a.shape[3:] == b.shape[3:] for a, b in cotangents
+    )
 
 
 def _for_all(cotangent: torch.Tensor, n_outputs: int) -> torch.Tensor:
@@ -318,8 +379,17 @@ def multiply(
     if symmetric:
         for matrix in (total, stretched):
             if matrix is not None:
-                matrix.copy_(matrix.tril() + matrix.tril(-1).T)
+                _mirror(matrix)
     return total, stretched
+
+
+def _mirror(matrix: torch.Tensor) -> None:
+    """Make the upper triangle that of the lower one, without a second matrix."""
+    for start in range(0, len(matrix), _MAX_TILE):
+        stop = min(start + _MAX_TILE, len(matrix))
+        block = matrix[start:stop, start:stop]
+        block.copy_(block.tril() + block.tril(-1).T)
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].T
 
 
 class _Sums:
