@@ -85,6 +85,15 @@ class Factors:
             other.expand is None,
         ) and self.cotangents[0].shape[:4] == other.cotangents[0].shape[:4]
 
+    def of(self, samples: slice) -> Factors:
+        """Return the factors of some samples."""
+        return replace(
+            self,
+            sources=tuple(s[samples] for s in self.sources),
+            cotangents=tuple(d[samples] for d in self.cotangents),
+            caches=(),
+        )
+
     @staticmethod
     def concatenate(parts: list[Factors]) -> Factors:
         """Return the factors of all samples of the parts, in order."""

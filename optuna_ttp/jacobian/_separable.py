@@ -40,6 +40,10 @@ class Separated:
     weights: torch.Tensor
     rows: torch.Tensor
 
+    def of(self, samples: slice) -> Separated:
+        """Return the gradients of some samples."""
+        return Separated(self.weights[samples], self.rows[samples])
+
     @staticmethod
     def concatenate(parts: list[Separated]) -> Separated:
         """Return those of all samples of the parts, in order."""

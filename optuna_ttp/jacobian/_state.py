@@ -205,11 +205,11 @@ class StateBuilder:
             # Rows are scaled by the root of the multiplier, and so is w.
             flat = p.multiplier**0.5 * weights[p.name].detach().flatten()
             if p.name in self._matrices:
-                total = total + _times(self._target(p.name)[self._batch], flat)
+                total = total + row_products(self._target(p.name)[self._batch], flat)
             else:
                 together.append(flat)
         if together:
-            total = total + _times(self._rows[self._batch], torch.cat(together))
+            total = total + row_products(self._rows[self._batch], torch.cat(together))
         return total
 
     def finish(self) -> BlockState:
@@ -254,7 +254,7 @@ class StateBuilder:
 
     def _memory(self, name: str, factors: Factors) -> tuple[torch.Tensor, ...]:
         """Where the cotangents of all outputs of a batch are gathered."""
-        if name in self._parts:
+        if name in self._parts and len(factors.cotangents[0]) < self._n_samples:
             if name not in self._whole:
                 self._whole[name] = _empty_like(factors, self._n_samples, self._n_outputs)
             whole = self._whole[name]
@@ -273,7 +273,7 @@ class StateBuilder:
 
     def _keep(self, name: str, factors: Factors) -> None:
         """Keep the factors of a batch."""
-        whole, parts = self._whole[name], self._parts[name]
+        whole, parts = self._whole.get(name), self._parts[name]
         if whole is not None and _same_shapes(whole, factors):
             for all_, own in zip(whole.sources, factors.sources, strict=True):
                 all_[self._batch] = own
@@ -316,8 +316,18 @@ def _for_all(cotangent: torch.Tensor, n_outputs: int) -> torch.Tensor:
     return memory.permute(0, 2, 3, 4, 1)
 
 
-def _times(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``rows weights`` of shape ``(B, C)``, sums in double precision chunk by chunk."""
+def row_products(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return ``rows weights``, sums in double precision chunk by chunk.
+
+    Args:
+        rows:
+            Shape ``(B, C, p)``.
+        weights:
+            Shape ``(p,)``.
+
+    Returns:
+        Shape ``(B, C)``.
+    """
     total: Any = torch.zeros(rows.shape[:-1])
     for start in range(0, len(weights), CHUNK):
         part = rows[..., start : start + CHUNK] @ weights[start : start + CHUNK]
