@@ -182,20 +182,14 @@ class Factors:
 
     def _outputs(self, k: int, weight: torch.Tensor) -> torch.Tensor:
         """What the layer gives without its bias in its ``k``-th call, ``(B, G, o, S)``."""
-        cache = self.caches[k] if self.caches else {}
-        if "outputs" in cache:
-            return cache["outputs"]
         groups, _, width, _, n_rows = self.shape
         if self.expand is None:
             looked_up = torch.nn.functional.embedding(self.sources[k], weight)
-            outputs = looked_up.transpose(1, 2)[:, None]
-        else:
-            shape = (groups, n_rows, width) if self.transposed else (groups, width, n_rows)
-            matrix = weight.reshape(shape)
-            matrix = matrix.transpose(1, 2) if self.transposed else matrix
-            outputs = matrix @ self.expand(self.sources[k])
-        cache["outputs"] = outputs
-        return outputs
+            return looked_up.transpose(1, 2)[:, None]
+        shape = (groups, n_rows, width) if self.transposed else (groups, width, n_rows)
+        matrix = weight.reshape(shape)
+        matrix = matrix.transpose(1, 2) if self.transposed else matrix
+        return matrix @ self.expand(self.sources[k])
 
     def _table_rows(self) -> torch.Tensor:
         """Rows of a table that integers index."""

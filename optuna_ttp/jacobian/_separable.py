@@ -63,6 +63,17 @@ class Separated:
         ]
         return sum(parts[1:], parts[0]).flatten(2)
 
+    def inner(self, weight: torch.Tensor) -> torch.Tensor:
+        """``sum_{o, k} G[n, c, o, k] W[o, k]``, of shape ``(B, C)``.
+
+        Args:
+            weight:
+                As the layer lays it out.
+        """
+        matrix = weight.reshape(self.rows.shape[1], -1)
+        terms = (self.rows * matrix[:, None]).sum(-1)
+        return (self.weights.flatten(2) @ terms.flatten(1)[..., None]).squeeze(2)
+
     def product(self, vectors: torch.Tensor) -> torch.Tensor:
         """``G^T V``.
 
@@ -104,7 +115,9 @@ def is_separable(factors: Factors) -> bool:
         factors:
             For two or more directions of the outputs.
     """
-    return factors.expand is not None and _split(factors) is not None
+    # Where inputs come first in a weight, terms by channel would not lie as the weight does.
+    plain = factors.expand is not None and not factors.transposed
+    return plain and _split(factors) is not None
 
 
 def separate(factors: Factors) -> Separated:
@@ -135,15 +148,14 @@ def separate(factors: Factors) -> Separated:
 def _split(factors: Factors) -> tuple[torch.Tensor, torch.Tensor] | None:
     """``u`` of shape ``(B, G, C, o)`` and ``m`` of shape ``(B, G, o, S)``, if there are such."""
     d = joined(factors.cotangents)
-    largest, which = torch.linalg.vector_norm(d, dim=-1).max(2)
+    largest, which = d.square().sum(-1).max(2)
     patterns = torch.take_along_dim(d, which[:, :, None, :, None], 2)
     inner = (d * patterns).sum(-1)
-    weights = inner / largest[:, :, None].square().clamp(min=torch.finfo(d.dtype).tiny)
+    weights = inner / largest[:, :, None].clamp(min=torch.finfo(d.dtype).tiny)
     away = torch.addcmul(d, weights[..., None], patterns, value=-1.0)
-    away = torch.linalg.vector_norm(away, torch.inf, dim=(3, 4))
-    largest_cotangents = torch.linalg.vector_norm(d, torch.inf, dim=(3, 4))
-    tolerance = _ROUNDINGS * torch.finfo(d.dtype).eps * largest_cotangents
-    return (weights, patterns[:, :, 0]) if bool((away <= tolerance).all()) else None
+    tolerance = _ROUNDINGS * torch.finfo(d.dtype).eps * d.abs().amax((3, 4))
+    same = bool((away.abs_().amax((3, 4)) <= tolerance).all())
+    return (weights, patterns[:, :, 0]) if same else None
 
 
 def separated_gram(left: Separated, right: Separated, *, symmetric: bool) -> torch.Tensor:

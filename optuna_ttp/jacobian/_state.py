@@ -123,8 +123,7 @@ class StateBuilder:
         self,
         gradients: Iterator[tuple[str, Contribution]],
         classes: slice,
-        weights: dict[str, torch.Tensor] | None,
-    ) -> torch.Tensor:
+    ) -> None:
         """Add the gradients of some outputs of the batch.
 
         Args:
@@ -132,22 +131,12 @@ class StateBuilder:
                 Contributions to each parameter's gradient.
             classes:
                 Which outputs.
-            weights:
-                The parameters ``w``, if ``J diag(c) w`` is wanted.
-
-        Returns:
-            What they contribute to ``J diag(c) w``, of shape ``(B, classes)``.
         """
         gathered: dict[str, Factors] = {}
-        shape = (self._batch.stop - self._batch.start, classes.stop - classes.start)
-        inner = torch.zeros(shape, dtype=torch.float64)
         for name, contribution in gradients:
             parameter = self._parameters[name]
             root = parameter.multiplier**0.5
             if isinstance(contribution, Factors):
-                if parameter.method != "rows" and weights is not None:
-                    part = contribution.inner(weights[name].detach())
-                    inner += parameter.multiplier * part.to(inner)
                 scaled = contribution.scaled(root)
                 known = gathered.get(name)
                 if known is None or known.fits(scaled):
@@ -158,7 +147,6 @@ class StateBuilder:
             self._add_rows(name, contribution, classes, root)
         for name, factors in gathered.items():
             self._put(name, factors, classes)
-        return inner
 
     def end(self, weights: dict[str, torch.Tensor] | None) -> torch.Tensor:
         """Finish the batch.
@@ -168,7 +156,7 @@ class StateBuilder:
                 The parameters ``w``, if ``J diag(c) w`` is wanted.
 
         Returns:
-            What the rows contribute to ``J diag(c) w``, of shape ``(B, C)``.
+            ``J diag(c) w`` of shape ``(B, C)``, or zeros.
 
         Raises:
             JacobianMismatchError:
@@ -177,23 +165,35 @@ class StateBuilder:
         missing = (self._parts.keys() | self._separated.keys()) - self._pending.keys()
         if missing:
             raise UnclaimedError(missing, "run for some samples but not for others")
+        inner = torch.zeros((self._batch.stop - self._batch.start, self._n_outputs)).double()
         for name in list(self._pending):
             factors = self._pending.pop(name)
             # What is made of the inputs is needed once more, and not kept.
             factors = replace(factors, caches=())
             if name in self._parts:
+                if weights is not None:
+                    inner += self._inner(name, factors, weights)
                 self._keep(name, factors)
             elif name in self._separated:
-                self._separated[name].append(separate(factors))
+                separated = separate(factors)
+                if weights is not None:
+                    inner += self._inner(name, separated, weights)
+                self._separated[name].append(separated)
             elif name in self._matrices and name not in self._written:
                 # All outputs in one product, which is faster than one after the other.
                 factors.write_rows(self._matrices[name][self._batch])
                 self._written.add(name)
             else:
                 self._add_rows(name, factors.rows(), slice(None))
-        if weights is None:
-            return torch.zeros((self._batch.stop - self._batch.start, self._n_outputs))
-        return self._weight_outputs(weights)
+        return inner if weights is None else inner + self._weight_outputs(weights)
+
+    def _inner(
+        self, name: str, gradient: Factors | Separated, weights: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """What one parameter contributes to ``J diag(c) w``."""
+        # The gradient is scaled by the root of the multiplier, and so is w.
+        root = self._parameters[name].multiplier ** 0.5
+        return root * gradient.inner(weights[name].detach()).double().cpu()
 
     def _weight_outputs(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the rows of the batch contribute to ``J diag(c) w``."""
