@@ -21,9 +21,9 @@ from optuna_ttp.jacobian import plan_spectrum
 from optuna_ttp.jacobian._factors import Factors
 from optuna_ttp.jacobian._factors import ghost_gram
 from optuna_ttp.jacobian._rules import rule_for
+from optuna_ttp.jacobian._separable import gathered_terms
 from optuna_ttp.jacobian._separable import is_separable
 from optuna_ttp.jacobian._separable import separate
-from optuna_ttp.jacobian._separable import Separated
 from optuna_ttp.jacobian._separable import separated_gram
 from optuna_ttp.task import FineTuningTask
 from tests.cases import Case
@@ -353,7 +353,8 @@ def test_separated_products_agree(
     torch.testing.assert_close(made[0].gradient().flatten(0, 1), rows[0])
     torch.testing.assert_close(made[0].product(vectors), rows[0].T @ vectors)
     torch.testing.assert_close(made[0].image(rows[0].T), rows[0] @ rows[0].T)
-    both, all_rows = Separated.concatenate(made), torch.cat(rows)
+    both = gathered_terms(None, made[0], slice(0, n), n + m)
+    both, all_rows = gathered_terms(both, made[1], slice(n, n + m), n + m), torch.cat(rows)
     square = separated_gram(both, both, symmetric=True)
     samples = torch.arange(len(square)) // classes
     lower = samples[:, None] >= samples

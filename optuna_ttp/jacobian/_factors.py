@@ -227,6 +227,7 @@ def ghost_gram(left: Factors, right: Factors, *, symmetric: bool) -> torch.Tenso
     total = torch.zeros((n_left, classes, n_right, classes), dtype=torch.float64, device=device)
     d_left, d_right = joined(left.cotangents), joined(right.cotangents)
     a_right = input_side(right)
+    # Nothing is held twice where both are the same.
     a_left = a_right if symmetric else input_side(left)
     for group in range(groups):
         dl, dr = d_left[:, group], d_right[:, group]
@@ -241,7 +242,8 @@ def ghost_gram(left: Factors, right: Factors, *, symmetric: bool) -> torch.Tenso
             whole = outputs.reshape(n_left, classes, n_right, classes)
             total += (whole * inputs[:, None, :, None]).to(device)
             continue
-        al, ar = al.contiguous(), ar.contiguous()
+        ar = ar.contiguous()
+        al = ar if symmetric else al.contiguous()
         step = max(1, SCRATCH // (dl[0].numel() // positions * other_positions))
         for n in range(n_left):
             seen = n + 1 if symmetric else n_right

@@ -44,17 +44,6 @@ class Separated:
         """Return the gradients of some samples."""
         return Separated(self.weights[samples], self.rows[samples])
 
-    @staticmethod
-    def concatenate(parts: list[Separated]) -> Separated:
-        """Return those of all samples of the parts, in order."""
-        rank = max(p.weights.shape[3] for p in parts)
-        pad = torch.nn.functional.pad
-        missing = [rank - p.weights.shape[3] for p in parts]
-        return Separated(
-            torch.cat([pad(p.weights, (0, n)) for p, n in zip(parts, missing, strict=True)]),
-            torch.cat([pad(p.rows, (0, 0, 0, n)) for p, n in zip(parts, missing, strict=True)]),
-        )
-
     def gradient(self) -> torch.Tensor:
         """Return the gradient, of shape ``(B, C, O k)``."""
         parts = [
@@ -106,6 +95,39 @@ class Separated:
         mixed = (rows @ matrix.unflatten(0, (width, -1))).unflatten(1, (batch, rank))
         image: torch.Tensor = self.weights.flatten(2) @ mixed.transpose(0, 1).flatten(1, 2)
         return image.flatten(0, 1)
+
+
+def gathered_terms(
+    whole: Separated | None, part: Separated, samples: slice, n_samples: int
+) -> Separated:
+    """Write the terms of some samples into memory for all.
+
+    Args:
+        whole:
+            What was written before; changed. Nothing at first.
+        part:
+            Of some samples, which may have more or fewer terms than those before.
+        samples:
+            Which ones.
+        n_samples:
+            How many there are in all.
+
+    Returns:
+        The memory, of its own where there are more terms than before.
+    """
+    n_terms = part.rows.shape[2]
+    if whole is None or whole.rows.shape[2] < n_terms:
+        known = whole
+        whole = Separated(
+            part.weights.new_zeros((n_samples, *part.weights.shape[1:])),
+            part.rows.new_zeros((n_samples, *part.rows.shape[1:])),
+        )
+        if known is not None:
+            whole.weights[..., : known.weights.shape[3]] = known.weights
+            whole.rows[:, :, : known.rows.shape[2]] = known.rows
+    whole.weights[samples, ..., :n_terms] = part.weights
+    whole.rows[samples, :, :n_terms] = part.rows
+    return whole
 
 
 def is_separable(factors: Factors) -> bool:

@@ -16,6 +16,7 @@ from optuna_ttp.jacobian._factors import ghost_gram
 from optuna_ttp.jacobian._factors import sums_device
 from optuna_ttp.jacobian._layout import Layout
 from optuna_ttp.jacobian._rules import Contribution
+from optuna_ttp.jacobian._separable import gathered_terms
 from optuna_ttp.jacobian._separable import separate
 from optuna_ttp.jacobian._separable import Separated
 from optuna_ttp.jacobian._separable import separated_gram
@@ -23,6 +24,8 @@ from optuna_ttp.jacobian._separable import separated_gram
 
 # Rows of the kernel that are multiplied at a time: of the triangle, half a tile is wasted.
 _N_TILES, _MIN_TILE, _MAX_TILE = 10, 64, 256
+# Columns of rows that are made of factors at a time.
+PANEL = 2**13
 # Columns that are multiplied at a time: what the processor's cache holds of many rows.
 _COLUMNS = 2**12
 
@@ -107,9 +110,8 @@ class StateBuilder:
         self._whole: dict[str, Factors | None] = {}
         # Memory for the cotangents of a batch, for one batch after the other.
         self._scratch: dict[str, tuple[torch.Tensor, ...]] = {}
-        self._separated: dict[str, list[Separated]] = {
-            p.name: [] for p in layout.parameters if p.method == "separable"
-        }
+        self._separable = {p.name for p in layout.parameters if p.method == "separable"}
+        self._separated: dict[str, Separated] = {}
         self._parameters = {p.name: p for p in layout.parameters}
         self._batch = slice(0, 0)
 
@@ -162,7 +164,7 @@ class StateBuilder:
             JacobianMismatchError:
                 If a layer did not run for it.
         """
-        missing = (self._parts.keys() | self._separated.keys()) - self._pending.keys()
+        missing = (self._parts.keys() | self._separable) - self._pending.keys()
         if missing:
             raise UnclaimedError(missing, "run for some samples but not for others")
         inner = torch.zeros((self._batch.stop - self._batch.start, self._n_outputs)).double()
@@ -174,11 +176,14 @@ class StateBuilder:
                 if weights is not None:
                     inner += self._inner(name, factors, weights)
                 self._keep(name, factors)
-            elif name in self._separated:
+            elif name in self._separable:
                 separated = separate(factors)
                 if weights is not None:
                     inner += self._inner(name, separated, weights)
-                self._separated[name].append(separated)
+                known = self._separated.get(name)
+                self._separated[name] = gathered_terms(
+                    known, separated, self._batch, self._n_samples
+                )
             elif name in self._matrices and name not in self._written:
                 # All outputs in one product, which is faster than one after the other.
                 factors.write_rows(self._matrices[name][self._batch])
@@ -224,7 +229,7 @@ class StateBuilder:
             self._rows.flatten(0, 1),
             factors,
             {n: m.flatten(0, 1) for n, m in self._matrices.items()},
-            {n: Separated.concatenate(parts) for n, parts in self._separated.items()},
+            self._separated,
         )
 
     def _add_rows(
@@ -378,14 +383,17 @@ def multiply(
             product = ghost_gram(one, other, symmetric=symmetric)
             sums.add_product(product, parameter.multiplier)
             continue
-        panels = one.panels(CHUNK)
-        others = panels if symmetric else other.panels(CHUNK)
+        panels = one.panels(PANEL)
+        others = panels if symmetric else other.panels(PANEL)
         if symmetric:
             for panel in panels:
                 sums.add(panel, panel, parameter.multiplier)
+                # Gone before the next one is made.
+                del panel
         else:
             for panel, across in zip(panels, others, strict=True):
                 sums.add(panel, across, parameter.multiplier)
+                del panel, across
     if symmetric:
         for matrix in (total, stretched):
             if matrix is not None:
