@@ -899,7 +899,32 @@ def test_plan_refuses_bad_settings() -> None:
         ({"engine": "magic"}, "engine must be one of"),
         ({"dtype": "float16"}, "dtype must be one of"),
         ({"engine": "exact", "max_memory": 10}, "max_memory must be at least"),
-        ({"engine": "sketch"}, 'can only plan the engine "exact"'),
     ):
         with pytest.raises(ValueError, match=message):
             plan_spectrum(task, **settings_)
+    faster = FineTuningTask(mlp(), vectors(4), learning_rate_multipliers={"0.": 2.0})
+    with pytest.raises(ValueError, match='must all be one for the engine "sketch"'):
+        plan_spectrum(faster, engine="sketch")
+
+
+@pytest.mark.parametrize("engine", ["sketch", "refined_sketch", "matrix_free"])
+def test_plan_of_other_engines(engine: str) -> None:
+    task = FineTuningTask(cnn(), images(12), validation_data=images(4, seed=2))
+    plan = plan_spectrum(task, engine=engine)
+    assert plan.engine == engine
+    assert plan.seconds > 0
+    assert plan.bytes > 0
+    assert sum(layer.n_weights for layer in plan.layers) == plan.n_parameters
+    assert str(plan).startswith(f"{engine}, about ")
+
+
+def test_plan_of_products_one_direction_at_a_time() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 400))
+    x = torch.randn(5, 6)
+    task = FineTuningTask(model, (x, torch.arange(5)))
+    plan = plan_spectrum(task, engine="matrix_free", rank=5)
+    assert plan.seconds > 0
+    # No rows are made, so there is nothing to say of single layers.
+    assert plan.layers == ()
+    assert plan.bytes > 4 * task.n_samples * task.n_outputs * 5

@@ -107,7 +107,7 @@ class _Rectifiers(torch.overrides.TorchFunctionMode):
         return result
 
 
-def _errors(gram: NDArray[Any], reference: NDArray[np.float64], n_samples: int) -> dict[str, Any]:
+def _errors(gram: NDArray[Any], reference: NDArray[Any], n_samples: int) -> dict[str, Any]:
     away = (gram - reference).reshape(n_samples, -1, n_samples, gram.shape[0] // n_samples)
     known = reference.reshape(away.shape)
     # A sample's block of the diagonal has no other sample's error in it.

@@ -33,6 +33,7 @@ from optuna_ttp.jacobian._sharded import check_group
 from optuna_ttp.jacobian._sharded import sharded_kernel
 from optuna_ttp.jacobian._state import BlockState
 from optuna_ttp.jacobian._state import multiply
+from optuna_ttp.jacobian._state import PANEL
 
 
 if TYPE_CHECKING:
@@ -274,6 +275,53 @@ def block_sizes(
         f"{task.n_parameters} parameters but got {max_memory / 2**30:.3g} GiB. "
         "Give more memory, or fewer samples."
     )
+
+
+def expected_bytes(
+    task: FineTuningTask,
+    preparation: Preparation,
+    sizes: BlockSizes,
+    dtype: torch.dtype,
+) -> int:
+    """Say what computing the kernel takes at its peak, on top of the model and the data.
+
+    :func:`block_sizes` adds up everything that could be held at once, for the budget must not be
+    exceeded. This is what is held at once.
+
+    Args:
+        task:
+            The task.
+        preparation:
+            What a sample takes.
+        sizes:
+            How samples are grouped.
+        dtype:
+            Precision of the Jacobian.
+
+    Returns:
+        Bytes.
+    """
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    layout, n_outputs = preparation.layout, task.n_outputs
+    n_matrices = 2 if layout.has_multipliers else 1
+    n_held_out = 0 if task.validation is None else task.validation.n_samples
+    n_rows = task.n_samples * n_outputs
+    results = n_rows * itemsize * (n_matrices * n_rows + n_held_out * n_outputs)
+    whole = sizes.held == task.n_samples and n_held_out == 0
+    streamed = 0 if whole else sizes.streamed
+    states = (sizes.held + streamed) * layout.bytes_per_sample
+    reading = sizes.batch * preparation.bytes_per_sample
+    tile = sizes.held * max(sizes.held, streamed) * n_outputs**2 * 8 * n_matrices
+    scratch = (sizes.held + streamed) * layout.scratch_per_sample
+    panel = (sizes.held + streamed) * n_outputs * min(PANEL, task.n_parameters) * itemsize
+    if not any(p.method == "panels" for p in layout.parameters):
+        panel = 0
+    # Entries of the result take memory only once they are written.
+    multiplying = tile + max(scratch + panel, results) if whole else tile + scratch + panel
+    before = 0 if whole else results
+    # Weights in another layout, and two gradients of all that are compared in the end.
+    weights = 3 * task.n_parameters * itemsize
+    return states + before + max(reading, multiplying) + weights
 
 
 def _cut(sizes: BlockSizes, n_samples: int) -> BlockSizes:

@@ -108,19 +108,27 @@ def prepare(
             width = sum(s.numel() for s in call.shapes)
             # Cotangents twice, because they are brought into order; the activation itself, and
             # what its derivative needs.
-            elements += (2 * n_classes + 3) * width
+            elements += (2 * n_classes + 2) * width
             elements += sum(t.numel() for t in tensors_of((call.args, call.kwargs)))
-    # Rows are made when the cotangents of all outputs are there.
-    unfolded = sum(
-        shape.groups * shape.positions * (shape.n_rows + task.n_outputs * shape.width)
-        for parameter in layout.parameters
-        if parameter.method == "rows"
-        and (shape := claims.shapes[parameter.name]) is not None
-        and not shape.is_table
+    per_sample = itemsize * (
+        elements // n_checked + _gathered_elements(layout, claims, task.n_outputs)
     )
-    largest = max((p.size for p in layout.parameters if p.method == "rows"), default=0)
-    per_sample = itemsize * (elements // n_checked + unfolded + task.n_outputs * largest)
     return Preparation(claims, layout, per_sample)
+
+
+def _gathered_elements(layout: Layout, claims: Claims, n_outputs: int) -> int:
+    """What a sample needs until its rows are made: cotangents of all outputs, and inputs."""
+    cotangents = unfolded = rows = 0
+    for parameter in layout.parameters:
+        shape = claims.shapes[parameter.name]
+        if shape is None:
+            rows = max(rows, n_outputs * parameter.size)
+        elif parameter.method in ("rows", "separable") and not shape.is_table:
+            positions = shape.groups * shape.positions
+            cotangents += n_outputs * shape.width * positions
+            # Those of one parameter after the other.
+            unfolded = max(unfolded, shape.n_rows * positions)
+    return cotangents + unfolded + rows
 
 
 def _separable(claims: Claims, recording: Recording, seed: int) -> frozenset[str]:

@@ -288,6 +288,34 @@ class Passes:
     def __exit__(self, *details: object) -> None:
         self._stack.close()
 
+    @property
+    def preparation(self) -> Preparation:
+        """What a look at a few samples has shown, and how a batch is held."""
+        return replace(self._preparation, layout=self._layout)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples that go through the network together."""
+        return self._batch_size
+
+    def sketch_bytes(self, width: int) -> int:
+        """Say what a sketch takes at its peak, on top of the model and the data.
+
+        Args:
+            width:
+                Numbers a row.
+        """
+        task = self._task
+        itemsize = torch.empty((), dtype=self._dtype).element_size()
+        kept, projected = _split({p.name: p.size for p in self._layout.parameters}, width)
+        n_held_out = 0 if task.validation is None else task.validation.n_samples
+        n_rows = (task.n_samples + n_held_out) * task.n_outputs
+        rows = n_rows * (sum(kept.values()) + width) * itemsize
+        held = self._layout.bytes_per_sample + self._preparation.bytes_per_sample
+        # Signs of both halves, weights in another layout, and one gradient that is compared.
+        weights = (2 * sum(projected.values()) + 2 * task.n_parameters) * itemsize
+        return rows + self._batch_size * held + weights
+
     def sketch(self, width: int, projection: str, seed: int) -> Sketch:
         task = self._task
         sizes = {p.name: p.size for p in self._layout.parameters}

@@ -198,7 +198,8 @@ class StateBuilder:
         """What one parameter contributes to ``J diag(c) w``."""
         # The gradient is scaled by the root of the multiplier, and so is w.
         root = self._parameters[name].multiplier ** 0.5
-        return root * gradient.inner(weights[name].detach()).double().cpu()
+        inner: torch.Tensor = root * gradient.inner(weights[name].detach()).double().cpu()
+        return inner
 
     def _weight_outputs(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the rows of the batch contribute to ``J diag(c) w``."""
