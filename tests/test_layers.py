@@ -252,6 +252,95 @@ def test_norms(name: str, device: torch.device) -> None:
     _check(one, device, derivatives={"layer.1.weight": derivative})
 
 
+@given(
+    seed=seeds,
+    kind=st.sampled_from(["batch", "group", "instance", "layer", "rms"]),
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    lead=st.lists(st.integers(1, 4), max_size=3),
+    bias=st.booleans(),
+)
+@settings(max_examples=20)
+def test_norms_of_any_shape(
+    seed: int, kind: str, groups: int, per_group: int, lead: list[int], bias: bool
+) -> None:
+    torch.manual_seed(seed)
+    width = groups * per_group
+    if kind in ("layer", "rms"):
+        # Statistics over one axis or two, none of them of a single number.
+        shape = (width + 1,) if len(lead) % 2 else (2, width)
+        layer: torch.nn.Module = (
+            torch.nn.RMSNorm(shape)
+            if kind == "rms"
+            else torch.nn.LayerNorm(shape, bias=bias, eps=1e-3)
+        )
+        x, axis = torch.randn(5, *lead, *shape), -1
+    else:
+        # Instances of a single number have no variance.
+        lead = [n + 1 for n in lead] or ([3] if kind == "instance" or per_group == 1 else [])
+        n_axes, axis = len(lead), 1
+        if kind == "group":
+            layer = torch.nn.GroupNorm(groups, width)
+        elif kind == "instance":
+            layer = getattr(torch.nn, f"InstanceNorm{n_axes}d")(width, affine=True)
+        else:
+            layer = getattr(torch.nn, f"BatchNorm{max(1, n_axes)}d")(width, eps=1e-2)
+        x = torch.randn(5, width, *lead)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.uniform_(0.5, 1.5)
+        layer(2.0 * torch.randn(16, *x.shape[1:]) + 1.0)
+    one = _head(torch.nn.Sequential(torch.nn.Identity(), layer).eval(), x, axis)
+    _check(one, derivatives={"layer.1.weight": "rule"})
+
+
+@given(
+    seed=seeds,
+    heads=st.integers(1, 3),
+    n_tokens=st.integers(1, 4),
+    batch_first=st.booleans(),
+    bias=st.booleans(),
+    own_widths=st.booleans(),
+    masked=st.booleans(),
+)
+@settings(max_examples=10)
+def test_attention_layers(
+    seed: int,
+    heads: int,
+    n_tokens: int,
+    batch_first: bool,
+    bias: bool,
+    own_widths: bool,
+    masked: bool,
+) -> None:
+    torch.manual_seed(seed)
+    width = 2 * heads
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Linear(3, width)
+            widths = {"kdim": 3, "vdim": 3} if own_widths else {}
+            self.attention = torch.nn.MultiheadAttention(
+                width, heads, bias=bias, batch_first=batch_first, **widths
+            )
+            self.head = torch.nn.Linear(width, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query = self.embed(x)
+            key = x if own_widths else query
+            if not batch_first:
+                query, key = query.transpose(0, 1), key.transpose(0, 1)
+            mask = torch.ones(n_tokens, n_tokens).triu(1).bool() if masked else None
+            mixed, _ = self.attention(query, key, key, attn_mask=mask, need_weights=False)
+            outputs: torch.Tensor = self.head(mixed.tanh().mean(1 if batch_first else 0))
+            return outputs
+
+    x = torch.randn(5, n_tokens, 3)
+    one = Case(Model(), (x, torch.arange(5) % 3))
+    _check(one, derivatives={"attention.out_proj.weight": "vmap", "embed.weight": "rule"})
+
+
 def test_batch_norm_and_dropout_in_training_mode_are_evaluated() -> None:
     model = torch.nn.Sequential(cnn(), torch.nn.Dropout(0.5)).train()
     statistics = next(b for n, b in model.named_buffers() if "mean" in n)
@@ -690,11 +779,31 @@ HARD: dict[str, tuple[Callable[[], Case], dict[str, str]]] = {
     ),
     "attention kernels": (lambda: Case(_sdpa(), vectors(7)), {"project.weight": "rule"}),
     "low rank": (lambda: Case(_low_rank(), vectors(7)), {"lora_a.weight": "rule"}),
+    "biases alone": (lambda: Case(_biases_alone(), images(7)), {"0.bias": "rule"}),
+    "compiled layers": (
+        lambda: Case(_compiled(), vectors(7)),
+        {"0._orig_mod.0.weight": "rule", "2.weight": "rule"},
+    ),
     "unused parameters": (
         lambda: Case(torch.nn.Sequential(mlp(), _Unused()), vectors(7)),
         {"0.0.weight": "rule"},
     ),
 }
+
+
+def _biases_alone() -> torch.nn.Module:
+    """Only biases and shifts are trained (Ben Zaken et al., 2021, arXiv 2106.10199)."""
+    model = cnn()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith("bias"))
+    return model
+
+
+def _compiled() -> torch.nn.Module:
+    """A part of the network is compiled; the backend that only traces needs no compiler."""
+    inner = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6))
+    compiled: Any = torch.compile(inner, backend="eager")
+    return torch.nn.Sequential(compiled, torch.nn.Tanh(), torch.nn.Linear(6, 3))
 
 
 class _Unused(torch.nn.Module):
