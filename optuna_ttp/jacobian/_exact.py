@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 # Bytes for activations and cotangents of the samples that go through the network together: more
 # of them hardly make it faster.
-_BATCH_BYTES = {"cpu": 2**28, "cuda": 2**31}
+_BATCH_BYTES = {"cpu": 200 * 2**20, "cuda": 2**31}
 # Smaller than what the outputs are first computed in, so that samples see other neighbours.
 _MAX_BATCH = 32
 # With a checkpoint the samples are cut in so many blocks, whose products are stored one by one.
@@ -240,7 +240,7 @@ def block_sizes(
     results = n_rows * (n_matrices * n_rows + n_held_out) * itemsize
     held, making = preparation.layout.bytes_per_sample, preparation.bytes_per_sample
     wanted = max(1, min(_MAX_BATCH, -(-n_samples // 2)))
-    at_best = max(1, min(wanted, _BATCH_BYTES.get(device.type, 2**28) // max(1, making)))
+    at_best = max(1, min(wanted, _BATCH_BYTES.get(device.type, 200 * 2**20) // max(1, making)))
 
     def needed(n_held: int, n_streamed: int, batch: int) -> int:
         columns = n_streamed * n_outputs

@@ -103,12 +103,11 @@ def prepare(
     replayed = set(claims.replayed)
     elements = 0
     for module, calls in recording.calls.items():
-        n_classes = task.n_outputs if batched or module in replayed else 1
+        # Of one output at a time, or of all, which are brought into order then.
+        n_cotangents = 2 * task.n_outputs if batched or module in replayed else 1
         for call in calls:
-            width = sum(s.numel() for s in call.shapes)
-            # Cotangents twice, because they are brought into order; the activation itself, and
-            # what its derivative needs.
-            elements += (2 * n_classes + 2) * width
+            # What operations between layers keep is about as large as what they are given.
+            elements += (n_cotangents + 1) * sum(s.numel() for s in call.shapes)
             elements += sum(t.numel() for t in tensors_of((call.args, call.kwargs)))
     per_sample = itemsize * (
         elements // n_checked + _gathered_elements(layout, claims, task.n_outputs)

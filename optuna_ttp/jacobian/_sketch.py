@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 _KEPT_SIZE = 2048
 # Together they have at most so many columns for each one of the sketch.
 _KEPT_SHARE = 0.5
-_BATCH_BYTES = 2**28
+_BATCH_BYTES = 2**27
 _MAX_BATCH = 32
 
 
@@ -278,7 +278,7 @@ class Passes:
             self._preparation = found
             self._tape = stack.enter_context(found.claims.tape(self._frozen).attached())
             n = task.n_samples
-            making = found.bytes_per_sample + self._largest_rows()
+            making = found.bytes_per_sample + self._layout.bytes_per_sample
             batch = max(1, min(_MAX_BATCH, -(-n // 2), _BATCH_BYTES // max(1, making)))
             self._batch_size = batch
             self._reference = reference
@@ -314,7 +314,7 @@ class Passes:
         held = self._layout.bytes_per_sample + self._preparation.bytes_per_sample
         # Signs of both halves, weights in another layout, and one gradient that is compared.
         weights = (2 * sum(projected.values()) + 2 * task.n_parameters) * itemsize
-        return rows + self._batch_size * held + weights
+        return rows + self._batch_size * held + 2 * SCRATCH * itemsize + weights
 
     def sketch(self, width: int, projection: str, seed: int) -> Sketch:
         task = self._task
@@ -501,12 +501,6 @@ class Passes:
             disable=None if self._show else True,
             leave=False,
         )
-
-    def _largest_rows(self) -> int:
-        """Bytes of one sample's rows of the largest parameter, and of their signed copy."""
-        itemsize = torch.empty((), dtype=self._dtype).element_size()
-        largest = max((p.size for p in self._layout.parameters if p.method != "rows"), default=0)
-        return 2 * itemsize * self._task.n_outputs * largest
 
     def _refuse_infinite(self, state: BlockState, norms: torch.Tensor, first: int) -> None:
         if torch.isfinite(norms).all():
