@@ -453,7 +453,7 @@ def test_products_of_the_samples_loss_gradients(loss: torch.nn.Module, engine: s
     # A sample's share of the mean over all, which class weights make unequal.
     outputs = model(data[0])
     whole = copy.deepcopy(loss)
-    whole.reduction = "sum"
+    setattr(whole, "reduction", "sum")  # noqa: B010
     parts = [whole(outputs[n : n + 1], data[1][n : n + 1]) for n in range(9)]
     scale = 9 * float(loss(outputs, data[1]).detach() / whole(outputs, data[1]).detach())
     gradients = scale * _gradients_of_losses(Case(model, data), parts)
