@@ -123,7 +123,7 @@ def _errors(gram: NDArray[Any], reference: NDArray[Any], n_samples: int) -> dict
     return {
         "error": relative(np.ones(n_samples, dtype=bool)),
         "samples_that_differ": np.flatnonzero(~same).tolist(),
-        "error_without_them": relative(same),
+        "error_without_them": relative(same) if same.any() else None,
     }
 
 
