@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import torch
 
 from benchmarks.engine.networks import problem
 from benchmarks.environment import environment
+from benchmarks.environment import peak_memory
 from optuna_ttp import FineTuningTask
 from optuna_ttp.jacobian import exact_kernel
 from optuna_ttp.jacobian import plan_spectrum
@@ -117,7 +117,7 @@ def _single(what: str, engine: str, network: str, n_samples: int) -> dict[str, f
             "mib": round(plan.bytes / 2**20, 1),
             "seconds_of_planning": round(time.process_time() - started, 2),
         }
-    before = _peak()
+    before = peak_memory()
     settings: dict[str, Any] = {"device": torch.device("cpu"), "show_progress_bar": False}
     if engine == "exact":
         exact_kernel(task, **settings)
@@ -127,12 +127,8 @@ def _single(what: str, engine: str, network: str, n_samples: int) -> dict[str, f
         leading_pairs(task, **settings)
     return {
         "seconds": round(time.process_time() - started, 2),
-        "mib": round((_peak() - before) / 2**20, 1),
+        "mib": round((peak_memory() - before) / 2**20, 1),
     }
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-import resource
 import time
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 
 from benchmarks.engine.networks import problem
 from benchmarks.environment import environment
+from benchmarks.environment import peak_memory
 from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
 from optuna_ttp.jacobian._flow import flow_times
@@ -46,12 +46,12 @@ def main() -> None:
     model, images, labels = problem("residual", n_samples)
     torch.autograd.grad(model(images[:2]).sum(), list(model.parameters()))
     task = FineTuningTask(model, (images, labels))
-    before, started = _peak(), time.process_time()
+    before, started = peak_memory(), time.process_time()
     sketch_jacobian(task, width=4096, device=torch.device("cpu"), show_progress_bar=False)
     results: dict[str, Any] = {
         "n_samples": n_samples,
         "width_4096_cpu_seconds": round(time.process_time() - started, 3),
-        "width_4096_peak_mib": round((_peak() - before) / 2**20, 1),
+        "width_4096_peak_mib": round((peak_memory() - before) / 2**20, 1),
     }
     results.update(_against_exact(task))
     results["slow_spectrum"] = _slow_spectrum(n_samples, 2 if options.smoke else N_SEEDS)
@@ -107,10 +107,6 @@ def _slow_spectrum(n_samples: int, n_seeds: int) -> dict[str, Any]:
 def _time_errors(found: Spectrum, exact: Spectrum) -> NDArray[np.float64]:
     """Relative errors of the times to 50, 25 and 10 % of the initial loss, with all directions."""
     return np.abs(flow_times(found, rank=found.rank) / flow_times(exact, rank=exact.rank) - 1.0)
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":
