@@ -75,7 +75,13 @@ def _pooled() -> FineTuningTask:
     return FineTuningTask(model, images(9))
 
 
-TASKS = {"multipliers": _multipliers, "methods": _methods, "pooled": _pooled}
+TASKS = {
+    "multipliers": _multipliers,
+    "methods": _methods,
+    "pooled": _pooled,
+    "half": _methods,
+}
+HELD = {"half": torch.bfloat16}
 
 
 def _process(rank: int, folder: str) -> None:
@@ -85,7 +91,7 @@ def _process(rank: int, folder: str) -> None:
     )
     try:
         for name, make in TASKS.items():
-            kernel = exact_kernel(make(), device=CPU, distributed=True, show_progress_bar=False)
+            kernel = exact_kernel(make(), device=CPU, distributed=True, held=HELD.get(name))
             arrays = {k: v for k, v in vars(kernel).items() if v is not None}
             np.savez(f"{folder}/{name}-{rank}.npz", **arrays)
     finally:
@@ -104,7 +110,7 @@ def test_four_processes_give_the_kernel_of_one(tmp_path: Path) -> None:
         process.join(timeout=240)
         assert process.exitcode == 0
     for name, make in TASKS.items():
-        whole = exact_kernel(make(), device=CPU, show_progress_bar=False)
+        whole = exact_kernel(make(), device=CPU, held=HELD.get(name))
         for rank in range(_N_PROCESSES):
             with np.load(tmp_path / f"{name}-{rank}.npz") as found:
                 assert set(found) == {k for k, v in vars(whole).items() if v is not None}

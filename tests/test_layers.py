@@ -16,10 +16,12 @@ import torch.nn.functional as functional
 from torch.utils.checkpoint import checkpoint
 
 from optuna_ttp.exceptions import JacobianMismatchError
+from optuna_ttp.jacobian import compute_spectrum
 from optuna_ttp.jacobian import exact_kernel
 from optuna_ttp.jacobian import plan_spectrum
 from optuna_ttp.jacobian._factors import Factors
 from optuna_ttp.jacobian._factors import ghost_gram
+from optuna_ttp.jacobian._flow import flow_times
 from optuna_ttp.jacobian._rules import rule_for
 from optuna_ttp.jacobian._separable import gathered_terms
 from optuna_ttp.jacobian._separable import is_separable
@@ -506,6 +508,52 @@ def test_planner_takes_the_cheaper_product(shape: tuple[int, int]) -> None:
     # Behind the second one tokens are only pooled.
     assert methods["layer.2.weight"] == "separable"
     _check(one)
+
+
+# Half the memory
+
+
+@pytest.mark.parametrize("name", ["cnn", "tokens", "table", "pooled"])
+def test_a_jacobian_that_is_held_in_half_precision(name: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    wide = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Tanh(), torch.nn.Linear(40, 40))
+    one = {
+        "cnn": lambda: Case(cnn(), images(40)),
+        "tokens": lambda: _head(wide, torch.randn(40, 3, 40), -1),
+        "table": lambda: _head(torch.nn.Embedding(30, 8), torch.randint(30, (40, 4)), -1),
+        "pooled": lambda: _head(torch.nn.Conv2d(2, 6, 3, groups=2), torch.randn(40, 2, 6, 6)),
+    }[name]()
+    task = FineTuningTask(one.model, one.data)
+    whole = exact_kernel(task, device=device, show_progress_bar=False)
+    half = exact_kernel(task, device=device, show_progress_bar=False, held=torch.bfloat16)
+    # An entry is rounded by at most a 256th, up as often as down.
+    assert 1e-6 < relative_error(half.gram, whole.gram) < 4e-3
+    assert relative_error(half.weight_outputs, whole.weight_outputs) < 1e-2
+    settings_: dict[str, Any] = {
+        "measure_speed": False,
+        "probe": False,
+        "device": device,
+        "engine": "exact",
+    }
+    spectra = [compute_spectrum(task, dtype=d, **settings_) for d in ("float32", "bfloat16")]
+    assert spectra[1].metadata.dtype == "bfloat16"
+    # What it is for: predicted times within 1 %.
+    times = [flow_times(s) for s in spectra]
+    assert np.isfinite(times[0]).any()
+    reached = np.isfinite(times[0])
+    assert np.abs(times[1][reached] / times[0][reached] - 1.0).max() < 0.01
+    memory = [
+        sum(p.bytes for p in plan_spectrum(task, dtype=d, engine="exact", device=device).layers)
+        for d in ("float32", "bfloat16")
+    ]
+    assert memory[1] < 0.8 * memory[0]
+
+
+def test_other_engines_hold_no_jacobian() -> None:
+    task = FineTuningTask(mlp(), vectors(4))
+    for engine in ("sketch", "matrix_free"):
+        with pytest.raises(ValueError, match='needs the engine "exact"'):
+            compute_spectrum(task, dtype="bfloat16", engine=engine)
 
 
 # What breaks other tools

@@ -77,6 +77,7 @@ def exact_decomposition(
     seed: int,
     checkpoint: KernelCheckpoint | None,
     distributed: bool,
+    held: torch.dtype | None,
 ) -> Decomposition:
     """Decompose the exact kernel.
 
@@ -99,6 +100,8 @@ def exact_decomposition(
             For finished blocks, or :obj:`None`.
         distributed:
             Share the samples with other processes.
+        held:
+            As for :func:`~optuna_ttp.jacobian.exact_kernel`.
 
     Returns:
         The decomposition.
@@ -112,6 +115,7 @@ def exact_decomposition(
         seed=seed,
         checkpoint=checkpoint,
         distributed=distributed,
+        held=held,
     )
     pairs = eigenpairs(kernel.gram, rank=rank)
     decay_factors = None

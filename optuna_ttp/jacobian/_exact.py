@@ -83,6 +83,7 @@ def exact_kernel(
     seed: int = 0,
     checkpoint: KernelCheckpoint | None = None,
     distributed: bool = False,
+    held: torch.dtype | None = None,
 ) -> Kernel:
     """Compute the empirical NTK ``Theta = J J^T`` without ever holding the Jacobian.
 
@@ -113,6 +114,9 @@ def exact_kernel(
             :mod:`torch.distributed`, all of which must call this with the same task. What a
             process holds of its samples, and of its weights for all samples, is not limited by
             ``max_memory``, and there is no checkpoint. Off by default.
+        held:
+            Precision that the Jacobian is held in; products are made of it in single precision.
+            That it is computed in by default.
 
     Returns:
         The kernel, that of validation and training samples, and the outputs of the weights.
@@ -136,6 +140,7 @@ def exact_kernel(
             checkpoint,
             distributed,
             lifts,
+            held,
         )
 
     return lifting(run)
@@ -151,12 +156,15 @@ def _kernel(
     checkpoint: KernelCheckpoint | None,
     distributed: bool,
     lifts: Mapping[str, int],
+    held: torch.dtype | None,
 ) -> Kernel:
     reference = task.initial_outputs(device, dtype)
     held_out = None if task.validation is None else task.validation.initial_outputs(device, dtype)
     with task.frozen(device, dtype) as frozen:
         check_singles(task, frozen, reference, device, dtype)
-        preparation = prepare(task, frozen, device=device, dtype=dtype, seed=seed, lifts=lifts)
+        preparation = prepare(
+            task, frozen, device=device, dtype=dtype, seed=seed, lifts=lifts, held=held
+        )
         sizes = block_sizes(task, preparation, dtype, device, max_memory)
         if distributed:
             check_group()

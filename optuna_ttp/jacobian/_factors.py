@@ -85,6 +85,12 @@ class Factors:
             other.expand is None,
         ) and self.cotangents[0].shape[:4] == other.cotangents[0].shape[:4]
 
+    def to(self, dtype: torch.dtype) -> Factors:
+        """Return the factors in another precision; indices stay what they are."""
+        sources = tuple(s.to(dtype) if s.is_floating_point() else s for s in self.sources)
+        cotangents = tuple(d.to(dtype) for d in self.cotangents)
+        return replace(self, sources=sources, cotangents=cotangents, caches=())
+
     def of(self, samples: slice) -> Factors:
         """Return the factors of some samples."""
         return replace(

@@ -12,8 +12,8 @@ import torch
 
 from optuna_ttp.jacobian._choice import resolve_engine
 from optuna_ttp.jacobian._choice import WIDTH
-from optuna_ttp.jacobian._devices import DTYPES
 from optuna_ttp.jacobian._devices import resolve_device
+from optuna_ttp.jacobian._devices import resolve_dtype
 from optuna_ttp.jacobian._directions import Directions
 from optuna_ttp.jacobian._exact import block_sizes
 from optuna_ttp.jacobian._exact import BlockSizes
@@ -91,7 +91,7 @@ def plan_spectrum(
         rank:
             As for :func:`~optuna_ttp.compute_spectrum`, for the matrix-free engine.
         dtype:
-            ``"float32"`` (the default) or ``"float64"``.
+            As for :func:`~optuna_ttp.compute_spectrum`. ``"float32"`` by default.
         device:
             As for :func:`~optuna_ttp.compute_spectrum`.
         max_memory:
@@ -107,16 +107,15 @@ def plan_spectrum(
             As for :func:`~optuna_ttp.compute_spectrum`.
     """
     name, reason = resolve_engine(task, engine, max_memory=max_memory)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(DTYPES)} but got {dtype!r}.")
+    kind, held = resolve_dtype(dtype, name)
     if name != "exact" and any(factor != 1.0 for factor in task.multipliers.values()):
         raise ValueError(
             f'learning_rate_multipliers must all be one for the engine "{name}". Use '
             'engine="exact".'
         )
-    planner = _Planner(task, resolve_device(task, device), DTYPES[dtype], max_memory, seed)
+    planner = _Planner(task, resolve_device(task, device), kind, max_memory, seed)
     if name == "exact":
-        estimate = planner.exact()
+        estimate = planner.exact(held)
     elif name == "matrix_free":
         estimate = planner.matrix_free(rank)
     else:
@@ -158,7 +157,7 @@ class _Planner:
         n_held_out = 0 if task.validation is None else task.validation.n_samples
         self._n_read = task.n_samples + n_held_out
 
-    def exact(self) -> _Estimate:
+    def exact(self, held: torch.dtype | None) -> _Estimate:
         """Plan the exact engine."""
         task, device, dtype = self._task, self._device, self._dtype
 
@@ -168,7 +167,13 @@ class _Planner:
             with task.frozen(device, dtype) as frozen:
                 check_singles(task, frozen, reference, device, dtype)
                 found = prepare(
-                    task, frozen, device=device, dtype=dtype, seed=self._seed, lifts=lifts
+                    task,
+                    frozen,
+                    device=device,
+                    dtype=dtype,
+                    seed=self._seed,
+                    lifts=lifts,
+                    held=held,
                 )
                 setup = clock.seconds()
                 sizes = block_sizes(task, found, dtype, device, self._max_memory)

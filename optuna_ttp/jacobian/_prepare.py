@@ -61,6 +61,7 @@ def prepare(
     dtype: torch.dtype,
     seed: int,
     lifts: Mapping[str, int] | None = None,
+    held: torch.dtype | None = None,
 ) -> Preparation:
     """Look at a few samples.
 
@@ -77,6 +78,8 @@ def prepare(
             Of the random directions in which gradients are compared.
         lifts:
             See :func:`~optuna_ttp.jacobian._claims.find_claims`. None by default.
+        held:
+            Precision that the Jacobian is held in; that it is computed in by default.
 
     Returns:
         Claims, layout and what a sample takes.
@@ -97,7 +100,8 @@ def prepare(
         separable=_separable(claims, recording, seed),
         n_samples=task.n_samples,
         n_outputs=task.n_outputs,
-        itemsize=itemsize,
+        itemsize=itemsize if held is None else held.itemsize,
+        held=held,
     )
     batched = device.type == "cuda"
     replayed = set(claims.replayed)

@@ -40,6 +40,10 @@ class Separated:
     weights: torch.Tensor
     rows: torch.Tensor
 
+    def to(self, dtype: torch.dtype) -> Separated:
+        """Return the terms in another precision."""
+        return Separated(self.weights.to(dtype), self.rows.to(dtype))
+
     def of(self, samples: slice) -> Separated:
         """Return the gradients of some samples."""
         return Separated(self.weights[samples], self.rows[samples])

@@ -76,7 +76,7 @@ def sharded_kernel(
     state, inner[shares[rank]] = reader.read(layout, shares[rank].start, shares[rank].stop)
     pieces = _cut(_pieces(layout, state, task.n_samples, c), size)
     whole = _exchanged(state, shares, pieces, c)
-    own_layout = _layout_of(pieces[rank])
+    own_layout = _layout_of(pieces[rank], layout.held)
     gram, stretched = multiply(own_layout, whole, whole)
     if layout.has_multipliers and stretched is None:
         # Those of all weights of this process are one.
@@ -197,7 +197,7 @@ def _cut(pieces: list[_Piece], size: int) -> list[list[_Piece]]:
     return owned
 
 
-def _layout_of(pieces: list[_Piece]) -> Layout:
+def _layout_of(pieces: list[_Piece], held: torch.dtype | None) -> Layout:
     """How one process holds its pieces."""
     sections: list[tuple[int, int, float]] = []
     column = 0
@@ -206,7 +206,7 @@ def _layout_of(pieces: list[_Piece]) -> Layout:
             sections.append((column, column + p.stop - p.start, p.multiplier))
             column = sections[-1][1]
     parameters = tuple(p.parameter for p in pieces if p.parameter is not None)
-    return Layout(parameters, column, {}, tuple(sections))
+    return Layout(parameters, column, {}, tuple(sections), held)
 
 
 def _tensors(state: BlockState, piece: _Piece) -> list[torch.Tensor]:
@@ -281,7 +281,9 @@ def _gathered(
     """The rows of all processes, for their owner."""
     most = n_rows * max(n_samples)
     missing = most - len(tensor)
-    sent = tensor.contiguous()
+    kind = tensor.dtype
+    # As bytes, because not every backend knows half precision.
+    sent = tensor.contiguous().view(torch.uint8) if kind == torch.bfloat16 else tensor.contiguous()
     if missing:
         sent = torch.cat([sent, sent.new_zeros((missing, *sent.shape[1:]))])
     if distributed.get_rank() != owner:
@@ -289,7 +291,8 @@ def _gathered(
         return None
     received = [torch.empty_like(sent) for _ in n_samples]
     distributed.gather(sent, received, dst=owner)
-    return torch.cat([r[: n_rows * n] for r, n in zip(received, n_samples, strict=True)])
+    parts = [r[: n_rows * n] for r, n in zip(received, n_samples, strict=True)]
+    return torch.cat(parts).view(kind)
 
 
 def _alike(state: BlockState) -> BlockState:

@@ -95,11 +95,12 @@ class StateBuilder:
         self._layout = layout
         self._n_outputs = n_outputs
         self._n_samples = n_samples
+        self._dtype, self._held = dtype, layout.held or dtype
         self._rows = torch.zeros(
-            (n_samples, n_outputs, layout.n_columns), dtype=dtype, device=device
+            (n_samples, n_outputs, layout.n_columns), dtype=self._held, device=device
         )
         self._matrices = {
-            p.name: torch.empty((n_samples, n_outputs, p.size), dtype=dtype, device=device)
+            p.name: torch.empty((n_samples, n_outputs, p.size), dtype=self._held, device=device)
             for p in layout.parameters
             if p.method == "rows" and p.name not in layout.offsets
         }
@@ -174,7 +175,7 @@ class StateBuilder:
             factors = replace(factors, caches=())
             if name in self._parts:
                 if weights is not None:
-                    inner += self._inner(name, factors, weights)
+                    inner += self._inner(name, factors.to(self._dtype), weights)
                 self._keep(name, factors)
             elif name in self._separable:
                 separated = separate(factors)
@@ -182,11 +183,15 @@ class StateBuilder:
                     inner += self._inner(name, separated, weights)
                 known = self._separated.get(name)
                 self._separated[name] = gathered_terms(
-                    known, separated, self._batch, self._n_samples
+                    known, separated.to(self._held), self._batch, self._n_samples
                 )
             elif name in self._matrices and name not in self._written:
                 # All outputs in one product, which is faster than one after the other.
-                factors.write_rows(self._matrices[name][self._batch])
+                target = self._matrices[name][self._batch]
+                if self._held == self._dtype:
+                    factors.write_rows(target)
+                else:
+                    target.copy_(factors.rows())
                 self._written.add(name)
             else:
                 self._add_rows(name, factors.rows(), slice(None))
@@ -260,13 +265,17 @@ class StateBuilder:
 
     def _memory(self, name: str, factors: Factors) -> tuple[torch.Tensor, ...]:
         """Where the cotangents of all outputs of a batch are gathered."""
-        if name in self._parts and len(factors.cotangents[0]) < self._n_samples:
+        several = len(factors.cotangents[0]) < self._n_samples or self._held != self._dtype
+        if name in self._parts and several:
             if name not in self._whole:
-                self._whole[name] = _empty_like(factors, self._n_samples, self._n_outputs)
+                self._whole[name] = _empty_like(
+                    factors, self._n_samples, self._n_outputs, self._held
+                )
             whole = self._whole[name]
             if whole is not None and _same_shapes(whole, factors):
                 return tuple(d[self._batch] for d in whole.cotangents)
-            return _empty_like(factors, len(factors.cotangents[0]), self._n_outputs).cotangents
+            n = len(factors.cotangents[0])
+            return _empty_like(factors, n, self._n_outputs, self._held).cotangents
         shapes = [d.shape for d in factors.cotangents]
         held = self._scratch.get(name)
         if held is None or any(
@@ -288,14 +297,15 @@ class StateBuilder:
             parts.append(replace(factors, sources=sources))
             return
         self._whole[name] = None
-        parts.append(factors)
+        parts.append(factors.to(self._held))
 
 
-def _empty_like(factors: Factors, n_samples: int, n_outputs: int) -> Factors:
+def _empty_like(factors: Factors, n_samples: int, n_outputs: int, dtype: torch.dtype) -> Factors:
     """Memory for the factors of all outputs of so many samples."""
 
     def memory(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
-        return torch.empty((n_samples, *shape), dtype=tensor.dtype, device=tensor.device)
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        return torch.empty((n_samples, *shape), dtype=kind, device=tensor.device)
 
     sources = tuple(memory(t, *t.shape[1:]) for t in factors.sources)
     cotangents = tuple(memory(d, d.shape[1], n_outputs, *d.shape[3:]) for d in factors.cotangents)
@@ -336,7 +346,7 @@ def row_products(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """
     total: Any = torch.zeros(rows.shape[:-1])
     for start in range(0, len(weights), CHUNK):
-        part = rows[..., start : start + CHUNK] @ weights[start : start + CHUNK]
+        part = rows[..., start : start + CHUNK].to(weights.dtype) @ weights[start : start + CHUNK]
         total = total + part.cpu().double()
     return total  # type: ignore[no-any-return]
 
@@ -364,7 +374,9 @@ def multiply(
     total = torch.zeros(shape, dtype=torch.float64, device=device)
     stretched = torch.zeros_like(total) if layout.has_multipliers else None
     symmetric = left is right
-    sums = _Sums(total, stretched, symmetric)
+    # What is held in half a precision is multiplied in a whole one.
+    dtype = left.rows.dtype if layout.held is None else torch.float32
+    sums = _Sums(total, stretched, symmetric, dtype)
     for start, stop, multiplier in layout.sections:
         sums.add(left.rows[:, start:stop], right.rows[:, start:stop], multiplier)
     for parameter in layout.parameters:
@@ -374,12 +386,13 @@ def multiply(
                 sums.add(left.matrices[name], right.matrices[name], parameter.multiplier)
             continue
         if parameter.method == "separable":
-            product = separated_gram(
-                left.separated[name], right.separated[name], symmetric=symmetric
-            )
+            terms = left.separated[name].to(dtype)
+            across_terms = terms if symmetric else right.separated[name].to(dtype)
+            product = separated_gram(terms, across_terms, symmetric=symmetric)
             sums.add_product(product, parameter.multiplier)
             continue
-        one, other = left.factors[name], right.factors[name]
+        one = left.factors[name].to(dtype)
+        other = one if symmetric else right.factors[name].to(dtype)
         if parameter.method == "ghost":
             product = ghost_gram(one, other, symmetric=symmetric)
             sums.add_product(product, parameter.multiplier)
@@ -415,15 +428,21 @@ class _Sums:
     """Adds products of rows to the kernel, only the block-lower triangle where it is symmetric."""
 
     def __init__(
-        self, total: torch.Tensor, stretched: torch.Tensor | None, symmetric: bool
+        self,
+        total: torch.Tensor,
+        stretched: torch.Tensor | None,
+        symmetric: bool,
+        dtype: torch.dtype,
     ) -> None:
         self._matrices = (total, stretched)
         self._symmetric = symmetric
+        self._dtype = dtype
 
     def add(self, left: torch.Tensor, right: torch.Tensor, multiplier: float) -> None:
         for column in range(0, left.shape[1], _COLUMNS):
             columns = slice(column, column + _COLUMNS)
-            self._add_chunk(left[:, columns], right[:, columns], multiplier)
+            one, other = (t[:, columns].to(self._dtype) for t in (left, right))
+            self._add_chunk(one, other, multiplier)
 
     def add_product(self, product: torch.Tensor, multiplier: float) -> None:
         total, stretched = self._matrices
