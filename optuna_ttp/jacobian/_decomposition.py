@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # By how much the predicted times may be off because of the projection.
 _TIME_ERROR = 0.03
+# Directions that gradient flow is followed in to judge a sketch: as many as take a second or so.
+_MIN_FLOW_RANK, _FLOW_ENTRIES = 200, 4 * 10**6
 # Leading eigenpairs that are refined, and how many more for the sake of the last of these.
 _N_REFINED = 100
 _N_MORE = 50
@@ -252,8 +254,11 @@ def _time_error(
     task: FineTuningTask, initial_outputs: NDArray[np.float64], sketch: Sketch
 ) -> float:
     """Half of the largest relative difference of the times that the halves predict."""
+    # Where a spectrum hardly decays, its leading directions alone never reach the targets.
+    rank = max(_MIN_FLOW_RANK, _FLOW_ENTRIES // (task.n_samples * task.n_outputs))
     one, other = (
-        flow_times(_plain_spectrum(task, initial_outputs, sketch, half)) for half in range(2)
+        flow_times(_plain_spectrum(task, initial_outputs, sketch, half), rank=rank)
+        for half in range(2)
     )
     reached = np.isfinite(one) & np.isfinite(other)
     if not reached.any():
