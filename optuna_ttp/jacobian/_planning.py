@@ -235,7 +235,9 @@ class _Planner:
             # The basis, its images, and what is made of both; weights times vectors.
             vectors = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
             held = self._task.n_parameters * n_columns * self._itemsize
-            multiplying = making + vectors + min(held, self._max_memory // 2)
+            # One layer's part is made before it is added.
+            part = max(p.size for p in found.layout.parameters) * n_columns * self._itemsize
+            multiplying = making + vectors + min(held, self._max_memory // 2) + part
             # The sketch is held about three times when its leading space is taken.
             n_bytes = max(3 * sketching - 2 * making, multiplying)
             sizes = BlockSizes(batch, batch, batch, n_bytes, self._fewest(n_columns))
