@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 from pathlib import Path
 import platform
+import resource
 import sys
 from typing import Any
 
@@ -31,6 +32,18 @@ def environment() -> dict[str, Any]:
             for name in ("optuna_ttp", "optuna", "torch", "numpy", "scipy")
         },
     }
+
+
+def peak_memory() -> int:
+    """Return the largest memory that this process has had so far, in bytes.
+
+    What ``getrusage`` has begins with the memory of the process that started this one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def _module_name() -> str:

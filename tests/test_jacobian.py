@@ -410,3 +410,55 @@ def test_real_sgd_step_equals_linearised_step_for_a_transformer(
 def test_what_is_no_task_is_refused(task: Any) -> None:
     with pytest.raises(TypeError, match="task must be a FineTuningTask but got"):
         compute_spectrum(task)
+
+
+# Gradients of the samples' losses, from the same pass
+
+
+def _gradients_of_losses(case: Case, losses: list[torch.Tensor]) -> NDArray[np.float64]:
+    parameters = [p for p in case.model.parameters() if p.requires_grad]
+    rows = []
+    for value in losses:
+        found = torch.autograd.grad(value, parameters, retain_graph=True)
+        rows.append(torch.cat([g.flatten() for g in found]).numpy())
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("engine", ["exact", "sketch", "matrix_free"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        torch.nn.CrossEntropyLoss(),
+        torch.nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.2),
+        torch.nn.MSELoss(),
+    ],
+    ids=["cross-entropy", "weighted cross-entropy", "squared"],
+)
+def test_products_of_the_samples_loss_gradients(loss: torch.nn.Module, engine: str) -> None:
+    x, y = vectors(9)
+    model = mlp().double()
+    data = (x.double(), torch.nn.functional.one_hot(y, 3).double())
+    if not isinstance(loss, torch.nn.MSELoss):
+        data = (x.double(), y)
+        loss = loss.double()
+    spectrum = compute_spectrum(
+        FineTuningTask(model, data, loss=loss),
+        dtype="float64",
+        engine=engine,
+        rank=27,
+        measure_speed=False,
+        probe=False,
+        device=CPU,
+    )
+    # A sample's share of the mean over all, which class weights make unequal.
+    outputs = model(data[0])
+    whole = copy.deepcopy(loss)
+    setattr(whole, "reduction", "sum")  # noqa: B010
+    parts = [whole(outputs[n : n + 1], data[1][n : n + 1]) for n in range(9)]
+    scale = 9 * float(loss(outputs, data[1]).detach() / whole(outputs, data[1]).detach())
+    gradients = scale * _gradients_of_losses(Case(model, data), parts)
+    found = LinearisedModel.from_spectrum(spectrum, dtype=torch.float64)
+    products = (found.sample_gradients @ found.sample_gradients.T).numpy()
+    assert relative_error(products, gradients @ gradients.T) < 1e-8
+    noise = gradients.var(axis=0).sum()
+    assert float(found.gradient_variances.sum()) == pytest.approx(noise, rel=1e-8)

@@ -16,14 +16,16 @@ import torch.nn.functional as functional
 from torch.utils.checkpoint import checkpoint
 
 from optuna_ttp.exceptions import JacobianMismatchError
+from optuna_ttp.jacobian import compute_spectrum
 from optuna_ttp.jacobian import exact_kernel
 from optuna_ttp.jacobian import plan_spectrum
 from optuna_ttp.jacobian._factors import Factors
 from optuna_ttp.jacobian._factors import ghost_gram
+from optuna_ttp.jacobian._flow import flow_times
 from optuna_ttp.jacobian._rules import rule_for
+from optuna_ttp.jacobian._separable import gathered_terms
 from optuna_ttp.jacobian._separable import is_separable
 from optuna_ttp.jacobian._separable import separate
-from optuna_ttp.jacobian._separable import Separated
 from optuna_ttp.jacobian._separable import separated_gram
 from optuna_ttp.task import FineTuningTask
 from tests.cases import Case
@@ -252,6 +254,95 @@ def test_norms(name: str, device: torch.device) -> None:
     _check(one, device, derivatives={"layer.1.weight": derivative})
 
 
+@given(
+    seed=seeds,
+    kind=st.sampled_from(["batch", "group", "instance", "layer", "rms"]),
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    lead=st.lists(st.integers(1, 4), max_size=3),
+    bias=st.booleans(),
+)
+@settings(max_examples=20)
+def test_norms_of_any_shape(
+    seed: int, kind: str, groups: int, per_group: int, lead: list[int], bias: bool
+) -> None:
+    torch.manual_seed(seed)
+    width = groups * per_group
+    if kind in ("layer", "rms"):
+        # Statistics over one axis or two, none of them of a single number.
+        shape = (width + 1,) if len(lead) % 2 else (2, width)
+        layer: torch.nn.Module = (
+            torch.nn.RMSNorm(shape)
+            if kind == "rms"
+            else torch.nn.LayerNorm(shape, bias=bias, eps=1e-3)
+        )
+        x, axis = torch.randn(5, *lead, *shape), -1
+    else:
+        # Instances of a single number have no variance.
+        lead = [n + 1 for n in lead] or ([3] if kind == "instance" or per_group == 1 else [])
+        n_axes, axis = len(lead), 1
+        if kind == "group":
+            layer = torch.nn.GroupNorm(groups, width)
+        elif kind == "instance":
+            layer = getattr(torch.nn, f"InstanceNorm{n_axes}d")(width, affine=True)
+        else:
+            layer = getattr(torch.nn, f"BatchNorm{max(1, n_axes)}d")(width, eps=1e-2)
+        x = torch.randn(5, width, *lead)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.uniform_(0.5, 1.5)
+        layer(2.0 * torch.randn(16, *x.shape[1:]) + 1.0)
+    one = _head(torch.nn.Sequential(torch.nn.Identity(), layer).eval(), x, axis)
+    _check(one, derivatives={"layer.1.weight": "rule"})
+
+
+@given(
+    seed=seeds,
+    heads=st.integers(1, 3),
+    n_tokens=st.integers(1, 4),
+    batch_first=st.booleans(),
+    bias=st.booleans(),
+    own_widths=st.booleans(),
+    masked=st.booleans(),
+)
+@settings(max_examples=10)
+def test_attention_layers(
+    seed: int,
+    heads: int,
+    n_tokens: int,
+    batch_first: bool,
+    bias: bool,
+    own_widths: bool,
+    masked: bool,
+) -> None:
+    torch.manual_seed(seed)
+    width = 2 * heads
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Linear(3, width)
+            widths = {"kdim": 3, "vdim": 3} if own_widths else {}
+            self.attention = torch.nn.MultiheadAttention(
+                width, heads, bias=bias, batch_first=batch_first, **widths
+            )
+            self.head = torch.nn.Linear(width, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query = self.embed(x)
+            key = x if own_widths else query
+            if not batch_first:
+                query, key = query.transpose(0, 1), key.transpose(0, 1)
+            mask = torch.ones(n_tokens, n_tokens).triu(1).bool() if masked else None
+            mixed, _ = self.attention(query, key, key, attn_mask=mask, need_weights=False)
+            outputs: torch.Tensor = self.head(mixed.tanh().mean(1 if batch_first else 0))
+            return outputs
+
+    x = torch.randn(5, n_tokens, 3)
+    one = Case(Model(), (x, torch.arange(5) % 3))
+    _check(one, derivatives={"attention.out_proj.weight": "vmap", "embed.weight": "rule"})
+
+
 def test_batch_norm_and_dropout_in_training_mode_are_evaluated() -> None:
     model = torch.nn.Sequential(cnn(), torch.nn.Dropout(0.5)).train()
     statistics = next(b for n, b in model.named_buffers() if "mean" in n)
@@ -353,7 +444,8 @@ def test_separated_products_agree(
     torch.testing.assert_close(made[0].gradient().flatten(0, 1), rows[0])
     torch.testing.assert_close(made[0].product(vectors), rows[0].T @ vectors)
     torch.testing.assert_close(made[0].image(rows[0].T), rows[0] @ rows[0].T)
-    both, all_rows = Separated.concatenate(made), torch.cat(rows)
+    both = gathered_terms(None, made[0], slice(0, n), n + m)
+    both, all_rows = gathered_terms(both, made[1], slice(n, n + m), n + m), torch.cat(rows)
     square = separated_gram(both, both, symmetric=True)
     samples = torch.arange(len(square)) // classes
     lower = samples[:, None] >= samples
@@ -416,6 +508,52 @@ def test_planner_takes_the_cheaper_product(shape: tuple[int, int]) -> None:
     # Behind the second one tokens are only pooled.
     assert methods["layer.2.weight"] == "separable"
     _check(one)
+
+
+# Half the memory
+
+
+@pytest.mark.parametrize("name", ["cnn", "tokens", "table", "pooled"])
+def test_a_jacobian_that_is_held_in_half_precision(name: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    wide = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Tanh(), torch.nn.Linear(40, 40))
+    one = {
+        "cnn": lambda: Case(cnn(), images(40)),
+        "tokens": lambda: _head(wide, torch.randn(40, 3, 40), -1),
+        "table": lambda: _head(torch.nn.Embedding(30, 8), torch.randint(30, (40, 4)), -1),
+        "pooled": lambda: _head(torch.nn.Conv2d(2, 6, 3, groups=2), torch.randn(40, 2, 6, 6)),
+    }[name]()
+    task = FineTuningTask(one.model, one.data)
+    whole = exact_kernel(task, device=device, show_progress_bar=False)
+    half = exact_kernel(task, device=device, show_progress_bar=False, held=torch.bfloat16)
+    # An entry is rounded by at most a 256th, up as often as down.
+    assert 1e-6 < relative_error(half.gram, whole.gram) < 4e-3
+    assert relative_error(half.weight_outputs, whole.weight_outputs) < 1e-2
+    settings_: dict[str, Any] = {
+        "measure_speed": False,
+        "probe": False,
+        "device": device,
+        "engine": "exact",
+    }
+    spectra = [compute_spectrum(task, dtype=d, **settings_) for d in ("float32", "bfloat16")]
+    assert spectra[1].metadata.dtype == "bfloat16"
+    # What it is for: predicted times within 1 %.
+    times = [flow_times(s) for s in spectra]
+    assert np.isfinite(times[0]).any()
+    reached = np.isfinite(times[0])
+    assert np.abs(times[1][reached] / times[0][reached] - 1.0).max() < 0.01
+    memory = [
+        sum(p.bytes for p in plan_spectrum(task, dtype=d, engine="exact", device=device).layers)
+        for d in ("float32", "bfloat16")
+    ]
+    assert memory[1] < 0.8 * memory[0]
+
+
+def test_other_engines_hold_no_jacobian() -> None:
+    task = FineTuningTask(mlp(), vectors(4))
+    for engine in ("sketch", "matrix_free"):
+        with pytest.raises(ValueError, match='needs the engine "exact"'):
+            compute_spectrum(task, dtype="bfloat16", engine=engine)
 
 
 # What breaks other tools
@@ -689,11 +827,31 @@ HARD: dict[str, tuple[Callable[[], Case], dict[str, str]]] = {
     ),
     "attention kernels": (lambda: Case(_sdpa(), vectors(7)), {"project.weight": "rule"}),
     "low rank": (lambda: Case(_low_rank(), vectors(7)), {"lora_a.weight": "rule"}),
+    "biases alone": (lambda: Case(_biases_alone(), images(7)), {"0.bias": "rule"}),
+    "compiled layers": (
+        lambda: Case(_compiled(), vectors(7)),
+        {"0._orig_mod.0.weight": "rule", "2.weight": "rule"},
+    ),
     "unused parameters": (
         lambda: Case(torch.nn.Sequential(mlp(), _Unused()), vectors(7)),
         {"0.0.weight": "rule"},
     ),
 }
+
+
+def _biases_alone() -> torch.nn.Module:
+    """Only biases and shifts are trained (Ben Zaken et al., 2021, arXiv 2106.10199)."""
+    model = cnn()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith("bias"))
+    return model
+
+
+def _compiled() -> torch.nn.Module:
+    """A part of the network is compiled; the backend that only traces needs no compiler."""
+    inner = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6))
+    compiled: Any = torch.compile(inner, backend="eager")
+    return torch.nn.Sequential(compiled, torch.nn.Tanh(), torch.nn.Linear(6, 3))
 
 
 class _Unused(torch.nn.Module):
@@ -898,7 +1056,32 @@ def test_plan_refuses_bad_settings() -> None:
         ({"engine": "magic"}, "engine must be one of"),
         ({"dtype": "float16"}, "dtype must be one of"),
         ({"engine": "exact", "max_memory": 10}, "max_memory must be at least"),
-        ({"engine": "sketch"}, 'can only plan the engine "exact"'),
     ):
         with pytest.raises(ValueError, match=message):
             plan_spectrum(task, **settings_)
+    faster = FineTuningTask(mlp(), vectors(4), learning_rate_multipliers={"0.": 2.0})
+    with pytest.raises(ValueError, match='must all be one for the engine "sketch"'):
+        plan_spectrum(faster, engine="sketch")
+
+
+@pytest.mark.parametrize("engine", ["sketch", "refined_sketch", "matrix_free"])
+def test_plan_of_other_engines(engine: str) -> None:
+    task = FineTuningTask(cnn(), images(12), validation_data=images(4, seed=2))
+    plan = plan_spectrum(task, engine=engine)
+    assert plan.engine == engine
+    assert plan.seconds > 0
+    assert plan.bytes > 0
+    assert sum(layer.n_weights for layer in plan.layers) == plan.n_parameters
+    assert str(plan).startswith(f"{engine}, about ")
+
+
+def test_plan_of_products_one_direction_at_a_time() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 400))
+    x = torch.randn(5, 6)
+    task = FineTuningTask(model, (x, torch.arange(5)))
+    plan = plan_spectrum(task, engine="matrix_free", rank=5)
+    assert plan.seconds > 0
+    # No rows are made, so there is nothing to say of single layers.
+    assert plan.layers == ()
+    assert plan.bytes > 4 * task.n_samples * task.n_outputs * 5

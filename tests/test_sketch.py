@@ -196,6 +196,22 @@ def test_the_error_bar_covers() -> None:
     assert n_covered >= 9
 
 
+def test_a_spectrum_that_hardly_decays() -> None:
+    """Its leading 200 directions never reach half of the loss, and every time is too long."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(1500, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5))
+    task = FineTuningTask(model, (torch.randn(200, 1500), torch.arange(200) % 5))
+    exact = compute_spectrum(task, engine="exact", measure_speed=False, probe=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ApproximationWarning)
+        sketch = compute_spectrum(task, engine="sketch", measure_speed=False, probe=False)
+    error = sketch.metadata.time_error
+    assert error is not None
+    times = [flow_times(s, rank=s.rank) for s in (exact, sketch)]
+    assert np.isfinite(times[0]).all()
+    assert np.abs(times[1] / times[0] - 1.0).max() < 2.0 * error
+
+
 def test_a_sketch_that_is_not_wide_enough_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     from optuna_ttp.jacobian import _choice
     from optuna_ttp.jacobian import _decomposition

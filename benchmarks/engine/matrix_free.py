@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-import resource
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import torch
 
 from benchmarks.engine.networks import problem
 from benchmarks.environment import environment
+from benchmarks.environment import peak_memory
 from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
 
@@ -98,7 +98,7 @@ def _measure(engine: str, n_samples: int, threads: int) -> dict[str, Any]:
         "n_rows": n_samples * task.n_outputs,
         "cpu_seconds": round(time.process_time() - started, 1),
         "wall_seconds": round(time.perf_counter() - wall, 1),
-        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        "peak_gib": round(peak_memory() / 2**30, 3),
         "warnings": [str(w.message)[:200] for w in caught if "converged" in str(w.message)],
         "eigenvalues": spectrum.eigenvalues.tolist(),
     }

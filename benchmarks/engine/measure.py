@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-import resource
 import time
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.engine.networks import problem
+from benchmarks.environment import peak_memory
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     model, images = model.to(kind), images.to(kind)
     # What the first call loads and allocates belongs to no method.
     torch.autograd.grad(model(images[:2]).sum(), list(model.parameters()))
-    before, started = _peak(), time.process_time()
+    before, started = peak_memory(), time.process_time()
     wall = time.perf_counter()
     gram, extra = _run(options.method, model, images, labels, options.dtype)
     result: dict[str, Any] = {
@@ -46,16 +46,12 @@ def main() -> None:
         "threads": options.threads,
         "cpu_seconds": round(time.process_time() - started, 3),
         "wall_seconds": round(time.perf_counter() - wall, 3),
-        "peak_mib": round((_peak() - before) / 2**20, 1),
+        "peak_mib": round((peak_memory() - before) / 2**20, 1),
         **extra,
     }
     if options.gram is not None:
         np.save(options.gram, gram)
     print(json.dumps(result))
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _run(

@@ -69,6 +69,16 @@ def resnet18(n_classes: int = 10) -> torch.nn.Module:
     return torch.nn.Sequential(*layers, *head)
 
 
+def flat_network(n_classes: int = 10) -> torch.nn.Module:
+    """A perceptron of 197,258 weights, whose kernel on white noise decays slowly."""
+    return torch.nn.Sequential(
+        torch.nn.Flatten(),
+        torch.nn.Linear(3 * 32 * 32, 64),
+        torch.nn.Tanh(),
+        torch.nn.Linear(64, n_classes),
+    )
+
+
 def with_statistics(model: torch.nn.Module, images: torch.Tensor) -> torch.nn.Module:
     """Return the model in evaluation mode with batch-norm statistics of these images."""
     with torch.no_grad():
@@ -85,7 +95,7 @@ def problem(
 
     Args:
         name:
-            ``"residual"`` or ``"resnet18"``.
+            ``"residual"``, ``"resnet18"`` or ``"flat"``, whose images are white noise.
         n_samples:
             N.
         n_classes:
@@ -94,10 +104,12 @@ def problem(
             Of weights and data.
     """
     torch.manual_seed(seed)
-    model = {"residual": residual_network, "resnet18": resnet18}[name](n_classes)
+    makers = {"residual": residual_network, "resnet18": resnet18, "flat": flat_network}
+    model = makers[name](n_classes)
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n_samples) % n_classes
     patterns = torch.randn(n_classes, 3, 8, 8, generator=generator)
     coarse = torch.nn.functional.interpolate(patterns, scale_factor=4.0, mode="bilinear")
-    images = coarse[labels] + torch.randn(n_samples, 3, 32, 32, generator=generator)
+    signal = 0.0 if name == "flat" else coarse[labels]
+    images = signal + torch.randn(n_samples, 3, 32, 32, generator=generator)
     return with_statistics(model, images[:64]), images, labels

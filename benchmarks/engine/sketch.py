@@ -1,7 +1,8 @@
 """Sketches against the exact engine: CPU seconds, memory and predicted times, by width.
 
-On the residual network with its random weights, whose spectrum decays slowly. Writes
-``sketch.json``.
+On the residual network with its random weights, and on a perceptron on white noise, whose spectrum
+hardly decays at all: there the error bar of a sketch of a fixed width is compared with its error
+for several seeds as well. Writes ``sketch.json``.
 
 Run with ``python -m benchmarks.engine.sketch``.
 """
@@ -11,19 +12,24 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-import resource
 import time
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 import torch
 
 from benchmarks.engine.networks import problem
 from benchmarks.environment import environment
+from benchmarks.environment import peak_memory
 from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
 from optuna_ttp.jacobian._flow import flow_times
 from optuna_ttp.jacobian._sketch import sketch_jacobian
+from optuna_ttp.spectrum import Spectrum
+
+
+N_SEEDS = 8
 
 
 def main() -> None:
@@ -40,37 +46,67 @@ def main() -> None:
     model, images, labels = problem("residual", n_samples)
     torch.autograd.grad(model(images[:2]).sum(), list(model.parameters()))
     task = FineTuningTask(model, (images, labels))
-    before, started = _peak(), time.process_time()
+    before, started = peak_memory(), time.process_time()
     sketch_jacobian(task, width=4096, device=torch.device("cpu"), show_progress_bar=False)
     results: dict[str, Any] = {
         "n_samples": n_samples,
         "width_4096_cpu_seconds": round(time.process_time() - started, 3),
-        "width_4096_peak_mib": round((_peak() - before) / 2**20, 1),
+        "width_4096_peak_mib": round((peak_memory() - before) / 2**20, 1),
     }
-    settings: dict[str, Any] = {"measure_speed": False, "probe": False}
-    exact = compute_spectrum(task, engine="exact", **settings)
-    for engine in ("sketch", "refined_sketch"):
-        started = time.process_time()
-        found = compute_spectrum(task, engine=engine, **settings)
-        off = np.abs(flow_times(found, rank=400) / flow_times(exact, rank=400) - 1.0)
-        n = min(100, found.rank, exact.rank)
-        values = np.abs(found.eigenvalues[:n] / exact.eigenvalues[:n] - 1.0)
-        results[engine] = {
-            "cpu_seconds": round(time.process_time() - started, 3),
-            "width": found.metadata.sketch_width,
-            "error_bar": found.metadata.time_error,
-            "time_errors": off.tolist(),
-            "eigenvalue_error_top_10": float(values[:10].max()),
-            "eigenvalue_error_top_100": float(values.max()),
-        }
+    results.update(_against_exact(task))
+    results["slow_spectrum"] = _slow_spectrum(n_samples, 2 if options.smoke else N_SEEDS)
     summary = {"environment": environment(), **results}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "sketch.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _against_exact(task: FineTuningTask) -> dict[str, Any]:
+    settings: dict[str, Any] = {"measure_speed": False, "probe": False}
+    exact = compute_spectrum(task, engine="exact", **settings)
+    results: dict[str, Any] = {}
+    for engine in ("sketch", "refined_sketch"):
+        started = time.process_time()
+        found = compute_spectrum(task, engine=engine, **settings)
+        n = min(100, found.rank, exact.rank)
+        values = np.abs(found.eigenvalues[:n] / exact.eigenvalues[:n] - 1.0)
+        results[engine] = {
+            "cpu_seconds": round(time.process_time() - started, 3),
+            "width": found.metadata.sketch_width,
+            "error_bar": found.metadata.time_error,
+            "time_errors": _time_errors(found, exact).tolist(),
+            "eigenvalue_error_top_10": float(values[:10].max()),
+            "eigenvalue_error_top_100": float(values.max()),
+        }
+    return results
+
+
+def _slow_spectrum(n_samples: int, n_seeds: int) -> dict[str, Any]:
+    """A spectrum that hardly decays, and how often the error is within the error bar."""
+    model, images, labels = problem("flat", n_samples)
+    task = FineTuningTask(model, (images, labels))
+    exact = compute_spectrum(task, engine="exact", measure_speed=False, probe=False)
+    values = exact.eigenvalues
+    ratios = []
+    for seed in range(n_seeds):
+        found = compute_spectrum(
+            task, engine="sketch", seed=seed, measure_speed=False, probe=False
+        )
+        bar = found.metadata.time_error
+        assert bar is not None
+        ratios.append(float(_time_errors(found, exact).max()) / bar)
+    return {
+        "n_samples": n_samples,
+        "effective_rank": float(values.sum() ** 2 / np.square(values).sum()),
+        **_against_exact(task),
+        "error_over_error_bar_by_seed": ratios,
+        "share_within_two_error_bars": float(np.mean(np.array(ratios) <= 2.0)),
+    }
+
+
+def _time_errors(found: Spectrum, exact: Spectrum) -> NDArray[np.float64]:
+    """Relative errors of the times to 50, 25 and 10 % of the initial loss, with all directions."""
+    return np.abs(flow_times(found, rank=found.rank) / flow_times(exact, rank=exact.rank) - 1.0)
 
 
 if __name__ == "__main__":

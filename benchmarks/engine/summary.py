@@ -21,6 +21,8 @@ def main() -> None:
     cells = exact["cells"]
     sketch = _read(folder / "sketch.json")
     products = _read(folder / "matrix_free.json") or {}
+    plans = _read(folder / "plans.json") or {}
+    processes = (_read(folder / "distributed.json") or {"cells": []})["cells"]
     residual = [c for c in cells if c["network"] == "residual"]
     resnet = [c for c in cells if c["network"] == "resnet18"]
     summary: dict[str, Any] = {
@@ -45,7 +47,18 @@ def main() -> None:
         "share_of_lower_bound": min(
             c["bound"]["cpu_seconds"] / _median(c, "ours_exact", "cpu_seconds") for c in cells
         ),
-        "distributed_error": None,
+        "distributed_error": max((c["relative_difference"] for c in processes), default=None),
+        "distributed_share_of_flops": max(
+            (c["largest_share_of_gflop"] for c in processes), default=None
+        ),
+        "distributed_share_of_cpu_seconds": max(
+            (c["largest_share_of_cpu_seconds"] for c in processes), default=None
+        ),
+        "sketch_predicted_time_error_slow_spectrum": None
+        if sketch is None or "slow_spectrum" not in sketch
+        else max(sketch["slow_spectrum"]["sketch"]["time_errors"]),
+        "plan_factor_of_seconds": plans.get("largest_factor_of_seconds"),
+        "plan_factor_of_memory": plans.get("largest_factor_of_memory"),
         "environment": exact["environment"],
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -230,14 +230,24 @@ class LinearisedModel:
         return residuals.reshape(len(theta), -1) @ self.features.reshape(-1, self.rank)
 
     @cached_property
+    def sample_gradients(self) -> torch.Tensor:
+        """Each sample's gradient of the loss at the start, by ``theta``, of shape ``(N, r)``.
+
+        Their mean is the gradient of the training loss, and their products are those of the
+        network's own gradients, ``r_n^T Theta_nm r_m`` with the residuals ``r`` (the derivatives
+        of a sample's loss by its outputs): no further pass over the data is needed for them.
+        """
+        whole = self.residuals(self.initial_outputs[None], self.soft_targets, self.normalisers)[0]
+        return self.n_samples * torch.einsum("ncr,nc->nr", self.features, whole)
+
+    @cached_property
     def gradient_variances(self) -> torch.Tensor:
         """Variance over the samples of each entry of their gradients at the start, ``(r,)``.
 
-        The diagonal of the paper's ``Sigma`` (equation 3) in the coordinates of ``theta``.
+        The diagonal of the paper's ``Sigma`` (equation 3) in the coordinates of ``theta``; its
+        sum is the trace of the gradient noise of a single sample.
         """
-        whole = self.residuals(self.initial_outputs[None], self.soft_targets, self.normalisers)[0]
-        per_sample = self.n_samples * torch.einsum("ncr,nc->nr", self.features, whole)
-        return per_sample.var(dim=0, correction=0)
+        return self.sample_gradients.var(dim=0, correction=0)
 
     @cached_property
     def curvatures(self) -> NDArray[np.float64]:

@@ -22,8 +22,8 @@ from optuna_ttp.jacobian._decomposition import Decomposition
 from optuna_ttp.jacobian._decomposition import exact_decomposition
 from optuna_ttp.jacobian._decomposition import matrix_free_decomposition
 from optuna_ttp.jacobian._decomposition import sketched_decomposition
-from optuna_ttp.jacobian._devices import DTYPES
 from optuna_ttp.jacobian._devices import resolve_device
+from optuna_ttp.jacobian._devices import resolve_dtype
 from optuna_ttp.jacobian._probe import probe_linearisation
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import Spectrum
@@ -77,8 +77,10 @@ def compute_spectrum(
             the exact one, the sketch and the last, see
             :func:`~optuna_ttp.jacobian.resolve_engine`.
         dtype:
-            Precision of the Jacobian, ``"float32"`` (the default) or ``"float64"``. Eigenpairs
-            are always computed in double precision.
+            Precision of the Jacobian: ``"float32"`` (the default), ``"float64"``, or
+            ``"bfloat16"``, for the exact engine: computed in single precision, held in half the
+            memory, and multiplied with sums in single precision. Eigenpairs are always computed
+            in double precision.
         device:
             Where to compute. A GPU where there is one by default, else where the model is.
         max_memory:
@@ -114,12 +116,11 @@ def compute_spectrum(
     check_truncation(rank, explained_trace)
     check_seed(seed)
     engine, _ = resolve_engine(task, engine, max_memory=max_memory)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(DTYPES)} but got {dtype!r}.")
+    kind, held = resolve_dtype(dtype, engine)
     resolved = resolve_device(task, device)
     started = time.perf_counter()
     fingerprint = task.fingerprint
-    initial_outputs = task.initial_outputs(resolved, DTYPES[dtype])
+    initial_outputs = task.initial_outputs(resolved, kind)
     shared = {
         "rank": rank,
         "max_memory": max_memory,
@@ -127,7 +128,7 @@ def compute_spectrum(
         "seed": seed,
     }
     found = _decomposition(
-        task, initial_outputs, engine, resolved, DTYPES[dtype], checkpoint, distributed, shared
+        task, initial_outputs, engine, resolved, kind, checkpoint, distributed, shared, held
     )
     pairs = found.pairs
     throughput = measure_throughput(task, device=resolved) if measure_speed else None
@@ -135,12 +136,12 @@ def compute_spectrum(
     if found.validation_features is not None and task.validation is not None:
         validation = Validation(
             found.validation_features,
-            task.validation.initial_outputs(resolved, DTYPES[dtype]),
+            task.validation.initial_outputs(resolved, kind),
             task.validation.targets,
         )
     spectrum = Spectrum(
         eigenvalues=pairs.eigenvalues,
-        eigenvectors=pairs.eigenvectors.astype(np.float32 if dtype == "float32" else np.float64),
+        eigenvectors=pairs.eigenvectors.astype(np.float64 if dtype == "float64" else np.float32),
         trace=pairs.trace,
         initial_outputs=initial_outputs,
         targets=task.targets,
@@ -169,7 +170,7 @@ def compute_spectrum(
         spectrum = spectrum.truncate(explained_trace=_within_reach(spectrum, explained_trace))
     if not probe:
         return spectrum
-    spectrum = probe_linearisation(task, spectrum, device=resolved, dtype=DTYPES[dtype])
+    spectrum = probe_linearisation(task, spectrum, device=resolved, dtype=kind)
     seconds = time.perf_counter() - started
     return replace(spectrum, metadata=replace(spectrum.metadata, compute_seconds=seconds))
 
@@ -196,6 +197,7 @@ def _decomposition(
     checkpoint: KernelCheckpoint | None,
     distributed: bool,
     shared: dict[str, Any],
+    held: torch.dtype | None,
 ) -> Decomposition:
     if engine == "exact":
         return exact_decomposition(
@@ -204,6 +206,7 @@ def _decomposition(
             dtype=dtype,
             checkpoint=checkpoint,
             distributed=distributed,
+            held=held,
             **shared,
         )
     if distributed:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # By how much the predicted times may be off because of the projection.
 _TIME_ERROR = 0.03
+# Directions that gradient flow is followed in to judge a sketch: as many as take a second or so.
+_MIN_FLOW_RANK, _FLOW_ENTRIES = 200, 4 * 10**6
 # Leading eigenpairs that are refined, and how many more for the sake of the last of these.
 _N_REFINED = 100
 _N_MORE = 50
@@ -77,6 +79,7 @@ def exact_decomposition(
     seed: int,
     checkpoint: KernelCheckpoint | None,
     distributed: bool,
+    held: torch.dtype | None,
 ) -> Decomposition:
     """Decompose the exact kernel.
 
@@ -99,6 +102,8 @@ def exact_decomposition(
             For finished blocks, or :obj:`None`.
         distributed:
             Share the samples with other processes.
+        held:
+            As for :func:`~optuna_ttp.jacobian.exact_kernel`.
 
     Returns:
         The decomposition.
@@ -112,6 +117,7 @@ def exact_decomposition(
         seed=seed,
         checkpoint=checkpoint,
         distributed=distributed,
+        held=held,
     )
     pairs = eigenpairs(kernel.gram, rank=rank)
     decay_factors = None
@@ -140,8 +146,9 @@ def sketched_decomposition(
     """Decompose a sketch that is wide enough for the predicted times.
 
     The width is doubled until the times of gradient flow to 50, 25 and 10 % of the initial loss
-    that its two halves predict differ by at most twice 3 %, or the memory does not allow more;
-    then there is an :exc:`~optuna_ttp.exceptions.ApproximationWarning`.
+    that its two halves predict differ by at most twice 3 % from each other, and on average by 3 %
+    from those of the whole, or the memory does not allow more; then there is an
+    :exc:`~optuna_ttp.exceptions.ApproximationWarning`.
 
     ``initial_outputs`` are those of the pretrained model, ``(N, C)``; with ``refined`` the leading
     eigenpairs are refined by two more passes. The other arguments are those of
@@ -247,19 +254,31 @@ def _validation_features(sketch: Sketch, pairs: Eigenpairs) -> NDArray[np.floati
 def _time_error(
     task: FineTuningTask, initial_outputs: NDArray[np.float64], sketch: Sketch
 ) -> float:
-    """Half of the largest relative difference of the times that the halves predict."""
-    one, other = (
-        flow_times(_plain_spectrum(task, initial_outputs, sketch, half)) for half in range(2)
+    """How far the times that a sketch predicts may be off, relatively.
+
+    Half of the difference of its halves is what chance does. What the projection does on average
+    falls with the width, so that the halves have twice as much of it as the whole.
+    """
+    # Where a spectrum hardly decays, its leading directions alone never reach the targets.
+    rank = max(_MIN_FLOW_RANK, _FLOW_ENTRIES // (task.n_samples * task.n_outputs))
+    one, other, whole = (
+        flow_times(_plain_spectrum(task, initial_outputs, sketch, half), rank=rank)
+        for half in (0, 1, None)
     )
-    reached = np.isfinite(one) & np.isfinite(other)
+    reached = np.isfinite(one) & np.isfinite(other) & np.isfinite(whole)
     if not reached.any():
         return float("inf")
-    one, other = one[reached], other[reached]
-    return float((np.abs(one - other) / (one + other)).max())
+    one, other, whole = one[reached], other[reached], whole[reached]
+    chance = np.abs(one - other) / (one + other)
+    on_average = np.abs((one + other) / 2.0 - whole) / whole
+    return float(np.maximum(chance, on_average).max())
 
 
 def _plain_spectrum(
-    task: FineTuningTask, initial_outputs: NDArray[np.float64], sketch: Sketch, half: int
+    task: FineTuningTask,
+    initial_outputs: NDArray[np.float64],
+    sketch: Sketch,
+    half: int | None,
 ) -> Spectrum:
     pairs = eigenpairs_of_features(sketch.features(half), trace=sketch.trace)
     return Spectrum(

@@ -33,6 +33,7 @@ from optuna_ttp.jacobian._sharded import check_group
 from optuna_ttp.jacobian._sharded import sharded_kernel
 from optuna_ttp.jacobian._state import BlockState
 from optuna_ttp.jacobian._state import multiply
+from optuna_ttp.jacobian._state import PANEL
 
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 # Bytes for activations and cotangents of the samples that go through the network together: more
 # of them hardly make it faster.
-_BATCH_BYTES = {"cpu": 2**28, "cuda": 2**31}
+_BATCH_BYTES = {"cpu": 200 * 2**20, "cuda": 2**31}
 # Smaller than what the outputs are first computed in, so that samples see other neighbours.
 _MAX_BATCH = 32
 # With a checkpoint the samples are cut in so many blocks, whose products are stored one by one.
@@ -82,6 +83,7 @@ def exact_kernel(
     seed: int = 0,
     checkpoint: KernelCheckpoint | None = None,
     distributed: bool = False,
+    held: torch.dtype | None = None,
 ) -> Kernel:
     """Compute the empirical NTK ``Theta = J J^T`` without ever holding the Jacobian.
 
@@ -108,10 +110,13 @@ def exact_kernel(
             Keeps finished blocks of the kernel, so that an interrupted computation goes on where
             it stopped. None by default.
         distributed:
-            Share the samples with the other processes of the default group of
+            Share samples and weights with the other processes of the default group of
             :mod:`torch.distributed`, all of which must call this with the same task. What a
-            process holds of its samples, and once more that of another, is not limited by
+            process holds of its samples, and of its weights for all samples, is not limited by
             ``max_memory``, and there is no checkpoint. Off by default.
+        held:
+            Precision that the Jacobian is held in; products are made of it in single precision.
+            That it is computed in by default.
 
     Returns:
         The kernel, that of validation and training samples, and the outputs of the weights.
@@ -135,6 +140,7 @@ def exact_kernel(
             checkpoint,
             distributed,
             lifts,
+            held,
         )
 
     return lifting(run)
@@ -150,12 +156,15 @@ def _kernel(
     checkpoint: KernelCheckpoint | None,
     distributed: bool,
     lifts: Mapping[str, int],
+    held: torch.dtype | None,
 ) -> Kernel:
     reference = task.initial_outputs(device, dtype)
     held_out = None if task.validation is None else task.validation.initial_outputs(device, dtype)
     with task.frozen(device, dtype) as frozen:
         check_singles(task, frozen, reference, device, dtype)
-        preparation = prepare(task, frozen, device=device, dtype=dtype, seed=seed, lifts=lifts)
+        preparation = prepare(
+            task, frozen, device=device, dtype=dtype, seed=seed, lifts=lifts, held=held
+        )
         sizes = block_sizes(task, preparation, dtype, device, max_memory)
         if distributed:
             check_group()
@@ -239,7 +248,7 @@ def block_sizes(
     results = n_rows * (n_matrices * n_rows + n_held_out) * itemsize
     held, making = preparation.layout.bytes_per_sample, preparation.bytes_per_sample
     wanted = max(1, min(_MAX_BATCH, -(-n_samples // 2)))
-    at_best = max(1, min(wanted, _BATCH_BYTES.get(device.type, 2**28) // max(1, making)))
+    at_best = max(1, min(wanted, _BATCH_BYTES.get(device.type, 200 * 2**20) // max(1, making)))
 
     def needed(n_held: int, n_streamed: int, batch: int) -> int:
         columns = n_streamed * n_outputs
@@ -274,6 +283,53 @@ def block_sizes(
         f"{task.n_parameters} parameters but got {max_memory / 2**30:.3g} GiB. "
         "Give more memory, or fewer samples."
     )
+
+
+def expected_bytes(
+    task: FineTuningTask,
+    preparation: Preparation,
+    sizes: BlockSizes,
+    dtype: torch.dtype,
+) -> int:
+    """Say what computing the kernel takes at its peak, on top of the model and the data.
+
+    :func:`block_sizes` adds up everything that could be held at once, for the budget must not be
+    exceeded. This is what is held at once.
+
+    Args:
+        task:
+            The task.
+        preparation:
+            What a sample takes.
+        sizes:
+            How samples are grouped.
+        dtype:
+            Precision of the Jacobian.
+
+    Returns:
+        Bytes.
+    """
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    layout, n_outputs = preparation.layout, task.n_outputs
+    n_matrices = 2 if layout.has_multipliers else 1
+    n_held_out = 0 if task.validation is None else task.validation.n_samples
+    n_rows = task.n_samples * n_outputs
+    results = n_rows * itemsize * (n_matrices * n_rows + n_held_out * n_outputs)
+    whole = sizes.held == task.n_samples and n_held_out == 0
+    streamed = 0 if whole else sizes.streamed
+    states = (sizes.held + streamed) * layout.bytes_per_sample
+    reading = sizes.batch * preparation.bytes_per_sample
+    tile = sizes.held * max(sizes.held, streamed) * n_outputs**2 * 8 * n_matrices
+    scratch = (sizes.held + streamed) * layout.scratch_per_sample
+    panel = (sizes.held + streamed) * n_outputs * min(PANEL, task.n_parameters) * itemsize
+    if not any(p.method == "panels" for p in layout.parameters):
+        panel = 0
+    # Entries of the result take memory only once they are written.
+    multiplying = tile + max(scratch + panel, results) if whole else tile + scratch + panel
+    before = 0 if whole else results
+    # Weights in another layout, and two gradients of all that are compared in the end.
+    weights = 3 * task.n_parameters * itemsize
+    return states + before + max(reading, multiplying) + weights
 
 
 def _cut(sizes: BlockSizes, n_samples: int) -> BlockSizes:

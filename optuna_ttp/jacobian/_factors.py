@@ -85,6 +85,21 @@ class Factors:
             other.expand is None,
         ) and self.cotangents[0].shape[:4] == other.cotangents[0].shape[:4]
 
+    def to(self, dtype: torch.dtype) -> Factors:
+        """Return the factors in another precision; indices stay what they are."""
+        sources = tuple(s.to(dtype) if s.is_floating_point() else s for s in self.sources)
+        cotangents = tuple(d.to(dtype) for d in self.cotangents)
+        return replace(self, sources=sources, cotangents=cotangents, caches=())
+
+    def of(self, samples: slice) -> Factors:
+        """Return the factors of some samples."""
+        return replace(
+            self,
+            sources=tuple(s[samples] for s in self.sources),
+            cotangents=tuple(d[samples] for d in self.cotangents),
+            caches=(),
+        )
+
     @staticmethod
     def concatenate(parts: list[Factors]) -> Factors:
         """Return the factors of all samples of the parts, in order."""
@@ -173,20 +188,14 @@ class Factors:
 
     def _outputs(self, k: int, weight: torch.Tensor) -> torch.Tensor:
         """What the layer gives without its bias in its ``k``-th call, ``(B, G, o, S)``."""
-        cache = self.caches[k] if self.caches else {}
-        if "outputs" in cache:
-            return cache["outputs"]
         groups, _, width, _, n_rows = self.shape
         if self.expand is None:
             looked_up = torch.nn.functional.embedding(self.sources[k], weight)
-            outputs = looked_up.transpose(1, 2)[:, None]
-        else:
-            shape = (groups, n_rows, width) if self.transposed else (groups, width, n_rows)
-            matrix = weight.reshape(shape)
-            matrix = matrix.transpose(1, 2) if self.transposed else matrix
-            outputs = matrix @ self.expand(self.sources[k])
-        cache["outputs"] = outputs
-        return outputs
+            return looked_up.transpose(1, 2)[:, None]
+        shape = (groups, n_rows, width) if self.transposed else (groups, width, n_rows)
+        matrix = weight.reshape(shape)
+        matrix = matrix.transpose(1, 2) if self.transposed else matrix
+        return matrix @ self.expand(self.sources[k])
 
     def _table_rows(self) -> torch.Tensor:
         """Rows of a table that integers index."""
@@ -224,6 +233,7 @@ def ghost_gram(left: Factors, right: Factors, *, symmetric: bool) -> torch.Tenso
     total = torch.zeros((n_left, classes, n_right, classes), dtype=torch.float64, device=device)
     d_left, d_right = joined(left.cotangents), joined(right.cotangents)
     a_right = input_side(right)
+    # Nothing is held twice where both are the same.
     a_left = a_right if symmetric else input_side(left)
     for group in range(groups):
         dl, dr = d_left[:, group], d_right[:, group]
@@ -238,7 +248,8 @@ def ghost_gram(left: Factors, right: Factors, *, symmetric: bool) -> torch.Tenso
             whole = outputs.reshape(n_left, classes, n_right, classes)
             total += (whole * inputs[:, None, :, None]).to(device)
             continue
-        al, ar = al.contiguous(), ar.contiguous()
+        ar = ar.contiguous()
+        al = ar if symmetric else al.contiguous()
         step = max(1, SCRATCH // (dl[0].numel() // positions * other_positions))
         for n in range(n_left):
             seen = n + 1 if symmetric else n_right

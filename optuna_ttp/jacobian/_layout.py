@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from optuna_ttp.jacobian._claims import FactorShape
 
 
@@ -70,12 +72,15 @@ class Layout:
             Large ones are held on their own.
         sections:
             Ranges of columns of the same multiplier, as (start, stop, multiplier).
+        held:
+            Precision of what is held; that of the Jacobian by default.
     """
 
     parameters: tuple[ParameterLayout, ...]
     n_columns: int
     offsets: dict[str, int]
     sections: tuple[tuple[int, int, float], ...]
+    held: torch.dtype | None = None
 
     @property
     def bytes_per_sample(self) -> int:
@@ -100,7 +105,8 @@ class Layout:
     @property
     def has_multipliers(self) -> bool:
         """Whether a learning-rate multiplier is not one."""
-        return any(p.multiplier != 1.0 for p in self.parameters)
+        of_sections = any(multiplier != 1.0 for _, _, multiplier in self.sections)
+        return of_sections or any(p.multiplier != 1.0 for p in self.parameters)
 
 
 def make_layout(
@@ -112,6 +118,7 @@ def make_layout(
     n_samples: int,
     n_outputs: int,
     itemsize: int,
+    held: torch.dtype | None = None,
 ) -> Layout:
     """Choose for each parameter the cheapest way.
 
@@ -132,7 +139,9 @@ def make_layout(
         n_outputs:
             C.
         itemsize:
-            Bytes of an element.
+            Bytes of an element that is held.
+        held:
+            Precision of what is held, where it is not that of the Jacobian. None by default.
 
     Returns:
         The layout.
@@ -164,7 +173,7 @@ def make_layout(
         else:
             sections.append((column, stop, parameter.multiplier))
         column = stop
-    return Layout(tuple(parameters), column, offsets, tuple(sections))
+    return Layout(tuple(parameters), column, offsets, tuple(sections), held)
 
 
 def _is_alone(parameter: ParameterLayout, shape: FactorShape | None) -> bool:
@@ -198,7 +207,8 @@ def _parameter_layout(
         if row_bytes <= factor_bytes:
             return ParameterLayout(name, size, multiplier, "rows", row_bytes, making, product)
         return ParameterLayout(name, size, multiplier, "ghost", factor_bytes, 0.0, ghost)
-    unfolded = g * k * s * itemsize
+    # Made in single precision at least.
+    unfolded = g * k * s * max(4, itemsize)
     if separable:
         held = g * o * (n_outputs + k) * itemsize
         once = 2.0 * g * o * (k + n_outputs**2)

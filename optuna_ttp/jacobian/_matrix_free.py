@@ -118,11 +118,41 @@ def leading_pairs(
         )
     n_rows = task.n_samples * task.n_outputs
     n_wanted = min(n_rows, N_PAIRS if rank is None else rank)
-    n_columns = min(n_rows, n_wanted + max(10, int(_EXTRA * n_wanted)))
+    n_columns = columns_of(task, rank)
     _check_memory(task, n_columns, max_memory)
     if by_directions(task, n_columns, dtype, max_memory):
         return _by_directions(task, n_wanted, n_columns, device, dtype, max_memory, seed)
     return _by_rows(task, n_wanted, n_columns, device, dtype, max_memory, show_progress_bar, seed)
+
+
+def columns_of(task: FineTuningTask, rank: int | None) -> int:
+    """Return how many vectors a block of products has.
+
+    Args:
+        task:
+            The task.
+        rank:
+            How many pairs are wanted, or :obj:`None`.
+    """
+    n_rows = task.n_samples * task.n_outputs
+    n_wanted = min(n_rows, N_PAIRS if rank is None else rank)
+    return min(n_rows, n_wanted + max(10, int(_EXTRA * n_wanted)))
+
+
+def sketch_width(n_rows: int, dtype: torch.dtype, max_memory: int) -> int:
+    """Return how wide the sketch is where products start.
+
+    Args:
+        n_rows:
+            N C.
+        dtype:
+            Precision of the Jacobian.
+        max_memory:
+            Bytes.
+    """
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    width = int(_SKETCH_SHARE * max_memory / (n_rows * itemsize))
+    return max(2, min(_MAX_WIDTH, width) // 2 * 2)
 
 
 def _check_memory(task: FineTuningTask, n_columns: int, max_memory: int) -> None:
@@ -170,9 +200,7 @@ def _by_rows(
     seed: int,
 ) -> LeadingPairs:
     n_rows = task.n_samples * task.n_outputs
-    itemsize = torch.empty((), dtype=dtype).element_size()
-    width = int(_SKETCH_SHARE * max_memory / (n_rows * itemsize))
-    width = max(2, min(_MAX_WIDTH, width) // 2 * 2)
+    width = sketch_width(n_rows, dtype, max_memory)
     settings: dict[str, Any] = {
         "device": device,
         "dtype": dtype,

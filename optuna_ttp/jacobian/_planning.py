@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from dataclasses import dataclass
 import time
 from typing import TYPE_CHECKING
 
 import torch
 
 from optuna_ttp.jacobian._choice import resolve_engine
-from optuna_ttp.jacobian._devices import DTYPES
+from optuna_ttp.jacobian._choice import WIDTH
 from optuna_ttp.jacobian._devices import resolve_device
+from optuna_ttp.jacobian._devices import resolve_dtype
+from optuna_ttp.jacobian._directions import Directions
 from optuna_ttp.jacobian._exact import block_sizes
 from optuna_ttp.jacobian._exact import BlockSizes
+from optuna_ttp.jacobian._exact import expected_bytes
 from optuna_ttp.jacobian._layout import GHOST_OVERHEAD
 from optuna_ttp.jacobian._layout import TRIANGLE
+from optuna_ttp.jacobian._matrix_free import by_directions
+from optuna_ttp.jacobian._matrix_free import columns_of
+from optuna_ttp.jacobian._matrix_free import sketch_width
 from optuna_ttp.jacobian._plan import LayerPlan
 from optuna_ttp.jacobian._plan import SpectrumPlan
 from optuna_ttp.jacobian._prepare import lifting
@@ -23,21 +30,39 @@ from optuna_ttp.jacobian._prepare import Preparation
 from optuna_ttp.jacobian._prepare import prepare
 from optuna_ttp.jacobian._samples import check_singles
 from optuna_ttp.jacobian._samples import SampleReader
+from optuna_ttp.jacobian._sketch import Passes
 
 
 if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
-# Samples that are timed.
-_N_TIMED = 4
+# Samples that are timed: of so many the fixed costs of a batch are a small part.
+_N_TIMED = 12
 _MATRIX = 1024
+# Blocks of products that the matrix-free engine usually makes.
+_N_BLOCKS = 2
+# Directions that are timed.
+_N_DIRECTIONS = 4
+# Eigenpairs that a sketch refines.
+_N_REFINED = 150
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """What is going to be done, and what that takes."""
+
+    preparation: Preparation | None
+    seconds: float
+    sizes: BlockSizes
+    n_bytes: int
 
 
 def plan_spectrum(
     task: FineTuningTask,
     *,
     engine: str = "auto",
+    rank: int | None = None,
     dtype: str = "float32",
     device: str | torch.device | None = None,
     max_memory: int = 4 * 2**30,
@@ -45,8 +70,11 @@ def plan_spectrum(
 ) -> SpectrumPlan:
     """Say how a spectrum would be computed, and what that takes, without computing it.
 
-    A few samples are differentiated and timed, and a matrix product; the rest is counted. The
-    eigenvectors, the timing of training steps and the probe come on top.
+    A few samples are differentiated and timed, and a matrix product; the rest is counted. On a
+    CPU, what other programs take of the processor is not in the seconds. The eigenvectors, the
+    timing of training steps and the probe come on top. For a sketch the seconds are those of the
+    narrowest one, which has to be made anew twice as wide as long as its error bar is too large;
+    for the matrix-free engine those of two blocks of products, which most spectra take.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -60,8 +88,10 @@ def plan_spectrum(
             What is fine-tuned.
         engine:
             As for :func:`~optuna_ttp.compute_spectrum`. ``"auto"`` by default.
+        rank:
+            As for :func:`~optuna_ttp.compute_spectrum`, for the matrix-free engine.
         dtype:
-            ``"float32"`` (the default) or ``"float64"``.
+            As for :func:`~optuna_ttp.compute_spectrum`. ``"float32"`` by default.
         device:
             As for :func:`~optuna_ttp.compute_spectrum`.
         max_memory:
@@ -77,56 +107,198 @@ def plan_spectrum(
             As for :func:`~optuna_ttp.compute_spectrum`.
     """
     name, reason = resolve_engine(task, engine, max_memory=max_memory)
-    if name != "exact":
+    kind, held = resolve_dtype(dtype, name)
+    if name != "exact" and any(factor != 1.0 for factor in task.multipliers.values()):
         raise ValueError(
-            f'plan_spectrum can only plan the engine "exact" so far but got {name!r} ({reason}).'
+            f'learning_rate_multipliers must all be one for the engine "{name}". Use '
+            'engine="exact".'
         )
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(DTYPES)} but got {dtype!r}.")
-    where, kind = resolve_device(task, device), DTYPES[dtype]
-    reference = task.initial_outputs(where, kind)
-
-    def measure(lifts: Mapping[str, int]) -> tuple[Preparation, BlockSizes, float]:
-        with task.frozen(where, kind) as frozen:
-            check_singles(task, frozen, reference, where, kind)
-            found = prepare(task, frozen, device=where, dtype=kind, seed=seed, lifts=lifts)
-            sizes = block_sizes(task, found, kind, where, max_memory)
-            n_timed = min(_N_TIMED, task.n_samples)
-            with found.claims.tape(frozen).attached() as tape:
-                reader = SampleReader(
-                    task,
-                    frozen,
-                    found.claims,
-                    tape,
-                    batch_size=n_timed,
-                    device=where,
-                    dtype=kind,
-                    reference=reference,
-                )
-                seconds = min(
-                    _timed(lambda: reader.read(found.layout, 0, n_timed), where) for _ in range(2)
-                )
-        return found, sizes, seconds / n_timed
-
-    preparation, sizes, per_sample = lifting(measure)
-    rate = _flops_per_second(where, kind)
+    planner = _Planner(task, resolve_device(task, device), kind, max_memory, seed)
+    if name == "exact":
+        estimate = planner.exact(held)
+    elif name == "matrix_free":
+        estimate = planner.matrix_free(rank)
+    else:
+        estimate = planner.sketch(refined=name == "refined_sketch")
+    sizes = estimate.sizes
     return SpectrumPlan(
         engine=name,
         reason=reason,
         n_samples=task.n_samples,
         n_outputs=task.n_outputs,
         n_parameters=task.n_parameters,
-        seconds=_seconds(task, preparation, sizes, per_sample, rate),
-        bytes=sizes.n_bytes,
+        seconds=estimate.seconds,
+        bytes=estimate.n_bytes,
         batch_size=sizes.batch,
         block_size=sizes.held,
         stream_size=sizes.streamed,
         minimum_bytes=sizes.minimum,
-        layers=_layers(task, preparation),
+        layers=() if estimate.preparation is None else _layers(task, estimate.preparation),
     )
 
 
-def _seconds(
+class _Planner:
+    """Plans for one task on one device."""
+
+    def __init__(
+        self,
+        task: FineTuningTask,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_memory: int,
+        seed: int,
+    ) -> None:
+        self._task, self._device, self._dtype = task, device, dtype
+        self._max_memory, self._seed = max_memory, seed
+        self._n_rows = task.n_samples * task.n_outputs
+        self._itemsize = torch.empty((), dtype=dtype).element_size()
+        self._n_timed = min(_N_TIMED, task.n_samples)
+        self._few = task.subset(self._n_timed)
+        n_held_out = 0 if task.validation is None else task.validation.n_samples
+        self._n_read = task.n_samples + n_held_out
+
+    def exact(self, held: torch.dtype | None) -> _Estimate:
+        """Plan the exact engine."""
+        task, device, dtype = self._task, self._device, self._dtype
+
+        def measure(lifts: Mapping[str, int]) -> _Estimate:
+            clock = _Clock(device)
+            reference = task.initial_outputs(device, dtype)
+            with task.frozen(device, dtype) as frozen:
+                check_singles(task, frozen, reference, device, dtype)
+                found = prepare(
+                    task,
+                    frozen,
+                    device=device,
+                    dtype=dtype,
+                    seed=self._seed,
+                    lifts=lifts,
+                    held=held,
+                )
+                setup = clock.seconds()
+                sizes = block_sizes(task, found, dtype, device, self._max_memory)
+                with found.claims.tape(frozen).attached() as tape:
+                    reader = SampleReader(
+                        task,
+                        frozen,
+                        found.claims,
+                        tape,
+                        batch_size=min(sizes.batch, self._n_timed),
+                        device=device,
+                        dtype=dtype,
+                        reference=reference,
+                    )
+                    seconds = _fastest(
+                        lambda: reader.read(found.layout, 0, self._n_timed), device, 2
+                    )
+            total = setup + _exact_seconds(
+                task, found, sizes, seconds / self._n_timed, _flops_per_second(device, dtype)
+            )
+            return _Estimate(found, total, sizes, expected_bytes(task, found, sizes, dtype))
+
+        return lifting(measure)
+
+    def sketch(self, *, refined: bool) -> _Estimate:
+        """Plan a sketch of the narrowest width."""
+
+        def measure(lifts: Mapping[str, int]) -> _Estimate:
+            clock = _Clock(self._device)
+            with self._passes(self._task, lifts) as passes:
+                setup, found = clock.seconds(), passes.preparation
+                n_bytes, batch = passes.sketch_bytes(WIDTH), passes.batch_size
+            seconds = setup + self._n_read * self._sketched(lifts)
+            if refined:
+                seconds += self._n_read * self._multiplied(lifts, _N_REFINED)
+                n_bytes += self._task.n_parameters * _N_REFINED * self._itemsize
+            minimum = 2 * self._n_rows * WIDTH * self._itemsize
+            sizes = BlockSizes(batch, batch, batch, n_bytes, minimum)
+            return _Estimate(found, seconds, sizes, n_bytes)
+
+        return lifting(measure)
+
+    def matrix_free(self, rank: int | None) -> _Estimate:
+        """Plan leading eigenpairs from products."""
+        n_columns = columns_of(self._task, rank)
+        if by_directions(self._task, n_columns, self._dtype, self._max_memory):
+            return self._directions(n_columns)
+
+        def measure(lifts: Mapping[str, int]) -> _Estimate:
+            clock = _Clock(self._device)
+            with self._passes(self._task, lifts) as passes:
+                setup, found = clock.seconds(), passes.preparation
+                width = sketch_width(self._n_rows, self._dtype, self._max_memory)
+                sketching, batch = passes.sketch_bytes(width), passes.batch_size
+                making = passes.sketch_bytes(0)
+            seconds = 2.0 * setup + self._n_read * (
+                self._sketched(lifts) + _N_BLOCKS * self._multiplied(lifts, n_columns)
+            )
+            # The basis, its images, and what is made of both; weights times vectors.
+            vectors = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
+            held = self._task.n_parameters * n_columns * self._itemsize
+            # One layer's part is made before it is added.
+            part = max(p.size for p in found.layout.parameters) * n_columns * self._itemsize
+            multiplying = making + vectors + min(held, self._max_memory // 2) + part
+            # The sketch is held about three times when its leading space is taken.
+            n_bytes = max(3 * sketching - 2 * making, multiplying)
+            sizes = BlockSizes(batch, batch, batch, n_bytes, self._fewest(n_columns))
+            return _Estimate(found, seconds, sizes, n_bytes)
+
+        return lifting(measure)
+
+    def _directions(self, n_columns: int) -> _Estimate:
+        """Plan products that go through the network one direction at a time."""
+        task, device, dtype = self._task, self._device, self._dtype
+        clock = _Clock(device)
+        reference = task.initial_outputs(device, dtype)
+        with task.frozen(device, dtype) as frozen:
+            check_singles(task, frozen, reference, device, dtype)
+            setup = clock.seconds()
+            directions = Directions(self._few, frozen, device, dtype, self._max_memory // 2)
+            vectors = torch.ones(
+                (self._n_timed * task.n_outputs, _N_DIRECTIONS), dtype=dtype, device=device
+            )
+            seconds = _fastest(lambda: directions.images(vectors), device, 1)
+        per_direction = self._n_read / self._n_timed * seconds / _N_DIRECTIONS
+        # The start is multiplied as well, to estimate the trace.
+        total = setup + (_N_BLOCKS + 1) * n_columns * per_direction
+        held = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
+        weights = task.n_parameters * directions.n_together * self._itemsize
+        n_bytes = held + weights
+        sizes = BlockSizes(1, 1, 1, n_bytes, self._fewest(n_columns))
+        return _Estimate(None, total, sizes, n_bytes)
+
+    def _fewest(self, n_columns: int) -> int:
+        return 4 * (self._n_rows * n_columns + self._task.n_parameters)
+
+    def _passes(self, task: FineTuningTask, lifts: Mapping[str, int]) -> Passes:
+        return Passes(task, self._device, self._dtype, self._seed, lifts, False)
+
+    def _sketched(self, lifts: Mapping[str, int]) -> float:
+        """Seconds of projecting one sample."""
+        with self._passes(self._few, lifts) as passes:
+            seconds = _fastest(
+                lambda: passes.sketch(WIDTH, "sign_fold", self._seed), self._device, 1
+            )
+        return seconds / self._few_read
+
+    def _multiplied(self, lifts: Mapping[str, int], n_columns: int) -> float:
+        """Seconds of one sample's part in a product of the kernel and so many vectors."""
+        vectors = torch.ones(
+            (self._n_timed * self._task.n_outputs, n_columns),
+            dtype=self._dtype,
+            device=self._device,
+        )
+        with self._passes(self._few, lifts) as passes:
+            seconds = _fastest(lambda: passes.images(vectors, self._max_memory), self._device, 1)
+        return seconds / self._n_timed
+
+    @property
+    def _few_read(self) -> int:
+        """Samples that a sketch of the timed ones reads: validation samples as well."""
+        return self._n_timed + self._n_read - self._task.n_samples
+
+
+def _exact_seconds(
     task: FineTuningTask,
     preparation: Preparation,
     sizes: BlockSizes,
@@ -163,15 +335,32 @@ def _layers(task: FineTuningTask, preparation: Preparation) -> tuple[LayerPlan, 
     )
 
 
-def _timed(function: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+class _Clock:
+    """Seconds since it was made, without those that other programs took of the processor."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def seconds(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            return time.perf_counter() - self._wall
+        # With several threads the processor's time is the longer one.
+        processor = time.process_time() - self._processor
+        return min(time.perf_counter() - self._wall, processor)
+
+
+def _fastest(function: Callable[[], object], device: torch.device, n_times: int) -> float:
+    """Seconds of the fastest of some calls."""
+    seconds = []
+    for _ in range(n_times):
+        clock = _Clock(device)
+        function()
+        seconds.append(clock.seconds())
+    return min(seconds)
 
 
 def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     matrix = torch.ones((_MATRIX, _MATRIX), dtype=dtype, device=device)
-    seconds = min(_timed(lambda: matrix @ matrix, device) for _ in range(3))
-    return 2.0 * _MATRIX**3 / seconds
+    return 2.0 * _MATRIX**3 / _fastest(lambda: matrix @ matrix, device, 3)

@@ -61,6 +61,7 @@ def prepare(
     dtype: torch.dtype,
     seed: int,
     lifts: Mapping[str, int] | None = None,
+    held: torch.dtype | None = None,
 ) -> Preparation:
     """Look at a few samples.
 
@@ -77,6 +78,8 @@ def prepare(
             Of the random directions in which gradients are compared.
         lifts:
             See :func:`~optuna_ttp.jacobian._claims.find_claims`. None by default.
+        held:
+            Precision that the Jacobian is held in; that it is computed in by default.
 
     Returns:
         Claims, layout and what a sample takes.
@@ -97,30 +100,38 @@ def prepare(
         separable=_separable(claims, recording, seed),
         n_samples=task.n_samples,
         n_outputs=task.n_outputs,
-        itemsize=itemsize,
+        itemsize=itemsize if held is None else held.itemsize,
+        held=held,
     )
     batched = device.type == "cuda"
     replayed = set(claims.replayed)
     elements = 0
     for module, calls in recording.calls.items():
-        n_classes = task.n_outputs if batched or module in replayed else 1
+        # Of one output at a time, or of all, which are brought into order then.
+        n_cotangents = 2 * task.n_outputs if batched or module in replayed else 1
         for call in calls:
-            width = sum(s.numel() for s in call.shapes)
-            # Cotangents twice, because they are brought into order; the activation itself, and
-            # what its derivative needs.
-            elements += (2 * n_classes + 3) * width
+            # What operations between layers keep is about as large as what they are given.
+            elements += (n_cotangents + 1) * sum(s.numel() for s in call.shapes)
             elements += sum(t.numel() for t in tensors_of((call.args, call.kwargs)))
-    # Rows are made when the cotangents of all outputs are there.
-    unfolded = sum(
-        shape.groups * shape.positions * (shape.n_rows + task.n_outputs * shape.width)
-        for parameter in layout.parameters
-        if parameter.method == "rows"
-        and (shape := claims.shapes[parameter.name]) is not None
-        and not shape.is_table
+    per_sample = itemsize * (
+        elements // n_checked + _gathered_elements(layout, claims, task.n_outputs)
     )
-    largest = max((p.size for p in layout.parameters if p.method == "rows"), default=0)
-    per_sample = itemsize * (elements // n_checked + unfolded + task.n_outputs * largest)
     return Preparation(claims, layout, per_sample)
+
+
+def _gathered_elements(layout: Layout, claims: Claims, n_outputs: int) -> int:
+    """What a sample needs until its rows are made: cotangents of all outputs, and inputs."""
+    cotangents = unfolded = rows = 0
+    for parameter in layout.parameters:
+        shape = claims.shapes[parameter.name]
+        if shape is None:
+            rows = max(rows, n_outputs * parameter.size)
+        elif parameter.method in ("rows", "separable") and not shape.is_table:
+            positions = shape.groups * shape.positions
+            cotangents += n_outputs * shape.width * positions
+            # Those of one parameter after the other.
+            unfolded = max(unfolded, shape.n_rows * positions)
+    return cotangents + unfolded + rows
 
 
 def _separable(claims: Claims, recording: Recording, seed: int) -> frozenset[str]:

@@ -76,15 +76,13 @@ class SignFold:
 
     def add(self, target: torch.Tensor, name: str, rows: torch.Tensor) -> None:
         """See :meth:`Projection.add`."""
-        signed = rows * self._signs[name]
-        shift, width = self._shifts[name], self._width
-        first = min(signed.shape[-1], width - shift)
-        target[..., shift : shift + first] += signed[..., :first]
-        rest = signed[..., first:]
-        whole = rest.shape[-1] // width * width
-        if whole:
-            target += rest[..., :whole].unflatten(-1, (-1, width)).sum(-2)
-        target[..., : rest.shape[-1] - whole] += rest[..., whole:]
+        signs, shift, width = self._signs[name], self._shifts[name], self._width
+        n = rows.shape[-1]
+        first = min(n, width - shift)
+        target[..., shift : shift + first].addcmul_(rows[..., :first], signs[:first])
+        for start in range(first, n, width):
+            some = slice(start, min(start + width, n))
+            target[..., : some.stop - start].addcmul_(rows[..., some], signs[some])
 
     def add_table(self, target: torch.Tensor, name: str, factors: Factors) -> None:
         """See :meth:`Projection.add_table`."""

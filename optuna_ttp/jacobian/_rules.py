@@ -349,9 +349,8 @@ def _unfolded(
         if any(ends):
             x = functional.pad(x, [v for e in reversed(ends) for v in (0, e)])
     n_axes = len(kernel)
-    if n_axes == 2 and any(k > 1 for k in kernel):
-        columns = functional.unfold(x, kernel, dilation, 0, stride)
-        return columns.reshape(len(x), groups, -1, columns.shape[2])
+    # Copied once, several times as fast as torch.nn.functional.unfold.
+    x = x.contiguous()
     for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
         x = x.unfold(axis, (k - 1) * d + 1, s)[..., ::d]
     # (B, channels, positions..., kernel...)

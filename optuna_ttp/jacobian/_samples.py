@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from typing import Any
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -109,10 +110,10 @@ class SampleReader:
             rows = slice(first - start, first - start + batch_size)
             builder.begin(batch_size)
             for classes, gradients in self._gradients(recording):
-                part = builder.add(gradients, classes, weights)
-                inner[rows, classes] += part.numpy()
-            inner[rows] += builder.end(weights).numpy()
+                builder.add(gradients, classes)
+            inner[rows] = builder.end(weights).numpy()
             self._advance(batch_size * n_outputs)
+            del recording
         return builder.finish(), inner
 
     def _gradients(
@@ -152,9 +153,13 @@ class SampleReader:
             size = min(self._batch_size, stop - first)
             batches = self._task.batches(size, self.device, self._dtype, start=first)
             inputs, _ = next(batches)
-            recording = self._tape.record(inputs, size)
-            check_same_outputs(recording.outputs, self._reference, first)
-            yield first, recording
+            # Not held here, so that its activations are gone before the next batch.
+            yield first, self._record(inputs, size, first)
+
+    def _record(self, inputs: Any, size: int, first: int) -> Recording:
+        recording = self._tape.record(inputs, size)
+        check_same_outputs(recording.outputs, self._reference, first)
+        return recording
 
     def _check_unused(self, recording: Recording) -> None:
         unused = [self._frozen.parameters[n] for n in self._claims.unused]

@@ -40,16 +40,13 @@ class Separated:
     weights: torch.Tensor
     rows: torch.Tensor
 
-    @staticmethod
-    def concatenate(parts: list[Separated]) -> Separated:
-        """Return those of all samples of the parts, in order."""
-        rank = max(p.weights.shape[3] for p in parts)
-        pad = torch.nn.functional.pad
-        missing = [rank - p.weights.shape[3] for p in parts]
-        return Separated(
-            torch.cat([pad(p.weights, (0, n)) for p, n in zip(parts, missing, strict=True)]),
-            torch.cat([pad(p.rows, (0, 0, 0, n)) for p, n in zip(parts, missing, strict=True)]),
-        )
+    def to(self, dtype: torch.dtype) -> Separated:
+        """Return the terms in another precision."""
+        return Separated(self.weights.to(dtype), self.rows.to(dtype))
+
+    def of(self, samples: slice) -> Separated:
+        """Return the gradients of some samples."""
+        return Separated(self.weights[samples], self.rows[samples])
 
     def gradient(self) -> torch.Tensor:
         """Return the gradient, of shape ``(B, C, O k)``."""
@@ -58,6 +55,17 @@ class Separated:
             for r in range(self.rows.shape[2])
         ]
         return sum(parts[1:], parts[0]).flatten(2)
+
+    def inner(self, weight: torch.Tensor) -> torch.Tensor:
+        """``sum_{o, k} G[n, c, o, k] W[o, k]``, of shape ``(B, C)``.
+
+        Args:
+            weight:
+                As the layer lays it out.
+        """
+        matrix = weight.reshape(self.rows.shape[1], -1)
+        terms = (self.rows * matrix[:, None]).sum(-1)
+        return (self.weights.flatten(2) @ terms.flatten(1)[..., None]).squeeze(2)
 
     def product(self, vectors: torch.Tensor) -> torch.Tensor:
         """``G^T V``.
@@ -93,6 +101,39 @@ class Separated:
         return image.flatten(0, 1)
 
 
+def gathered_terms(
+    whole: Separated | None, part: Separated, samples: slice, n_samples: int
+) -> Separated:
+    """Write the terms of some samples into memory for all.
+
+    Args:
+        whole:
+            What was written before; changed. Nothing at first.
+        part:
+            Of some samples, which may have more or fewer terms than those before.
+        samples:
+            Which ones.
+        n_samples:
+            How many there are in all.
+
+    Returns:
+        The memory, of its own where there are more terms than before.
+    """
+    n_terms = part.rows.shape[2]
+    if whole is None or whole.rows.shape[2] < n_terms:
+        known = whole
+        whole = Separated(
+            part.weights.new_zeros((n_samples, *part.weights.shape[1:])),
+            part.rows.new_zeros((n_samples, *part.rows.shape[1:])),
+        )
+        if known is not None:
+            whole.weights[..., : known.weights.shape[3]] = known.weights
+            whole.rows[:, :, : known.rows.shape[2]] = known.rows
+    whole.weights[samples, ..., :n_terms] = part.weights
+    whole.rows[samples, :, :n_terms] = part.rows
+    return whole
+
+
 def is_separable(factors: Factors) -> bool:
     """Whether the cotangents of all outputs are products of a channel's weight and a pattern.
 
@@ -100,7 +141,9 @@ def is_separable(factors: Factors) -> bool:
         factors:
             For two or more directions of the outputs.
     """
-    return factors.expand is not None and _split(factors) is not None
+    # Where inputs come first in a weight, terms by channel would not lie as the weight does.
+    plain = factors.expand is not None and not factors.transposed
+    return plain and _split(factors) is not None
 
 
 def separate(factors: Factors) -> Separated:
@@ -131,14 +174,14 @@ def separate(factors: Factors) -> Separated:
 def _split(factors: Factors) -> tuple[torch.Tensor, torch.Tensor] | None:
     """``u`` of shape ``(B, G, C, o)`` and ``m`` of shape ``(B, G, o, S)``, if there are such."""
     d = joined(factors.cotangents)
-    squares = d.square().sum(-1)
-    largest, which = squares.max(2)
+    largest, which = d.square().sum(-1).max(2)
     patterns = torch.take_along_dim(d, which[:, :, None, :, None], 2)
     inner = (d * patterns).sum(-1)
     weights = inner / largest[:, :, None].clamp(min=torch.finfo(d.dtype).tiny)
-    away = (d - weights[..., None] * patterns).abs().amax((3, 4))
+    away = torch.addcmul(d, weights[..., None], patterns, value=-1.0)
     tolerance = _ROUNDINGS * torch.finfo(d.dtype).eps * d.abs().amax((3, 4))
-    return (weights, patterns[:, :, 0]) if bool((away <= tolerance).all()) else None
+    same = bool((away.abs_().amax((3, 4)) <= tolerance).all())
+    return (weights, patterns[:, :, 0]) if same else None
 
 
 def separated_gram(left: Separated, right: Separated, *, symmetric: bool) -> torch.Tensor:

@@ -1,12 +1,14 @@
-"""The exact kernel by several processes, each with its own samples.
+"""The exact kernel by several processes.
 
-Every process differentiates its share of the samples. What it holds of their Jacobian goes round
-once; each pair of shares is multiplied by one of its two owners, and the sum of all parts is the
-kernel, in every process.
+Every process differentiates its share of the samples, and multiplies, for all samples, its share
+of the weights: what it holds of the others' weights goes to their owners. So nothing is made or
+multiplied twice, and the sum of what the owners have is the kernel, in every process.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -17,7 +19,12 @@ from numpy.typing import NDArray
 import torch
 import torch.distributed as distributed
 
+from optuna_ttp.jacobian._factors import Factors
 from optuna_ttp.jacobian._kernel import Kernel
+from optuna_ttp.jacobian._layout import GHOST_OVERHEAD
+from optuna_ttp.jacobian._layout import Layout
+from optuna_ttp.jacobian._layout import ParameterLayout
+from optuna_ttp.jacobian._layout import TRIANGLE
 from optuna_ttp.jacobian._prepare import Preparation
 from optuna_ttp.jacobian._samples import SampleReader
 from optuna_ttp.jacobian._separable import Separated
@@ -63,38 +70,43 @@ def sharded_kernel(
             f"There must be at least one sample for each of the {size} processes but got "
             f"{task.n_samples}."
         )
-    shares = _shares(task.n_samples, size)
     layout, c = preparation.layout, task.n_outputs
-    n_rows = task.n_samples * c
-    kind = np.float64 if dtype == torch.float64 else np.float32
-    gram = np.zeros((n_rows, n_rows), dtype=kind)
-    stretched = np.zeros_like(gram) if layout.has_multipliers else None
+    shares = _shares(task.n_samples, size)
     inner = np.zeros((task.n_samples, c))
-    own = shares[rank]
-    state, inner[own] = reader.read(layout, own.start, own.stop)
-
-    def put(left: slice, right: slice, parts: Any) -> None:
-        rows = slice(left.start * c, left.stop * c)
-        columns = slice(right.start * c, right.stop * c)
-        for matrix, part in zip((gram, stretched), parts, strict=True):
-            if matrix is not None:
-                matrix[rows, columns] = part.cpu().numpy()
-                if left != right:
-                    matrix[columns, rows] = matrix[rows, columns].T
-
-    for source in range(size):
-        received = _broadcast(state, shares[source], source, c)
-        if source == rank:
-            put(own, own, multiply(layout, state, state))
-        elif _owner(rank, source) == rank:
-            put(own, shares[source], multiply(layout, state, received))
+    state, inner[shares[rank]] = reader.read(layout, shares[rank].start, shares[rank].stop)
+    pieces = _cut(_pieces(layout, state, task.n_samples, c), size)
+    whole = _exchanged(state, shares, pieces, c)
+    own_layout = _layout_of(pieces[rank], layout.held)
+    gram, stretched = multiply(own_layout, whole, whole)
+    if layout.has_multipliers and stretched is None:
+        # Those of all weights of this process are one.
+        stretched = gram.clone()
     cross = None
     if others is not None and task.validation is not None:
-        cross = _cross(task, preparation, others, state, own, rank, size, kind)
-    for array in (gram, stretched, inner, cross):
-        if array is not None:
-            _add_up(array, reader.device)
-    return Kernel(gram, cross, inner, stretched)
+        n = task.validation.n_samples
+        if n < size:
+            # Fewer than processes: each differentiates all of them.
+            held_out, _ = others.read(layout, 0, n)
+            left = _chosen(held_out, pieces[rank])
+        else:
+            parts = _shares(n, size)
+            held_out, _ = others.read(layout, parts[rank].start, parts[rank].stop)
+            left = _exchanged(held_out, parts, pieces, c)
+        cross, _ = multiply(own_layout, left, whole)
+    kind = np.float64 if dtype == torch.float64 else np.float32
+
+    def summed(part: torch.Tensor | None) -> NDArray[Any] | None:
+        if part is None:
+            return None
+        # Parts are added in double precision, as they are in one process.
+        distributed.all_reduce(part)
+        return part.cpu().numpy().astype(kind)
+
+    total = summed(gram)
+    assert total is not None
+    outputs = torch.from_numpy(inner).to(gram.device)
+    distributed.all_reduce(outputs)
+    return Kernel(total, summed(cross), outputs.cpu().numpy(), summed(stretched))
 
 
 def check_group() -> None:
@@ -111,96 +123,202 @@ def check_group() -> None:
         )
 
 
-def _cross(
-    task: FineTuningTask,
-    preparation: Preparation,
-    others: SampleReader,
-    state: BlockState,
-    own: slice,
-    rank: int,
-    size: int,
-    kind: type[np.floating[Any]],
-) -> NDArray[Any]:
-    """``J_v J^T`` for the columns of this process's samples."""
-    assert task.validation is not None
-    c, n = task.n_outputs, task.validation.n_samples
-    cross = np.zeros((n * c, task.n_samples * c), dtype=kind)
-    # Where there are fewer than processes, each differentiates all of them.
-    shares = _shares(n, size) if n >= size else [slice(0, n)]
-    held_out = None
-    if len(shares) == 1 or shares[rank].stop > shares[rank].start:
-        mine = shares[rank] if len(shares) > 1 else shares[0]
-        held_out, _ = others.read(preparation.layout, mine.start, mine.stop)
-    assert held_out is not None
-    for source, share in enumerate(shares):
-        left = held_out if len(shares) == 1 else _broadcast(held_out, share, source, c)
-        product, _ = multiply(preparation.layout, left, state)
-        rows = slice(share.start * c, share.stop * c)
-        cross[rows, own.start * c : own.stop * c] = product.cpu().numpy()
-    return cross
-
-
 def _shares(n_samples: int, size: int) -> list[slice]:
     bounds = [n_samples * k // size for k in range(size + 1)]
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
-def _owner(one: int, other: int) -> int:
-    """Which of two processes multiplies their shares: each has as many as the others."""
-    low, high = sorted((one, other))
-    return low if (low + high) % 2 else high
+@dataclass(frozen=True)
+class _Piece:
+    """Some weights of one parameter, or some of the columns that are held together.
+
+    Attributes:
+        parameter:
+            Nothing for columns that are held together.
+        multiplier:
+            Of the learning rate.
+        start:
+            The first column; output of the layer for factors; channel for what is separable.
+        stop:
+            After the last one.
+        flops:
+            Of all products.
+    """
+
+    parameter: ParameterLayout | None
+    multiplier: float
+    start: int
+    stop: int
+    flops: float
 
 
-def _broadcast(state: BlockState, share: slice, source: int, n_outputs: int) -> BlockState:
-    """What one process holds, for all: a new state, or the own one at its source."""
-    mine = distributed.get_rank() == source
-    n_samples = share.stop - share.start
-    ranks = {n: s.rows.shape[2] for n, s in state.separated.items()}
-    sent: list[Any] = [_shapes(state), ranks] if mine else [None, None]
-    distributed.broadcast_object_list(sent, src=source)
-    shapes, ranks = sent
-    if shapes != _shapes(state):
-        raise ValueError(
-            "All batches must have the same length for several processes. Pad the samples to one "
-            "length."
-        )
-
-    def send(tensor: torch.Tensor, n_rows: int) -> torch.Tensor:
-        whole = tensor.contiguous() if mine else tensor.new_empty((n_rows, *tensor.shape[1:]))
-        distributed.broadcast(whole, src=source)
-        return whole
-
-    rows = send(state.rows, n_samples * n_outputs)
-    factors = {
-        name: replace(
-            f,
-            sources=tuple(send(s, n_samples) for s in f.sources),
-            cotangents=tuple(send(d, n_samples) for d in f.cotangents),
-        )
-        for name, f in sorted(state.factors.items())
-    }
-    matrices = {n: send(m, n_samples * n_outputs) for n, m in sorted(state.matrices.items())}
-    separated = {}
-    for name, s in sorted(state.separated.items()):
-        # Some samples may need more terms than others.
-        weights, terms = s.weights, s.rows
-        if not mine:
-            weights = weights.new_empty((1, *weights.shape[1:3], ranks[name]))
-            terms = terms.new_empty((1, terms.shape[1], ranks[name], terms.shape[3]))
-        separated[name] = Separated(send(weights, n_samples), send(terms, n_samples))
-    return state if mine else BlockState(n_samples, rows, factors, matrices, separated)
+def _pieces(layout: Layout, state: BlockState, n_samples: int, n_outputs: int) -> list[_Piece]:
+    """All weights, none of them cut."""
+    pairs = TRIANGLE * n_samples**2
+    column = 2.0 * n_outputs**2 * pairs
+    pieces = [
+        _Piece(None, multiplier, start, stop, column * (stop - start))
+        for start, stop, multiplier in layout.sections
+    ]
+    for p in layout.parameters:
+        if p.name in layout.offsets:
+            continue
+        n_columns = p.size
+        flops = pairs * p.flops_per_pair
+        if p.method in ("ghost", "panels"):
+            n_columns = state.factors[p.name].shape[2]
+            flops *= GHOST_OVERHEAD if p.method == "ghost" else 1.0
+            flops += n_samples * p.flops_per_sample
+        elif p.method == "separable":
+            n_columns = state.separated[p.name].weights.shape[2]
+        pieces.append(_Piece(p, p.multiplier, 0, n_columns, flops))
+    return pieces
 
 
-def _shapes(state: BlockState) -> list[tuple[str, tuple[int, ...]]]:
-    """Shapes of all that is held but for the number of samples."""
-    return [
+def _cut(pieces: list[_Piece], size: int) -> list[list[_Piece]]:
+    """A share for each process: the line of pieces is cut where the cost before is one."""
+    total = sum(p.flops for p in pieces)
+    owned: list[list[_Piece]] = [[] for _ in range(size)]
+    before = 0.0
+    for piece in pieces:
+        n = piece.stop - piece.start
+        bounds = [
+            min(n, max(0, round(n * (total * k / size - before) / max(piece.flops, 1.0))))
+            for k in range(size + 1)
+        ]
+        bounds[0], bounds[-1] = 0, n
+        for process, (a, b) in enumerate(pairwise(bounds)):
+            if a < b:
+                start, stop = piece.start + a, piece.start + b
+                owned[process].append(
+                    replace(piece, start=start, stop=stop, flops=piece.flops * (b - a) / n)
+                )
+        before += piece.flops
+    return owned
+
+
+def _layout_of(pieces: list[_Piece], held: torch.dtype | None) -> Layout:
+    """How one process holds its pieces."""
+    sections: list[tuple[int, int, float]] = []
+    column = 0
+    for p in pieces:
+        if p.parameter is None:
+            sections.append((column, column + p.stop - p.start, p.multiplier))
+            column = sections[-1][1]
+    parameters = tuple(p.parameter for p in pieces if p.parameter is not None)
+    return Layout(parameters, column, {}, tuple(sections), held)
+
+
+def _tensors(state: BlockState, piece: _Piece) -> list[torch.Tensor]:
+    """What is held of a piece."""
+    columns = slice(piece.start, piece.stop)
+    if piece.parameter is None:
+        return [state.rows[:, columns]]
+    name = piece.parameter.name
+    if name in state.matrices:
+        return [state.matrices[name][:, columns]]
+    if name in state.separated:
+        separated = state.separated[name]
+        return [separated.weights[:, :, columns], separated.rows[:, columns]]
+    factors = state.factors[name]
+    return [*factors.sources, *(d[:, :, :, columns] for d in factors.cotangents)]
+
+
+def _assembled(
+    like: BlockState, n_samples: int, pieces: list[_Piece], tensors: list[list[torch.Tensor]]
+) -> BlockState:
+    """A state of pieces from what is held of each."""
+    rows: list[torch.Tensor] = []
+    factors: dict[str, Factors] = {}
+    matrices: dict[str, torch.Tensor] = {}
+    separated: dict[str, Separated] = {}
+    for piece, held in zip(pieces, tensors, strict=True):
+        if piece.parameter is None:
+            rows.extend(held)
+            continue
+        name = piece.parameter.name
+        if name in like.matrices:
+            (matrices[name],) = held
+        elif name in like.separated:
+            separated[name] = Separated(*held)
+        else:
+            n = len(like.factors[name].sources)
+            factors[name] = replace(
+                like.factors[name], sources=tuple(held[:n]), cotangents=tuple(held[n:])
+            )
+    n_rows = n_samples * (len(like.rows) // like.n_samples)
+    together = torch.cat(rows, 1) if rows else like.rows.new_empty((n_rows, 0))
+    return BlockState(n_samples, together, factors, matrices, separated)
+
+
+def _chosen(state: BlockState, pieces: list[_Piece]) -> BlockState:
+    return _assembled(state, state.n_samples, pieces, [_tensors(state, p) for p in pieces])
+
+
+def _exchanged(
+    state: BlockState, shares: list[slice], pieces: list[list[_Piece]], n_outputs: int
+) -> BlockState:
+    """The pieces of this process, of the samples of all."""
+    state = _alike(state)
+    rank = distributed.get_rank()
+    n_samples = [share.stop - share.start for share in shares]
+    gathered: list[list[torch.Tensor]] = []
+    for owner, some in enumerate(pieces):
+        for piece in some:
+            found = [
+                # Rows are those of all outputs.
+                _gathered(t, n_samples, len(t) // state.n_samples, owner)
+                for t in _tensors(state, piece)
+            ]
+            if owner == rank:
+                gathered.append([t for t in found if t is not None])
+    return _assembled(state, sum(n_samples), pieces[rank], gathered)
+
+
+def _gathered(
+    tensor: torch.Tensor, n_samples: Sequence[int], n_rows: int, owner: int
+) -> torch.Tensor | None:
+    """The rows of all processes, for their owner."""
+    most = n_rows * max(n_samples)
+    missing = most - len(tensor)
+    kind = tensor.dtype
+    # As bytes, because not every backend knows half precision.
+    sent = tensor.contiguous().view(torch.uint8) if kind == torch.bfloat16 else tensor.contiguous()
+    if missing:
+        sent = torch.cat([sent, sent.new_zeros((missing, *sent.shape[1:]))])
+    if distributed.get_rank() != owner:
+        distributed.gather(sent, None, dst=owner)
+        return None
+    received = [torch.empty_like(sent) for _ in n_samples]
+    distributed.gather(sent, received, dst=owner)
+    parts = [r[: n_rows * n] for r, n in zip(received, n_samples, strict=True)]
+    return torch.cat(parts).view(kind)
+
+
+def _alike(state: BlockState) -> BlockState:
+    """The state in shapes that all processes have.
+
+    Raises:
+        ValueError:
+            If batches have different lengths.
+    """
+    shapes = [
         (name, tuple(t.shape[1:]))
         for name, f in sorted(state.factors.items())
         for t in (*f.sources, *f.cotangents)
     ]
-
-
-def _add_up(array: NDArray[Any], device: torch.device) -> None:
-    tensor = torch.from_numpy(array).to(device)
-    distributed.all_reduce(tensor)
-    array[...] = tensor.cpu().numpy()
+    ranks = {n: s.weights.shape[3] for n, s in state.separated.items()}
+    described: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(described, (shapes, ranks))
+    if any(other != shapes for other, _ in described):
+        raise ValueError(
+            "All batches must have the same length for several processes. Pad the samples to one "
+            "length."
+        )
+    pad = torch.nn.functional.pad
+    separated = {}
+    for name, s in state.separated.items():
+        # Some samples may need more terms than others.
+        missing = max(found[name] for _, found in described) - ranks[name]
+        separated[name] = Separated(pad(s.weights, (0, missing)), pad(s.rows, (0, 0, 0, missing)))
+    return replace(state, separated=separated)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from optuna_ttp.jacobian._eigenpairs import Eigenpairs
 from optuna_ttp.jacobian._factors import chunked_product
 from optuna_ttp.jacobian._factors import Factors
+from optuna_ttp.jacobian._factors import SCRATCH
 from optuna_ttp.jacobian._layout import Layout
 from optuna_ttp.jacobian._prepare import lifting
 from optuna_ttp.jacobian._prepare import Preparation
@@ -38,6 +39,7 @@ from optuna_ttp.jacobian._samples import SampleReader
 from optuna_ttp.jacobian._self_check import check_row_norms
 from optuna_ttp.jacobian._separable import Separated
 from optuna_ttp.jacobian._state import BlockState
+from optuna_ttp.jacobian._state import row_products
 
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 _KEPT_SIZE = 2048
 # Together they have at most so many columns for each one of the sketch.
 _KEPT_SHARE = 0.5
-_BATCH_BYTES = 2**28
+_BATCH_BYTES = 2**27
 _MAX_BATCH = 32
 
 
@@ -276,7 +278,7 @@ class Passes:
             self._preparation = found
             self._tape = stack.enter_context(found.claims.tape(self._frozen).attached())
             n = task.n_samples
-            making = found.bytes_per_sample + self._largest_rows()
+            making = found.bytes_per_sample + self._layout.bytes_per_sample
             batch = max(1, min(_MAX_BATCH, -(-n // 2), _BATCH_BYTES // max(1, making)))
             self._batch_size = batch
             self._reference = reference
@@ -285,6 +287,34 @@ class Passes:
 
     def __exit__(self, *details: object) -> None:
         self._stack.close()
+
+    @property
+    def preparation(self) -> Preparation:
+        """What a look at a few samples has shown, and how a batch is held."""
+        return replace(self._preparation, layout=self._layout)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples that go through the network together."""
+        return self._batch_size
+
+    def sketch_bytes(self, width: int) -> int:
+        """Say what a sketch takes at its peak, on top of the model and the data.
+
+        Args:
+            width:
+                Numbers a row.
+        """
+        task = self._task
+        itemsize = torch.empty((), dtype=self._dtype).element_size()
+        kept, projected = _split({p.name: p.size for p in self._layout.parameters}, width)
+        n_held_out = 0 if task.validation is None else task.validation.n_samples
+        n_rows = (task.n_samples + n_held_out) * task.n_outputs
+        rows = n_rows * (sum(kept.values()) + width) * itemsize
+        held = self._layout.bytes_per_sample + self._preparation.bytes_per_sample
+        # Signs of both halves, weights in another layout, and one gradient that is compared.
+        weights = (2 * sum(projected.values()) + 2 * task.n_parameters) * itemsize
+        return rows + self._batch_size * held + 2 * SCRATCH * itemsize + weights
 
     def sketch(self, width: int, projection: str, seed: int) -> Sketch:
         task = self._task
@@ -351,7 +381,7 @@ class Passes:
         n_outputs = self._task.n_outputs
         sizes = {p.name: p.size for p in self._layout.parameters}
         products: dict[str, torch.Tensor] = {}
-        for first, state, _ in self._states(self._task, self._reference, bar):
+        for first, state in self._states(self._task, self._reference, bar):
             chosen = vectors[first * n_outputs : (first + state.n_samples) * n_outputs]
             for name, gradient in self._gradients(state):
                 if name not in names:
@@ -376,7 +406,7 @@ class Passes:
         bar: tqdm[Any],
     ) -> None:
         n_outputs = task.n_outputs
-        for first, state, _ in self._states(task, reference, bar):
+        for first, state in self._states(task, reference, bar):
             rows = slice(first * n_outputs, (first + state.n_samples) * n_outputs)
             for name, gradient in self._gradients(state):
                 if name not in products:
@@ -404,24 +434,27 @@ class Passes:
         offsets = dict(zip(kept, np.cumsum([0, *kept.values()]).tolist(), strict=False))
         inner = np.zeros((n, c))
         trace = 0.0
-        for first, state, outputs in self._states(task, reference, bar, weight_outputs=True):
+        weights = {n: p.detach() for n, p in self._frozen.parameters.items()}
+        for first, state in self._states(task, reference, bar):
             samples = slice(first, first + state.n_samples)
-            inner[samples] = outputs
             norms = torch.zeros((state.n_samples, c), dtype=torch.float64)
             for name, gradient in self._gradients(state):
                 if name not in kept and isinstance(gradient, Factors) and gradient.expand is None:
                     norms += _table_norms(gradient)
+                    inner[samples] += gradient.inner(weights[name]).double().cpu().numpy()
                     for part, half in zip(parts[1:], halves, strict=True):
                         half.add_table(part[samples], name, gradient)
                     continue
-                rows = _rows(gradient)
-                norms += rows.square().sum(-1).double().cpu()
-                if name in kept:
-                    columns = slice(offsets[name], offsets[name] + kept[name])
-                    parts[0][samples, :, columns] = rows
-                    continue
-                for part, half in zip(parts[1:], halves, strict=True):
-                    half.add(part[samples], name, rows)
+                columns = slice(offsets.get(name, 0), offsets.get(name, 0) + kept.get(name, 0))
+                for some, rows in _row_blocks(gradient):
+                    norms[some] += rows.square().sum(-1).double().cpu()
+                    where = slice(first + some.start, first + some.stop)
+                    inner[where] += row_products(rows, weights[name].flatten()).numpy()
+                    if name in kept:
+                        parts[0][where, :, columns] = rows
+                        continue
+                    for part, half in zip(parts[1:], halves, strict=True):
+                        half.add(part[where], name, rows)
             self._refuse_infinite(state, norms, first)
             check_row_norms(
                 task, self._frozen, first, norms, self._device, self._dtype, self._seed
@@ -434,9 +467,7 @@ class Passes:
         task: FineTuningTask,
         reference: NDArray[np.float64],
         bar: tqdm[Any],
-        *,
-        weight_outputs: bool = False,
-    ) -> Iterator[tuple[int, BlockState, NDArray[np.float64]]]:
+    ) -> Iterator[tuple[int, BlockState]]:
         reader = SampleReader(
             task,
             self._frozen,
@@ -449,8 +480,9 @@ class Passes:
         )
         for first in range(0, task.n_samples, self._batch_size):
             last = min(first + self._batch_size, task.n_samples)
-            state, outputs = reader.read(self._layout, first, last, weight_outputs=weight_outputs)
-            yield first, state, outputs
+            # What rows give of the weights costs less than what factors give.
+            state, _ = reader.read(self._layout, first, last, weight_outputs=False)
+            yield first, state
             bar.update(last - first)
 
     def _gradients(self, state: BlockState) -> Iterator[tuple[str, Contribution | Separated]]:
@@ -469,12 +501,6 @@ class Passes:
             disable=None if self._show else True,
             leave=False,
         )
-
-    def _largest_rows(self) -> int:
-        """Bytes of one sample's rows of the largest parameter, and of their signed copy."""
-        itemsize = torch.empty((), dtype=self._dtype).element_size()
-        largest = max((p.size for p in self._layout.parameters if p.method != "rows"), default=0)
-        return 2 * itemsize * self._task.n_outputs * largest
 
     def _refuse_infinite(self, state: BlockState, norms: torch.Tensor, first: int) -> None:
         if torch.isfinite(norms).all():
@@ -504,6 +530,24 @@ def _layout_of_factors(
             offsets[p.name] = column
             column += p.size
     return Layout(parameters, column, offsets, ())
+
+
+def _row_blocks(gradient: Contribution | Separated) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows of so few samples that the processor's cache holds them while they are used."""
+    if isinstance(gradient, torch.Tensor):
+        yield slice(0, len(gradient)), gradient
+        return
+    if isinstance(gradient, Separated):
+        n_samples, classes, width, _ = gradient.weights.shape
+        size = classes * width * gradient.rows.shape[3]
+    else:
+        groups, classes, width, _, n_rows = gradient.shape
+        n_samples = len(gradient.cotangents[0])
+        size = groups * classes * width * n_rows
+    step = max(1, SCRATCH // size)
+    for start in range(0, n_samples, step):
+        samples = slice(start, min(start + step, n_samples))
+        yield samples, _rows(gradient.of(samples))
 
 
 def _rows(gradient: Contribution | Separated) -> torch.Tensor:

@@ -1,0 +1,135 @@
+"""What a plan says beforehand against what computing took, for every engine.
+
+A plan and what it plans run in processes of their own. The seconds are those of the processor, on
+one thread; the memory is the growth of the process's peak. For a sketch one of 4096 numbers a row
+is measured, as it is planned. Writes ``plans.json``.
+
+Run with ``python -m benchmarks.engine.plans``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.engine.networks import problem
+from benchmarks.environment import environment
+from benchmarks.environment import peak_memory
+from optuna_ttp import FineTuningTask
+from optuna_ttp.jacobian import exact_kernel
+from optuna_ttp.jacobian import plan_spectrum
+from optuna_ttp.jacobian._matrix_free import leading_pairs
+from optuna_ttp.jacobian._sketch import sketch_jacobian
+
+
+CELLS = (
+    ("exact", "residual", 32),
+    ("exact", "residual", 64),
+    ("exact", "residual", 128),
+    ("exact", "residual", 256),
+    ("exact", "resnet18", 12),
+    ("exact", "resnet18", 24),
+    ("sketch", "residual", 64),
+    ("sketch", "residual", 128),
+    ("matrix_free", "residual", 64),
+)
+SMOKE = (("exact", "residual", 4), ("sketch", "residual", 4))
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="small sizes only")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--single", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.single is not None:
+        what, engine, network, n_samples = options.single
+        print(json.dumps(_single(what, engine, network, int(n_samples))))
+        return
+    cells = [_cell(*c, 1 if options.smoke else options.repeats) for c in _chosen(options.smoke)]
+    ratios = [c[key] for c in cells for key in ("seconds_ratio", "memory_ratio")]
+    summary = {
+        "environment": environment(),
+        "largest_factor_of_seconds": max(_factor(r) for r in ratios[::2]),
+        "largest_factor_of_memory": max(_factor(r) for r in ratios[1::2]),
+        "cells": cells,
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "plans.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+
+
+def _chosen(smoke: bool) -> tuple[tuple[str, str, int], ...]:
+    return SMOKE if smoke else CELLS
+
+
+def _factor(ratio: float) -> float:
+    return round(max(ratio, 1.0 / ratio), 3)
+
+
+def _cell(engine: str, network: str, n_samples: int, n_repeats: int) -> dict[str, Any]:
+    plan = _process("plan", engine, network, n_samples)
+    found = [_process("run", engine, network, n_samples) for _ in range(n_repeats)]
+    seconds = statistics.median(f["seconds"] for f in found)
+    memory = statistics.median(f["mib"] for f in found)
+    return {
+        "engine": engine,
+        "network": network,
+        "n_samples": n_samples,
+        "plan": plan,
+        "runs": found,
+        "seconds_ratio": round(plan["seconds"] / seconds, 3),
+        "memory_ratio": round(plan["mib"] / memory, 3),
+    }
+
+
+def _process(what: str, engine: str, network: str, n_samples: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.engine.plans"]
+    command += ["--single", what, engine, network, str(n_samples)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def _single(what: str, engine: str, network: str, n_samples: int) -> dict[str, float]:
+    torch.set_num_threads(1)
+    model, images, labels = problem(network, n_samples)
+    # What the first call loads and allocates belongs to no engine.
+    torch.autograd.grad(model(images[:2]).sum(), list(model.parameters()))
+    task = FineTuningTask(model, (images, labels))
+    started = time.process_time()
+    if what == "plan":
+        plan = plan_spectrum(task, engine=engine)
+        return {
+            "seconds": round(plan.seconds, 2),
+            "mib": round(plan.bytes / 2**20, 1),
+            "seconds_of_planning": round(time.process_time() - started, 2),
+        }
+    before = peak_memory()
+    settings: dict[str, Any] = {"device": torch.device("cpu"), "show_progress_bar": False}
+    if engine == "exact":
+        exact_kernel(task, **settings)
+    elif engine == "sketch":
+        sketch_jacobian(task, width=4096, **settings)
+    else:
+        leading_pairs(task, **settings)
+    return {
+        "seconds": round(time.process_time() - started, 2),
+        "mib": round((peak_memory() - before) / 2**20, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()
