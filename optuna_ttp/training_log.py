@@ -359,13 +359,14 @@ def observation_of(
         observed=observed,
         errors=errors,
         n_steps=curve.n_steps,
-        diverged=curve.diverged or _broke_down(curve, _array(ladder["predicted"])),
+        diverged=curve.diverged or broke_down(curve, _array(ladder["predicted"])),
         batch_size=int(prediction["batch_size"]),
+        lost=curve.lost,
         seconds_per_step=_array([(entry(trial, CURVE) or {}).get("seconds_per_step")])[0],
     )
 
 
-def _broke_down(curve: LossCurve, predicted: NDArray[np.float64]) -> bool:
+def broke_down(curve: LossCurve, predicted: NDArray[np.float64]) -> bool:
     """Whether training went through a spike and stayed above its start, in ample time.
 
     A network that is thrown where its gradients vanish ends with the loss of a guess: its loss is

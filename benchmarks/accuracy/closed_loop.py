@@ -46,12 +46,15 @@ from optuna_ttp import TrainingTimePredictor
 from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import DEPTHS
+from optuna_ttp.calibration import Doubt
 from optuna_ttp.calibration import FRACTIONS
 from optuna_ttp.calibration import NODES
 from optuna_ttp.calibration import Observation
 from optuna_ttp.calibration import SimulatedPassages
 from optuna_ttp.dynamics import Target
 from optuna_ttp.loss_curve import LossCurve
+from optuna_ttp.training_log import broke_down
+from optuna_ttp.uncertainty import doubt
 
 
 TARGETS = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1)
@@ -109,6 +112,8 @@ class Task:
             Learning rate, batch size and momentum, shape (K, 3).
         stability:
             Shape (K,).
+        doubt:
+            What the spectrum's probe says about the errors.
     """
 
     name: str
@@ -118,6 +123,7 @@ class Task:
     real: NDArray[np.float64]
     configurations: NDArray[np.float64]
     stability: NDArray[np.float64]
+    doubt: Doubt
 
     @property
     def effective(self) -> NDArray[np.float64]:
@@ -184,7 +190,8 @@ def load_task(path: Path, spectrum: Spectrum, *, most: int | None = None) -> Tas
                 observed=observed,
                 errors=errors,
                 n_steps=curve.n_steps,
-                diverged=curve.diverged,
+                diverged=curve.diverged or broke_down(curve, p.log_passages[k]),
+                lost=curve.lost,
             )
         )
     real = np.array(
@@ -192,7 +199,14 @@ def load_task(path: Path, spectrum: Spectrum, *, most: int | None = None) -> Tas
     )
     real = np.where(np.isfinite(real), np.maximum(real, 0.1), np.nan)
     return Task(
-        path.stem, observations, losses, initial, real, configurations, np.asarray(p.stability)
+        path.stem,
+        observations,
+        losses,
+        initial,
+        real,
+        configurations,
+        np.asarray(p.stability),
+        doubt(spectrum.probe),
     )
 
 
@@ -324,7 +338,7 @@ def learning_curves(task: Task, n_repeats: int, *, seed: int = 0) -> list[dict[s
             left = np.array(
                 [k for k in order[count:] if not task.same(k)[seen].any()], dtype=np.int64
             )
-            calibration = calibrate([task.observations[k] for k in seen])
+            calibration = calibrate([task.observations[k] for k in seen], task.doubt)
             ours, sd = _ours(calibration, task, left)
             logs = {"ours": ours, **_others(task, seen, left, gp=count > 0)}
             real = task.real[left]
@@ -399,7 +413,7 @@ def partial_errors(task: Task, n_repeats: int, *, seed: int = 1) -> list[float]:
     for _ in range(n_repeats):
         order = rng.permutation(len(task.observations))
         seen = order[:_N_PARTIAL]
-        calibration = calibrate([task.observations[k] for k in seen])
+        calibration = calibrate([task.observations[k] for k in seen], task.doubt)
         for k in order[_N_PARTIAL:]:
             if task.same(k)[seen].any():
                 continue
@@ -442,7 +456,7 @@ def trust_after_five(task: Task, n_repeats: int, *, seed: int = 2) -> list[float
         trials: list[Observation] = []
         for k in rng.permutation(len(task.observations))[:5]:
             one = task.observations[k]
-            logs, _ = calibrate(trials).correct(
+            logs, _ = calibrate(trials, task.doubt).correct(
                 SimulatedPassages(
                     DEPTHS[None, :],
                     one.predicted[None],
@@ -453,7 +467,7 @@ def trust_after_five(task: Task, n_repeats: int, *, seed: int = 2) -> list[float
                 )
             )
             trials.append(replace(one, expected=logs[0]))
-        result.append(calibrate(trials).trust)
+        result.append(calibrate(trials, task.doubt).trust)
     return result
 
 
