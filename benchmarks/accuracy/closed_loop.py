@@ -315,7 +315,9 @@ def errors_of(calibration: Calibration, task: Task) -> NDArray[np.float64]:
     return _errors(logs, task.real)
 
 
-def learning_curves(task: Task, n_repeats: int, *, seed: int = 0) -> list[dict[str, Any]]:
+def learning_curves(
+    task: Task, n_repeats: int, *, n_processes: int | None = None, seed: int = 0
+) -> list[dict[str, Any]]:
     """Return mean errors by method and number of observed trials.
 
     Args:
@@ -323,6 +325,9 @@ def learning_curves(task: Task, n_repeats: int, *, seed: int = 0) -> list[dict[s
             The recorded runs.
         n_repeats:
             Random orders of the trials.
+        n_processes:
+            The Gaussian process, which takes most of the time, is fitted in so many of them. All
+            by default.
         seed:
             Of the orders.
 
@@ -330,6 +335,7 @@ def learning_curves(task: Task, n_repeats: int, *, seed: int = 0) -> list[dict[s
         A row a method, number of trials, repeat, and set of runs ("all" or "mild").
     """
     rng = np.random.default_rng(seed)
+    most = n_repeats if n_processes is None else n_processes
     rows = []
     for repeat in range(n_repeats):
         order = rng.permutation(len(task.observations))
@@ -340,7 +346,7 @@ def learning_curves(task: Task, n_repeats: int, *, seed: int = 0) -> list[dict[s
             )
             calibration = calibrate([task.observations[k] for k in seen], task.doubt)
             ours, sd = _ours(calibration, task, left)
-            logs = {"ours": ours, **_others(task, seen, left, gp=count > 0)}
+            logs = {"ours": ours, **_others(task, seen, left, gp=count > 0 and repeat < most)}
             real = task.real[left]
             inside = _inside(ours, sd, calibration, real)
             for group, members in (("all", left >= 0), ("mild", task.stability[left] < _MILD)):
@@ -497,6 +503,7 @@ def main() -> None:
     parser.add_argument("--curves", type=Path, default=RESULTS / "curves")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--gp-repeats", type=int, help="for the Gaussian process; all by default")
     parser.add_argument("--smoke", action="store_true", help="the small digits network only")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -509,7 +516,7 @@ def main() -> None:
         spectra = [spectrum_of(path.stem, options.store) for path in paths]
         for k, (path, spectrum) in enumerate(zip(paths, spectra, strict=True)):
             task = load_task(path, spectrum, most=_MOST_WRONG if options.smoke else None)
-            rows += learning_curves(task, n_repeats)
+            rows += learning_curves(task, n_repeats, n_processes=options.gp_repeats)
             extra["seed"][task.name] = seed_error(task)
             extra["partial"][task.name] = partial_errors(task, max(1, n_repeats // 10))
             extra["trust"][task.name] = {"right": trust_after_five(task, n_repeats)}
