@@ -30,6 +30,7 @@ OPTUNA_SIDE = (
     "memory",
     "preference",
     "pruner",
+    "reported_curve",
     "sampler",
     "study_budget",
     "testing",
