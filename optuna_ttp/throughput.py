@@ -160,7 +160,7 @@ def measure_throughput(
     import torch
 
     sizes = sorted({min(size, task.n_samples) for size in batch_sizes})
-    seconds = []
+    seconds: list[float] = []
     with task.frozen(device, torch.float32, training=True) as frozen:
         trained = {k: p.detach().clone().requires_grad_() for k, p in frozen.parameters.items()}
         frozen.replace_parameters(trained)

@@ -13,10 +13,15 @@ import time
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 import torch
 
 from benchmarks.engine.networks import problem
 from benchmarks.environment import peak_memory
+
+
+# Numbers a row that a sketch keeps here.
+SKETCH_WIDTH = 4096
 
 
 def main() -> None:
@@ -37,7 +42,7 @@ def main() -> None:
     torch.autograd.grad(model(images[:2]).sum(), list(model.parameters()))
     before, started = peak_memory(), time.process_time()
     wall = time.perf_counter()
-    gram, extra = _run(options.method, model, images, labels, options.dtype)
+    gram = _run(options.method, model, images, labels, options.dtype)
     result: dict[str, Any] = {
         "method": options.method,
         "network": options.network,
@@ -47,31 +52,31 @@ def main() -> None:
         "cpu_seconds": round(time.process_time() - started, 3),
         "wall_seconds": round(time.perf_counter() - wall, 3),
         "peak_mib": round((peak_memory() - before) / 2**20, 1),
-        **extra,
     }
-    if options.gram is not None:
+    if options.gram is not None and gram is not None:
         np.save(options.gram, gram)
     print(json.dumps(result))
 
 
 def _run(
     method: str, model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype: str
-) -> tuple[Any, dict[str, Any]]:
-    if method != "ours_exact":
+) -> NDArray[np.floating[Any]] | None:
+    if not method.startswith("ours"):
         from benchmarks.engine.peers import KERNELS
 
-        return KERNELS[method](model, images), {}
+        return KERNELS[method](model, images)
+    # The peers' environment does not have this library.
     from optuna_ttp import FineTuningTask
     from optuna_ttp.jacobian import exact_kernel
+    from optuna_ttp.jacobian._sketch import sketch_jacobian
 
     task = FineTuningTask(model, (images, labels))
-    kernel = exact_kernel(
-        task,
-        device=torch.device("cpu"),
-        dtype=getattr(torch, dtype),
-        show_progress_bar=False,
-    )
-    return kernel.gram, {}
+    settings: dict[str, Any] = {"device": torch.device("cpu"), "show_progress_bar": False}
+    if method == "ours_sketch":
+        # A sketch is not a kernel.
+        sketch_jacobian(task, width=SKETCH_WIDTH, **settings)
+        return None
+    return exact_kernel(task, dtype=getattr(torch, dtype), **settings).gram
 
 
 if __name__ == "__main__":

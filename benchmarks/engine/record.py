@@ -6,8 +6,11 @@ precision, which the tests hold against plain automatic differentiation. The low
 time counts the floating-point operations of one forward and C backward passes and of the product
 of all rows (half of it, by symmetry), at the rate of a large matrix product on this machine.
 
-With ``--cells`` only some are measured; the others in the file stay, each with its date.
-``torch_func`` takes 21 GiB on ResNet-18.
+With ``--cells`` and ``--methods`` only some are measured; the others in the file stay, each with
+the date of its measurement. ``torch_func`` takes 21 GiB on ResNet-18.
+
+``--methods ours_sketch torch_func`` measures a sketch of 4096 numbers a row between its peers, in
+the same rounds. What such a run measures of it and of the peers also goes into ``sketch.json``.
 
 ``--peers`` is the Python of an environment with ``benchmarks/engine/peers.txt``. Writes
 ``exact.json``.
@@ -46,8 +49,9 @@ CELLS: tuple[tuple[str, int, tuple[str, ...], int], ...] = (
     ("residual", 256, ("ours_exact", "torch_func"), 1),
     ("residual", 512, ("ours_exact", "torch_func"), 1),
 )
-SMOKE = (("residual", 4, ("ours_exact", "torch_func"), 1),)
+SMOKE = (("residual", 4, ("ours_exact", "ours_sketch", "torch_func"), 1),)
 OF_OTHERS = ("torchjd",)
+SKETCH = "ours_sketch"
 
 
 def main() -> None:
@@ -59,24 +63,30 @@ def main() -> None:
     parser.add_argument("--peers", help="a Python that has the other libraries")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cells", nargs="+", help="such as residual-32; all by default")
+    parser.add_argument("--methods", nargs="+", help="such as ours_exact; a cell's by default")
+    parser.add_argument("--rounds", type=int, help="how often each method is measured")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "exact.json"
-    cells: dict[tuple[str, int], dict[str, Any]] = {}
-    if options.cells is not None and path.exists():
-        known = json.loads(path.read_text())
-        for cell in known["cells"]:
-            cell.setdefault("date", known["environment"]["date"])
-            cells[cell["network"], cell["n_samples"]] = cell
+    known = json.loads(path.read_text()) if path.exists() else {"environment": {}, "cells": []}
+    for cell in known["cells"]:
+        for result in cell["results"]:
+            result.setdefault("date", cell.get("date", known["environment"]["date"]))
+    cells = {(cell["network"], cell["n_samples"]): cell for cell in known["cells"]}
     for network, n_samples, methods, n_repeats in SMOKE if options.smoke else CELLS:
         if options.cells is not None and f"{network}-{n_samples}" not in options.cells:
             continue
-        cells[network, n_samples] = _cell(network, n_samples, methods, n_repeats, options)
-        summary = {"environment": environment(), "cells": list(cells.values())}
-        path.write_text(json.dumps(summary, indent=2) + "\n")
-        print(json.dumps(cells[network, n_samples], indent=2), flush=True)
+        chosen = methods if options.methods is None else tuple(options.methods)
+        cell = _cell(network, n_samples, chosen, options.rounds or n_repeats, options)
+        if SKETCH in chosen:
+            _write_sketch(cell, options.output / "sketch.json")
+        cell["results"] = _merged(cells.get((network, n_samples)), cell["results"])
+        cells[network, n_samples] = cell
+        document = {**known, "environment": environment(), "cells": list(cells.values())}
+        path.write_text(json.dumps(document, indent=2) + "\n")
+        print(json.dumps(cell, indent=2), flush=True)
 
 
 def _cell(
@@ -93,17 +103,35 @@ def _cell(
                 if method in OF_OTHERS and options.peers is None:
                     continue
                 result = _measure(method, network, n_samples, options, path)
-                if "failed" not in result:
+                if "failed" not in result and method != SKETCH:
                     result["error"] = _error(np.load(path), reference)
-                results.append(result)
+                results.append({**result, "date": environment()["date"]})
     return {
         "network": network,
         "n_samples": n_samples,
-        "date": environment()["date"],
         "plan": _plan(network, n_samples),
         "bound": _bound(network, n_samples),
         "results": results,
     }
+
+
+def _merged(before: dict[str, Any] | None, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put in place of the same methods' results; sketches have a file of their own."""
+    measured = {r["method"] for r in results}
+    kept = [] if before is None else before["results"]
+    others = [r for r in kept if r["method"] not in measured]
+    return [r for r in results if r["method"] != SKETCH] + others
+
+
+def _write_sketch(cell: dict[str, Any], path: Path) -> None:
+    document = json.loads(path.read_text()) if path.exists() else {}
+    document["against_peers"] = {
+        "environment": environment(),
+        "network": cell["network"],
+        "n_samples": cell["n_samples"],
+        "results": [r for r in cell["results"] if r["method"] != "ours_exact"],
+    }
+    path.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def _measure(

@@ -32,12 +32,8 @@ def main() -> None:
         "resnet18_vs_torch_func_memory": _ratio(resnet, "torch_func", "peak_mib"),
         "resnet18_vs_torchjd_cpu_seconds": _ratio(resnet, "torchjd", "cpu_seconds"),
         "resnet18_vs_torchjd_memory": _ratio(resnet, "torchjd", "peak_mib"),
-        "sketch_vs_best_peer_cpu_seconds": _sketch_ratio(
-            residual, sketch, "width_4096_cpu_seconds", "cpu_seconds"
-        ),
-        "sketch_vs_best_peer_memory": _sketch_ratio(
-            residual, sketch, "width_4096_peak_mib", "peak_mib"
-        ),
+        "sketch_vs_best_peer_cpu_seconds": _sketch_ratio(sketch, "cpu_seconds"),
+        "sketch_vs_best_peer_memory": _sketch_ratio(sketch, "peak_mib"),
         "sketch_n_samples": None if sketch is None else sketch["n_samples"],
         "sketch_predicted_time_error": None
         if sketch is None
@@ -84,7 +80,8 @@ def _median(cell: dict[str, Any], method: str, key: str) -> float:
 
 def _fastest(cell: dict[str, Any]) -> str:
     """The peer with the fewest CPU seconds."""
-    peers: set[str] = {r["method"] for r in cell["results"] if "failed" not in r} - {"ours_exact"}
+    found: set[str] = {r["method"] for r in cell["results"] if "failed" not in r}
+    peers = [method for method in found if not method.startswith("ours")]
     return min(peers, key=lambda method: _median(cell, method, "cpu_seconds"))
 
 
@@ -98,13 +95,11 @@ def _ratio(cells: list[dict[str, Any]], peer: str, key: str) -> float | None:
     return max(ratios, default=None)
 
 
-def _sketch_ratio(
-    cells: list[dict[str, Any]], sketch: dict[str, Any] | None, ours: str, theirs: str
-) -> float | None:
-    if sketch is None:
+def _sketch_ratio(sketch: dict[str, Any] | None, key: str) -> float | None:
+    if sketch is None or "against_peers" not in sketch:
         return None
-    same = [c for c in cells if c["n_samples"] == sketch["n_samples"]]
-    return sketch[ours] / _median(same[0], _fastest(same[0]), theirs) if same else None
+    cell = sketch["against_peers"]
+    return _median(cell, "ours_sketch", key) / _median(cell, _fastest(cell), key)
 
 
 if __name__ == "__main__":
