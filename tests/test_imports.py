@@ -22,6 +22,7 @@ MODULES = {
 }
 OPTUNA_SIDE = (
     "_demo",
+    "_best_trials",
     "_optuna_compat",
     "candidates",
     "cli",
