@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from optuna_ttp.prediction import Prediction
     from optuna_ttp.predictor import TrainingTimePredictor
     from optuna_ttp.pruner import TTPPruner
+    from optuna_ttp.reported_curve import learn_from_reports
     from optuna_ttp.sampler import TTPSampler
     from optuna_ttp.spectrum import Spectrum
     from optuna_ttp.store import SpectrumStore
@@ -57,6 +58,7 @@ _MODULES = {
     "TrainingLog": "training_log",
     "TrainingTimePredictor": "predictor",
     "compute_spectrum": "jacobian",
+    "learn_from_reports": "reported_curve",
     "plan_spectrum": "jacobian",
     "report": "ledger",
 }
@@ -82,6 +84,7 @@ __all__ = [
     "TrainingTimePredictor",
     "__version__",
     "compute_spectrum",
+    "learn_from_reports",
     "plan_spectrum",
     "report",
 ]

@@ -16,6 +16,9 @@ _WINDOW = 0.1
 _MIN_HALF = 2
 # The slope of a curve is taken over this factor of the step to each side.
 _SLOPE_FACTOR = 1.25
+# Standard errors by which a loss was lower before, surely and probably. A spike that is no noise
+# does not undo that a level was passed; what is probably one makes later times less sure.
+_SURELY, _PROBABLY = 4.0, 2.0
 # A time whose logarithm is less sure than this tells nothing.
 _MOST_ERROR = 1.5
 # Standard error where there are too few points to tell, and windows that are pooled to each side.
@@ -112,7 +115,7 @@ class LossCurve:
             return times, errors
         from scipy.optimize import isotonic_regression
 
-        logs = np.log(self.losses)
+        logs = np.where(self._spiked(_SURELY), self._surely(_SURELY), np.log(self.losses))
         weights = 1.0 / np.maximum(self.errors, 1e-3) ** 2
         falling = isotonic_regression(logs, weights=weights, increasing=False).x
         wanted = np.log(levels)
@@ -128,11 +131,34 @@ class LossCurve:
         fall = np.interp(low, steps, falling) - np.interp(high, steps, falling)
         slope = fall / np.maximum(np.log(high / low), 1e-9)
         # More than in proportion: where noise is as large as the fall, the slope is noise too.
+        # Measured, not derived: with noise of half the loss, shallow passages are otherwise
+        # further off than their errors say; on the recorded runs predictions do not depend on it.
         own = np.interp(crossing, steps, own)
         noise = own * (1.0 + 4.0 * own) / np.maximum(slope, 1e-9)
         times[inside] = np.log(crossing)
-        errors[inside] = np.minimum(np.hypot(noise, 0.3 / crossing), _MOST_ERROR)
+        lost = np.minimum(np.interp(crossing, self.steps, self._lost()), 0.99 * crossing)
+        delay = -np.log1p(-lost / crossing)
+        noise = np.hypot(noise, 0.3 / crossing)
+        errors[inside] = np.minimum(np.hypot(noise, delay), _MOST_ERROR)
         return times, errors
+
+    @property
+    def lost(self) -> float:
+        """Steps that the loss probably spent above where it had been before: in spikes."""
+        return float(self._lost()[-1]) if len(self.steps) else 0.0
+
+    def _surely(self, margin: float) -> NDArray[np.float64]:
+        """What the logarithm of the loss was at or below by each step, ``(P,)``."""
+        return np.minimum.accumulate(np.log(self.losses) + margin * self.errors)
+
+    def _spiked(self, margin: float) -> NDArray[np.bool_]:
+        """Where the loss was above what it had been before, by so many errors each, ``(P,)``."""
+        return np.asarray(np.log(self.losses) - margin * self.errors > self._surely(margin))
+
+    def _lost(self) -> NDArray[np.float64]:
+        """Steps that were probably lost in spikes by each step, ``(P,)``."""
+        lost = np.where(self._spiked(_PROBABLY), np.diff(self.steps, prepend=0.0), 0.0)
+        return np.cumsum(lost)
 
 
 def _check(values: NDArray[np.float64], places: NDArray[np.float64]) -> None:

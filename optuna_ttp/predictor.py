@@ -43,6 +43,7 @@ from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.throughput import learned_throughput
 from optuna_ttp.throughput import Throughput
 from optuna_ttp.uncertainty import displacement
+from optuna_ttp.uncertainty import doubt
 from optuna_ttp.uncertainty import kernel_mismatch
 
 
@@ -213,7 +214,10 @@ class TrainingTimePredictor(Estimator):
         )
         path = TargetPath(simulator, target, max_steps)
         super().__init__(
-            CorrectedPath(path, Calibration.none() if calibration is None else calibration),
+            CorrectedPath(
+                path,
+                Calibration.none(doubt(spectrum.probe)) if calibration is None else calibration,
+            ),
             spectrum.throughput if throughput is None else throughput,
         )
         self.observations: tuple[Observation, ...] = ()
@@ -329,7 +333,7 @@ class TrainingTimePredictor(Estimator):
         if not observations:
             return self
         every = (*self.observations, *observations)
-        twin = self.calibrated(calibrate(every))
+        twin = self.calibrated(calibrate(every, doubt(self.spectrum.probe)))
         twin.observations = every
         timed = [o for o in every if o.batch_size > 0 and o.seconds_per_step > 0.0]
         twin.throughput = learned_throughput(

@@ -25,6 +25,8 @@ from optuna_ttp.exceptions import UnusableCurveWarning
 from optuna_ttp.ledger import entry
 from optuna_ttp.ledger import PREDICTION
 from optuna_ttp.loss_curve import LossCurve
+from optuna_ttp.reported_curve import curve_of_reports
+from optuna_ttp.reported_curve import STEPS_PER_REPORT
 
 
 if TYPE_CHECKING:
@@ -153,7 +155,7 @@ def observed_curve(trial: FrozenTrial) -> LossCurve | None:
     Returns:
         The curve, or :obj:`None` where none was recorded, or none that can be used.
     """
-    curve = entry(trial, CURVE)
+    curve = _recorded(trial)
     if curve is None or "unusable" in curve or not curve.get("steps"):
         return None
     return LossCurve(
@@ -282,7 +284,7 @@ class Learner:
         under_way: list[FrozenTrial] = []
         if n_finished < _FEW:
             under_way = [t for t in trials if t.state not in FINISHED]
-        curves = ((t.number, entry(t, CURVE)) for t in under_way)
+        curves = ((t.number, _recorded(t)) for t in under_way)
         running = tuple((n, float(c.get("n_steps", 0))) for n, c in curves if c is not None)
         # Sampler and pruner of a study mostly have the same predictor: they learn together.
         kept = _LEARNED[study]
@@ -332,17 +334,25 @@ def observation_of(
         The observation, or :obj:`None` where the trial has no prediction for this task or no
         usable curve.
     """
-    prediction = entry(trial, PREDICTION)
-    curve = observed_curve(trial)
-    if prediction is None or curve is None or prediction.get("ladder") is None:
+    prediction, record = entry(trial, PREDICTION), _recorded(trial)
+    if prediction is None or record is None or prediction.get("ladder") is None:
         return None
     if prediction["fingerprint"] != predictor.spectrum.metadata.fingerprint:
         return None
-    reason = _other_loss(entry(trial, CURVE) or {}, prediction, predictor.initial_loss)
+    curve = observed_curve(trial)
+    if curve is not None:
+        reason = _other_loss(record, prediction, predictor.initial_loss)
+    elif STEPS_PER_REPORT in record:
+        reason = _unusable(record)
+    else:
+        # What a log has refused it has told, too.
+        return None
     if reason is not None:
         if trial.number not in reported:
             reported.add(trial.number)
             _warn(trial.number, reason)
+        return None
+    if curve is None:
         return None
     levels = predictor.initial_loss * np.exp(-DEPTHS)
     observed, errors = curve.log_passages(levels)
@@ -359,17 +369,27 @@ def observation_of(
         observed=observed,
         errors=errors,
         n_steps=curve.n_steps,
-        diverged=curve.diverged or _broke_down(curve, _array(ladder["predicted"])),
+        diverged=curve.diverged or broke_down(curve, _array(ladder["predicted"])),
         batch_size=int(prediction["batch_size"]),
-        seconds_per_step=_array([(entry(trial, CURVE) or {}).get("seconds_per_step")])[0],
+        lost=curve.lost,
+        seconds_per_step=_array([record.get("seconds_per_step")])[0],
     )
 
 
-def _broke_down(curve: LossCurve, predicted: NDArray[np.float64]) -> bool:
-    """Whether training went through a spike and stayed above its start, in ample time.
+def broke_down(curve: LossCurve, predicted: NDArray[np.float64]) -> bool:
+    """Tell whether training went through a spike and stayed above its start, in ample time.
 
     A network that is thrown where its gradients vanish ends with the loss of a guess: its loss is
     finite, but it comes down no more than one that is not.
+
+    Args:
+        curve:
+            Of the trial.
+        predicted:
+            Logarithms of the predicted steps to :data:`DEPTHS`, NaN where there are none.
+
+    Returns:
+        Whether it will not recover.
     """
     first, last = float(curve.losses[0]), float(curve.losses[-1])
     if not (curve.losses.max() > _SPIKE * first and last > _NOT_LEARNED * first):
@@ -377,6 +397,14 @@ def _broke_down(curve: LossCurve, predicted: NDArray[np.float64]) -> bool:
     known = np.isfinite(predicted)
     halved = predicted[known & (DEPTHS <= _HALVED)]
     return bool(len(halved) and math.log(max(curve.n_steps, 1)) > halved[-1] + _AMPLE)
+
+
+def _unusable(record: dict[str, Any]) -> str | None:
+    """Why reports are no curve, or :obj:`None` where nothing was reported."""
+    reason = record.get("unusable")
+    if reason is None and "first" in record and record["first"] is None:
+        reason = "its first loss is not a number"
+    return reason
 
 
 def _other_loss(
@@ -411,12 +439,23 @@ def _warn(number: int, reason: str) -> None:
     )
 
 
+def _recorded(trial: FrozenTrial) -> dict[str, Any] | None:
+    """The entry of a trial's curve; where its reports are the training loss, made of them."""
+    value = entry(trial, CURVE)
+    if value is None or STEPS_PER_REPORT not in value or not trial.intermediate_values:
+        return value
+    try:
+        return value | _entry(*curve_of_reports(value, trial.intermediate_values))
+    except ValueError as error:
+        return value | {"unusable": str(error).rstrip(".")}
+
+
 def _entry(curve: LossCurve, first: float) -> dict[str, Any]:
     return {
         "n_steps": curve.n_steps,
         "diverged": curve.diverged,
         "first": first if math.isfinite(first) else None,
-        "steps": [int(s) for s in curve.steps],
+        "steps": [int(s) if s == int(s) else float(s) for s in curve.steps],
         "losses": [float(f"{loss:.6g}") for loss in curve.losses],
         "errors": [float(f"{error:.3g}") for error in curve.errors],
     }

@@ -7,6 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_ttp.calibration import Doubt
 from optuna_ttp.spectrum import Probe
 
 
@@ -22,6 +23,12 @@ _DEPTH_SD = 0.02
 _UNKNOWN_SD = 0.5
 _MISMATCH_SD = 0.3
 _MOST_SD = 2.0
+# Depths at which the probe is asked how wrong a kernel is, and how far configurations may differ;
+# and what the one and the other say.
+_NEAR, _FAR = 0.5, 0.25
+_LEAST_GROWTH, _GROWTH_DOUBT = 0.7, 1.5
+_LEAST_SCATTER = 0.5
+_MOST_DEVIATION = 16.0
 # A weight matrix that changes by as much as it was has left its linearisation; so have outputs
 # that are as far off as they moved, and a kernel of three times the predicted one, or a third.
 _UNRELIABLE_DISPLACEMENT = 1.0
@@ -131,6 +138,30 @@ def linearisation_sd(probe: Probe | None, fraction: float) -> float:
     mismatch = kernel_mismatch(probe, fraction)
     far = _UNKNOWN_SD if math.isnan(mismatch) else min(_MISMATCH_SD * mismatch, _MOST_SD)
     return math.hypot(near, far)
+
+
+def doubt(probe: Probe | None) -> Doubt:
+    """Return what a probe says about the errors that trials will show.
+
+    The further the outputs are from the linearised ones, the more the configurations differ. A
+    kernel that differs from the predicted one is wrong for all of them alike; but where the
+    outputs are further off than they moved, the probe was not on the path that training takes.
+    The first draws of the networks in benchmarks/accuracy chose the constants, by the likelihood
+    of held-out times after one, three and ten trials; the other draws test them.
+
+    Args:
+        probe:
+            Of the spectrum, or :obj:`None`.
+
+    Returns:
+        That of a usual pretrained network without a probe.
+    """
+    if probe is None:
+        return Doubt()
+    off = min(deviation(probe, _FAR), _MOST_DEVIATION)
+    mismatch = min(kernel_mismatch(probe, _NEAR), _MOST_SD)
+    growth = _LEAST_GROWTH + _GROWTH_DOUBT * mismatch / (1.0 + off**2)
+    return Doubt(growth, _LEAST_SCATTER + math.sqrt(off))
 
 
 def stability_sd(stability: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -15,6 +15,7 @@ from scipy.stats import t as student
 from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import DEPTHS
+from optuna_ttp.calibration import Doubt
 from optuna_ttp.calibration import NODES
 from optuna_ttp.calibration import Observation
 from optuna_ttp.calibration import SimulatedPassages
@@ -300,6 +301,81 @@ def test_a_trial_that_diverged_does_not_make_predictions_later() -> None:
     np.testing.assert_allclose(
         calibrate([*trials, diverged]).weights, calibrate([*trials, short]).weights, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("stability", [0.05, 0.5])
+def test_what_was_lost_in_a_spike_does_not_make_predictions_later(stability: float) -> None:
+    trials = _trials(unchanged, 2, deepest=1.0)
+    short = observation(deepest=1.0, stability=stability)
+    stuck = replace(short, n_steps=50.0 * short.n_steps, lost=49.0 * short.n_steps)
+    deep = np.searchsorted(DEPTHS, 1.5)
+    before = _corrected(calibrate([*trials, short]), short)[0]
+    after, _ = _corrected(calibrate([*trials, stuck]), short)
+    assert after[deep] == pytest.approx(before[deep], abs=0.02)
+
+
+def test_a_trial_near_the_limit_that_got_stuck_tells_less_than_a_calm_one() -> None:
+    trials = _trials(unchanged, 2, deepest=1.0)
+    calm = observation(deepest=1.0)
+    later = []
+    for stability in (0.05, 0.6):
+        short = observation(deepest=1.0, stability=stability)
+        stuck = replace(short, n_steps=100.0 * short.n_steps)
+        deep = np.searchsorted(DEPTHS, 1.5)
+        before, _ = _corrected(calibrate([*trials, short]), calm)
+        after, _ = _corrected(calibrate([*trials, stuck]), calm)
+        later.append(after[deep] - before[deep])
+    assert later[1] < 0.2 * later[0]
+
+
+# Doubt
+
+
+def test_what_a_probe_doubts_is_learned_faster_and_less_sure() -> None:
+    trial = observation(_grows, deepest=2.0)
+    deep = np.searchsorted(DEPTHS, 1.5)
+    sure = calibrate([trial], Doubt(growth=0.3))
+    doubtful = calibrate([trial], Doubt(growth=3.0))
+    assert np.interp(1.0, NODES, doubtful.log_growth) > np.interp(1.0, NODES, sure.log_growth)
+    wide, narrow = (
+        _corrected(calibrate([trial], Doubt(scatter=s)), trial)[1][deep] for s in (4.0, 0.6)
+    )
+    assert wide > 2.0 * narrow
+
+
+# How long a running trial still takes
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+def test_what_a_trial_scatters_by_at_first_is_not_the_pace_of_the_rest(factor: float) -> None:
+    calibration = calibrate(_trials(unchanged, 6))
+    whole = observation(stability=0.05)
+    early = np.searchsorted(DEPTHS, 0.2)
+    observed = np.where(np.arange(len(DEPTHS)) < early, whole.predicted + math.log(factor), np.nan)
+    running = replace(
+        whole,
+        observed=observed,
+        errors=np.full(len(DEPTHS), 0.3),
+        n_steps=math.exp(observed[early - 1]),
+    )
+    goal = int(np.searchsorted(DEPTHS, 2.0))
+    depths = np.minimum(DEPTHS, DEPTHS[goal])
+    logs = np.minimum(whole.predicted, whole.predicted[goal])
+    rest, _ = calibration.remaining(running, depths, logs)
+    assert rest == pytest.approx(math.exp(logs[-1]) - running.n_steps, rel=0.15)
+
+
+def test_a_spike_at_the_start_is_no_pace_of_its_own() -> None:
+    calibration = calibrate(_trials(unchanged, 6))
+    # Its first rung was due after six steps, and nothing was passed by step two hundred.
+    trial = observation()
+    stuck = replace(trial, observed=np.full(len(DEPTHS), np.nan), n_steps=200.0)
+    goal = int(np.searchsorted(DEPTHS, 2.0))
+    depths = np.minimum(DEPTHS, DEPTHS[goal])
+    logs = np.minimum(trial.predicted, trial.predicted[goal])
+    plain = math.exp(logs[-1])
+    rest, _ = calibration.remaining(stuck, depths, logs)
+    assert plain < rest < plain + 250.0
 
 
 # Outliers and many trials

@@ -22,6 +22,7 @@ MODULES = {
 }
 OPTUNA_SIDE = (
     "_demo",
+    "_best_trials",
     "_optuna_compat",
     "candidates",
     "cli",
@@ -30,6 +31,7 @@ OPTUNA_SIDE = (
     "memory",
     "preference",
     "pruner",
+    "reported_curve",
     "sampler",
     "study_budget",
     "testing",

@@ -99,6 +99,35 @@ def test_a_noisy_plateau_is_passed_at_its_end() -> None:
         np.testing.assert_allclose(np.exp(times), 100 + 100 * depths, rtol=0.12)
 
 
+# Spikes
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_a_spike_does_not_undo_what_was_passed_before(noise: float) -> None:
+    rng = np.random.default_rng(0)
+    t = np.arange(600.0)
+    # Down to exp(-1), thrown up, and down again from there 300 steps later.
+    losses = np.where(t < 100, np.exp(-t / 100), np.where(t < 400, 3.0, np.exp(-(t - 300) / 100)))
+    losses *= np.exp(rng.normal(0.0, noise, len(t)))
+    curve = LossCurve.of(losses)
+    times, errors = curve.log_passages(np.exp(-np.array([0.3, 0.6, 1.5])))
+    np.testing.assert_allclose(np.exp(times), [30, 60, 450], rtol=0.1)
+    # Two thirds of the last time were lost in the spike.
+    assert errors[:2].max() < 0.2
+    assert errors[2] == pytest.approx(math.log(450 / 150), rel=0.15)
+    assert curve.lost == pytest.approx(300, rel=0.1)
+
+
+def test_noise_is_hardly_taken_for_spikes() -> None:
+    rng = np.random.default_rng(0)
+    t = np.arange(2000.0)
+    lost = [
+        LossCurve.of(_exponential(500, t) * np.exp(rng.normal(0.0, 0.3, len(t)))).lost
+        for _ in range(20)
+    ]
+    assert np.mean(lost) < 0.02 * len(t)
+
+
 # Noise
 
 

@@ -621,7 +621,7 @@ def test_model_comes_back_as_it_was(look: str, device: torch.device) -> None:
         ("exact_kernel in blocks", 1),
         ("exact_kernel in blocks", 20),
         ("measure_throughput", 0),
-        ("measure_throughput", 7),
+        ("measure_throughput", 3),
     ],
 )
 def test_model_comes_back_as_it_was_after_an_interruption(

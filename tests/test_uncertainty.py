@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from optuna_ttp.calibration import Doubt
 from optuna_ttp.dynamics import Schedule
 from optuna_ttp.dynamics import Smoothing
 from optuna_ttp.prediction import Prediction
 from optuna_ttp.predictor import TrainingTimePredictor
 from optuna_ttp.spectrum import Probe
 from optuna_ttp.spectrum import Spectrum
+from optuna_ttp.uncertainty import doubt
 from optuna_ttp.uncertainty import linearisation_sd
 from optuna_ttp.uncertainty import probability_below
 from optuna_ttp.uncertainty import stability_sd
@@ -383,3 +385,19 @@ def test_invalid_input_is_refused(name: str, value: float, several: bool) -> Non
 def test_bad_number_of_seeds_is_refused(n_seeds: Any) -> None:
     with pytest.raises(ValueError, match="n_seeds must be a positive integer but got"):
         _predictor(n_seeds=n_seeds)
+
+
+def _measured(deviation: float, ratio: float) -> Probe:
+    fractions = np.array([1.0, 0.5, 0.25])
+    ratios = np.array([1.0, ratio, ratio])
+    return Probe(fractions, np.zeros(3), np.array([0.0, deviation, deviation]), ratios)
+
+
+def test_the_further_from_its_linearisation_the_more_a_network_is_doubted() -> None:
+    plain, far = doubt(_measured(0.0, 1.0)), doubt(_measured(0.8, 1.0))
+    assert far.scatter > plain.scatter
+    assert doubt(_measured(0.8, 6.0)).growth > 2.0 * far.growth
+    # Where outputs are further off than they moved, the probe's kernel is not that of the path.
+    assert doubt(_measured(10.0, 6.0)).growth < 1.1 * far.growth
+    assert doubt(_measured(math.inf, math.inf)).scatter < 6.0
+    assert doubt(None) == Doubt()

@@ -46,12 +46,15 @@ from optuna_ttp import TrainingTimePredictor
 from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import DEPTHS
+from optuna_ttp.calibration import Doubt
 from optuna_ttp.calibration import FRACTIONS
 from optuna_ttp.calibration import NODES
 from optuna_ttp.calibration import Observation
 from optuna_ttp.calibration import SimulatedPassages
 from optuna_ttp.dynamics import Target
 from optuna_ttp.loss_curve import LossCurve
+from optuna_ttp.training_log import broke_down
+from optuna_ttp.uncertainty import doubt
 
 
 TARGETS = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1)
@@ -109,6 +112,8 @@ class Task:
             Learning rate, batch size and momentum, shape (K, 3).
         stability:
             Shape (K,).
+        doubt:
+            What the spectrum's probe says about the errors.
     """
 
     name: str
@@ -118,6 +123,7 @@ class Task:
     real: NDArray[np.float64]
     configurations: NDArray[np.float64]
     stability: NDArray[np.float64]
+    doubt: Doubt
 
     @property
     def effective(self) -> NDArray[np.float64]:
@@ -184,7 +190,8 @@ def load_task(path: Path, spectrum: Spectrum, *, most: int | None = None) -> Tas
                 observed=observed,
                 errors=errors,
                 n_steps=curve.n_steps,
-                diverged=curve.diverged,
+                diverged=curve.diverged or broke_down(curve, p.log_passages[k]),
+                lost=curve.lost,
             )
         )
     real = np.array(
@@ -192,7 +199,14 @@ def load_task(path: Path, spectrum: Spectrum, *, most: int | None = None) -> Tas
     )
     real = np.where(np.isfinite(real), np.maximum(real, 0.1), np.nan)
     return Task(
-        path.stem, observations, losses, initial, real, configurations, np.asarray(p.stability)
+        path.stem,
+        observations,
+        losses,
+        initial,
+        real,
+        configurations,
+        np.asarray(p.stability),
+        doubt(spectrum.probe),
     )
 
 
@@ -301,7 +315,9 @@ def errors_of(calibration: Calibration, task: Task) -> NDArray[np.float64]:
     return _errors(logs, task.real)
 
 
-def learning_curves(task: Task, n_repeats: int, *, seed: int = 0) -> list[dict[str, Any]]:
+def learning_curves(
+    task: Task, n_repeats: int, *, n_processes: int | None = None, seed: int = 0
+) -> list[dict[str, Any]]:
     """Return mean errors by method and number of observed trials.
 
     Args:
@@ -309,6 +325,9 @@ def learning_curves(task: Task, n_repeats: int, *, seed: int = 0) -> list[dict[s
             The recorded runs.
         n_repeats:
             Random orders of the trials.
+        n_processes:
+            The Gaussian process, which takes most of the time, is fitted in so many of them. All
+            by default.
         seed:
             Of the orders.
 
@@ -316,6 +335,7 @@ def learning_curves(task: Task, n_repeats: int, *, seed: int = 0) -> list[dict[s
         A row a method, number of trials, repeat, and set of runs ("all" or "mild").
     """
     rng = np.random.default_rng(seed)
+    most = n_repeats if n_processes is None else n_processes
     rows = []
     for repeat in range(n_repeats):
         order = rng.permutation(len(task.observations))
@@ -324,9 +344,9 @@ def learning_curves(task: Task, n_repeats: int, *, seed: int = 0) -> list[dict[s
             left = np.array(
                 [k for k in order[count:] if not task.same(k)[seen].any()], dtype=np.int64
             )
-            calibration = calibrate([task.observations[k] for k in seen])
+            calibration = calibrate([task.observations[k] for k in seen], task.doubt)
             ours, sd = _ours(calibration, task, left)
-            logs = {"ours": ours, **_others(task, seen, left, gp=count > 0)}
+            logs = {"ours": ours, **_others(task, seen, left, gp=count > 0 and repeat < most)}
             real = task.real[left]
             inside = _inside(ours, sd, calibration, real)
             for group, members in (("all", left >= 0), ("mild", task.stability[left] < _MILD)):
@@ -399,7 +419,7 @@ def partial_errors(task: Task, n_repeats: int, *, seed: int = 1) -> list[float]:
     for _ in range(n_repeats):
         order = rng.permutation(len(task.observations))
         seen = order[:_N_PARTIAL]
-        calibration = calibrate([task.observations[k] for k in seen])
+        calibration = calibrate([task.observations[k] for k in seen], task.doubt)
         for k in order[_N_PARTIAL:]:
             if task.same(k)[seen].any():
                 continue
@@ -442,7 +462,7 @@ def trust_after_five(task: Task, n_repeats: int, *, seed: int = 2) -> list[float
         trials: list[Observation] = []
         for k in rng.permutation(len(task.observations))[:5]:
             one = task.observations[k]
-            logs, _ = calibrate(trials).correct(
+            logs, _ = calibrate(trials, task.doubt).correct(
                 SimulatedPassages(
                     DEPTHS[None, :],
                     one.predicted[None],
@@ -453,7 +473,7 @@ def trust_after_five(task: Task, n_repeats: int, *, seed: int = 2) -> list[float
                 )
             )
             trials.append(replace(one, expected=logs[0]))
-        result.append(calibrate(trials).trust)
+        result.append(calibrate(trials, task.doubt).trust)
     return result
 
 
@@ -483,6 +503,7 @@ def main() -> None:
     parser.add_argument("--curves", type=Path, default=RESULTS / "curves")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--gp-repeats", type=int, help="for the Gaussian process; all by default")
     parser.add_argument("--smoke", action="store_true", help="the small digits network only")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -495,7 +516,7 @@ def main() -> None:
         spectra = [spectrum_of(path.stem, options.store) for path in paths]
         for k, (path, spectrum) in enumerate(zip(paths, spectra, strict=True)):
             task = load_task(path, spectrum, most=_MOST_WRONG if options.smoke else None)
-            rows += learning_curves(task, n_repeats)
+            rows += learning_curves(task, n_repeats, n_processes=options.gp_repeats)
             extra["seed"][task.name] = seed_error(task)
             extra["partial"][task.name] = partial_errors(task, max(1, n_repeats // 10))
             extra["trust"][task.name] = {"right": trust_after_five(task, n_repeats)}

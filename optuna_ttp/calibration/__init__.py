@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from optuna_ttp.calibration._calibrate import calibrate
 from optuna_ttp.calibration._calibration import Calibration
+from optuna_ttp.calibration._doubt import Doubt
 from optuna_ttp.calibration._observation import Observation
 from optuna_ttp.calibration._passages import covariates
 from optuna_ttp.calibration._passages import SimulatedPassages
@@ -36,6 +37,7 @@ __all__ = [
     "FRACTIONS",
     "NODES",
     "Calibration",
+    "Doubt",
     "Observation",
     "SimulatedPassages",
     "calibrate",

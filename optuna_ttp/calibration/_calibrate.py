@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from optuna_ttp.calibration._calibration import Calibration
+from optuna_ttp.calibration._doubt import Doubt
 from optuna_ttp.calibration._errors import SCALE_WEIGHT
 from optuna_ttp.calibration._held_out import held_out
 from optuna_ttp.calibration._observation import Observation
@@ -26,28 +27,31 @@ _MOST_TRIALS = 128
 _MOST_COMPARED = 256
 
 
-def calibrate(observations: Sequence[Observation]) -> Calibration:
+def calibrate(observations: Sequence[Observation], doubt: Doubt | None = None) -> Calibration:
     """Learn from trials.
 
     Args:
         observations:
             Trials, oldest first. Those of which nothing was seen are left out, and only the newest
             128 shape the correction.
+        doubt:
+            How far the network may be from its linearisation. That of a usual one by default.
 
     Returns:
         The posterior, and how good the predictions were that were made before each trial.
     """
     every = [o for o in observations if _n_seen(o) > 0]
     usable = every[-_MOST_TRIALS:]
-    mean, covariance = prior()
+    doubt = doubt or Doubt()
+    mean, covariance = prior(doubt)
     divergence = _divergence(observations)
     if not usable:
-        return replace(Calibration.none(), divergence=divergence)
+        return replace(Calibration.none(doubt), divergence=divergence)
     trials = Trials.of(usable)
     precision = np.linalg.inv(covariance)
     weights = mean
     importance = np.ones(len(usable))
-    scales = (1.0, 1.0)
+    scales = expected = doubt.scales
     logs, slopes = corrected(trials.passages, weights)
     for _ in range(_ROUNDS):
         observed, errors = trials.with_bounds(logs)
@@ -65,7 +69,7 @@ def calibrate(observations: Sequence[Observation]) -> Calibration:
         own = np.where(np.isfinite(trials.observed), away, 0.0)
         squares = trials.ratios(own, errors, seen, scales)
         importance = (_ROBUSTNESS + 1.0) / (_ROBUSTNESS + squares)
-        scales = trials.scales(own, errors, seen, importance)
+        scales = trials.scales(own, errors, seen, importance, expected)
     return Calibration(
         weights,
         np.linalg.inv(posterior),

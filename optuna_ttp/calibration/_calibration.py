@@ -9,6 +9,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_ttp.calibration._doubt import Doubt
 from optuna_ttp.calibration._errors import RUNG_SD
 from optuna_ttp.calibration._errors import SCALE_WEIGHT
 from optuna_ttp.calibration._errors import TRIAL_SD
@@ -24,7 +25,7 @@ from optuna_ttp.calibration._trials import Trials
 from optuna_ttp.divergence import DivergenceLimit
 
 
-# A running trial that is later than so many standard deviations is as late as it is.
+# No error of the model explains why a running trial is later than so many standard deviations.
 _UNEXPLAINED = 4.0
 # Compared with trivial rules from so many trials on, and how much better these must be.
 _MIN_OBSERVATIONS = 3
@@ -81,10 +82,19 @@ class Calibration:
     divergence: DivergenceLimit = field(default_factory=DivergenceLimit.of)
 
     @classmethod
-    def none(cls) -> Calibration:
-        """Return what is known before any trial. The simulation stands as it is."""
-        _, covariance = prior()
-        return cls(np.zeros(len(covariance)), covariance)
+    def none(cls, doubt: Doubt | None = None) -> Calibration:
+        """Return what is known before any trial. The simulation stands as it is.
+
+        Args:
+            doubt:
+                How far the network may be from its linearisation. That of a usual one by default.
+
+        Returns:
+            The calibration.
+        """
+        doubt = doubt or Doubt()
+        _, covariance = prior(doubt)
+        return cls(np.zeros(len(covariance)), covariance, *doubt.scales)
 
     @property
     def log_growth(self) -> NDArray[np.float64]:
@@ -148,7 +158,9 @@ class Calibration:
         """Return how long a running trial still takes to the last rung, given its own curve.
 
         Its errors so far are taken for the error common to its rungs, as far as they are larger
-        than what single rungs scatter by; what is left of the way is stretched by it.
+        than what single rungs scatter by; what is left of the way is stretched by what of it is
+        expected to last until the target. A trial that is later than can be explained is taken to
+        lose as many steps again.
 
         Args:
             running:
@@ -193,12 +205,20 @@ class Calibration:
         # The correction itself is uncertain in the same way for all rungs.
         gain = common[j] @ inverse
         error = float(gain @ away)
-        if away[j] > _UNEXPLAINED * sd[0, j]:
-            # So late is nothing that the model knows of: the trial has a pace of its own.
-            error = float(away[j])
-        left = math.exp(goal) - math.exp(float(logs[0, j]))
+        expected = math.exp(float(logs[0, j]))
         passed = math.exp(float(observed[0, j]))
-        rest = passed + left * math.exp(error) - running.n_steps
+        left = math.exp(goal) - expected
+        # At the target the errors are correlated as far as the model says.
+        ahead = np.array([np.interp(depths[-1], DEPTHS, column) for column in common.T])
+        there = float((ahead @ inverse) @ away)
+        total_steps = expected * math.exp(error) + left * math.exp(there)
+        late = float(away[j])
+        if late > _UNEXPLAINED * sd[0, j]:
+            # So late is nothing that the model knows of. What has cost so many steps will cost as
+            # many again, but no more than a pace of the trial's own would.
+            lost = min(passed - expected, left * math.expm1(late))
+            total_steps = max(total_steps, passed + left + lost)
+        rest = total_steps - running.n_steps
         shrunk = max(float(common[j, j] - gain @ common[j]), 0.0)
         total = max(spread**2 - float(common[j, j]) + shrunk, (0.5 * spread) ** 2)
         return max(rest, 1.0), math.sqrt(total)

@@ -11,11 +11,11 @@ _SCATTERS = 0.6
 # The learning rate over the largest stable one from which on a loss spike at the start delays a
 # trial by nobody knows how much, and the standard deviation that this comes to.
 _CATAPULTS = 0.3
-_CATAPULT_SD = 4.0
+_CATAPULT_SD = 1.0
 # Errors of a trial's logarithmic times: common to neighbouring rungs over such a length, more of
 # it with instability, and of single rungs.
 TRIAL_SD = 0.02
-_INSTABILITY_SD = 0.35
+_INSTABILITY_SD = 0.175
 RUNG_SD = 0.025
 # Weight of the prior of the errors' scale, in trials, and what a trial counts for it.
 SCALE_WEIGHT = 2.0
@@ -32,5 +32,18 @@ def wildness(instability: NDArray[np.float64]) -> NDArray[np.float64]:
         The same shape; what was unstable once stays so.
     """
     lasting = np.log1p(np.fmax.accumulate(instability, axis=-1) / _SCATTERS)
-    share = instability[..., :1] / (instability[..., :1] + _CATAPULTS)
-    return _INSTABILITY_SD * lasting + _CATAPULT_SD * share**3
+    return _INSTABILITY_SD * lasting + catapult(instability)[..., None]
+
+
+def catapult(instability: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the standard deviation that comes with a loss spike at the start.
+
+    Args:
+        instability:
+            See :class:`Observation`, rungs in the last axis.
+
+    Returns:
+        The shape without the last axis.
+    """
+    share = instability[..., 0] / (instability[..., 0] + _CATAPULTS)
+    return np.asarray(_CATAPULT_SD * share**3)

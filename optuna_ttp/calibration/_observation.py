@@ -48,6 +48,8 @@ class Observation:
             Of the configuration; zero where it is not known.
         seconds_per_step:
             Median over its steps; NaN where it was not measured.
+        lost:
+            Steps that it probably lost in loss spikes.
     """
 
     predicted: NDArray[np.float64]
@@ -63,6 +65,7 @@ class Observation:
     diverged: bool = False
     batch_size: int = 0
     seconds_per_step: float = math.nan
+    lost: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that JSON takes; NaN as :obj:`None`."""
@@ -85,7 +88,10 @@ class Observation:
         """
         sizes = {"growth": len(NODES), "covariates": N_COVARIATES}
         try:
-            read = {name: _unplain(values[name]) for name in cls.__dataclass_fields__}
+            read = {
+                name: _unplain(values.get(name, 0.0) if name == "lost" else values[name])
+                for name in cls.__dataclass_fields__
+            }
             for name, value in read.items():
                 if isinstance(value, np.ndarray) and len(value) != sizes.get(name, len(DEPTHS)):
                     raise ValueError(f"{name} has {len(value)} values")

@@ -14,7 +14,7 @@ from optuna_ttp.calibration._rungs import NODES
 # The product of stability and kernel growth from which on instability shows, and where it stops
 # growing.
 _SHOWS = 1.3
-_EDGE = 3.0
+_EDGE = 1.0
 # Corrections beyond this factor are no corrections.
 _MOST_LOG = 12.0
 _NEWTON_STEPS = 6

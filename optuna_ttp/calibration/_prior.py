@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_ttp.calibration._doubt import Doubt
 from optuna_ttp.calibration._rungs import N_COVARIATES
 from optuna_ttp.calibration._rungs import NODES
 
@@ -22,12 +23,16 @@ _START_SD = 0.15
 # Prior of the effects of the covariates and of instability on the logarithm of the speed: means
 # and standard deviations. Large steps are slower than predicted on all networks.
 _EFFECTS = (-0.09, -0.09, 0.0)
-_EFFECT_SDS = (0.1, 0.15, 0.2)
+_EFFECT_SDS = (0.07, 0.1, 0.14)
 
 
-@lru_cache(maxsize=1)
-def prior() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+@lru_cache(maxsize=16)
+def prior(doubt: Doubt) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the prior of the weights: an integrated Gaussian process, and effects.
+
+    Args:
+        doubt:
+            How far the kernel may be from the predicted one.
 
     Returns:
         Mean ``(W,)`` and covariance ``(W, W)``.
@@ -40,9 +45,9 @@ def prior() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     summed -= np.diag(np.full(len(grid), 0.5 * width))
     integrated = summed @ (_SLOPE_SD**2 * np.exp(-0.5 * apart**2)) @ summed.T
     at = np.array([np.interp(NODES, grid, row) for row in integrated])
-    at = np.array([np.interp(NODES, grid, row) for row in at.T])
+    at = doubt.growth**2 * np.array([np.interp(NODES, grid, row) for row in at.T])
     whole = np.zeros((len(NODES) + N_COVARIATES + 1,) * 2)
     whole[: len(NODES), : len(NODES)] = at + _START_SD**2 + 1e-8 * np.eye(len(NODES))
-    whole[len(NODES) :, len(NODES) :] = np.diag(np.square(_EFFECT_SDS))
+    whole[len(NODES) :, len(NODES) :] = doubt.scatter**2 * np.diag(np.square(_EFFECT_SDS))
     mean = np.append(np.zeros(len(NODES)), _EFFECTS)
     return mean, whole

@@ -9,6 +9,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_ttp.calibration._errors import catapult
 from optuna_ttp.calibration._errors import RUNG_SD
 from optuna_ttp.calibration._errors import SCALE_WEIGHT
 from optuna_ttp.calibration._errors import TRIAL_SD
@@ -32,6 +33,7 @@ class Trials:
     observed: NDArray[np.float64]
     errors: NDArray[np.float64]
     bound: NDArray[np.float64]
+    delay: NDArray[np.float64]
     told: NDArray[np.bool_]
 
     @classmethod
@@ -60,7 +62,13 @@ class Trials:
             ),
             np.array([o.errors for o in observations]),
             # Nobody knows how late a trial would have been that never came back.
-            np.array([-math.inf if o.diverged else math.log(o.n_steps) for o in observations]),
+            np.array(
+                [
+                    -math.inf if o.diverged else math.log(max(o.n_steps - o.lost, 1.0))
+                    for o in observations
+                ]
+            ),
+            np.array([math.log(o.n_steps / max(o.n_steps - o.lost, 1.0)) for o in observations]),
             np.isfinite([o.predicted for o in observations]),
         )
 
@@ -75,7 +83,12 @@ class Trials:
         late = self.told[rows, following] & (logs[rows, following] < self.bound[rows])
         rows, following = rows[late], following[late]
         observed[rows, following] = self.bound[rows]
-        errors[rows, following] = _CENSORED_ERROR
+        # A spike may have delayed it by any part of that, as far as one is to be expected.
+        away = self.bound[rows] - logs[rows, following]
+        spike = np.minimum(catapult(self.passages.instability[rows]), 1.0)
+        errors[rows, following] = np.hypot(
+            _CENSORED_ERROR, np.maximum(spike * away, self.delay[rows])
+        )
         return observed, errors
 
     def precision(
@@ -119,18 +132,20 @@ class Trials:
         errors: NDArray[np.float64],
         seen: NDArray[np.bool_],
         importance: NDArray[np.float64],
+        expected: tuple[float, float],
     ) -> tuple[float, float]:
         """Scales of the errors' variances: of calm trials, and of what instability adds."""
-        wild = wildness(self.passages.instability) ** 2
-        whole = wild + TRIAL_SD**2 + RUNG_SD**2 + np.nan_to_num(errors) ** 2
+        wild = expected[1] * wildness(self.passages.instability) ** 2
+        calm = expected[0] * (TRIAL_SD**2 + RUNG_SD**2)
+        whole = wild + calm + np.nan_to_num(errors) ** 2
         share = seen / np.maximum(seen.sum(axis=1), 1)[:, None]
         # A trial counts for the one or the other by what its errors are expected to come from.
         unstable = (share * wild / whole).sum(axis=1)
-        ratio = self.ratios(away, errors, seen, (1.0, 1.0))
+        ratio = self.ratios(away, errors, seen, expected)
         stable = importance * (1.0 - unstable)
         one = (SCALE_WEIGHT + (stable * ratio).sum()) / (SCALE_WEIGHT + stable.sum())
         two = (SCALE_WEIGHT + (unstable * ratio).sum()) / (SCALE_WEIGHT + unstable.sum())
-        return float(one), float(two)
+        return expected[0] * float(one), expected[1] * float(two)
 
 
 def _extended(log_steps: NDArray[np.float64]) -> NDArray[np.float64]:
