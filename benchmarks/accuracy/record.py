@@ -14,6 +14,7 @@ Run with ``python -m benchmarks.accuracy.record efficientnet-fashion-0 ...``.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 import copy
 from dataclasses import dataclass
 from dataclasses import replace
@@ -240,7 +241,9 @@ def _grid(
     return runs
 
 
-def train(tuning: Tuning, run: Run) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+def train(
+    tuning: Tuning, run: Run, *, clock: Callable[[], float] = time.perf_counter
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
     """Train a copy of the network.
 
     Args:
@@ -248,6 +251,8 @@ def train(tuning: Tuning, run: Run) -> tuple[NDArray[np.float64], NDArray[np.flo
             Network and data.
         run:
             The configuration.
+        clock:
+            What seconds are told by. Real time by default.
 
     Returns:
         Mini-batch losses of shape ``(T,)``; steps, training losses over all samples and training
@@ -268,12 +273,12 @@ def train(tuning: Tuning, run: Run) -> tuple[NDArray[np.float64], NDArray[np.flo
             initial = full[0][1]
             if step >= HORIZON and full[-1][1] < _DEEPEST * initial:
                 break
-        started = time.perf_counter()
+        started = clock()
         if not order:
             shuffled = torch.randperm(n_samples, generator=generator)
             order = list(shuffled.split(run.batch_size))
         loss, hits = _step(model, tuning, order.pop(0), optimiser)
-        seconds += time.perf_counter() - started
+        seconds += clock() - started
         losses.append(loss)
         if run.batch_size == n_samples:
             full.append((step, loss, hits / n_samples))

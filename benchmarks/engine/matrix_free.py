@@ -28,9 +28,9 @@ from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
 
 
-# Samples where both engines run, and of the large problem.
-SIZES = (256, 5000)
-SMOKE = (12, 24)
+# Samples where both engines run, and of the large problem; eigenpairs.
+SIZES = (256, 5000, 100)
+SMOKE = (12, 24, 5)
 MEMORY = 2**30
 
 
@@ -42,13 +42,14 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="small sizes only")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--single", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--single", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.single is not None:
-        print(json.dumps(_measure(options.single[0], int(options.single[1]), options.threads)))
+        engine, n_samples, rank = options.single
+        print(json.dumps(_measure(engine, int(n_samples), int(rank), options.threads)))
         return
-    small, large = SMOKE if options.smoke else SIZES
-    exact, found = (_process(e, small, options.threads) for e in ("exact", "matrix_free"))
+    small, large, rank = SMOKE if options.smoke else SIZES
+    exact, found = (_process(e, small, rank, options.threads) for e in ("exact", "matrix_free"))
     n = min(len(exact["eigenvalues"]), len(found["eigenvalues"]))
     values, expected = (np.array(r.pop("eigenvalues")[:n]) for r in (found, exact))
     summary: dict[str, Any] = {
@@ -63,20 +64,20 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "matrix_free.json"
     path.write_text(json.dumps(summary, indent=2) + "\n")
-    summary["large"] = _process("matrix_free", large, options.threads)
+    summary["large"] = _process("matrix_free", large, rank, options.threads)
     path.write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
 
 
-def _process(engine: str, n_samples: int, threads: int) -> dict[str, Any]:
+def _process(engine: str, n_samples: int, rank: int, threads: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.engine.matrix_free"]
-    command += ["--threads", str(threads), "--single", engine, str(n_samples)]
+    command += ["--threads", str(threads), "--single", engine, str(n_samples), str(rank)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
-def _measure(engine: str, n_samples: int, threads: int) -> dict[str, Any]:
+def _measure(engine: str, n_samples: int, rank: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     model, images, labels = problem("residual", n_samples)
     task = FineTuningTask(model, (images, labels))
@@ -86,7 +87,7 @@ def _measure(engine: str, n_samples: int, threads: int) -> dict[str, Any]:
         spectrum = compute_spectrum(
             task,
             engine=engine,
-            rank=100,
+            rank=rank,
             max_memory=MEMORY,
             measure_speed=False,
             probe=False,
