@@ -10,7 +10,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from optuna_ttp._optuna_compat import is_multi_objective
-from optuna_ttp.training_log import observed_curve
+from optuna_ttp.training_log import final_loss
 
 
 if TYPE_CHECKING:
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from optuna_ttp.predictor import TrainingTimePredictor
 
 
-# As many of the completed trials count as the best ones.
+# So large a share of the completed trials count as the best ones, and no more than so many: their
+# curves are read for every decision.
 _BEST = 0.25
+_MOST = 16
 
 
 def incumbent(study: Study, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
@@ -55,11 +57,12 @@ def best_depth(
 
     Returns:
         The logarithm of the initial training loss over the last one of that trial among the best
-        quarter of the completed ones that got least far; infinity where no curve tells.
+        quarter of the completed ones, of 16 at most, that got least far; infinity where no curve
+        tells.
     """
     ranked = _ranked(study, trials)
-    curves = [observed_curve(trial) for trial in ranked[: math.ceil(_BEST * len(ranked))]]
-    losses = [float(curve.losses[-1]) for curve in curves if curve is not None]
+    best = ranked[: min(_MOST, math.ceil(_BEST * len(ranked)))]
+    losses = [loss for t in best if not math.isnan(loss := final_loss(t, predictor))]
     if not losses:
         return math.inf
     return math.log(predictor.initial_loss / max(*losses, 1e-300))

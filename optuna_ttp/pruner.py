@@ -425,14 +425,22 @@ class TTPPruner(BasePruner):
         prediction: Prediction,
     ) -> bool:
         """Whether a trial gets to where one of the best ended, short of the target, in time."""
-        if self._goal == "time" or float(prediction.p_diverges) > 1.0 - self._min_probability:
+        if float(prediction.p_diverges) > 1.0 - self._min_probability:
             return False
-        depth = best_depth(study, trials, predictor)
+        depth = self._best_depth(study, trials, predictor)
         if not depth < predictor.target_depth:
             return False
         rate, size, mass = (np.array([value]) for value in configuration)
         horizon = np.array([float(prediction.max_steps)])
         return bool(predictor.depth_after(rate, size, mass, horizon)[0] >= depth)
+
+    def _best_depth(
+        self, study: Study, trials: Sequence[FrozenTrial], predictor: TrainingTimePredictor
+    ) -> float:
+        """How far the best trials got, where that and not the target is what counts."""
+        if self._goal == "time":
+            return predictor.target_depth
+        return best_depth(study, trials, predictor)
 
     def _cost_objection(
         self,
@@ -561,15 +569,13 @@ class TTPPruner(BasePruner):
         Where the objective is a metric it is not known before a trial has completed: the best ones
         may never reach the target.
         """
-        target = predictor.target_depth, "reach the target"
-        if self._goal == "time":
-            return target
-        depth = best_depth(study, trials_of(study, (TrialState.COMPLETE,)), predictor)
+        trials = trials_of(study, (TrialState.COMPLETE,))
+        depth = self._best_depth(study, trials, predictor)
         if math.isinf(depth):
             return None, ""
-        if depth >= target[0]:
-            return target
-        return depth, "get as far as the best trials"
+        if depth < predictor.target_depth:
+            return depth, "get as far as the best trials"
+        return predictor.target_depth, "reach the target"
 
     def _fastest(self, study: Study, predictor: TrainingTimePredictor, batch_size: int) -> float:
         """Steps in which a trial with this batch size would be as fast as the best one."""

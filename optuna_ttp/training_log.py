@@ -189,6 +189,27 @@ def observed_steps(trial: FrozenTrial, predictor: TrainingTimePredictor) -> floa
     return passage
 
 
+def final_loss(trial: FrozenTrial, predictor: TrainingTimePredictor) -> float:
+    """Return the training loss that a trial ended at.
+
+    Args:
+        trial:
+            Any trial.
+        predictor:
+            Knows the task.
+
+    Returns:
+        The smoothed loss; NaN where nothing was recorded, or another loss than the task's.
+    """
+    curve, record = observed_curve(trial), _recorded(trial)
+    if curve is None or record is None:
+        return math.nan
+    prediction = entry(trial, PREDICTION) or {"batch_size": 1}
+    if _other_loss(record, prediction, predictor.initial_loss) is not None:
+        return math.nan
+    return float(curve.losses[-1])
+
+
 def observations_of(study: optuna.Study, predictor: TrainingTimePredictor) -> list[Observation]:
     """Return what a study's trials tell about a predictor.
 

@@ -75,7 +75,7 @@ def sharded_kernel(
     inner = np.zeros((task.n_samples, c))
     state, inner[shares[rank]] = reader.read(layout, shares[rank].start, shares[rank].stop)
     pieces = _cut(_pieces(layout, state, task.n_samples, c), size)
-    whole = _exchanged(state, shares, pieces, c)
+    whole = _exchanged(state, shares, pieces)
     own_layout = _layout_of(pieces[rank], layout.held)
     gram, stretched = multiply(own_layout, whole, whole)
     if layout.has_multipliers and stretched is None:
@@ -91,7 +91,7 @@ def sharded_kernel(
         else:
             parts = _shares(n, size)
             held_out, _ = others.read(layout, parts[rank].start, parts[rank].stop)
-            left = _exchanged(held_out, parts, pieces, c)
+            left = _exchanged(held_out, parts, pieces)
         cross, _ = multiply(own_layout, left, whole)
     kind = np.float64 if dtype == torch.float64 else np.float32
 
@@ -255,9 +255,7 @@ def _chosen(state: BlockState, pieces: list[_Piece]) -> BlockState:
     return _assembled(state, state.n_samples, pieces, [_tensors(state, p) for p in pieces])
 
 
-def _exchanged(
-    state: BlockState, shares: list[slice], pieces: list[list[_Piece]], n_outputs: int
-) -> BlockState:
+def _exchanged(state: BlockState, shares: list[slice], pieces: list[list[_Piece]]) -> BlockState:
     """The pieces of this process, of the samples of all."""
     state = _alike(state)
     rank = distributed.get_rank()
