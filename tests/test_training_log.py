@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 import pytest
 import torch
 
+from optuna_ttp import HyperparameterMap
 from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
@@ -469,6 +470,46 @@ def test_unusable_curves_never_break_a_study() -> None:
     assert len(named) == 2
     numbers = [o.n_steps for o in observations_of(study, quick_predictor())]
     assert len(numbers) == 4
+
+
+@pytest.mark.parametrize("predicted", [True, False])
+def test_trials_whose_parameters_had_other_names_never_break_a_study(predicted: bool) -> None:
+    """What was predicted for them is stored; what was not can no longer be, and is left out."""
+    predictor = quick_predictor()
+
+    def objective(trial: optuna.Trial, names: tuple[str, str, str]) -> float:
+        rate = trial.suggest_float(names[0], 0.05, 0.2, log=True)
+        trial.suggest_int(names[1], 4, 8)
+        trial.suggest_float(names[2], 0.0, 0.5)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+        with TrainingLog(trial) as log:
+            for value in losses(2.0 / rate, 60):
+                log.step(value)
+        return rate
+
+    def steered(names: HyperparameterMap) -> dict[str, Any]:
+        return {
+            "sampler": TTPSampler(predictor, hyperparameters=names, seed=0),
+            "pruner": TTPPruner(predictor, hyperparameters=names),
+        }
+
+    old, new = ("lr", "bs", "mom"), ("learning_rate", "batch_size", "momentum")
+    store = optuna.storages.InMemoryStorage()
+    before = optuna.create_study(
+        storage=store, study_name="s", **(steered(HyperparameterMap(*old)) if predicted else {})
+    )
+    before.optimize(lambda t: objective(t, old), n_trials=4)
+    after = optuna.load_study(storage=store, study_name="s", **steered(HyperparameterMap(*new)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnusableCurveWarning)
+        after.optimize(lambda t: objective(t, new), n_trials=8)
+    assert {t.state for t in after.trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
+    assert all(set(t.params) == set(new) for t in after.trials[4:])
+    observed = observations_of(after, predictor)
+    ran = [t for t in after.trials if observed_curve(t) is not None]
+    assert len(observed) == len(ran) - (0 if predicted else 4)
+    assert informed_by(after, predictor).calibration.n_observed == len(observed)
 
 
 def test_one_easy_mini_batch_at_first_is_not_another_loss() -> None:

@@ -75,6 +75,16 @@ class Job:
     n_workers: int
     seeds: tuple[int, ...]
 
+    def without(self, done: set[tuple[Any, ...]]) -> Job:
+        """Return what is left of it.
+
+        Args:
+            done:
+                Goal, number of workers, task, contestant and seed of the searches that were made.
+        """
+        of = (self.goal, self.n_workers, self.task, self.contestant)
+        return replace(self, seeds=tuple(s for s in self.seeds if (*of, s) not in done))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -179,8 +189,8 @@ def main() -> None:
     regrets: list[NDArray[np.float64]] = []
     if options.resume and (output / "searches.csv").exists():
         rows, regrets = read(output)
-        done = {(r["task"], r["goal"], r["contestant"], r["workers"]) for r in rows}
-        jobs = [j for j in jobs if (j.task, j.goal, j.contestant, j.n_workers) not in done]
+        done = {_identity(row) for row in rows}
+        jobs = [rest for job in jobs if (rest := job.without(done)).seeds]
     started = time.perf_counter()
     for some_rows, some_regrets in run(jobs, options.recordings, options.jobs):
         rows += some_rows

@@ -332,6 +332,6 @@ def _krylov(
             ApproximationWarning,
             stacklevel=6,
         )
-    vectors, values = nystrom(basis, images)
-    n_kept = min(n_wanted, int((values > float(values[0]) * torch.finfo(torch.float32).eps).sum()))
+    vectors, values = nystrom(basis, images, n_wanted)
+    n_kept = int((values > float(values[0]) * torch.finfo(torch.float32).eps).sum())
     return values[:n_kept], vectors[:, :n_kept], worst

@@ -207,14 +207,21 @@ def refine(
     return torch.cat([leading, features - basis @ (basis.T @ features)], 1)
 
 
-def nystrom(vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def nystrom(
+    vectors: torch.Tensor, images: torch.Tensor, n_wanted: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return orthonormal eigenvectors and eigenvalues of ``Y (V^T Y)^(-1) Y^T``.
+
+    They are those of ``L^(-1) Y^T Y L^(-T)`` with ``L L^T = V^T Y``, so that nothing of the size
+    of ``Y`` is held beside what is returned.
 
     Args:
         vectors:
             ``V``, of shape ``(n, p)``, with orthonormal columns.
         images:
             ``Y = Theta V``.
+        n_wanted:
+            How many of them, the largest. All by default.
 
     Raises:
         ValueError:
@@ -225,14 +232,20 @@ def nystrom(vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, 
             "The kernel must be finite but overflowed. Scale the inputs, or compute with "
             'dtype="float64".'
         )
+    inner, squares = vectors.T @ images, images.T @ images
+    inner = (inner + inner.T) / 2
     # Single precision made the images: smaller shifts would leave the root undefined.
-    shift = 1e-6 * float(torch.linalg.matrix_norm(images, 2))
-    shifted = images + shift * vectors
-    inner = vectors.T @ shifted
-    root = torch.linalg.cholesky((inner + inner.T) / 2)
-    b = torch.linalg.solve_triangular(root, shifted.T, upper=False).T
-    basis, singular, _ = torch.linalg.svd(b, full_matrices=False)
-    return basis, (singular.square() - shift).clamp(min=0.0)
+    shift = 1e-6 * float(torch.linalg.matrix_norm(squares, 2)) ** 0.5
+    identity = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+    root = torch.linalg.cholesky(inner + shift * identity)
+    squares = squares + 2.0 * shift * inner + shift**2 * identity
+    half = torch.linalg.solve_triangular(root, squares, upper=False)
+    small = torch.linalg.solve_triangular(root, half.T, upper=False)
+    values, mixing = torch.linalg.eigh((small + small.T) / 2)
+    values, mixing = values.flip(0)[:n_wanted], mixing.flip(1)[:, :n_wanted]
+    values = values.clamp(min=shift)
+    weights = torch.linalg.solve_triangular(root.T, mixing, upper=True) / values.sqrt()
+    return images @ weights + vectors @ (shift * weights), values - shift
 
 
 class Passes:
