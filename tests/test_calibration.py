@@ -552,3 +552,23 @@ def test_close_predictions_are_trusted_also_where_a_rule_of_thumb_is_perfect(
     assert calibration.baseline_error < 1e-6
     assert calibration.log_error == pytest.approx(error)
     assert calibration.trusted
+
+
+def test_three_trials_are_enough_where_predictions_are_grossly_wrong() -> None:
+    """Off by a factor of a hundred, in turns, while `c / eta_e` is exact."""
+    right = [observation(learning_rate=0.01 * 1.5**k) for k in range(3)]
+    wrong = [replace(t, expected=t.predicted + 4.6 * (-1) ** k) for k, t in enumerate(right)]
+    assert calibrate(right).trusted
+    assert calibrate(wrong[:2]).trusted
+    assert not calibrate(wrong).trusted
+
+
+def test_off_by_more_than_a_factor_e_predictions_must_do_much_better_than_a_rule() -> None:
+    trials = _varied(12, 0)
+    off = []
+    for size in (0.2, 2.0):
+        told = [replace(t, expected=t.observed + size * (-1) ** k) for k, t in enumerate(trials)]
+        off.append(calibrate(told))
+    assert off[0].trusted
+    assert not off[1].trusted
+    assert off[1].trust < 0.5
