@@ -78,6 +78,9 @@ CONSTRAINT = "ttp_budget"
 _MOST_VIOLATION = 50.0
 # No trial is stopped by its own curve before so large a share of the steps that it may take.
 _EARLIEST = 0.2
+# Where the time to the target is searched for and no trial has reached it yet, what has a fair
+# chance runs: it may be the only one that does.
+_AT_FIRST = 0.2
 # As many trials are remembered; others are read from the storage.
 _REMEMBERED = 1024
 
@@ -143,7 +146,7 @@ class TTPPruner(BasePruner):
             Skip what is predicted to take more than so many times what the best trial was
             predicted to take. No limit by default.
         min_chance:
-            Stop trials under way whose chance is smaller. 0.05 by default; zero never does.
+            Stop trials under way whose chance is smaller. 0.02 by default; zero never does.
         max_consecutive:
             After so many skipped trials in a row one runs regardless, so that a study cannot
             starve. Ten by default.
@@ -182,7 +185,7 @@ class TTPPruner(BasePruner):
         tolerance: float = 1.5,
         min_probability: float = 0.5,
         max_cost_ratio: float | None = None,
-        min_chance: float = 0.05,
+        min_chance: float = 0.02,
         max_consecutive: int = 10,
         audit: float = 0.0,
         shadow: bool = False,
@@ -400,7 +403,10 @@ class TTPPruner(BasePruner):
         horizon = int(prediction.max_steps)
         if self._is_as_good_as_the_best(study, trials, predictor, configuration, prediction):
             return self._cost_objection(study, trials, predictor, prediction)
-        if prediction.outcome == NOT_REACHED and self._min_probability >= 0.5:
+        least = self._min_probability
+        if self._goal == "time" and incumbent(study, trials) is None:
+            least = min(least, _AT_FIRST)
+        if prediction.outcome == NOT_REACHED and least >= 0.5:
             if math.isinf(budget):
                 return "budget", f"predicted not to reach the target in {horizon:,} steps"
             return (
@@ -408,7 +414,7 @@ class TTPPruner(BasePruner):
                 f"predicted to miss the target by far: not reached in {horizon:,} steps, "
                 f"{self._tolerance:g} times the budget of {budget:,.0f}",
             )
-        if float(prediction.p_converges) < self._min_probability:
+        if float(prediction.p_converges) < least:
             return (
                 "budget",
                 f"predicted to reach the target in {horizon:,} steps with a probability of "
