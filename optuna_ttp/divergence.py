@@ -1,4 +1,4 @@
-"""From which learning rate on training never recovers: what is known, and what trials tell."""
+"""From which learning rate on training fails: what is known, and what trials tell."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from numpy.typing import NDArray
 _HALF_DIVERGE = 4.2
 _NETWORK_SD = 1.0
 _WIDTH = 0.25
-_GRID = np.linspace(np.log(_HALF_DIVERGE) - 4.0, np.log(_HALF_DIVERGE) + 4.0, 161)
+_GRID = np.log(_HALF_DIVERGE) + np.linspace(-6.0, 6.0, 241)
 
 
 @dataclass(frozen=True, eq=False)
 class DivergenceLimit:
-    """What is believed about the learning rate from which a network does not recover.
+    """What is believed about the learning rate from which on a network does not recover.
 
     Above the stability limit a network first goes through a loss spike, from which it may recover:
     the catapult of Lewkowycz et al., 2020 (arXiv 2003.02218). How far above it still does, differs
     from network to network. With ``s`` the learning rate over the largest stable one, a trial
     diverges with probability ``expit(log(s / c) / w)``; ``log c`` is the network's, normally
-    distributed until trials tell.
+    distributed until trials tell. The same form says, with another ``c``, from which learning rate
+    on trials do not do as predicted.
 
     Attributes:
         probabilities:
@@ -37,7 +38,14 @@ class DivergenceLimit:
     probabilities: NDArray[np.float64]
 
     @classmethod
-    def of(cls, stability: ArrayLike = (), diverged: ArrayLike = ()) -> DivergenceLimit:
+    def of(
+        cls,
+        stability: ArrayLike = (),
+        diverged: ArrayLike = (),
+        *,
+        half: float = _HALF_DIVERGE,
+        spread: float = _NETWORK_SD,
+    ) -> DivergenceLimit:
         """Return what trials tell. Without any, half of all networks diverge at 4.2 times.
 
         Example:
@@ -51,11 +59,15 @@ class DivergenceLimit:
                 Learning rates of trials over the largest stable one, positive, shape ``(n,)``.
             diverged:
                 Whether they did, shape ``(n,)``.
+            half:
+                Where half of all networks diverge, before any trial. 4.2 by default.
+            spread:
+                Standard deviation of the logarithm from network to network. One by default.
 
         Returns:
             The posterior.
         """
-        log_density = -0.5 * ((_GRID - np.log(_HALF_DIVERGE)) / _NETWORK_SD) ** 2
+        log_density = -0.5 * ((_GRID - np.log(half)) / spread) ** 2
         away = (np.log(np.asarray(stability, dtype=np.float64))[:, None] - _GRID) / _WIDTH
         sign = np.where(np.asarray(diverged, dtype=bool), 1.0, -1.0)[:, None]
         log_density = log_density - np.logaddexp(0.0, -sign * away).sum(axis=0)

@@ -39,8 +39,8 @@ class Outlook:
             Logarithm of the initial training loss over that at the trial's budget, ``(K,)``;
             that at the target where there is no budget.
         log_success:
-            Logarithm of the probability that training does not diverge and reaches the target
-            within the budget, ``(K,)``.
+            Logarithm of the probability that training does as predicted, as far as its learning
+            rate tells, and reaches the target within the budget, ``(K,)``.
         stability:
             Learning rate over the largest stable one, ``(K,)``.
         sd:
@@ -100,7 +100,7 @@ class Outlook:
             sd = float(np.clip(predictor.calibration.log_error, _LEAST_SD, _UNTOLD_SD))
         steps = seconds / per_step
         reached = probability_below(steps, np.full(len(steps), sd), horizon)
-        stable = 1.0 - predictor.calibration.divergence.probability(stability)
+        stable = 1.0 - predictor.calibration.failure.probability(stability)
         with np.errstate(divide="ignore"):
             log_seconds = np.log(seconds)
         spent = np.where(np.isfinite(limit), limit, np.inf) * per_step

@@ -68,3 +68,27 @@ def test_a_calibration_learns_from_trials_that_diverged_without_any_progress() -
     # Stopped before it passed anything: that tells nothing.
     stopped = replace(gone, diverged=False)
     assert calibrate([stopped]).divergence.probability(2.0) == pytest.approx(prior)
+
+
+def test_a_trial_that_takes_twice_as_long_as_expected_or_more_has_failed() -> None:
+    fine = observation(stability=1.5, deepest=1.0)
+    slow = replace(fine, n_steps=3.0 * fine.n_steps)
+    slower = replace(fine, n_steps=1.2 * fine.n_steps)
+    gone = replace(fine, diverged=True)
+    assert [o.failed for o in (fine, slow, slower, gone)] == [False, True, False, True]
+    # What a spike has cost does not count, and whoever passed the last rung has arrived.
+    assert not replace(slow, lost=1.9 * fine.n_steps).failed
+    assert not replace(observation(deepest=7.0), n_steps=1e9).failed
+
+
+def test_where_trials_do_not_do_as_predicted_none_are_expected_to() -> None:
+    fine = observation(stability=1.5, deepest=1.0)
+    slow = replace(fine, n_steps=5.0 * fine.n_steps)
+    prior = calibrate([]).failure.probability([0.5, 1.5])
+    assert 0.15 < prior[0] < 0.4 < prior[1] < 0.75
+    assert (calibrate([slow, slow]).failure.probability([0.5, 1.5]) > prior + 0.1).all()
+    assert (calibrate([fine, fine]).failure.probability([0.5, 1.5]) < prior - 0.1).all()
+    # It is no divergence.
+    assert calibrate([slow]).divergence.probability(1.5) < calibrate([]).divergence.probability(
+        1.5
+    )

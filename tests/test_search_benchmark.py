@@ -12,6 +12,7 @@ import optuna
 import pytest
 import torch
 
+from benchmarks.search import compare
 from benchmarks.search import contestants
 from benchmarks.search.predictors import recorded_times
 from benchmarks.search.predictors import rule_of_thumb
@@ -397,6 +398,8 @@ def test_a_shuffled_predictor_says_the_same_of_other_configurations(
     assert len(orders) > 1
 
 
+# The curves are made up, and predictions that are wrong are told to be.
+@pytest.mark.filterwarnings("ignore::optuna_ttp.exceptions.UnreliablePredictionWarning")
 @pytest.mark.parametrize(
     "name", ["ours (tpe)", "ours (gp)", *contestants.SHUFFLED, contestants.RULE, contestants.KNOWN]
 )
@@ -418,3 +421,10 @@ def test_ours_search_with_any_predictor(
         table, players.sampler, players.pruner, budget_seconds=200.0, logged=True, max_trials=12
     )
     assert math.isfinite(search.seconds_to_close)
+
+
+def test_a_job_goes_on_with_the_seeds_that_are_missing() -> None:
+    job = compare.Job("a", "metric", "tpe + none", 1, (0, 1, 2))
+    rows = [("metric", 1, "a", "tpe + none", 1), ("time", 1, "a", "tpe + none", 0)]
+    assert job.without(set(rows)).seeds == (0, 2)
+    assert not job.without({("metric", 1, "a", "tpe + none", s) for s in range(3)}).seeds

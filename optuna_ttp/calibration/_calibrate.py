@@ -9,6 +9,7 @@ import numpy as np
 
 from optuna_ttp.calibration._calibration import Calibration
 from optuna_ttp.calibration._doubt import Doubt
+from optuna_ttp.calibration._errors import failure_limit
 from optuna_ttp.calibration._errors import SCALE_WEIGHT
 from optuna_ttp.calibration._held_out import held_out
 from optuna_ttp.calibration._observation import Observation
@@ -44,9 +45,9 @@ def calibrate(observations: Sequence[Observation], doubt: Doubt | None = None) -
     usable = every[-_MOST_TRIALS:]
     doubt = doubt or Doubt()
     mean, covariance = prior(doubt)
-    divergence = _divergence(observations)
+    divergence, failure = _divergence(observations), _failure(observations)
     if not usable:
-        return replace(Calibration.none(doubt), divergence=divergence)
+        return replace(Calibration.none(doubt), divergence=divergence, failure=failure)
     trials = Trials.of(usable)
     precision = np.linalg.inv(covariance)
     weights = mean
@@ -78,6 +79,7 @@ def calibrate(observations: Sequence[Observation], doubt: Doubt | None = None) -
         len(every),
         *held_out(every[-_MOST_COMPARED:]),
         divergence,
+        failure,
     )
 
 
@@ -93,3 +95,8 @@ def _divergence(observations: Sequence[Observation]) -> DivergenceLimit:
     # At the first rung the kernel has hardly grown.
     stability = [o.instability[0] for o in telling]
     return DivergenceLimit.of(stability, [o.diverged for o in telling])
+
+
+def _failure(observations: Sequence[Observation]) -> DivergenceLimit:
+    telling = [o for o in observations if o.failed or np.isfinite(o.observed).any()]
+    return failure_limit([o.instability[0] for o in telling], [o.failed for o in telling])

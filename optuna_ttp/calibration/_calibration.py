@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optuna_ttp.calibration._doubt import Doubt
+from optuna_ttp.calibration._errors import failure_limit
 from optuna_ttp.calibration._errors import RUNG_SD
 from optuna_ttp.calibration._errors import SCALE_WEIGHT
 from optuna_ttp.calibration._errors import TRIAL_SD
@@ -36,9 +37,9 @@ _MIN_AGREEMENT = 0.2
 # added to the errors of both.
 _HARMLESS_ERROR = 0.5
 _DOUBT = 0.2
-# Typical errors above this (a factor e) that are also so much worse than a rule's: three trials are
-# enough. Of the recorded runs in benchmarks/accuracy one order of 200 looks like that after three
-# trials where the spectrum is right, six of ten where its eigenvectors are shuffled.
+# Typical errors above this (a factor e) that are also so much worse than a rule's: three trials
+# are enough. Of the recorded runs in benchmarks/accuracy one order of 200 looks like that after
+# three where the spectrum is right, six of ten where its eigenvectors are shuffled.
 _GROSS_ERROR = 1.0
 _GROSSLY = -1.0
 
@@ -64,7 +65,8 @@ class Calibration:
             Kendall's tau of times as predicted before each trial and as observed; NaN for fewer
             than two trials.
         log_error:
-            Root mean square of log(observed / predicted before the trial); NaN for no trials.
+            Root mean square of log(observed / predicted before the trial), where trials near the
+            edge of stability weigh less; NaN for no trials.
         baseline_error:
             The same of the better of two rules without a spectrum, ``c / eta_e`` and
             ``c / eta_e + m / (1 - m)``, with ``c`` from the trials before; NaN for fewer than two.
@@ -72,6 +74,9 @@ class Calibration:
             :attr:`log_error` over those trials that the rules can be compared on.
         divergence:
             From which learning rate on training does not recover.
+        failure:
+            From which learning rate on trials do not do as predicted: they diverge, or take more
+            than twice as long.
     """
 
     weights: NDArray[np.float64]
@@ -85,6 +90,7 @@ class Calibration:
     baseline_error: float = math.nan
     compared_error: float = math.nan
     divergence: DivergenceLimit = field(default_factory=DivergenceLimit.of)
+    failure: DivergenceLimit = field(default_factory=failure_limit)
 
     @classmethod
     def none(cls, doubt: Doubt | None = None) -> Calibration:
@@ -116,8 +122,9 @@ class Calibration:
         """Share of the better trivial rule's squared error that predictions avoid, at most one.
 
         Held out: every trial was predicted before it was learned from. Negative where the rule is
-        better. Errors of 20 % are added to both sides, so that it does not hang on a hair. NaN
-        for fewer than three trials.
+        better. Trials near the edge of stability, where no spectrum tells much, weigh less. Errors
+        of 20 % are added to both sides, so that it does not hang on a hair. NaN for fewer than
+        three trials.
         """
         if self.n_observed < _MIN_OBSERVATIONS or math.isnan(self.baseline_error):
             return math.nan

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from numpy.typing import NDArray
 
+from optuna_ttp.calibration._errors import wildness
 from optuna_ttp.calibration._observation import Observation
 from optuna_ttp.calibration._rungs import deepest
 
@@ -17,6 +18,8 @@ from optuna_ttp.calibration._rungs import deepest
 _RECENT = 15
 # What counts as the error where a prediction was out of reach.
 _LARGE_ERROR = 3.0
+# Errors of calm trials that are of no interest; others weigh less by what instability adds.
+_CALM_SD = 0.2
 
 
 def held_out(observations: Sequence[Observation]) -> tuple[float, float, float, float]:
@@ -46,17 +49,27 @@ def held_out(observations: Sequence[Observation]) -> tuple[float, float, float, 
     # Old errors are forgotten: what was learned since may have mended them.
     recent = np.arange(len(observed)) >= len(observed) - _RECENT
     compared = np.isfinite(rules).all(axis=0) & recent
-    squared = np.square(rules[:, compared]).mean(axis=1) if compared.any() else np.array([np.nan])
+    # What is near the edge of stability may be off whatever the spectrum.
+    wild = np.array([wildness(o.instability) for o in observations])[chosen]
+    weights = 1.0 / (_CALM_SD**2 + wild**2)
+    squared = _mean_square(rules[:, compared], weights[compared])
     # Times are ranked at one depth: the deepest that at least half of the trials have passed.
     common = deepest(np.where(2 * np.isfinite(told).sum(axis=0) >= len(observed), 1, np.nan))
     there = np.isfinite(observed[:, common]) & recent
     late = np.where(np.isfinite(expected), expected, np.inf)
     return (
         _kendall(late[there, common], observed[there, common]),
-        float(np.sqrt(np.square(errors[recent]).mean())),
+        float(np.sqrt(_mean_square(errors[recent], weights[recent]))),
         float(np.sqrt(squared.min())),
-        float(np.sqrt(np.square(errors[compared]).mean())) if compared.any() else math.nan,
+        float(np.sqrt(_mean_square(errors[compared], weights[compared]))),
     )
+
+
+def _mean_square(errors: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weighted, over the last axis; NaN where there is nothing."""
+    if not len(weights):
+        return np.full(errors.shape[:-1], np.nan)
+    return np.asarray(np.square(errors) @ weights / weights.sum())
 
 
 def _mean_before(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -9,9 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_ttp.calibration._rungs import deepest
 from optuna_ttp.calibration._rungs import DEPTHS
 from optuna_ttp.calibration._rungs import N_COVARIATES
 from optuna_ttp.calibration._rungs import NODES
+
+
+# So many times later than expected is too late.
+_TWICE = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +71,25 @@ class Observation:
     batch_size: int = 0
     seconds_per_step: float = math.nan
     lost: float = 0.0
+
+    @property
+    def bound(self) -> float:
+        """Logarithm of the steps in which its next rung was not passed.
+
+        Minus infinity where it diverged: nobody knows how late a trial would have been that never
+        came back.
+        """
+        return -math.inf if self.diverged else math.log(max(self.n_steps - self.lost, 1.0))
+
+    @property
+    def failed(self) -> bool:
+        """Whether it diverged, or did not pass its next rung in twice the time expected then."""
+        if self.diverged:
+            return True
+        following = deepest(self.observed) + 1
+        return following < len(DEPTHS) and bool(
+            self.bound - self.expected[following] > math.log(_TWICE)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that JSON takes; NaN as :obj:`None`."""

@@ -61,13 +61,7 @@ class Trials:
                 [np.where(np.isfinite(o.predicted), o.observed, np.nan) for o in observations]
             ),
             np.array([o.errors for o in observations]),
-            # Nobody knows how late a trial would have been that never came back.
-            np.array(
-                [
-                    -math.inf if o.diverged else math.log(max(o.n_steps - o.lost, 1.0))
-                    for o in observations
-                ]
-            ),
+            np.array([o.bound for o in observations]),
             np.array([math.log(o.n_steps / max(o.n_steps - o.lost, 1.0)) for o in observations]),
             np.isfinite([o.predicted for o in observations]),
         )
