@@ -12,7 +12,7 @@ log(1 - momentum)) for each target, and the same configuration with another orde
 Partial curves: five trials are learned from, and of every other one the first fifth of its steps
 to the target is shown too; what is predicted is the rest. Wrong spectra, on the first draws: trust
 after five trials, predicted one after the other, where the rows of the eigenvectors are shuffled,
-and where the spectrum is another task's.
+and where the spectrum is another task's: that of the last one of the same network.
 
 The first draw of each network chose the constants of the model, the others test them. Writes
 ``closed_loop.csv``, ``.json``, ``.md`` and ``.png``, and its figures into ``summary.json``.
@@ -442,7 +442,9 @@ def partial_errors(task: Task, n_repeats: int, *, seed: int = 1) -> list[float]:
     return errors
 
 
-def trust_after_five(task: Task, n_repeats: int, *, seed: int = 2) -> list[float]:
+def trust_after_five(
+    task: Task, n_repeats: int, *, seed: int = 2
+) -> dict[str, list[float] | list[bool]]:
     """Return the trust after five trials, each predicted before it was learned from.
 
     Args:
@@ -454,10 +456,10 @@ def trust_after_five(task: Task, n_repeats: int, *, seed: int = 2) -> list[float
             Of these.
 
     Returns:
-        One trust an order.
+        For each order the trust, and whether predictions may go on to steer a search.
     """
     rng = np.random.default_rng(seed)
-    result = []
+    learned = []
     for _ in range(n_repeats):
         trials: list[Observation] = []
         for k in rng.permutation(len(task.observations))[:5]:
@@ -473,8 +475,8 @@ def trust_after_five(task: Task, n_repeats: int, *, seed: int = 2) -> list[float
                 )
             )
             trials.append(replace(one, expected=logs[0]))
-        result.append(calibrate(trials, task.doubt).trust)
-    return result
+        learned.append(calibrate(trials, task.doubt))
+    return {"trust": [c.trust for c in learned], "trusted": [c.trusted for c in learned]}
 
 
 def _shuffled(spectrum: Spectrum, seed: int = 0) -> Spectrum:
@@ -522,7 +524,7 @@ def main() -> None:
             extra["trust"][task.name] = {"right": trust_after_five(task, n_repeats)}
             wrong = {"shuffled": _shuffled(spectrum)} if k == 0 else {}
             if k == 0 and len(spectra) > 1:
-                wrong["another task's"] = _other(spectrum, spectra[1])
+                wrong["another task's"] = _other(spectrum, spectra[-1])
             for kind, replacement in wrong.items():
                 mistaken = load_task(path, replacement, most=_MOST_WRONG)
                 extra["trust"][task.name][kind] = trust_after_five(mistaken, n_repeats)
@@ -670,13 +672,16 @@ def _tables(means: list[dict[str, Any]], extra: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "| | error of the remaining time, a fifth of the steps shown: mean (median) | "
-        "trust after five trials below zero: right spectrum, shuffled, another task's |",
+        "trust after five trials below zero (no longer trusted): right spectrum, shuffled, "
+        "another task's |",
         "| --- | --- | --- |",
     ]
     for name in tasks:
         partial = extra["partial"][name]
-        below = [np.mean(np.array(values) < 0) for values in extra["trust"][name].values()]
-        shares = ", ".join(f"{share:.0%}" for share in below)
+        shares = ", ".join(
+            f"{np.mean(np.array(of['trust']) < 0):.0%} ({1 - np.mean(of['trusted']):.0%})"
+            for of in extra["trust"][name].values()
+        )
         error = f"{np.mean(partial):.1%} ({np.median(partial):.1%})" if partial else "-"
         lines.append(f"| {name} | {error} | {shares} |")
     return [*lines, ""]
