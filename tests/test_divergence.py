@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from optuna_ttp.calibration import calibrate
+from optuna_ttp.calibration._observation import failed
 from optuna_ttp.divergence import DivergenceLimit
 from tests.observations import observation
 
@@ -75,10 +76,12 @@ def test_a_trial_that_takes_twice_as_long_as_expected_or_more_has_failed() -> No
     slow = replace(fine, n_steps=3.0 * fine.n_steps)
     slower = replace(fine, n_steps=1.2 * fine.n_steps)
     gone = replace(fine, diverged=True)
-    assert [o.failed for o in (fine, slow, slower, gone)] == [False, True, False, True]
+    assert failed([fine, slow, slower, gone]).tolist() == [False, True, False, True]
     # What a spike has cost does not count, and whoever passed the last rung has arrived.
-    assert not replace(slow, lost=1.9 * fine.n_steps).failed
-    assert not replace(observation(deepest=7.0), n_steps=1e9).failed
+    spiked = replace(slow, lost=1.9 * fine.n_steps)
+    arrived = replace(observation(deepest=7.0), n_steps=1e9)
+    assert not failed([spiked, arrived]).any()
+    assert not len(failed([]))
 
 
 def test_where_trials_do_not_do_as_predicted_none_are_expected_to() -> None:

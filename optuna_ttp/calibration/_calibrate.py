@@ -12,6 +12,7 @@ from optuna_ttp.calibration._doubt import Doubt
 from optuna_ttp.calibration._errors import failure_limit
 from optuna_ttp.calibration._errors import SCALE_WEIGHT
 from optuna_ttp.calibration._held_out import held_out
+from optuna_ttp.calibration._observation import failed
 from optuna_ttp.calibration._observation import Observation
 from optuna_ttp.calibration._paths import corrected
 from optuna_ttp.calibration._prior import prior
@@ -98,5 +99,10 @@ def _divergence(observations: Sequence[Observation]) -> DivergenceLimit:
 
 
 def _failure(observations: Sequence[Observation]) -> DivergenceLimit:
-    telling = [o for o in observations if o.failed or np.isfinite(o.observed).any()]
-    return failure_limit([o.instability[0] for o in telling], [o.failed for o in telling])
+    late = failed(observations)
+    telling = [
+        (o.instability[0], f)
+        for o, f in zip(observations, late, strict=True)
+        if f or np.isfinite(o.observed).any()
+    ]
+    return failure_limit([s for s, _ in telling], [f for _, f in telling])

@@ -40,7 +40,7 @@ def held_out(observations: Sequence[Observation]) -> tuple[float, float, float, 
     # Every trial counts once, with the deepest rung that it was seen on.
     told = np.where(np.isfinite(expected), observed, np.nan)
     told = np.where(np.isfinite(told).any(axis=1, keepdims=True), told, observed)
-    chosen = (np.arange(len(observed)), np.array([deepest(row) for row in told]))
+    chosen = (np.arange(len(observed)), deepest(told))
     errors = np.where(np.isfinite(expected), observed - expected, _LARGE_ERROR)[chosen]
     plain = _mean_before(observed + rates) - rates
     intrinsic = _mean_before(np.log(np.maximum(np.exp(observed) - lags, 1.0)) + rates)
@@ -50,11 +50,13 @@ def held_out(observations: Sequence[Observation]) -> tuple[float, float, float, 
     recent = np.arange(len(observed)) >= len(observed) - _RECENT
     compared = np.isfinite(rules).all(axis=0) & recent
     # What is near the edge of stability may be off whatever the spectrum.
-    wild = np.array([wildness(o.instability) for o in observations])[chosen]
+    wild = wildness(np.array([o.instability for o in observations]))[chosen]
     weights = 1.0 / (_CALM_SD**2 + wild**2)
     squared = _mean_square(rules[:, compared], weights[compared])
     # Times are ranked at one depth: the deepest that at least half of the trials have passed.
-    common = deepest(np.where(2 * np.isfinite(told).sum(axis=0) >= len(observed), 1, np.nan))
+    common = int(
+        deepest(np.where(2 * np.isfinite(told).sum(axis=0) >= len(observed), 1.0, np.nan))
+    )
     there = np.isfinite(observed[:, common]) & recent
     late = np.where(np.isfinite(expected), expected, np.inf)
     return (

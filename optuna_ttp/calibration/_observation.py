@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 import math
 from typing import Any
@@ -81,16 +82,6 @@ class Observation:
         """
         return -math.inf if self.diverged else math.log(max(self.n_steps - self.lost, 1.0))
 
-    @property
-    def failed(self) -> bool:
-        """Whether it diverged, or did not pass its next rung in twice the time expected then."""
-        if self.diverged:
-            return True
-        following = deepest(self.observed) + 1
-        return following < len(DEPTHS) and bool(
-            self.bound - self.expected[following] > math.log(_TWICE)
-        )
-
     def to_json(self) -> dict[str, Any]:
         """Return plain values that JSON takes; NaN as :obj:`None`."""
         return {name: _plain(value) for name, value in vars(self).items()}
@@ -122,6 +113,27 @@ class Observation:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"These values are no observation: {error}.") from error
         return cls(**read)
+
+
+def failed(observations: Sequence[Observation]) -> NDArray[np.bool_]:
+    """Tell which trials diverged, or did not pass their next rung in twice the time expected then.
+
+    Args:
+        observations:
+            The trials.
+
+    Returns:
+        Shape ``(n,)``.
+    """
+    if not observations:
+        return np.zeros(0, dtype=bool)
+    following = deepest(np.array([o.observed for o in observations])) + 1
+    # Nothing follows the last rung.
+    expected = np.full((len(observations), len(DEPTHS) + 1), np.nan)
+    expected[:, :-1] = [o.expected for o in observations]
+    bounds = np.array([o.bound for o in observations])
+    late = bounds - expected[np.arange(len(expected)), following] > math.log(_TWICE)
+    return np.asarray(late | np.array([o.diverged for o in observations]))
 
 
 def _plain(value: Any) -> Any:

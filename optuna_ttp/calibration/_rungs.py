@@ -19,15 +19,16 @@ NODES = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0])
 N_COVARIATES = 2
 
 
-def deepest(row: NDArray[np.float64]) -> int:
+def deepest(rows: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return the deepest rung that is known.
 
     Args:
-        row:
-            Values at the rungs, NaN where unknown.
+        rows:
+            Values at the rungs in the last axis, NaN where unknown.
 
     Returns:
-        Its place, -1 where none is.
+        Its place, -1 where none is; the shape without the last axis.
     """
-    known = np.flatnonzero(np.isfinite(row))
-    return int(known[-1]) if len(known) else -1
+    known = np.isfinite(rows)
+    last = known.shape[-1] - 1 - known[..., ::-1].argmax(axis=-1)
+    return np.asarray(np.where(known.any(axis=-1), last, -1))

@@ -71,7 +71,7 @@ class Trials:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Observed times and errors; where a trial has not got as far as expected, its end."""
         observed, errors = self.observed.copy(), self.errors.copy()
-        last = np.array([deepest(row) for row in observed])
+        last = deepest(observed)
         rows = np.flatnonzero(last + 1 < observed.shape[1])
         following = last[rows] + 1
         late = self.told[rows, following] & (logs[rows, following] < self.bound[rows])
