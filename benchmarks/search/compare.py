@@ -309,9 +309,9 @@ def search(job: Job, seed: int, recordings: Path) -> tuple[dict[str, Any], NDArr
     """
     table = _table(job.task, job.goal, recordings)
     players = contestants.players(
-        job.contestant, table, seed, lambda: _predictor(job.task, recordings)[0]
+        job.contestant, table, seed, lambda: predictor_of(job.task, recordings)[0]
     )
-    setup = _predictor(job.task, recordings)[1] if players.predicts else 0.0
+    setup = predictor_of(job.task, recordings)[1] if players.predicts else 0.0
     unit = table.mean_seconds / job.n_workers
     found = replay(
         table,
@@ -356,10 +356,16 @@ def _table(task: str, goal: Goal, recordings: Path) -> Table:
 
 
 @lru_cache(maxsize=4)
-def _predictor(task: str, recordings: Path) -> tuple[TrainingTimePredictor, float]:
-    """Our predictor, and what spectrum and response surface took.
+def predictor_of(task: str, recordings: Path) -> tuple[TrainingTimePredictor, float]:
+    """Return our predictor, and what spectrum and response surface took.
 
     It is built once and charged to every search.
+
+    Args:
+        task:
+            Name of the recorded task.
+        recordings:
+            The folder of the results.
     """
     path = recordings / "spectra" / f"{task}.ttp"
     spectrum = Spectrum.load(path)
