@@ -61,12 +61,12 @@ class Surrogate:
         Returns:
             The surrogate.
         """
+        from scipy.special import ndtri
         from scipy.stats import kendalltau
-        from scipy.stats import norm
         from scipy.stats import rankdata
 
         # Normal scores: a loss that blew up is worst, not a million times worse.
-        y = np.asarray(norm.ppf((rankdata(values) - 0.5) / len(values)), dtype=np.float64)
+        y = np.asarray(ndtri((rankdata(values) - 0.5) / len(values)), dtype=np.float64)
         kernel = _kernel(x, x) + _NOISE**2 * np.eye(len(x))
         inverse = np.linalg.inv(kernel)
         solved = inverse @ y

@@ -499,9 +499,7 @@ class TTPSampler(BaseSampler):
         valued = not is_multi_objective(study)
         under_way: list[Configuration] = []
         n_unknown = 0
-        for trial in trials:
-            if trial.number in seen.numbers:
-                continue
+        for trial in [trial for trial in trials if trial.number not in seen.numbers]:
             configuration = self._resolve(predictor, trial.params) if trial.params else None
             if trial.state != TrialState.RUNNING:
                 value = sign * trial.values[0] if valued and trial.values else math.nan
