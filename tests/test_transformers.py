@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -116,7 +117,6 @@ def _vit() -> Case:
 
 
 def _lora() -> Case:
-    peft = pytest.importorskip("peft")
     one = _bert()
     config = peft.LoraConfig(
         r=2, target_modules=["query", "value"], modules_to_save=["classifier"]
