@@ -135,6 +135,9 @@ def _exponents(exact: dict[str, Any], growth: list[dict[str, Any]]) -> list[str]
 def _draw(exact: dict[str, Any], growth: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(10.5, 6.0), layout="constrained")
     FigureCanvasAgg(figure)
@@ -151,8 +154,14 @@ def _draw(exact: dict[str, Any], growth: list[dict[str, Any]], path: Path) -> No
             panel.set_xlabel(title)
             panel.set_ylabel(label)
             panel.grid(visible=True, which="both", alpha=0.25)
-            if panel.lines:
-                panel.legend(title="fitted exponent", fontsize=8, title_fontsize=8)
+            if not panel.lines:
+                continue
+            panel.legend(title="fitted exponent", fontsize=8, title_fontsize=8)
+            # Whole decades only would leave some of these axes without a number.
+            for line in (panel.xaxis, panel.yaxis):
+                line.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                line.set_major_formatter(EngFormatter(sep=""))
+                line.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=100)
 
 
