@@ -137,7 +137,9 @@ def _measured(cell: Cell, options: Any) -> dict[str, Any]:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "gram.npy"
-        measure("ours_exact", cell, options, path, dtype="float64")
+        reference = measure("ours_exact", cell, options, path, dtype="float64")
+        if "failed" in reference:
+            raise RuntimeError(f"The reference of {cell.name} failed: {reference['failed']}")
         errors = _Errors(np.load(path), cell)
         for _ in range(options.rounds or cell.n_rounds):
             # Interleaved, so that a busy machine is busy for all.
