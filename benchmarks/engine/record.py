@@ -266,6 +266,7 @@ class _Errors:
         with torch.no_grad():
             self._outputs = model(inputs).double().numpy()
         self._reference = reference
+        self._rank: int | None = None
         self._times = self._flow(reference) if len(reference) <= _MOST_ROWS else None
 
     def of(self, found: NDArray[Any]) -> dict[str, float]:
@@ -283,11 +284,15 @@ class _Errors:
 
     def _flow(self, gram: NDArray[Any]) -> NDArray[np.float64]:
         values, vectors = np.linalg.eigh(gram.astype(np.float64))
-        # Rounding makes those of a kernel without full rank negative.
-        kept = np.flatnonzero(values > len(gram) * np.finfo(gram.dtype).eps * values[-1])[::-1]
+        # As many directions of every kernel, or the losses that they can reach would differ. What
+        # rounding in single precision makes of the smallest may be negative.
+        smallest = len(gram) * np.finfo(np.float64).eps * values[-1]
+        if self._rank is None:
+            self._rank = int((values > smallest).sum())
+        kept = np.arange(len(gram))[::-1][: self._rank]
         task = self._task
         spectrum = Spectrum(
-            values[kept],
+            np.maximum(values[kept], smallest),
             vectors[:, kept],
             float(np.trace(gram)),
             self._outputs,
