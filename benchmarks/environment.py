@@ -12,14 +12,15 @@ import resource
 import sys
 from typing import Any
 
-import torch
 
-
-_PLACES = ("--store", "--output", "--curves", "--peers", "--recordings")
+_PLACES = ("--store", "--output", "--curves", "--peers", "--peers-jax", "--recordings")
 
 
 def environment() -> dict[str, Any]:
     """Return date, machine, versions and the command, for the results' files."""
+    # Not every environment whose memory is measured has it.
+    import torch
+
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "command": " ".join(["python", "-m", _module_name(), *_arguments()]),

