@@ -91,7 +91,7 @@ def _median(cell: dict[str, Any], method: str, key: str) -> float:
 def _planned(largest: float, cells: list[dict[str, Any]], planned: str, measured: str) -> float:
     """The largest factor between plan and measurement, of the exact engine's cells too."""
     ratios = [_median(c, "ours_exact", measured) / c["plan"][planned] for c in cells]
-    return round(max([largest, *(max(r, 1.0 / r) for r in ratios)]), 3)
+    return round(float(max([largest, *(max(r, 1.0 / r) for r in ratios)])), 3)
 
 
 def _fastest(cell: dict[str, Any]) -> str:
