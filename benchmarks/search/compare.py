@@ -1,7 +1,8 @@
 """Samplers and pruners on the recorded tasks: seconds until a search is close to the grid's best.
 
 Writes ``searches.csv`` (a line a search) and ``regrets.npz`` (regret against seconds), and from
-these tables, pictures and ``summary.json`` with :mod:`benchmarks.search.summary`.
+these tables, pictures and ``summary.json`` with :mod:`benchmarks.search.summary`; the newest
+``summary.json`` also lies beside the modes' folders.
 
 Run with ``python -m benchmarks.search.compare`` for everything (hours), with ``--reduced`` for
 fewer seeds and the samplers that are cheap to run (under half an hour on two cores), with
@@ -21,6 +22,7 @@ import importlib
 import json
 import multiprocessing
 from pathlib import Path
+import shutil
 import time
 from typing import Any
 import warnings
@@ -200,6 +202,9 @@ def main() -> None:
     about = {"environment": environment(), "seconds": round(time.perf_counter() - started)}
     (output / "run.json").write_text(json.dumps(about, indent=2) + "\n")
     summarise(output)
+    if options.output is None and options.mode != "smoke":
+        # The newest figures, whichever run they are from.
+        shutil.copy(output / "summary.json", RESULTS)
 
 
 def complete_tasks(folder: Path) -> list[str]:
