@@ -1085,3 +1085,28 @@ def test_plan_of_products_one_direction_at_a_time() -> None:
     # No rows are made, so there is nothing to say of single layers.
     assert plan.layers == ()
     assert plan.bytes > 4 * task.n_samples * task.n_outputs * 5
+
+
+class _Scaled(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(4, 3)
+        self.scale = torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.head(x)) * self.scale.exp()
+
+
+def test_a_parameter_without_axes_is_one_weight() -> None:
+    """As the logit scale of CLIP and the gates of ReZero are."""
+    torch.manual_seed(0)
+    model = _Scaled()
+    x = torch.randn(6, 4)
+    task = FineTuningTask(model, (x, torch.arange(6) % 3))
+    gram = exact_kernel(task, device=CPU, dtype=torch.float64, show_progress_bar=False).gram
+    model, rows = model.double(), []
+    for output in model(x.double()).flatten():
+        gradients = torch.autograd.grad(output, list(model.parameters()), retain_graph=True)
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    jacobian = torch.stack(rows)
+    np.testing.assert_allclose(gram, (jacobian @ jacobian.T).numpy(), atol=1e-12)

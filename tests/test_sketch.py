@@ -291,3 +291,16 @@ def test_sketches_of_other_architectures(name: str, device: torch.device) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert sketch.trace == pytest.approx(float(np.trace(exact)), rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["sketch", "refined_sketch"])
+def test_a_model_that_has_nothing_left_to_learn_can_be_sketched(engine: str) -> None:
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(4, 3), torch.randn(6, 4)
+    task = FineTuningTask(model, (x, model(x).detach()), loss="mse")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spectrum = compute_spectrum(
+            task, engine=engine, measure_speed=False, probe=False, show_progress_bar=False
+        )
+    assert spectrum.rank == 15

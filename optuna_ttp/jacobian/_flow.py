@@ -41,6 +41,8 @@ def flow_times(spectrum: Spectrum, *, rank: int = 200) -> NDArray[np.float64]:
     theta = model.features.new_zeros((1, model.rank))
     floor = model.loss_floor
     initial = float(model.loss(model.outputs(theta))) - floor
+    if not initial > 0.0:
+        return np.full(len(FRACTIONS), np.inf)
     rate = _SAFETY / max(float(model.curvatures[0]), 1e-30)
     time, before = 0.0, (0.0, 1.0)
     times = np.full(len(FRACTIONS), np.inf)
@@ -48,7 +50,8 @@ def flow_times(spectrum: Spectrum, *, rank: int = 200) -> NDArray[np.float64]:
     for _ in range(_MAX_STEPS):
         theta = theta - rate * model.gradient(theta)
         time += rate
-        left = (float(model.loss(model.outputs(theta))) - floor) / initial
+        # Rounding may leave nothing at all.
+        left = max((float(model.loss(model.outputs(theta))) - floor) / initial, 1e-300)
         while found < len(FRACTIONS) and left <= FRACTIONS[found]:
             # Nearly exponential between two steps.
             share = np.log(before[1] / FRACTIONS[found]) / np.log(before[1] / left)

@@ -49,7 +49,7 @@ def local_rows(
         flags = batched
     differentiate = _looped if loop else _vectorised
     rows = differentiate(call, stacked, names, flags)
-    return {name: r.flatten(2) for name, r in zip(names, rows, strict=True)}
+    return {name: r.reshape(*r.shape[:2], -1) for name, r in zip(names, rows, strict=True)}
 
 
 def batched_arguments(call: Call) -> tuple[bool, ...]:
