@@ -78,8 +78,8 @@ CONSTRAINT = "ttp_budget"
 _MOST_VIOLATION = 50.0
 # No trial is stopped by its own curve before so large a share of the steps that it may take.
 _EARLIEST = 0.2
-# Where the time to the target is searched for and no trial has reached it yet, what has a fair
-# chance runs: it may be the only one that does.
+# Where the time to the target is searched for and no trial has completed yet, what has a fair
+# chance runs: it may be the only one that gets there.
 _AT_FIRST = 0.2
 # As many trials are remembered; others are read from the storage.
 _REMEMBERED = 1024
@@ -141,7 +141,8 @@ class TTPPruner(BasePruner):
             predictions are not exact. 1.5 by default.
         min_probability:
             Skip what reaches the target within that with a smaller probability, before its first
-            step. 0.5 by default: what is more likely to miss it.
+            step. 0.5 by default: what is more likely to miss it. With ``goal="time"``, as long as
+            no trial has completed, nothing that has a chance of 20 %: it may be the only one.
         max_cost_ratio:
             Skip what is predicted to take more than so many times what the best trial was
             predicted to take. No limit by default.

@@ -111,8 +111,8 @@ def test_unusable_trials_are_left_out() -> None:
     calibration = calibrate([*unusable[:2], *good, *unusable[2:]])
     assert calibration.n_observed == 3
     # Whether they diverged tells something nevertheless.
-    limits = {"divergence": expected.divergence, "failure": expected.failure}
-    assert repr(replace(calibration, **limits)) == repr(expected)  # type: ignore[arg-type]
+    alike = replace(calibration, divergence=expected.divergence, failure=expected.failure)
+    assert repr(alike) == repr(expected)
 
 
 # The kernel's growth
@@ -573,3 +573,14 @@ def test_off_by_more_than_a_factor_e_predictions_must_do_much_better_than_a_rule
     assert off[0].trusted
     assert not off[1].trusted
     assert off[1].trust < 0.5
+
+
+def test_a_trial_near_the_edge_of_stability_says_less_about_the_predictions() -> None:
+    calm = _varied(6, 0)
+    errors = []
+    for stability in (0.05, 1.5):
+        late = observation(learning_rate=0.02, stability=stability)
+        trials = [*calm, replace(late, expected=late.observed - 1.5)]
+        errors.append(calibrate(trials).log_error)
+    assert errors[0] == pytest.approx(1.5 / math.sqrt(7), rel=0.05)
+    assert errors[1] < 0.6 * errors[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 import math
 from typing import Any
 
@@ -22,8 +23,11 @@ from optuna_ttp import StudyBudget
 from optuna_ttp import TrainingLog
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
+from optuna_ttp.calibration._errors import failure_limit
 from optuna_ttp.ledger import DECISION
 from optuna_ttp.ledger import entry
+from optuna_ttp.outlook import Outlook
+from optuna_ttp.trial_budget import TrialBudget
 from tests.models import small_predictor
 from tests.studies import add_observed
 from tests.studies import asked
@@ -202,6 +206,21 @@ def test_the_sampler_refuses_what_makes_no_sense(arguments: Any, message: str) -
         TTPSampler(quick_predictor(), budget=60)  # type: ignore[arg-type]
 
 
+def test_success_is_unlikely_where_trials_did_not_do_as_predicted() -> None:
+    predictor = quick_predictor()
+    rate = 0.9 * predictor.max_learning_rate(8, 0.0)
+
+    def likely(failed: bool) -> float:
+        limit = failure_limit([0.9] * 3, [failed] * 3)
+        informed = predictor.calibrated(replace(predictor.calibration, failure=limit))
+        one = np.array([float(rate)]), np.array([8]), np.array([0.0])
+        outlook = Outlook.of(informed, *one, TrialBudget(60, None, None), trains_to_budget=False)
+        return float(np.exp(outlook.log_success[0]))
+
+    assert likely(True) < 0.2
+    assert likely(False) > 0.7
+
+
 # The pruner before the first step.
 
 
@@ -227,6 +246,19 @@ def test_a_smaller_probability_may_be_enough() -> None:
     study = _study(**generous, min_probability=0.95)
     assert asked(study, SLOW).should_prune()
     assert "with a probability of" in _decision(study)["reason"]
+
+
+def test_what_has_a_fair_chance_runs_until_a_trial_has_completed() -> None:
+    """It may be the only one that gets to the target."""
+    needed = predicted_steps(SLOW)
+    budget = {"max_steps": round(0.9 * needed), "tolerance": 1.0}
+    study = _study(**budget, goal="time")
+    assert not asked(study, SLOW).should_prune()
+    assert asked(study, HOPELESS).should_prune()
+    # Where a metric is searched for, misses are no end of the search.
+    assert asked(_study(**budget, goal="metric"), SLOW).should_prune()
+    study.tell(asked(study, FAST), predicted_steps(FAST))
+    assert asked(study, {**SLOW, "learning_rate": 0.0301}).should_prune()
 
 
 def test_shadow_writes_down_and_stops_nothing() -> None:
