@@ -10,7 +10,8 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from optuna_ttp._optuna_compat import is_multi_objective
-from optuna_ttp.training_log import final_loss
+from optuna_ttp.observed_trial import final_loss
+from optuna_ttp.observed_trial import InitialLoss
 
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def best_depth(
     """
     ranked = _ranked(study, trials)
     best = ranked[: min(_MOST, math.ceil(_BEST * len(ranked)))]
-    losses = [loss for t in best if not math.isnan(loss := final_loss(t, predictor))]
+    initial = InitialLoss.of(predictor)
+    losses = [loss for t in best if not math.isnan(loss := final_loss(t, initial))]
     if not losses:
         return math.inf
     return math.log(predictor.initial_loss / max(*losses, 1e-300))

@@ -22,16 +22,16 @@ import torch
 
 from optuna_ttp.ledger import Report
 from optuna_ttp.ledger import report
-from optuna_ttp.ledger import SKIP
 from optuna_ttp.predictor import TrainingTimePredictor
 from optuna_ttp.pruner import TTPPruner
+from optuna_ttp.recorded_curve import observed_steps
 from optuna_ttp.sampler import TTPSampler
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.store import SpectrumStore
 from optuna_ttp.task import FineTuningTask
 from optuna_ttp.throughput import Throughput
-from optuna_ttp.training_log import observed_steps
 from optuna_ttp.training_log import TrainingLog
+from optuna_ttp.trial_entries import SKIP
 from optuna_ttp.visualization.matplotlib._value_over_time import best_over_time
 
 

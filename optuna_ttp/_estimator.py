@@ -76,6 +76,11 @@ class Estimator:
         return self._corrected.path.simulator.initial_loss
 
     @property
+    def initial_loss_sd(self) -> float:
+        """Standard deviation of the losses of single samples at the pretrained weights."""
+        return self._corrected.path.simulator.initial_loss_sd
+
+    @property
     def has_surface(self) -> bool:
         """Whether times are a function of learning rate, batch size and momentum alone."""
         return self._corrected.path.has_surface

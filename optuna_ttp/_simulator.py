@@ -100,6 +100,15 @@ class Simulator:
         """The training loss at the pretrained weights."""
         return float(self.model.loss(self.model.initial_outputs[None]))
 
+    @cached_property
+    def initial_loss_sd(self) -> float:
+        """Standard deviation of the losses of single samples at the pretrained weights."""
+        model = self.model
+        losses = model.sample_losses(model.initial_outputs[None], model.soft_targets)[0].double()
+        # The mean over a batch divides by the mean of its normalisers.
+        away = losses - self.initial_loss * model.normalisers
+        return float(away.square().mean().sqrt() / model.normalisers.double().mean())
+
     @property
     def slow_rate(self) -> float:
         """A learning rate at which full-batch training is slow and sure."""

@@ -24,6 +24,18 @@ class Configuration(NamedTuple):
     batch_size: int
     momentum: float
 
+    def clipped(self, n_samples: int) -> Configuration:
+        """Return the configuration with at most N samples a batch: no data loader gives more.
+
+        Args:
+            n_samples:
+                How many samples are trained on.
+
+        Returns:
+            The configuration.
+        """
+        return self._replace(batch_size=min(self.batch_size, n_samples))
+
 
 class MissingParameterError(ValueError):
     """The map reads a parameter that the trial does not have."""

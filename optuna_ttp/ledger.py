@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
 import math
 from typing import Any
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+import optuna
 from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
-from optuna_ttp._optuna_compat import write_user_attr
+from optuna_ttp._checks import check_kind
+from optuna_ttp.calibration import calibrate
+from optuna_ttp.calibration import Calibration
+from optuna_ttp.calibration import Observation
+from optuna_ttp.observed_trial import InitialLoss
+from optuna_ttp.observed_trial import observation_of
+from optuna_ttp.recorded_curve import AT_TARGET
+from optuna_ttp.recorded_curve import observed_curve
+from optuna_ttp.recorded_curve import recorded
+from optuna_ttp.trial_entries import DECISION
+from optuna_ttp.trial_entries import entry
+from optuna_ttp.trial_entries import or_nan
+from optuna_ttp.trial_entries import paid_seconds
+from optuna_ttp.trial_entries import PREDICTION
+from optuna_ttp.trial_entries import SKIP
+from optuna_ttp.trial_entries import STOP
+from optuna_ttp.unusable_curve import UnusableCurve
 
 
-if TYPE_CHECKING:
-    import optuna
-    from optuna.trial import FrozenTrial
-
-    from optuna_ttp.hyperparameters import Configuration
-    from optuna_ttp.prediction import Prediction
-    from optuna_ttp.predictor import TrainingTimePredictor
-
-
-# All that is known of a trial before it runs is one attribute: every write is a journey to the
-# database.
-RECORD = "ttp:record"
-PREDICTION = "prediction"
-DECISION = "decision"
-# An objective with a clock of its own may write what a trial took, {"trial": number, "seconds":
-# ...}; otherwise it is the time from the trial's start to its end.
-PAID = "ttp:paid"
-RUN = "run"
-SKIP = "skip"
-STOP = "stop"
+# So many curves that cannot be used are named.
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -112,10 +110,17 @@ class Report:
         spectrum_seconds:
             What the spectra behind the predictions took to compute, also where they were read
             from a store.
+        calibration:
+            What the study's trials say about the predictions that were made for them, for the task
+            of the newest one.
+        unusable:
+            Why training-loss curves could not be learned from, by the number of the trial.
     """
 
     records: tuple[TrialRecord, ...]
     spectrum_seconds: float
+    calibration: Calibration = field(default_factory=Calibration.none, repr=False)
+    unusable: dict[int, str] = field(default_factory=dict)
 
     @property
     def n_skipped(self) -> int:
@@ -245,6 +250,17 @@ class Report:
                 f"{self.n_audited} ran in spite of their prediction; {self.n_wrong} of them would "
                 f"have been skipped wrongly ({share:.0%}, 80 % interval {low:.0%} to {high:.0%})."
             )
+        if self.calibration.n_observed:
+            lines.append(f"Predictions: {self.calibration}.")
+        if self.unusable:
+            first = [f"trial {n}: {reason}" for n, reason in list(self.unusable.items())[:_SHOWN]]
+            more = ["..."] if len(self.unusable) > _SHOWN else []
+            count = len(self.unusable)
+            curves = "curve" if count == 1 else "curves"
+            lines.append(
+                f"{count} training-loss {curves} could not be learned from ("
+                f"{'; '.join(first + more)})."
+            )
         return "\n".join(lines)
 
 
@@ -260,7 +276,12 @@ def report(study: optuna.Study) -> Report:
 
     Returns:
         A table when printed, the records and sums as attributes.
+
+    Raises:
+        TypeError:
+            If ``study`` is none.
     """
+    check_kind("study", study, optuna.Study)
     trials = sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number)
     typical = _typical_cost(trials)
     spectra = {
@@ -270,112 +291,28 @@ def report(study: optuna.Study) -> Report:
     }
     best = _best(study, trials)
     records = tuple(_record(trial, typical, best) for trial in trials)
-    return Report(records, float(sum(spectra.values())))
+    return Report(records, float(sum(spectra.values())), *_learned(trials))
 
 
-def entry(trial: FrozenTrial, key: str) -> dict[str, Any] | None:
-    """Return what is written on a trial under a key.
-
-    Args:
-        trial:
-            Any trial.
-        key:
-            :data:`PREDICTION` or :data:`DECISION`, or an attribute that begins with ``ttp:``.
-
-    Returns:
-        The entry, or :obj:`None` where there is none. A retried trial carries the attributes of
-        the trial it repeats; those do not count.
-    """
-    value = trial.user_attrs.get(key if key.startswith("ttp:") else RECORD)
-    if not isinstance(value, dict) or value.get("trial") != trial.number:
-        return None
-    return value if key.startswith("ttp:") else value.get(key)
-
-
-def prediction_entry(
-    predictor: TrainingTimePredictor,
-    configuration: Configuration,
-    prediction: Prediction,
-    *,
-    budget_steps: float,
-    prediction_seconds: float,
-) -> dict[str, Any]:
-    """Return what is written down of a prediction.
-
-    Args:
-        predictor:
-            What predicted.
-        configuration:
-            For which hyperparameters.
-        prediction:
-            What it said.
-        budget_steps:
-            The steps that the trial may take; infinity where no budget was given.
-        prediction_seconds:
-            What the prediction took.
-
-    Returns:
-        Values that every storage takes.
-    """
-    budget_seconds = budget_steps * float(predictor.seconds_per_step(configuration.batch_size))
-    return {
-        "fingerprint": predictor.spectrum.metadata.fingerprint,
-        "spectrum_seconds": predictor.spectrum.metadata.compute_seconds + predictor.probe_seconds,
-        "target": predictor.target.value,
-        "learning_rate": configuration.learning_rate,
-        "batch_size": configuration.batch_size,
-        "momentum": configuration.momentum,
-        "outcome": prediction.outcome,
-        "steps": _finite(float(prediction.steps)),
-        "seconds": _finite(float(prediction.seconds)),
-        "stability": _finite(float(prediction.stability)),
-        "budget_steps": _finite(budget_steps),
-        "budget_seconds": _finite(budget_seconds),
-        "prediction_seconds": prediction_seconds,
-        "ladder": {
-            "predicted": _rounded(prediction.log_passages),
-            "expected": _rounded(prediction.expected_log_passages),
-            "growth": _rounded(prediction.log_growth),
-            "covariates": _rounded(prediction.covariates),
-            "instability": _rounded(prediction.instability),
-        },
-    }
-
-
-def write_record(study: optuna.Study, trial: FrozenTrial, record: dict[str, Any]) -> None:
-    """Write down what was predicted and decided for a trial.
-
-    Args:
-        study:
-            The study.
-        trial:
-            The running trial.
-        record:
-            Its number under ``"trial"``, and entries under the names :data:`PREDICTION` and
-            :data:`DECISION`.
-    """
-    write_user_attr(study, trial, RECORD, record)
-
-
-def n_skipped_in_a_row(trials: Sequence[FrozenTrial]) -> int:
-    """Return how many of the newest trials were skipped without one that ran, or still runs.
-
-    Args:
-        trials:
-            Finished and running ones.
-
-    Returns:
-        A count.
-    """
-    count = 0
-    for trial in sorted(trials, key=lambda t: t.number, reverse=True):
-        decision = entry(trial, DECISION)
-        if decision is None and trial.state == TrialState.RUNNING:
-            continue  # Nothing is decided about it yet.
-        if decision is None or decision["decision"] != SKIP:
-            break
-        count += 1
-    return count
+def _learned(trials: list[FrozenTrial]) -> tuple[Calibration, dict[int, str]]:
+    """What the trials of the newest one's task say of its predictions, and which say nothing."""
+    observations: dict[str, list[Observation]] = {}
+    unusable: dict[int, str] = {}
+    newest = ""
+    for trial in trials:
+        prediction = entry(trial, PREDICTION) or {}
+        told: Observation | UnusableCurve | dict[str, Any] | None
+        if prediction.get("ladder") is None:
+            told = recorded(trial)
+        else:
+            initial = InitialLoss(prediction["initial_loss"], prediction["initial_loss_sd"])
+            told = observation_of(trial, prediction, initial)
+            newest = prediction["fingerprint"]
+        if isinstance(told, UnusableCurve):
+            unusable[trial.number] = told.reason
+        elif isinstance(told, Observation):
+            observations.setdefault(newest, []).append(told)
+    return calibrate(observations.get(newest, [])), unusable
 
 
 @dataclass(frozen=True)
@@ -428,7 +365,7 @@ def _record(trial: FrozenTrial, typical: _TypicalCost, best: int | None) -> Tria
         avoided = typical.seconds if budget is None else typical.share * budget
         avoided_sd = typical.seconds_sd if budget is None else typical.share_sd * budget
     elif decision.get("decision") == STOP:
-        avoided = _or_nan(decision.get("seconds_left"))
+        avoided = or_nan(decision.get("seconds_left"))
         avoided_sd = avoided * float(decision.get("log_sd", 0.0))
     values = trial.values or []
     return TrialRecord(
@@ -436,8 +373,8 @@ def _record(trial: FrozenTrial, typical: _TypicalCost, best: int | None) -> Tria
         state=trial.state.name,
         params=dict(trial.params),
         outcome=prediction.get("outcome"),
-        predicted_steps=_or_nan(prediction.get("steps")),
-        predicted_seconds=_or_nan(prediction.get("seconds")),
+        predicted_steps=or_nan(prediction.get("steps")),
+        predicted_seconds=or_nan(prediction.get("seconds")),
         decision=decision.get("decision"),
         kind=decision.get("kind"),
         override=decision.get("override"),
@@ -453,9 +390,6 @@ def _record(trial: FrozenTrial, typical: _TypicalCost, best: int | None) -> Tria
 
 def _was_wrong(trial: FrozenTrial, best: int | None) -> bool | None:
     """Whether a trial did well that had been predicted to do badly."""
-    from optuna_ttp.training_log import AT_TARGET
-    from optuna_ttp.training_log import observed_curve
-
     if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
         return None
     if trial.number == best:
@@ -476,51 +410,6 @@ def _best(study: optuna.Study, trials: list[FrozenTrial]) -> int | None:
         return None
     sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
     return min(done, key=lambda t: sign * t.values[0]).number
-
-
-def predicted_cost(trial: FrozenTrial) -> float:
-    """Return what a trial was predicted to take.
-
-    Args:
-        trial:
-            Any trial.
-
-    Returns:
-        Seconds, steps where the time of a step is not known; NaN where nothing was predicted, or
-        nothing finite.
-    """
-    prediction = entry(trial, PREDICTION) or {}
-    seconds = prediction.get("seconds")
-    return _or_nan(prediction.get("steps") if seconds is None else seconds)
-
-
-def paid_seconds(trial: FrozenTrial) -> float:
-    """Return what a trial took.
-
-    Args:
-        trial:
-            Any trial.
-
-    Returns:
-        Seconds; NaN where it is not finished.
-    """
-    paid = entry(trial, PAID)
-    if paid is not None:
-        return float(paid["seconds"])
-    return math.nan if trial.duration is None else trial.duration.total_seconds()
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity, and not every storage takes Python's extension of it."""
-    return value if math.isfinite(value) else None
-
-
-def _rounded(values: NDArray[np.float64]) -> list[float | None]:
-    return [_finite(round(float(v), 4)) if math.isfinite(v) else None for v in values]
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else float(value)
 
 
 def _sum(values: Any) -> float:

@@ -42,7 +42,9 @@ class LossCurve:
         n_steps:
             Optimiser steps of the trial so far.
         diverged:
-            Whether the loss became infinite or NaN.
+            Whether the loss became infinite or NaN, and stayed it.
+        n_gaps:
+            How many losses were infinite or NaN while later ones were not, and are left out.
     """
 
     steps: NDArray[np.float64]
@@ -50,16 +52,19 @@ class LossCurve:
     errors: NDArray[np.float64]
     n_steps: int
     diverged: bool = False
+    n_gaps: int = 0
 
     @classmethod
     def of(cls, losses: ArrayLike, steps: ArrayLike | None = None) -> LossCurve:
         """Smooth the losses of mini-batches.
 
-        The window covers 10 % of the step on each side, at least two points: wide enough for
-        mini-batch noise, narrow on the logarithmic scale on which training times differ. An
-        exponential is laid through it, because a plain mean of a falling curve is late: most of
-        all at the end of the curve, where a trial that stops at its target would never seem to
-        reach it. The scatter of the losses within the window tells the standard error.
+        Losses that are infinite or NaN are left out; where they are the last ones, the curve is
+        that of a training that diverged. The window covers 10 % of the step on each side, at
+        least two points: wide enough for mini-batch noise, narrow on the logarithmic scale on
+        which training times differ. An exponential is laid through it, because a plain mean of a
+        falling curve is late: most of all at the end of the curve, where a trial that stops at its
+        target would never seem to reach it. The scatter of the losses within the window tells the
+        standard error.
 
         Example:
             >>> curve = LossCurve.of([2.0, 1.6, 1.3, 1.1, 0.9, 0.8])
@@ -82,16 +87,16 @@ class LossCurve:
         values = np.asarray(losses, dtype=np.float64)
         places = np.asarray(range(len(values)) if steps is None else steps, dtype=np.float64)
         _check(values, places)
+        n_steps = int(places[-1]) + 1
         good = np.abs(values) < _BLOWN_UP
-        n_good = len(values) if good.all() else int(np.argmin(good))
-        diverged = n_good < len(values)
-        if (values[:n_good] <= 0.0).any():
-            # A loss of exactly zero is all that single precision can say about a tiny one.
-            values = np.maximum(values, 1e-30)
-        chosen = _recorded(n_good)
-        smoothed, errors = _smoothed(values[:n_good], places[:n_good], chosen)
-        n_steps = int(places[-1]) + 1 if len(places) else 0
-        return cls(places[chosen].astype(np.float64), smoothed, errors, n_steps, diverged)
+        diverged = not good[-1]
+        # Weights that are NaN stay it. Where the loss is a number again, a batch was to blame.
+        n_gaps = int(np.flatnonzero(good)[-1] + 1 - good.sum()) if good.any() else 0
+        # A loss of exactly zero is all that single precision can say about a tiny one.
+        values, places = np.maximum(values[good], 1e-30), places[good]
+        chosen = _recorded(len(values))
+        smoothed, errors = _smoothed(values, places, chosen)
+        return cls(places[chosen], smoothed, errors, n_steps, diverged, n_gaps)
 
     def log_passages(
         self, levels: NDArray[np.float64]

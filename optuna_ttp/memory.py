@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 
 from optuna.logging import get_logger
 
+from optuna_ttp._checks import check_kind
 from optuna_ttp.calibration import Observation
-from optuna_ttp.training_log import observation_of
+from optuna_ttp.hyperparameters import HyperparameterMap
+from optuna_ttp.hyperparameters import map_or_default
+from optuna_ttp.learner import observation_in
 
 
 if TYPE_CHECKING:
@@ -37,11 +40,26 @@ class Memory:
     Args:
         store:
             Where the spectrum is.
+        hyperparameters:
+            Which trial parameter is which hyperparameter, as for the sampler and the pruner.
+
+    Raises:
+        TypeError:
+            If ``store`` is no :class:`~optuna_ttp.SpectrumStore`.
     """
 
-    def __init__(self, store: SpectrumStore) -> None:
+    def __init__(
+        self, store: SpectrumStore, *, hyperparameters: HyperparameterMap | None = None
+    ) -> None:
+        from optuna_ttp.store import SpectrumStore
+
+        check_kind("store", store, SpectrumStore)
         self._store = store
+        self._map = map_or_default(hyperparameters)
         self._predictor: TrainingTimePredictor | None = None
+
+    def __repr__(self) -> str:
+        return f"Memory({self._store!r})"
 
     def recall(self, predictor: TrainingTimePredictor) -> TrainingTimePredictor:
         """Return the predictor as the trials of earlier studies have corrected it.
@@ -57,7 +75,12 @@ class Memory:
         Raises:
             StoreError:
                 If the database fails.
+            TypeError:
+                If ``predictor`` is none.
         """
+        from optuna_ttp.predictor import TrainingTimePredictor
+
+        check_kind("predictor", predictor, TrainingTimePredictor)
         self._predictor = predictor
         learned = self._store.get_learned(predictor.spectrum.metadata.fingerprint, _KIND)
         if learned is None:
@@ -84,7 +107,7 @@ class Memory:
         """
         if self._predictor is None:
             raise RuntimeError("Memory must recall(predictor) before a study calls it.")
-        observation = observation_of(trial, self._predictor, {trial.number})
+        observation = observation_in(study, trial, self._predictor, self._map)
         if observation is None:
             return
         name = f"{study.study_name} {trial.number}"

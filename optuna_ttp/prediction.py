@@ -47,7 +47,8 @@ class Prediction:
             How likely training never recovers. The rest to one is ``"not_reached"``.
         reliable:
             Whether the network stays close to its linearisation on the way to the target; once
-            trials were observed, whether they leave a prediction that is worth something.
+            trials were observed, whether they leave a prediction that is worth something: close
+            to the edge of stability it may not be, although the predictor is reliable.
         stability:
             Learning rate over the largest stable one. Training above one may go through a loss
             spike, or never recover from it.
@@ -130,13 +131,13 @@ class Prediction:
             by_kind = dict(zip(kinds, counts, strict=True))
             named = [f"{by_kind[k]} {text}" for k, text in _IN_WORDS.items() if k in by_kind]
             return f"{self.steps.size} configurations: {', '.join(named)}"
-        doubt = "" if self.reliable.item() else "; unreliable, the network moves too far"
+        doubt = "" if self.reliable.item() else "; unreliable"
         outcome = self.outcome
         if outcome == CONVERGES:
             text = f"{self.steps.item():,.0f} steps ({self.epochs.item():.3g} epochs"
             if np.isfinite(self.seconds.item()):
                 text += f", {self.seconds.item():.3g} s"
-            interval = f"{self.steps_low.item():,.0f} to {self.steps_high.item():,.0f} steps"
+            interval = f"{_in_steps(self.steps_low)} to {_in_steps(self.steps_high)} steps"
             return f"converges: {text}), 80 % interval {interval}{doubt}"
         if outcome == DIVERGES:
             return (
@@ -144,3 +145,8 @@ class Prediction:
                 f"stable one (probability {self.p_diverges.item():.0%})"
             )
         return f"not reached within {self.max_steps.item():,} steps{doubt}"
+
+
+def _in_steps(steps: NDArray[np.float64]) -> str:
+    """Beyond ten million nobody counts the steps."""
+    return f"{steps.item():,.0f}" if steps.item() < 1e7 else f"{steps.item():.0e}"

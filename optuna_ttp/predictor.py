@@ -301,7 +301,7 @@ class TrainingTimePredictor(Estimator):
         """Whether the network stays close to its linearisation on the way to the target.
 
         See :func:`~optuna_ttp.uncertainty.is_reliable`; once trials were observed, whether they
-        tell how the kernel grows.
+        tell how the kernel grows. Of single configurations :attr:`Prediction.reliable` tells.
         """
         return self._corrected.reliable
 
@@ -383,6 +383,10 @@ class TrainingTimePredictor(Estimator):
                 If the spectrum belongs to another task.
             ValueError:
                 If an argument is out of its range.
+
+        Warns:
+            UnreliablePredictionWarning:
+                If the loss did not come down enough to learn from, or rose without bound.
         """
         from optuna_ttp._probing import probed
         from optuna_ttp._probing import probing_configuration
@@ -407,6 +411,15 @@ class TrainingTimePredictor(Estimator):
         )
         rate, mass = probing_configuration(self._corrected, steps, learning_rate, momentum)
         observation, seconds = probed(self._corrected, task, steps, rate, mass, device)
+        if not np.isfinite(observation.observed).any():
+            what = "rose without bound" if observation.diverged else "fell by less than 5 %"
+            do = "a smaller" if observation.diverged else f"more than {steps} steps, or a larger"
+            warnings.warn(
+                f"The probe tells nothing: its training loss {what}, with a learning rate of "
+                f"{rate:.3g} and a momentum of {mass:.3g}. Take {do} learning rate.",
+                UnreliablePredictionWarning,
+                stacklevel=2,
+            )
         twin = self.informed([observation])
         twin.probe_seconds = self.probe_seconds + seconds
         return twin

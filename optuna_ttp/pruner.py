@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 import math
 import threading
@@ -28,32 +27,34 @@ from optuna_ttp._optuna_compat import is_multi_objective
 from optuna_ttp._optuna_compat import PerStudy
 from optuna_ttp._optuna_compat import trials_of
 from optuna_ttp._optuna_compat import write_constraint
+from optuna_ttp._resolution import resolve_for_trial
+from optuna_ttp.calibration import Observation
 from optuna_ttp.decision import Decision
 from optuna_ttp.exceptions import UnreliablePredictionWarning
 from optuna_ttp.hyperparameters import Configuration
 from optuna_ttp.hyperparameters import HyperparameterMap
 from optuna_ttp.hyperparameters import map_or_default
-from optuna_ttp.hyperparameters import MissingParameterError
-from optuna_ttp.ledger import DECISION
-from optuna_ttp.ledger import entry
-from optuna_ttp.ledger import n_skipped_in_a_row
-from optuna_ttp.ledger import predicted_cost
-from optuna_ttp.ledger import PREDICTION
-from optuna_ttp.ledger import prediction_entry
-from optuna_ttp.ledger import RECORD
-from optuna_ttp.ledger import RUN
-from optuna_ttp.ledger import SKIP
-from optuna_ttp.ledger import STOP
-from optuna_ttp.ledger import write_record
+from optuna_ttp.learner import Learner
+from optuna_ttp.observed_trial import InitialLoss
+from optuna_ttp.observed_trial import observation_of
 from optuna_ttp.prediction import DIVERGES
 from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
+from optuna_ttp.recorded_curve import observed_curve
+from optuna_ttp.recorded_curve import observed_steps
 from optuna_ttp.study_budget import StudyBudget
-from optuna_ttp.training_log import Learner
-from optuna_ttp.training_log import observation_of
-from optuna_ttp.training_log import observed_curve
-from optuna_ttp.training_log import observed_steps
 from optuna_ttp.trial_budget import TrialBudget
+from optuna_ttp.trial_entries import DECISION
+from optuna_ttp.trial_entries import entry
+from optuna_ttp.trial_entries import n_skipped_in_a_row
+from optuna_ttp.trial_entries import predicted_cost
+from optuna_ttp.trial_entries import PREDICTION
+from optuna_ttp.trial_entries import prediction_entry
+from optuna_ttp.trial_entries import RECORD
+from optuna_ttp.trial_entries import RUN
+from optuna_ttp.trial_entries import SKIP
+from optuna_ttp.trial_entries import STOP
+from optuna_ttp.trial_entries import write_record
 from optuna_ttp.uncertainty import probability_below
 from optuna_ttp.uncertainty import Z_90
 
@@ -225,9 +226,9 @@ class TTPPruner(BasePruner):
                 "constraint=True needs Optuna 5 or newer, whose trials have constraints, but got "
                 f"Optuna {optuna.__version__}."
             )
-        self._learner = Learner(predictor)
-        self._wrapped = wrapped_pruner
         self._map = map_or_default(hyperparameters)
+        self._learner = Learner(predictor, self._map)
+        self._wrapped = wrapped_pruner
         self._study_budget = budget
         self._goal = goal
         self._tolerance = tolerance
@@ -345,7 +346,7 @@ class TTPPruner(BasePruner):
             return _Known.of(record, self._shadow)
         started = time.perf_counter()
         predictor = self._learner.informed(study, trials)
-        configuration = clip_batch_size(configuration, predictor)
+        configuration = configuration.clipped(predictor.n_samples)
         budget = float(self._budget.steps(predictor, np.array(configuration.batch_size)))
         horizon = predictor.max_steps if math.isinf(budget) else self._tolerance * budget
         prediction = predictor.estimate(*configuration, max_steps=max(1, int(horizon)))
@@ -522,10 +523,8 @@ class TTPPruner(BasePruner):
             return
         known.n_steps = curve.n_steps
         predictor = self._learner.last(study)
-        running = copy.copy(trial)
-        running.user_attrs = {**trial.user_attrs, RECORD: known.record}
-        observation = observation_of(running, predictor, set())
-        if observation is None or not predictor.calibration.trusted:
+        observation = observation_of(trial, known.prediction, InitialLoss.of(predictor))
+        if not isinstance(observation, Observation) or not predictor.calibration.trusted:
             return
         of = known.prediction
         configuration = (of["learning_rate"], of["batch_size"], of["momentum"])
@@ -538,9 +537,13 @@ class TTPPruner(BasePruner):
         budget = float(self._budget.steps(predictor, np.array(of["batch_size"])))
         limit, what = budget, f"{aim} within its budget of {budget:,.0f} steps"
         if self._goal == "time":
-            fastest = self._fastest(study, predictor, of["batch_size"])
+            fastest, number = self._fastest(study, predictor, of["batch_size"])
             if fastest < limit:
-                limit, what = fastest, f"be faster than the best trial ({fastest:,.0f} steps)"
+                limit = fastest
+                what = (
+                    f"be faster than trial {number}, the fastest ({fastest:,.0f} steps of this "
+                    "batch size take as long)"
+                )
         # The first steps tell little of the last ones.
         if not math.isfinite(limit) or curve.n_steps < _EARLIEST * limit:
             return
@@ -584,9 +587,14 @@ class TTPPruner(BasePruner):
             return depth, "get as far as the best trials"
         return predictor.target_depth, "reach the target"
 
-    def _fastest(self, study: Study, predictor: TrainingTimePredictor, batch_size: int) -> float:
-        """Steps in which a trial with this batch size would be as fast as the best one."""
-        fastest = math.inf
+    def _fastest(
+        self, study: Study, predictor: TrainingTimePredictor, batch_size: int
+    ) -> tuple[float, int]:
+        """Steps in which a trial with this batch size would be as fast as the best one, and that.
+
+        Infinity where none has reached the target.
+        """
+        fastest = (math.inf, -1)
         for trial in trials_of(study, (TrialState.COMPLETE,)):
             of = entry(trial, PREDICTION)
             if of is None:
@@ -595,7 +603,8 @@ class TTPPruner(BasePruner):
             if math.isfinite(steps):
                 ratio = predictor.seconds_per_step(np.array([of["batch_size"], batch_size]))
                 relative = float(ratio[0] / ratio[1])
-                fastest = min(fastest, steps * (1.0 if math.isnan(relative) else relative))
+                own = steps * (1.0 if math.isnan(relative) else relative)
+                fastest = min(fastest, (own, trial.number))
         return fastest
 
 
@@ -639,51 +648,3 @@ def _log_ratio(prediction: Prediction, budget: float) -> float:
     steps = float(prediction.steps)
     log_steps = math.log(steps) if math.isfinite(steps) else _log_median(prediction)
     return float(np.clip(log_steps - math.log(budget), -_MOST_VIOLATION, _MOST_VIOLATION))
-
-
-def clip_batch_size(
-    configuration: Configuration, predictor: TrainingTimePredictor
-) -> Configuration:
-    """Return the configuration with at most N samples a batch, which is all a data loader gives.
-
-    Args:
-        configuration:
-            The hyperparameters.
-        predictor:
-            Knows N.
-
-    Returns:
-        The configuration.
-    """
-    size = min(configuration.batch_size, predictor.spectrum.n_samples)
-    return configuration._replace(batch_size=size)
-
-
-def resolve_for_trial(
-    mapping: HyperparameterMap, study: Study, trial: FrozenTrial
-) -> Configuration | None:
-    """Return a trial's hyperparameters, telling a conditional parameter from a wrong name.
-
-    Args:
-        mapping:
-            The map.
-        study:
-            The study.
-        trial:
-            The trial, with its parameters suggested.
-
-    Returns:
-        The hyperparameters, or :obj:`None` where the map does not apply to this trial.
-
-    Raises:
-        ValueError:
-            If the map reads a parameter that no trial of the study has.
-    """
-    try:
-        return mapping.resolve(trial.params)
-    except MissingParameterError:
-        trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
-        seen = {name for t in trials for name in t.params}
-        if mapping.parameters_read(trial.params) <= seen | set(trial.params):
-            return None
-        raise

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 import math
 from typing import Any
 from typing import TYPE_CHECKING
 
 import numpy as np
+from optuna.trial import BaseTrial
 
+from optuna_ttp._checks import check_count
 from optuna_ttp.loss_curve import LossCurve
+from optuna_ttp.trial_entries import CURVE
+from optuna_ttp.trial_entries import entry
 
 
 if TYPE_CHECKING:
@@ -27,8 +32,8 @@ def learn_from_reports(
     """Say that what a trial reports is the training loss, so that predictions learn from it.
 
     Call it once in the objective, before training, in place of a
-    :class:`~optuna_ttp.TrainingLog`. Without it reports are never taken for training losses: most
-    objectives report a validation metric.
+    :class:`~optuna_ttp.TrainingLog`, which counts instead where the trial has both. Without it
+    reports are never taken for training losses: most objectives report a validation metric.
 
     Example:
         >>> def objective(trial):
@@ -48,18 +53,20 @@ def learn_from_reports(
             training loss after them.
 
     Raises:
+        TypeError:
+            If ``trial`` is no trial, or ``steps_per_report`` no whole number.
         ValueError:
-            If ``steps_per_report`` is not a positive whole number.
+            If ``steps_per_report`` is not positive.
     """
-    from optuna_ttp.training_log import CURVE
-
-    if isinstance(steps_per_report, bool) or int(steps_per_report) != steps_per_report:
-        raise ValueError(f"steps_per_report must be a whole number but got {steps_per_report!r}.")
-    if steps_per_report < 1:
-        raise ValueError(f"steps_per_report must be at least 1 but got {steps_per_report}.")
+    if not isinstance(trial, BaseTrial):
+        raise TypeError(f"trial must be the trial of the objective but got {trial!r}.")
+    per_report = check_count("steps_per_report", steps_per_report)
+    logged = entry(trial, CURVE)
+    if logged is not None and STEPS_PER_REPORT not in logged:
+        return  # A TrainingLog knows every step.
     value = {
         "trial": trial.number,
-        STEPS_PER_REPORT: int(steps_per_report),
+        STEPS_PER_REPORT: per_report,
         _AVERAGED: bool(averaged),
     }
     trial.set_user_attr(CURVE, value)
@@ -77,7 +84,7 @@ def curve_of_reports(
             What was reported, by number; one at least.
 
     Returns:
-        The curve, and the first value.
+        The curve, and the first value that is finite; NaN where none is.
 
     Raises:
         ValueError:
@@ -88,7 +95,8 @@ def curve_of_reports(
     # A mean over steps is that of their middle.
     ahead = 0.5 * (per_report - 1) if setting[_AVERAGED] else float(per_report)
     steps = [n * per_report + ahead for n in numbers]
-    losses = [math.nan if values[n] is None else float(values[n]) for n in numbers]
-    curve = LossCurve.of(np.array(losses), np.array(steps))
+    losses = np.array([math.nan if values[n] is None else float(values[n]) for n in numbers])
+    curve = LossCurve.of(losses, np.array(steps))
+    finite = losses[np.isfinite(losses)]
     done = int((numbers[-1] + 1) * per_report)
-    return LossCurve(curve.steps, curve.losses, curve.errors, done, curve.diverged), losses[0]
+    return replace(curve, n_steps=done), float(finite[0]) if len(finite) else math.nan

@@ -39,24 +39,23 @@ from optuna_ttp._optuna_compat import PerStudy
 from optuna_ttp._optuna_compat import single_value
 from optuna_ttp._optuna_compat import trials_of
 from optuna_ttp._optuna_compat import weighed
+from optuna_ttp._resolution import resolve_for_trial
 from optuna_ttp.candidates import Candidates
 from optuna_ttp.candidates import drawn
 from optuna_ttp.hyperparameters import map_or_default
 from optuna_ttp.hyperparameters import MissingParameterError
-from optuna_ttp.ledger import entry
-from optuna_ttp.ledger import PREDICTION
-from optuna_ttp.ledger import prediction_entry
-from optuna_ttp.ledger import write_record
+from optuna_ttp.learner import Learner
 from optuna_ttp.outlook import Outlook
 from optuna_ttp.preference import Evidence
 from optuna_ttp.preference import Preference
-from optuna_ttp.pruner import clip_batch_size
 from optuna_ttp.pruner import Goal
-from optuna_ttp.pruner import resolve_for_trial
 from optuna_ttp.pruner import TTPPruner
 from optuna_ttp.study_budget import StudyBudget
-from optuna_ttp.training_log import Learner
 from optuna_ttp.trial_budget import TrialBudget
+from optuna_ttp.trial_entries import entry
+from optuna_ttp.trial_entries import PREDICTION
+from optuna_ttp.trial_entries import prediction_entry
+from optuna_ttp.trial_entries import write_record
 
 
 if TYPE_CHECKING:
@@ -156,7 +155,8 @@ class TTPSampler(BaseSampler):
             Whether a configuration that ran may be proposed again, as makes sense where the
             objective is noisy. Off by default.
         seed:
-            For that share and the design, and for the default base sampler.
+            For that share and the design, and for the default base sampler. Where a study goes on
+            with a new sampler, the number of its first trial counts, too.
 
     Raises:
         ValueError:
@@ -209,9 +209,9 @@ class TTPSampler(BaseSampler):
             raise ValueError(f"exploration must be in [0, 1] but got {exploration}.")
         self._budget = TrialBudget(max_steps, max_epochs, max_seconds)
         self._budget.check(predictor)
-        self._learner = Learner(predictor)
-        self._base = TPESampler(seed=seed) if base_sampler is None else base_sampler
         self._map = map_or_default(hyperparameters)
+        self._learner = Learner(predictor, self._map)
+        self._base = TPESampler(seed=seed) if base_sampler is None else base_sampler
         self._given_space = None if search_space is None else dict(search_space)
         self._goal = goal
         self._study_budget = budget
@@ -219,6 +219,9 @@ class TTPSampler(BaseSampler):
         self._n_candidates = n_candidates
         self._exploration = exploration
         self._allow_duplicates = allow_duplicates
+        self._seed = seed
+        self._own_base = base_sampler is None
+        self._has_begun = False
         self._rng = np.random.default_rng(seed)
         self._pool_seed = int(self._rng.integers(2**32))
         self._intersection = PerStudy(partial(IntersectionSearchSpace, include_pruned=True))
@@ -237,6 +240,9 @@ class TTPSampler(BaseSampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Pass the call on to the base sampler.
 
+        A sampler that joins a study after its first trial draws other random numbers than the one
+        that began it with the same seed: it would propose the same again.
+
         Args:
             study:
                 The study.
@@ -254,6 +260,12 @@ class TTPSampler(BaseSampler):
                 f"{len(study.directions)} and a TTPPruner. Use TTPSampler alone, and call "
                 "TTPPruner.decide(trial) in the objective."
             )
+        if not self._has_begun:
+            self._has_begun = True
+            if self._seed is not None and trial.number > 0:
+                self._rng = np.random.default_rng((self._seed, trial.number))
+                if self._own_base:
+                    self._base = TPESampler(seed=int(self._rng.integers(2**32)))
         self._base.before_trial(study, trial)
 
     def infer_relative_search_space(
@@ -390,7 +402,7 @@ class TTPSampler(BaseSampler):
         trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
         others = [t for t in trials if t.number != trial.number]
         predictor = self._learner.informed(study, others)
-        configuration = clip_batch_size(configuration, predictor)
+        configuration = configuration.clipped(predictor.n_samples)
         prediction = predictor.estimate(*configuration)
         made = prediction_entry(
             predictor,
@@ -549,7 +561,7 @@ class TTPSampler(BaseSampler):
         except MissingParameterError:
             # In a branch of a conditional space whose parameters are not known.
             return None
-        return None if configuration is None else clip_batch_size(configuration, predictor)
+        return None if configuration is None else configuration.clipped(predictor.n_samples)
 
 
 class _Seen:

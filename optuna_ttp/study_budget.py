@@ -12,8 +12,8 @@ from optuna.trial import TrialState
 
 from optuna_ttp._optuna_compat import FINISHED
 from optuna_ttp._optuna_compat import trials_of
-from optuna_ttp.ledger import paid_seconds
-from optuna_ttp.training_log import observed_curve
+from optuna_ttp.recorded_curve import observed_curve
+from optuna_ttp.trial_entries import paid_seconds
 
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ def test_the_readme_example_runs(
         network = copy.deepcopy(model)
         optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=momentum)
         with TrainingLog(trial) as log:
-            for batch in torch.randperm(len(x)).split(size):
+            for batch in [b for _ in range(2) for b in torch.randperm(len(x)).split(size)]:
                 loss = torch.nn.functional.cross_entropy(network(x[batch]), y[batch])
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call,unused-ignore]

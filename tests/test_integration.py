@@ -24,11 +24,11 @@ from optuna_ttp import HyperparameterMap
 from optuna_ttp import report
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
-from optuna_ttp.ledger import DECISION
-from optuna_ttp.ledger import entry
-from optuna_ttp.ledger import paid_seconds
-from optuna_ttp.ledger import PREDICTION
-from optuna_ttp.training_log import observed_curve
+from optuna_ttp.recorded_curve import observed_curve
+from optuna_ttp.trial_entries import DECISION
+from optuna_ttp.trial_entries import entry
+from optuna_ttp.trial_entries import paid_seconds
+from optuna_ttp.trial_entries import PREDICTION
 from tests.studies import asked
 from tests.studies import DIVERGING
 from tests.studies import FAST
@@ -359,7 +359,9 @@ def test_an_objective_that_fails_is_a_failed_trial_and_the_search_goes_on() -> N
     for trial in failed:
         assert paid_seconds(trial) >= 0.0
         assert observed_curve(trial) is not None
-    assert len(str(report(study)).splitlines()) == 1 + 9 + 2
+    lines = str(report(study)).splitlines()
+    assert len(lines) == 1 + 9 + 3
+    assert lines[-1].startswith("Predictions: learned from ")
 
 
 def test_an_objective_that_is_nan_is_a_failed_trial_and_the_search_goes_on() -> None:

@@ -15,7 +15,8 @@ from optuna.trial import TrialState
 import pytest
 import torch
 
-from optuna_ttp.training_log import observed_curve
+from optuna_ttp.exceptions import UnusableCurveWarning
+from optuna_ttp.recorded_curve import observed_curve
 from tests.models import mlp
 from tests.models import separated
 
@@ -192,7 +193,8 @@ def test_only_the_first_process_of_hugging_faces_trainer_records() -> None:
     first = SimpleNamespace(global_step=4, is_world_process_zero=True)
     for logs in (None, {"eval_loss": 1.0}, {"train_loss": 1.0}):
         callback.on_log(None, first, None, logs)
-    callback.on_train_end(None, first, None)
+    with pytest.warns(UnusableCurveWarning, match="it is empty"):
+        callback.on_train_end(None, first, None)
     assert study.trials[0].user_attrs == {}
 
 

@@ -205,9 +205,9 @@ def test_the_errors_of_the_losses_are_those_of_the_window(noise: float) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e305])
-def test_a_curve_ends_where_the_loss_is_no_number(bad: float) -> None:
+def test_a_curve_ends_where_the_loss_is_no_number_any_more(bad: float) -> None:
     losses = _exponential(50, np.arange(100.0))
-    losses[60] = bad
+    losses[60:] = bad
     curve = LossCurve.of(losses)
     assert curve.diverged
     assert curve.steps[-1] == 59
@@ -216,11 +216,28 @@ def test_a_curve_ends_where_the_loss_is_no_number(bad: float) -> None:
     times, _ = curve.log_passages(2.0 * np.exp(-np.array([0.5, 1.0, 1.5])))
     np.testing.assert_allclose(np.exp(times[:2]), [25, 50], rtol=0.03)
     assert math.isnan(times[2])
+    assert curve.n_gaps == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e305])
+@pytest.mark.parametrize("places", [[0], [60], [97, 98], [0, 1, 30, 31]])
+def test_a_batch_that_overflows_is_left_out(bad: float, places: list[int]) -> None:
+    whole = _exponential(50, np.arange(100.0))
+    losses = whole.copy()
+    losses[places] = bad
+    curve, expected = LossCurve.of(losses), LossCurve.of(whole)
+    assert not curve.diverged
+    assert curve.n_gaps == len(places) and curve.n_steps == 100
+    assert curve.steps[-1] == 99 and not set(places) & set(curve.steps)
+    levels = 2.0 * np.exp(-np.array([0.2, 0.5, 1.0, 1.9]))
+    np.testing.assert_allclose(
+        curve.log_passages(levels)[0], expected.log_passages(levels)[0], atol=0.02
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_curve_may_end_before_it_begins(bad: float) -> None:
-    curve = LossCurve.of([bad, 1.0, 0.5])
+    curve = LossCurve.of([bad, bad, bad])
     assert curve.diverged and len(curve.steps) == 0 and curve.n_steps == 3
     times, errors = curve.log_passages(np.array([0.9, 0.7]))
     assert np.isnan(times).all() and np.isnan(errors).all()
@@ -281,15 +298,16 @@ def test_whatever_is_logged_gives_a_curve_of_numbers(losses: list[float], gap: i
     steps = gap * np.arange(len(losses))
     curve = LossCurve.of(losses, steps)
     good = np.abs(losses) < 1e300
-    n_good = len(losses) if good.all() else int(np.argmin(good))
-    assert curve.diverged == (n_good < len(losses))
+    places = np.flatnonzero(good)
+    assert curve.diverged == (not good[-1])
+    assert curve.n_gaps == (places[-1] + 1 - len(places) if len(places) else 0)
     assert curve.n_steps == steps[-1] + 1
     assert (np.diff(curve.steps) > 0).all()
     assert curve.steps.shape == curve.losses.shape == curve.errors.shape
     assert np.isfinite(curve.losses).all() and (curve.losses > 0).all()
     assert np.isfinite(curve.errors).all() and (curve.errors >= 0).all()
-    if n_good:
-        assert curve.steps[0] == 0 and curve.steps[-1] == steps[n_good - 1]
+    if len(places):
+        assert curve.steps[0] == steps[places[0]] and curve.steps[-1] == steps[places[-1]]
     levels = np.array([9.0, 1.0, 0.1, 1e-3])
     times, errors = curve.log_passages(levels)
     known = np.isfinite(times)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 import warnings
 
 import numpy as np
@@ -17,13 +18,18 @@ from optuna_ttp import SpectrumStore
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp.exceptions import FingerprintMismatchError
+from optuna_ttp.exceptions import UnreliablePredictionWarning
+from optuna_ttp.learner import informed_by
 from optuna_ttp.throughput import learned_throughput
 from optuna_ttp.throughput import Throughput
-from optuna_ttp.training_log import informed_by
 from tests.models import mlp
 from tests.models import separated
 from tests.studies import add_observed
 from tests.studies import quick_predictor
+
+
+# Made-up curves that are late or early by the same factor from the first step on.
+pytestmark = pytest.mark.filterwarnings("ignore:Training begins")
 
 
 def _store(folder: Path) -> SpectrumStore:
@@ -101,6 +107,31 @@ def test_a_probe_learns_from_real_steps_and_leaves_the_network_alone() -> None:
         steps += 1
     errors = [abs(float(p.predict(0.3, 24).steps) / steps - 1.0) for p in (predictor, probed)]
     assert errors[1] < max(0.1, errors[0])
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [(1e-6, "fell by less than 5 %, .* more than 3 steps"), (1e6, "rose without bound")],
+)
+def test_a_probe_that_tells_nothing_says_so(rate: float, message: str) -> None:
+    _, task, predictor = _growing()
+    with pytest.warns(UnreliablePredictionWarning, match=f"The probe tells nothing: .*{message}"):
+        probed = predictor.probe(task, 3, learning_rate=rate)
+    assert probed.calibration.n_observed == 0
+    assert probed.probe_seconds > 0.0
+
+
+@pytest.mark.parametrize("bad", [None, "sqlite:///x.db", 3])
+def test_a_memory_without_a_store_is_named(bad: Any) -> None:
+    with pytest.raises(TypeError, match="store must be a SpectrumStore but got"):
+        Memory(bad)
+
+
+def test_a_memory_of_no_predictor_is_named(tmp_path: Path) -> None:
+    memory = Memory(_store(tmp_path))
+    with pytest.raises(TypeError, match="predictor must be a TrainingTimePredictor but got"):
+        memory.recall(_growing()[2].spectrum)  # type: ignore[arg-type]
+    assert repr(memory).startswith("Memory(SpectrumStore(")
 
 
 def test_a_probe_of_another_task_is_refused() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import warnings
 
 import optuna
+from optuna.distributions import IntDistribution
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
@@ -18,9 +19,9 @@ from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp.exceptions import UnreliablePredictionWarning
 from optuna_ttp.hyperparameters import MissingParameterError
-from optuna_ttp.ledger import DECISION
-from optuna_ttp.ledger import entry
-from optuna_ttp.ledger import PREDICTION
+from optuna_ttp.trial_entries import DECISION
+from optuna_ttp.trial_entries import entry
+from optuna_ttp.trial_entries import PREDICTION
 from tests.models import small_spectrum
 from tests.studies import add_observed
 from tests.studies import asked
@@ -386,6 +387,7 @@ def test_predictions_that_rank_the_trials_keep_skipping_also_when_far_off() -> N
     assert _is_skipped(study, DIVERGING)
 
 
+@pytest.mark.filterwarnings("ignore:Training begins")
 def test_trust_returns_with_agreement() -> None:
     study = _study(max_steps=10_000)
     add_observed(study, lambda steps: 200.0 / steps, rates=(0.1, 0.12, 0.15, 0.2, 0.3))
@@ -395,6 +397,7 @@ def test_trust_returns_with_agreement() -> None:
     assert _is_skipped(study, DIVERGING)
 
 
+@pytest.mark.filterwarnings("ignore:Training begins")
 def test_what_was_observed_moves_the_limit() -> None:
     study = _study(**_budget("max_steps", 1.0))
     assert not _is_skipped(study, SLOW)
@@ -460,3 +463,16 @@ def test_a_budget_in_seconds_needs_the_time_of_a_step() -> None:
         TTPPruner(predictor, max_seconds=10.0)
     study = _study(TTPPruner(predictor, max_epochs=6))
     assert [_is_skipped(study, SLOW), _is_skipped(study, FAST)] == [True, False]
+
+
+@pytest.mark.parametrize(("size", "counts_as"), [(20, 20), (40, 40), (100, 48)])
+def test_a_batch_has_no_more_samples_than_are_trained_on(size: int, counts_as: int) -> None:
+    """Not than the spectrum has, which may be that of a subset."""
+    predictor = TrainingTimePredictor(small_spectrum(), target_fraction=0.5, n_samples=48)
+    assert predictor.spectrum.n_samples == 24
+    study = optuna.create_study(sampler=TTPSampler(predictor, seed=0), pruner=TTPPruner(predictor))
+    study.enqueue_trial({**FAST, "batch_size": size})
+    trial = study.ask({**SPACE, "batch_size": IntDistribution(1, 100)})
+    trial.should_prune()
+    prediction = entry(study.trials[0], PREDICTION)
+    assert prediction is not None and prediction["batch_size"] == counts_as

@@ -16,8 +16,8 @@ from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
-from optuna_ttp.ledger import entry
-from optuna_ttp.ledger import PREDICTION
+from optuna_ttp.trial_entries import entry
+from optuna_ttp.trial_entries import PREDICTION
 from tests.models import mlp
 from tests.models import separated
 from tests.models import small_predictor

@@ -2,19 +2,22 @@ from __future__ import annotations
 
 import math
 from typing import Any
+import warnings
 
 import numpy as np
 import optuna
+from optuna.trial import TrialState
 import pytest
 
 from optuna_ttp import learn_from_reports
+from optuna_ttp import TrainingLog
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp.exceptions import UnusableCurveWarning
+from optuna_ttp.learner import informed_by
+from optuna_ttp.learner import observations_of
 from optuna_ttp.loss_curve import LossCurve
-from optuna_ttp.training_log import informed_by
-from optuna_ttp.training_log import observations_of
-from optuna_ttp.training_log import observed_curve
+from optuna_ttp.recorded_curve import observed_curve
 from tests.studies import asked
 from tests.studies import FAST
 from tests.studies import losses
@@ -77,6 +80,7 @@ def test_epochs_are_placed_where_their_loss_was(averaged: bool) -> None:
     np.testing.assert_allclose(np.exp(times), [50.0, 100.0, 200.0], rtol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:Training begins")
 def test_trials_that_report_twice_as_long_correct_the_clock() -> None:
     predictor = quick_predictor()
     study = _study()
@@ -95,7 +99,9 @@ def test_trials_that_report_twice_as_long_correct_the_clock() -> None:
     [
         ([1.0, -0.5, 0.3], "must not be negative"),
         (list(8.0 * losses(20.0, 30)), "a sum over the batch of 8"),
-        ([math.nan, 1.0, 0.5], "first loss is not a number"),
+        ([math.nan, math.inf, math.nan], "none of its losses is a finite number"),
+        ([], "nothing was reported"),
+        ([1.0], "it has a single value"),
     ],
 )
 def test_reports_that_cannot_be_training_losses_are_named_once(
@@ -110,14 +116,51 @@ def test_reports_that_cannot_be_training_losses_are_named_once(
 
 
 @pytest.mark.parametrize("values", [[], [1.0]])
-def test_without_two_reports_there_is_nothing_to_learn(values: list[float]) -> None:
+def test_a_trial_that_ended_early_may_have_reported_little(values: list[float]) -> None:
     study = _study()
+    study.tell(_run(study, values), state=TrialState.PRUNED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert informed_by(study, quick_predictor()).calibration.n_observed == 0
+
+
+def test_a_report_that_is_no_number_is_left_out() -> None:
+    study = _study()
+    values = losses(20.0, 40)
+    values[[0, 7]] = math.nan
     study.tell(_run(study, values), 0.0)
-    assert informed_by(study, quick_predictor()).calibration.n_observed == 0
+    with pytest.warns(UnusableCurveWarning, match="2 losses of trial 0 are left out"):
+        [seen] = observations_of(study, quick_predictor())
+    assert not seen.diverged and seen.n_steps == 40
 
 
-@pytest.mark.parametrize("bad", [0, -3, 1.5, True])
+@pytest.mark.parametrize("log_first", [True, False])
+def test_a_log_counts_where_a_trial_has_both(log_first: bool) -> None:
+    study = _study()
+    trial = asked(study, FAST)
+    trial.should_prune()
+    if not log_first:
+        learn_from_reports(trial)
+    with TrainingLog(trial) as log:
+        for step, value in enumerate(losses(20.0, 40)):
+            log.step(value)
+            trial.report(0.5 * value, step)
+    if log_first:
+        learn_from_reports(trial)
+    study.tell(trial, 0.0)
+    curve = observed_curve(study.trials[0])
+    assert curve is not None
+    np.testing.assert_allclose(curve.losses[0], losses(20.0, 40)[0], rtol=1e-2)
+
+
+@pytest.mark.parametrize("bad", [0, -3, 1.5, True, math.nan, "a", None])
 def test_a_bad_number_of_steps_is_named(bad: Any) -> None:
     trial = optuna.create_study().ask()
-    with pytest.raises(ValueError, match=r"steps_per_report must be .* but got"):
+    with pytest.raises((TypeError, ValueError), match=r"steps_per_report must be .* but got"):
         learn_from_reports(trial, steps_per_report=bad)
+
+
+@pytest.mark.parametrize("bad", [None, 3, "trial"])
+def test_what_is_no_trial_is_named(bad: Any) -> None:
+    with pytest.raises(TypeError, match="trial must be the trial of the objective but got"):
+        learn_from_reports(bad)

@@ -30,8 +30,8 @@ from optuna_ttp import HyperparameterMap
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp.hyperparameters import MissingParameterError
-from optuna_ttp.ledger import entry
-from optuna_ttp.ledger import PREDICTION
+from optuna_ttp.trial_entries import entry
+from optuna_ttp.trial_entries import PREDICTION
 from tests.studies import add_observed
 from tests.studies import FAST
 from tests.studies import predicted_seconds
@@ -374,6 +374,22 @@ def test_the_default_base_sampler_is_tpe_with_the_same_seed() -> None:
     ours = _params(TTPSampler(quick_predictor(), exploration=1.0, seed=7), _mixed_space, 15)
     assert ours == _params(TPESampler(seed=7), _mixed_space, 15)
     assert str(TTPSampler(quick_predictor())) == "TTPSampler(TPESampler)"
+
+
+@pytest.mark.parametrize("exploration", [0.0, 0.5, 1.0])
+def test_a_study_that_goes_on_with_a_new_sampler_does_not_repeat_itself(
+    exploration: float,
+) -> None:
+    def run() -> list[tuple[Any, ...]]:
+        study = optuna.create_study()
+        for _ in range(3):
+            study.sampler = TTPSampler(quick_predictor(), exploration=exploration, seed=1)
+            study.optimize(lambda trial: abs(suggest(trial)["momentum"] - 0.5), n_trials=7)
+        return [tuple(t.params.values()) for t in study.trials]
+
+    proposed = run()
+    assert len(set(proposed)) == 21
+    assert run() == proposed
 
 
 @pytest.mark.slow

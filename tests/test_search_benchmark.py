@@ -30,7 +30,7 @@ from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
 from optuna_ttp import Throughput
 from optuna_ttp import TrainingTimePredictor
-from optuna_ttp.training_log import CURVE
+from optuna_ttp.trial_entries import CURVE
 
 
 def _nothing() -> float:

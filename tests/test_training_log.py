@@ -11,21 +11,24 @@ import warnings
 
 import numpy as np
 import optuna
+from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 import pytest
 import torch
 
+import optuna_ttp
 from optuna_ttp import HyperparameterMap
 from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp.exceptions import UnusableCurveWarning
-from optuna_ttp.training_log import CURVE
-from optuna_ttp.training_log import informed_by
-from optuna_ttp.training_log import observations_of
-from optuna_ttp.training_log import observed_curve
-from optuna_ttp.training_log import observed_steps
+from optuna_ttp.learner import informed_by
+from optuna_ttp.learner import observations_of
+from optuna_ttp.observed_trial import InitialLoss
+from optuna_ttp.recorded_curve import observed_curve
+from optuna_ttp.recorded_curve import observed_steps
+from optuna_ttp.trial_entries import CURVE
 from tests.models import small_spectrum
 from tests.studies import add_observed
 from tests.studies import asked
@@ -36,6 +39,10 @@ from tests.studies import quick_predictor
 from tests.studies import SPACE
 from tests.studies import storage
 from tests.studies import STORAGES
+
+
+# Made-up curves that are late or early by the same factor from the first step on.
+pytestmark = pytest.mark.filterwarnings("ignore:Training begins")
 
 
 def _recorded(values: Any, study: optuna.Study | None = None) -> optuna.trial.FrozenTrial:
@@ -87,9 +94,9 @@ def test_a_curve_stays_that_of_the_whole_training_as_it_grows() -> None:
     assert curve.steps[0] == 0 and curve.steps[-1] == 999
 
 
-def test_a_curve_ends_where_the_loss_is_not_finite() -> None:
+def test_a_curve_ends_where_the_loss_is_not_finite_any_more() -> None:
     values = losses(50, 100)
-    values[60] = math.nan
+    values[60:] = math.nan
     trial = _recorded(values)
     curve = observed_curve(trial)
     assert curve is not None
@@ -107,8 +114,8 @@ def test_a_target_that_was_not_reached_before_the_loss_blew_up_is_never_reached(
     assert observed_steps(_recorded([*losses(50, 20), bad]), quick_predictor()) == math.inf
 
 
-def test_nothing_is_observed_where_the_first_loss_is_not_finite() -> None:
-    trial = _recorded([math.nan, 1.0, 0.1])
+def test_nothing_is_observed_where_no_loss_is_finite() -> None:
+    trial = _recorded([math.nan, math.inf, math.nan])
     assert trial.user_attrs[CURVE]["diverged"]
     assert observed_curve(trial) is None
     assert math.isnan(observed_steps(trial, quick_predictor()))
@@ -122,7 +129,8 @@ def test_losses_at_the_edge_of_what_a_float_can_hold_are_json() -> None:
 
 
 def test_an_empty_log_writes_nothing() -> None:
-    trial = _recorded([])
+    with pytest.warns(UnusableCurveWarning, match="of trial 0 is left out: it is empty"):
+        trial = _recorded([])
     assert trial.user_attrs == {}
     assert observed_curve(trial) is None
     assert math.isnan(observed_steps(trial, quick_predictor()))
@@ -403,11 +411,15 @@ def test_the_time_of_a_step_is_that_between_recorded_ones(
         ([1.0, -0.5, 0.3, -0.2], [0, 1, 2, 3], "negative: -0.5 at step 1"),
         ([1.0, -math.inf, 0.3], [0, 1, 2], "negative: -inf at step 1"),
         ([1.0, 0.9, 0.8, 0.7], [0, 5, 5, 4], "do not ascend: 5 came after 5"),
-        ([1.0, 0.9], [-1, 0], "do not ascend: -1 came after -1"),
+        ([1.0, 0.9], [-1, 0], "no numbers of optimiser steps: -1"),
+        ([1.0, 0.9], [0, 10**18], f"no numbers of optimiser steps: {10**18}"),
+        ([1.0, 0.9], [0.5, 1.5], "no numbers of optimiser steps: 0.5"),
+        ([1.0, 0.9], [0.0, math.nan], "no numbers of optimiser steps: nan"),
+        ([1.0, 0.9], [0.0, math.inf], "no numbers of optimiser steps: inf"),
     ],
 )
 def test_a_curve_that_cannot_be_one_is_reported_once_and_left_out(
-    values: list[float], steps: list[int], message: str
+    values: list[float], steps: list[float], message: str
 ) -> None:
     study = _study()
     with pytest.warns(UnusableCurveWarning, match=f"of trial 0 is left out: .*{message}") as told:
@@ -467,9 +479,10 @@ def test_unusable_curves_never_break_a_study() -> None:
         study.optimize(objective, n_trials=6)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 6
     named = [w for w in told if issubclass(w.category, UnusableCurveWarning)]
-    assert len(named) == 2
+    assert len(named) == 3
     numbers = [o.n_steps for o in observations_of(study, quick_predictor())]
     assert len(numbers) == 4
+    assert [t.number for t in study.trials if t.user_attrs[CURVE].get("n_gaps")] == [2]
 
 
 @pytest.mark.parametrize("predicted", [True, False])
@@ -512,13 +525,235 @@ def test_trials_whose_parameters_had_other_names_never_break_a_study(predicted: 
     assert informed_by(after, predictor).calibration.n_observed == len(observed)
 
 
-def test_one_easy_mini_batch_at_first_is_not_another_loss() -> None:
-    # The losses of single samples differ by more than a factor of three.
-    study = _study()
+@pytest.mark.parametrize("ratio", [0.05, 4.0])
+def test_one_easy_or_hard_mini_batch_at_first_is_not_another_loss(ratio: float) -> None:
     values = losses(30.0, 60)
-    values[0] *= 0.2
-    study.tell(_run(study, values), 0.0)
+    values[0] *= ratio
+    value = _recorded(values).user_attrs[CURVE]
+    mean = quick_predictor().initial_loss
+    of = {"batch_size": 2, "stability": 0.1}
+    # Where the losses of single samples differ by as much as they are, it may be luck.
+    assert InitialLoss(mean, mean).objection(value, of) is None
+    assert InitialLoss(mean, 0.1 * mean).objection(value, of) is not None
+
+
+@pytest.mark.parametrize("share", [2, 4, 16])
+@pytest.mark.parametrize("size", [8, 24])
+def test_a_loss_divided_for_the_accumulation_of_gradients_is_named(share: int, size: int) -> None:
+    study = _study()
+    trial = asked(study, {**FAST, "batch_size": size})
+    trial.should_prune()
+    with TrainingLog(trial) as log:
+        for value in losses(30.0, 60) / share:
+            log.step(value)
+    study.tell(trial, 0.0)
+    with pytest.warns(UnusableCurveWarning, match="one that was divided"):
+        assert observations_of(study, quick_predictor()) == []
+
+
+def test_a_sum_over_other_samples_than_the_batch_is_named() -> None:
+    study = _study()
+    study.tell(_run(study, 16.0 * losses(30.0, 60)), 0.0)
+    with pytest.warns(UnusableCurveWarning, match="or a sum over 16 samples instead"):
+        assert observations_of(study, quick_predictor()) == []
+
+
+def test_a_sum_is_named_where_the_log_begins_late() -> None:
+    study = _study()
+    study.tell(_run(study, 8.0 * losses(300.0, 60), step=np.arange(5, 65)), 0.0)
+    with pytest.warns(UnusableCurveWarning, match="a sum over the batch of 8"):
+        assert observations_of(study, quick_predictor()) == []
+
+
+def test_training_that_is_thrown_far_up_is_still_the_same_loss() -> None:
+    # Above the stability limit the mean over the first steps may be anything.
+    study = _study()
+    limit = float(quick_predictor().max_learning_rate(8, 0.0))
+    trial = _run(study, 8.0 * losses(300.0, 60), 2.0 * limit, step=np.arange(5, 65))
+    study.tell(trial, 0.0)
     assert len(observations_of(study, quick_predictor())) == 1
+
+
+def test_steps_that_go_on_counting_from_another_trial_are_named() -> None:
+    study = _study()
+    study.tell(_run(study, losses(30.0, 60), step=1000 + np.arange(60)), 0.0)
+    with pytest.warns(UnusableCurveWarning, match="begins after 1,000 steps, but still at"):
+        assert observations_of(study, quick_predictor()) == []
+
+
+@pytest.mark.parametrize("bad", [None, "1.0", True, torch.zeros(3), np.zeros((2, 1)), [1.0]])
+def test_what_is_no_loss_is_named(bad: Any) -> None:
+    log = TrainingLog(optuna.create_study().ask())
+    with pytest.raises(TypeError, match=r"loss must be a number, or a tensor of one .* but got"):
+        log.step(bad)
+
+
+@pytest.mark.parametrize("bad", ["3", True, [3], torch.zeros(2)])
+def test_what_is_no_step_is_named(bad: Any) -> None:
+    log = TrainingLog(optuna.create_study().ask())
+    with pytest.raises(TypeError, match="step must be a whole number of optimiser steps but got"):
+        log.step(1.0, step=bad)
+
+
+@pytest.mark.parametrize("place", [np.int64(3), torch.tensor(3), 3.0, np.float32(3.0)])
+def test_a_step_may_be_any_whole_number(place: Any) -> None:
+    trial = optuna.create_study().ask()
+    with TrainingLog(trial) as log:
+        log.step(1.0, step=place)
+        log.step(0.9)
+    curve = observed_curve(trial.study.trials[0])
+    assert curve is not None and curve.steps.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("bad", [None, 3, "trial"])
+def test_what_is_no_trial_is_named(bad: Any) -> None:
+    with pytest.raises(TypeError, match="trial must be the trial of the objective but got"):
+        TrainingLog(bad)
+
+
+def test_an_objective_can_be_tried_without_a_study() -> None:
+    trial = optuna.trial.FixedTrial({})
+    with TrainingLog(trial) as log:  # type: ignore[arg-type]
+        for value in losses(30.0, 40):
+            log.step(value)
+    assert trial.user_attrs[CURVE]["n_steps"] == 40
+
+
+def test_a_single_loss_is_named_and_a_trial_that_is_pruned_at_once_is_not() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        with TrainingLog(trial) as log:
+            if trial.number == 0:
+                raise optuna.TrialPruned
+            log.step(1.0)
+            if trial.number == 1:
+                raise optuna.TrialPruned
+        return 0.0
+
+    study = optuna.create_study()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        study.optimize(objective, n_trials=2)
+    with pytest.warns(UnusableCurveWarning, match="of trial 2 is left out: it has a single loss"):
+        study.optimize(objective, n_trials=1)
+
+
+def test_of_a_second_log_only_what_goes_on_counts() -> None:
+    study = _study()
+    trial = asked(study, FAST)
+    trial.should_prune()
+    values = losses(30.0, 60)
+    with TrainingLog(trial) as log:
+        for value in values[:25]:
+            log.step(value)
+    with TrainingLog(trial) as log:
+        for step, value in enumerate(values[25:], 25):
+            log.step(value, step=step)
+    curve = observed_curve(study.trials[0])
+    assert curve is not None and curve.n_steps == 60
+    assert (np.diff(curve.steps) > 0).all()
+    np.testing.assert_allclose(curve.losses, values[curve.steps.astype(int)], rtol=2e-2)
+    with (
+        pytest.warns(UnusableCurveWarning, match="second .* at step 0 after 60 steps") as told,
+        TrainingLog(trial) as log,
+    ):
+        for _ in range(200):
+            log.step(0.01)
+    assert len(told) == 1
+    assert study.trials[0].user_attrs[CURVE]["n_steps"] == 60
+    assert len(observations_of(study, quick_predictor())) == 1
+
+
+def test_each_kind_of_curve_that_cannot_be_used_is_reported_once_a_study() -> None:
+    study = _study()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for factor in (8.0, 0.25, 8.0, 0.25, 8.0):
+            study.tell(_run(study, factor * losses(30.0, 40)), 0.0)
+            assert observations_of(study, quick_predictor()) == []
+    kinds = [w.category for w in told]
+    assert kinds == [UnusableCurveWarning] * 2
+    assert sorted(optuna_ttp.report(study).unusable) == [0, 1, 2, 3, 4]
+    assert "5 training-loss curves could not be learned from" in str(optuna_ttp.report(study))
+
+
+def test_one_batch_that_overflows_is_no_divergence() -> None:
+    predictor = quick_predictor()
+    study = _study()
+    with pytest.warns(UnusableCurveWarning, match="A loss of trial 0 is left out") as told:
+        for n in range(6):
+            values = losses(12.0, 40)
+            if n != 3:
+                values[n] = math.inf
+            study.tell(_run(study, values, 0.1), 0.0)
+        learned = informed_by(study, predictor)
+    assert len(told) == 1
+    assert learned.calibration.n_observed == 6
+    assert not any(o.diverged for o in observations_of(study, predictor))
+    fine = float(predictor.estimate(0.1, 8, 0.0).p_diverges)
+    assert float(learned.estimate(0.1, 8, 0.0).p_diverges) <= fine
+
+
+@pytest.mark.parametrize(
+    ("factor", "named"), [(0.1, True), (0.5, True), (1.2, False), (4.0, True)]
+)
+def test_training_that_does_not_begin_as_predicted_is_named(factor: float, named: bool) -> None:
+    """As where steps are counted ten times too slowly, or the spectrum is another network's."""
+    study = _study()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        add_observed(study, lambda steps: factor * steps)
+    begins = [str(w.message) for w in told if "Training begins" in str(w.message)]
+    assert len(begins) == named
+    calibration = optuna_ttp.report(study).calibration
+    assert calibration.starts_as_predicted != named
+    assert ("training begins" in str(optuna_ttp.report(study))) == named
+    if factor > 0.2:
+        assert calibration.start_factor == pytest.approx(1.0 / factor, rel=0.15)
+
+
+# Trials for which nothing was predicted before they ran
+
+
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL])
+def test_trials_that_nothing_was_predicted_for_count_with_what_would_have_been(
+    state: TrialState,
+) -> None:
+    predictor = quick_predictor()
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for rate in (0.05, 0.07, 0.1):
+        trial = asked(study, {**FAST, "learning_rate": rate})
+        steps = 2.0 * float(predictor.predict(rate, 8, 0.0).steps)
+        with TrainingLog(trial) as log:
+            for value in losses(steps, math.ceil(1.5 * steps)):
+                log.step(value)
+        study.tell(trial, 0.0 if state == TrialState.COMPLETE else None, state=state)
+    assert {t.state for t in study.trials} == {state}
+    learned = informed_by(study, predictor)
+    assert learned.calibration.n_observed == 3
+    told = float(predictor.predict(0.06, 8, 0.0).steps)
+    assert float(learned.predict(0.06, 8, 0.0).steps) == pytest.approx(2.0 * told, rel=0.15)
+    # Sampler and pruner learn from them, too.
+    study.sampler, study.pruner = TTPSampler(predictor, seed=0), TTPPruner(predictor)
+    after = asked(study, {**FAST, "learning_rate": 0.06})
+    after.should_prune()
+    [predicted] = [
+        t.user_attrs["ttp:record"]["prediction"]["steps"]
+        for t in study.trials
+        if t.number == after.number
+    ]
+    assert predicted == pytest.approx(2.0 * told, rel=0.15)
+
+
+def test_a_trial_that_failed_for_its_hyperparameters_teaches_nothing() -> None:
+    predictor = quick_predictor()
+    study = optuna.create_study()
+    study.enqueue_trial({"learning_rate": -1.0, "batch_size": 8, "momentum": 0.0})
+    trial = study.ask({**SPACE, "learning_rate": FloatDistribution(-2.0, 1.0)})
+    with TrainingLog(trial) as log:
+        for value in losses(30.0, 40):
+            log.step(value)
+    study.tell(trial, state=TrialState.FAIL)
+    assert observations_of(study, predictor) == []
 
 
 def test_a_log_that_begins_late_is_not_another_loss() -> None:

@@ -53,7 +53,7 @@ from optuna_ttp.calibration import Observation
 from optuna_ttp.calibration import SimulatedPassages
 from optuna_ttp.dynamics import Target
 from optuna_ttp.loss_curve import LossCurve
-from optuna_ttp.training_log import broke_down
+from optuna_ttp.observed_trial import broke_down
 from optuna_ttp.uncertainty import doubt
 
 
@@ -456,7 +456,8 @@ def trust_after_five(
             Of these.
 
     Returns:
-        For each order the trust, and whether predictions may go on to steer a search.
+        For each order the trust, whether predictions may go on to steer a search, and whether a
+        warning says that training does not begin as predicted.
     """
     rng = np.random.default_rng(seed)
     learned = []
@@ -476,7 +477,11 @@ def trust_after_five(
             )
             trials.append(replace(one, expected=logs[0]))
         learned.append(calibrate(trials, task.doubt))
-    return {"trust": [c.trust for c in learned], "trusted": [c.trusted for c in learned]}
+    return {
+        "trust": [c.trust for c in learned],
+        "trusted": [c.trusted for c in learned],
+        "named": [not c.starts_as_predicted for c in learned],
+    }
 
 
 def _shuffled(spectrum: Spectrum, seed: int = 0) -> Spectrum:
@@ -672,14 +677,15 @@ def _tables(means: list[dict[str, Any]], extra: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "| | error of the remaining time, a fifth of the steps shown: mean (median) | "
-        "trust after five trials below zero (no longer trusted): right spectrum, shuffled, "
-        "another task's |",
+        "after five trials no longer trusted (or the first steps named as not as predicted): "
+        "right spectrum, shuffled, another task's |",
         "| --- | --- | --- |",
     ]
     for name in tasks:
         partial = extra["partial"][name]
         shares = ", ".join(
-            f"{np.mean(np.array(of['trust']) < 0):.0%} ({1 - np.mean(of['trusted']):.0%})"
+            f"{1 - np.mean(of['trusted']):.0%} "
+            f"({np.mean(np.array(of['named']) | ~np.array(of['trusted'])):.0%})"
             for of in extra["trust"][name].values()
         )
         error = f"{np.mean(partial):.1%} ({np.median(partial):.1%})" if partial else "-"

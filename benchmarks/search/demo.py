@@ -23,9 +23,9 @@ import torch
 from benchmarks.environment import environment
 from optuna_ttp import _demo
 from optuna_ttp.ledger import report
-from optuna_ttp.ledger import SKIP
 from optuna_ttp.predictor import TrainingTimePredictor
-from optuna_ttp.training_log import observed_steps
+from optuna_ttp.recorded_curve import observed_steps
+from optuna_ttp.trial_entries import SKIP
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from optuna_ttp.calibration._rungs import NODES
 _TWICE = 2.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Observation:
     """What was predicted for a trial before it ran, and what was seen of it.
 
@@ -72,6 +72,13 @@ class Observation:
     batch_size: int = 0
     seconds_per_step: float = math.nan
     lost: float = 0.0
+
+    def __repr__(self) -> str:
+        passed = int(np.isfinite(self.observed).sum())
+        return (
+            f"Observation({self.n_steps:,.0f} steps, {passed} of {len(DEPTHS)} depths passed"
+            f"{', diverged' if self.diverged else ''})"
+        )
 
     @property
     def bound(self) -> float:

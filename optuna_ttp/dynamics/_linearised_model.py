@@ -181,11 +181,23 @@ class LinearisedModel:
         Returns:
             Shape ``(K,)``.
         """
+        return self.sample_losses(outputs, soft_targets).sum(dim=1) / normalisers.sum()
+
+    def sample_losses(self, outputs: torch.Tensor, soft_targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each sample of a batch, before it is normalised.
+
+        Args:
+            outputs:
+                Shape ``(K, B, C)``.
+            soft_targets:
+                Shape ``(B, C)``.
+
+        Returns:
+            Shape ``(K, B)``.
+        """
         if self.kind == "mse":
-            per_sample = (outputs - soft_targets).square().mean(dim=2)
-        else:
-            per_sample = -(soft_targets * outputs.log_softmax(dim=2)).sum(dim=2)
-        return per_sample.sum(dim=1) / normalisers.sum()
+            return (outputs - soft_targets).square().mean(dim=2)
+        return -(soft_targets * outputs.log_softmax(dim=2)).sum(dim=2)
 
     @property
     def loss_floor(self) -> float:

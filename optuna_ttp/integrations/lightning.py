@@ -82,15 +82,13 @@ class TrainingLogCallback(Callback):
         self._n_done = trainer.global_step
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the curve to the trial."""
-        self._write(trainer)
+        """Write the whole curve to the trial."""
+        if trainer.is_global_zero:
+            self._log.close()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Write the curve to the trial: that of a pruned one is an observation too."""
-        self._write(trainer)
-
-    def _write(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
-            self._log.close()
+            self._log.write()

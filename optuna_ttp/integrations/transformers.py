@@ -90,8 +90,9 @@ class TrainingLogCallback(TrainerCallback):  # type: ignore[misc]
         self._write(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the curve."""
-        self._write(state)
+        """Write the whole curve."""
+        if state.is_world_process_zero:
+            self.close()
 
     def close(self) -> None:
         """Write the curve to the trial. The trainer calls for this itself as training ends."""
@@ -99,4 +100,4 @@ class TrainingLogCallback(TrainerCallback):  # type: ignore[misc]
 
     def _write(self, state: Any) -> None:
         if state.is_world_process_zero:
-            self.close()
+            self._log.write()

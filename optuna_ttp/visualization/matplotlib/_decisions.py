@@ -6,11 +6,11 @@ from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna_ttp._optuna_compat import trials_of
-from optuna_ttp.ledger import DECISION
-from optuna_ttp.ledger import entry
-from optuna_ttp.ledger import PREDICTION
-from optuna_ttp.ledger import RUN
-from optuna_ttp.ledger import SKIP
+from optuna_ttp.trial_entries import DECISION
+from optuna_ttp.trial_entries import entry
+from optuna_ttp.trial_entries import PREDICTION
+from optuna_ttp.trial_entries import RUN
+from optuna_ttp.trial_entries import SKIP
 from optuna_ttp.visualization.matplotlib._axes import resolve_axes
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optuna_ttp._optuna_compat import trials_of
-from optuna_ttp.ledger import entry
-from optuna_ttp.ledger import PREDICTION
-from optuna_ttp.training_log import observed_steps
+from optuna_ttp.recorded_curve import observed_steps
+from optuna_ttp.trial_entries import entry
+from optuna_ttp.trial_entries import PREDICTION
 from optuna_ttp.visualization.matplotlib._axes import label_plainly
 from optuna_ttp.visualization.matplotlib._axes import resolve_axes
 

@@ -1,0 +1,68 @@
+"""Why a training-loss curve cannot be learned from, and saying so once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+import warnings
+
+from optuna.logging import get_logger
+
+from optuna_ttp._optuna_compat import PerStudy
+from optuna_ttp.exceptions import UnusableCurveWarning
+
+
+if TYPE_CHECKING:
+    import optuna
+
+
+_logger = get_logger("optuna.ttp.training_log")
+# Kinds of reasons that were already told.
+_TOLD: PerStudy[set[str]] = PerStudy(set)
+
+
+@dataclass(frozen=True)
+class UnusableCurve:
+    """Why a curve, or part of it, cannot be learned from.
+
+    Attributes:
+        kind:
+            As a word. Of each kind a study warns once.
+        reason:
+            In words.
+        what:
+            What is left out, with a place for the number of the trial. The training-loss curve by
+            default.
+    """
+
+    kind: str
+    reason: str
+    what: str = "The training-loss curve of trial {} is left out"
+
+    def tell(self, study: optuna.Study | None, number: int, stacklevel: int = 2) -> None:
+        """Warn about the first of its kind in a study. Others are logged for debugging.
+
+        Args:
+            study:
+                The study; :obj:`None` for a trial outside of one.
+            number:
+                Of the trial.
+            stacklevel:
+                Of the caller, as in :func:`warnings.warn`.
+
+        Warns:
+            UnusableCurveWarning:
+                If it is the first.
+        """
+        text = f"{self.what.format(number)}: {self.reason}."
+        told = set() if study is None else _TOLD[study]
+        if self.kind in told:
+            _logger.debug(text)
+            return
+        told.add(self.kind)
+        warnings.warn(
+            f"{text} Log the mean loss of each mini-batch, in the order of the steps. Others "
+            "like it are left out without a warning.",
+            UnusableCurveWarning,
+            stacklevel=stacklevel + 1,
+        )
