@@ -62,6 +62,7 @@ def test_score_and_predict_agree_on_what_is_reached() -> None:
     assert (reached == scored).mean() > 0.9
 
 
+@pytest.mark.filterwarnings("ignore:Training begins")
 @pytest.mark.parametrize("with_pruner", [False, True])
 def test_trials_that_stop_at_their_target_are_learned_from(with_pruner: bool) -> None:
     predictor = small_predictor()
