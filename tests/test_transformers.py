@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 
+from optuna_ttp.jacobian import compute_spectrum
 from optuna_ttp.jacobian import exact_kernel
 from optuna_ttp.jacobian import plan_spectrum
 from optuna_ttp.task import FineTuningTask
@@ -116,10 +117,13 @@ def _vit() -> Case:
     return Case(transformers.ViTForImageClassification(config), _pictures())
 
 
-def _lora() -> Case:
+def _lora(*, use_dora: bool = False) -> Case:
     one = _bert()
     config = peft.LoraConfig(
-        r=2, target_modules=["query", "value"], modules_to_save=["classifier"]
+        r=2,
+        target_modules=["query", "value"],
+        modules_to_save=["classifier"],
+        use_dora=use_dora,
     )
     model = peft.get_peft_model(one.model, config)
     with torch.no_grad():
@@ -130,6 +134,10 @@ def _lora() -> Case:
     return Case(model, one.data)
 
 
+def _dora() -> Case:
+    return _lora(use_dora=True)
+
+
 MODELS: dict[str, Callable[[], Case]] = {
     "bert": _bert,
     "distilbert": _distilbert,
@@ -137,6 +145,7 @@ MODELS: dict[str, Callable[[], Case]] = {
     "llama": _llama,
     "vit": _vit,
     "lora": _lora,
+    "dora": _dora,
 }
 # What no rule knows is differentiated on its own; all else by the rules of its layers.
 ALONE = {
@@ -147,6 +156,12 @@ ALONE = {
             for k in range(2)
             for name in ("input", "post_attention")
         ),
+    },
+    "dora": {
+        f"base_model.model.bert.encoder.layer.{k}.attention.self.{name}.lora_{part}.default.weight"
+        for k in range(2)
+        for name in ("query", "value")
+        for part in ("A", "B", "magnitude_vector")
     },
     "vit": {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"},
 }
@@ -173,3 +188,20 @@ def test_models_of_the_transformers_library(
     assert {n for n, d in derivatives.items() if d != "rule"} == ALONE.get(name, set())
     assert set(derivatives.values()) <= {"rule", "vmap"}
     assert np.isfinite(kernel.weight_outputs).all()
+
+
+@pytest.mark.parametrize("engine", ["exact", "sketch", "refined_sketch", "matrix_free"])
+def test_every_engine_differentiates_weights_of_modules_among_the_arguments(engine: str) -> None:
+    # DoRA hands one module to another, whose weights then carry a gradient of their own.
+    torch.manual_seed(0)
+    one = _dora()
+    jacobian = brute_force_jacobian(one)
+    expected = np.linalg.eigvalsh(jacobian @ jacobian.T)[::-1]
+    spectrum = compute_spectrum(
+        FineTuningTask(one.model, one.data),
+        engine=engine,
+        measure_speed=False,
+        show_progress_bar=False,
+    )
+    np.testing.assert_allclose(spectrum.eigenvalues[0], expected[0], rtol=1e-3)
+    np.testing.assert_allclose(spectrum.trace, expected.sum(), rtol=1e-5)

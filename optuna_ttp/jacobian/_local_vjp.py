@@ -90,7 +90,8 @@ def _vectorised(
     with warnings.catch_warnings():
         # What has no vectorised derivative is looped over inside: slower, and not to be helped.
         warnings.filterwarnings("ignore", message="There is a performance drop because")
-        return list(vmap(one_sample)(own, cotangents))
+        # Weights of other modules among the arguments would leave a graph.
+        return [r.detach() for r in vmap(one_sample)(own, cotangents)]
 
 
 def _looped(
