@@ -56,6 +56,23 @@ def check_kind(name: str, value: Any, kind: type) -> None:
         raise TypeError(f"{name} must be a {kind.__name__} but got {value!r}.")
 
 
+def check_task(task: Any) -> None:
+    """Refuse what is no task.
+
+    Args:
+        task:
+            What was given.
+
+    Raises:
+        TypeError:
+            If it is none.
+    """
+    from optuna_ttp.task import FineTuningTask
+
+    if not isinstance(task, FineTuningTask):
+        raise TypeError(f"task must be a FineTuningTask but got {type(task).__name__}.")
+
+
 def check_seed(seed: Any) -> None:
     """Refuse what is no seed.
 

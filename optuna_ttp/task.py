@@ -140,18 +140,8 @@ class FineTuningTask:
         Computed from the model as it is now: training the model changes it.
         """
         digest = hashlib.sha256()
-        header = {
-            "model": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
-            "structure": plain_repr(self.model),
-            "loss": asdict(self.loss),
-        }
-        digest.update(json.dumps(header, sort_keys=True).encode())
-        for name, module in self.model.named_modules():
-            hash_module_settings(digest, name, module)
-        for name, parameter in self.model.named_parameters():
-            hash_tensor(digest, f"parameter {name} {parameter.requires_grad}", parameter)
-        for name, buffer in self.model.named_buffers():
-            hash_tensor(digest, f"buffer {name}", buffer)
+        self._hash_model(digest)
+        self._hash_weights(digest)
         hash_function(digest, self.forward)
         digest.update(self._data_digest)
         # Only where they are used, so that older fingerprints stay.
@@ -160,6 +150,43 @@ class FineTuningTask:
         if self.validation is not None:
             digest.update(b"validation" + self.validation._data_digest)
         return digest.hexdigest()
+
+    def part_fingerprints(self) -> dict[str, str]:
+        """Return a SHA-256, in hexadecimal, of each part of what the fingerprint is made of.
+
+        Returns:
+            By ``"model"`` (its structure and settings, the loss and ``forward``), ``"weights"``
+            (with buffers), ``"data"``, ``"validation_data"`` and ``"learning_rate_multipliers"``.
+        """
+        model, weights = hashlib.sha256(), hashlib.sha256()
+        self._hash_model(model)
+        hash_function(model, self.forward)
+        self._hash_weights(weights)
+        held_out = b"" if self.validation is None else self.validation._data_digest
+        multipliers = json.dumps(self.multipliers, sort_keys=True).encode()
+        return {
+            "model": model.hexdigest(),
+            "weights": weights.hexdigest(),
+            "data": self._data_digest.hex(),
+            "validation_data": held_out.hex(),
+            "learning_rate_multipliers": hashlib.sha256(multipliers).hexdigest(),
+        }
+
+    def _hash_model(self, digest: hashlib._Hash) -> None:
+        header = {
+            "model": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
+            "structure": plain_repr(self.model),
+            "loss": asdict(self.loss),
+        }
+        digest.update(json.dumps(header, sort_keys=True).encode())
+        for name, module in self.model.named_modules():
+            hash_module_settings(digest, name, module)
+
+    def _hash_weights(self, digest: hashlib._Hash) -> None:
+        for name, parameter in self.model.named_parameters():
+            hash_tensor(digest, f"parameter {name} {parameter.requires_grad}", parameter)
+        for name, buffer in self.model.named_buffers():
+            hash_tensor(digest, f"buffer {name}", buffer)
 
     def subset(self, n_samples: int, *, seed: int = 0) -> FineTuningTask:
         """Return the same task on a random subset of its training samples.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+import json
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +101,7 @@ def _process(rank: int, folder: str) -> None:
 
 
 def test_four_processes_give_the_kernel_of_one(tmp_path: Path) -> None:
-    context: Any = torch.multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_process, args=(rank, str(tmp_path)))
-        for rank in range(_N_PROCESSES)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=240)
-        assert process.exitcode == 0
+    _run_together(_process, _N_PROCESSES, tmp_path)
     for name, make in TASKS.items():
         whole = exact_kernel(make(), device=CPU, held=HELD.get(name))
         for rank in range(_N_PROCESSES):
@@ -116,6 +109,131 @@ def test_four_processes_give_the_kernel_of_one(tmp_path: Path) -> None:
                 assert set(found) == {k for k, v in vars(whole).items() if v is not None}
                 for key in found:
                     assert relative_error(found[key], getattr(whole, key)) < 1e-6
+
+
+class _Experts(torch.nn.Module):
+    """The second expert is for inputs that start with a positive number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList([torch.nn.Linear(6, 3), torch.nn.Linear(6, 3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = torch.zeros(len(x), 3, dtype=x.dtype)
+        for expert, chosen in zip(self.experts, (x[:, 0] <= 0, x[:, 0] > 0), strict=True):
+            if chosen.any():
+                outputs[chosen] = expert(x[chosen])
+        return outputs
+
+
+def _one_sided() -> FineTuningTask:
+    """Only the samples of the second process reach the second expert."""
+    torch.manual_seed(0)
+    x, y = vectors(12)
+    x[:, 0] = torch.linspace(-1.0, 1.0, 12)
+    return FineTuningTask(_Experts(), (x, y))
+
+
+def _different(name: str, rank: int) -> tuple[FineTuningTask, dict[str, Any]]:
+    model, (x, y) = mlp(), vectors(12)
+    held_out = vectors(5, seed=4)
+    multipliers: dict[str, float] = {}
+    settings: dict[str, Any] = {}
+    if rank == 1 and name == "weights":
+        model = mlp(seed=7)
+    if rank == 1 and name == "data":
+        x = x.roll(1, 0)
+    if rank == 1 and name == "fewer samples":
+        x, y = x[:1], y[:1]
+    if rank == 1 and name == "outputs":
+        model = mlp(n_outputs=5)
+    if rank == 1 and name == "validation_data":
+        held_out = vectors(5, seed=5)
+    if rank == 1 and name == "learning_rate_multipliers":
+        multipliers = {"2.": 3.0}
+    if rank == 1 and name == "engine":
+        settings = {"engine": "sketch"}
+    if rank == 1 and name == "rank":
+        settings = {"rank": 5}
+    task = FineTuningTask(
+        model, (x, y), validation_data=held_out, learning_rate_multipliers=multipliers
+    )
+    return task, settings
+
+
+DIFFERENT = {
+    "weights": "processes 1 differ from process 0 in weights",
+    "data": "processes 1 differ from process 0 in data",
+    "fewer samples": "processes 1 differ from process 0 in data",
+    "outputs": "processes 1 differ from process 0 in model, weights",
+    "validation_data": "processes 1 differ from process 0 in validation_data",
+    "learning_rate_multipliers": "differ from process 0 in learning_rate_multipliers",
+    "engine": "processes 1 differ from process 0 in engine",
+    "rank": "processes 1 differ from process 0 in rank",
+}
+
+
+def _process_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/group",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=30),
+    )
+    found: dict[str, str] = {}
+    try:
+        for name in DIFFERENT:
+            task, settings = _different(name, rank)
+            for of, run in (
+                ("kernel", lambda task=task: exact_kernel(task, device=CPU, distributed=True)),
+                (
+                    "spectrum",
+                    lambda task=task, settings=settings: compute_spectrum(
+                        task, distributed=True, measure_speed=False, **settings
+                    ),
+                ),
+            ):
+                if of == "kernel" and name in ("engine", "rank"):
+                    continue
+                try:
+                    run()
+                except Exception as error:
+                    found[f"{of} {name}"] = f"{type(error).__name__}: {error}"
+        kernel = exact_kernel(_one_sided(), device=CPU, distributed=True)
+        np.save(f"{folder}/experts-{rank}.npy", kernel.gram)
+    finally:
+        Path(f"{folder}/found-{rank}.json").write_text(json.dumps(found))
+        distributed.destroy_process_group()
+
+
+def _run_together(target: Any, n_processes: int, folder: Path) -> None:
+    context: Any = torch.multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=target, args=(rank, str(folder))) for rank in range(n_processes)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=240)
+        assert process.exitcode == 0
+
+
+def test_processes_that_differ_are_refused_by_all_of_them(tmp_path: Path) -> None:
+    _run_together(_process_of_two, 2, tmp_path)
+    expected = {f"kernel {n}" for n in DIFFERENT if n not in ("engine", "rank")}
+    expected |= {f"spectrum {n}" for n in DIFFERENT}
+    errors = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(2)]
+    assert errors[0] == errors[1]
+    assert set(errors[0]) == expected
+    for case, message in errors[0].items():
+        assert message.startswith("ValueError: All processes must be given the same task")
+        assert DIFFERENT[case.partition(" ")[2]] in message
+    # What goes wrong for the samples of one process only is known to the other one.
+    whole = exact_kernel(_one_sided(), device=CPU)
+    for rank in range(2):
+        assert relative_error(np.load(tmp_path / f"experts-{rank}.npy"), whole.gram) < 1e-6
 
 
 def test_all_ways_of_a_product_are_shared() -> None:

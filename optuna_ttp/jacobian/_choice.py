@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from optuna_ttp._checks import check_task
+
 
 if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
@@ -50,10 +52,7 @@ def resolve_engine(
         ValueError:
             If there is no such engine.
     """
-    from optuna_ttp.task import FineTuningTask
-
-    if not isinstance(task, FineTuningTask):
-        raise TypeError(f"task must be a FineTuningTask but got {type(task).__name__}.")
+    check_task(task)
     if engine in ENGINES:
         return engine, "asked for"
     if engine != "auto":

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 import torch
 
 from optuna_ttp._checks import check_seed
+from optuna_ttp._checks import check_task
 from optuna_ttp.exceptions import ApproximationWarning
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
 from optuna_ttp.jacobian._choice import resolve_engine
@@ -25,6 +26,8 @@ from optuna_ttp.jacobian._decomposition import sketched_decomposition
 from optuna_ttp.jacobian._devices import resolve_device
 from optuna_ttp.jacobian._devices import resolve_dtype
 from optuna_ttp.jacobian._probe import probe_linearisation
+from optuna_ttp.jacobian._sharded import check_same_task
+from optuna_ttp.jacobian._sharded import has_group
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import SpectrumMetadata
@@ -100,8 +103,8 @@ def compute_spectrum(
             it stopped. Only for the exact engine. None by default.
         distributed:
             Share the samples with the other processes of the default group of
-            :mod:`torch.distributed`, as under ``torchrun``; all get the same spectrum. Only for
-            the exact engine. Off by default.
+            :mod:`torch.distributed`, as under ``torchrun``; all must be given the same task, and
+            get the same spectrum. Only for the exact engine. Off by default.
 
     Returns:
         The spectrum with its metadata.
@@ -113,6 +116,19 @@ def compute_spectrum(
         JacobianMismatchError:
             If rows differ from what plain automatic differentiation gives.
     """
+    check_task(task)
+    if distributed and has_group():
+        settings: dict[str, object] = {
+            "engine": engine,
+            "dtype": dtype,
+            "rank": rank,
+            "explained_trace": explained_trace,
+            "seed": seed,
+        }
+        if engine == "auto":
+            settings["max_memory"] = max_memory
+        # Before anything that only some of the processes might refuse.
+        check_same_task(task, settings)
     check_truncation(rank, explained_trace)
     check_seed(seed)
     engine, _ = resolve_engine(task, engine, max_memory=max_memory)

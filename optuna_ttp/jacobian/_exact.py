@@ -29,8 +29,9 @@ from optuna_ttp.jacobian._prepare import prepare
 from optuna_ttp.jacobian._samples import check_singles
 from optuna_ttp.jacobian._samples import SampleReader
 from optuna_ttp.jacobian._self_check import check_rows
-from optuna_ttp.jacobian._sharded import check_group
+from optuna_ttp.jacobian._sharded import check_same_task
 from optuna_ttp.jacobian._sharded import sharded_kernel
+from optuna_ttp.jacobian._sharded import together
 from optuna_ttp.jacobian._state import BlockState
 from optuna_ttp.jacobian._state import multiply
 from optuna_ttp.jacobian._state import PANEL
@@ -124,10 +125,15 @@ def exact_kernel(
     Raises:
         ValueError:
             If two samples do not fit the memory budget, a gradient is not finite, an output
-            depends on no trainable parameter, or a sample's outputs depend on the other samples.
+            depends on no trainable parameter, a sample's outputs depend on the other samples, or
+            processes were given different tasks; all of them raise then.
         JacobianMismatchError:
             If rows differ from what plain automatic differentiation gives.
     """
+
+    if distributed:
+        # Before anything that only some of them might refuse.
+        check_same_task(task, {"dtype": dtype, "held": held, "seed": seed})
 
     def run(lifts: Mapping[str, int]) -> Kernel:
         return _kernel(
@@ -161,13 +167,15 @@ def _kernel(
     reference = task.initial_outputs(device, dtype)
     held_out = None if task.validation is None else task.validation.initial_outputs(device, dtype)
     with task.frozen(device, dtype) as frozen:
-        check_singles(task, frozen, reference, device, dtype)
-        preparation = prepare(
-            task, frozen, device=device, dtype=dtype, seed=seed, lifts=lifts, held=held
-        )
-        sizes = block_sizes(task, preparation, dtype, device, max_memory)
-        if distributed:
-            check_group()
+
+        def prepared() -> tuple[Preparation, BlockSizes]:
+            check_singles(task, frozen, reference, device, dtype)
+            found = prepare(
+                task, frozen, device=device, dtype=dtype, seed=seed, lifts=lifts, held=held
+            )
+            return found, block_sizes(task, found, dtype, device, max_memory)
+
+        preparation, sizes = together(prepared) if distributed else prepared()
         if checkpoint is not None:
             sizes = _cut(sizes, task.n_samples)
         blocks = _blocks(task.n_samples, sizes.held)

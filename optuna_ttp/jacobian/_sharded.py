@@ -7,18 +7,24 @@ multiplied twice, and the sum of what the owners have is the kernel, in every pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
+from typing import cast
 from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 import torch
 import torch.distributed as distributed
 
+from optuna_ttp.exceptions import JacobianMismatchError
+from optuna_ttp.jacobian._claims import UnclaimedError
 from optuna_ttp.jacobian._factors import Factors
 from optuna_ttp.jacobian._kernel import Kernel
 from optuna_ttp.jacobian._layout import GHOST_OVERHEAD
@@ -34,6 +40,14 @@ from optuna_ttp.jacobian._state import multiply
 
 if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
+
+
+_Object = TypeVar("_Object")
+
+# What one process raises and the others raise with it.
+_KINDS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (ValueError, TypeError, JacobianMismatchError)
+}
 
 
 def sharded_kernel(
@@ -73,7 +87,8 @@ def sharded_kernel(
     layout, c = preparation.layout, task.n_outputs
     shares = _shares(task.n_samples, size)
     inner = np.zeros((task.n_samples, c))
-    state, inner[shares[rank]] = reader.read(layout, shares[rank].start, shares[rank].stop)
+    own = shares[rank]
+    state, inner[own] = together(lambda: reader.read(layout, own.start, own.stop))
     pieces = _cut(_pieces(layout, state, task.n_samples, c), size)
     whole = _exchanged(state, shares, pieces)
     own_layout = _layout_of(pieces[rank], layout.held)
@@ -86,11 +101,12 @@ def sharded_kernel(
         n = task.validation.n_samples
         if n < size:
             # Fewer than processes: each differentiates all of them.
-            held_out, _ = others.read(layout, 0, n)
+            held_out, _ = together(lambda: others.read(layout, 0, n))
             left = _chosen(held_out, pieces[rank])
         else:
             parts = _shares(n, size)
-            held_out, _ = others.read(layout, parts[rank].start, parts[rank].stop)
+            some = parts[rank]
+            held_out, _ = together(lambda: others.read(layout, some.start, some.stop))
             left = _exchanged(held_out, parts, pieces)
         cross, _ = multiply(own_layout, left, whole)
     kind = np.float64 if dtype == torch.float64 else np.float32
@@ -109,6 +125,11 @@ def sharded_kernel(
     return Kernel(total, summed(cross), outputs.cpu().numpy(), summed(stretched))
 
 
+def has_group() -> bool:
+    """Whether there is a group of processes."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def check_group() -> None:
     """Refuse to go on where there is no group of processes.
 
@@ -116,11 +137,93 @@ def check_group() -> None:
         ValueError:
             If there is none.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not has_group():
         raise ValueError(
             "distributed=True needs a group of processes: call "
             "torch.distributed.init_process_group first, as under torchrun."
         )
+
+
+def check_same_task(task: FineTuningTask, settings: Mapping[str, object]) -> None:
+    """Refuse, in all processes alike, to go on with tasks or settings that are not the same.
+
+    Args:
+        task:
+            That of this process.
+        settings:
+            What else must be the same.
+
+    Raises:
+        ValueError:
+            If there is no group of processes, or they differ.
+    """
+    check_group()
+    described = {name: repr(value) for name, value in settings.items()}
+    own = {"fingerprint": task.fingerprint, **described}
+    if all(other == own for other in _gathered_objects(own)):
+        return
+    # Only now that it is needed: all weights are hashed once more.
+    parts = _gathered_objects({**task.part_fingerprints(), **described})
+    different = [
+        (rank, name)
+        for rank, part in enumerate(parts)
+        for name, value in part.items()
+        if value != parts[0][name]
+    ]
+    ranks = sorted({rank for rank, _ in different})
+    names = [name for name in parts[0] if any(name == other for _, other in different)]
+    raise ValueError(
+        "All processes must be given the same task and settings but got different ones: "
+        f"processes {', '.join(map(str, ranks))} differ from process 0 in {', '.join(names)}. "
+        "Load the same weights and data, in the same order, in every process; what is drawn at "
+        "random must be drawn with the same seed."
+    )
+
+
+def _gathered_objects(own: _Object) -> list[_Object]:
+    """What each process has, in all of them."""
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, own)
+    return found
+
+
+def together(run: Callable[[], _Object]) -> _Object:
+    """Run something that may go wrong in one process only; then it does in all of them.
+
+    Else the others would wait for it.
+
+    Args:
+        run:
+            What to run.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        JacobianMismatchError, TypeError, ValueError:
+            What it raises in any of the processes; :exc:`RuntimeError` in the others for all else.
+    """
+    result: _Object | None = None
+    error: Exception | None = None
+    try:
+        result = run()
+    except Exception as caught:
+        error = caught
+    unclaimed = error.names if isinstance(error, UnclaimedError) else None
+    failures = _gathered_objects(
+        None if error is None else (type(error).__name__, str(error), unclaimed)
+    )
+    names = [f[2] for f in failures if f is not None and f[2]]
+    if names:
+        # All look for the same other module.
+        raise UnclaimedError(frozenset().union(*names), "do not run for all samples") from error
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            kind = _KINDS.get(failure[0], RuntimeError)
+            raise kind(f"Process {rank} has failed: {failure[1]}")
+    return cast("_Object", result)
 
 
 def _shares(n_samples: int, size: int) -> list[slice]:
@@ -306,8 +409,7 @@ def _alike(state: BlockState) -> BlockState:
         for t in (*f.sources, *f.cotangents)
     ]
     ranks = {n: s.weights.shape[3] for n, s in state.separated.items()}
-    described: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(described, (shapes, ranks))
+    described = _gathered_objects((shapes, ranks))
     if any(other != shapes for other, _ in described):
         raise ValueError(
             "All batches must have the same length for several processes. Pad the samples to one "
