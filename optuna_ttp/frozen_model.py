@@ -52,8 +52,16 @@ class FrozenModel:
         for name, buffer in self.adapter.named_buffers():
             # A copy, because some modules write to their buffers even in evaluation mode.
             self._state[name] = cast(buffer.detach(), device, dtype).clone()
+        # Tables with a largest norm write to their weights whenever they run.
+        written = {
+            id(m.weight)
+            for m in self.adapter.modules()
+            if getattr(m, "max_norm", None) is not None and hasattr(m, "weight")
+        }
         for name, parameter in self.adapter.named_parameters():
             value = cast(parameter.detach(), device, dtype)
+            if id(parameter) in written:
+                value = value.clone()
             if parameter.requires_grad:
                 value = value.requires_grad_()
                 self.parameters[name] = value

@@ -1110,3 +1110,33 @@ def test_a_parameter_without_axes_is_one_weight() -> None:
         rows.append(torch.cat([g.flatten() for g in gradients]))
     jacobian = torch.stack(rows)
     np.testing.assert_allclose(gram, (jacobian @ jacobian.T).numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["exact", "sketch", "matrix_free"])
+@pytest.mark.parametrize("layer", [torch.nn.Embedding, torch.nn.EmbeddingBag])
+def test_tables_that_renormalise_their_rows(layer: Any, engine: str) -> None:
+    """They write to their weights whenever they run; the user's must stay as they are."""
+    torch.manual_seed(0)
+    table = layer(11, 6, max_norm=0.5)
+    model = torch.nn.Sequential(table, torch.nn.Flatten(), torch.nn.Tanh(), torch.nn.LazyLinear(3))
+    data = torch.randint(11, (9, 7)), torch.arange(9) % 3
+    with torch.no_grad():
+        model(data[0][:1])
+        # Far above the largest norm again.
+        table.weight.normal_()
+    before = {name: (p.clone(), p._version) for name, p in model.named_parameters()}
+    task = FineTuningTask(model, data)
+    fingerprint = task.fingerprint
+    spectrum = compute_spectrum(task, engine=engine, show_progress_bar=False)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name][0], rtol=0, atol=0)
+        assert p._version == before[name][1]
+    assert task.fingerprint == fingerprint
+    if layer is torch.nn.Embedding:
+        claims = {p.name: p.derivative for p in plan_spectrum(task).layers}
+        assert set(claims.values()) == {"rule"}
+    # At the weights that the forward pass uses: it renormalises this copy.
+    jacobian = brute_force_jacobian(Case(model, data))
+    kernel = (spectrum.eigenvectors * spectrum.eigenvalues) @ spectrum.eigenvectors.T
+    assert relative_error(kernel, jacobian @ jacobian.T) < 1e-5
+    assert task.fingerprint == fingerprint

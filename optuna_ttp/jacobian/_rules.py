@@ -65,7 +65,8 @@ def _is_plain(module: torch.nn.Module) -> bool:
     if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
         return module.running_mean is not None
     if isinstance(module, torch.nn.Embedding):
-        return module.max_norm is None and not module.scale_grad_by_freq
+        # A largest norm changes the weights before they are used, not the derivative in them.
+        return not module.scale_grad_by_freq
     return True
 
 
