@@ -109,9 +109,8 @@ def test_refined_pairs_are_nearly_exact() -> None:
     sketch = sketch_jacobian(task, width=64, device=CPU, dtype=torch.float64)
     features = sketch.features()
     rough = eigenpairs_of_features(features, rank=20, trace=sketch.trace)
-    refined = eigenpairs_of_features(
-        refine(task, features, rough, n_refined=20, device=CPU, dtype=torch.float64)
-    )
+    found, _ = refine(task, features, rough, n_refined=20, device=CPU, dtype=torch.float64)
+    refined = eigenpairs_of_features(found)
 
     def errors(values: Any) -> Any:
         return np.abs(values[:8] / exact.eigenvalues[:8] - 1.0).max()
@@ -126,9 +125,56 @@ def test_refining_in_several_passes_changes_nothing() -> None:
     features = sketch.features()
     pairs = eigenpairs_of_features(features, rank=10)
     settings: dict[str, Any] = {"n_refined": 10, "device": CPU, "dtype": torch.float64}
-    whole = refine(task, features, pairs, **settings)
-    parts = refine(task, features, pairs, max_memory=1, **settings)
+    settings["others"] = sketch.validation_features()
+    whole, whole_others = refine(task, features, pairs, **settings)
+    parts, parts_others = refine(task, features, pairs, max_memory=1, **settings)
     torch.testing.assert_close(parts @ parts.T, whole @ whole.T)
+    assert whole_others is not None
+    assert parts_others is not None
+    torch.testing.assert_close(parts_others @ parts.T, whole_others @ whole.T)
+
+
+def _decaying() -> FineTuningTask:
+    """More outputs than eigenpairs are refined."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(20, 120),
+        torch.nn.Tanh(),
+        torch.nn.Linear(120, 120),
+        torch.nn.Tanh(),
+        torch.nn.Linear(120, 4),
+    )
+    x = torch.randn(120, 20) @ torch.logspace(0.5, -1.5, 20).diag()
+    y = x[:, :4].argmax(1)
+    return FineTuningTask(model, (x[:80], y[:80]), validation_data=(x[80:], y[80:]))
+
+
+@pytest.mark.parametrize("make", [_wide, _decaying], ids=["all of it", "leading part"])
+def test_validation_samples_are_refined_as_training_samples_are(make: Any) -> None:
+    task = make()
+    expected = exact_kernel(task, device=CPU, dtype=torch.float64).cross
+    assert expected is not None
+    errors = {}
+    for engine in ("sketch", "refined_sketch"):
+        one = compute_spectrum(task, engine=engine, measure_speed=False, show_progress_bar=False)
+        assert one.validation is not None
+        cross = (one.validation.features * np.sqrt(one.eigenvalues)) @ one.eigenvectors.T
+        errors[engine] = relative_error(cross, expected)
+    assert errors["refined_sketch"] < 0.1 * errors["sketch"]
+
+
+def test_training_samples_held_out_are_refined_like_themselves() -> None:
+    model, (x, y) = cnn(), images(20)
+    task = FineTuningTask(model, (x, y), validation_data=(x[3:7], y[3:7]))
+    sketch = sketch_jacobian(task, width=64, device=CPU, dtype=torch.float64)
+    features, others = sketch.features(), sketch.validation_features()
+    pairs = eigenpairs_of_features(features, rank=20)
+    found, found_others = refine(
+        task, features, pairs, n_refined=20, others=others, device=CPU, dtype=torch.float64
+    )
+    assert found_others is not None
+    # But for the shift that keeps roots defined.
+    assert relative_error(found_others.numpy(), found[9:21].numpy()) < 1e-3
 
 
 @pytest.mark.parametrize("shape", [(9, 30), (30, 9)], ids=["wide", "tall"])

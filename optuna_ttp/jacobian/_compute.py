@@ -73,12 +73,13 @@ def compute_spectrum(
             :meth:`Spectrum.truncate`. All by default.
         engine:
             ``"exact"``; ``"sketch"``, a random projection of the Jacobian whose width is chosen
-            by the times that it predicts; ``"refined_sketch"``, with the leading 100 eigenpairs
-            refined by two more passes over the data; ``"matrix_free"``, the leading ``rank``
-            eigenpairs (100 by default) from products with the kernel, in memory that grows with
-            N C alone; or ``"auto"`` (the default) for a choice by N, C, D and memory between
-            the exact one, the sketch and the last, see
-            :func:`~optuna_ttp.jacobian.resolve_engine`.
+            by the times that it predicts; ``"refined_sketch"``, with the leading 100 eigenpairs,
+            and what validation samples see of them, refined by two more passes over the data;
+            ``"matrix_free"``, the leading ``rank`` eigenpairs (100 by default) from products with
+            the kernel, in memory that grows with N C alone; or ``"auto"`` (the default) for a
+            choice by N, C, D and memory between the exact one, the sketch and the last, see
+            :func:`~optuna_ttp.jacobian.resolve_engine`. A task with learning-rate multipliers
+            other than one needs the exact engine, which ``"auto"`` then takes.
         dtype:
             Precision of the Jacobian: ``"float32"`` (the default), ``"float64"``, or
             ``"bfloat16"``, for the exact engine: computed in single precision, held in half the

@@ -188,14 +188,15 @@ def sketched_decomposition(
             ApproximationWarning,
             stacklevel=4,
         )
-    features = sketch.features()
+    features, others = sketch.features(), sketch.validation_features()
     n_needed = _N_REFINED + _N_MORE if refined else rank
     pairs = eigenpairs_of_features(features, rank=n_needed, trace=sketch.trace)
     if refined:
-        features = refine(
+        features, others = refine(
             task,
             features,
             pairs,
+            others=others,
             n_refined=_N_REFINED + _N_MORE,
             device=device,
             dtype=dtype,
@@ -208,7 +209,7 @@ def sketched_decomposition(
         pairs,
         sketch.weight_outputs,
         None,
-        _validation_features(sketch, pairs),
+        _validation_features(features, others, pairs),
         width,
         error,
     )
@@ -243,12 +244,13 @@ def matrix_free_decomposition(
     return Decomposition(found.pairs, found.weight_outputs, None, found.validation_features)
 
 
-def _validation_features(sketch: Sketch, pairs: Eigenpairs) -> NDArray[np.floating[Any]] | None:
-    others = sketch.validation_features()
+def _validation_features(
+    features: torch.Tensor, others: torch.Tensor | None, pairs: Eigenpairs
+) -> NDArray[np.floating[Any]] | None:
     if others is None:
         return None
     whitened = torch.as_tensor(pairs.eigenvectors / np.sqrt(pairs.eigenvalues)).to(others)
-    return np.asarray((others @ (sketch.features().T @ whitened)).cpu().numpy())
+    return np.asarray((others @ (features.T @ whitened)).cpu().numpy())
 
 
 def _time_error(

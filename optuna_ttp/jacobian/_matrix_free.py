@@ -221,14 +221,14 @@ def _by_rows(
         with Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
 
             def product(v: torch.Tensor) -> torch.Tensor:
-                return passes.images(v.to(device=device, dtype=dtype), max_memory)
+                return passes.images(v.to(device=device, dtype=dtype), max_memory)[0]
 
             values, basis, _ = _krylov(product, vectors, n_wanted)
             pairs = Eigenpairs(values.numpy(), basis.numpy(), trace)
             features = None
             if task.validation is not None:
                 whitened = (basis / values.sqrt()).to(device=device, dtype=dtype)
-                images = passes.images(whitened, max_memory, others=True)
+                (images,) = passes.images(whitened, max_memory, own=False, others=True)
                 features = images.to(dtype).numpy()
         return LeadingPairs(pairs, weight_outputs, features, width)
 
@@ -332,6 +332,6 @@ def _krylov(
             ApproximationWarning,
             stacklevel=6,
         )
-    vectors, values = nystrom(basis, images, n_wanted)
+    vectors, values, _ = nystrom(basis, images, n_wanted)
     n_kept = int((values > float(values[0]) * torch.finfo(torch.float32).eps).sum())
     return values[:n_kept], vectors[:, :n_kept], worst

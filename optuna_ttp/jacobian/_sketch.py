@@ -153,12 +153,13 @@ def refine(
     pairs: Eigenpairs,
     *,
     n_refined: int,
+    others: torch.Tensor | None = None,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     max_memory: int = 4 * 2**30,
     show_progress_bar: bool = True,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Replace the leading part of a sketch by what the Jacobian itself says of it.
 
     For the leading eigenvectors ``V`` of the sketch, ``Theta V = J (J^T V)`` is computed in two
@@ -166,6 +167,10 @@ def refine(
     the sketch there (Nystrom's method, stabilised as in Tropp, Yurtsever, Udell and Cevher,
     NeurIPS 2017, arXiv 1706.05736). That is one step of subspace iteration further than a
     Rayleigh-Ritz projection, for one more pass.
+
+    The validation samples' sketch ``Z_v`` is refined alike, for one pass over them: with
+    ``J_v (J^T V)`` the leading part is extended to them, and what is left of the sketch there is
+    what that does not explain.
 
     Args:
         task:
@@ -176,6 +181,8 @@ def refine(
             Its eigenpairs.
         n_refined:
             How many are refined.
+        others:
+            The validation samples' sketch ``Z_v``, of shape ``(N_v C, d)``. None by default.
         device:
             Where to differentiate.
         dtype:
@@ -188,7 +195,8 @@ def refine(
             Show a progress bar where the standard error stream is a terminal.
 
     Returns:
-        Features of the same number of rows, whose products are the refined kernel.
+        Features of the same number of rows, whose products are the refined kernel, and those of
+        the validation samples, whose products with them are the refined cross kernel.
 
     Raises:
         ValueError:
@@ -197,20 +205,26 @@ def refine(
     n = min(n_refined, len(pairs.eigenvalues))
     vectors = torch.as_tensor(pairs.eigenvectors[:, :n], dtype=dtype, device=device)
 
-    def run(lifts: Mapping[str, int]) -> torch.Tensor:
+    def run(lifts: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
         with Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
-            return passes.images(vectors, max_memory)
+            return passes.images(vectors, max_memory, others=others is not None)
 
-    basis, values = nystrom(vectors.double().cpu(), lifting(run))
-    leading = (basis * values.sqrt()).to(features)
+    images, *images_of_others = lifting(run)
+    basis, values, weights = nystrom(vectors.double().cpu(), images)
+    roots = values.sqrt().to(features)
     basis = basis.to(features)
-    return torch.cat([leading, features - basis @ (basis.T @ features)], 1)
+    explained = basis.T @ features
+    refined = torch.cat([basis * roots, features - basis @ explained], 1)
+    if others is None:
+        return refined, None
+    extended = (images_of_others[0] @ weights).to(features)
+    return refined, torch.cat([extended * roots, others - extended @ explained], 1)
 
 
 def nystrom(
     vectors: torch.Tensor, images: torch.Tensor, n_wanted: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return orthonormal eigenvectors and eigenvalues of ``Y (V^T Y)^(-1) Y^T``.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return orthonormal eigenvectors ``U`` and eigenvalues of ``Y (V^T Y)^(-1) Y^T``.
 
     They are those of ``L^(-1) Y^T Y L^(-T)`` with ``L L^T = V^T Y``, so that nothing of the size
     of ``Y`` is held beside what is returned.
@@ -222,6 +236,9 @@ def nystrom(
             ``Y = Theta V``.
         n_wanted:
             How many of them, the largest. All by default.
+
+    Returns:
+        The eigenvectors, their eigenvalues, and weights ``W`` with ``U = Y W``, up to rounding.
 
     Raises:
         ValueError:
@@ -245,7 +262,7 @@ def nystrom(
     values, mixing = values.flip(0)[:n_wanted], mixing.flip(1)[:, :n_wanted]
     values = values.clamp(min=shift)
     weights = torch.linalg.solve_triangular(root.T, mixing, upper=True) / values.sqrt()
-    return images @ weights + vectors @ (shift * weights), values - shift
+    return images @ weights + vectors @ (shift * weights), values - shift, weights
 
 
 class Passes:
@@ -352,8 +369,8 @@ class Passes:
         return Sketch(own[0], (own[1], own[2]), validation, inner, trace)
 
     def images(
-        self, vectors: torch.Tensor, max_memory: int, *, others: bool = False
-    ) -> torch.Tensor:
+        self, vectors: torch.Tensor, max_memory: int, *, own: bool = True, others: bool = False
+    ) -> tuple[torch.Tensor, ...]:
         """Return ``J (J^T V)``, in double precision.
 
         Args:
@@ -361,14 +378,21 @@ class Passes:
                 ``V``, of shape ``(N C, p)``.
             max_memory:
                 Bytes for ``J^T V``; where it is larger, more passes are made.
+            own:
+                Of the training samples. On by default.
             others:
                 Of the validation samples: ``J_v (J^T V)``. Off by default.
+
+        Returns:
+            One for each kind of samples, the training samples first.
         """
-        task, reference = self._task, self._reference
+        wanted: list[tuple[FineTuningTask, NDArray[np.float64]]] = []
+        if own:
+            wanted.append((self._task, self._reference))
         if others:
-            assert task.validation is not None
-            task = task.validation
-            reference = task.initial_outputs(self._device, self._dtype)
+            held_out = self._task.validation
+            assert held_out is not None
+            wanted.append((held_out, held_out.initial_outputs(self._device, self._dtype)))
         n_vectors = vectors.shape[1]
         groups: list[list[str]] = [[]]
         held = 0
@@ -379,13 +403,17 @@ class Passes:
                 held = 0
             groups[-1].append(p.name)
             held += size
-        shape = (task.n_samples * task.n_outputs, n_vectors)
-        total = torch.zeros(shape, dtype=torch.float64)
-        with self._bar(len(groups) * (self._task.n_samples + task.n_samples)) as bar:
+        totals = tuple(
+            torch.zeros((task.n_samples * task.n_outputs, n_vectors), dtype=torch.float64)
+            for task, _ in wanted
+        )
+        n_read = self._task.n_samples + sum(task.n_samples for task, _ in wanted)
+        with self._bar(len(groups) * n_read) as bar:
             for names in groups:
                 products = self._products(vectors, frozenset(names), bar)
-                self._add_images(total, products, task, reference, bar)
-        return total
+                for total, (task, reference) in zip(totals, wanted, strict=True):
+                    self._add_images(total, products, task, reference, bar)
+        return totals
 
     def _products(
         self, vectors: torch.Tensor, names: frozenset[str], bar: tqdm[Any]
