@@ -88,6 +88,70 @@ def check_seed(seed: Any) -> None:
         raise ValueError(f"seed must be a whole number of at least 0 but got {seed!r}.")
 
 
+def check_memory(max_memory: Any) -> None:
+    """Refuse what is no memory budget.
+
+    Args:
+        max_memory:
+            What was given.
+
+    Raises:
+        TypeError:
+            If it is no number.
+        ValueError:
+            If it is not positive and finite.
+    """
+    check_bytes(max_memory)
+    if not (math.isfinite(max_memory) and max_memory > 0):
+        raise ValueError(
+            f"max_memory must be a positive, finite number of bytes but got {max_memory!r}."
+        )
+
+
+def check_bytes(max_memory: Any) -> None:
+    """Refuse a memory budget that is no number.
+
+    Args:
+        max_memory:
+            What was given.
+
+    Raises:
+        TypeError:
+            If it is none.
+    """
+    try:
+        check_number("max_memory", max_memory)
+    except TypeError as error:
+        raise TypeError(
+            f"max_memory must be a number of bytes but got {max_memory!r}. Give 4 * 2**30 for "
+            "4 GiB."
+        ) from error
+
+
+def check_enough_memory(max_memory: float, minimum: int, what: str, advice: str) -> None:
+    """Refuse a memory budget that something does not fit.
+
+    Args:
+        max_memory:
+            What was given, in bytes.
+        minimum:
+            What it takes, in bytes.
+        what:
+            What takes it.
+        advice:
+            What to do but giving more.
+
+    Raises:
+        ValueError:
+            If it does not fit.
+    """
+    if not max_memory >= minimum:
+        raise ValueError(
+            f"max_memory must be at least {minimum} bytes ({minimum / 2**30:.3g} GiB) for {what} "
+            f"but got {max_memory} ({max_memory / 2**30:.3g} GiB). Give more memory, {advice}."
+        )
+
+
 def check_device(device: Any) -> torch.device:
     """Refuse what torch cannot use here.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import math
+import re
 from typing import Any
 
 from hypothesis import given
@@ -19,6 +20,7 @@ from optuna_ttp.exceptions import JacobianMismatchError
 from optuna_ttp.jacobian import compute_spectrum
 from optuna_ttp.jacobian import exact_kernel
 from optuna_ttp.jacobian import plan_spectrum
+from optuna_ttp.jacobian import resolve_engine
 from optuna_ttp.jacobian._factors import Factors
 from optuna_ttp.jacobian._factors import ghost_gram
 from optuna_ttp.jacobian._flow import flow_times
@@ -1056,12 +1058,49 @@ def test_plan_refuses_bad_settings() -> None:
         ({"engine": "magic"}, "engine must be one of"),
         ({"dtype": "float16"}, "dtype must be one of"),
         ({"engine": "exact", "max_memory": 10}, "max_memory must be at least"),
+        ({"engine": "sketch", "max_memory": 10}, "max_memory must be at least"),
+        ({"engine": "refined_sketch", "max_memory": 10}, "max_memory must be at least"),
+        ({"engine": "matrix_free", "max_memory": 10}, "max_memory must be at least"),
+        ({"max_memory": 10}, "max_memory must be at least"),
+        ({"rank": 0}, "rank must be a positive integer but got 0"),
+        ({"engine": "matrix_free", "rank": -1}, "rank must be a positive integer but got -1"),
+        ({"rank": 2.5}, r"rank must be a positive integer but got 2\.5"),
+        ({"seed": -1}, "seed must be a whole number of at least 0 but got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             plan_spectrum(task, **settings_)
     faster = FineTuningTask(mlp(), vectors(4), learning_rate_multipliers={"0.": 2.0})
     with pytest.raises(ValueError, match='must all be one for the engine "sketch"'):
         plan_spectrum(faster, engine="sketch")
+
+
+@pytest.mark.filterwarnings("ignore::optuna_ttp.exceptions.ApproximationWarning")
+@pytest.mark.parametrize("engine", ["auto", "exact", "sketch", "refined_sketch", "matrix_free"])
+def test_what_a_refused_plan_asks_for_is_enough(engine: str) -> None:
+    task = FineTuningTask(cnn(), images(12), validation_data=images(4, seed=2))
+    for run in (plan_spectrum, compute_spectrum):
+        with pytest.raises(ValueError, match=r"max_memory must be at least \d+ bytes") as caught:
+            run(task, engine=engine, max_memory=10)
+        found = re.search(r"at least (\d+) bytes", str(caught.value))
+        assert found is not None
+        minimum = int(found[1])
+        with pytest.raises(ValueError, match=f"at least {minimum} bytes"):
+            run(task, engine=engine, max_memory=minimum - 1)
+        run(task, engine=engine, max_memory=minimum)
+
+
+@pytest.mark.parametrize("run", [plan_spectrum, compute_spectrum, resolve_engine])
+@pytest.mark.parametrize("engine", ["auto", "exact", "sketch", "matrix_free"])
+def test_memory_is_a_positive_number_of_bytes(run: Any, engine: str) -> None:
+    task = FineTuningTask(mlp(), vectors(4))
+    for no_number in ("4GiB", None, True):
+        with pytest.raises(TypeError, match="max_memory must be a number of bytes but got"):
+            run(task, engine=engine, max_memory=no_number)
+    for too_little in (0, -5, math.nan, math.inf):
+        with pytest.raises(ValueError, match="max_memory must be a positive, finite number"):
+            run(task, engine=engine, max_memory=too_little)
+    with pytest.raises(TypeError, match="max_memory must be a number of bytes but got '4GiB'"):
+        exact_kernel(task, device=CPU, max_memory="4GiB")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("engine", ["sketch", "refined_sketch", "matrix_free"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from optuna_ttp._checks import check_enough_memory
+from optuna_ttp._checks import check_memory
 from optuna_ttp._checks import check_task
 
 
@@ -48,11 +50,12 @@ def resolve_engine(
 
     Raises:
         TypeError:
-            If the task is none.
+            If the task is none, or the memory budget no number.
         ValueError:
-            If there is no such engine.
+            If there is no such engine, or the memory budget is not positive.
     """
     check_task(task)
+    check_memory(max_memory)
     if engine in ENGINES:
         return engine, "asked for"
     if engine != "auto":
@@ -72,6 +75,32 @@ def resolve_engine(
     if task.n_outputs > _MAX_OUTPUTS:
         return "matrix_free", f"{reason}, and there are too many outputs for a sketch"
     return "sketch", reason
+
+
+def check_sketch_memory(task: FineTuningTask, itemsize: int, max_memory: float) -> int:
+    """Refuse a memory budget that the narrowest sketch does not fit.
+
+    Args:
+        task:
+            What is fine-tuned.
+        itemsize:
+            Bytes of a number.
+        max_memory:
+            Bytes.
+
+    Returns:
+        The smallest budget.
+
+    Raises:
+        ValueError:
+            If it does not fit.
+    """
+    n_rows = task.n_samples * task.n_outputs
+    # And a copy.
+    minimum = 2 * n_rows * WIDTH * itemsize
+    what = f"a sketch of {n_rows} outputs"
+    check_enough_memory(max_memory, minimum, what, "or fewer samples")
+    return minimum
 
 
 def widest_sketch(task: FineTuningTask, dtype: str, *, max_memory: int = 4 * 2**30) -> int:

@@ -88,7 +88,7 @@ def compute_spectrum(
         device:
             Where to compute. A GPU where there is one by default, else where the model is.
         max_memory:
-            Bytes for Jacobian rows and the kernel matrix. 4 GiB by default.
+            Bytes for Jacobian rows and the kernel matrix, a number. 4 GiB by default.
         measure_speed:
             Time a few training steps, so that predictions can be given in seconds. On by default.
         probe:
@@ -111,9 +111,11 @@ def compute_spectrum(
         The spectrum with its metadata.
 
     Raises:
+        TypeError:
+            If the task is none, or the memory budget no number.
         ValueError:
-            If a setting is out of its range, or the task cannot be differentiated; see
-            :func:`~optuna_ttp.jacobian.exact_kernel`.
+            If a setting is out of its range, the memory does not suffice, or the task cannot be
+            differentiated; see :func:`~optuna_ttp.jacobian.exact_kernel`.
         JacobianMismatchError:
             If rows differ from what plain automatic differentiation gives.
     """

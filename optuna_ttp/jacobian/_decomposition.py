@@ -13,6 +13,7 @@ import torch
 
 from optuna_ttp.exceptions import ApproximationWarning
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
+from optuna_ttp.jacobian._choice import check_sketch_memory
 from optuna_ttp.jacobian._choice import widest_sketch
 from optuna_ttp.jacobian._choice import WIDTH
 from optuna_ttp.jacobian._eigenpairs import Eigenpairs
@@ -158,14 +159,7 @@ def sketched_decomposition(
         The decomposition.
     """
     width = WIDTH
-    n_rows = task.n_samples * task.n_outputs
-    itemsize = torch.empty((), dtype=dtype).element_size()
-    if n_rows * width * itemsize * 2 > max_memory:
-        raise ValueError(
-            f"max_memory must be at least {n_rows * width * itemsize * 2 / 2**30:.3g} GiB for a "
-            f"sketch of {n_rows} outputs but got {max_memory / 2**30:.3g} GiB. Give more memory, "
-            "or fewer samples."
-        )
+    check_sketch_memory(task, torch.empty((), dtype=dtype).element_size(), max_memory)
     widest = widest_sketch(task, str(dtype).removeprefix("torch."), max_memory=max_memory)
     while True:
         sketch = sketch_jacobian(

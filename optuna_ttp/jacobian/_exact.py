@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 import torch
 from tqdm import tqdm
 
+from optuna_ttp._checks import check_bytes
+from optuna_ttp._checks import check_enough_memory
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
 from optuna_ttp.jacobian._factors import CHUNK
 from optuna_ttp.jacobian._kernel import Kernel
@@ -130,7 +132,7 @@ def exact_kernel(
         JacobianMismatchError:
             If rows differ from what plain automatic differentiation gives.
     """
-
+    check_bytes(max_memory)
     if distributed:
         # Before anything that only some of them might refuse.
         check_same_task(task, {"dtype": dtype, "held": held, "seed": seed})
@@ -270,6 +272,8 @@ def block_sizes(
         return results + tile + slices + states + (batch - 1) * making
 
     minimum = min(needed(1, 1, 1), needed(n_samples, n_samples, 1))
+    what = f"{n_rows} outputs and {task.n_parameters} parameters"
+    check_enough_memory(max_memory, minimum, what, "or fewer samples")
     for batch in (at_best, 1):
         if needed(n_samples, n_samples, batch) <= max_memory:
             total = needed(n_samples, n_samples, batch) + making
@@ -286,11 +290,7 @@ def block_sizes(
             batch = min(batch, streamed)
             total = needed(n_held, streamed, batch) + making
             return BlockSizes(batch, n_held, streamed, total, minimum)
-    raise ValueError(
-        f"max_memory must be at least {minimum / 2**30:.3g} GiB for {n_rows} outputs and "
-        f"{task.n_parameters} parameters but got {max_memory / 2**30:.3g} GiB. "
-        "Give more memory, or fewer samples."
-    )
+    raise AssertionError("The smallest sizes fit.")
 
 
 def expected_bytes(

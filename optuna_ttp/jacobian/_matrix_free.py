@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 import torch
 
+from optuna_ttp._checks import check_enough_memory
 from optuna_ttp.exceptions import ApproximationWarning
 from optuna_ttp.jacobian._directions import Directions
 from optuna_ttp.jacobian._eigenpairs import Eigenpairs
@@ -119,7 +120,7 @@ def leading_pairs(
     n_rows = task.n_samples * task.n_outputs
     n_wanted = min(n_rows, N_PAIRS if rank is None else rank)
     n_columns = columns_of(task, rank)
-    _check_memory(task, n_columns, max_memory)
+    check_vectors_memory(task, n_columns, max_memory)
     if by_directions(task, n_columns, dtype, max_memory):
         return _by_directions(task, n_wanted, n_columns, device, dtype, max_memory, seed)
     return _by_rows(task, n_wanted, n_columns, device, dtype, max_memory, show_progress_bar, seed)
@@ -155,16 +156,33 @@ def sketch_width(n_rows: int, dtype: torch.dtype, max_memory: int) -> int:
     return max(2, min(_MAX_WIDTH, width) // 2 * 2)
 
 
-def _check_memory(task: FineTuningTask, n_columns: int, max_memory: int) -> None:
-    """Refuse what cannot be done: a block of vectors and the weights, in single precision."""
-    minimum = 4 * (task.n_samples * task.n_outputs * n_columns + task.n_parameters)
-    if minimum > max_memory:
-        raise ValueError(
-            f"max_memory must be at least {minimum / 2**30:.3g} GiB for {n_columns} vectors of "
-            f"{task.n_samples * task.n_outputs} outputs and {task.n_parameters} parameters "
-            f"but got {max_memory / 2**30:.3g} GiB. Give more memory, a smaller rank, or fewer "
-            "samples."
-        )
+def check_vectors_memory(task: FineTuningTask, n_columns: int, max_memory: float) -> int:
+    """Refuse a memory budget that a block of vectors and the weights do not fit.
+
+    Args:
+        task:
+            The task.
+        n_columns:
+            Of a block of vectors.
+        max_memory:
+            Bytes.
+
+    Returns:
+        The smallest budget, in single precision.
+
+    Raises:
+        ValueError:
+            If they do not fit.
+    """
+    n_rows = task.n_samples * task.n_outputs
+    minimum = 4 * (n_rows * n_columns + task.n_parameters)
+    check_enough_memory(
+        max_memory,
+        minimum,
+        f"{n_columns} vectors of {n_rows} outputs and {task.n_parameters} parameters",
+        "a smaller rank, or fewer samples",
+    )
+    return minimum
 
 
 def by_directions(

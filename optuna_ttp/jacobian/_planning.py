@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from optuna_ttp._checks import check_seed
+from optuna_ttp._checks import check_task
+from optuna_ttp.jacobian._choice import check_sketch_memory
 from optuna_ttp.jacobian._choice import resolve_engine
 from optuna_ttp.jacobian._choice import WIDTH
 from optuna_ttp.jacobian._devices import resolve_device
@@ -21,6 +24,7 @@ from optuna_ttp.jacobian._exact import expected_bytes
 from optuna_ttp.jacobian._layout import GHOST_OVERHEAD
 from optuna_ttp.jacobian._layout import TRIANGLE
 from optuna_ttp.jacobian._matrix_free import by_directions
+from optuna_ttp.jacobian._matrix_free import check_vectors_memory
 from optuna_ttp.jacobian._matrix_free import columns_of
 from optuna_ttp.jacobian._matrix_free import sketch_width
 from optuna_ttp.jacobian._plan import LayerPlan
@@ -31,6 +35,7 @@ from optuna_ttp.jacobian._prepare import prepare
 from optuna_ttp.jacobian._samples import check_singles
 from optuna_ttp.jacobian._samples import SampleReader
 from optuna_ttp.jacobian._sketch import Passes
+from optuna_ttp.spectrum import check_truncation
 
 
 if TYPE_CHECKING:
@@ -103,9 +108,14 @@ def plan_spectrum(
         The plan; print it.
 
     Raises:
-        ValueError:
+        TypeError:
             As for :func:`~optuna_ttp.compute_spectrum`.
+        ValueError:
+            Likewise; also where it does not fit the memory, with the smallest that would do.
     """
+    check_task(task)
+    check_truncation(rank, None)
+    check_seed(seed)
     name, reason = resolve_engine(task, engine, max_memory=max_memory)
     kind, held = resolve_dtype(dtype, name)
     if name != "exact" and any(factor != 1.0 for factor in task.multipliers.values()):
@@ -200,6 +210,7 @@ class _Planner:
 
     def sketch(self, *, refined: bool) -> _Estimate:
         """Plan a sketch of the narrowest width."""
+        minimum = check_sketch_memory(self._task, self._itemsize, self._max_memory)
 
         def measure(lifts: Mapping[str, int]) -> _Estimate:
             clock = _Clock(self._device)
@@ -210,7 +221,6 @@ class _Planner:
             if refined:
                 seconds += self._n_read * self._multiplied(lifts, _N_REFINED)
                 n_bytes += self._task.n_parameters * _N_REFINED * self._itemsize
-            minimum = 2 * self._n_rows * WIDTH * self._itemsize
             sizes = BlockSizes(batch, batch, batch, n_bytes, minimum)
             return _Estimate(found, seconds, sizes, n_bytes)
 
@@ -219,8 +229,9 @@ class _Planner:
     def matrix_free(self, rank: int | None) -> _Estimate:
         """Plan leading eigenpairs from products."""
         n_columns = columns_of(self._task, rank)
+        minimum = check_vectors_memory(self._task, n_columns, self._max_memory)
         if by_directions(self._task, n_columns, self._dtype, self._max_memory):
-            return self._directions(n_columns)
+            return self._directions(n_columns, minimum)
 
         def measure(lifts: Mapping[str, int]) -> _Estimate:
             clock = _Clock(self._device)
@@ -240,12 +251,12 @@ class _Planner:
             multiplying = making + vectors + min(held, self._max_memory // 2) + part
             # The sketch is held about three times when its leading space is taken.
             n_bytes = max(3 * sketching - 2 * making, multiplying)
-            sizes = BlockSizes(batch, batch, batch, n_bytes, self._fewest(n_columns))
+            sizes = BlockSizes(batch, batch, batch, n_bytes, minimum)
             return _Estimate(found, seconds, sizes, n_bytes)
 
         return lifting(measure)
 
-    def _directions(self, n_columns: int) -> _Estimate:
+    def _directions(self, n_columns: int, minimum: int) -> _Estimate:
         """Plan products that go through the network one direction at a time."""
         task, device, dtype = self._task, self._device, self._dtype
         clock = _Clock(device)
@@ -264,11 +275,8 @@ class _Planner:
         held = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
         weights = task.n_parameters * directions.n_together * self._itemsize
         n_bytes = held + weights
-        sizes = BlockSizes(1, 1, 1, n_bytes, self._fewest(n_columns))
+        sizes = BlockSizes(1, 1, 1, n_bytes, minimum)
         return _Estimate(None, total, sizes, n_bytes)
-
-    def _fewest(self, n_columns: int) -> int:
-        return 4 * (self._n_rows * n_columns + self._task.n_parameters)
 
     def _passes(self, task: FineTuningTask, lifts: Mapping[str, int]) -> Passes:
         return Passes(task, self._device, self._dtype, self._seed, lifts, False)
