@@ -240,8 +240,8 @@ def _check_labels(targets: torch.Tensor, loss: Loss, n_outputs: int) -> NDArray[
     return labels
 
 
-def check_finite_inputs(inputs: Any, n_read: int) -> None:
-    """Refuse inputs that are not finite.
+def check_inputs(inputs: Any, n_read: int) -> None:
+    """Refuse inputs that are complex or not finite.
 
     Args:
         inputs:
@@ -250,11 +250,18 @@ def check_finite_inputs(inputs: Any, n_read: int) -> None:
             The number of its first sample.
 
     Raises:
+        TypeError:
+            If one is complex.
         ValueError:
             If one is NaN or infinite.
     """
 
     def check(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_complex():
+            raise TypeError(
+                f"The inputs must be real but got {tensor.dtype}. Pass torch.view_as_real of "
+                "them, and torch.view_as_complex in the model or forward=."
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(
                 "The inputs must be finite but got NaN or infinity among samples "
@@ -263,6 +270,31 @@ def check_finite_inputs(inputs: Any, n_read: int) -> None:
         return tensor
 
     map_tensors(inputs, check)
+
+
+def input_shapes(dataset: Any, indices: Sequence[int], collate: Callable[[list[Any]], Any]) -> str:
+    """Say of which shapes the inputs of a sample are.
+
+    Args:
+        dataset:
+            A map-style data set.
+        indices:
+            Of its samples; the first one is looked at.
+        collate:
+            Makes a batch of it.
+
+    Returns:
+        The shapes of all tensors, without the axis of samples.
+    """
+    inputs, _ = split_batch(collate([dataset[indices[0]]]))
+    shapes: list[str] = []
+
+    def add(tensor: torch.Tensor) -> torch.Tensor:
+        shapes.append(str(tuple(tensor.shape[1:])))
+        return tensor
+
+    map_tensors(inputs, add)
+    return ", ".join(shapes)
 
 
 def cast(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

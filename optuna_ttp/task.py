@@ -6,25 +6,30 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import contextmanager
+from contextlib import ExitStack
 import copy
 from dataclasses import asdict
+from functools import partial
 import hashlib
 import json
 import math
 from typing import Any
 from typing import SupportsFloat
+import warnings
 
 import numpy as np
 from numpy.typing import NDArray
 import torch
 
 from optuna_ttp.data import cast
-from optuna_ttp.data import check_finite_inputs
+from optuna_ttp.data import check_inputs
 from optuna_ttp.data import check_targets
+from optuna_ttp.data import input_shapes
 from optuna_ttp.data import map_tensors
 from optuna_ttp.data import read_data_argument
 from optuna_ttp.data import READ_SIZE
 from optuna_ttp.data import split_batch
+from optuna_ttp.exceptions import DataOrderWarning
 from optuna_ttp.fingerprint import hash_function
 from optuna_ttp.fingerprint import hash_module_settings
 from optuna_ttp.fingerprint import hash_tensor
@@ -84,8 +89,8 @@ class FineTuningTask:
         TypeError:
             If an argument, or what the model returns, is of the wrong kind.
         ValueError:
-            If the model has no trainable parameter, the data are empty, not finite or not
-            reproducible, or the targets do not fit the loss and the outputs.
+            If the model has no trainable parameter or mixes samples, the data are empty, not
+            finite or not reproducible, or the targets do not fit the loss and the outputs.
     """
 
     def __init__(
@@ -311,12 +316,30 @@ class FineTuningTask:
             task = FineTuningTask(self.model, data, self.loss, self.forward)
         except (TypeError, ValueError) as error:
             raise type(error)(f"validation_data: {error}") from error
+        except Exception as error:
+            # The model's own.
+            found, expected = self._shapes_beside(data)
+            if found == expected:
+                raise
+            raise ValueError(
+                f"validation_data: The model cannot be run on inputs of shape {found} a sample; "
+                f"those of the training data have shape {expected}. Bring both into one form. "
+                f"The model says: {str(error).splitlines()[0]}"
+            ) from error
         if task.n_outputs != self.n_outputs:
             raise ValueError(
                 f"validation_data must lead to {self.n_outputs} outputs, like the training data, "
                 f"but got {task.n_outputs}."
             )
         return task
+
+    def _shapes_beside(self, data: Any) -> tuple[str, str]:
+        """Shapes of the inputs of other data, and of the task's own."""
+        with preserved_random_state(), warnings.catch_warnings():
+            # It has been said.
+            warnings.simplefilter("ignore", DataOrderWarning)
+            other = input_shapes(*read_data_argument(data))
+            return other, input_shapes(self._dataset, self._indices, self._collate)
 
     def _check_reproducible(self) -> None:
         # Augmentation often changes an item with probability one half, so several are read twice.
@@ -340,7 +363,7 @@ class FineTuningTask:
         for inputs, batch_targets in self.batches(
             READ_SIZE, torch.device("cpu"), torch.get_default_dtype()
         ):
-            check_finite_inputs(inputs, n_read)
+            check_inputs(inputs, n_read)
             hash_value(digest, inputs)
             hash_value(digest, batch_targets)
             targets.append(batch_targets)
@@ -353,7 +376,8 @@ class FineTuningTask:
         with self.frozen(device, torch.float32) as frozen, torch.no_grad():
             n_probe = min(2, self.n_samples)
             inputs, _ = next(self.batches(n_probe, device, torch.float32))
-            outputs, again = frozen(inputs), frozen(inputs)
+            with _refusing_batch_statistics(self.model):
+                outputs, again = frozen(inputs), frozen(inputs)
         _check_output_shape(outputs, n_probe, None)
         if not torch.isfinite(outputs).all():
             raise ValueError("The model's outputs must be finite but got NaN or infinity.")
@@ -365,6 +389,44 @@ class FineTuningTask:
                 "training=self.training, or draw other random numbers?"
             )
         return int(outputs.shape[1])
+
+
+@contextmanager
+def _refusing_batch_statistics(model: torch.nn.Module) -> Iterator[None]:
+    """Refuse modules that take statistics of the batch, where they run."""
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    called: list[str] = []
+
+    def refuse(error: Exception | None) -> None:
+        if called:
+            raise ValueError(
+                "The outputs of a sample depend on the other samples of its batch, because the "
+                f"module {called[0]!r} normalises by the batch (track_running_stats=False). "
+                "Neither the empirical NTK nor a prediction is defined for that. Use one with "
+                "running statistics, or torch.nn.GroupNorm."
+            ) from error
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            # In evaluation mode those with running statistics use these.
+            if (
+                isinstance(module, kind)
+                and type(module).forward is kind.forward
+                and module.running_mean is None
+            ):
+                hook = partial(_append, called, name)
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+        try:
+            yield
+        except Exception as error:
+            # A batch of one has no statistics.
+            refuse(error)
+            raise
+        refuse(None)
+
+
+def _append(names: list[str], name: str, *_: object) -> None:
+    names.append(name)
 
 
 def _check_output_shape(outputs: torch.Tensor, n_samples: int, n_outputs: int | None) -> None:
@@ -402,6 +464,16 @@ def _check_parameters(model: torch.nn.Module) -> None:
             f"The model must have a trainable parameter but got {len(parameters)} parameters, "
             "none with requires_grad=True."
         )
+    for name, module in model.named_modules():
+        if getattr(module, "scale_grad_by_freq", False) and any(
+            p.requires_grad for p in module.parameters(recurse=False)
+        ):
+            raise ValueError(
+                f"The module {name!r} has scale_grad_by_freq=True: the gradient of a sample "
+                "depends on the other samples of its batch, so that neither the empirical NTK "
+                "nor a prediction is defined. Set it to False, or freeze the module with "
+                "requires_grad_(False)."
+            )
     for name, parameter in parameters:
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise ValueError(f"The model's weights must be finite but {name!r} is not.")

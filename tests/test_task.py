@@ -294,6 +294,49 @@ def test_complex_parameters_are_refused() -> None:
         FineTuningTask(model, vectors())
 
 
+@pytest.mark.parametrize("n_samples", [1, 2, 65])
+@pytest.mark.parametrize("shape", [(8,), (8, 3, 3)], ids=["1d", "2d"])
+def test_statistics_of_the_batch_are_refused_by_name(
+    shape: tuple[int, ...], n_samples: int
+) -> None:
+    kind = torch.nn.BatchNorm1d if len(shape) == 1 else torch.nn.BatchNorm2d
+    model = torch.nn.Sequential()
+    model.add_module("norm", kind(8, track_running_stats=False))
+    model.add_module("flat", torch.nn.Flatten())
+    model.add_module("head", torch.nn.LazyLinear(3))
+    model(torch.randn(4, *shape))
+    data = torch.randn(n_samples, *shape), torch.zeros(n_samples, dtype=torch.long)
+    message = "depend on the other samples of its batch.*'norm'.*track_running_stats=False"
+    with pytest.raises(ValueError, match=message):
+        FineTuningTask(model, data)
+    # Where it does not run, it mixes nothing.
+    head: Any = model[2]
+    task = FineTuningTask(model, data, forward=lambda _, x: head(x.flatten(1)))
+    assert task.n_outputs == 3
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Embedding, torch.nn.EmbeddingBag])
+def test_gradients_by_frequency_in_the_batch_are_refused_by_name(layer: Any) -> None:
+    table, head = layer(20, 6, scale_grad_by_freq=True), torch.nn.LazyLinear(3)
+    model = torch.nn.Sequential()
+    model.add_module("table", table)
+    model.add_module("flat", torch.nn.Flatten())
+    model.add_module("head", head)
+    data = torch.arange(12).reshape(4, 3), torch.arange(4) % 3
+    model(data[0])
+    with pytest.raises(ValueError, match="'table' has scale_grad_by_freq=True"):
+        FineTuningTask(model, data)
+    table.requires_grad_(False)
+    in_head = sum(p.numel() for p in head.parameters())
+    assert FineTuningTask(model, data).n_parameters == in_head
+
+
+def test_complex_inputs_are_refused() -> None:
+    x, y = vectors()
+    with pytest.raises(TypeError, match=r"inputs must be real but got torch\.complex64"):
+        FineTuningTask(mlp(), (x.to(torch.complex64), y))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript_is_refused() -> None:
     traced = torch.jit.trace(mlp(), torch.zeros(1, 6))

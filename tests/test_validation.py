@@ -469,3 +469,18 @@ def test_settling_is_its_definition_on_every_curve(
 def test_bad_epsilon_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=r"target_epsilon must be in \(0, 1\) but got"):
         TrainingTimePredictor(_linear(), target_epsilon=share)
+
+
+def test_validation_inputs_that_the_model_cannot_take_are_refused() -> None:
+    x, y = vectors()
+    message = (
+        r"validation_data: The model cannot be run on inputs of shape \(5,\) a sample; those of "
+        r"the training data have shape \(6,\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        FineTuningTask(mlp(), (x, y), validation_data=(x[:4, :5], y[:4]))
+    # Other shapes are fine where the model takes them.
+    held_out = torch.randn(4, 1, 12, 12), torch.arange(4) % 3
+    task = FineTuningTask(cnn(), images(6), validation_data=held_out)
+    assert task.validation is not None
+    assert task.validation.n_outputs == 3
