@@ -17,6 +17,7 @@ from optuna_ttp.jacobian import exact_kernel
 from optuna_ttp.jacobian import resolve_engine
 from optuna_ttp.jacobian._eigenpairs import eigenpairs_of_features
 from optuna_ttp.jacobian._flow import flow_times
+from optuna_ttp.jacobian._flow import follow_flow
 from optuna_ttp.jacobian._sketch import refine
 from optuna_ttp.jacobian._sketch import sketch_jacobian
 from optuna_ttp.spectrum import Spectrum
@@ -268,6 +269,62 @@ def test_a_sketch_that_is_not_wide_enough_warns(monkeypatch: pytest.MonkeyPatch)
     with pytest.warns(ApproximationWarning, match="The sketch of width 32 leaves predicted times"):
         found = compute_spectrum(_wide(), engine="sketch", measure_speed=False, probe=False)
     assert found.metadata.sketch_width == 32
+
+
+class _Recurrent(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.recurrent = torch.nn.LSTM(4, width, num_layers=2, batch_first=True)
+        self.head = torch.nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(self.recurrent(x)[0][:, -1])
+        return outputs
+
+
+def _slow() -> FineTuningTask:
+    """Eigenvalues that are so far apart that half of the loss takes too many steps."""
+    torch.manual_seed(0)
+    return FineTuningTask(_Recurrent(5), (torch.randn(6, 7, 4), torch.arange(6) % 3))
+
+
+def _contradictory() -> FineTuningTask:
+    """One sample with several labels: half of the loss is never reached."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 7, 4).repeat(6, 1, 1)
+    return FineTuningTask(_Recurrent(40), (x, torch.tensor([0, 0, 1, 0, 2, 0])))
+
+
+def _quiet_spectrum(task: FineTuningTask, engine: str) -> Spectrum:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ApproximationWarning)
+        return compute_spectrum(
+            task, engine=engine, measure_speed=False, probe=False, show_progress_bar=False
+        )
+
+
+@pytest.mark.parametrize("engine", ["sketch", "refined_sketch"])
+def test_a_sketch_that_projects_nothing_is_exact(engine: str) -> None:
+    task = _slow()
+    one, exact = (_quiet_spectrum(task, e) for e in (engine, "exact"))
+    assert np.isinf(flow_times(one, rank=one.rank)).all()
+    np.testing.assert_allclose(one.eigenvalues[:3], exact.eigenvalues[:3], rtol=1e-5)
+    assert one.metadata.time_error == 0.0
+    assert one.metadata.sketch_width == 4096
+
+
+@pytest.mark.parametrize("engine", ["sketch", "refined_sketch"])
+def test_the_error_is_known_where_half_of_the_loss_is_not_reached(engine: str) -> None:
+    task = _contradictory()
+    one, exact = (_quiet_spectrum(task, e) for e in (engine, "exact"))
+    assert np.isinf(flow_times(one, rank=one.rank)).all()
+    error = one.metadata.time_error
+    assert error is not None
+    assert 0.0 < error <= 0.03
+    flows = [follow_flow(s, fractions=(0.95, 0.9, 0.85)) for s in (exact, one)]
+    assert np.isfinite(flows[0].times).all()
+    assert flows[0].left < 0.85
+    assert np.abs(flows[1].times / flows[0].times - 1.0).max() < 3.0 * error
 
 
 def test_the_engine_is_chosen_by_sizes_alone() -> None:

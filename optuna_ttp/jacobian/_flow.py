@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,22 @@ _MAX_STEPS = 3_000
 _SAFETY = 0.9
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """How gradient flow went.
+
+    Attributes:
+        times:
+            When each fraction of the reducible initial loss was reached; infinite where it was
+            not.
+        left:
+            The fraction at the end.
+    """
+
+    times: NDArray[np.float64]
+    left: float
+
+
 def flow_times(spectrum: Spectrum, *, rank: int = 200) -> NDArray[np.float64]:
     """Return the times at which gradient flow reaches fractions of its reducible loss.
 
@@ -35,6 +51,26 @@ def flow_times(spectrum: Spectrum, *, rank: int = 200) -> NDArray[np.float64]:
         One time for each of 50, 25 and 10 % of the reducible initial loss; infinite where that is
         not reached.
     """
+    return follow_flow(spectrum, rank=rank).times
+
+
+@torch.inference_mode()
+def follow_flow(
+    spectrum: Spectrum, *, rank: int = 200, fractions: tuple[float, ...] = FRACTIONS
+) -> Flow:
+    """Follow gradient flow to the last of some fractions of its reducible loss, or 3,000 steps.
+
+    Args:
+        spectrum:
+            Of any engine.
+        rank:
+            Leading eigenpairs that are followed. 200 by default.
+        fractions:
+            Descending. 50, 25 and 10 % by default.
+
+    Returns:
+        The flow.
+    """
     model = LinearisedModel.from_spectrum(
         spectrum.truncate(rank=min(rank, spectrum.rank)), dtype=torch.float64
     )
@@ -42,22 +78,22 @@ def flow_times(spectrum: Spectrum, *, rank: int = 200) -> NDArray[np.float64]:
     floor = model.loss_floor
     initial = float(model.loss(model.outputs(theta))) - floor
     if not initial > 0.0:
-        return np.full(len(FRACTIONS), np.inf)
+        return Flow(np.full(len(fractions), np.inf), 1.0)
     rate = _SAFETY / max(float(model.curvatures[0]), 1e-30)
-    time, before = 0.0, (0.0, 1.0)
-    times = np.full(len(FRACTIONS), np.inf)
+    time, left, before = 0.0, 1.0, (0.0, 1.0)
+    times = np.full(len(fractions), np.inf)
     found = 0
     for _ in range(_MAX_STEPS):
         theta = theta - rate * model.gradient(theta)
         time += rate
         # Rounding may leave nothing at all.
         left = max((float(model.loss(model.outputs(theta))) - floor) / initial, 1e-300)
-        while found < len(FRACTIONS) and left <= FRACTIONS[found]:
+        while found < len(fractions) and left <= fractions[found]:
             # Nearly exponential between two steps.
-            share = np.log(before[1] / FRACTIONS[found]) / np.log(before[1] / left)
+            share = np.log(before[1] / fractions[found]) / np.log(before[1] / left)
             times[found] = before[0] + share * (time - before[0])
             found += 1
-        if found == len(FRACTIONS):
+        if found == len(fractions):
             break
         before = (time, left)
-    return times
+    return Flow(times, left)

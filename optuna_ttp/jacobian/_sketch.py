@@ -71,6 +71,8 @@ class Sketch:
             ``J diag(c) w_0``, exact, of shape ``(N, C)``.
         trace:
             The trace of the kernel, exact.
+        is_exact:
+            All columns are kept: the halves are zero.
     """
 
     kept: torch.Tensor
@@ -78,6 +80,7 @@ class Sketch:
     validation: tuple[torch.Tensor, ...]
     weight_outputs: NDArray[np.float64]
     trace: float
+    is_exact: bool
 
     def features(self, half: int | None = None) -> torch.Tensor:
         """Return ``Z`` with ``Z Z^T`` for the kernel; of one half, or of both."""
@@ -366,7 +369,7 @@ class Passes:
                 validation, _, _ = self._project(
                     task.validation, outputs, kept, halves, width, bar
                 )
-        return Sketch(own[0], (own[1], own[2]), validation, inner, trace)
+        return Sketch(own[0], (own[1], own[2]), validation, inner, trace, not projected)
 
     def images(
         self, vectors: torch.Tensor, max_memory: int, *, own: bool = True, others: bool = False
