@@ -95,7 +95,7 @@ class Simulator:
         """The same for batches of the spectrum's samples."""
         return replace(self.stability_limit, n_samples=self.spectrum.n_samples)
 
-    @property
+    @cached_property
     def initial_loss(self) -> float:
         """The training loss at the pretrained weights."""
         return float(self.model.loss(self.model.initial_outputs[None]))
