@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -219,3 +221,42 @@ def test_products_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Directions, "_forward_mode", wrong)
     with pytest.raises(JacobianMismatchError, match="A product with the Jacobian by forward"):
         compute_spectrum(_many_outputs(), engine="matrix_free", rank=5, **SETTINGS)
+
+
+_WARNINGS = """
+import warnings
+
+import torch
+
+from optuna_ttp import compute_spectrum, FineTuningTask
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(
+    torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+    torch.nn.Flatten(),
+    torch.nn.PReLU(),
+    torch.nn.Linear(12, 160),
+)
+task = FineTuningTask(model, (torch.randn(6, 3, 4), torch.arange(6)))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for engine in ("exact", "sketch", "refined_sketch", "matrix_free"):
+        compute_spectrum(task, engine=engine, rank=5)
+print(*[w.message for w in caught if issubclass(w.category, (DeprecationWarning, FutureWarning))])
+# The user's own are not lost.
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    torch.jit.script(torch.nn.Identity())
+print(any("torch.jit.script" in str(w.message) for w in caught))
+"""
+
+
+def test_no_deprecation_of_torchs_own_reaches_the_user() -> None:
+    # Forward mode loads what it needs once a process.
+    done = subprocess.run(
+        [sys.executable, "-c", _WARNINGS], capture_output=True, text=True, check=True
+    )
+    silent, own = done.stdout.splitlines()
+    assert silent == ""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    assert own == "True" or version < (2, 13)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
+import warnings
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -147,6 +149,7 @@ class Directions:
                 return found
 
     def _forward_mode(self, inputs: object, directions: list[list[torch.Tensor]]) -> torch.Tensor:
+        _load_forward_mode()
         before = self._frozen.parameters
         found = []
         try:
@@ -202,6 +205,16 @@ class Directions:
                 f"A product with the Jacobian by {self.mode} must be {expected:.6g} in its own "
                 f"direction, as reverse mode has it, but got {scale:.6g}."
             )
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Let PyTorch compile its derivatives for forward mode, which it does once a process."""
+    with warnings.catch_warnings():
+        # By means that it has itself deprecated.
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 @contextmanager
