@@ -84,6 +84,8 @@ class FineTuningTask:
         learning_rate_multipliers:
             From the beginning of parameters' names to what multiplies their learning rate, as
             parameter groups do: ``{"head.": 10.0}``. The longest beginning counts; one by default.
+            Only the exact engine of :func:`~optuna_ttp.compute_spectrum` knows others than one:
+            ``"auto"`` then takes it, whatever the size.
 
     Raises:
         TypeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -14,6 +15,8 @@ from optuna_ttp.exceptions import ApproximationWarning
 from optuna_ttp.exceptions import JacobianMismatchError
 from optuna_ttp.jacobian import compute_spectrum
 from optuna_ttp.jacobian import exact_kernel
+from optuna_ttp.jacobian import plan_spectrum
+from optuna_ttp.jacobian import resolve_engine
 from optuna_ttp.jacobian._directions import Directions
 from optuna_ttp.jacobian._matrix_free import by_directions
 from optuna_ttp.spectrum import Spectrum
@@ -132,10 +135,17 @@ def test_a_jacobian_of_zeros_is_refused(n_outputs: int) -> None:
         compute_spectrum(task, engine="matrix_free", rank=5, **SETTINGS)
 
 
-def test_multipliers_are_refused() -> None:
-    task = FineTuningTask(mlp(), vectors(4), learning_rate_multipliers={"0.": 2.0})
-    with pytest.raises(ValueError, match="learning_rate_multipliers must all be one"):
-        compute_spectrum(task, engine="matrix_free", **SETTINGS)
+@pytest.mark.parametrize("engine", ["sketch", "refined_sketch", "matrix_free"])
+@pytest.mark.parametrize("run", [compute_spectrum, plan_spectrum, resolve_engine])
+def test_multipliers_are_refused(run: Any, engine: str) -> None:
+    task = FineTuningTask(mlp(), vectors(4), learning_rate_multipliers={"0.b": 2.0})
+    message = (
+        f'learning_rate_multipliers must all be one for the engine "{engine}" but got 2.0 for '
+        "'0.bias'. Use engine=\"exact\""
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(task, engine=engine)
+    assert plan_spectrum(task).engine == "exact"
 
 
 # Products one direction at a time

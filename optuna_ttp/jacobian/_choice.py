@@ -52,11 +52,14 @@ def resolve_engine(
         TypeError:
             If the task is none, or the memory budget no number.
         ValueError:
-            If there is no such engine, or the memory budget is not positive.
+            If there is no such engine, it does not know the task's learning-rate multipliers, or
+            the memory budget is not positive.
     """
     check_task(task)
     check_memory(max_memory)
     if engine in ENGINES:
+        if engine != "exact":
+            check_multipliers(task, engine)
         return engine, "asked for"
     if engine != "auto":
         known = ", ".join(f'"{name}"' for name in ("auto", *ENGINES))
@@ -75,6 +78,27 @@ def resolve_engine(
     if task.n_outputs > _MAX_OUTPUTS:
         return "matrix_free", f"{reason}, and there are too many outputs for a sketch"
     return "sketch", reason
+
+
+def check_multipliers(task: FineTuningTask, engine: str) -> None:
+    """Refuse learning-rate multipliers, which only the exact engine knows.
+
+    Args:
+        task:
+            What is fine-tuned.
+        engine:
+            The name of another engine.
+
+    Raises:
+        ValueError:
+            If one is not one.
+    """
+    for name, factor in task.multipliers.items():
+        if factor != 1.0:
+            raise ValueError(
+                f'learning_rate_multipliers must all be one for the engine "{engine}" but got '
+                f'{factor} for {name!r}. Use engine="exact", the only one that knows them.'
+            )
 
 
 def check_sketch_memory(task: FineTuningTask, itemsize: int, max_memory: float) -> int:

@@ -23,6 +23,7 @@ import torch
 
 from optuna_ttp._checks import check_enough_memory
 from optuna_ttp.exceptions import ApproximationWarning
+from optuna_ttp.jacobian._choice import check_multipliers
 from optuna_ttp.jacobian._directions import Directions
 from optuna_ttp.jacobian._eigenpairs import Eigenpairs
 from optuna_ttp.jacobian._eigenpairs import eigenpairs_of_features
@@ -112,11 +113,7 @@ def leading_pairs(
         JacobianMismatchError:
             If products differ from what plain automatic differentiation gives.
     """
-    if any(factor != 1.0 for factor in task.multipliers.values()):
-        raise ValueError(
-            "learning_rate_multipliers must all be one for the matrix-free engine. Use "
-            'engine="exact".'
-        )
+    check_multipliers(task, "matrix_free")
     n_rows = task.n_samples * task.n_outputs
     n_wanted = min(n_rows, N_PAIRS if rank is None else rank)
     n_columns = columns_of(task, rank)

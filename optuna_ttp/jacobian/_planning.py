@@ -118,11 +118,6 @@ def plan_spectrum(
     check_seed(seed)
     name, reason = resolve_engine(task, engine, max_memory=max_memory)
     kind, held = resolve_dtype(dtype, name)
-    if name != "exact" and any(factor != 1.0 for factor in task.multipliers.values()):
-        raise ValueError(
-            f'learning_rate_multipliers must all be one for the engine "{name}". Use '
-            'engine="exact".'
-        )
     planner = _Planner(task, resolve_device(task, device), kind, max_memory, seed)
     if name == "exact":
         estimate = planner.exact(held)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 import torch
 from tqdm import tqdm
 
+from optuna_ttp.jacobian._choice import check_multipliers
 from optuna_ttp.jacobian._eigenpairs import Eigenpairs
 from optuna_ttp.jacobian._factors import chunked_product
 from optuna_ttp.jacobian._factors import Factors
@@ -136,10 +137,7 @@ def sketch_jacobian(
     """
     if projection not in ("sign_fold", "ternary"):
         raise ValueError(f'projection must be "sign_fold" or "ternary" but got {projection!r}.')
-    if any(factor != 1.0 for factor in task.multipliers.values()):
-        raise ValueError(
-            'learning_rate_multipliers must all be one for a sketch. Use engine="exact".'
-        )
+    check_multipliers(task, "sketch")
     if width < 2 or width % 2:
         raise ValueError(f"width must be even and positive but got {width!r}.")
 
