@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 _HALF_DIVERGE = 4.2
 _NETWORK_SD = 1.0
 _WIDTH = 0.25
+_LEAST = 1e-12
 _GRID = np.log(_HALF_DIVERGE) + np.linspace(-6.0, 6.0, 241)
 
 
@@ -68,7 +69,9 @@ class DivergenceLimit:
             The posterior.
         """
         log_density = -0.5 * ((_GRID - np.log(half)) / spread) ** 2
-        away = (np.log(np.asarray(stability, dtype=np.float64))[:, None] - _GRID) / _WIDTH
+        # A curvature of next to nothing makes a stability of zero.
+        logs = np.log(np.maximum(np.asarray(stability, dtype=np.float64), _LEAST))
+        away = (logs[:, None] - _GRID) / _WIDTH
         sign = np.where(np.asarray(diverged, dtype=bool), 1.0, -1.0)[:, None]
         log_density = log_density - np.logaddexp(0.0, -sign * away).sum(axis=0)
         density = np.exp(log_density - log_density.max())

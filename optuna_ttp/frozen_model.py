@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from optuna_ttp.data import cast
+from optuna_ttp.functional import functional_call
 
 
 class FrozenModel:
@@ -111,7 +112,7 @@ class FrozenModel:
 
     def __call__(self, inputs: Any) -> torch.Tensor:
         """Return the outputs, of shape ``(batch, C)``, for a batch of inputs."""
-        outputs = torch.func.functional_call(self.adapter, self._state, (inputs,))
+        outputs = functional_call(self.adapter, self._state, (inputs,))
         if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
             kind = outputs.dtype if isinstance(outputs, torch.Tensor) else type(outputs).__name__
             raise TypeError(

@@ -10,6 +10,7 @@ from typing import Any
 from typing import TYPE_CHECKING
 import warnings
 
+from optuna.logging import get_logger
 from optuna.trial import TrialState
 
 from optuna_ttp._optuna_compat import FINISHED
@@ -18,6 +19,7 @@ from optuna_ttp._optuna_compat import trials_of
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import Observation
 from optuna_ttp.exceptions import UnreliablePredictionWarning
+from optuna_ttp.exceptions import UnusableCurveWarning
 from optuna_ttp.hyperparameters import HyperparameterMap
 from optuna_ttp.hyperparameters import MissingParameterError
 from optuna_ttp.observed_trial import InitialLoss
@@ -37,9 +39,12 @@ if TYPE_CHECKING:
     from optuna_ttp.predictor import TrainingTimePredictor
 
 
+_logger = get_logger("optuna.ttp.learner")
 # While fewer trials are finished every one counts; at the most so many are waited for.
 _FEW = 8
 _MOST_NEW = 32
+# So many curves of which none comes down are strange.
+_NONE_FALLS = 5
 # Nothing older than the newest so many trials is predicted afterwards.
 _MOST_LATE = 256
 
@@ -147,6 +152,8 @@ class Learner:
         told = [*sorted(finished, key=lambda t: t.number)[:n_finished], *under_way]
         twin = self._predictor.informed(_observations(study, self._predictor, told, self._map))
         kept[id(self._predictor)] = _Learned(twin, n_finished, running)
+        _tell_of_nothing(study, twin)
+        _tell_of_trust(study, twin.calibration)
         _tell_of_start(study, twin.calibration)
         return twin
 
@@ -166,23 +173,64 @@ class Learner:
 
 # By the fingerprint of the task and the number of a finished trial.
 _OBSERVATIONS: PerStudy[dict[str, dict[int, Observation | None]]] = PerStudy(dict)
-# Studies that were told that training does not begin as predicted.
-_TOLD: PerStudy[list[bool]] = PerStudy(list)
+# What studies were told of their predictions.
+_TOLD: PerStudy[set[str]] = PerStudy(set)
 # By the identity of a predictor, which what was learned keeps alive.
 _LEARNED: PerStudy[dict[int, _Learned]] = PerStudy(dict)
 
 
+def _tell_of_nothing(study: optuna.Study, predictor: TrainingTimePredictor) -> None:
+    """Say once that none of several curves has come down: they may be of something else."""
+    n_curves = len(predictor.observations)
+    told = _TOLD[study]
+    if n_curves < _NONE_FALLS or predictor.calibration.n_observed or "nothing" in told:
+        return
+    told.add("nothing")
+    warnings.warn(
+        f"None of the training-loss curves of {n_curves} trials has come down by 5 %, so that "
+        "nothing is learned from them but that they were slow. Check that what is recorded is the "
+        "training loss, as a mean over the mini-batch, and neither a metric nor a constant.",
+        UnusableCurveWarning,
+        stacklevel=4,
+    )
+
+
+def _tell_of_trust(study: optuna.Study, calibration: Calibration) -> None:
+    """Say that predictions are not trusted, at first by a warning, or are again."""
+    told = _TOLD[study]
+    if calibration.trusted == ("distrust" not in told):
+        return
+    if calibration.trusted:
+        told.remove("distrust")
+        _logger.info(f"Predictions are trusted again: {calibration}.")
+        return
+    told.add("distrust")
+    text = (
+        "Predicted training times were further from the observed ones (typically by a factor "
+        f"{math.exp(calibration.compared_error):.2f}) than those of `c / effective learning "
+        "rate`, learned from the same trials (a factor "
+        f"{math.exp(calibration.baseline_error):.2f}, {calibration.n_observed} trials). They "
+        "steer nothing until that changes: nothing is skipped, and the base sampler decides."
+    )
+    if "warned" in told:
+        _logger.info(text)
+        return
+    told.add("warned")
+    warnings.warn(text, UnreliablePredictionWarning, stacklevel=4)
+
+
 def _tell_of_start(study: optuna.Study, calibration: Calibration) -> None:
     """Say once that the first steps are not as predicted: no trial can be to blame for that."""
-    if calibration.starts_as_predicted or _TOLD[study]:
+    told = _TOLD[study]
+    if calibration.starts_as_predicted or "start" in told:
         return
-    _TOLD[study].append(True)
+    told.add("start")
     warnings.warn(
         f"Training begins {calibration.start_factor:.2g} times as fast as predicted "
         f"({calibration.n_observed} trials), in its first steps, where the network is still the "
         "pretrained one. Check that steps are optimiser steps and losses means over the "
         "mini-batch (steps_per_report?), and that the spectrum is that of this network, these "
-        "data and this loss. Predictions are corrected by as much.",
+        "data and this loss. Predictions are corrected by what is learned.",
         UnreliablePredictionWarning,
         stacklevel=4,
     )
@@ -256,7 +304,7 @@ def _tell_of_gaps(study: optuna.Study, trial: FrozenTrial) -> None:
     n_gaps = value["n_gaps"] if isinstance(value, dict) else 0
     if n_gaps:
         some = "A loss of trial {} is" if n_gaps == 1 else f"{n_gaps:,} losses of trial {{}} are"
-        reason = "NaN or infinite, while later ones are finite"
+        reason = "NaN or infinite, while training went on"
         gaps = UnusableCurve("gaps", reason, f"{some} left out")
         gaps.tell(study, trial.number, stacklevel=5)
 

@@ -44,7 +44,7 @@ class LossCurve:
         diverged:
             Whether the loss became infinite or NaN, and stayed it.
         n_gaps:
-            How many losses were infinite or NaN while later ones were not, and are left out.
+            How many losses were infinite or NaN while training went on, and are left out.
     """
 
     steps: NDArray[np.float64]
@@ -58,13 +58,13 @@ class LossCurve:
     def of(cls, losses: ArrayLike, steps: ArrayLike | None = None) -> LossCurve:
         """Smooth the losses of mini-batches.
 
-        Losses that are infinite or NaN are left out; where they are the last ones, the curve is
-        that of a training that diverged. The window covers 10 % of the step on each side, at
-        least two points: wide enough for mini-batch noise, narrow on the logarithmic scale on
-        which training times differ. An exponential is laid through it, because a plain mean of a
-        falling curve is late: most of all at the end of the curve, where a trial that stops at its
-        target would never seem to reach it. The scatter of the losses within the window tells the
-        standard error.
+        Losses that are infinite or NaN are left out. Where they are the last ones, but for a
+        single one after a loss below the first, the curve is that of a training that diverged.
+        The window covers 10 % of the step on each side, at least two points: wide enough for
+        mini-batch noise, narrow on the logarithmic scale on which training times differ. An
+        exponential is laid through it, because a plain mean of a falling curve is late: most of
+        all at the end of the curve, where a trial that stops at its target would never seem to
+        reach it. The scatter of the losses within the window tells the standard error.
 
         Example:
             >>> curve = LossCurve.of([2.0, 1.6, 1.3, 1.1, 0.9, 0.8])
@@ -89,9 +89,12 @@ class LossCurve:
         _check(values, places)
         n_steps = int(places[-1]) + 1
         good = np.abs(values) < _BLOWN_UP
-        diverged = not good[-1]
+        # A single one at the end of a curve that has come down may be a batch that overflowed.
+        by_chance = len(good) > 2 and good[-2] and values[good][-1] < values[good][0]
+        diverged = not good[-1] and not by_chance
         # Weights that are NaN stay it. Where the loss is a number again, a batch was to blame.
         n_gaps = int(np.flatnonzero(good)[-1] + 1 - good.sum()) if good.any() else 0
+        n_gaps += int(by_chance and not good[-1])
         # A loss of exactly zero is all that single precision can say about a tiny one.
         values, places = np.maximum(values[good], 1e-30), places[good]
         chosen = _recorded(len(values))

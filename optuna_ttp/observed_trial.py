@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # A first loss so many times the initial one, or so small a part of it, is not the same loss, as
 # far as it is not the luck of a small mini-batch: by so many of its standard deviations.
-_TOO_HIGH, _TOO_LOW = 2.5, 0.6
+_TOO_HIGH, _TOO_LOW = 1.8, 0.6
 _LUCKY, _UNLUCKY = 4.0, 6.0
 # A curve that begins late may have come down, or gone up, but not so far up where the learning
 # rate is below so much of the largest stable one.

@@ -10,7 +10,6 @@ from typing import Any
 from typing import get_args
 from typing import Literal
 from typing import TYPE_CHECKING
-import warnings
 
 import numpy as np
 import optuna
@@ -30,7 +29,6 @@ from optuna_ttp._optuna_compat import write_constraint
 from optuna_ttp._resolution import resolve_for_trial
 from optuna_ttp.calibration import Observation
 from optuna_ttp.decision import Decision
-from optuna_ttp.exceptions import UnreliablePredictionWarning
 from optuna_ttp.hyperparameters import Configuration
 from optuna_ttp.hyperparameters import HyperparameterMap
 from optuna_ttp.hyperparameters import map_or_default
@@ -240,7 +238,6 @@ class TTPPruner(BasePruner):
         self._shadow = shadow
         self._constraint = constraint
         self._seed = seed
-        self._warned = False
         self._told = False
         # By the trial's number. What is not in here is read from the storage.
         self._known: PerStudy[dict[int, _Known]] = PerStudy(dict)
@@ -491,19 +488,7 @@ class TTPPruner(BasePruner):
         self, trial: FrozenTrial, trials: Sequence[FrozenTrial], predictor: TrainingTimePredictor
     ) -> tuple[str, str] | None:
         """Why a trial runs in spite of its prediction, as a word and in words."""
-        calibration = predictor.calibration
-        if not calibration.trusted:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    "Predicted training times were further from the observed ones (typically by "
-                    f"a factor {math.exp(calibration.compared_error):.2f}) than those of "
-                    "`c / effective learning rate`, learned from the same trials (a factor "
-                    f"{math.exp(calibration.baseline_error):.2f}, {calibration.n_observed} "
-                    "trials). Nothing is skipped until that changes.",
-                    UnreliablePredictionWarning,
-                    stacklevel=2,
-                )
+        if not predictor.calibration.trusted:
             return "untrusted", "predictions are worse than a rule of thumb"
         if self._shadow:
             return "shadow", "runs in shadow mode"

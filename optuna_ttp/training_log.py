@@ -32,8 +32,9 @@ class TrainingLog:
     """Records a trial's training loss, so that predictions can be checked and corrected.
 
     A trial has one: what a second one records is left out, unless it goes on where the first one
-    ended. A loss that is not a finite number, while later ones are, is left out, as where one
-    mini-batch has overflowed; a curve that ends with such losses is that of a trial that diverged.
+    ended. A loss that is not a finite number while later ones are, or a single one at the end of a
+    curve that has come down, is left out, as where one mini-batch has overflowed; otherwise a
+    curve that ends with such losses is that of a trial that diverged.
 
     Example:
         >>> with TrainingLog(trial) as log:
@@ -122,10 +123,10 @@ class TrainingLog:
             UnusableCurveWarning:
                 If it has fewer than two losses.
         """
-        self.write()
         if self._unusable is None and len(self._losses) < 2:
             few = ("short", "it has a single loss") if self._losses else ("empty", "it is empty")
-            self._tell(UnusableCurve(*few))
+            self._refuse(*few)
+        self.write()
 
     def write(self) -> None:
         """Write the curve to the trial as far as it has come."""
@@ -149,7 +150,8 @@ class TrainingLog:
 
     def _continues(self, written: dict[str, Any]) -> bool:
         """Whether this log goes on where another one of the trial ended; if not, say so."""
-        if STEPS_PER_REPORT in written:
+        # Another log of the trial may have had nothing to say.
+        if STEPS_PER_REPORT in written or written.get("kind") in ("empty", "short"):
             return True
         if "steps" in written and self._steps and self._steps[0] >= written["n_steps"]:
             self._earlier = written

@@ -29,6 +29,22 @@ class Case:
     forward: Callable[[torch.nn.Module, Any], torch.Tensor] | None = None
 
 
+class TwoNames(torch.nn.Module):
+    """A layer under two names, called under both, and a table that is another one's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Linear(6, 6)
+        self.body = torch.nn.Sequential(self.encoder, torch.nn.BatchNorm1d(6))
+        self.head = torch.nn.Sequential(torch.nn.Tanh(), self.encoder, torch.nn.Linear(6, 3))
+        self.tied = torch.nn.Linear(6, 6, bias=False)
+        self.tied.weight = self.encoder.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(self.tied(self.body(self.encoder(x))))
+        return outputs
+
+
 class TiedWeights(torch.nn.Module):
     """One weight matrix under two names, and one layer that is passed twice."""
 
@@ -149,6 +165,7 @@ def case(name: str) -> Case:
         "mlp": lambda: Case(mlp(), (x, y)),
         "cnn with batch norm and in-place relu": lambda: Case(cnn(), images(6)),
         "tied and shared weights": lambda: Case(TiedWeights(), (x, y)),
+        "a layer under two names": lambda: Case(TwoNames(), (x, y)),
         "gru": lambda: Case(Recurrent(), (x, y)),
         "multi-head attention": lambda: Case(Attention(), (x, y)),
         "dict inputs": lambda: Case(TextClassifier(), texts()),
@@ -167,6 +184,7 @@ CASES = (
     "mlp",
     "cnn with batch norm and in-place relu",
     "tied and shared weights",
+    "a layer under two names",
     "gru",
     "multi-head attention",
     "dict inputs",

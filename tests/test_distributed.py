@@ -15,6 +15,7 @@ import torch.distributed as distributed
 from optuna_ttp.jacobian import compute_spectrum
 from optuna_ttp.jacobian import exact_kernel
 from optuna_ttp.jacobian import plan_spectrum
+from optuna_ttp.store import SpectrumStore
 from optuna_ttp.task import FineTuningTask
 from tests.models import cnn
 from tests.models import images
@@ -234,6 +235,36 @@ def test_processes_that_differ_are_refused_by_all_of_them(tmp_path: Path) -> Non
     whole = exact_kernel(_one_sided(), device=CPU)
     for rank in range(2):
         assert relative_error(np.load(tmp_path / f"experts-{rank}.npy"), whole.gram) < 1e-6
+
+
+def _storing(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/group",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        store = SpectrumStore(f"sqlite:///{folder}/ttp.db")
+        for run in range(2):
+            # The second time it is there.
+            found = store.get_or_compute(_multipliers(), distributed=True, engine="exact")
+            np.save(f"{folder}/{run}-{rank}.npy", found.eigenvalues)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_processes_that_compute_together_store_once_and_do_not_wait(tmp_path: Path) -> None:
+    _run_together(_storing, 2, tmp_path)
+    whole = compute_spectrum(_multipliers(), engine="exact", measure_speed=False, probe=False)
+    for run in range(2):
+        for rank in range(2):
+            found = np.load(tmp_path / f"{run}-{rank}.npy")
+            np.testing.assert_allclose(found, whole.eigenvalues, rtol=1e-5, atol=1e-6)
+    store = SpectrumStore(f"sqlite:///{tmp_path}/ttp.db")
+    assert store.get(_multipliers(), engine="exact") is not None
 
 
 def test_all_ways_of_a_product_are_shared() -> None:

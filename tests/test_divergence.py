@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 import math
+import warnings
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,3 +96,10 @@ def test_where_trials_do_not_do_as_predicted_none_are_expected_to() -> None:
     assert calibrate([slow]).divergence.probability(1.5) < calibrate([]).divergence.probability(
         1.5
     )
+
+
+def test_a_network_without_curvature_tells_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        limit = DivergenceLimit.of([0.0, 1.0], [False, False])
+    assert float(limit.probability(1.0)) < float(DivergenceLimit.of().probability(1.0))

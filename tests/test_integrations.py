@@ -17,6 +17,7 @@ import torch
 
 from optuna_ttp.exceptions import UnusableCurveWarning
 from optuna_ttp.recorded_curve import observed_curve
+from optuna_ttp.trial_entries import CURVE
 from tests.models import mlp
 from tests.models import separated
 
@@ -195,7 +196,7 @@ def test_only_the_first_process_of_hugging_faces_trainer_records() -> None:
         callback.on_log(None, first, None, logs)
     with pytest.warns(UnusableCurveWarning, match="it is empty"):
         callback.on_train_end(None, first, None)
-    assert study.trials[0].user_attrs == {}
+    assert study.trials[0].user_attrs[CURVE]["kind"] == "empty"
 
 
 # Lightning

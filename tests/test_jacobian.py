@@ -39,6 +39,22 @@ CPU = torch.device("cpu")
 # The Gram matrix
 
 
+def test_a_layer_under_two_names_stays_the_users() -> None:
+    """torch.func.functional_call leaves other tensors in the place of its parameters."""
+    one = case("a layer under two names")
+    names = one.model.named_parameters(remove_duplicate=False)
+    before = {name: (id(p), p.detach().clone()) for name, p in names}
+    task = FineTuningTask(one.model, one.data)
+    for engine in ("exact", "sketch", "matrix_free"):
+        compute_spectrum(task, engine=engine, show_progress_bar=False)
+    after = dict(one.model.named_parameters(remove_duplicate=False))
+    assert set(after) == set(before)
+    for name, parameter in after.items():
+        assert isinstance(parameter, torch.nn.Parameter)
+        assert id(parameter) == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gram_matrix_equals_brute_force(name: str, device: torch.device) -> None:
     one = case(name)

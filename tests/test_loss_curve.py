@@ -220,7 +220,7 @@ def test_a_curve_ends_where_the_loss_is_no_number_any_more(bad: float) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e305])
-@pytest.mark.parametrize("places", [[0], [60], [97, 98], [0, 1, 30, 31]])
+@pytest.mark.parametrize("places", [[0], [60], [97, 98], [0, 1, 30, 31], [99]])
 def test_a_batch_that_overflows_is_left_out(bad: float, places: list[int]) -> None:
     whole = _exponential(50, np.arange(100.0))
     losses = whole.copy()
@@ -228,7 +228,7 @@ def test_a_batch_that_overflows_is_left_out(bad: float, places: list[int]) -> No
     curve, expected = LossCurve.of(losses), LossCurve.of(whole)
     assert not curve.diverged
     assert curve.n_gaps == len(places) and curve.n_steps == 100
-    assert curve.steps[-1] == 99 and not set(places) & set(curve.steps)
+    assert curve.steps[-1] >= 98 and not set(places) & set(curve.steps)
     levels = 2.0 * np.exp(-np.array([0.2, 0.5, 1.0, 1.9]))
     np.testing.assert_allclose(
         curve.log_passages(levels)[0], expected.log_passages(levels)[0], atol=0.02
@@ -299,8 +299,10 @@ def test_whatever_is_logged_gives_a_curve_of_numbers(losses: list[float], gap: i
     curve = LossCurve.of(losses, steps)
     good = np.abs(losses) < 1e300
     places = np.flatnonzero(good)
-    assert curve.diverged == (not good[-1])
-    assert curve.n_gaps == (places[-1] + 1 - len(places) if len(places) else 0)
+    down = len(places) > 1 and losses[places[-1]] < losses[places[0]]
+    by_chance = not good[-1] and len(losses) > 2 and bool(good[-2]) and down
+    assert curve.diverged == (not good[-1] and not by_chance)
+    assert curve.n_gaps == (places[-1] + 1 - len(places) if len(places) else 0) + by_chance
     assert curve.n_steps == steps[-1] + 1
     assert (np.diff(curve.steps) > 0).all()
     assert curve.steps.shape == curve.losses.shape == curve.errors.shape

@@ -22,6 +22,7 @@ from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
+from optuna_ttp.exceptions import UnreliablePredictionWarning
 from optuna_ttp.exceptions import UnusableCurveWarning
 from optuna_ttp.learner import informed_by
 from optuna_ttp.learner import observations_of
@@ -128,10 +129,10 @@ def test_losses_at_the_edge_of_what_a_float_can_hold_are_json() -> None:
     json.dumps(trial.user_attrs, allow_nan=False)
 
 
-def test_an_empty_log_writes_nothing() -> None:
+def test_an_empty_log_says_so() -> None:
     with pytest.warns(UnusableCurveWarning, match="of trial 0 is left out: it is empty"):
         trial = _recorded([])
-    assert trial.user_attrs == {}
+    assert trial.user_attrs == {CURVE: {"trial": 0, "unusable": "it is empty", "kind": "empty"}}
     assert observed_curve(trial) is None
     assert math.isnan(observed_steps(trial, quick_predictor()))
 
@@ -709,6 +710,44 @@ def test_training_that_does_not_begin_as_predicted_is_named(factor: float, named
     assert ("training begins" in str(optuna_ttp.report(study))) == named
     if factor > 0.2:
         assert calibration.start_factor == pytest.approx(1.0 / factor, rel=0.15)
+
+
+@pytest.mark.parametrize(("last", "diverged"), [(1, False), (2, True)])
+def test_a_single_bad_loss_at_the_end_of_a_good_curve_is_no_divergence(
+    last: int, diverged: bool
+) -> None:
+    study = _study()
+    study.tell(_run(study, [*losses(12.0, 30), *[math.nan] * last], 0.1), 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnusableCurveWarning)
+        [seen] = observations_of(study, quick_predictor())
+    assert seen.diverged == diverged
+
+
+def test_a_single_bad_loss_at_the_end_of_a_rising_curve_is_divergence() -> None:
+    study = _study()
+    rising = quick_predictor().initial_loss * np.geomspace(1.0, 100.0, 8)
+    study.tell(_run(study, [*rising, math.inf], 0.1), 0.0)
+    [seen] = observations_of(study, quick_predictor())
+    assert seen.diverged
+
+
+@pytest.mark.parametrize("end", [1.0, 1.5, 0.97])
+def test_curves_that_never_come_down_are_named_once(end: float) -> None:
+    study = _study()
+    with pytest.warns(UnusableCurveWarning, match="None of the .* 5 trials has come") as told:
+        for _ in range(8):
+            study.tell(_run(study, quick_predictor().initial_loss * np.linspace(1, end, 30)), 0.0)
+        asked(study, FAST).should_prune()
+    assert len(told) == 1
+
+
+def test_a_sampler_alone_says_that_predictions_are_not_trusted() -> None:
+    study = optuna.create_study(sampler=TTPSampler(quick_predictor(), seed=0))
+    # The faster the prediction, the slower the training.
+    with pytest.warns(UnreliablePredictionWarning, match="They steer nothing") as told:
+        add_observed(study, lambda steps: 2000.0 / steps)
+    assert len([w for w in told if "They steer nothing" in str(w.message)]) == 1
 
 
 # Trials for which nothing was predicted before they ran

@@ -21,6 +21,8 @@ from optuna_ttp.jacobian._plan import LayerPlan
 from optuna_ttp.jacobian._plan import SpectrumPlan
 from optuna_ttp.jacobian._planning import plan_spectrum
 from optuna_ttp.jacobian._probe import probe_linearisation
+from optuna_ttp.jacobian._sharded import by_first
+from optuna_ttp.jacobian._sharded import check_same_task
 
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "KernelCheckpoint",
     "LayerPlan",
     "SpectrumPlan",
+    "by_first",
+    "check_same_task",
     "compute_spectrum",
     "eigenpairs",
     "exact_kernel",

@@ -6,10 +6,10 @@ from typing import Any
 import warnings
 
 import torch
-from torch.func import functional_call
 from torch.func import vjp
 from torch.func import vmap
 
+from optuna_ttp.functional import functional_call
 from optuna_ttp.jacobian._call import Call
 from optuna_ttp.jacobian._tree import map_tree
 from optuna_ttp.jacobian._tree import tensors_of

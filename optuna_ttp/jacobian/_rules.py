@@ -17,6 +17,7 @@ import torch.nn.functional as functional
 from torch.overrides import TorchFunctionMode
 
 from optuna_ttp.exceptions import JacobianMismatchError
+from optuna_ttp.functional import functional_call
 from optuna_ttp.jacobian._call import Call
 from optuna_ttp.jacobian._factors import Factors
 
@@ -135,7 +136,7 @@ def _convolved(call: Call) -> torch.Tensor:
     module: Any = call.module
     state = {name: tensor.detach() for name, tensor in call.state.items()}
     with torch.no_grad(), _Convolutions() as seen:
-        output = torch.func.functional_call(module, state, call.args, call.kwargs)
+        output = functional_call(module, state, call.args, call.kwargs)
     found, n_axes = seen.arguments, len(module.kernel_size)
     if len(found) != 1 or seen.outputs[0] is not output:
         raise JacobianMismatchError("The output of the module is not that of one convolution.")

@@ -358,6 +358,25 @@ def _chosen(state: BlockState, pieces: list[_Piece]) -> BlockState:
     return _assembled(state, state.n_samples, pieces, [_tensors(state, p) for p in pieces])
 
 
+def by_first(run: Callable[[], _Object]) -> _Object:
+    """Run something in the first process, and give what it returns to all.
+
+    Args:
+        run:
+            What to run; it must return what can be pickled.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        JacobianMismatchError, TypeError, ValueError, RuntimeError:
+            As :func:`together`.
+    """
+    box = [together(lambda: run() if distributed.get_rank() == 0 else None)]
+    distributed.broadcast_object_list(box, src=0)
+    return cast("_Object", box[0])
+
+
 def _exchanged(state: BlockState, shares: list[slice], pieces: list[list[_Piece]]) -> BlockState:
     """The pieces of this process, of the samples of all."""
     state = _alike(state)

@@ -133,7 +133,8 @@ class SpectrumStore:
         """Return the task's spectrum, computing and storing it where it is not there yet.
 
         Where another worker is computing it, this one waits and says so once in a while. A worker
-        that dies is succeeded by one that waits.
+        that dies is succeeded by one that waits. With ``distributed=True`` the first process of
+        the group looks and stores for all of them, and none waits.
 
         Args:
             task:
@@ -167,6 +168,8 @@ class SpectrumStore:
         identity["max_sketch_width"] = widest_sketch(
             task, settings.get("dtype", "float32"), **budget
         )
+        if settings.get("distributed", False):
+            return self._by_all(task, identity, settings)
         key = key_of(task.fingerprint, identity)
         started = time.perf_counter()
         waiting = _Waiting(task.name)
@@ -190,6 +193,25 @@ class SpectrumStore:
             if instead_of_waiting is not None:
                 return self._cheaper(task, settings, instead_of_waiting)
             self._wait(key, waiting)
+
+    def _by_all(
+        self, task: FineTuningTask, identity: dict[str, Any], settings: dict[str, Any]
+    ) -> Spectrum:
+        """Compute with the other processes of a group; the first one looks, and stores.
+
+        Without a lease: the others would wait for who has it, and that one for the others.
+        """
+        from optuna_ttp.jacobian import by_first
+        from optuna_ttp.jacobian import check_same_task
+        from optuna_ttp.jacobian import compute_spectrum
+
+        check_same_task(task, identity)
+        stored = by_first(lambda: self.get(task, **identity))
+        if stored is not None:
+            return self._completed(task, stored, identity, settings)
+        spectrum = compute_spectrum(task, **settings)
+        by_first(lambda: self._put(spectrum, identity))
+        return spectrum
 
     def _computed(
         self, task: FineTuningTask, identity: dict[str, Any], settings: dict[str, Any]
