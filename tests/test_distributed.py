@@ -154,6 +154,8 @@ def _different(name: str, rank: int) -> tuple[FineTuningTask, dict[str, Any]]:
         multipliers = {"2.": 3.0}
     if rank == 1 and name == "engine":
         settings = {"engine": "sketch"}
+    if name == "automatic":
+        settings = {"engine": ("exact", "auto")[rank]}
     if rank == 1 and name == "rank":
         settings = {"rank": 5}
     task = FineTuningTask(
@@ -170,6 +172,7 @@ DIFFERENT = {
     "validation_data": "processes 1 differ from process 0 in validation_data",
     "learning_rate_multipliers": "differ from process 0 in learning_rate_multipliers",
     "engine": "processes 1 differ from process 0 in engine",
+    "automatic": "processes 1 differ from process 0 in engine, max_memory",
     "rank": "processes 1 differ from process 0 in rank",
 }
 
@@ -196,7 +199,7 @@ def _process_of_two(rank: int, folder: str) -> None:
                     ),
                 ),
             ):
-                if of == "kernel" and name in ("engine", "rank"):
+                if of == "kernel" and name in ("engine", "automatic", "rank"):
                     continue
                 try:
                     run()
@@ -223,7 +226,7 @@ def _run_together(target: Any, n_processes: int, folder: Path) -> None:
 
 def test_processes_that_differ_are_refused_by_all_of_them(tmp_path: Path) -> None:
     _run_together(_process_of_two, 2, tmp_path)
-    expected = {f"kernel {n}" for n in DIFFERENT if n not in ("engine", "rank")}
+    expected = {f"kernel {n}" for n in DIFFERENT if n not in ("engine", "automatic", "rank")}
     expected |= {f"spectrum {n}" for n in DIFFERENT}
     errors = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(2)]
     assert errors[0] == errors[1]

@@ -128,8 +128,8 @@ def compute_spectrum(
             "explained_trace": explained_trace,
             "seed": seed,
         }
-        if engine == "auto":
-            settings["max_memory"] = max_memory
+        # It chooses an engine only where none was asked for.
+        settings["max_memory"] = max_memory if engine == "auto" else None
         # Before anything that only some of the processes might refuse.
         check_same_task(task, settings)
     check_truncation(rank, explained_trace)
