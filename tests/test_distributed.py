@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 import json
 from pathlib import Path
@@ -87,18 +89,28 @@ TASKS = {
 HELD = {"half": torch.bfloat16}
 
 
-def _process(rank: int, folder: str) -> None:
+@contextmanager
+def _group(rank: int, folder: str, n_processes: int) -> Iterator[None]:
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=_N_PROCESSES
+        "gloo",
+        init_method=f"file://{folder}/group",
+        rank=rank,
+        world_size=n_processes,
+        timeout=timedelta(seconds=60),
     )
     try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def _process(rank: int, folder: str) -> None:
+    with _group(rank, folder, _N_PROCESSES):
         for name, make in TASKS.items():
             kernel = exact_kernel(make(), device=CPU, distributed=True, held=HELD.get(name))
             arrays = {k: v for k, v in vars(kernel).items() if v is not None}
             np.savez(f"{folder}/{name}-{rank}.npz", **arrays)
-    finally:
-        distributed.destroy_process_group()
 
 
 def test_four_processes_give_the_kernel_of_one(tmp_path: Path) -> None:
@@ -178,16 +190,8 @@ DIFFERENT = {
 
 
 def _process_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/group",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=30),
-    )
     found: dict[str, str] = {}
-    try:
+    with _group(rank, folder, 2):
         for name in DIFFERENT:
             task, settings = _different(name, rank)
             for of, run in (
@@ -207,9 +211,7 @@ def _process_of_two(rank: int, folder: str) -> None:
                     found[f"{of} {name}"] = f"{type(error).__name__}: {error}"
         kernel = exact_kernel(_one_sided(), device=CPU, distributed=True)
         np.save(f"{folder}/experts-{rank}.npy", kernel.gram)
-    finally:
-        Path(f"{folder}/found-{rank}.json").write_text(json.dumps(found))
-        distributed.destroy_process_group()
+    Path(f"{folder}/found-{rank}.json").write_text(json.dumps(found))
 
 
 def _run_together(target: Any, n_processes: int, folder: Path) -> None:
@@ -241,22 +243,12 @@ def test_processes_that_differ_are_refused_by_all_of_them(tmp_path: Path) -> Non
 
 
 def _storing(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/group",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    try:
+    with _group(rank, folder, 2):
         store = SpectrumStore(f"sqlite:///{folder}/ttp.db")
         for run in range(2):
             # The second time it is there.
             found = store.get_or_compute(_multipliers(), distributed=True, engine="exact")
             np.save(f"{folder}/{run}-{rank}.npy", found.eigenvalues)
-    finally:
-        distributed.destroy_process_group()
 
 
 def test_processes_that_compute_together_store_once_and_do_not_wait(tmp_path: Path) -> None:

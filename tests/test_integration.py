@@ -103,6 +103,7 @@ def test_every_pruner_of_optuna_can_be_wrapped(pruner: Callable[[], BasePruner])
     assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) >= 2
 
 
+@pytest.mark.filterwarnings("ignore:Predicted training times were further")
 @pytest.mark.parametrize("pruner", list(PRUNERS.values()), ids=list(PRUNERS))
 def test_the_sampler_works_under_every_pruner_of_optuna(pruner: Callable[[], BasePruner]) -> None:
     # Under Hyperband, samplers are given a part of the study with fewer attributes.

@@ -23,7 +23,7 @@ from optuna_ttp.jacobian import plan_spectrum
 from optuna_ttp.jacobian import resolve_engine
 from optuna_ttp.jacobian._factors import Factors
 from optuna_ttp.jacobian._factors import ghost_gram
-from optuna_ttp.jacobian._flow import flow_times
+from optuna_ttp.jacobian._flow import follow_flow
 from optuna_ttp.jacobian._rules import rule_for
 from optuna_ttp.jacobian._separable import gathered_terms
 from optuna_ttp.jacobian._separable import is_separable
@@ -540,7 +540,7 @@ def test_a_jacobian_that_is_held_in_half_precision(name: str, device: torch.devi
     spectra = [compute_spectrum(task, dtype=d, **settings_) for d in ("float32", "bfloat16")]
     assert spectra[1].metadata.dtype == "bfloat16"
     # What it is for: predicted times within 1 %.
-    times = [flow_times(s) for s in spectra]
+    times = [follow_flow(s).times for s in spectra]
     assert np.isfinite(times[0]).any()
     reached = np.isfinite(times[0])
     assert np.abs(times[1][reached] / times[0][reached] - 1.0).max() < 0.01

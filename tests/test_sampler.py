@@ -142,6 +142,7 @@ def test_with_nothing_to_choose_it_is_the_base_sampler(
     assert ours == _params(base(), _mixed_space, n_trials)
 
 
+@pytest.mark.filterwarnings("ignore:Predicted training times were further")
 @redrawn_base
 def test_predictions_that_do_not_rank_the_trials_leave_the_base_sampler(
     base: Callable[[], BaseSampler],

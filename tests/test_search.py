@@ -178,6 +178,7 @@ def test_maximising_a_metric_mirrors_minimising_it() -> None:
     assert run("minimize", 1.0) == run("maximize", -1.0)
 
 
+@pytest.mark.filterwarnings("ignore:Predicted training times were further")
 def test_with_trust_at_zero_it_is_its_base_sampler() -> None:
     def run(sampler: BaseSampler) -> list[dict[str, Any]]:
         study = optuna.create_study(sampler=TTPSampler(quick_predictor(), seed=0))

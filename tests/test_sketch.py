@@ -16,7 +16,6 @@ from optuna_ttp.jacobian import eigenpairs
 from optuna_ttp.jacobian import exact_kernel
 from optuna_ttp.jacobian import resolve_engine
 from optuna_ttp.jacobian._eigenpairs import eigenpairs_of_features
-from optuna_ttp.jacobian._flow import flow_times
 from optuna_ttp.jacobian._flow import follow_flow
 from optuna_ttp.jacobian._sketch import refine
 from optuna_ttp.jacobian._sketch import sketch_jacobian
@@ -210,7 +209,7 @@ def test_predicted_times_of_a_sketch(engine: str) -> None:
     error = sketch.metadata.time_error
     assert error is not None
     assert error < 0.03
-    away = np.abs(flow_times(sketch) / flow_times(exact) - 1.0)
+    away = np.abs(follow_flow(sketch).times / follow_flow(exact).times - 1.0)
     assert np.isfinite(away).all()
     assert (away < 0.03).all()
     assert Spectrum.from_bytes(sketch.to_bytes()).metadata == sketch.metadata
@@ -238,7 +237,7 @@ def test_the_error_bar_covers() -> None:
             None,
             exact.metadata,
         )
-        away = np.abs(flow_times(found) / flow_times(exact) - 1.0).max()
+        away = np.abs(follow_flow(found).times / follow_flow(exact).times - 1.0).max()
         n_covered += away < 3.0 * error
     assert n_covered >= 9
 
@@ -254,7 +253,7 @@ def test_a_spectrum_that_hardly_decays() -> None:
         sketch = compute_spectrum(task, engine="sketch", measure_speed=False, probe=False)
     error = sketch.metadata.time_error
     assert error is not None
-    times = [flow_times(s, rank=s.rank) for s in (exact, sketch)]
+    times = [follow_flow(s, rank=s.rank).times for s in (exact, sketch)]
     assert np.isfinite(times[0]).all()
     assert np.abs(times[1] / times[0] - 1.0).max() < 2.0 * error
 
@@ -307,7 +306,7 @@ def _quiet_spectrum(task: FineTuningTask, engine: str) -> Spectrum:
 def test_a_sketch_that_projects_nothing_is_exact(engine: str) -> None:
     task = _slow()
     one, exact = (_quiet_spectrum(task, e) for e in (engine, "exact"))
-    assert np.isinf(flow_times(one, rank=one.rank)).all()
+    assert np.isinf(follow_flow(one, rank=one.rank).times).all()
     np.testing.assert_allclose(one.eigenvalues[:3], exact.eigenvalues[:3], rtol=1e-5)
     assert one.metadata.time_error == 0.0
     assert one.metadata.sketch_width == 4096
@@ -317,7 +316,7 @@ def test_a_sketch_that_projects_nothing_is_exact(engine: str) -> None:
 def test_the_error_is_known_where_half_of_the_loss_is_not_reached(engine: str) -> None:
     task = _contradictory()
     one, exact = (_quiet_spectrum(task, e) for e in (engine, "exact"))
-    assert np.isinf(flow_times(one, rank=one.rank)).all()
+    assert np.isinf(follow_flow(one, rank=one.rank).times).all()
     error = one.metadata.time_error
     assert error is not None
     assert 0.0 < error <= 0.03

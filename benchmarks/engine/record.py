@@ -47,7 +47,7 @@ from benchmarks.engine.peers_jax import IMPLEMENTATIONS
 from benchmarks.environment import environment
 from optuna_ttp import FineTuningTask
 from optuna_ttp.jacobian import plan_spectrum
-from optuna_ttp.jacobian._flow import flow_times
+from optuna_ttp.jacobian._flow import follow_flow
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import SpectrumMetadata
 
@@ -301,7 +301,7 @@ class _Errors:
             None,
             SpectrumMetadata("", "", "", "", "", task.n_parameters, 0.0, "", "", ""),
         )
-        return flow_times(spectrum, rank=spectrum.rank)
+        return follow_flow(spectrum, rank=spectrum.rank).times
 
 
 def _plan(cell: Cell) -> dict[str, Any]:

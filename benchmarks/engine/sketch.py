@@ -22,7 +22,7 @@ from benchmarks.engine.networks import problem
 from benchmarks.environment import environment
 from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
-from optuna_ttp.jacobian._flow import flow_times
+from optuna_ttp.jacobian._flow import follow_flow
 from optuna_ttp.spectrum import Spectrum
 
 
@@ -90,7 +90,9 @@ def _slow_spectrum(n_samples: int, n_seeds: int) -> dict[str, Any]:
 
 def _time_errors(found: Spectrum, exact: Spectrum) -> NDArray[np.float64]:
     """Relative errors of the times to 50, 25 and 10 % of the initial loss, with all directions."""
-    return np.abs(flow_times(found, rank=found.rank) / flow_times(exact, rank=exact.rank) - 1.0)
+    return np.abs(
+        follow_flow(found, rank=found.rank).times / follow_flow(exact, rank=exact.rank).times - 1.0
+    )
 
 
 if __name__ == "__main__":

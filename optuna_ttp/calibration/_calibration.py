@@ -195,7 +195,7 @@ class Calibration:
         stability say little about their first steps. With the right spectra of the recorded runs
         in benchmarks/accuracy it was never more than 1.42 times away after one, three or five
         trials; with those of shuffled eigenvectors and other data sets, as far as predictions were
-        still trusted, mostly 1.4 to 5 times.
+        still trusted, mostly 1.2 to 1.8 times.
         """
         away = abs(float(self.log_growth[0]))
         known = away > _START_ERRORS * float(self.log_growth_sd[0])

@@ -38,22 +38,6 @@ class Flow:
     left: float
 
 
-def flow_times(spectrum: Spectrum, *, rank: int = 200) -> NDArray[np.float64]:
-    """Return the times at which gradient flow reaches fractions of its reducible loss.
-
-    Args:
-        spectrum:
-            Of any engine.
-        rank:
-            Leading eigenpairs that are followed. 200 by default.
-
-    Returns:
-        One time for each of 50, 25 and 10 % of the reducible initial loss; infinite where that is
-        not reached.
-    """
-    return follow_flow(spectrum, rank=rank).times
-
-
 @torch.inference_mode()
 def follow_flow(
     spectrum: Spectrum, *, rank: int = 200, fractions: tuple[float, ...] = FRACTIONS
