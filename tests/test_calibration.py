@@ -584,3 +584,21 @@ def test_a_trial_near_the_edge_of_stability_says_less_about_the_predictions() ->
         errors.append(calibrate(trials).log_error)
     assert errors[0] == pytest.approx(1.5 / math.sqrt(7), rel=0.05)
     assert errors[1] < 0.6 * errors[0]
+
+
+def test_one_trial_that_is_far_off_does_not_condemn_the_others() -> None:
+    right = [observation(learning_rate=0.01 * 1.5**k) for k in range(6)]
+    one = [*right[:5], replace(right[5], expected=right[5].predicted + 4.0)]
+    every = [replace(t, expected=t.predicted + 4.0 * (-1) ** k) for k, t in enumerate(right)]
+    assert calibrate(one).trust < -1.0
+    assert calibrate(one).trusted
+    assert not calibrate(every).trusted
+
+
+def test_trials_near_the_edge_of_stability_alone_condemn_no_predictions() -> None:
+    trusted = []
+    for stability in (0.05, 1.5):
+        trials = [observation(learning_rate=0.01 * 1.5**k, stability=stability) for k in range(6)]
+        wrong = [replace(t, expected=t.observed + 2.0 * (-1) ** k) for k, t in enumerate(trials)]
+        trusted.append(calibrate(wrong).trusted)
+    assert trusted == [False, True]

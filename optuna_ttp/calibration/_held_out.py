@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,7 +23,34 @@ _LARGE_ERROR = 3.0
 _CALM_SD = 0.2
 
 
-def held_out(observations: Sequence[Observation]) -> tuple[float, float, float, float]:
+class HeldOut(NamedTuple):
+    """How good predictions were, and two trivial rules.
+
+    Attributes:
+        rank_agreement:
+            Kendall's tau.
+        log_error:
+            Root mean square of the logarithmic errors.
+        baseline_error:
+            That of the better of the rules.
+        compared_error:
+            That of the predictions over those trials that the rules predict.
+        n_compared:
+            What those trials weigh. A calm one weighs one.
+        superiority:
+            The sum of how much less the squared errors of the rule are than those of predictions,
+            over its standard deviation if no trial knew of another.
+    """
+
+    rank_agreement: float
+    log_error: float
+    baseline_error: float
+    compared_error: float
+    n_compared: float
+    superiority: float
+
+
+def held_out(observations: Sequence[Observation]) -> HeldOut:
     """Return rank agreement and errors of what was predicted before each trial, and of rules.
 
     Args:
@@ -30,8 +58,7 @@ def held_out(observations: Sequence[Observation]) -> tuple[float, float, float, 
             Trials, oldest first, of each of which something was seen.
 
     Returns:
-        Kendall's tau, the root mean square of the logarithmic errors, that of the better of two
-        trivial rules, and that of the predictions over those trials that the rules predict.
+        How good they were.
     """
     observed = np.array([o.observed for o in observations])
     expected = np.array([o.expected for o in observations])
@@ -51,19 +78,23 @@ def held_out(observations: Sequence[Observation]) -> tuple[float, float, float, 
     compared = np.isfinite(rules).all(axis=0) & recent
     # What is near the edge of stability may be off whatever the spectrum.
     wild = wildness(np.array([o.instability for o in observations]))[chosen]
-    weights = 1.0 / (_CALM_SD**2 + wild**2)
+    weights = 1.0 / (1.0 + (wild / _CALM_SD) ** 2)
     squared = _mean_square(rules[:, compared], weights[compared])
+    better = rules[int(np.argmin(squared)) if compared.any() else 0]
+    ahead = (weights * (errors**2 - better**2))[compared]
     # Times are ranked at one depth: the deepest that at least half of the trials have passed.
     common = int(
         deepest(np.where(2 * np.isfinite(told).sum(axis=0) >= len(observed), 1.0, np.nan))
     )
     there = np.isfinite(observed[:, common]) & recent
     late = np.where(np.isfinite(expected), expected, np.inf)
-    return (
+    return HeldOut(
         _kendall(late[there, common], observed[there, common]),
         float(np.sqrt(_mean_square(errors[recent], weights[recent]))),
         float(np.sqrt(squared.min())),
         float(np.sqrt(_mean_square(errors[compared], weights[compared]))),
+        float(weights[compared].sum()),
+        float(ahead.sum() / max(float(np.linalg.norm(ahead)), 1e-12)),
     )
 
 
