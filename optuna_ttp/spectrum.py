@@ -61,7 +61,11 @@ class SpectrumMetadata:
             Of the projection, or of where products started; :obj:`None` without either.
         time_error:
             By what share the times of gradient flow are likely to be off because of the
-            projection, from its two halves; :obj:`None` without one.
+            projection, from its two halves; of the matrix-free engine by what share they have
+            changed with its last products; :obj:`None` for the exact one.
+        n_ritz:
+            How many of the pairs are Ritz pairs, which stand for what residuals see of the
+            eigenpairs that were dropped or not computed.
     """
 
     fingerprint: str
@@ -77,6 +81,7 @@ class SpectrumMetadata:
     sketch_width: int | None = None
     seed: int | None = None
     time_error: float | None = None
+    n_ritz: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,8 +282,10 @@ class Spectrum:
         validation = self.validation
         if validation is not None:
             validation = replace(validation, features=validation.features[:, :n_kept])
+        n_ritz = max(0, self.metadata.n_ritz - (self.rank - n_kept))
         return replace(
             self,
+            metadata=replace(self.metadata, n_ritz=n_ritz),
             eigenvalues=self.eigenvalues[:n_kept],
             eigenvectors=self.eigenvectors[:, :n_kept],
             validation=validation,
@@ -309,6 +316,7 @@ class Spectrum:
             decay = np.concatenate([decay[:n_kept], decay[n_kept:] @ shares])
         return replace(
             self,
+            metadata=replace(self.metadata, n_ritz=len(values)),
             eigenvalues=np.concatenate([self.eigenvalues[:n_kept], values]),
             eigenvectors=mixed(self.eigenvectors),
             validation=validation,

@@ -76,8 +76,9 @@ def compute_spectrum(
             by the times that it predicts; ``"refined_sketch"``, with the leading 100 eigenpairs,
             and what validation samples see of them, refined by two more passes over the data;
             ``"matrix_free"``, the leading ``rank`` eigenpairs (100 by default) from products with
-            the kernel, in memory that grows with N C alone; or ``"auto"`` (the default) for a
-            choice by N, C, D and memory between the exact one, the sketch and the last, see
+            the kernel, in memory that grows with N C alone, and beside them a dozen or two Ritz
+            pairs that stand for what the residual sees of the others; or ``"auto"`` (the default)
+            for a choice by N, C, D and memory between the exact one, the sketch and the last, see
             :func:`~optuna_ttp.jacobian.resolve_engine`. A task with learning-rate multipliers
             other than one needs the exact engine, which ``"auto"`` then takes.
         dtype:
@@ -180,6 +181,7 @@ def compute_spectrum(
             sketch_width=found.sketch_width,
             seed=None if engine == "exact" else seed,
             time_error=found.time_error,
+            n_ritz=found.n_ritz,
         ),
         weight_outputs=found.weight_outputs,
         decay_factors=found.decay_factors,

@@ -60,6 +60,8 @@ class Decomposition:
             As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
         time_error:
             As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
+        n_ritz:
+            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
     """
 
     pairs: Eigenpairs
@@ -68,6 +70,7 @@ class Decomposition:
     validation_features: NDArray[np.floating[Any]] | None
     sketch_width: int | None = None
     time_error: float | None = None
+    n_ritz: int = 0
 
 
 def exact_decomposition(
@@ -236,7 +239,14 @@ def matrix_free_decomposition(
         show_progress_bar=show_progress_bar,
         seed=seed,
     )
-    return Decomposition(found.pairs, found.weight_outputs, None, found.validation_features)
+    return Decomposition(
+        found.pairs,
+        found.weight_outputs,
+        None,
+        found.validation_features,
+        time_error=found.time_error,
+        n_ritz=found.n_ritz,
+    )
 
 
 def _validation_features(
