@@ -60,8 +60,9 @@ class SpectrumMetadata:
         seed:
             Of the projection, or of where products started; :obj:`None` without either.
         time_error:
-            By what share the times of gradient flow are likely to be off because of the
-            projection, from its two halves; of the matrix-free engine by what share they have
+            By what share at most the times of gradient flow are off because of the projection
+            nine times in ten, from its four groups; of the matrix-free engine by what share they
+            have
             changed with its last products; :obj:`None` for the exact one.
         n_ritz:
             How many of the pairs are Ritz pairs, which stand for what residuals see of the

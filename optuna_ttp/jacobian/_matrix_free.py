@@ -35,6 +35,7 @@ from optuna_ttp.jacobian._prepare import lifting
 from optuna_ttp.jacobian._residual_path import Path
 from optuna_ttp.jacobian._residual_path import PathFollower
 from optuna_ttp.jacobian._samples import check_singles
+from optuna_ttp.jacobian._sketch import N_GROUPS
 from optuna_ttp.jacobian._sketch import nystrom
 from optuna_ttp.jacobian._sketch import Passes
 from optuna_ttp.jacobian._sketch import sketch_jacobian
@@ -53,9 +54,11 @@ _EXTRA = 1.5
 _TOLERANCE = 0.05
 _MAX_BLOCKS = 8
 _MAX_WIDTH = 4096
-# By how much the times of training may change with the last block of products. Narrow blocks cost
-# a pass each way for few columns.
-_TIME_ERROR = 0.03
+# By how much the times of training may change with the last block of products: what is left then
+# is about a tenth of that. Narrow blocks cost a pass each way for few columns, so nearly as much.
+_TIME_ERROR = 0.1
+# And by how much if only the Ritz pairs are kept.
+_CONDENSED_ERROR = 0.01
 _MAX_NARROW = 3
 # Ritz pairs are those of the residuals on the path and of what the kernel makes of them, so many
 # together; the second where the first do not suffice.
@@ -181,7 +184,7 @@ def sketch_width(n_rows: int, dtype: torch.dtype, max_memory: int) -> int:
     """
     itemsize = torch.empty((), dtype=dtype).element_size()
     width = int(_SKETCH_SHARE * max_memory / (n_rows * itemsize))
-    return max(2, min(_MAX_WIDTH, width) // 2 * 2)
+    return max(N_GROUPS, min(_MAX_WIDTH, width) // N_GROUPS * N_GROUPS)
 
 
 def check_vectors_memory(task: FineTuningTask, n_columns: int, max_memory: float) -> int:
@@ -428,7 +431,7 @@ def _krylov(
         all_vectors = torch.cat([vectors, more[:, :n_ritz]], 1)[:, order]
         identity = torch.eye(len(all_values), dtype=all_values.dtype)
         condensed = follower.follow(all_vectors, identity, all_values).time_difference(path)
-        if condensed <= _TIME_ERROR / 3:
+        if condensed <= _CONDENSED_ERROR:
             break
     error = max(moved, condensed)
     if error > _TIME_ERROR:

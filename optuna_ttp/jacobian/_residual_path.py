@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,15 +51,10 @@ class Path:
                 By the same follower.
 
         Returns:
-            The largest relative difference of the times to three levels: a tenth of the loss, or
-            what both get to, and its third and two-thirds powers.
+            The largest relative difference of the times of :func:`times_to`.
         """
-        lowest = max(_FRACTIONS[-1], float(self.left.min()), float(other.left.min()))
-        if not 0.0 < lowest < 1.0:
-            return 0.0
-        levels = lowest ** np.array([1 / 3, 2 / 3, 1.0])
-        times = np.array([_times(p, levels) for p in (self, other)])
-        return float((np.abs(times[0] - times[1]) / times.min(axis=0)).max())
+        times = times_to([self, other])
+        return float((np.abs(times[0] - times[1]) / times.min(axis=0)).max(initial=0.0))
 
 
 class PathFollower:
@@ -150,6 +146,28 @@ class PathFollower:
     def _gradient(self, outputs: torch.Tensor) -> torch.Tensor:
         shaped = outputs.reshape(1, *self._targets.shape)
         return output_gradients(self._kind, shaped, self._targets, self._normalisers).flatten()
+
+
+def times_to(paths: Sequence[Path]) -> NDArray[np.float64]:
+    """Return when paths reach the same levels.
+
+    Args:
+        paths:
+            P paths by the same follower.
+
+    Returns:
+        Times of shape ``(P, 3)``: to half, a quarter and a tenth of the reducible loss where all
+        get there; else to 50, 75 and 90 % of what all get to.
+        Of shape ``(P, 0)`` where one does not get anywhere.
+    """
+    lowest = max(float(path.left.min()) for path in paths)
+    if not lowest < 1.0:
+        return np.empty((len(paths), 0))
+    levels = np.array(_FRACTIONS)
+    if lowest > levels[-1]:
+        # The same shares of what is reached.
+        levels = 1.0 - (1.0 - lowest) * (1.0 - levels)
+    return np.stack([_times(path, levels) for path in paths])
 
 
 def _times(path: Path, levels: NDArray[np.float64]) -> NDArray[np.float64]:
