@@ -67,6 +67,10 @@ class SpectrumMetadata:
         n_ritz:
             How many of the pairs are Ritz pairs, which stand for what residuals see of the
             eigenpairs that were dropped or not computed.
+        trace_error:
+            Standard error of the trace, as a share of it, where it is an estimate: with more
+            outputs than products the matrix-free engine makes no rows. :obj:`None` where it is
+            exact.
     """
 
     fingerprint: str
@@ -83,6 +87,7 @@ class SpectrumMetadata:
     seed: int | None = None
     time_error: float | None = None
     n_ritz: int = 0
+    trace_error: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,10 +225,12 @@ class Spectrum:
                 )
 
     def __repr__(self) -> str:
+        error = self.metadata.trace_error
+        uncertain = "" if error is None else f", trace is an estimate to {error:.1%}"
         return (
             f"Spectrum(name={self.metadata.name!r}, n_samples={self.n_samples}, "
             f"n_outputs={self.n_outputs}, rank={self.rank}, "
-            f"explained_trace={self.explained_trace:.4f})"
+            f"explained_trace={self.explained_trace:.4f}{uncertain})"
         )
 
     @property

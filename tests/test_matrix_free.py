@@ -97,8 +97,24 @@ def test_pairs_by_directions_are_those_of_the_kernel(device: torch.device) -> No
     exact = compute_spectrum(task, engine="exact", device=device, **SETTINGS)
     found = compute_spectrum(task, engine="matrix_free", rank=10, device=device, **SETTINGS)
     _check(found, exact, 10)
-    # Estimated, but for what the pairs hold.
-    assert found.trace == pytest.approx(exact.trace, rel=0.1)
+    assert exact.metadata.trace_error is None
+
+
+def test_a_trace_that_is_an_estimate_says_how_good_it_is() -> None:
+    task = _many_outputs()
+    exact = compute_spectrum(task, engine="exact", **SETTINGS)
+    away = []
+    for seed in range(12):
+        found = compute_spectrum(task, engine="matrix_free", rank=5, seed=seed, **SETTINGS)
+        error = found.metadata.trace_error
+        assert error is not None
+        assert 0.0 < error < 0.05
+        assert f"trace is an estimate to {error:.1%}" in repr(found)
+        assert Spectrum.from_bytes(found.to_bytes()).metadata == found.metadata
+        away.append((found.trace / exact.trace - 1.0) / error)
+    # Standard errors: as many above as below, and nearly all within three.
+    assert abs(np.mean(away)) < 1.0
+    assert np.abs(away).max() < 4.0
 
 
 @pytest.mark.parametrize("make", [_few_outputs, _many_outputs])

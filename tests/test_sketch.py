@@ -415,3 +415,17 @@ def test_a_model_that_has_nothing_left_to_learn_can_be_sketched(engine: str) -> 
             task, engine=engine, measure_speed=False, probe=False, show_progress_bar=False
         )
     assert spectrum.rank == 15
+
+
+@pytest.mark.parametrize("engine", ["sketch", "refined_sketch", "matrix_free"])
+def test_a_checkpoint_that_nothing_would_use_is_refused(engine: str) -> None:
+    class Nothing:
+        def load(self, name: str) -> None:
+            return None
+
+    with pytest.raises(ValueError, match=f'checkpoint must be None for the engine "{engine}"'):
+        compute_spectrum(
+            FineTuningTask(mlp(), vectors(4)),
+            engine=engine,
+            checkpoint=Nothing(),  # type: ignore[arg-type]
+        )

@@ -102,7 +102,7 @@ def compute_spectrum(
             which gradients are checked. Zero by default.
         checkpoint:
             Keeps finished blocks of the kernel, so that an interrupted computation goes on where
-            it stopped. Only for the exact engine. None by default.
+            it stopped. Refused by the other engines, which make none. None by default.
         distributed:
             Share the samples with the other processes of the default group of
             :mod:`torch.distributed`, as under ``torchrun``; all must be given the same task, and
@@ -136,6 +136,11 @@ def compute_spectrum(
     check_truncation(rank, explained_trace)
     check_seed(seed)
     engine, _ = resolve_engine(task, engine, max_memory=max_memory)
+    if checkpoint is not None and engine != "exact":
+        raise ValueError(
+            f'checkpoint must be None for the engine "{engine}" but got {checkpoint!r}: it keeps '
+            'blocks of the kernel, which only engine="exact" makes.'
+        )
     kind, held = resolve_dtype(dtype, engine)
     resolved = resolve_device(task, device)
     started = time.perf_counter()
@@ -181,6 +186,7 @@ def compute_spectrum(
             sketch_width=found.sketch_width,
             seed=None if engine == "exact" else seed,
             time_error=found.time_error,
+            trace_error=found.trace_error,
             n_ritz=found.n_ritz,
         ),
         weight_outputs=found.weight_outputs,

@@ -59,6 +59,8 @@ class Decomposition:
             As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
         n_ritz:
             As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
+        trace_error:
+            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
     """
 
     pairs: Eigenpairs
@@ -68,6 +70,7 @@ class Decomposition:
     sketch_width: int | None = None
     time_error: float | None = None
     n_ritz: int = 0
+    trace_error: float | None = None
 
 
 def exact_decomposition(
@@ -254,6 +257,7 @@ def matrix_free_decomposition(
         found.validation_features,
         time_error=found.time_error,
         n_ritz=found.n_ritz,
+        trace_error=found.trace_error,
     )
 
 

@@ -65,6 +65,8 @@ _MAX_NARROW = 3
 _N_POWERS = (3, 6)
 # Shares of a column that are less count as nothing.
 _ROUNDING = 1e-4
+# Random signs that estimate a trace: a few, or one for so many columns of a block.
+_MIN_PROBES, _PROBE_SHARE = 10, 10
 # Share of the memory budget for the sketch, whose columns are held about three times.
 _SKETCH_SHARE = 0.5 / 3.0
 
@@ -86,6 +88,8 @@ class LeadingPairs:
             How many of the pairs are Ritz pairs.
         time_error:
             As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
+        trace_error:
+            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
     """
 
     pairs: Eigenpairs
@@ -94,6 +98,7 @@ class LeadingPairs:
     width: int
     n_ritz: int
     time_error: float
+    trace_error: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,10 +319,7 @@ def _by_directions(
             )
         found = _krylov(product, images, n_wanted, PathFollower(task, reference))
         values, basis = found.values, found.vectors
-        # The pairs hold their part of the trace; random signs estimate that of the rest
-        # (Hutchinson, 1990).
-        rest = (start * images).sum(0) - values @ (basis.T @ start).square()
-        trace = float(values.sum() + rest.mean().clamp(min=0.0))
+        trace, trace_error = _estimated_trace(product, values, basis, n_columns, generator)
         weights = [p.detach() for p in frozen.parameters.values()]
         outputs = directions.forward(task, [weights])
         features = None
@@ -335,7 +337,30 @@ def _by_directions(
         0,
         found.n_ritz,
         found.time_error,
+        trace_error,
     )
+
+
+def _estimated_trace(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    values: torch.Tensor,
+    basis: torch.Tensor,
+    n_columns: int,
+    generator: torch.Generator,
+) -> tuple[float, float]:
+    """The trace and its standard error, as a share of it.
+
+    The pairs hold their part of the trace; random signs that they do not know estimate that of
+    the rest (Hutch++: Meyer, Musco, Musco and Woodruff, SOSA 2021, arXiv 2010.09649). Those that
+    the products started at would find less of it than there is.
+    """
+    n_probes = max(_MIN_PROBES, n_columns // _PROBE_SHARE)
+    signs = torch.randint(2, (len(basis), n_probes), generator=generator, dtype=torch.float64)
+    probes = 2.0 * signs - 1.0
+    probes = probes - basis @ (basis.T @ probes)
+    rest = (probes * product(probes)).sum(0)
+    trace = float(values.sum() + rest.mean())
+    return trace, float(rest.std() / n_probes**0.5) / trace
 
 
 def _filled(start: torch.Tensor, n_columns: int, seed: int) -> torch.Tensor:
