@@ -18,8 +18,11 @@ from optuna_ttp.jacobian import exact_kernel
 from optuna_ttp.jacobian import plan_spectrum
 from optuna_ttp.jacobian import resolve_engine
 from optuna_ttp.jacobian._directions import Directions
+from optuna_ttp.jacobian._flow import follow_flow
 from optuna_ttp.jacobian._matrix_free import by_directions
+from optuna_ttp.predictor import TrainingTimePredictor
 from optuna_ttp.spectrum import Spectrum
+from optuna_ttp.store import SpectrumStore
 from optuna_ttp.task import FineTuningTask
 from tests.cases import Case
 from tests.models import cnn
@@ -48,7 +51,12 @@ def _few_outputs() -> FineTuningTask:
 
 
 def _check(found: Spectrum, exact: Spectrum, rank: int) -> None:
-    assert found.rank == rank
+    assert found.rank == rank + found.metadata.n_ritz
+    assert 0 < found.metadata.n_ritz <= 25
+    gram = found.eigenvectors.T @ found.eigenvectors
+    np.testing.assert_allclose(gram, np.eye(found.rank), atol=1e-4)
+    found = found.truncate(rank=rank)
+    assert found.metadata.n_ritz == 0
     expected = exact.eigenvalues[:rank]
     assert np.abs(found.eigenvalues / expected - 1.0).max() < 0.01
     whole = exact.truncate(rank=rank)
@@ -89,15 +97,33 @@ def test_pairs_by_directions_are_those_of_the_kernel(device: torch.device) -> No
     exact = compute_spectrum(task, engine="exact", device=device, **SETTINGS)
     found = compute_spectrum(task, engine="matrix_free", rank=10, device=device, **SETTINGS)
     _check(found, exact, 10)
-    # Estimated, but for what the pairs hold.
-    assert found.trace == pytest.approx(exact.trace, rel=0.1)
+    assert exact.metadata.trace_error is None
+
+
+def test_a_trace_that_is_an_estimate_says_how_good_it_is() -> None:
+    task = _many_outputs()
+    exact = compute_spectrum(task, engine="exact", **SETTINGS)
+    away = []
+    for seed in range(12):
+        found = compute_spectrum(task, engine="matrix_free", rank=5, seed=seed, **SETTINGS)
+        error = found.metadata.trace_error
+        assert error is not None
+        assert 0.0 < error < 0.05
+        assert f"trace is an estimate to {error:.1%}" in repr(found)
+        assert Spectrum.from_bytes(found.to_bytes()).metadata == found.metadata
+        away.append((found.trace / exact.trace - 1.0) / error)
+    # Standard errors: as many above as below, and nearly all within three.
+    assert abs(np.mean(away)) < 1.0
+    assert np.abs(away).max() < 4.0
 
 
 @pytest.mark.parametrize("make", [_few_outputs, _many_outputs])
 def test_little_memory_changes_nothing(make: Any) -> None:
     task = make()
     roomy, tight = (
-        compute_spectrum(task, engine="matrix_free", rank=5, max_memory=m, **SETTINGS)
+        compute_spectrum(task, engine="matrix_free", rank=5, max_memory=m, **SETTINGS).truncate(
+            rank=5
+        )
         for m in (2**30, 40 * task.n_parameters)
     )
     np.testing.assert_allclose(tight.eigenvalues, roomy.eigenvalues, rtol=0.01)
@@ -112,6 +138,88 @@ def test_more_pairs_than_there_are() -> None:
     np.testing.assert_allclose(found.eigenvalues[:n], exact.eigenvalues[:n], rtol=1e-2)
 
 
+def _slowly_decaying(loss: str, n_held_out: int = 0) -> FineTuningTask:
+    """Whose leading 100 eigenvalues hold two thirds of the trace."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 16, 3),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 32, 3, stride=2),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(128, 10),
+    )
+    x, y = images(100 + n_held_out, 10)
+    x = x + 0.7 * torch.randn(10, 1, 8, 8)[y]
+    targets = y if loss == "cross_entropy" else torch.nn.functional.one_hot(y, 10).float()
+    held_out = (x[100:], targets[100:]) if n_held_out else None
+    return FineTuningTask(model, (x[:100], targets[:100]), loss=loss, validation_data=held_out)
+
+
+@pytest.mark.filterwarnings("error::optuna_ttp.exceptions.ApproximationWarning")
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_times_do_not_suffer_from_what_leading_pairs_leave_out(loss: str) -> None:
+    task = _slowly_decaying(loss)
+    exact, found = (compute_spectrum(task, engine=e, **SETTINGS) for e in ("exact", "matrix_free"))
+    leading = found.truncate(rank=100)
+    assert leading.explained_trace < 0.75
+    times, ours, cut = (follow_flow(s, rank=s.rank).times for s in (exact, found, leading))
+    np.testing.assert_allclose(ours, times, rtol=0.03)
+    # What the Ritz pairs are for.
+    assert cut[-1] > 3.0 * times[-1]
+    error = found.metadata.time_error
+    assert error is not None
+    assert 0.0 < error <= 0.1
+    assert np.abs(ours / times - 1.0).max() <= error
+    rate = 0.2 * task.n_samples / float(exact.eigenvalues[0])
+    steps = [
+        TrainingTimePredictor(s, target_fraction=0.2, max_steps=20_000)
+        .predict(learning_rate=rate, batch_size=25, momentum=0.5)
+        .steps
+        for s in (exact, found)
+    ]
+    assert steps[1] == pytest.approx(steps[0], rel=0.05)
+
+
+def test_what_the_residual_sees_reaches_validation_samples() -> None:
+    task = _slowly_decaying("mse", 20)
+    moved = []
+    for engine in ("exact", "matrix_free"):
+        one = compute_spectrum(task, engine=engine, **SETTINGS)
+        assert one.validation is not None
+        residual = one.loss.residuals(one.initial_outputs, one.targets).ravel()
+        roots = np.sqrt(one.eigenvalues)
+        moved.append(one.validation.features @ (roots * (one.eigenvectors.T @ residual)))
+    # The first step of training.
+    assert relative_error(moved[1], moved[0]) < 0.01
+
+
+def test_times_that_have_not_converged_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optuna_ttp.jacobian._matrix_free._MAX_NARROW", 0)
+    monkeypatch.setattr("optuna_ttp.jacobian._matrix_free._TOLERANCE", 10.0)
+    with pytest.warns(ApproximationWarning, match="leave predicted times of unknown error"):
+        found = compute_spectrum(_slowly_decaying("mse"), engine="matrix_free", **SETTINGS)
+    assert found.metadata.time_error == float("inf")
+
+
+def test_nothing_to_learn() -> None:
+    model = mlp()
+    x, _ = vectors(40)
+    task = FineTuningTask(model, (x, model(x).detach()), loss="mse")
+    found = compute_spectrum(task, engine="matrix_free", rank=5, **SETTINGS)
+    assert (found.rank, found.metadata.n_ritz, found.metadata.time_error) == (5, 0, 0.0)
+
+
+def test_ritz_pairs_are_stored_beside_the_rank_that_was_asked_for(tmp_path: Any) -> None:
+    store = SpectrumStore(f"sqlite:///{tmp_path / 'ttp.db'}")
+    task = _few_outputs()
+    found = store.get_or_compute(task, engine="matrix_free", rank=5, **SETTINGS)
+    again = store.get(task, engine="matrix_free", rank=5)
+    assert again is not None
+    assert again.rank == found.rank > 5
+    assert again.metadata.n_ritz == found.rank - 5
+
+
 def test_a_share_of_the_trace() -> None:
     task = _few_outputs()
     exact = compute_spectrum(task, engine="exact", explained_trace=0.8, **SETTINGS)
@@ -123,7 +231,10 @@ def test_a_share_of_the_trace() -> None:
 
 def test_what_has_not_converged_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optuna_ttp.jacobian._matrix_free._MAX_BLOCKS", 1)
-    with pytest.warns(ApproximationWarning, match="eigenpairs have not converged"):
+    with (
+        pytest.warns(ApproximationWarning, match="eigenpairs have not converged"),
+        pytest.warns(ApproximationWarning, match="leave predicted times of unknown error"),
+    ):
         compute_spectrum(_many_outputs(), engine="matrix_free", rank=20, **SETTINGS)
 
 

@@ -353,7 +353,7 @@ def _rewritten(
         "metadata": asdict(one.metadata),
         "throughput_device": None,
     }
-    for newer in ("sketch_width", "seed", "time_error"):
+    for newer in ("sketch_width", "seed", "time_error", "n_ritz", "trace_error"):
         del head["metadata"][newer]
     parts = {"": one, "validation.": one.validation, "probe.": one.probe}
     arrays = {

@@ -76,8 +76,9 @@ def compute_spectrum(
             by the times that it predicts; ``"refined_sketch"``, with the leading 100 eigenpairs,
             and what validation samples see of them, refined by two more passes over the data;
             ``"matrix_free"``, the leading ``rank`` eigenpairs (100 by default) from products with
-            the kernel, in memory that grows with N C alone; or ``"auto"`` (the default) for a
-            choice by N, C, D and memory between the exact one, the sketch and the last, see
+            the kernel, in memory that grows with N C alone, and beside them a dozen or two Ritz
+            pairs that stand for what the residual sees of the others; or ``"auto"`` (the default)
+            for a choice by N, C, D and memory between the exact one, the sketch and the last, see
             :func:`~optuna_ttp.jacobian.resolve_engine`. A task with learning-rate multipliers
             other than one needs the exact engine, which ``"auto"`` then takes.
         dtype:
@@ -101,7 +102,7 @@ def compute_spectrum(
             which gradients are checked. Zero by default.
         checkpoint:
             Keeps finished blocks of the kernel, so that an interrupted computation goes on where
-            it stopped. Only for the exact engine. None by default.
+            it stopped. Refused by the other engines, which make none. None by default.
         distributed:
             Share the samples with the other processes of the default group of
             :mod:`torch.distributed`, as under ``torchrun``; all must be given the same task, and
@@ -135,6 +136,11 @@ def compute_spectrum(
     check_truncation(rank, explained_trace)
     check_seed(seed)
     engine, _ = resolve_engine(task, engine, max_memory=max_memory)
+    if checkpoint is not None and engine != "exact":
+        raise ValueError(
+            f'checkpoint must be None for the engine "{engine}" but got {checkpoint!r}: it keeps '
+            'blocks of the kernel, which only engine="exact" makes.'
+        )
     kind, held = resolve_dtype(dtype, engine)
     resolved = resolve_device(task, device)
     started = time.perf_counter()
@@ -180,6 +186,8 @@ def compute_spectrum(
             sketch_width=found.sketch_width,
             seed=None if engine == "exact" else seed,
             time_error=found.time_error,
+            trace_error=found.trace_error,
+            n_ritz=found.n_ritz,
         ),
         weight_outputs=found.weight_outputs,
         decay_factors=found.decay_factors,

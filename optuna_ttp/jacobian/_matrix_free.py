@@ -6,6 +6,10 @@ Eigenvalue Problems", 2011, chapter 6) starts at the leading space of a narrow s
 random, and goes on with the residuals. What it returns is Nystrom's approximation from all
 products, which is one step further than the projection for no more passes (Tropp, Yurtsever, Udell
 and Cevher, NeurIPS 2017, arXiv 1706.05736).
+
+What the leading pairs do not hold still moves the outputs. How the loss falls depends on it only
+through what the residual sees of it, so that the residual is in the blocks from the start and
+a few Ritz pairs stand for the others.
 """
 
 from __future__ import annotations
@@ -28,7 +32,10 @@ from optuna_ttp.jacobian._directions import Directions
 from optuna_ttp.jacobian._eigenpairs import Eigenpairs
 from optuna_ttp.jacobian._eigenpairs import eigenpairs_of_features
 from optuna_ttp.jacobian._prepare import lifting
+from optuna_ttp.jacobian._residual_path import Path
+from optuna_ttp.jacobian._residual_path import PathFollower
 from optuna_ttp.jacobian._samples import check_singles
+from optuna_ttp.jacobian._sketch import N_GROUPS
 from optuna_ttp.jacobian._sketch import nystrom
 from optuna_ttp.jacobian._sketch import Passes
 from optuna_ttp.jacobian._sketch import sketch_jacobian
@@ -47,6 +54,19 @@ _EXTRA = 1.5
 _TOLERANCE = 0.05
 _MAX_BLOCKS = 8
 _MAX_WIDTH = 4096
+# By how much the times of training may change with the last block of products: what is left then
+# is about a tenth of that. Narrow blocks cost a pass each way for few columns, so nearly as much.
+_TIME_ERROR = 0.1
+# And by how much if only the Ritz pairs are kept.
+_CONDENSED_ERROR = 0.01
+_MAX_NARROW = 3
+# Ritz pairs are those of the residuals on the path and of what the kernel makes of them, so many
+# together; the second where the first do not suffice.
+_N_POWERS = (3, 6)
+# Shares of a column that are less count as nothing.
+_ROUNDING = 1e-4
+# Random signs that estimate a trace: a few, or one for so many columns of a block.
+_MIN_PROBES, _PROBE_SHARE = 10, 10
 # Share of the memory budget for the sketch, whose columns are held about three times.
 _SKETCH_SHARE = 0.5 / 3.0
 
@@ -64,12 +84,31 @@ class LeadingPairs:
             ``J_v J^T V Lambda^(-1/2)``, of shape ``(N_v C, r)``; nothing without any.
         width:
             Of the sketch at the start.
+        n_ritz:
+            How many of the pairs are Ritz pairs.
+        time_error:
+            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
+        trace_error:
+            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
     """
 
     pairs: Eigenpairs
     weight_outputs: NDArray[np.float64]
     validation_features: NDArray[np.floating[Any]] | None
     width: int
+    n_ritz: int
+    time_error: float
+    trace_error: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """Eigenpairs and Ritz pairs, together in descending order."""
+
+    values: torch.Tensor
+    vectors: torch.Tensor
+    n_ritz: int
+    time_error: float
 
 
 def leading_pairs(
@@ -91,7 +130,7 @@ def leading_pairs(
         task:
             What is fine-tuned. All learning-rate multipliers must be one.
         rank:
-            How many pairs. 100 by default.
+            How many leading eigenpairs. 100 by default. Ritz pairs come beside them.
         device:
             Where to differentiate.
         dtype:
@@ -105,7 +144,7 @@ def leading_pairs(
 
     Returns:
         The pairs. There is an :exc:`~optuna_ttp.exceptions.ApproximationWarning` where some have
-        not converged.
+        not converged, or the times of gradient flow with the Ritz pairs have not.
 
     Raises:
         ValueError:
@@ -150,7 +189,7 @@ def sketch_width(n_rows: int, dtype: torch.dtype, max_memory: int) -> int:
     """
     itemsize = torch.empty((), dtype=dtype).element_size()
     width = int(_SKETCH_SHARE * max_memory / (n_rows * itemsize))
-    return max(2, min(_MAX_WIDTH, width) // 2 * 2)
+    return max(N_GROUPS, min(_MAX_WIDTH, width) // N_GROUPS * N_GROUPS)
 
 
 def check_vectors_memory(task: FineTuningTask, n_columns: int, max_memory: float) -> int:
@@ -231,6 +270,7 @@ def _by_rows(
     start = eigenpairs_of_features(features, rank=n_columns).eigenvectors
     del features
     vectors = _filled(torch.as_tensor(start), n_columns, seed)
+    follower = PathFollower(task, task.initial_outputs(device, dtype))
 
     def run(lifts: Mapping[str, int]) -> LeadingPairs:
         with Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
@@ -238,14 +278,15 @@ def _by_rows(
             def product(v: torch.Tensor) -> torch.Tensor:
                 return passes.images(v.to(device=device, dtype=dtype), max_memory)[0]
 
-            values, basis, _ = _krylov(product, vectors, n_wanted)
+            found = _krylov(product, vectors, n_wanted, follower)
+            values, basis = found.values, found.vectors
             pairs = Eigenpairs(values.numpy(), basis.numpy(), trace)
             features = None
             if task.validation is not None:
                 whitened = (basis / values.sqrt()).to(device=device, dtype=dtype)
                 (images,) = passes.images(whitened, max_memory, own=False, others=True)
                 features = images.to(dtype).numpy()
-        return LeadingPairs(pairs, weight_outputs, features, width)
+        return LeadingPairs(pairs, weight_outputs, features, width, found.n_ritz, found.time_error)
 
     return lifting(run)
 
@@ -276,11 +317,9 @@ def _by_directions(
             raise ValueError(
                 "The Jacobian must not be zero: no trainable parameter moves any output."
             )
-        values, basis, _ = _krylov(product, images, n_wanted)
-        # The pairs hold their part of the trace; random signs estimate that of the rest
-        # (Hutchinson, 1990).
-        rest = (start * images).sum(0) - values @ (basis.T @ start).square()
-        trace = float(values.sum() + rest.mean().clamp(min=0.0))
+        found = _krylov(product, images, n_wanted, PathFollower(task, reference))
+        values, basis = found.values, found.vectors
+        trace, trace_error = _estimated_trace(product, values, basis, n_columns, generator)
         weights = [p.detach() for p in frozen.parameters.values()]
         outputs = directions.forward(task, [weights])
         features = None
@@ -296,7 +335,32 @@ def _by_directions(
         outputs.reshape(task.n_samples, task.n_outputs).numpy(),
         features,
         0,
+        found.n_ritz,
+        found.time_error,
+        trace_error,
     )
+
+
+def _estimated_trace(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    values: torch.Tensor,
+    basis: torch.Tensor,
+    n_columns: int,
+    generator: torch.Generator,
+) -> tuple[float, float]:
+    """The trace and its standard error, as a share of it.
+
+    The pairs hold their part of the trace; random signs that they do not know estimate that of
+    the rest (Hutch++: Meyer, Musco, Musco and Woodruff, SOSA 2021, arXiv 2010.09649). Those that
+    the products started at would find less of it than there is.
+    """
+    n_probes = max(_MIN_PROBES, n_columns // _PROBE_SHARE)
+    signs = torch.randint(2, (len(basis), n_probes), generator=generator, dtype=torch.float64)
+    probes = 2.0 * signs - 1.0
+    probes = probes - basis @ (basis.T @ probes)
+    rest = (probes * product(probes)).sum(0)
+    trace = float(values.sum() + rest.mean())
+    return trace, float(rest.std() / n_probes**0.5) / trace
 
 
 def _filled(start: torch.Tensor, n_columns: int, seed: int) -> torch.Tensor:
@@ -310,12 +374,26 @@ def _filled(start: torch.Tensor, n_columns: int, seed: int) -> torch.Tensor:
 
 
 def _krylov(
-    product: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, n_wanted: int
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Leading eigenvalues, eigenvectors, and the largest relative residual."""
+    product: Callable[[torch.Tensor], torch.Tensor],
+    start: torch.Tensor,
+    n_wanted: int,
+    follower: PathFollower,
+) -> _Found:
+    """Leading eigenpairs, and Ritz pairs for what the residual sees of the others.
+
+    The residual is in the block from its start, and what the kernel makes of it in the next one,
+    so that the Ritz values with all of the basis are the nodes of Gauss' quadrature of its
+    spectral measure (see :mod:`optuna_ttp.ritz`) for no more passes. Where the eigenpairs have
+    converged and the residual's path has not, a few columns more are multiplied.
+    """
+    residual = follower.residual
     n_columns = start.shape[1]
+    if float(residual.norm()) > 0.0:
+        start = torch.cat([residual / residual.norm(), start], 1)[:, : len(start)]
     basis = torch.linalg.qr(start)[0]
     images = product(basis)
+    before: Path | None = None
+    n_narrow = 0
     for block in range(_MAX_BLOCKS):
         if not torch.isfinite(images).all():
             raise ValueError(
@@ -324,29 +402,115 @@ def _krylov(
             )
         inner = basis.T @ images
         values, mixing = torch.linalg.eigh((inner + inner.T) / 2)
-        values, mixing = values.flip(0)[:n_columns], mixing.flip(1)[:, :n_columns]
-        residuals = images @ mixing - (basis @ mixing) * values
-        values, sizes = values[:n_wanted], residuals[:, :n_wanted].norm(dim=0)
+        values, mixing = values.flip(0), mixing.flip(1)
+        path = follower.follow(basis, mixing, values)
+        moved = float("inf") if before is None else path.time_difference(before)
+        before = path
+        leading = mixing[:, :n_columns]
+        residuals = images @ leading - (basis @ leading) * values[:n_columns]
         # Pairs at the level of rounding errors are dropped in the end.
         floor = float(values[0]) * torch.finfo(torch.float32).eps
-        open_ = sizes > _TOLERANCE * values.clamp(min=floor)
-        worst = float((sizes / values.clamp(min=floor)).max())
+        sizes = residuals[:, :n_wanted].norm(dim=0)
+        limits = values[:n_wanted].clamp(min=floor)
+        open_ = sizes > _TOLERANCE * limits
+        worst = float((sizes / limits).max())
         n_left = len(basis) - basis.shape[1]
-        if not open_.any() or n_left == 0 or block + 1 == _MAX_BLOCKS:
+        if n_left == 0 or block + 1 == _MAX_BLOCKS:
             break
-        # Of all columns, not only of what is open: passes over the data cost more than columns.
-        new = residuals[:, :n_left]
+        others = mixing[:, n_wanted:]
+        seen = others @ (others.T @ (basis.T @ path.residuals))
+        # What the path needs: the residual itself, and what the kernel makes of its other part.
+        new = [_remainder(path.residuals, basis), _remainder(images @ seen, basis)]
+        if open_.any():
+            # Of all columns, not only of what is open: passes over the data cost more.
+            new.append(residuals)
+        elif moved <= _TIME_ERROR or n_narrow == _MAX_NARROW:
+            break
+        else:
+            n_narrow += 1
+        added = torch.cat(new, 1)[:, :n_left]
+        if added.shape[1] == 0:
+            moved = 0.0
+            break
         for _ in range(2):
-            new = torch.linalg.qr(new - basis @ (basis.T @ new))[0]
-        basis = torch.cat([basis, new], 1)
-        images = torch.cat([images, product(new)], 1)
-    if open_.any() and n_left > 0:
+            added = torch.linalg.qr(added - basis @ (basis.T @ added))[0]
+        basis = torch.cat([basis, added], 1)
+        images = torch.cat([images, product(added)], 1)
+    if n_left == 0:
+        # All of the space.
+        moved, open_ = 0.0, torch.zeros_like(open_)
+    if open_.any():
         warnings.warn(
             f"{int(open_.sum())} of {n_wanted} eigenpairs have not converged: their residuals are "
             f'up to {worst:.0%} of the eigenvalue. Ask for a smaller rank, or use engine="exact".',
             ApproximationWarning,
             stacklevel=6,
         )
-    vectors, values, _ = nystrom(basis, images, n_wanted)
-    n_kept = int((values > float(values[0]) * torch.finfo(torch.float32).eps).sum())
-    return values[:n_kept], vectors[:, :n_kept], worst
+    vectors, kept, _ = nystrom(basis, images, n_wanted)
+    n_kept = int((kept > float(kept[0]) * torch.finfo(torch.float32).eps).sum())
+    kept, vectors = kept[:n_kept], vectors[:, :n_kept]
+    for n_powers in _N_POWERS:
+        ritz, more = _condensed(basis, images, mixing, values, vectors, path.residuals, n_powers)
+        n_ritz = int((ritz > float(kept[0]) * torch.finfo(torch.float32).eps).sum())
+        all_values, order = torch.cat([kept, ritz[:n_ritz]]).sort(descending=True, stable=True)
+        all_vectors = torch.cat([vectors, more[:, :n_ritz]], 1)[:, order]
+        identity = torch.eye(len(all_values), dtype=all_values.dtype)
+        condensed = follower.follow(all_vectors, identity, all_values).time_difference(path)
+        if condensed <= _CONDENSED_ERROR:
+            break
+    error = max(moved, condensed)
+    if error > _TIME_ERROR:
+        by_what = f"uncertain by {error:.0%}" if np.isfinite(error) else "of unknown error"
+        warnings.warn(
+            f"{n_kept} eigenpairs, and {n_ritz} Ritz pairs for what the residual sees of the "
+            f"others, leave predicted times {by_what}. Ask for a larger rank, or use "
+            'engine="exact" or "sketch".',
+            ApproximationWarning,
+            stacklevel=6,
+        )
+    return _Found(all_values, all_vectors, n_ritz, error)
+
+
+def _remainder(columns: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """What a basis does not have of some columns, where that is more than rounding."""
+    sizes = columns.norm(dim=0)
+    left = columns - basis @ (basis.T @ columns)
+    return left[:, left.norm(dim=0) > _ROUNDING * sizes]
+
+
+def _condensed(
+    basis: torch.Tensor,
+    images: torch.Tensor,
+    mixing: torch.Tensor,
+    values: torch.Tensor,
+    kept: torch.Tensor,
+    residuals: torch.Tensor,
+    n_powers: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ritz pairs, orthogonal to kept eigenvectors, of what residuals see of all others.
+
+    Those of the block Krylov space of the residuals and the other Ritz pairs.
+    """
+    n_kept = kept.shape[1]
+    others, rest = mixing[:, n_kept:], values[n_kept:]
+    if residuals.shape[1] == 0 or len(rest) == 0:
+        return values.new_zeros(0), basis.new_zeros((len(basis), 0))
+    inside = basis.T @ residuals
+    powers = [others.T @ inside]
+    for _ in range(n_powers - 1):
+        more = rest[:, None] * powers[-1]
+        powers.append(more / more.norm(dim=0).clamp(min=1e-300))
+    # The residual at the start has a part of its own: kept vectors are not quite of this basis.
+    coordinates = torch.cat([inside[:, :1], others @ torch.cat(powers, 1)], 1)
+    columns = basis @ coordinates
+    columns = columns - kept @ (kept.T @ columns)
+    sizes = columns.norm(dim=0)
+    seen = sizes > _ROUNDING * coordinates.norm(dim=0)
+    columns, coordinates = columns[:, seen] / sizes[seen], coordinates[:, seen] / sizes[seen]
+    squares, axes = torch.linalg.eigh(columns.T @ columns)
+    good = squares > _ROUNDING**2
+    whitening = axes[:, good] / squares[good].sqrt()
+    # The kernel takes kept vectors to themselves, to which these are orthogonal.
+    inner = whitening.T @ (columns.T @ (images @ coordinates)) @ whitening
+    found, turned = torch.linalg.eigh((inner + inner.T) / 2)
+    return found.flip(0), columns @ (whitening @ turned.flip(1))

@@ -53,8 +53,6 @@ class SignFold:
             Of signs and shifts.
         device:
             Where.
-        dtype:
-            Of the rows.
     """
 
     def __init__(
@@ -63,7 +61,6 @@ class SignFold:
         width: int,
         seed: int,
         device: torch.device,
-        dtype: torch.dtype,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self._width = width
@@ -71,12 +68,14 @@ class SignFold:
         self._shifts: dict[str, int] = {}
         for name, size in sizes.items():
             signs = torch.randint(2, (size,), generator=generator, dtype=torch.int8)
-            self._signs[name] = (2 * signs - 1).to(device=device, dtype=dtype)
+            # A byte each, in whose place those of one parameter are made floats when needed.
+            self._signs[name] = (2 * signs - 1).to(device)
             self._shifts[name] = int(torch.randint(width, (), generator=generator))
 
     def add(self, target: torch.Tensor, name: str, rows: torch.Tensor) -> None:
         """See :meth:`Projection.add`."""
-        signs, shift, width = self._signs[name], self._shifts[name], self._width
+        shift, width = self._shifts[name], self._width
+        signs = self._signs[name].to(rows.dtype)
         n = rows.shape[-1]
         first = min(n, width - shift)
         target[..., shift : shift + first].addcmul_(rows[..., :first], signs[:first])

@@ -2,8 +2,8 @@
 
 Each sample is differentiated once; its row for each output is projected to a few thousand numbers
 at once, so that time and memory grow with N, not with its square. Small parameters and the head
-are kept as they are. Two independent halves give an error bar: each is right in expectation, so
-half of their difference is what their mean is off by. Two more passes refine the leading
+are kept as they are. Four independent groups of columns give an error bar: each is right in
+expectation, see :mod:`optuna_ttp.jacobian._sketch_error`. Two more passes refine the leading
 eigenpairs; see :func:`refine`.
 """
 
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 _KEPT_SIZE = 2048
 # Together they have at most so many columns for each one of the sketch.
 _KEPT_SHARE = 0.5
+# Independent projections of which a sketch is the mean.
+N_GROUPS = 4
 _BATCH_BYTES = 2**27
 _MAX_BATCH = 32
 
@@ -63,38 +65,37 @@ class Sketch:
     Attributes:
         kept:
             Columns that are exact, of shape ``(N C, e)``.
-        halves:
-            Two independent projections, each of shape ``(N C, d / 2)`` with the scale of the
+        groups:
+            Four independent projections, each of shape ``(N C, d / 4)`` with the scale of the
             Jacobian.
         validation:
-            The same three for the validation samples; empty without any.
+            The same five for the validation samples; empty without any.
         weight_outputs:
             ``J diag(c) w_0``, exact, of shape ``(N, C)``.
         trace:
             The trace of the kernel, exact.
         is_exact:
-            All columns are kept: the halves are zero.
+            All columns are kept: the groups are zero.
     """
 
     kept: torch.Tensor
-    halves: tuple[torch.Tensor, torch.Tensor]
+    groups: tuple[torch.Tensor, ...]
     validation: tuple[torch.Tensor, ...]
     weight_outputs: NDArray[np.float64]
     trace: float
     is_exact: bool
 
-    def features(self, half: int | None = None) -> torch.Tensor:
-        """Return ``Z`` with ``Z Z^T`` for the kernel; of one half, or of both."""
-        if half is not None:
-            return torch.cat([self.kept, self.halves[half]], 1)
-        return torch.cat([self.kept, *(0.5**0.5 * h for h in self.halves)], 1)
+    def features(self) -> torch.Tensor:
+        """Return ``Z`` with ``Z Z^T`` for the kernel: what is exact, then group after group."""
+        return _joined(self.kept, self.groups)
 
     def validation_features(self) -> torch.Tensor | None:
         """Return the validation samples' ``Z``."""
-        if not self.validation:
-            return None
-        kept, *halves = self.validation
-        return torch.cat([kept, *(0.5**0.5 * h for h in halves)], 1)
+        return _joined(self.validation[0], self.validation[1:]) if self.validation else None
+
+
+def _joined(kept: torch.Tensor, groups: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return torch.cat([kept, *(len(groups) ** -0.5 * g for g in groups)], 1)
 
 
 def sketch_jacobian(
@@ -113,7 +114,7 @@ def sketch_jacobian(
         task:
             What is fine-tuned. All learning-rate multipliers must be one.
         width:
-            Numbers a row, half of them for each half.
+            Numbers a row, a quarter of them for each group.
         projection:
             ``"sign_fold"`` (the default) or ``"ternary"``, the paper's.
         device:
@@ -131,15 +132,15 @@ def sketch_jacobian(
     Raises:
         ValueError:
             As for :func:`~optuna_ttp.jacobian.exact_kernel`, and for a projection that is not
-            known or a width that is not even and positive.
+            known or a width that is not a positive multiple of four.
         JacobianMismatchError:
             If rows differ from what plain automatic differentiation gives.
     """
     if projection not in ("sign_fold", "ternary"):
         raise ValueError(f'projection must be "sign_fold" or "ternary" but got {projection!r}.')
     check_multipliers(task, "sketch")
-    if width < 2 or width % 2:
-        raise ValueError(f"width must be even and positive but got {width!r}.")
+    if width < N_GROUPS or width % N_GROUPS:
+        raise ValueError(f"width must be a positive multiple of {N_GROUPS} but got {width!r}.")
 
     def run(lifts: Mapping[str, int]) -> Sketch:
         with Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
@@ -343,31 +344,31 @@ class Passes:
         n_rows = (task.n_samples + n_held_out) * task.n_outputs
         rows = n_rows * (sum(kept.values()) + width) * itemsize
         held = self._layout.bytes_per_sample + self._preparation.bytes_per_sample
-        # Signs of both halves, weights in another layout, and one gradient that is compared.
-        weights = (2 * sum(projected.values()) + 2 * task.n_parameters) * itemsize
+        # Weights in another layout, and one gradient that is compared; signs take a byte each.
+        weights = 2 * task.n_parameters * itemsize + N_GROUPS * sum(projected.values())
         return rows + self._batch_size * held + 2 * SCRATCH * itemsize + weights
 
     def sketch(self, width: int, projection: str, seed: int) -> Sketch:
         task = self._task
         sizes = {p.name: p.size for p in self._layout.parameters}
         kept, projected = _split(sizes, width)
-        halves: list[Projection] = []
-        for half in range(2):
-            own_seed = 2 * seed + half
+        groups: list[Projection] = []
+        for group in range(N_GROUPS):
+            own_seed = N_GROUPS * seed + group
             if projection == "ternary":
-                halves.append(Ternary(width // 2, own_seed, list(projected)))
+                groups.append(Ternary(width // N_GROUPS, own_seed, list(projected)))
             else:
-                halves.append(SignFold(projected, width // 2, own_seed, self._device, self._dtype))
+                groups.append(SignFold(projected, width // N_GROUPS, own_seed, self._device))
         total = task.n_samples + (0 if task.validation is None else task.validation.n_samples)
         with self._bar(total) as bar:
-            own, inner, trace = self._project(task, self._reference, kept, halves, width, bar)
+            own, inner, trace = self._project(task, self._reference, kept, groups, width, bar)
             validation: tuple[torch.Tensor, ...] = ()
             if task.validation is not None:
                 outputs = task.validation.initial_outputs(self._device, self._dtype)
                 validation, _, _ = self._project(
-                    task.validation, outputs, kept, halves, width, bar
+                    task.validation, outputs, kept, groups, width, bar
                 )
-        return Sketch(own[0], (own[1], own[2]), validation, inner, trace, not projected)
+        return Sketch(own[0], own[1:], validation, inner, trace, not projected)
 
     def images(
         self, vectors: torch.Tensor, max_memory: int, *, own: bool = True, others: bool = False
@@ -466,12 +467,12 @@ class Passes:
         task: FineTuningTask,
         reference: NDArray[np.float64],
         kept: dict[str, int],
-        halves: list[Projection],
+        groups: list[Projection],
         width: int,
         bar: tqdm[Any],
     ) -> tuple[tuple[torch.Tensor, ...], NDArray[np.float64], float]:
         n, c = task.n_samples, task.n_outputs
-        widths = [sum(kept.values()), width // 2, width // 2]
+        widths = [sum(kept.values()), *[width // N_GROUPS] * N_GROUPS]
         parts = [torch.zeros((n, c, w), dtype=self._dtype, device=self._device) for w in widths]
         offsets = dict(zip(kept, np.cumsum([0, *kept.values()]).tolist(), strict=False))
         inner = np.zeros((n, c))
@@ -484,8 +485,8 @@ class Passes:
                 if name not in kept and isinstance(gradient, Factors) and gradient.expand is None:
                     norms += _table_norms(gradient)
                     inner[samples] += gradient.inner(weights[name]).double().cpu().numpy()
-                    for part, half in zip(parts[1:], halves, strict=True):
-                        half.add_table(part[samples], name, gradient)
+                    for part, group in zip(parts[1:], groups, strict=True):
+                        group.add_table(part[samples], name, gradient)
                     continue
                 columns = slice(offsets.get(name, 0), offsets.get(name, 0) + kept.get(name, 0))
                 for some, rows in _row_blocks(gradient):
@@ -495,8 +496,8 @@ class Passes:
                     if name in kept:
                         parts[0][where, :, columns] = rows
                         continue
-                    for part, half in zip(parts[1:], halves, strict=True):
-                        half.add(part[where], name, rows)
+                    for part, group in zip(parts[1:], groups, strict=True):
+                        group.add(part[where], name, rows)
             self._refuse_infinite(state, norms, first)
             check_row_norms(
                 task, self._frozen, first, norms, self._device, self._dtype, self._seed
