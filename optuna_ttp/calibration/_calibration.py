@@ -43,11 +43,11 @@ _DOUBT = 0.2
 _GROSS_ERROR = 1.0
 _GROSSLY = -1.0
 # One trial that is far off, or trials near the edge of stability alone, say little about all
-# others: the rule's advantage must be at least its own standard deviation, and what is compared
+# others: the rule's advantage must be above its own standard deviation, and what is compared
 # weigh as much as half a calm trial. Without these two the right spectrum of the residual net in
 # benchmarks/accuracy was distrusted at some time in four of ten orders of its trials, with them in
 # none of 30; the networks that were shuffled or another task's by so much as before.
-_LEAST_ADVANTAGE = 1.0
+_LEAST_ADVANTAGE = 1.05
 _LEAST_COMPARED = 0.5
 
 
