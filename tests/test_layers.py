@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import math
+from pathlib import Path
 import re
+import subprocess
+import sys
 from typing import Any
 
 from hypothesis import given
@@ -993,6 +996,64 @@ def test_no_hook_stays_on_the_model() -> None:
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
         assert not module._backward_hooks
+
+
+_POINTWISE = """
+import numpy as np
+import torch
+
+from optuna_ttp.jacobian import compute_spectrum
+from optuna_ttp.task import FineTuningTask
+from tests.cases import Case
+from tests.reference import brute_force_jacobian
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 4, 3, padding=1)
+        self.down = torch.nn.Conv2d(4, 8, 1, stride=2, bias=False)
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.stem(x).relu()
+        {forward}
+        return self.head(hidden.relu().mean((2, 3)))
+
+
+torch.manual_seed(0)
+data = torch.randn(24, 3, 16, 16), torch.arange(24) % 3
+one = Case(Net(), data)
+jacobian = brute_force_jacobian(one)
+expected = np.linalg.eigvalsh(jacobian @ jacobian.T)[-5:][::-1]
+spectrum = compute_spectrum(
+    FineTuningTask(one.model, data), engine="{engine}", device="cpu", measure_speed=False
+)
+found = spectrum.eigenvalues[:5]
+assert np.abs(found - expected).max() < 1e-4 * expected[0], (found, expected)
+print("right")
+"""
+
+
+@pytest.mark.parametrize("engine", ["exact", "refined_sketch", "matrix_free"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        "hidden = self.down(hidden)",
+        "hidden = torch.nn.functional.conv2d(hidden, self.down.weight, stride=2)",
+    ],
+    ids=["module", "function"],
+)
+def test_pointwise_convolutions_of_few_channels_with_a_stride(forward: str, engine: str) -> None:
+    # In a process of its own, because PyTorch damages the memory where channels come last.
+    done = subprocess.run(
+        [sys.executable, "-c", _POINTWISE.format(forward=forward, engine=engine)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr[-2000:]
 
 
 # Interruption
