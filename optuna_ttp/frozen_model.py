@@ -153,7 +153,7 @@ class _Convolutions(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_unsafe = False
 
     def __torch_dispatch__(
