@@ -754,6 +754,64 @@ def _encoder_layer(batch_first: bool) -> torch.nn.Module:
     return Model()
 
 
+class _SequenceFirst(torch.nn.Module):
+    """Samples in the second axis of all layers, as in PyTorch's own tutorials."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(9, 8)
+        self.layer = layer
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.table(tokens)
+        if isinstance(self.layer, torch.nn.MultiheadAttention):
+            hidden = hidden + self.layer(hidden, hidden, hidden)[0]
+        else:
+            hidden = self.layer(hidden)
+        outputs: torch.Tensor = self.head(hidden.mean(0))
+        return outputs
+
+
+_SEQUENCE_LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
+    "attention": lambda: torch.nn.MultiheadAttention(8, 2),
+    "layer": lambda: torch.nn.TransformerEncoderLayer(8, 2, 16),
+    "encoder": lambda: torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False
+    ),
+    "linear": lambda: torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()),
+}
+
+
+# As many tokens as are looked at first, as there are samples in a batch, and neither.
+@pytest.mark.parametrize("n_tokens", [3, 4, 7])
+@pytest.mark.parametrize("kind", _SEQUENCE_LAYERS)
+def test_layers_whose_samples_lie_along_the_second_axis(
+    kind: str, n_tokens: int, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    model = _SequenceFirst(_SEQUENCE_LAYERS[kind]())
+    data = torch.randint(9, (7, n_tokens)), torch.arange(7) % 3
+    _check(Case(model, data, lambda model, x: model(x.T)), device)
+
+
+@pytest.mark.parametrize("n_tokens", [3, 5])
+@pytest.mark.parametrize("engine", ["exact", "sketch", "matrix_free"])
+def test_inputs_whose_samples_lie_along_the_second_axis_are_refused(
+    engine: str, n_tokens: int
+) -> None:
+    def collate(items: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.stack([x for x, _ in items], 1), torch.tensor([y for _, y in items])
+
+    torch.manual_seed(0)
+    tokens = torch.randint(9, (7, n_tokens))
+    items = list(zip(tokens, [0, 1, 2, 0, 1, 2, 0], strict=True))
+    loader = torch.utils.data.DataLoader(items, 4, collate_fn=collate)  # type: ignore[arg-type]
+    task = FineTuningTask(_SequenceFirst(_SEQUENCE_LAYERS["layer"]()), loader)
+    with pytest.raises(JacobianMismatchError, match="must lie along the first axis of all inputs"):
+        compute_spectrum(task, engine=engine, device="cpu", measure_speed=False)
+
+
 def _sdpa() -> torch.nn.Module:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
