@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import contextmanager
 import random
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optuna_ttp.data import cast
 from optuna_ttp.functional import functional_call
+
+
+# Input channels that fill the registers of every CPU.
+_VECTOR_WIDTH = 16
 
 
 class FrozenModel:
@@ -83,7 +89,8 @@ class FrozenModel:
 
         On a CPU that makes convolutions up to twice as fast, and what they give is laid out the
         same way. A model that counts on another layout, such as one with ``x.view(...)``, stays
-        as it is.
+        as it is, and so does one with a convolution that PyTorch cannot differentiate then, see
+        :class:`_Convolutions`.
 
         Args:
             inputs:
@@ -100,6 +107,13 @@ class FrozenModel:
             laid_out = weight.detach().contiguous(memory_format=torch.channels_last)
             changed[name] = laid_out.requires_grad_(weight.requires_grad)
         if not changed:
+            return
+        with _Convolutions() as found, torch.no_grad():
+            self(inputs)
+        if found.is_unsafe or any(
+            isinstance(m, kinds[0]) and _overruns(m.weight, m.stride)
+            for m in self.adapter.modules()
+        ):
             return
         self._state = {**self._state, **changed}
         self.parameters = {n: changed.get(n, p) for n, p in self.parameters.items()}
@@ -120,6 +134,40 @@ class FrozenModel:
                 f"{kind}. Pass forward=lambda model, inputs: ... to pick the outputs."
             )
         return outputs
+
+
+class _Convolutions(TorchDispatchMode):
+    """Watches for convolutions whose gradient overruns its memory where channels come last.
+
+    The gradient of the weights of a pointwise convolution with a stride and fewer input channels
+    than a vector register holds is written past the end of its memory by oneDNN (PyTorch 2.13:
+    with two to seven channels on a CPU with AVX2, ungrouped; no other of 3400 combinations of
+    kernel, stride, channels, groups and size did). The process dies of that, or goes on with
+    damaged memory. Registers of other CPUs are twice as wide.
+
+    Operations are watched, not only modules: the model may call a convolution itself.
+
+    Attributes:
+        is_unsafe:
+            Whether there was one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_unsafe = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            _, weight, _, stride, _, _, is_transposed, *_ = args
+            self.is_unsafe |= not is_transposed and _overruns(weight, stride)
+        return func(*args, **(kwargs or {}))
+
+
+def _overruns(weight: torch.Tensor, stride: Sequence[int]) -> bool:
+    is_pointwise = weight.ndim == 4 and weight.shape[2:].numel() == 1
+    return is_pointwise and max(stride) > 1 and weight.shape[1] < _VECTOR_WIDTH
 
 
 class _Adapter(torch.nn.Module):

@@ -40,6 +40,7 @@ from optuna_ttp.frozen_model import FrozenModel
 from optuna_ttp.frozen_model import preserved_attributes
 from optuna_ttp.frozen_model import preserved_random_state
 from optuna_ttp.loss import Loss
+from optuna_ttp.recomputation import plain_checkpoints
 
 
 class FineTuningTask:
@@ -281,6 +282,7 @@ class FineTuningTask:
             torch.enable_grad(),
             torch.autocast("cuda" if device.type == "cuda" else "cpu", enabled=False),
             cudnn_for(self.model, device, training),
+            plain_checkpoints(training=training),
         ):
             for module in self.model.modules():
                 module.training = training

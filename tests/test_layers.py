@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import math
+from pathlib import Path
 import re
+import subprocess
+import sys
+import threading
 from typing import Any
 
 from hypothesis import given
@@ -750,6 +754,64 @@ def _encoder_layer(batch_first: bool) -> torch.nn.Module:
     return Model()
 
 
+class _SequenceFirst(torch.nn.Module):
+    """Samples in the second axis of all layers, as in PyTorch's own tutorials."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(9, 8)
+        self.layer = layer
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.table(tokens)
+        if isinstance(self.layer, torch.nn.MultiheadAttention):
+            hidden = hidden + self.layer(hidden, hidden, hidden)[0]
+        else:
+            hidden = self.layer(hidden)
+        outputs: torch.Tensor = self.head(hidden.mean(0))
+        return outputs
+
+
+_SEQUENCE_LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
+    "attention": lambda: torch.nn.MultiheadAttention(8, 2),
+    "layer": lambda: torch.nn.TransformerEncoderLayer(8, 2, 16),
+    "encoder": lambda: torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False
+    ),
+    "linear": lambda: torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()),
+}
+
+
+# As many tokens as are looked at first, as there are samples in a batch, and neither.
+@pytest.mark.parametrize("n_tokens", [3, 4, 7])
+@pytest.mark.parametrize("kind", _SEQUENCE_LAYERS)
+def test_layers_whose_samples_lie_along_the_second_axis(
+    kind: str, n_tokens: int, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    model = _SequenceFirst(_SEQUENCE_LAYERS[kind]())
+    data = torch.randint(9, (7, n_tokens)), torch.arange(7) % 3
+    _check(Case(model, data, lambda model, x: model(x.T)), device)
+
+
+@pytest.mark.parametrize("n_tokens", [3, 5])
+@pytest.mark.parametrize("engine", ["exact", "sketch", "matrix_free"])
+def test_inputs_whose_samples_lie_along_the_second_axis_are_refused(
+    engine: str, n_tokens: int
+) -> None:
+    def collate(items: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.stack([x for x, _ in items], 1), torch.tensor([y for _, y in items])
+
+    torch.manual_seed(0)
+    tokens = torch.randint(9, (7, n_tokens))
+    items = list(zip(tokens, [0, 1, 2, 0, 1, 2, 0], strict=True))
+    loader = torch.utils.data.DataLoader(items, 4, collate_fn=collate)  # type: ignore[arg-type]
+    task = FineTuningTask(_SequenceFirst(_SEQUENCE_LAYERS["layer"]()), loader)
+    with pytest.raises(JacobianMismatchError, match="must lie along the first axis of all inputs"):
+        compute_spectrum(task, engine=engine, device="cpu", measure_speed=False)
+
+
 def _sdpa() -> torch.nn.Module:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -885,14 +947,81 @@ def test_inner_autocast_rounds_but_does_not_break() -> None:
     assert relative_error(gram, jacobian @ jacobian.T) < 0.03
 
 
-def test_checkpointed_layers_in_the_precision_of_the_model() -> None:
-    def forward(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        first, _, last = model.children()
-        hidden = checkpoint(first, x, use_reentrant=False)
-        outputs: torch.Tensor = last(hidden.tanh())
+class _Checkpointed(torch.nn.Module):
+    """Layers that are computed again in the backward pass; the first one's input has no graph."""
+
+    def __init__(self, *, use_reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh())
+        self.middle = torch.nn.Linear(8, 8)
+        self.head = torch.nn.Linear(8, 3)
+        self.use_reentrant = use_reentrant
+        self.n_calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self._run(self.body, x)
+        outputs: torch.Tensor = self.head(self._run(self._count, hidden).tanh())
         return outputs
 
-    _check(Case(mlp(), vectors(7), forward), tolerances={torch.float32: 1e-5})
+    def _count(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.n_calls += 1
+        outputs: torch.Tensor = self.middle(hidden)
+        return outputs
+
+    def _run(self, function: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        if self.use_reentrant is None:
+            return function(x)
+        outputs: torch.Tensor = checkpoint(function, x, use_reentrant=self.use_reentrant)
+        return outputs
+
+
+@pytest.mark.parametrize("engine", ["exact", "refined_sketch", "matrix_free"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_checkpointed_layers_are_those_of_a_plain_call(
+    dtype: str, use_reentrant: bool, engine: str, device: torch.device
+) -> None:
+    def look(reentrant: bool | None) -> Any:
+        task = FineTuningTask(_Checkpointed(use_reentrant=reentrant), vectors(9))
+        found = compute_spectrum(task, engine=engine, dtype=dtype, device=device)
+        assert found.throughput is not None
+        assert found.probe is not None
+        return found
+
+    plain, checkpointed = look(None), look(use_reentrant)
+    np.testing.assert_allclose(checkpointed.eigenvalues, plain.eigenvalues, rtol=1e-6)
+    for name in ("relative_displacements", "kernel_ratios", "output_deviations"):
+        np.testing.assert_allclose(
+            getattr(checkpointed.probe, name), getattr(plain.probe, name), rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_are_computed_again_in_the_users_own_passes(use_reentrant: bool) -> None:
+    model = _Checkpointed(use_reentrant=use_reentrant)
+    x, _ = vectors(9)
+    task = FineTuningTask(model, vectors(9))
+    n_calls = []
+
+    def train_in_the_meantime(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        other = _Checkpointed(use_reentrant=use_reentrant)
+        thread = threading.Thread(
+            target=lambda: torch.autograd.backward(other(x.float().requires_grad_()).sum())
+        )
+        thread.start()
+        thread.join()
+        n_calls.append(other.n_calls)
+        outputs: torch.Tensor = model(x)
+        return outputs
+
+    exact_kernel(FineTuningTask(model, vectors(9), forward=train_in_the_meantime), device=CPU)
+    assert set(n_calls) == {2}
+    with task.frozen(CPU), pytest.raises(KeyboardInterrupt), task.frozen(CPU):
+        raise KeyboardInterrupt
+    model.n_calls = 0
+    torch.autograd.backward(model(x.requires_grad_()).sum())
+    assert model.n_calls == 2
 
 
 def test_batches_of_different_lengths() -> None:
@@ -993,6 +1122,64 @@ def test_no_hook_stays_on_the_model() -> None:
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
         assert not module._backward_hooks
+
+
+_POINTWISE = """
+import numpy as np
+import torch
+
+from optuna_ttp.jacobian import compute_spectrum
+from optuna_ttp.task import FineTuningTask
+from tests.cases import Case
+from tests.reference import brute_force_jacobian
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 4, 3, padding=1)
+        self.down = torch.nn.Conv2d(4, 8, 1, stride=2, bias=False)
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.stem(x).relu()
+        {forward}
+        return self.head(hidden.relu().mean((2, 3)))
+
+
+torch.manual_seed(0)
+data = torch.randn(24, 3, 16, 16), torch.arange(24) % 3
+one = Case(Net(), data)
+jacobian = brute_force_jacobian(one)
+expected = np.linalg.eigvalsh(jacobian @ jacobian.T)[-5:][::-1]
+spectrum = compute_spectrum(
+    FineTuningTask(one.model, data), engine="{engine}", device="cpu", measure_speed=False
+)
+found = spectrum.eigenvalues[:5]
+assert np.abs(found - expected).max() < 1e-4 * expected[0], (found, expected)
+print("right")
+"""
+
+
+@pytest.mark.parametrize("engine", ["exact", "refined_sketch", "matrix_free"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        "hidden = self.down(hidden)",
+        "hidden = torch.nn.functional.conv2d(hidden, self.down.weight, stride=2)",
+    ],
+    ids=["module", "function"],
+)
+def test_pointwise_convolutions_of_few_channels_with_a_stride(forward: str, engine: str) -> None:
+    # In a process of its own, because PyTorch damages the memory where channels come last.
+    done = subprocess.run(
+        [sys.executable, "-c", _POINTWISE.format(forward=forward, engine=engine)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr[-2000:]
 
 
 # Interruption

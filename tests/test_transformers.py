@@ -205,3 +205,20 @@ def test_every_engine_differentiates_weights_of_modules_among_the_arguments(engi
     )
     np.testing.assert_allclose(spectrum.eigenvalues[0], expected[0], rtol=1e-3)
     np.testing.assert_allclose(spectrum.trace, expected.sum(), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(use_reentrant: bool) -> None:
+    def look(*, checkpointing: bool) -> Any:
+        torch.manual_seed(0)
+        one = _bert()
+        if checkpointing:
+            model: Any = one.model
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        task = FineTuningTask(one.model, one.data)
+        return compute_spectrum(task, device="cpu", show_progress_bar=False)
+
+    plain, checkpointed = look(checkpointing=False), look(checkpointing=True)
+    np.testing.assert_allclose(checkpointed.eigenvalues, plain.eigenvalues, rtol=1e-6)
+    assert checkpointed.throughput is not None

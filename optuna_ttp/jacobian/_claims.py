@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 # Relative deviation of a parameter's gradient that is rounding, and the same of all gradients
 # together: some gradients are zero but for rounding.
 _TOLERANCES = {torch.float32: (2e-3, 2e-6), torch.float64: (1e-8, 1e-12)}
-# What a module may raise when it is run again on parts of its inputs.
-_REPLAY_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -308,7 +306,9 @@ def find_claims(
             if levels[name] == len(chains[name]):
                 raise JacobianMismatchError(
                     f"The gradient of the parameter {name.removeprefix('model.')!r} is not the "
-                    "same for one sample twice. Does the model keep something between calls?"
+                    "same for the sample alone and in a batch. Samples must lie along the first "
+                    "axis of all inputs (transpose them in the model or forward=), and the model "
+                    "must keep nothing between calls."
                 )
 
 
@@ -440,8 +440,8 @@ def _wrong_parameters(
     with claims.tape(frozen).attached() as tape:
         try:
             recording = tape.record(inputs, batch_size)
-        except _REPLAY_ERRORS:
-            # The only difference from before are the copies.
+        except Exception:
+            # The only difference from before are the copies, on which a module may raise anything.
             if not expanded:
                 raise
             return expanded
@@ -467,7 +467,8 @@ def _wrong_parameters(
                                 shape = None if known is None else known.plus(shape)
                                 rows = total + rows
                             claims.shapes[name], found[name] = shape, rows
-                    except (*_REPLAY_ERRORS, JacobianMismatchError):
+                    except Exception:
+                        # On parts of its inputs a module may raise anything.
                         wrong |= names
     return wrong | set(_deviating(found, truth, wrong))
 
