@@ -805,8 +805,8 @@ def test_inputs_whose_samples_lie_along_the_second_axis_are_refused(
 
     torch.manual_seed(0)
     tokens = torch.randint(9, (7, n_tokens))
-    items = list(zip(tokens, [0, 1, 2, 0, 1, 2, 0], strict=True))
-    loader = torch.utils.data.DataLoader(items, 4, collate_fn=collate)  # type: ignore[arg-type]
+    items: Any = list(zip(tokens, [0, 1, 2, 0, 1, 2, 0], strict=True))
+    loader = torch.utils.data.DataLoader(items, 4, collate_fn=collate)
     task = FineTuningTask(_SequenceFirst(_SEQUENCE_LAYERS["layer"]()), loader)
     with pytest.raises(JacobianMismatchError, match="must lie along the first axis of all inputs"):
         compute_spectrum(task, engine=engine, device="cpu", measure_speed=False)

@@ -49,6 +49,8 @@ _GROSSLY = -1.0
 # none of 30; the networks that were shuffled or another task's by so much as before.
 _LEAST_ADVANTAGE = 1.05
 _LEAST_COMPARED = 0.5
+# Or as much as this: of five trials one pair at most may be in order (by chance in 4 %).
+_BACKWARDS = -0.75
 
 
 # A correction of the first steps, where the spectrum is exact, that is too large for its own: as a
@@ -180,10 +182,12 @@ class Calibration:
         not avoid any of a trivial rule's squared error; or less than half of it, where they do not
         even rank the trials (Kendall's tau below 0.2) or are off by more than a factor e. Three
         are enough where they are off by so much and the rule's squared error is less than half of
-        theirs. In any case not on the word of one trial, nor of trials near the edge of stability
-        alone.
+        theirs. In any case not on the word of one trial, unless five or more are ranked backwards
+        (Kendall's tau of at most -0.75), nor of trials near the edge of stability alone.
         """
-        if self.n_compared < _LEAST_COMPARED or self.superiority < _LEAST_ADVANTAGE:
+        backwards = self.n_observed >= _MIN_DISTRUST and self.rank_agreement <= _BACKWARDS
+        is_sure = self.superiority >= _LEAST_ADVANTAGE or backwards
+        if self.n_compared < _LEAST_COMPARED or not is_sure:
             return True
         if self.log_error > _GROSS_ERROR and self.trust < _GROSSLY:
             return False
