@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import fields
+import inspect
 import math
 from numbers import Real
 from typing import Any
@@ -69,7 +70,7 @@ class HyperparameterMap:
 
     Raises:
         TypeError:
-            If a source is no name, number or function.
+            If a source is no name, number or function of one argument.
         ValueError:
             If a fixed number is out of its range.
     """
@@ -86,6 +87,12 @@ class HyperparameterMap:
                 raise TypeError(
                     f"{field} must be a parameter's name, a number or a function of the trial's "
                     f"parameters but got {source!r}."
+                )
+            elif callable(source) and not _takes_one(source):
+                raise TypeError(
+                    f"{field} must be a function of one argument, the trial's parameters by "
+                    f"their names, but got {source!r}, which takes "
+                    f"{inspect.signature(source)}."
                 )
 
     def resolve(self, params: Mapping[str, Any]) -> Configuration | None:
@@ -203,6 +210,16 @@ def _check_fixed(field: str, value: float) -> None:
             "momentum": "in [0, 1)",
         }
         raise ValueError(f"A fixed {field} must be {wanted[field]} but got {value:g}.")
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind({})
+    except TypeError:
+        return False
+    except ValueError:  # Some functions that are written in C do not tell.
+        return True
+    return True
 
 
 def _read(source: Source, params: Mapping[str, Any]) -> tuple[Any, str | None]:

@@ -24,8 +24,10 @@ from optuna_ttp.hyperparameters import HyperparameterMap
 from optuna_ttp.hyperparameters import MissingParameterError
 from optuna_ttp.observed_trial import InitialLoss
 from optuna_ttp.observed_trial import observation_of
+from optuna_ttp.observed_trial import spacing_of
 from optuna_ttp.recorded_curve import recorded
 from optuna_ttp.trial_entries import CURVE
+from optuna_ttp.trial_entries import DECISION
 from optuna_ttp.trial_entries import entry
 from optuna_ttp.trial_entries import PREDICTION
 from optuna_ttp.trial_entries import prediction_entry
@@ -47,6 +49,10 @@ _MOST_NEW = 32
 _NONE_FALLS = 5
 # Nothing older than the newest so many trials is predicted afterwards.
 _MOST_LATE = 256
+_CHECK = (
+    "Check that steps are optimiser steps and losses means over the mini-batch "
+    "(steps_per_report?), and that the spectrum is that of this network, these data and this loss."
+)
 
 
 def observations_of(
@@ -173,10 +179,41 @@ class Learner:
 
 # By the fingerprint of the task and the number of a finished trial.
 _OBSERVATIONS: PerStudy[dict[str, dict[int, Observation | None]]] = PerStudy(dict)
+# By the number of a finished trial: its batch size, and the steps between its first losses.
+_SPACINGS: PerStudy[dict[int, tuple[int, float]]] = PerStudy(dict)
 # What studies were told of their predictions.
 _TOLD: PerStudy[set[str]] = PerStudy(set)
 # By the identity of a predictor, which what was learned keeps alive.
 _LEARNED: PerStudy[dict[int, _Learned]] = PerStudy(dict)
+
+
+def tell_that_nothing_ran(study: optuna.Study, n_skipped: int, objection: str) -> None:
+    """Say once that every trial was skipped, and none has shown whether predictions are right.
+
+    Args:
+        study:
+            The study.
+        n_skipped:
+            How many.
+        objection:
+            Why the next one should be, too.
+
+    Warns:
+        UnreliablePredictionWarning:
+            The first time.
+    """
+    told = _TOLD[study]
+    if "unseen" in told:
+        return
+    told.add("unseen")
+    warnings.warn(
+        f"All {n_skipped} trials so far were skipped, so that nobody knows yet whether "
+        f"predictions are right. The next one runs, although {objection}. Check that the target "
+        "and the budget can be reached, that the search space holds good learning rates, and that "
+        "the spectrum is that of this network, these data and this loss.",
+        UnreliablePredictionWarning,
+        stacklevel=6,
+    )
 
 
 def _tell_of_nothing(study: optuna.Study, predictor: TrainingTimePredictor) -> None:
@@ -210,7 +247,8 @@ def _tell_of_trust(study: optuna.Study, calibration: Calibration) -> None:
         f"{math.exp(calibration.compared_error):.2f}) than those of `c / effective learning "
         "rate`, learned from the same trials (a factor "
         f"{math.exp(calibration.baseline_error):.2f}, {calibration.n_observed} trials). They "
-        "steer nothing until that changes: nothing is skipped, and the base sampler decides."
+        "steer nothing until that changes: nothing is skipped, and the base sampler decides. "
+        f"{_CHECK}"
     )
     if "warned" in told:
         _logger.info(text)
@@ -228,9 +266,7 @@ def _tell_of_start(study: optuna.Study, calibration: Calibration) -> None:
     warnings.warn(
         f"Training begins {calibration.start_factor:.2g} times as fast as predicted "
         f"({calibration.n_observed} trials), in its first steps, where the network is still the "
-        "pretrained one. Check that steps are optimiser steps and losses means over the "
-        "mini-batch (steps_per_report?), and that the spectrum is that of this network, these "
-        "data and this loss. Predictions are corrected by what is learned.",
+        f"pretrained one. {_CHECK} Predictions are corrected by what is learned.",
         UnreliablePredictionWarning,
         stacklevel=4,
     )
@@ -245,7 +281,7 @@ def _observations(
     known = _OBSERVATIONS[study].setdefault(predictor.spectrum.metadata.fingerprint, {})
     ordered = sorted(trials, key=lambda t: t.number)
     late = {t.number for t in ordered[-_MOST_LATE:] if t.state in FINISHED}
-    observations = []
+    observations = {}
     for trial in ordered:
         if trial.number in known:
             one = known[trial.number]
@@ -256,8 +292,21 @@ def _observations(
             if trial.state in FINISHED:
                 known[trial.number] = one
         if one is not None:
-            observations.append(one)
-    return observations
+            observations[trial.number] = one
+    for number in _in_samples(study):
+        observations.pop(number, None)
+    return list(observations.values())
+
+
+def _in_samples(study: optuna.Study) -> list[int]:
+    """The trials that seem to have counted samples instead of steps; say so once."""
+    spacings = {n: both for n, both in _SPACINGS[study].items() if both[0] > 1}
+    alike = {n: size for n, (size, spacing) in spacings.items() if spacing == size}
+    if len(set(alike.values())) < 2 or 2 * len(alike) <= len(spacings):
+        return []
+    reason = "in several trials losses are as many steps apart as the batch has samples"
+    UnusableCurve("samples", reason).tell(study, min(alike), stacklevel=5)
+    return sorted(alike)
 
 
 def observation_in(
@@ -285,7 +334,11 @@ def observation_in(
     """
     prediction = entry(trial, PREDICTION)
     if prediction is None and hyperparameters is not None:
-        prediction = _late_prediction(trial, predictor, hyperparameters)
+        late = _late_prediction(trial, predictor, hyperparameters)
+        if isinstance(late, UnusableCurve):
+            late.tell(study, trial.number, stacklevel=4)
+            return None
+        prediction = late
     if prediction is None or prediction.get("ladder") is None:
         return None
     if prediction["fingerprint"] != predictor.spectrum.metadata.fingerprint:
@@ -296,6 +349,7 @@ def observation_in(
         return None
     if one is not None and trial.state in FINISHED:
         _tell_of_gaps(study, trial)
+        _SPACINGS[study][trial.number] = one.batch_size, spacing_of(trial)
     return one
 
 
@@ -311,21 +365,26 @@ def _tell_of_gaps(study: optuna.Study, trial: FrozenTrial) -> None:
 
 def _late_prediction(
     trial: FrozenTrial, predictor: TrainingTimePredictor, mapping: HyperparameterMap
-) -> dict[str, Any] | None:
-    """What would have been predicted for a trial, nothing where it has no curve or no name fits.
+) -> dict[str, Any] | UnusableCurve | None:
+    """What would have been predicted for a trial, nothing where it has no curve.
 
     It is that of the given predictor, which has not learned from the trial.
     """
     if entry(trial, CURVE) is None:
         return None
     started = time.perf_counter()
+    # It may be in a branch of a conditional space; then that was written when it began.
+    known = entry(trial, DECISION) is not None
     try:
         configuration = mapping.resolve(trial.params)
         if configuration is None:
-            return None
+            nameless = mapping == HyperparameterMap() and trial.params and not known
+            return _nameless(trial) if nameless else None
         configuration = configuration.clipped(predictor.n_samples)
         prediction = predictor.estimate(*configuration)
-    except (MissingParameterError, TypeError, ValueError):
+    except MissingParameterError:
+        return None if known else _nameless(trial)
+    except (TypeError, ValueError):
         # Its objective may have failed for just that.
         return None
     return prediction_entry(
@@ -334,4 +393,13 @@ def _late_prediction(
         prediction,
         budget_steps=math.inf,
         prediction_seconds=time.perf_counter() - started,
+    )
+
+
+def _nameless(trial: FrozenTrial) -> UnusableCurve:
+    names = ", ".join(map(repr, sorted(trial.params)))
+    return UnusableCurve(
+        "names",
+        "nothing was predicted for it, and now its learning rate, batch size and momentum are not "
+        f"found under their names among its parameters {names}",
     )

@@ -38,6 +38,8 @@ _LIKE_A_SUM = 0.4
 # A curve that begins after so many steps, still at the initial loss, and halves before twice as
 # many, was counted from another start.
 _LATE, _STILL, _HALF = 10, 0.1, 0.5
+# A gap in the steps that is so many times as large as those before and behind it.
+_JUMP = 1000.0
 # Training that rose so many times above its first loss, and ends above so much of it, in a time in
 # which its loss was predicted to be halved and twice as much, does not recover.
 _SPIKE, _NOT_LEARNED = 1.3, 0.9
@@ -169,7 +171,7 @@ def observation_of(
     value = recorded(trial)
     if value is None or isinstance(value, UnusableCurve):
         return value
-    objection = initial.objection(value, prediction)
+    objection = _jump(value) or initial.objection(value, prediction)
     if objection is not None:
         return objection
     curve = read_curve(value)
@@ -191,6 +193,37 @@ def observation_of(
         batch_size=int(prediction["batch_size"]),
         lost=curve.lost,
         seconds_per_step=_array([value.get("seconds_per_step")])[0],
+    )
+
+
+def spacing_of(trial: FrozenTrial) -> float:
+    """Return how many steps lie between the first losses that a trial has recorded.
+
+    Args:
+        trial:
+            Any trial.
+
+    Returns:
+        The smallest distance; NaN for fewer than two losses.
+    """
+    value = recorded(trial)
+    if not isinstance(value, dict) or len(value["steps"]) < 2:
+        return math.nan
+    return float(np.diff(value["steps"]).min())
+
+
+def _jump(value: dict[str, Any]) -> UnusableCurve | None:
+    """Why steps that jump and go on as before are no numbers of optimiser steps."""
+    gaps = np.diff(value["steps"])
+    if len(gaps) < 3:
+        return None
+    beside = np.maximum(gaps[:-2], gaps[2:])
+    places = np.flatnonzero(gaps[1:-1] > _JUMP * beside)
+    if not len(places):
+        return None
+    before, after = value["steps"][places[0] + 1 : places[0] + 3]
+    return UnusableCurve(
+        "jump", f"its steps jump from {before:,} to {after:,}, and go on as before"
     )
 
 

@@ -33,6 +33,7 @@ from optuna_ttp.hyperparameters import Configuration
 from optuna_ttp.hyperparameters import HyperparameterMap
 from optuna_ttp.hyperparameters import map_or_default
 from optuna_ttp.learner import Learner
+from optuna_ttp.learner import tell_that_nothing_ran
 from optuna_ttp.observed_trial import InitialLoss
 from optuna_ttp.observed_trial import observation_of
 from optuna_ttp.prediction import DIVERGES
@@ -80,6 +81,8 @@ _EARLIEST = 0.2
 # Where the time to the target is searched for and no trial has completed yet, what has a fair
 # chance runs: it may be the only one that gets there.
 _AT_FIRST = 0.2
+# Where so many trials were all skipped, predictions may be to blame.
+_MANY = 5
 # As many trials are remembered; others are read from the storage.
 _REMEMBERED = 1024
 
@@ -351,7 +354,7 @@ class TTPPruner(BasePruner):
         decision = {"decision": RUN, "reason": f"predicted: {prediction}"}
         if verdict is not None:
             kind, objection = verdict
-            override = self._override(trial, trials, predictor)
+            override = self._override(study, trial, trials, predictor, objection)
             if override is None:
                 decision = {"decision": SKIP, "reason": objection}
                 _logger.info(f"Trial {trial.number} is skipped: {objection}.")
@@ -485,14 +488,22 @@ class TTPPruner(BasePruner):
         return float(probability_below(np.ones(1), sd, np.array([ratio]))[0])
 
     def _override(
-        self, trial: FrozenTrial, trials: Sequence[FrozenTrial], predictor: TrainingTimePredictor
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        trials: Sequence[FrozenTrial],
+        predictor: TrainingTimePredictor,
+        objection: str,
     ) -> tuple[str, str] | None:
         """Why a trial runs in spite of its prediction, as a word and in words."""
         if not predictor.calibration.trusted:
             return "untrusted", "predictions are worse than a rule of thumb"
         if self._shadow:
             return "shadow", "runs in shadow mode"
-        if n_skipped_in_a_row(trials) >= self._max_consecutive:
+        n_skipped = n_skipped_in_a_row(trials)
+        if n_skipped >= self._max_consecutive:
+            if _MANY <= n_skipped == len(trials) and not predictor.observations:
+                tell_that_nothing_ran(study, n_skipped, objection)
             return "turn", f"runs after {self._max_consecutive} skipped trials in a row"
         # The same for every process that asks.
         if np.random.default_rng((self._seed, trial.number)).random() < self._audit:

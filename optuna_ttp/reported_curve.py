@@ -12,6 +12,7 @@ import numpy as np
 from optuna.trial import BaseTrial
 
 from optuna_ttp._checks import check_count
+from optuna_ttp._checks import check_kind
 from optuna_ttp.loss_curve import LossCurve
 from optuna_ttp.trial_entries import CURVE
 from optuna_ttp.trial_entries import entry
@@ -54,20 +55,22 @@ def learn_from_reports(
 
     Raises:
         TypeError:
-            If ``trial`` is no trial, or ``steps_per_report`` no whole number.
+            If ``trial`` is no trial, ``steps_per_report`` no whole number, or ``averaged`` no
+            boolean.
         ValueError:
             If ``steps_per_report`` is not positive.
     """
     if not isinstance(trial, BaseTrial):
         raise TypeError(f"trial must be the trial of the objective but got {trial!r}.")
     per_report = check_count("steps_per_report", steps_per_report)
+    check_kind("averaged", averaged, bool)
     logged = entry(trial, CURVE)
     if logged is not None and STEPS_PER_REPORT not in logged:
         return  # A TrainingLog knows every step.
     value = {
         "trial": trial.number,
         STEPS_PER_REPORT: per_report,
-        _AVERAGED: bool(averaged),
+        _AVERAGED: averaged,
     }
     trial.set_user_attr(CURVE, value)
 

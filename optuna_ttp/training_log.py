@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from types import TracebackType
 from typing import Any
@@ -9,8 +10,10 @@ from typing import SupportsFloat
 from typing import TYPE_CHECKING
 
 import numpy as np
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import BaseTrial
 
+from optuna_ttp._checks import check_kind
 from optuna_ttp.loss_curve import LossCurve
 from optuna_ttp.recorded_curve import curve_entry
 from optuna_ttp.recorded_curve import joined
@@ -51,18 +54,20 @@ class TrainingLog:
 
     Raises:
         TypeError:
-            If ``trial`` is no trial.
+            If ``trial`` is no trial, or ``measure_speed`` no boolean.
     """
 
     def __init__(self, trial: optuna.trial.Trial, *, measure_speed: bool = True) -> None:
         if not isinstance(trial, BaseTrial):
             raise TypeError(f"trial must be the trial of the objective but got {trial!r}.")
+        check_kind("measure_speed", measure_speed, bool)
         self._trial = trial
         self._measure_speed = measure_speed
         self._losses: list[float] = []
         self._steps: list[int] = []
         self._times: list[float] = []
         self._next_write = 32
+        self._n_written = 0
         self._unusable: UnusableCurve | None = None
         self._written: dict[str, Any] | None = None
         # What an earlier log of the trial has written, which this one continues.
@@ -71,6 +76,12 @@ class TrainingLog:
 
     def __enter__(self) -> TrainingLog:
         return self
+
+    def __del__(self) -> None:
+        # A log that nobody has closed ends with its objective.
+        if getattr(self, "_losses", None) and len(self._losses) > self._n_written:
+            with contextlib.suppress(Exception):
+                self.write()
 
     def __exit__(
         self,
@@ -146,7 +157,19 @@ class TrainingLog:
                 value = joined(self._earlier, value)
             value["seconds_per_step"] = self._seconds_per_step()
         self._written = {"trial": self._trial.number, **value}
-        self._trial.set_user_attr(CURVE, self._written)
+        self._n_written = len(self._losses)
+        try:
+            self._trial.set_user_attr(CURVE, self._written)
+        except UpdateFinishedTrialError:
+            known = 0 if written is None else written.get("n_steps", 0)
+            reason = f"the trial ended before it was written, at step {known:,}"
+            self._tell(
+                UnusableCurve(
+                    "finished",
+                    reason,
+                    "The end of the training-loss curve of trial {} is left out",
+                )
+            )
 
     def _continues(self, written: dict[str, Any]) -> bool:
         """Whether this log goes on where another one of the trial ended; if not, say so."""

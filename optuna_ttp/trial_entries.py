@@ -105,7 +105,7 @@ def prediction_entry(
             "expected": _rounded(prediction.expected_log_passages),
             "growth": _rounded(prediction.log_growth),
             "covariates": _rounded(prediction.covariates),
-            "instability": _rounded(prediction.instability),
+            "instability": _rounded(prediction.instability, "{:.5g}"),
         },
     }
 
@@ -183,8 +183,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _rounded(values: NDArray[np.float64]) -> list[float | None]:
-    return [_finite(round(float(v), 4)) if math.isfinite(v) else None for v in values]
+def _rounded(values: NDArray[np.float64], digits: str = "{:.4f}") -> list[float | None]:
+    return [float(digits.format(v)) if math.isfinite(v) else None for v in values]
 
 
 def or_nan(value: float | None) -> float:

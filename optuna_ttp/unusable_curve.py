@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 
 
 _logger = get_logger("optuna.ttp.training_log")
+# What to do, by the kind of the reason; what is not in here is no mean loss of mini-batches.
+_ADVICE = {
+    "empty": "Record a loss at every optimiser step, with TrainingLog.step or Trial.report.",
+    "finished": "Close the log, or leave its with block, before the trial ends.",
+    "gaps": "",
+    "infinite": "",
+    "jump": "Count the optimiser steps of this trial, from 0 on.",
+    "late": "Count the optimiser steps of this trial, from 0 on.",
+    "names": "Say what its parameters are called now with HyperparameterMap, where that matters.",
+    "samples": "Count optimiser steps, not samples.",
+    "second": "Use one TrainingLog a trial.",
+    "steps": "Count the optimiser steps of this trial, from 0 on.",
+}
+_ADVICE["short"] = _ADVICE["empty"]
+_MEANS = "Log the mean loss of each mini-batch."
 # Kinds of reasons that were already told.
 _TOLD: PerStudy[set[str]] = PerStudy(set)
 
@@ -60,9 +75,9 @@ class UnusableCurve:
             _logger.debug(text)
             return
         told.add(self.kind)
+        advice = _ADVICE.get(self.kind, _MEANS)
         warnings.warn(
-            f"{text} Log the mean loss of each mini-batch, in the order of the steps. Others "
-            "like it are left out without a warning.",
+            f"{text} {advice} ".rstrip() + " Others like it are left out without a warning.",
             UnusableCurveWarning,
             stacklevel=stacklevel + 1,
         )

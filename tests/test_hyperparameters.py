@@ -153,3 +153,20 @@ def test_the_parameters_read_depend_on_the_branch_that_a_function_takes() -> Non
 def test_a_map_of_names_and_numbers_is_pickled() -> None:
     mapping = HyperparameterMap(learning_rate="lr", momentum=0.5)
     assert pickle.loads(pickle.dumps(mapping)) == mapping
+
+
+@pytest.mark.parametrize("bad", [lambda: 0.1, lambda trial, name: 0.1])
+def test_a_function_that_does_not_take_the_parameters_is_refused_at_once(bad: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"learning_rate must be a function of one argument, .* \("
+    ):
+        HyperparameterMap(learning_rate=bad)
+
+
+def test_functions_with_defaults_and_classes_are_functions_of_the_parameters() -> None:
+    class Rate:
+        def __call__(self, params: Any, factor: float = 2.0) -> float:
+            return factor * float(params["lr"])
+
+    mapping = HyperparameterMap(learning_rate=Rate(), batch_size=8, momentum=0.0)
+    assert mapping.resolve({"lr": 0.1}) == (0.2, 8, 0.0)

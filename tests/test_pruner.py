@@ -381,6 +381,34 @@ def test_predictions_that_rank_the_trials_wrongly_skip_nothing() -> None:
         assert not _is_skipped(study, HOPELESS)
 
 
+def test_a_search_that_skips_everything_says_that_nothing_was_seen_yet() -> None:
+    study = _study()
+    for _ in range(10):
+        assert _is_skipped(study, DIVERGING)
+    with pytest.warns(
+        UnreliablePredictionWarning,
+        match="All 10 trials so far were skipped, .* runs, although predicted",
+    ) as told:
+        assert not _is_skipped(study, DIVERGING)
+    assert len(told) == 1
+    # Once is enough.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(10):
+            assert _is_skipped(study, DIVERGING)
+        assert not _is_skipped(study, DIVERGING)
+
+
+def test_a_search_that_has_seen_a_curve_skips_in_silence() -> None:
+    study = _study()
+    add_observed(study, lambda steps: steps, rates=(0.1,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(10):
+            assert _is_skipped(study, DIVERGING)
+        assert not _is_skipped(study, DIVERGING)
+
+
 def test_predictions_that_rank_the_trials_keep_skipping_also_when_far_off() -> None:
     study = _study()
     add_observed(study, lambda steps: 1.5 * steps**0.7)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 import json
@@ -40,6 +41,7 @@ from tests.studies import quick_predictor
 from tests.studies import SPACE
 from tests.studies import storage
 from tests.studies import STORAGES
+from tests.studies import suggest
 
 
 # Made-up curves that are late or early by the same factor from the first step on.
@@ -515,9 +517,12 @@ def test_trials_whose_parameters_had_other_names_never_break_a_study(predicted: 
     )
     before.optimize(lambda t: objective(t, old), n_trials=4)
     after = optuna.load_study(storage=store, study_name="s", **steered(HyperparameterMap(*new)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UnusableCurveWarning)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UnusableCurveWarning)
         after.optimize(lambda t: objective(t, new), n_trials=8)
+    named = [str(w.message) for w in told if issubclass(w.category, UnusableCurveWarning)]
+    assert len(named) == (0 if predicted else 1)
+    assert all("not found under their names among its parameters 'bs', 'lr'" in n for n in named)
     assert {t.state for t in after.trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
     assert all(set(t.params) == set(new) for t in after.trials[4:])
     observed = observations_of(after, predictor)
@@ -822,3 +827,115 @@ def test_processes_on_one_storage_learn_the_same(tmp_path: Path) -> None:
     assert all(steps == told[0][1] for _, steps in told)
     plain = quick_predictor().predict([0.05, 0.1], 8, 0.0).steps
     assert (np.array(told[0][1]) > 1.2 * plain).all()
+
+
+# What a newcomer does wrong
+
+
+@pytest.mark.parametrize("bad", ["no", 1, None])
+def test_switches_that_are_no_booleans_are_refused(bad: Any) -> None:
+    trial = optuna.create_study().ask()
+    with pytest.raises(TypeError, match="measure_speed must be a bool but got"):
+        TrainingLog(trial, measure_speed=bad)
+    with pytest.raises(TypeError, match="averaged must be a bool but got"):
+        optuna_ttp.learn_from_reports(trial, averaged=bad)
+
+
+def test_a_log_that_outlives_its_trial_says_so_and_breaks_nothing() -> None:
+    study = _study()
+    trial = asked(study, FAST)
+    trial.should_prune()
+    with (
+        pytest.warns(UnusableCurveWarning, match="end of the .* trial 0 .* at step 32") as told,
+        TrainingLog(trial) as log,
+    ):
+        for value in losses(30.0, 50):
+            log.step(value)
+        study.tell(trial, 0.0)
+    assert len(told) == 1
+    assert "before the trial ends" in str(told[0].message)
+    [seen] = observations_of(study, quick_predictor())
+    assert seen.n_steps == 32
+
+
+def test_a_log_that_nobody_closes_is_written_at_its_end() -> None:
+    study = _study()
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.should_prune()
+        log = TrainingLog(trial)
+        for value in losses(30.0, 50):
+            log.step(value)
+        return 0.0
+
+    study.enqueue_trial(FAST)
+    study.optimize(lambda t: objective(_suggested(t)), n_trials=1)
+    [seen] = observations_of(study, quick_predictor())
+    assert seen.n_steps == 50
+
+
+def _suggested(trial: optuna.Trial) -> optuna.Trial:
+    suggest(trial)
+    return trial
+
+
+def test_steps_that_jump_are_named_and_sparse_ones_are_not() -> None:
+    study = _study()
+    values = losses(30.0, 40)
+    dense, jumping = list(range(40)), [*range(20), *range(10**6, 10**6 + 20)]
+    sparse = [*range(20), *range(1000, 21000, 1000)]
+    for places, named in ((dense, False), (sparse, False), (jumping, True)):
+        study.tell(_run(study, values, step=places), 0.0)
+        if not named:
+            continue
+        with pytest.warns(UnusableCurveWarning, match="jump from 19 to 1,000,000, and go on"):
+            seen = observations_of(study, quick_predictor())
+    assert len(seen) == 2
+
+
+def _recorded_at(places: Callable[[int, int], int]) -> tuple[optuna.Study, list[str]]:
+    """A study with curves at these numbers, by the batch size and the step, and its warnings."""
+    study = _study()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for size in (4, 8, 12, 8):
+            trial = asked(study, {**FAST, "batch_size": size})
+            trial.should_prune()
+            with TrainingLog(trial) as log:
+                for step, value in enumerate(losses(1.5, 20)):
+                    log.step(value, step=places(size, step))
+            study.tell(trial, 0.0)
+        for _ in range(2):
+            observations_of(study, quick_predictor())
+    return study, [str(w.message) for w in told if "as many steps apart" in str(w.message)]
+
+
+def test_samples_in_place_of_steps_are_named_and_left_out() -> None:
+    study, told = _recorded_at(lambda size, step: size * step)
+    assert len(told) == 1
+    assert "Count optimiser steps, not samples" in told[0]
+    assert observations_of(study, quick_predictor()) == []
+
+
+def test_a_log_of_every_eighth_step_is_not_taken_for_samples() -> None:
+    study, told = _recorded_at(lambda size, step: 8 * step)
+    assert not told
+    assert len(observations_of(study, quick_predictor())) == 4
+
+
+def test_tiny_learning_rates_are_learned_from_without_divisions_by_zero() -> None:
+    """The step over the stability limit was rounded to zero when it was written down."""
+    predictor = quick_predictor()
+    study = _study()
+    for rate in (1e-5, 2e-5, 1e-4, 0.1):
+        trial = asked(study, {**FAST, "learning_rate": rate})
+        with TrainingLog(trial) as log:
+            for value in losses(1.2 / rate, 50):
+                log.step(value)
+        study.tell(trial, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        learned = informed_by(study, predictor)
+        learned.estimate(0.1, 8, 0.0)
+    for seen in observations_of(study, predictor):
+        assert (seen.instability[np.isfinite(seen.instability)] > 0.0).all()
