@@ -32,6 +32,9 @@ _MOST = 128
 class Memory:
     """Keeps observed trials beside the spectrum, for the next study on the same task.
 
+    What is remembered corrects predictions, but :func:`~optuna_ttp.report` counts the trials of
+    its own study alone.
+
     Example:
         >>> memory = Memory(store)
         >>> predictor = memory.recall(predictor)  # before sampler and pruner get it
