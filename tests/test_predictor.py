@@ -27,6 +27,7 @@ from optuna_ttp.throughput import Throughput
 from tests.cases import linear_task
 from tests.cases import spectrum
 from tests.models import small_predictor
+from tests.models import small_spectrum
 from tests.observations import of_prediction
 from tests.observations import slower
 
@@ -613,6 +614,22 @@ def test_learning_rates_that_are_no_numbers_are_refused(rate: Any) -> None:
     predictor = TrainingTimePredictor(spectrum(), target_fraction=0.5)
     with pytest.raises(TypeError, match="learning_rate must be numbers but got"):
         predictor.predict(rate, 4)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99])
+def test_slow_training_with_momentum_is_estimated_as_it_is_predicted(momentum: float) -> None:
+    """Slower than the slowest nodes, where momentum lags behind by as many steps as there."""
+    predictor = TrainingTimePredictor(small_spectrum(), target_fraction=0.5, max_steps=100_000)
+    largest = float(predictor.max_learning_rate(8, momentum))
+    rates = largest * (1.0 - momentum) * np.geomspace(1e-4, 0.02, 12)
+    predicted = predictor.predict(rates, 8, momentum)
+    estimated = predictor.estimate(rates, 8, momentum)
+    away = estimated.log_passages - predicted.log_passages
+    known = np.isfinite(away)
+    assert known.any(axis=1).all()
+    assert np.abs(away[known]).max() < 0.3
+    assert np.sqrt(np.square(away[known]).mean()) < 0.1
+    np.testing.assert_allclose(estimated.steps, predicted.steps, rtol=0.15)
 
 
 def test_targets_out_of_reach_are_scored_without_a_warning(

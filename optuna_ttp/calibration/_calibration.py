@@ -208,7 +208,7 @@ class Calibration:
 
     @property
     def starts_as_predicted(self) -> bool:
-        """Whether that is so, as far as three trials or more can tell.
+        """Whether that is so, as far as five trials or more can tell.
 
         Not where it is more than half as much again, or two thirds, and three standard deviations
         away, and predictions were typically off by more than 28 %: fast trials near the edge of
@@ -219,7 +219,7 @@ class Calibration:
         """
         away = abs(float(self.log_growth[0]))
         known = away > _START_ERRORS * float(self.log_growth_sd[0])
-        off = self.n_observed >= _MIN_OBSERVATIONS and self.log_error > _START_OFF
+        off = self.n_observed >= _MIN_DISTRUST and self.log_error > _START_OFF
         return not (off and away > _START and known)
 
     def correct(

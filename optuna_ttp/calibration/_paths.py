@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from optuna_ttp.calibration._passages import SimulatedPassages
 from optuna_ttp.calibration._rungs import NODES
+from optuna_ttp.heavy_ball import passage_time
 
 
 # The product of stability and kernel growth from which on instability shows, and where it stops
@@ -17,7 +18,6 @@ _SHOWS = 1.3
 _EDGE = 1.0
 # Corrections beyond this factor are no corrections.
 _MOST_LOG = 12.0
-_NEWTON_STEPS = 6
 
 
 def corrected(
@@ -124,11 +124,11 @@ class Paths:
             decay = np.exp(-t / lag)
             gone = root * (root * t - lag * (root - speed) * (1.0 - decay))
             speed = root - (root - speed) * decay
-            times[:, j] = t = _passed(gone, new_root, new_speed, lag)
+            times[:, j] = t = passage_time(gone, new_root, new_speed, lag)
             decay, settled = np.exp(-t / lag), -np.expm1(-t / lag)
             reached = new_speed + (new_root - new_speed) * settled
             if derivatives:
-                # Implicit: what solves ``_passed`` keeps solving it as root and speed change.
+                # Implicit: the time keeps solving its equation as root and speed change.
                 by_root = gone / new_root + new_root * (t - lag * settled)
                 by_speed = new_root * lag * settled
                 root_slope = 0.5 * new_root[:, None] * self.slopes[:, j]
@@ -142,30 +142,6 @@ class Paths:
                 )
             new_speed = reached
         return np.cumsum(times, axis=1), np.cumsum(slopes, axis=1)
-
-
-def _passed(
-    gone: NDArray[np.float64],
-    root: NDArray[np.float64],
-    speed: NDArray[np.float64],
-    lag: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Time that a heavy ball takes for an intrinsic time.
-
-    Solves ``root (root t - lag (root - speed) (1 - exp(-t / lag))) = gone`` by Newton's method,
-    from the side on which it cannot overshoot.
-    """
-    late = gone / root**2 + lag
-    t = np.where(
-        speed < root, np.minimum(late, np.sqrt(2.0 * lag * gone) / root + gone / root**2), 0.0
-    )
-    t = np.where(speed < root, np.maximum(t, 1e-12), gone / np.maximum(root * speed, 1e-300))
-    for _ in range(_NEWTON_STEPS):
-        # One minus the decay, exactly where it is tiny.
-        settled = -np.expm1(-t / lag)
-        away = root * (root * t - lag * (root - speed) * settled) - gone
-        t = np.maximum(t - away / (root * (speed + (root - speed) * settled)), 1e-3 * t)
-    return t
 
 
 def _hats(depths: NDArray[np.float64]) -> NDArray[np.float64]:

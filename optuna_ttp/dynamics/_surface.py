@@ -15,6 +15,7 @@ from optuna_ttp.dynamics._sgd import SGD
 from optuna_ttp.dynamics._simulation import simulate
 from optuna_ttp.dynamics._simulation import Trajectories
 from optuna_ttp.dynamics._target import Target
+from optuna_ttp.heavy_ball import passage_time
 
 
 _MOMENTA = (0.0, 0.6, 0.85, 0.95, 0.98, 0.995)
@@ -170,17 +171,11 @@ class ResponseSurface:
             is beyond the outermost node, or some but not all of the surrounding nodes reach the
             target.
         """
-        effective, axes, points, outside, hopeless = self._points(
-            learning_rate, batch_size, momentum
-        )
-        from scipy.interpolate import RegularGridInterpolator
-
-        finite = np.isfinite(self.log_tau)
+        effective, points, outside, hopeless = self._points(learning_rate, batch_size, momentum)
         # Nodes out of reach take no part: the sum over the others, over their share.
-        table = np.stack([np.where(finite, self.log_tau, 0.0), finite], axis=3)
-        total, share = RegularGridInterpolator(axes, table)(points).T
-        tau = np.exp(total / np.where(share > 0, share, 1.0))
-        steps = np.where((share > 0.5) & ~hopeless, np.ceil(tau / effective), np.inf)
+        logs, share = self._interpolated(self.log_tau[..., None], points, effective, momentum)
+        logs, share = logs[:, 0], share[:, 0]
+        steps = np.where((share > 0.5) & ~hopeless, np.ceil(np.exp(logs)), np.inf)
         return steps, (outside | ((share > 1e-9) & (share < 1.0 - 1e-9))) & ~hopeless
 
     def passages(
@@ -202,14 +197,8 @@ class ResponseSurface:
         Returns:
             Logarithms of steps at :attr:`depths`, ``(K, P)``; NaN where a rung is not reached.
         """
-        from scipy.interpolate import RegularGridInterpolator
-
-        effective, axes, points, _, hopeless = self._points(learning_rate, batch_size, momentum)
-        known = np.isfinite(self.log_rungs)
-        table = np.stack([np.where(known, self.log_rungs, 0.0), known], axis=4)
-        both = RegularGridInterpolator(axes, table)(points)
-        total, share = both[..., 0], both[..., 1]
-        logs = total / np.where(share > 0, share, 1.0) - np.log(effective)[:, None]
+        effective, points, _, hopeless = self._points(learning_rate, batch_size, momentum)
+        logs, share = self._interpolated(self.log_rungs, points, effective, momentum)
         known = (share > 0.5) & ~hopeless[:, None]
         return np.maximum.accumulate(np.where(known, logs, np.nan), axis=1)
 
@@ -299,22 +288,58 @@ class ResponseSurface:
         log_tau = np.where(reached, log_rungs[..., -1], np.inf)
         return replace(self, log_tau=log_tau, log_rungs=log_rungs)
 
+    def _interpolated(
+        self,
+        table: NDArray[np.float64],
+        points: NDArray[np.float64],
+        effective: NDArray[np.float64],
+        momentum: NDArray[np.float64],
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Logarithms of steps, and which share of the surrounding nodes has them.
+
+        The table has intrinsic times, ``(momenta, noise scales, rates, P)``, and the results are
+        of shape ``(K, P)``. Slower than the slowest nodes the way to a rung tends to that without
+        momentum, in proportion to the effective learning rate, and momentum lags behind by as many
+        steps as at the nodes: of the time of a first rung that may be nearly all.
+        """
+        from scipy.interpolate import RegularGridInterpolator
+
+        known = np.isfinite(table)
+        both = np.stack([np.where(known, table, 0.0), known], axis=4)
+        at = RegularGridInterpolator(self._axes, both)
+        totals, share = np.moveaxis(at(points), 2, 0)
+        logs = totals / np.where(share > 0, share, 1.0)
+        slow = _SLOW / self.curvature
+        late = np.flatnonzero((effective < slow) & (momentum > 0.0))
+        steps = logs - np.log(effective)[:, None]
+        if not len(late):
+            return steps, share
+        plain, there = np.moveaxis(at(points[late] * [0.0, 1.0, 1.0]), 2, 0)
+        lag = (momentum / (1.0 - momentum))[late, None]
+        ahead = np.exp(logs[late]) / slow
+        log_way = np.log(slow * (ahead + lag * np.expm1(-ahead / lag)))
+        log_plain = np.where(there > 0, plain / np.where(there > 0, there, 1.0), log_way)
+        nearness = (effective[late] / slow)[:, None]
+        log_way = log_plain + nearness * (log_way - log_plain)
+        one = np.ones_like(ahead)
+        way = np.exp(log_way) / effective[late, None]
+        steps[late] = np.log(passage_time(way, one, 0.0 * one, lag * one))
+        return steps, share
+
+    @property
+    def _axes(self) -> tuple[NDArray[np.float64], ...]:
+        return self.momenta, self.noise_scales, np.linspace(0, 1, self.log_tau.shape[2])
+
     def _points(
         self,
         learning_rate: NDArray[np.float64],
         batch_size: NDArray[np.float64],
         momentum: NDArray[np.float64],
-    ) -> tuple[
-        NDArray[np.float64],
-        tuple[NDArray[np.float64], ...],
-        NDArray[np.float64],
-        NDArray[np.bool_],
-        NDArray[np.bool_],
-    ]:
-        """Effective learning rate, axes, points on them, what is outside and what hopeless."""
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
+        """Effective learning rate, points on the axes, what is outside and what hopeless."""
         effective = learning_rate / (1 - momentum)
         u = np.log(effective * self.curvature / _SLOW) / np.log(_fastest(momentum) / _SLOW)
-        axes = (self.momenta, self.noise_scales, np.linspace(0, 1, self.log_tau.shape[2]))
+        axes = self._axes
         wanted = (-np.log1p(-momentum), _noise_scale(batch_size, self.n_samples), u)
         # Beyond the ends, the outermost nodes.
         points = np.stack(
@@ -324,7 +349,7 @@ class ResponseSurface:
         outside = np.zeros(len(effective), dtype=bool)
         for value, nodes in zip(wanted[:2], axes[:2], strict=True):
             outside |= value > nodes[-1] + 1e-9
-        return effective, axes, points, outside, u > 1.0 + 1e-9
+        return effective, points, outside, u > 1.0 + 1e-9
 
 
 def _depths(
