@@ -91,7 +91,8 @@ class Paths:
                 np.log1p(
                     passages.covariates[:, None, :] * (bounded / instability[:, :1])[:, :, None]
                 ),
-                np.log1p(bounded / _SHOWS)[:, :, None],
+                # Far above the edge as far as it goes: there networks differ most.
+                np.log1p(np.broadcast_to(instability, shape) / _SHOWS)[:, :, None],
             ],
             axis=2,
         )
