@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 import json
 from pathlib import Path
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -260,6 +262,40 @@ def test_processes_that_compute_together_store_once_and_do_not_wait(tmp_path: Pa
             np.testing.assert_allclose(found, whole.eigenvalues, rtol=1e-5, atol=1e-6)
     store = SpectrumStore(f"sqlite:///{tmp_path}/ttp.db")
     assert store.get(_multipliers(), engine="exact") is not None
+
+
+_THREADS = """
+from pathlib import Path
+import sys
+
+import torch.distributed as distributed
+
+address = f"file://{sys.argv[1]}/group"
+if sys.argv[2] == "first":
+    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+from optuna_ttp import compute_spectrum
+from optuna_ttp import FineTuningTask
+from tests.models import cnn
+from tests.models import images
+
+if sys.argv[2] != "first":
+    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+task = FineTuningTask(cnn(), images(12))
+compute_spectrum(task, engine="exact", device="cpu", distributed=True)
+threads = {p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")}
+assert any("gloo" in name for name in threads), threads
+distributed.destroy_process_group()
+threads = {p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")}
+assert not any("gloo" in name for name in threads), threads
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")
+@pytest.mark.parametrize("group", ["first", "later"])
+def test_a_group_that_is_destroyed_leaves_no_threads(group: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _THREADS, str(tmp_path), group]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_all_ways_of_a_product_are_shared() -> None:
