@@ -390,7 +390,7 @@ class FineTuningTask:
             raise ValueError(
                 "The model's outputs must be the same every time in evaluation mode but differed "
                 f"by {deviation:.2g} between two calls. Does it call functional.dropout without "
-                "training=self.training, or draw other random numbers?"
+                "training=self.training, draw other random numbers, or write to its own weights?"
             )
         return int(outputs.shape[1])
 
