@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
-import warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from torch.utils.data import default_collate
 from torch.utils.data import IterableDataset
 from torch.utils.data import TensorDataset
 
+from optuna_ttp._warn import warn_caller
 from optuna_ttp.exceptions import DataOrderWarning
 from optuna_ttp.loss import Loss
 
@@ -115,11 +115,10 @@ def _loader_indices(loader: DataLoader[Any]) -> list[int]:
     _check_not_empty(len(first))
     if first == second:
         return first
-    warnings.warn(
+    warn_caller(
         "The data loader shuffles. Its samples were taken in the order of the data set instead, "
         "so that the spectrum can be found again; training may shuffle as before.",
         DataOrderWarning,
-        stacklevel=4,
     )
     return sorted(first)
 

@@ -55,6 +55,27 @@ def test_a_layer_under_two_names_stays_the_users() -> None:
         assert torch.equal(parameter, before[name][1])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("engine", ["exact", "sketch", "refined_sketch", "matrix_free"])
+def test_an_enclosing_autocast_changes_nothing(
+    engine: str, dtype: str, device: torch.device
+) -> None:
+    task = FineTuningTask(cnn(), images(12), validation_data=images(5, seed=2))
+    settings: dict[str, Any] = {"engine": engine, "dtype": dtype, "device": device}
+    expected = compute_spectrum(task, measure_speed=False, **settings)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast(device.type, torch.bfloat16):
+        found = compute_spectrum(task, measure_speed=False, **settings)
+        kernel = exact_kernel(task, device=device)
+        assert plan_spectrum(task, engine=engine, dtype=dtype, device=device).engine == engine
+    np.testing.assert_allclose(found.eigenvalues, expected.eigenvalues, rtol=1e-5)
+    np.testing.assert_allclose(found.initial_outputs, expected.initial_outputs, rtol=1e-5)
+    assert relative_error(kernel.gram, exact_kernel(task, device=device).gram) < 1e-6
+    assert found.probe is not None
+    assert expected.probe is not None
+    for name, array in vars(expected.probe).items():
+        np.testing.assert_allclose(vars(found.probe)[name], array, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gram_matrix_equals_brute_force(name: str, device: torch.device) -> None:
     one = case(name)

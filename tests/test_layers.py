@@ -1198,7 +1198,7 @@ class _Writing(torch.nn.Module):
         self.register_buffer("vector", torch.randn(8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
+        weight: torch.Tensor = self.weight
         if self.what == "inputs":
             x.sub_(0.3).mul_(2.0)
         elif self.what == "weights":

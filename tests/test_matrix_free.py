@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 import subprocess
 import sys
@@ -227,6 +228,25 @@ def test_a_share_of_the_trace() -> None:
     assert found.rank == exact.rank
     with pytest.warns(ApproximationWarning, match="eigenpairs hold .* of the trace"):
         compute_spectrum(task, engine="matrix_free", rank=2, explained_trace=0.999, **SETTINGS)
+
+
+@pytest.mark.parametrize("n_outputs", [3, 400])
+def test_warnings_point_to_the_users_line(
+    n_outputs: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr("optuna_ttp.jacobian._matrix_free._MAX_BLOCKS", 1)
+    task = _few_outputs() if n_outputs == 3 else _many_outputs()
+    asked = {"engine": "matrix_free", "rank": 5, "explained_trace": 0.999, **SETTINGS}
+    store = SpectrumStore(f"sqlite:///{tmp_path / 'ttp.db'}")
+    with pytest.warns(ApproximationWarning) as found:
+        compute_spectrum(task, **asked)
+    with pytest.warns(ApproximationWarning) as stored:
+        store.get_or_compute(task, **asked)
+    for records, call in ((found, "compute_spectrum("), (stored, "get_or_compute(")):
+        assert len(records) >= 2
+        for record in records:
+            assert record.filename == __file__
+            assert call in linecache.getline(__file__, record.lineno)
 
 
 def test_what_has_not_converged_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from datetime import timezone
 import time
 from typing import Any
 from typing import TYPE_CHECKING
-import warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,9 @@ import torch
 
 from optuna_ttp._checks import check_seed
 from optuna_ttp._checks import check_task
+from optuna_ttp._warn import warn_caller
 from optuna_ttp.exceptions import ApproximationWarning
+from optuna_ttp.jacobian._autocast import without_autocast
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
 from optuna_ttp.jacobian._choice import resolve_engine
 from optuna_ttp.jacobian._decomposition import Decomposition
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
+@without_autocast
 def compute_spectrum(
     task: FineTuningTask,
     *,
@@ -206,11 +208,10 @@ def _within_reach(spectrum: Spectrum, explained_trace: float) -> float:
     """What is asked for, or as much as the leading eigenpairs hold."""
     share = spectrum.explained_trace
     if spectrum.metadata.engine == "matrix_free" and share < explained_trace:
-        warnings.warn(
+        warn_caller(
             f"The leading {spectrum.rank} eigenpairs hold {share:.3g} of the trace, not "
             f"explained_trace={explained_trace}. Give a larger rank.",
             ApproximationWarning,
-            stacklevel=3,
         )
     return min(share, explained_trace)
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from optuna_ttp._checks import check_bytes
 from optuna_ttp._checks import check_enough_memory
+from optuna_ttp.jacobian._autocast import without_autocast
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
 from optuna_ttp.jacobian._factors import CHUNK
 from optuna_ttp.jacobian._kernel import Kernel
@@ -76,6 +77,7 @@ class BlockSizes:
     minimum: int
 
 
+@without_autocast
 def exact_kernel(
     task: FineTuningTask,
     *,

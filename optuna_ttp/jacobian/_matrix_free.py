@@ -19,13 +19,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from typing import TYPE_CHECKING
-import warnings
 
 import numpy as np
 from numpy.typing import NDArray
 import torch
 
 from optuna_ttp._checks import check_enough_memory
+from optuna_ttp._warn import warn_caller
 from optuna_ttp.exceptions import ApproximationWarning
 from optuna_ttp.jacobian._choice import check_multipliers
 from optuna_ttp.jacobian._directions import Directions
@@ -440,11 +440,10 @@ def _krylov(
         # All of the space.
         moved, open_ = 0.0, torch.zeros_like(open_)
     if open_.any():
-        warnings.warn(
+        warn_caller(
             f"{int(open_.sum())} of {n_wanted} eigenpairs have not converged: their residuals are "
             f'up to {worst:.0%} of the eigenvalue. Ask for a smaller rank, or use engine="exact".',
             ApproximationWarning,
-            stacklevel=6,
         )
     vectors, kept, _ = nystrom(basis, images, n_wanted)
     n_kept = int((kept > float(kept[0]) * torch.finfo(torch.float32).eps).sum())
@@ -461,12 +460,11 @@ def _krylov(
     error = max(moved, condensed)
     if error > _TIME_ERROR:
         by_what = f"uncertain by {error:.0%}" if np.isfinite(error) else "of unknown error"
-        warnings.warn(
+        warn_caller(
             f"{n_kept} eigenpairs, and {n_ritz} Ritz pairs for what the residual sees of the "
             f"others, leave predicted times {by_what}. Ask for a larger rank, or use "
             'engine="exact" or "sketch".',
             ApproximationWarning,
-            stacklevel=6,
         )
     return _Found(all_values, all_vectors, n_ritz, error)
 

@@ -12,6 +12,7 @@ import torch
 
 from optuna_ttp._checks import check_seed
 from optuna_ttp._checks import check_task
+from optuna_ttp.jacobian._autocast import without_autocast
 from optuna_ttp.jacobian._choice import check_sketch_memory
 from optuna_ttp.jacobian._choice import resolve_engine
 from optuna_ttp.jacobian._choice import WIDTH
@@ -63,6 +64,7 @@ class _Estimate:
     n_bytes: int
 
 
+@without_autocast
 def plan_spectrum(
     task: FineTuningTask,
     *,
