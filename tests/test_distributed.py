@@ -264,6 +264,26 @@ def test_processes_that_compute_together_store_once_and_do_not_wait(tmp_path: Pa
     assert store.get(_multipliers(), engine="exact") is not None
 
 
+def _one_failing(rank: int, folder: str) -> None:
+    with _group(rank, folder, 2):
+        x, y = vectors(12)
+        try:
+            # What the second process reads is damaged.
+            task = FineTuningTask(mlp(), (x, y) if rank == 0 else (x * np.nan, y))
+            compute_spectrum(task, engine="exact", distributed=True, measure_speed=False)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+            Path(f"{folder}/found-{rank}.txt").write_text(found)
+
+
+def test_a_process_that_fails_alone_is_told_of_by_the_others(tmp_path: Path) -> None:
+    _run_together(_one_failing, 2, tmp_path)
+    waiting, failing = ((tmp_path / f"found-{rank}.txt").read_text() for rank in range(2))
+    assert failing.startswith("ValueError: The inputs must be finite")
+    assert waiting.startswith("RuntimeError: Another process of the group must have failed")
+    assert "Look for the first error among what the others have printed" in waiting
+
+
 _THREADS = """
 from pathlib import Path
 import sys

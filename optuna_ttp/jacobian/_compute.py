@@ -18,6 +18,7 @@ from optuna_ttp._checks import check_task
 from optuna_ttp._warn import warn_caller
 from optuna_ttp.exceptions import ApproximationWarning
 from optuna_ttp.jacobian._autocast import without_autocast
+from optuna_ttp.jacobian._checkpoint import check_checkpoint
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
 from optuna_ttp.jacobian._choice import resolve_engine
 from optuna_ttp.jacobian._decomposition import Decomposition
@@ -136,8 +137,9 @@ def compute_spectrum(
         # Before anything that only some of the processes might refuse.
         check_same_task(task, settings)
     check_truncation(rank, explained_trace)
-    check_seed(seed)
+    seed = check_seed(seed)
     engine, _ = resolve_engine(task, engine, max_memory=max_memory)
+    check_checkpoint(checkpoint)
     if checkpoint is not None and engine != "exact":
         raise ValueError(
             f'checkpoint must be None for the engine "{engine}" but got {checkpoint!r}: it keeps '

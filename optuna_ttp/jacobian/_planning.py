@@ -117,7 +117,7 @@ def plan_spectrum(
     """
     check_task(task)
     check_truncation(rank, None)
-    check_seed(seed)
+    seed = check_seed(seed)
     name, reason = resolve_engine(task, engine, max_memory=max_memory)
     kind, held = resolve_dtype(dtype, name)
     planner = _Planner(task, resolve_device(task, device), kind, max_memory, seed)

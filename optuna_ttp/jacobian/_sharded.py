@@ -205,9 +205,22 @@ def check_same_task(task: FineTuningTask, settings: Mapping[str, object]) -> Non
 
 
 def _gathered_objects(own: _Object) -> list[_Object]:
-    """What each process has, in all of them."""
+    """What each process has, in all of them.
+
+    Raises:
+        RuntimeError:
+            If another one has ended.
+    """
     found: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, own)
+    try:
+        distributed.all_gather_object(found, own)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "Another process of the group must have failed or ended, because it no longer answers "
+            f"process {distributed.get_rank()}. Look for the first error among what the others "
+            "have printed, and call compute_spectrum in all of them. The group says: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     return found
 
 
