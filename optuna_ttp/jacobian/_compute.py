@@ -139,12 +139,12 @@ def compute_spectrum(
     check_truncation(rank, explained_trace)
     seed = check_seed(seed)
     engine, _ = resolve_engine(task, engine, max_memory=max_memory)
-    check_checkpoint(checkpoint)
     if checkpoint is not None and engine != "exact":
         raise ValueError(
             f'checkpoint must be None for the engine "{engine}" but got {checkpoint!r}: it keeps '
             'blocks of the kernel, which only engine="exact" makes.'
         )
+    check_checkpoint(checkpoint)
     kind, held = resolve_dtype(dtype, engine)
     resolved = resolve_device(task, device)
     started = time.perf_counter()
