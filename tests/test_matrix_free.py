@@ -258,6 +258,17 @@ def test_what_has_not_converged_is_said(monkeypatch: pytest.MonkeyPatch) -> None
         compute_spectrum(_many_outputs(), engine="matrix_free", rank=20, **SETTINGS)
 
 
+def test_a_plan_says_where_the_trace_is_an_estimate() -> None:
+    task = _many_outputs()
+    plan = plan_spectrum(task, engine="matrix_free", rank=20)
+    assert 0.0 < plan.trace_seconds < plan.seconds
+    assert "the trace is an estimate" in str(plan)
+    for of, engine in ((task, "exact"), (_few_outputs(), "matrix_free")):
+        other = plan_spectrum(of, engine=engine, rank=5)
+        assert other.trace_seconds == 0.0
+        assert "the trace is an estimate" not in str(other)
+
+
 @pytest.mark.parametrize("n_outputs", [3, 400])
 def test_a_jacobian_of_zeros_is_refused(n_outputs: int) -> None:
     data = (torch.zeros(4, 5), torch.arange(4) % 3)

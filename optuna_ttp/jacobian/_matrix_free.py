@@ -341,6 +341,16 @@ def _by_directions(
     )
 
 
+def probes_of(n_columns: int) -> int:
+    """Return how many vectors of random signs estimate a trace.
+
+    Args:
+        n_columns:
+            Of a block of vectors.
+    """
+    return max(_MIN_PROBES, n_columns // _PROBE_SHARE)
+
+
 def _estimated_trace(
     product: Callable[[torch.Tensor], torch.Tensor],
     values: torch.Tensor,
@@ -354,7 +364,7 @@ def _estimated_trace(
     the rest (Hutch++: Meyer, Musco, Musco and Woodruff, SOSA 2021, arXiv 2010.09649). Those that
     the products started at would find less of it than there is.
     """
-    n_probes = max(_MIN_PROBES, n_columns // _PROBE_SHARE)
+    n_probes = probes_of(n_columns)
     signs = torch.randint(2, (len(basis), n_probes), generator=generator, dtype=torch.float64)
     probes = 2.0 * signs - 1.0
     probes = probes - basis @ (basis.T @ probes)
