@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from optuna_ttp.spectrum import Spectrum
 
 
+# A sketch makes four seeds of each; those of PyTorch have 64 bits.
+_SEEDS = 2**62
+
+
 def check_number(name: str, value: Any) -> None:
     """Refuse what is no number.
 
@@ -73,12 +77,15 @@ def check_task(task: Any) -> None:
         raise TypeError(f"task must be a FineTuningTask but got {type(task).__name__}.")
 
 
-def check_seed(seed: Any) -> None:
+def check_seed(seed: Any) -> int:
     """Refuse what is no seed.
 
     Args:
         seed:
             What was given.
+
+    Returns:
+        The seed; PyTorch takes no integers of NumPy.
 
     Raises:
         ValueError:
@@ -86,6 +93,9 @@ def check_seed(seed: Any) -> None:
     """
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0 but got {seed!r}.")
+    if seed >= _SEEDS:
+        raise ValueError(f"seed must be less than 2**62 but got {seed!r}.")
+    return int(seed)
 
 
 def check_memory(max_memory: Any) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
-import warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from torch.utils.data import default_collate
 from torch.utils.data import IterableDataset
 from torch.utils.data import TensorDataset
 
+from optuna_ttp._warn import warn_caller
 from optuna_ttp.exceptions import DataOrderWarning
 from optuna_ttp.loss import Loss
 
@@ -115,11 +115,10 @@ def _loader_indices(loader: DataLoader[Any]) -> list[int]:
     _check_not_empty(len(first))
     if first == second:
         return first
-    warnings.warn(
+    warn_caller(
         "The data loader shuffles. Its samples were taken in the order of the data set instead, "
         "so that the spectrum can be found again; training may shuffle as before.",
         DataOrderWarning,
-        stacklevel=4,
     )
     return sorted(first)
 
@@ -272,29 +271,86 @@ def check_inputs(inputs: Any, n_read: int) -> None:
     map_tensors(inputs, check)
 
 
-def input_shapes(dataset: Any, indices: Sequence[int], collate: Callable[[list[Any]], Any]) -> str:
-    """Say of which shapes the inputs of a sample are.
+def check_numbers(what: str, value: Any) -> None:
+    """Refuse tensors that have a shape but no numbers.
 
     Args:
-        dataset:
-            A map-style data set.
-        indices:
-            Of its samples; the first one is looked at.
+        what:
+            What they are.
+        value:
+            Any nesting of tensors.
+
+    Raises:
+        ValueError:
+            If one is on the meta device.
+    """
+
+    def check(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            raise ValueError(
+                f"{what} must hold numbers but got a tensor on the meta device, which has none. "
+                "Load them first: load_state_dict(..., assign=True), or from_pretrained without "
+                "offloading."
+            )
+        return tensor
+
+    map_tensors(value, check)
+
+
+def collated(collate: Callable[[list[Any]], Any], items: list[Any], first: int) -> Any:
+    """Make a batch.
+
+    Args:
         collate:
-            Makes a batch of it.
+            Makes it.
+        items:
+            Of the data set.
+        first:
+            The number of the first one.
 
     Returns:
-        The shapes of all tensors, without the axis of samples.
+        The batch.
+
+    Raises:
+        TypeError:
+            If items cannot be put into one batch because of their types.
+        ValueError:
+            If they cannot because of their shapes.
     """
-    inputs, _ = split_batch(collate([dataset[indices[0]]]))
-    shapes: list[str] = []
+    try:
+        return collate(items)
+    except (TypeError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"The samples {first} to {first + len(items) - 1} must fit into one batch but do not. "
+            "Give all of them inputs and targets of the same types and shapes, or a DataLoader "
+            f"whose collate_fn pads them. It says: {(str(error) or kind.__name__).splitlines()[0]}"
+        ) from error
+
+
+def describe_inputs(inputs: Any) -> str:
+    """Say of which form inputs are.
+
+    Args:
+        inputs:
+            A batch of them.
+
+    Returns:
+        Shapes, without the axis of samples, and types of all tensors, and the range of integers.
+    """
+    parts: list[str] = []
 
     def add(tensor: torch.Tensor) -> torch.Tensor:
-        shapes.append(str(tuple(tensor.shape[1:])))
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.numel() == 0:
+            values = kind
+        else:
+            values = f"{kind}, from {int(tensor.min())} to {int(tensor.max())}"
+        parts.append(f"shape {tuple(tensor.shape[1:])} a sample ({values})")
         return tensor
 
     map_tensors(inputs, add)
-    return ", ".join(shapes)
+    return ", ".join(parts) or type(inputs).__name__
 
 
 def cast(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optuna_ttp.data import cast
+from optuna_ttp.data import map_tensors
 from optuna_ttp.functional import functional_call
 
 
@@ -43,6 +44,8 @@ class FrozenModel:
             The trainable parameters by their names in the adapter.
         original_names:
             From the identity of each of the user's parameters to its name in the adapter.
+        precision:
+            What outputs are right to: single where a double precision model casts inside.
     """
 
     def __init__(
@@ -53,21 +56,17 @@ class FrozenModel:
         dtype: torch.dtype,
     ) -> None:
         self.adapter = _Adapter(model, forward)
+        self.precision = dtype
         self._state: dict[str, torch.Tensor] = {}
         self.parameters: dict[str, torch.Tensor] = {}
         self.original_names = {id(p): name for name, p in self.adapter.named_parameters()}
         for name, buffer in self.adapter.named_buffers():
             # A copy, because some modules write to their buffers even in evaluation mode.
             self._state[name] = cast(buffer.detach(), device, dtype).clone()
-        # Tables with a largest norm write to their weights whenever they run.
-        written = {
-            id(m.weight)
-            for m in self.adapter.modules()
-            if getattr(m, "max_norm", None) is not None and hasattr(m, "weight")
-        }
         for name, parameter in self.adapter.named_parameters():
+            # A copy, because some modules write to their weights whenever they run.
             value = cast(parameter.detach(), device, dtype)
-            if id(parameter) in written:
+            if value.data_ptr() == parameter.data_ptr():
                 value = value.clone()
             if parameter.requires_grad:
                 value = value.requires_grad_()
@@ -124,9 +123,29 @@ class FrozenModel:
         except RuntimeError:
             self._state, self.parameters = before
 
+    def find_precision(self, outputs: torch.Tensor) -> None:
+        """Set :attr:`precision` by whether something on the way to outputs was cast.
+
+        Args:
+            outputs:
+                Of this model, with their graph.
+        """
+        open_, seen = [outputs.grad_fn], set[Any]()
+        while open_:
+            node = open_.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node.name() == "ToCopyBackward0" and self.precision == torch.float64:
+                self.precision = torch.float32
+                return
+            open_.extend(n for n, _ in node.next_functions)
+
     def __call__(self, inputs: Any) -> torch.Tensor:
         """Return the outputs, of shape ``(batch, C)``, for a batch of inputs."""
-        outputs = functional_call(self.adapter, self._state, (inputs,))
+        # A copy, because some modules write to their inputs.
+        own = map_tensors(inputs, torch.Tensor.clone)
+        outputs = functional_call(self.adapter, self._state, (own,))
         if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
             kind = outputs.dtype if isinstance(outputs, torch.Tensor) else type(outputs).__name__
             raise TypeError(

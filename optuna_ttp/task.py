@@ -15,21 +15,22 @@ import json
 import math
 from typing import Any
 from typing import SupportsFloat
-import warnings
 
 import numpy as np
 from numpy.typing import NDArray
 import torch
 
+from optuna_ttp._checks import check_seed
 from optuna_ttp.data import cast
 from optuna_ttp.data import check_inputs
+from optuna_ttp.data import check_numbers
 from optuna_ttp.data import check_targets
-from optuna_ttp.data import input_shapes
+from optuna_ttp.data import collated
+from optuna_ttp.data import describe_inputs
 from optuna_ttp.data import map_tensors
 from optuna_ttp.data import read_data_argument
 from optuna_ttp.data import READ_SIZE
 from optuna_ttp.data import split_batch
-from optuna_ttp.exceptions import DataOrderWarning
 from optuna_ttp.fingerprint import hash_function
 from optuna_ttp.fingerprint import hash_module_settings
 from optuna_ttp.fingerprint import hash_tensor
@@ -212,7 +213,7 @@ class FineTuningTask:
 
         Raises:
             ValueError:
-                If there are not so many samples.
+                If there are not so many samples, or the seed is none.
         """
         if (
             isinstance(n_samples, bool)
@@ -223,6 +224,7 @@ class FineTuningTask:
                 f"n_samples must be from 1 to {self.n_samples}, the samples of the task, but got "
                 f"{n_samples!r}."
             )
+        seed = check_seed(seed)
         chosen = np.random.default_rng(seed).permutation(self.n_samples)[: int(n_samples)]
         part = copy.copy(self)
         part._indices = [self._indices[i] for i in sorted(chosen)]
@@ -251,7 +253,7 @@ class FineTuningTask:
         """
         for first in range(start, self.n_samples, batch_size):
             items = [self._dataset[i] for i in self._indices[first : first + batch_size]]
-            inputs, targets = split_batch(self._collate(items))
+            inputs, targets = split_batch(collated(self._collate, items, first))
             yield map_tensors(inputs, lambda t: cast(t, device, dtype)), targets
 
     @contextmanager
@@ -300,7 +302,8 @@ class FineTuningTask:
         with self.frozen(device, dtype) as frozen, torch.no_grad():
             parts: list[torch.Tensor] = []
             for inputs, _ in self.batches(READ_SIZE, device, dtype):
-                part = frozen(inputs)
+                with _saying_inputs(inputs):
+                    part = frozen(inputs)
                 n_expected = min(READ_SIZE, self.n_samples - READ_SIZE * len(parts))
                 _check_output_shape(part, n_expected, self.n_outputs)
                 parts.append(part.double().cpu())
@@ -318,18 +321,14 @@ class FineTuningTask:
             return None
         try:
             task = FineTuningTask(self.model, data, self.loss, self.forward)
+        except _InputsError as error:
+            own, _ = next(self.batches(READ_SIZE, torch.device("cpu"), torch.get_default_dtype()))
+            raise ValueError(
+                f"validation_data: {error.what}; those of the training data have "
+                f"{describe_inputs(own)}. Bring both into one form. {error.reason}"
+            ) from error
         except (TypeError, ValueError) as error:
             raise type(error)(f"validation_data: {error}") from error
-        except Exception as error:
-            # The model's own.
-            found, expected = self._shapes_beside(data)
-            if found == expected:
-                raise
-            raise ValueError(
-                f"validation_data: The model cannot be run on inputs of shape {found} a sample; "
-                f"those of the training data have shape {expected}. Bring both into one form. "
-                f"The model says: {str(error).splitlines()[0]}"
-            ) from error
         if task.n_outputs != self.n_outputs:
             raise ValueError(
                 f"validation_data must lead to {self.n_outputs} outputs, like the training data, "
@@ -337,21 +336,15 @@ class FineTuningTask:
             )
         return task
 
-    def _shapes_beside(self, data: Any) -> tuple[str, str]:
-        """Shapes of the inputs of other data, and of the task's own."""
-        with preserved_random_state(), warnings.catch_warnings():
-            # It has been said.
-            warnings.simplefilter("ignore", DataOrderWarning)
-            other = input_shapes(*read_data_argument(data))
-            return other, input_shapes(self._dataset, self._indices, self._collate)
-
     def _check_reproducible(self) -> None:
         # Augmentation often changes an item with probability one half, so several are read twice.
         for i in self._indices[:: max(1, self.n_samples // 8)][:8]:
             pair = []
             for _ in range(2):
                 digest = hashlib.sha256()
-                hash_value(digest, self._dataset[i])
+                item = self._dataset[i]
+                check_numbers("The data", item)
+                hash_value(digest, item)
                 pair.append(digest.digest())
             if pair[0] != pair[1]:
                 raise ValueError(
@@ -380,7 +373,7 @@ class FineTuningTask:
         with self.frozen(device, torch.float32) as frozen, torch.no_grad():
             n_probe = min(2, self.n_samples)
             inputs, _ = next(self.batches(n_probe, device, torch.float32))
-            with _refusing_batch_statistics(self.model):
+            with _refusing_batch_statistics(self.model), _saying_inputs(inputs):
                 outputs, again = frozen(inputs), frozen(inputs)
         _check_output_shape(outputs, n_probe, None)
         if not torch.isfinite(outputs).all():
@@ -390,9 +383,44 @@ class FineTuningTask:
             raise ValueError(
                 "The model's outputs must be the same every time in evaluation mode but differed "
                 f"by {deviation:.2g} between two calls. Does it call functional.dropout without "
-                "training=self.training, or draw other random numbers?"
+                "training=self.training, draw other random numbers, or write to its own weights?"
             )
         return int(outputs.shape[1])
+
+
+class _InputsError(ValueError):
+    """The model has raised something of its own.
+
+    Attributes:
+        what:
+            The inputs that it cannot be run on.
+        reason:
+            What it says.
+    """
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(what, reason)
+        self.what, self.reason = what, reason
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what}. Give inputs in the form, the type and the range that the model "
+            f"expects, or forward= to adapt them. {self.reason}"
+        )
+
+
+@contextmanager
+def _saying_inputs(inputs: Any) -> Iterator[None]:
+    """Say which inputs it was that the model cannot be run on."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        raise _InputsError(
+            f"The model cannot be run on inputs of {describe_inputs(inputs)}",
+            f"The model says: {(str(error) or type(error).__name__).splitlines()[0]}",
+        ) from error
 
 
 @contextmanager
@@ -462,6 +490,8 @@ def _check_parameters(model: torch.nn.Module) -> None:
             f"The model has uninitialised lazy parameters ({', '.join(lazy[:3])}). "
             "Run one batch through it first."
         )
+    for name, tensor in (*parameters, *model.named_buffers()):
+        check_numbers(f"The model's weights and buffers ({name!r})", tensor)
     trainable = [(name, p) for name, p in parameters if p.requires_grad]
     if not trainable:
         raise ValueError(

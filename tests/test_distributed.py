@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 import json
 from pathlib import Path
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -260,6 +262,60 @@ def test_processes_that_compute_together_store_once_and_do_not_wait(tmp_path: Pa
             np.testing.assert_allclose(found, whole.eigenvalues, rtol=1e-5, atol=1e-6)
     store = SpectrumStore(f"sqlite:///{tmp_path}/ttp.db")
     assert store.get(_multipliers(), engine="exact") is not None
+
+
+def _one_failing(rank: int, folder: str) -> None:
+    with _group(rank, folder, 2):
+        x, y = vectors(12)
+        try:
+            # What the second process reads is damaged.
+            task = FineTuningTask(mlp(), (x, y) if rank == 0 else (x * np.nan, y))
+            compute_spectrum(task, engine="exact", distributed=True, measure_speed=False)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+            Path(f"{folder}/found-{rank}.txt").write_text(found)
+
+
+def test_a_process_that_fails_alone_is_told_of_by_the_others(tmp_path: Path) -> None:
+    _run_together(_one_failing, 2, tmp_path)
+    waiting, failing = ((tmp_path / f"found-{rank}.txt").read_text() for rank in range(2))
+    assert failing.startswith("ValueError: The inputs must be finite")
+    assert waiting.startswith("RuntimeError: Another process of the group must have failed")
+    assert "Look for the first error among what the others have printed" in waiting
+
+
+_THREADS = """
+from pathlib import Path
+import sys
+
+import torch.distributed as distributed
+
+address = f"file://{sys.argv[1]}/group"
+if sys.argv[2] == "first":
+    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+from optuna_ttp import compute_spectrum
+from optuna_ttp import FineTuningTask
+from tests.models import cnn
+from tests.models import images
+
+if sys.argv[2] != "first":
+    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+task = FineTuningTask(cnn(), images(12))
+compute_spectrum(task, engine="exact", device="cpu", distributed=True)
+threads = {p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")}
+assert any("gloo" in name for name in threads), threads
+distributed.destroy_process_group()
+threads = {p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")}
+assert not any("gloo" in name for name in threads), threads
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")
+@pytest.mark.parametrize("group", ["first", "later"])
+def test_a_group_that_is_destroyed_leaves_no_threads(group: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _THREADS, str(tmp_path), group]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_all_ways_of_a_product_are_shared() -> None:

@@ -55,6 +55,109 @@ def test_a_layer_under_two_names_stays_the_users() -> None:
         assert torch.equal(parameter, before[name][1])
 
 
+@pytest.mark.parametrize("engine", ["exact", "sketch", "matrix_free"])
+def test_seeds(engine: str) -> None:
+    task = FineTuningTask(mlp(), vectors(5))
+    settings: dict[str, Any] = {"engine": engine, "measure_speed": False, "probe": False}
+    numbers: list[Any] = [2**62 - 1, np.int64(3)]
+    for seed in numbers:
+        assert compute_spectrum(task, seed=seed, **settings).rank == 15
+    for seed in (2**62, 2**64, 2**80):
+        with pytest.raises(ValueError, match=r"seed must be less than 2\*\*62 but got"):
+            compute_spectrum(task, seed=seed, **settings)
+        with pytest.raises(ValueError, match=r"seed must be less than 2\*\*62 but got"):
+            plan_spectrum(task, engine=engine, seed=seed)
+    for run in (
+        lambda: compute_spectrum(task, seed=-1, **settings),
+        lambda: plan_spectrum(task, engine=engine, seed=-1),
+        lambda: exact_kernel(task, device=CPU, seed=-1),
+        lambda: task.subset(2, seed=-1),
+    ):
+        with pytest.raises(ValueError, match="seed must be a whole number of at least 0 but got"):
+            run()
+
+
+class _Blocks:
+    """Gives the same for every block."""
+
+    def __init__(self, block: Any) -> None:
+        self._block = block
+
+    def save_block(self, key: tuple[int, int], arrays: list[NDArray[Any]]) -> None:
+        """Forget it."""
+
+    def load_block(self, key: tuple[int, int]) -> Any:
+        return self._block
+
+
+_OF_OTHER_TYPES: dict[str, tuple[Any, str]] = {
+    "text": (["a"], "str"),
+    "number": (3, "int"),
+    "no list": (np.zeros((3, 3)), "float64"),
+    "array of text": ([np.full((3, 3), "a"), np.zeros((1, 3))], "<U1, float64"),
+    "tensors": ([torch.zeros(3, 3), torch.zeros(1, 3)], "Tensor, Tensor"),
+    "complex": ([np.zeros((3, 3), complex), np.zeros((1, 3))], "complex128, float64"),
+    "objects": ([np.full((3, 3), None), np.zeros((1, 3))], "object, float64"),
+}
+
+
+@pytest.mark.parametrize("name", _OF_OTHER_TYPES)
+def test_what_a_checkpoint_returns_must_be_arrays(name: str) -> None:
+    block, kinds = _OF_OTHER_TYPES[name]
+    task = FineTuningTask(mlp(), vectors(6))
+    with pytest.raises(TypeError, match=f"load_block must return the list .* but got {kinds} for"):
+        exact_kernel(task, device=CPU, checkpoint=_Blocks(block))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        [],
+        [np.zeros((3, 3)), np.zeros((1, 2))],
+        [np.zeros((2, 3)), np.zeros((1, 3))],
+        [np.full((3, 3), np.nan), np.zeros((1, 3))],
+        [np.zeros((3, 3)), np.zeros((1, 3)), np.zeros(2)],
+    ],
+    ids=["none", "outputs", "shape", "not finite", "more"],
+)
+def test_blocks_of_a_checkpoint_that_do_not_fit_are_computed_again(block: Any) -> None:
+    task = FineTuningTask(mlp(), vectors(6))
+    kernel = exact_kernel(task, device=CPU, checkpoint=_Blocks(block))
+    assert relative_error(kernel.gram, exact_kernel(task, device=CPU).gram) < 1e-5
+
+
+@pytest.mark.parametrize("checkpoint", [3, "a", [], _Blocks], ids=["3", "a", "list", "class"])
+def test_a_checkpoint_that_is_none_is_refused(checkpoint: Any) -> None:
+    task = FineTuningTask(mlp(), vectors(6))
+    for run in (
+        lambda: compute_spectrum(task, engine="exact", checkpoint=checkpoint),
+        lambda: exact_kernel(task, device=CPU, checkpoint=checkpoint),
+    ):
+        with pytest.raises(TypeError, match="checkpoint must be an object with the methods"):
+            run()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("engine", ["exact", "sketch", "refined_sketch", "matrix_free"])
+def test_an_enclosing_autocast_changes_nothing(
+    engine: str, dtype: str, device: torch.device
+) -> None:
+    task = FineTuningTask(cnn(), images(12), validation_data=images(5, seed=2))
+    settings: dict[str, Any] = {"engine": engine, "dtype": dtype, "device": device}
+    expected = compute_spectrum(task, measure_speed=False, **settings)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast(device.type, torch.bfloat16):
+        found = compute_spectrum(task, measure_speed=False, **settings)
+        kernel = exact_kernel(task, device=device)
+        assert plan_spectrum(task, engine=engine, dtype=dtype, device=device).engine == engine
+    np.testing.assert_allclose(found.eigenvalues, expected.eigenvalues, rtol=1e-5)
+    np.testing.assert_allclose(found.initial_outputs, expected.initial_outputs, rtol=1e-5)
+    assert relative_error(kernel.gram, exact_kernel(task, device=device).gram) < 1e-6
+    assert found.probe is not None
+    assert expected.probe is not None
+    for name, array in vars(expected.probe).items():
+        np.testing.assert_allclose(vars(found.probe)[name], array, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gram_matrix_equals_brute_force(name: str, device: torch.device) -> None:
     one = case(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import copy
 import math
 from pathlib import Path
 import re
@@ -806,7 +807,7 @@ def test_inputs_whose_samples_lie_along_the_second_axis_are_refused(
     torch.manual_seed(0)
     tokens = torch.randint(9, (7, n_tokens))
     items: Any = list(zip(tokens, [0, 1, 2, 0, 1, 2, 0], strict=True))
-    loader = torch.utils.data.DataLoader(items, 4, collate_fn=collate)
+    loader: Any = torch.utils.data.DataLoader(items, 4, collate_fn=collate)
     task = FineTuningTask(_SequenceFirst(_SEQUENCE_LAYERS["layer"]()), loader)
     with pytest.raises(JacobianMismatchError, match="must lie along the first axis of all inputs"):
         compute_spectrum(task, engine=engine, device="cpu", measure_speed=False)
@@ -1180,6 +1181,80 @@ def test_pointwise_convolutions_of_few_channels_with_a_stride(forward: str, engi
         cwd=Path(__file__).parent.parent,
     )
     assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr[-2000:]
+
+
+# Modules that write to what is the user's
+
+
+class _Writing(torch.nn.Module):
+    """A layer that writes to its inputs, its weights or its buffers whenever it runs."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.what = what
+        self.weight = torch.nn.Parameter(torch.randn(8, 6))
+        self.vector: torch.Tensor
+        self.register_buffer("vector", torch.randn(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = self.weight
+        if self.what == "inputs":
+            x.sub_(0.3).mul_(2.0)
+        elif self.what == "weights":
+            with torch.no_grad():
+                weight.div_(weight.norm(dim=1, keepdim=True))
+        elif self.what == "weight data":
+            weight.data.clamp_(-1.0, 1.0)
+        elif self.what == "new weight data":
+            weight.data = weight.data / weight.data.norm(dim=1, keepdim=True)
+        else:
+            # A power iteration (Miyato et al., 2018, arXiv 1802.05957), in any mode.
+            with torch.no_grad():
+                other = functional.normalize(weight.T @ self.vector, dim=0)
+                self.vector = functional.normalize(weight @ other, dim=0)
+            weight = weight / (self.vector @ weight @ other)
+        return functional.linear(x, weight)
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["first", "inner"])
+@pytest.mark.parametrize(
+    "what", ["inputs", "weights", "weight data", "new weight data", "buffers"]
+)
+def test_modules_that_write_to_what_is_the_users(
+    what: str, inner: bool, device: torch.device
+) -> None:
+    layers = [_Writing(what), torch.nn.Tanh(), torch.nn.Linear(8, 3)]
+    if inner:
+        layers.insert(0, torch.nn.Linear(6, 6))
+    data = vectors(7)
+    model = torch.nn.Sequential(*layers)
+    before = copy.deepcopy((model.state_dict(), data))
+    jacobian = brute_force_jacobian(Case(copy.deepcopy(model), copy.deepcopy(data)))
+    expected = jacobian @ jacobian.T
+    task = FineTuningTask(model, data)
+    for dtype, tolerance in DTYPES.items():
+        kernel = exact_kernel(task, device=device, dtype=dtype)
+        assert relative_error(kernel.gram, expected) < tolerance
+    largest = np.linalg.eigvalsh(expected)[-1]
+    for engine in ("exact", "sketch", "matrix_free"):
+        spectrum = compute_spectrum(task, engine=engine, device=device)
+        assert spectrum.eigenvalues[0] == pytest.approx(largest, rel=1e-4)
+    torch.testing.assert_close((model.state_dict(), data), before, rtol=0, atol=0)
+
+
+def test_weights_that_drift_are_refused() -> None:
+    class Drifting(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.weight.mul_(0.99)
+            return super().forward(x)
+
+    model = Drifting(6, 3)
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match="or write to its own weights"):
+        FineTuningTask(model, vectors(7))
+    assert torch.equal(model.weight, before)
 
 
 # Interruption

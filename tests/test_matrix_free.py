@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 import subprocess
 import sys
@@ -229,6 +230,25 @@ def test_a_share_of_the_trace() -> None:
         compute_spectrum(task, engine="matrix_free", rank=2, explained_trace=0.999, **SETTINGS)
 
 
+@pytest.mark.parametrize("n_outputs", [3, 400])
+def test_warnings_point_to_the_users_line(
+    n_outputs: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr("optuna_ttp.jacobian._matrix_free._MAX_BLOCKS", 1)
+    task = _few_outputs() if n_outputs == 3 else _many_outputs()
+    asked = {"engine": "matrix_free", "rank": 5, "explained_trace": 0.999, **SETTINGS}
+    store = SpectrumStore(f"sqlite:///{tmp_path / 'ttp.db'}")
+    with pytest.warns(ApproximationWarning) as found:
+        compute_spectrum(task, **asked)
+    with pytest.warns(ApproximationWarning) as stored:
+        store.get_or_compute(task, **asked)
+    for records, call in ((found, "compute_spectrum("), (stored, "get_or_compute(")):
+        assert len(records) >= 2
+        for record in records:
+            assert record.filename == __file__
+            assert call in linecache.getline(__file__, record.lineno)
+
+
 def test_what_has_not_converged_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optuna_ttp.jacobian._matrix_free._MAX_BLOCKS", 1)
     with (
@@ -236,6 +256,17 @@ def test_what_has_not_converged_is_said(monkeypatch: pytest.MonkeyPatch) -> None
         pytest.warns(ApproximationWarning, match="leave predicted times of unknown error"),
     ):
         compute_spectrum(_many_outputs(), engine="matrix_free", rank=20, **SETTINGS)
+
+
+def test_a_plan_says_where_the_trace_is_an_estimate() -> None:
+    task = _many_outputs()
+    plan = plan_spectrum(task, engine="matrix_free", rank=20)
+    assert 0.0 < plan.trace_seconds < plan.seconds
+    assert "the trace is an estimate" in str(plan)
+    for of, engine in ((task, "exact"), (_few_outputs(), "matrix_free")):
+        other = plan_spectrum(of, engine=engine, rank=5)
+        assert other.trace_seconds == 0.0
+        assert "the trace is an estimate" not in str(other)
 
 
 @pytest.mark.parametrize("n_outputs", [3, 400])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import linecache
+from pathlib import Path
 from typing import Any
 import warnings
 
@@ -20,6 +22,7 @@ from optuna_ttp.jacobian._flow import follow_flow
 from optuna_ttp.jacobian._sketch import refine
 from optuna_ttp.jacobian._sketch import sketch_jacobian
 from optuna_ttp.spectrum import Spectrum
+from optuna_ttp.store import SpectrumStore
 from optuna_ttp.task import FineTuningTask
 from tests.cases import case
 from tests.models import cnn
@@ -267,16 +270,28 @@ def test_a_spectrum_that_hardly_decays() -> None:
     assert np.abs(times[1] / times[0] - 1.0).max() < 2.0 * error
 
 
-def test_a_sketch_that_is_not_wide_enough_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sketch_that_is_not_wide_enough_warns(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from optuna_ttp.jacobian import _choice
     from optuna_ttp.jacobian import _decomposition
 
     for module in (_decomposition, _choice):
         monkeypatch.setattr(module, "WIDTH", 16)
     monkeypatch.setattr(_choice, "_MAX_WIDTH", 32)
-    with pytest.warns(ApproximationWarning, match="The sketch of width 32 leaves predicted times"):
+    with pytest.warns(
+        ApproximationWarning, match="The sketch of width 32 leaves predicted times"
+    ) as said:
         found = compute_spectrum(_wide(), engine="sketch", measure_speed=False, probe=False)
     assert found.metadata.sketch_width == 32
+    # They point to the user's line, whatever is between.
+    store = SpectrumStore(f"sqlite:///{tmp_path / 'ttp.db'}")
+    settings: dict[str, Any] = {"engine": "sketch", "measure_speed": False, "probe": False}
+    with pytest.warns(ApproximationWarning) as stored:
+        store.get_or_compute(_wide(), **settings)
+    for record, call in ((said[0], "compute_spectrum("), (stored[0], "get_or_compute(")):
+        assert record.filename == __file__
+        assert call in linecache.getline(__file__, record.lineno)
 
 
 class _Recurrent(torch.nn.Module):

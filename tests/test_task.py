@@ -943,3 +943,29 @@ def test_fingerprint_is_the_same_in_another_process() -> None:
         env={**os.environ, "PYTHONHASHSEED": "123"},
     )
     assert other.stdout.split() == all_fingerprints()
+
+
+def test_what_holds_no_numbers_is_refused() -> None:
+    x, y = vectors(6)
+    with torch.device("meta"):
+        empty = torch.nn.Linear(6, 3)
+    offloaded = mlp()
+    offloaded.register_buffer("scale", torch.ones(1, device="meta"))
+    for model, data, what in (
+        (empty, (x, y), "The model's weights and buffers .'weight'."),
+        (offloaded, (x, y), "The model's weights and buffers .'scale'."),
+        (mlp(), (x.to("meta"), y), "The data"),
+        (mlp(), (x, y.to("meta")), "The data"),
+    ):
+        with pytest.raises(ValueError, match=f"{what} must hold numbers but got .* meta device"):
+            FineTuningTask(model, data)
+
+
+def test_samples_that_do_not_fit_into_one_batch_are_refused() -> None:
+    x, y = vectors(6)
+    ragged: list[Any] = [(x[i], y[i] if i else y[:2]) for i in range(6)]
+    with pytest.raises(ValueError, match="The samples 0 to 5 must fit into one batch but do not"):
+        FineTuningTask(mlp(), ragged)
+    unknown: list[Any] = [(x[i], int(y[i]) if i else None) for i in range(6)]
+    with pytest.raises(TypeError, match="The samples 0 to 5 must fit into one batch but do not"):
+        FineTuningTask(mlp(), unknown)

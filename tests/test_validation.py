@@ -471,11 +471,37 @@ def test_bad_epsilon_is_refused(share: float) -> None:
         TrainingTimePredictor(_linear(), target_epsilon=share)
 
 
+def _tokens() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Embedding(5, 4), torch.nn.Flatten(), torch.nn.Linear(24, 3)
+    )
+
+
+def test_inputs_of_another_type_or_range_are_refused() -> None:
+    x, y = vectors()
+    ids = (x > 0).long()
+    large = ids.clone()
+    # Not among the first samples, which the model is tried on.
+    large[-1] = 7
+    for model, good, bad, form in (
+        (mlp, x, ids, r"\(6,\) a sample \(int64, from 0 to 1\)"),
+        (_tokens, ids, x, r"\(6,\) a sample \(float32\)"),
+        (_tokens, ids, ids + 4, r"\(6,\) a sample \(int64, from 4 to 5\)"),
+    ):
+        message = rf"The model cannot be run on inputs of shape {form}.*The model says: "
+        with pytest.raises(ValueError, match=rf"^{message}"):
+            FineTuningTask(model(), (bad, y))
+        with pytest.raises(ValueError, match=rf"^validation_data: {message}"):
+            FineTuningTask(model(), (good, y), validation_data=(bad, y))
+    with pytest.raises(ValueError, match=r"a sample \(int64, from 0 to 7\)"):
+        compute_spectrum(FineTuningTask(_tokens(), (large, y)), measure_speed=False)
+
+
 def test_validation_inputs_that_the_model_cannot_take_are_refused() -> None:
     x, y = vectors()
     message = (
-        r"validation_data: The model cannot be run on inputs of shape \(5,\) a sample; those of "
-        r"the training data have shape \(6,\)"
+        r"validation_data: The model cannot be run on inputs of shape \(5,\) a sample "
+        r"\(float32\); those of the training data have shape \(6,\)"
     )
     with pytest.raises(ValueError, match=message):
         FineTuningTask(mlp(), (x, y), validation_data=(x[:4, :5], y[:4]))

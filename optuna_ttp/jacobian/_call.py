@@ -28,7 +28,7 @@ class Call:
         kwargs:
             Keyword arguments, detached.
         state:
-            The module's parameters and buffers at the call, by their names in the module.
+            The module's parameters and buffers before the call, by their names in the module.
         positions:
             Which of the tensors in its output carry a gradient.
         edges:
@@ -37,7 +37,9 @@ class Call:
         shapes:
             Their shapes.
         versions:
-            How often each tensor of the arguments had been written to.
+            How often each tensor of the arguments had been written to before the call.
+        is_copied:
+            Arguments are copies, because the module or a later operation writes to them.
         cache:
             What rules make of the inputs alone, so that it is made once for all classes.
     """
@@ -51,6 +53,7 @@ class Call:
     edges: tuple[GradientEdge, ...]
     shapes: tuple[torch.Size, ...]
     versions: tuple[int, ...]
+    is_copied: bool
     cache: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -70,7 +73,7 @@ class Call:
 
     @property
     def is_intact(self) -> bool:
-        """Whether no later operation has written to the arguments."""
+        """Whether neither the module nor a later operation has written to the arguments."""
         return tuple(t._version for t in self._tensors) == self.versions
 
     def cached(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -9,11 +9,72 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def check_checkpoint(checkpoint: Any) -> None:
+    """Refuse what keeps no blocks.
+
+    Args:
+        checkpoint:
+            What was given; nothing is fine.
+
+    Raises:
+        TypeError:
+            If it has not the methods of :class:`KernelCheckpoint`.
+    """
+    methods = [getattr(checkpoint, name, None) for name in ("save_block", "load_block")]
+    is_one = all(map(callable, methods)) and not isinstance(checkpoint, type)
+    if checkpoint is not None and not is_one:
+        raise TypeError(
+            "checkpoint must be an object with the methods save_block and load_block, like "
+            f"KernelCheckpoint, but got {checkpoint!r}."
+        )
+
+
+def load_arrays(
+    checkpoint: KernelCheckpoint, key: tuple[int, int], shapes: list[tuple[int, ...]]
+) -> list[NDArray[np.floating[Any]]] | None:
+    """Return a block that was saved, where it is one.
+
+    Args:
+        checkpoint:
+            Where it was saved.
+        key:
+            As it was saved.
+        shapes:
+            Of its arrays.
+
+    Returns:
+        The arrays; :obj:`None` where there are none of these shapes, or one is not finite.
+
+    Raises:
+        TypeError:
+            If there is something else.
+    """
+    found: Any = checkpoint.load_block(key)
+    if found is None:
+        return None
+    if not isinstance(found, list | tuple) or not all(
+        isinstance(a, np.ndarray) and np.issubdtype(a.dtype, np.floating) for a in found
+    ):
+        what = [
+            str(a.dtype) if isinstance(a, np.ndarray) else type(a).__name__
+            for a in (found if isinstance(found, list | tuple) else [found])
+        ]
+        raise TypeError(
+            "checkpoint.load_block must return the list of floating-point arrays that save_block "
+            f"was given, or None, but got {', '.join(what) or 'none'} for the block {key}. Delete "
+            "what it keeps, or return None to have the block computed again."
+        )
+    if [a.shape for a in found] != shapes or not all(np.isfinite(a).all() for a in found):
+        return None
+    return list(found)
+
+
 class KernelCheckpoint(Protocol):
     """Keeps finished blocks of the kernel of one task and one set of settings.
 
     A block is only saved when it is complete: interrupting the computation loses at most one.
-    Blocks of another size than those that are looked for are computed again.
+    Blocks of another size than those that are looked for, and those with what is not finite, are
+    computed again.
     """
 
     def save_block(self, key: tuple[int, int], arrays: list[NDArray[np.floating[Any]]]) -> None:

@@ -411,6 +411,7 @@ def _true_gradients(
     generator = torch.Generator().manual_seed(seed)
     parameters = frozen.parameters
     outputs = frozen(inputs)
+    frozen.find_precision(outputs)
     directions = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     truth: _Truth = []
     for b in range(len(outputs)):
@@ -470,12 +471,13 @@ def _wrong_parameters(
                     except Exception:
                         # On parts of its inputs a module may raise anything.
                         wrong |= names
-    return wrong | set(_deviating(found, truth, wrong))
+    return wrong | set(_deviating(found, truth, wrong, frozen.precision))
 
 
 def _deviating(
-    found: dict[str, torch.Tensor | None], truth: _Truth, skip: set[str]
+    found: dict[str, torch.Tensor | None], truth: _Truth, skip: set[str], precision: torch.dtype
 ) -> Iterable[str]:
+    relative, absolute = _TOLERANCES[precision]
     for b, gradients in enumerate(map(_dense, truth)):
         norms = {n: float(g.norm()) for n, g in gradients.items()}
         total = math.hypot(*norms.values())
@@ -485,7 +487,6 @@ def _deviating(
         for name, gradient in gradients.items():
             if name in skip:
                 continue
-            relative, absolute = _TOLERANCES[gradient.dtype]
             rows = found.get(name)
             if rows is None:
                 if norms[name] > 0.0:

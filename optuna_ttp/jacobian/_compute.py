@@ -8,7 +8,6 @@ from datetime import timezone
 import time
 from typing import Any
 from typing import TYPE_CHECKING
-import warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,10 @@ import torch
 
 from optuna_ttp._checks import check_seed
 from optuna_ttp._checks import check_task
+from optuna_ttp._warn import warn_caller
 from optuna_ttp.exceptions import ApproximationWarning
+from optuna_ttp.jacobian._autocast import without_autocast
+from optuna_ttp.jacobian._checkpoint import check_checkpoint
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
 from optuna_ttp.jacobian._choice import resolve_engine
 from optuna_ttp.jacobian._decomposition import Decomposition
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
+@without_autocast
 def compute_spectrum(
     task: FineTuningTask,
     *,
@@ -134,13 +137,14 @@ def compute_spectrum(
         # Before anything that only some of the processes might refuse.
         check_same_task(task, settings)
     check_truncation(rank, explained_trace)
-    check_seed(seed)
+    seed = check_seed(seed)
     engine, _ = resolve_engine(task, engine, max_memory=max_memory)
     if checkpoint is not None and engine != "exact":
         raise ValueError(
             f'checkpoint must be None for the engine "{engine}" but got {checkpoint!r}: it keeps '
             'blocks of the kernel, which only engine="exact" makes.'
         )
+    check_checkpoint(checkpoint)
     kind, held = resolve_dtype(dtype, engine)
     resolved = resolve_device(task, device)
     started = time.perf_counter()
@@ -206,11 +210,10 @@ def _within_reach(spectrum: Spectrum, explained_trace: float) -> float:
     """What is asked for, or as much as the leading eigenpairs hold."""
     share = spectrum.explained_trace
     if spectrum.metadata.engine == "matrix_free" and share < explained_trace:
-        warnings.warn(
+        warn_caller(
             f"The leading {spectrum.rank} eigenpairs hold {share:.3g} of the trace, not "
             f"explained_trace={explained_trace}. Give a larger rank.",
             ApproximationWarning,
-            stacklevel=3,
         )
     return min(share, explained_trace)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 from typing import TYPE_CHECKING
-import warnings
 
 import numpy as np
 from numpy.typing import NDArray
 import torch
 
+from optuna_ttp._warn import warn_caller
 from optuna_ttp.exceptions import ApproximationWarning
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
 from optuna_ttp.jacobian._choice import check_sketch_memory
@@ -206,11 +206,10 @@ def sketched_decomposition(
         pairs = eigenpairs_of_features(features, trace=sketch.trace)
     if not error.expected <= _TIME_ERROR:
         by_what = f"uncertain by {error.bar:.0%}" if np.isfinite(error.bar) else "unknown"
-        warnings.warn(
+        warn_caller(
             f"The sketch of width {width} leaves predicted times {by_what}. "
             'Give more memory, or use engine="exact".',
             ApproximationWarning,
-            stacklevel=4,
         )
     if rank is not None:
         pairs = Eigenpairs(pairs.eigenvalues[:rank], pairs.eigenvectors[:, :rank], pairs.trace)

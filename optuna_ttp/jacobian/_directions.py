@@ -190,6 +190,7 @@ class Directions:
         """Compare a product with what plain reverse mode has for it."""
         parameters = list(self._frozen.parameters.values())
         outputs = self._frozen(inputs)
+        self._frozen.find_precision(outputs)
         gradients: Gradients = torch.autograd.grad(
             outputs, parameters, image.to(outputs), allow_unused=True
         )
@@ -200,7 +201,7 @@ class Directions:
         ]
         expected = sum(float((g.double() * d.double()).sum()) for g, d in pairs)
         scale = float(image.square().sum())
-        if abs(scale - expected) > _TOLERANCE[self._dtype] * max(scale, abs(expected)):
+        if abs(scale - expected) > _TOLERANCE[self._frozen.precision] * max(scale, abs(expected)):
             raise JacobianMismatchError(
                 f"A product with the Jacobian by {self.mode} must be {expected:.6g} in its own "
                 f"direction, as reverse mode has it, but got {scale:.6g}."

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 import torch
 
+from optuna_ttp.jacobian._autocast import without_autocast
+
 
 # Rows that are multiplied in the precision of the matrix.
 _CHUNK = 2**14
@@ -33,6 +35,7 @@ class Eigenpairs:
     trace: float
 
 
+@without_autocast
 def eigenpairs(gram: NDArray[Any], *, rank: int | None = None) -> Eigenpairs:
     """Decompose a kernel matrix in double precision.
 

@@ -22,7 +22,11 @@ from tqdm import tqdm
 
 from optuna_ttp._checks import check_bytes
 from optuna_ttp._checks import check_enough_memory
+from optuna_ttp._checks import check_seed
+from optuna_ttp.jacobian._autocast import without_autocast
+from optuna_ttp.jacobian._checkpoint import check_checkpoint
 from optuna_ttp.jacobian._checkpoint import KernelCheckpoint
+from optuna_ttp.jacobian._checkpoint import load_arrays
 from optuna_ttp.jacobian._factors import CHUNK
 from optuna_ttp.jacobian._kernel import Kernel
 from optuna_ttp.jacobian._prepare import lifting
@@ -76,6 +80,7 @@ class BlockSizes:
     minimum: int
 
 
+@without_autocast
 def exact_kernel(
     task: FineTuningTask,
     *,
@@ -133,6 +138,8 @@ def exact_kernel(
             If rows differ from what plain automatic differentiation gives.
     """
     check_bytes(max_memory)
+    check_checkpoint(checkpoint)
+    seed = check_seed(seed)
     if distributed:
         # Before anything that only some of them might refuse.
         check_same_task(task, {"dtype": dtype, "held": held, "seed": seed})
@@ -438,10 +445,12 @@ class _Assembly:
     def _restore(self, left: slice, right: slice) -> bool:
         if self._checkpoint is None:
             return False
-        arrays = self._checkpoint.load_block((left.start, right.start))
         rows, columns = self._rows(left), self._rows(right)
-        shape = (rows.stop - rows.start, columns.stop - columns.start)
-        if arrays is None or arrays[0].shape != shape:
+        shapes: list[tuple[int, ...]] = [m[rows, columns].shape for m in self._matrices()]
+        if left == right:
+            shapes.append(self._inner[left].shape)
+        arrays = load_arrays(self._checkpoint, (left.start, right.start), shapes)
+        if arrays is None:
             return False
         for matrix, part in zip(self._matrices(), arrays, strict=False):
             matrix[rows, columns] = part

@@ -77,7 +77,9 @@ def _vectorised(
             pick = iter(batched)
 
             def fill(tensor: torch.Tensor) -> torch.Tensor:
-                return next(remaining)[None] if next(pick) else tensor
+                part = next(remaining)[None] if next(pick) else tensor
+                # The module may write to it.
+                return part.clone() if call.is_copied else part
 
             args, kwargs = map_tree((call.args, call.kwargs), fill)
             return _run(call, weights, args, kwargs)
@@ -106,7 +108,9 @@ def _looped(
         flags = iter(batched)
 
         def pick(tensor: torch.Tensor, b: int = b, flags: Any = flags) -> torch.Tensor:
-            return tensor[b : b + 1] if next(flags) else tensor
+            part = tensor[b : b + 1] if next(flags) else tensor
+            # The module may write to it.
+            return part.clone() if call.is_copied else part
 
         args, kwargs = map_tree((call.args, call.kwargs), pick)
         weights = {name: call.state[name].detach().requires_grad_() for name in names}

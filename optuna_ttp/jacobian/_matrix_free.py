@@ -19,13 +19,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from typing import TYPE_CHECKING
-import warnings
 
 import numpy as np
 from numpy.typing import NDArray
 import torch
 
 from optuna_ttp._checks import check_enough_memory
+from optuna_ttp._warn import warn_caller
 from optuna_ttp.exceptions import ApproximationWarning
 from optuna_ttp.jacobian._choice import check_multipliers
 from optuna_ttp.jacobian._directions import Directions
@@ -341,6 +341,16 @@ def _by_directions(
     )
 
 
+def probes_of(n_columns: int) -> int:
+    """Return how many vectors of random signs estimate a trace.
+
+    Args:
+        n_columns:
+            Of a block of vectors.
+    """
+    return max(_MIN_PROBES, n_columns // _PROBE_SHARE)
+
+
 def _estimated_trace(
     product: Callable[[torch.Tensor], torch.Tensor],
     values: torch.Tensor,
@@ -354,7 +364,7 @@ def _estimated_trace(
     the rest (Hutch++: Meyer, Musco, Musco and Woodruff, SOSA 2021, arXiv 2010.09649). Those that
     the products started at would find less of it than there is.
     """
-    n_probes = max(_MIN_PROBES, n_columns // _PROBE_SHARE)
+    n_probes = probes_of(n_columns)
     signs = torch.randint(2, (len(basis), n_probes), generator=generator, dtype=torch.float64)
     probes = 2.0 * signs - 1.0
     probes = probes - basis @ (basis.T @ probes)
@@ -440,11 +450,10 @@ def _krylov(
         # All of the space.
         moved, open_ = 0.0, torch.zeros_like(open_)
     if open_.any():
-        warnings.warn(
+        warn_caller(
             f"{int(open_.sum())} of {n_wanted} eigenpairs have not converged: their residuals are "
             f'up to {worst:.0%} of the eigenvalue. Ask for a smaller rank, or use engine="exact".',
             ApproximationWarning,
-            stacklevel=6,
         )
     vectors, kept, _ = nystrom(basis, images, n_wanted)
     n_kept = int((kept > float(kept[0]) * torch.finfo(torch.float32).eps).sum())
@@ -461,12 +470,11 @@ def _krylov(
     error = max(moved, condensed)
     if error > _TIME_ERROR:
         by_what = f"uncertain by {error:.0%}" if np.isfinite(error) else "of unknown error"
-        warnings.warn(
+        warn_caller(
             f"{n_kept} eigenpairs, and {n_ritz} Ritz pairs for what the residual sees of the "
             f"others, leave predicted times {by_what}. Ask for a larger rank, or use "
             'engine="exact" or "sketch".',
             ApproximationWarning,
-            stacklevel=6,
         )
     return _Found(all_values, all_vectors, n_ritz, error)
 

@@ -53,6 +53,8 @@ class SpectrumPlan:
             D.
         seconds:
             Estimated wall-clock seconds of the Jacobian and the kernel.
+        trace_seconds:
+            Those of them in which the trace is estimated; zero where it is exact.
         bytes:
             Estimated peak of memory on top of the model and the data.
         batch_size:
@@ -73,6 +75,7 @@ class SpectrumPlan:
     n_outputs: int
     n_parameters: int
     seconds: float
+    trace_seconds: float
     bytes: int
     batch_size: int
     block_size: int
@@ -86,6 +89,7 @@ class SpectrumPlan:
             f"  {self.n_samples} samples, {self.n_outputs} outputs, {self.n_parameters:,} weights",
             f"  {self.reason}",
             f"  {self.batch_size} samples at a time, {self.block_size} held",
+            *self._of_trace(),
             f"  {'parameter':<44}{'weights':>12}  {'derivative':<11}{'product':<8}"
             f"{'GFLOP':>9}{'MiB':>8}",
         ]
@@ -95,6 +99,12 @@ class SpectrumPlan:
             for layer in self.layers
         )
         return "\n".join(lines)
+
+    def _of_trace(self) -> list[str]:
+        if not self.trace_seconds:
+            return []
+        took = _duration(self.trace_seconds)
+        return [f"  the trace is an estimate, by random signs, in {took} of these"]
 
 
 def _duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from optuna_ttp._checks import check_seed
 from optuna_ttp._checks import check_task
+from optuna_ttp.jacobian._autocast import without_autocast
 from optuna_ttp.jacobian._choice import check_sketch_memory
 from optuna_ttp.jacobian._choice import resolve_engine
 from optuna_ttp.jacobian._choice import WIDTH
@@ -26,6 +27,7 @@ from optuna_ttp.jacobian._layout import TRIANGLE
 from optuna_ttp.jacobian._matrix_free import by_directions
 from optuna_ttp.jacobian._matrix_free import check_vectors_memory
 from optuna_ttp.jacobian._matrix_free import columns_of
+from optuna_ttp.jacobian._matrix_free import probes_of
 from optuna_ttp.jacobian._matrix_free import sketch_width
 from optuna_ttp.jacobian._plan import LayerPlan
 from optuna_ttp.jacobian._plan import SpectrumPlan
@@ -61,8 +63,10 @@ class _Estimate:
     seconds: float
     sizes: BlockSizes
     n_bytes: int
+    trace_seconds: float = 0.0
 
 
+@without_autocast
 def plan_spectrum(
     task: FineTuningTask,
     *,
@@ -115,7 +119,7 @@ def plan_spectrum(
     """
     check_task(task)
     check_truncation(rank, None)
-    check_seed(seed)
+    seed = check_seed(seed)
     name, reason = resolve_engine(task, engine, max_memory=max_memory)
     kind, held = resolve_dtype(dtype, name)
     planner = _Planner(task, resolve_device(task, device), kind, max_memory, seed)
@@ -133,6 +137,7 @@ def plan_spectrum(
         n_outputs=task.n_outputs,
         n_parameters=task.n_parameters,
         seconds=estimate.seconds,
+        trace_seconds=estimate.trace_seconds,
         bytes=estimate.n_bytes,
         batch_size=sizes.batch,
         block_size=sizes.held,
@@ -265,13 +270,14 @@ class _Planner:
             )
             seconds = _fastest(lambda: directions.images(vectors), device, 1)
         per_direction = self._n_read / self._n_timed * seconds / _N_DIRECTIONS
-        # The start is multiplied as well, to estimate the trace.
+        # The start is multiplied as well.
         total = setup + (_N_BLOCKS + 1) * n_columns * per_direction
         held = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
         weights = task.n_parameters * directions.n_together * self._itemsize
         n_bytes = held + weights
         sizes = BlockSizes(1, 1, 1, n_bytes, minimum)
-        return _Estimate(None, total, sizes, n_bytes)
+        tracing = probes_of(n_columns) * per_direction
+        return _Estimate(None, total + tracing, sizes, n_bytes, tracing)
 
     def _passes(self, task: FineTuningTask, lifts: Mapping[str, int]) -> Passes:
         return Passes(task, self._device, self._dtype, self._seed, lifts, False)

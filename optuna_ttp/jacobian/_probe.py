@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 import torch
 
 from optuna_ttp.dynamics import LinearisedModel
+from optuna_ttp.jacobian._autocast import without_autocast
 from optuna_ttp.spectrum import Probe
 from optuna_ttp.spectrum import Spectrum
 
@@ -31,6 +32,7 @@ _LINEAR = 1e-3
 _MOST_UNSEEN = 1e-2
 
 
+@without_autocast
 def probe_linearisation(
     task: FineTuningTask,
     spectrum: Spectrum,

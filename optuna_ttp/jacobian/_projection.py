@@ -120,7 +120,9 @@ class Ternary:
 
     def add(self, target: torch.Tensor, name: str, rows: torch.Tensor) -> None:
         """See :meth:`Projection.add`."""
-        generator = torch.Generator().manual_seed(self._seed * 100_003 + self._numbers[name])
+        generator = torch.Generator().manual_seed(
+            (self._seed * 100_003 + self._numbers[name]) % 2**64
+        )
         for start in range(0, rows.shape[-1], self._PIECE):
             piece = rows[..., start : start + self._PIECE]
             draws = torch.randint(6, (piece.shape[-1], self._width), generator=generator)

@@ -73,7 +73,7 @@ def check_rows(
             continue
         if (
             abs(actual - expected)
-            > _TOLERANCE[preparation.layout.held or dtype] * norms[a] * norms[b]
+            > _TOLERANCE[preparation.layout.held or frozen.precision] * norms[a] * norms[b]
         ):
             raise JacobianMismatchError(
                 f"The kernel of sample {chosen[a][0]}, output {chosen[a][1]} and sample "
@@ -122,7 +122,7 @@ def check_row_norms(
     row = _plain_row(task, frozen, n, c, device, dtype)
     expected = _product(row, row, dict.fromkeys(row, 1.0))
     actual = float(norms[n - first, c])
-    if np.isfinite(actual) and abs(actual - expected) > _TOLERANCE[dtype] * expected:
+    if np.isfinite(actual) and abs(actual - expected) > _TOLERANCE[frozen.precision] * expected:
         raise JacobianMismatchError(
             f"The squared gradient of output {c} of sample {n} must be {expected:.6g}, as plain "
             f"automatic differentiation has it, but got {actual:.6g}."
@@ -192,6 +192,6 @@ def _culprit(
         for name, g in plain.items()
     }
     worst = max(away, key=lambda name: away[name])
-    if away[worst] <= _TOLERANCE[dtype] * max(float(g.norm()) for g in plain.values()):
+    if away[worst] <= _TOLERANCE[frozen.precision] * max(float(g.norm()) for g in plain.values()):
         return "The gradients of all layers are right; their products are not."
     return f"The gradient of {worst.removeprefix('model.')!r} differs most."

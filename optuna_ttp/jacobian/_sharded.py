@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
+import importlib
 from itertools import pairwise
 from typing import Any
 from typing import cast
@@ -125,6 +126,29 @@ def sharded_kernel(
     return Kernel(total, summed(cross), outputs.cpu().numpy(), summed(stretched))
 
 
+def _release_default_group() -> None:
+    """Let go of the group that is the default of arguments of PyTorch's own functions.
+
+    ``torch.distributed.nn`` is imported by the compiler, which may first be needed in the middle
+    of a computation. A group that is there by then becomes the default of its functions, outlives
+    ``destroy_process_group``, and with it threads that abort the process if they let go of a
+    tensor while the interpreter ends. Without a group at import the default is :obj:`None`, which
+    means the same.
+    """
+    if not distributed.is_available():
+        return
+    functional = importlib.import_module("torch.distributed.nn.functional")
+    for function in vars(functional).values():
+        defaults = getattr(function, "__defaults__", None) or ()
+        if any(isinstance(d, distributed.ProcessGroup) for d in defaults):
+            function.__defaults__ = tuple(
+                None if isinstance(d, distributed.ProcessGroup) else d for d in defaults
+            )
+
+
+_release_default_group()
+
+
 def has_group() -> bool:
     """Whether there is a group of processes."""
     return distributed.is_available() and distributed.is_initialized()
@@ -181,9 +205,22 @@ def check_same_task(task: FineTuningTask, settings: Mapping[str, object]) -> Non
 
 
 def _gathered_objects(own: _Object) -> list[_Object]:
-    """What each process has, in all of them."""
+    """What each process has, in all of them.
+
+    Raises:
+        RuntimeError:
+            If another one has ended.
+    """
     found: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, own)
+    try:
+        distributed.all_gather_object(found, own)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "Another process of the group must have failed or ended, because it no longer answers "
+            f"process {distributed.get_rank()}. Look for the first error among what the others "
+            "have printed, and call compute_spectrum in all of them. The group says: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     return found
 
 

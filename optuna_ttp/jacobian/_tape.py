@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from contextlib import ExitStack
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 from typing import TYPE_CHECKING
 from typing import TypeAlias
@@ -157,6 +158,7 @@ class Tape:
         self._copied = copied
         self._shared = {} if shared is None else shared
         self._n_calls: dict[str, int] = {}
+        self._begun: dict[str, list[_Begun]] = {}
         self._calls: dict[str, list[Call]] | None = None
         self._batch_size = 0
 
@@ -166,10 +168,14 @@ class Tape:
         modules = dict(self._frozen.adapter.named_modules(remove_duplicate=False))
         with ExitStack() as stack:
             for name, expand in self._watched.items():
-                handle = modules[name].register_forward_hook(
+                before = modules[name].register_forward_pre_hook(
+                    self._pre_hook(name), with_kwargs=True
+                )
+                stack.callback(before.remove)
+                after = modules[name].register_forward_hook(
                     self._hook(name, expand), with_kwargs=True
                 )
-                stack.callback(handle.remove)
+                stack.callback(after.remove)
             yield self
 
     def record(self, inputs: Any, batch_size: int) -> Recording:
@@ -186,6 +192,7 @@ class Tape:
         """
         self._calls = {name: [] for name in self._watched}
         self._n_calls = dict.fromkeys(self._watched, 0)
+        self._begun = {name: [] for name in self._watched}
         self._batch_size = batch_size
         try:
             outputs = self._frozen(inputs)
@@ -193,20 +200,41 @@ class Tape:
         finally:
             self._calls = None
 
+    def _pre_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._calls is None:
+                return
+
+            def held(tensor: torch.Tensor) -> torch.Tensor:
+                return tensor.detach().clone() if name in self._copied else tensor.detach()
+
+            # Now, because the module may write to its arguments and put other buffers in place.
+            held_args, held_kwargs = map_tree(args, held), map_tree(dict(kwargs), held)
+            state = {
+                **dict(module.named_parameters(remove_duplicate=False)),
+                **dict(module.named_buffers(remove_duplicate=False)),
+            }
+            versions = tuple(t._version for t in tensors_of((held_args, held_kwargs)))
+            self._begun[name].append(_Begun(held_args, held_kwargs, state, versions))
+
+        return hook
+
     def _hook(self, name: str, expand: bool) -> Callable[..., Any]:
         def hook(
-            module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+            module: torch.nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any
         ) -> Any:
             if self._calls is None:
                 return None
             replaced = None
+            begun = self._begun[name].pop()
             key = (name, self._n_calls[name])
             self._n_calls[name] += 1
             if expand and isinstance(output, torch.Tensor) and self._is_shared(key, output):
                 own = output if len(output) == 1 else output[None]
                 output = replaced = own.expand(self._batch_size, *own.shape[1:])
-                args, kwargs = self._expanded(args, kwargs)
-            call = self._call(name, module, args, kwargs, output)
+                args, kwargs = self._expanded(begun.args, begun.kwargs)
+                begun = replace(begun, args=args, kwargs=kwargs)
+            call = self._call(name, module, begun, output)
             if call is not None:
                 self._calls[name].append(call)
             return replaced
@@ -237,34 +265,30 @@ class Tape:
 
         return map_tree((args, kwargs), expand)  # type: ignore[no-any-return]
 
-    def _call(
-        self,
-        name: str,
-        module: torch.nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> Call | None:
+    def _call(self, name: str, module: torch.nn.Module, begun: _Begun, output: Any) -> Call | None:
         tensors = tensors_of(output)
         positions = tuple(i for i, t in enumerate(tensors) if t.requires_grad)
         if not positions:
             return None
-
-        def held(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.detach().clone() if name in self._copied else tensor.detach()
-
-        held_args, held_kwargs = map_tree(args, held), map_tree(dict(kwargs), held)
         return Call(
             module=module,
             batch_size=self._batch_size,
-            args=held_args,
-            kwargs=held_kwargs,
-            state={
-                **dict(module.named_parameters(remove_duplicate=False)),
-                **dict(module.named_buffers(remove_duplicate=False)),
-            },
+            args=begun.args,
+            kwargs=begun.kwargs,
+            state=begun.state,
             positions=positions,
             edges=tuple(get_gradient_edge(tensors[i]) for i in positions),
             shapes=tuple(tensors[i].shape for i in positions),
-            versions=tuple(t._version for t in tensors_of((held_args, held_kwargs))),
+            versions=begun.versions,
+            is_copied=name in self._copied,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """A call that has not returned: what its :class:`Call` holds of the time before it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    state: dict[str, torch.Tensor]
+    versions: tuple[int, ...]

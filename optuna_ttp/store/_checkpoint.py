@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 from uuid import uuid4
-import warnings
 
 import numpy as np
 from numpy.typing import NDArray
 import sqlalchemy as sa
 
 from optuna_ttp import blob
+from optuna_ttp._warn import warn_caller
 from optuna_ttp.exceptions import DamagedSpectrumError
 from optuna_ttp.exceptions import DamagedSpectrumWarning
 from optuna_ttp.store import _chunks
@@ -101,10 +101,9 @@ class Checkpoint:
         try:
             return self._database.read(work)
         except DamagedSpectrumError as error:
-            warnings.warn(
+            warn_caller(
                 f"The stored block {name!r} is damaged and computed again: {error}.",
                 DamagedSpectrumWarning,
-                stacklevel=2,
             )
             return None
 

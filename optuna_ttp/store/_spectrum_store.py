@@ -13,13 +13,13 @@ from pathlib import Path
 import time
 from typing import Any
 from typing import TYPE_CHECKING
-import warnings
 
 from optuna.logging import get_logger
 import sqlalchemy as sa
 from sqlalchemy.engine import URL
 
 from optuna_ttp import blob
+from optuna_ttp._warn import warn_caller
 from optuna_ttp.exceptions import DamagedSpectrumError
 from optuna_ttp.exceptions import DamagedSpectrumWarning
 from optuna_ttp.exceptions import StoreError
@@ -343,11 +343,10 @@ class SpectrumStore:
         except _rows.DamagedRow as error:
             row, reason = error.row, error.reason
             self._database.write(lambda connection: _rows.put_aside(connection, row, reason))
-            warnings.warn(
+            warn_caller(
                 f"The stored spectrum {row.fingerprint[:12]}... of {row.name!r} is damaged and "
                 f"was put aside: {reason}.",
                 DamagedSpectrumWarning,
-                stacklevel=3,
             )
             return None
         if is_stale:
@@ -657,11 +656,10 @@ def _listed_or_told(row: sa.Row[Any]) -> StoredSpectrum | None:
     try:
         return _rows.listed(row)
     except DamagedSpectrumError as error:
-        warnings.warn(
+        warn_caller(
             f"The stored spectrum {row.key[:12]}... is left out of the list: {error}. "
             "'optuna-ttp store verify --put-aside' lets it be computed again.",
             DamagedSpectrumWarning,
-            stacklevel=4,
         )
         return None
 
