@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
 from dataclasses import dataclass
 from dataclasses import fields
 import inspect
@@ -83,7 +84,7 @@ class HyperparameterMap:
         for field, source in self._sources():
             if isinstance(source, Real) and not isinstance(source, bool):
                 _check_fixed(field, float(source))
-            elif not (isinstance(source, str) or callable(source)):
+            elif not ((isinstance(source, str) and source) or callable(source)):
                 raise TypeError(
                     f"{field} must be a parameter's name, a number or a function of the trial's "
                     f"parameters but got {source!r}."
@@ -113,12 +114,12 @@ class HyperparameterMap:
             TypeError:
                 If a value is no number.
             ValueError:
-                If the batch size is not a whole number.
+                If the batch size is not a whole number, or a function fails.
         """
         values: dict[str, Any] = {}
         missing: dict[str, str] = {}
         for field, source in self._sources():
-            value, name = _read(source, params)
+            value, name = _read(field, source, params)
             if name is None:
                 values[field] = value
             else:
@@ -138,7 +139,10 @@ class HyperparameterMap:
             )
         for field, value in values.items():
             if not isinstance(value, Real) or isinstance(value, bool):
-                raise TypeError(f"{field} must be a number but got {value!r}.")
+                raise TypeError(
+                    f"The hyperparameter map must give numbers: {field} must be a number but got "
+                    f"{value!r}."
+                )
         if not float(values["batch_size"]).is_integer():
             raise ValueError(f"batch_size must be a whole number but got {values['batch_size']}.")
         return Configuration(
@@ -160,10 +164,9 @@ class HyperparameterMap:
             if isinstance(source, str):
                 recorder.read.add(source)
             elif callable(source):
-                try:
+                # What is wrong with it is said when it is resolved.
+                with contextlib.suppress(Exception):
                     source(recorder)
-                except KeyError:
-                    continue
         return frozenset(recorder.read)
 
     def _reads_any(self, params: Mapping[str, Any]) -> bool:
@@ -222,7 +225,7 @@ def _takes_one(function: Callable[..., Any]) -> bool:
     return True
 
 
-def _read(source: Source, params: Mapping[str, Any]) -> tuple[Any, str | None]:
+def _read(field: str, source: Source, params: Mapping[str, Any]) -> tuple[Any, str | None]:
     """The value, and the name of the parameter that is missing for it."""
     try:
         if isinstance(source, str):
@@ -230,6 +233,11 @@ def _read(source: Source, params: Mapping[str, Any]) -> tuple[Any, str | None]:
         return (source(params) if callable(source) else source), None
     except KeyError as error:
         return None, str(error.args[0]) if error.args else "?"
+    except Exception as error:
+        raise ValueError(
+            f"The function that the hyperparameter map has for {field} must return a number or "
+            f"None, but got {type(error).__name__}: {error}, for the parameters {dict(params)}."
+        ) from error
 
 
 class _Recorder(Mapping[str, Any]):

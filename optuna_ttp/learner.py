@@ -10,6 +10,7 @@ from typing import Any
 from typing import TYPE_CHECKING
 import warnings
 
+import numpy as np
 from optuna.logging import get_logger
 from optuna.trial import TrialState
 
@@ -18,14 +19,16 @@ from optuna_ttp._optuna_compat import PerStudy
 from optuna_ttp._optuna_compat import trials_of
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import Observation
+from optuna_ttp.curve_start import CurveStart
+from optuna_ttp.curve_start import joint_objections
 from optuna_ttp.exceptions import UnreliablePredictionWarning
 from optuna_ttp.exceptions import UnusableCurveWarning
 from optuna_ttp.hyperparameters import HyperparameterMap
 from optuna_ttp.hyperparameters import MissingParameterError
 from optuna_ttp.observed_trial import InitialLoss
 from optuna_ttp.observed_trial import observation_of
-from optuna_ttp.observed_trial import spacing_of
 from optuna_ttp.recorded_curve import recorded
+from optuna_ttp.training_log import unclosed
 from optuna_ttp.trial_entries import CURVE
 from optuna_ttp.trial_entries import DECISION
 from optuna_ttp.trial_entries import entry
@@ -179,8 +182,8 @@ class Learner:
 
 # By the fingerprint of the task and the number of a finished trial.
 _OBSERVATIONS: PerStudy[dict[str, dict[int, Observation | None]]] = PerStudy(dict)
-# By the number of a finished trial: its batch size, and the steps between its first losses.
-_SPACINGS: PerStudy[dict[int, tuple[int, float]]] = PerStudy(dict)
+# By the number of a finished trial whose curve can be used, as far as it tells alone.
+_STARTS: PerStudy[dict[int, CurveStart]] = PerStudy(dict)
 # What studies were told of their predictions.
 _TOLD: PerStudy[set[str]] = PerStudy(set)
 # By the identity of a predictor, which what was learned keeps alive.
@@ -216,11 +219,38 @@ def tell_that_nothing_ran(study: optuna.Study, n_skipped: int, objection: str) -
     )
 
 
+def tell_that_skipping_is_wrong(study: optuna.Study, count: str) -> None:
+    """Say once that trials which were to be skipped reach the target.
+
+    Args:
+        study:
+            The study.
+        count:
+            How many of how many.
+
+    Warns:
+        UnreliablePredictionWarning:
+            The first time.
+    """
+    told = _TOLD[study]
+    if "refuted" in told:
+        return
+    told.add("refuted")
+    warnings.warn(
+        f"{count} trials that ran although they were predicted to miss the target, or to diverge, "
+        f"reached it, or nearly. Nothing is skipped for that reason until that changes. {_CHECK}",
+        UnreliablePredictionWarning,
+        stacklevel=6,
+    )
+
+
 def _tell_of_nothing(study: optuna.Study, predictor: TrainingTimePredictor) -> None:
     """Say once that none of several curves has come down: they may be of something else."""
     n_curves = len(predictor.observations)
     told = _TOLD[study]
-    if n_curves < _NONE_FALLS or predictor.calibration.n_observed or "nothing" in told:
+    if n_curves < _NONE_FALLS or "nothing" in told:
+        return
+    if any(np.isfinite(one.observed).any() for one in predictor.observations):
         return
     told.add("nothing")
     warnings.warn(
@@ -293,20 +323,11 @@ def _observations(
                 known[trial.number] = one
         if one is not None:
             observations[trial.number] = one
-    for number in _in_samples(study):
-        observations.pop(number, None)
-    return list(observations.values())
-
-
-def _in_samples(study: optuna.Study) -> list[int]:
-    """The trials that seem to have counted samples instead of steps; say so once."""
-    spacings = {n: both for n, both in _SPACINGS[study].items() if both[0] > 1}
-    alike = {n: size for n, (size, spacing) in spacings.items() if spacing == size}
-    if len(set(alike.values())) < 2 or 2 * len(alike) <= len(spacings):
-        return []
-    reason = "in several trials losses are as many steps apart as the batch has samples"
-    UnusableCurve("samples", reason).tell(study, min(alike), stacklevel=5)
-    return sorted(alike)
+    found = joint_objections(_STARTS[study])
+    if found:
+        number = min(found)
+        found[number].tell(study, number, stacklevel=4)
+    return [one for number, one in observations.items() if number not in found]
 
 
 def observation_in(
@@ -343,13 +364,19 @@ def observation_in(
         return None
     if prediction["fingerprint"] != predictor.spectrum.metadata.fingerprint:
         return None
+    if trial.state in FINISHED:
+        missing = unclosed(study, trial)
+        if missing is not None:
+            missing.tell(study, trial.number, stacklevel=4)
     one = observation_of(trial, prediction, InitialLoss.of(predictor))
     if isinstance(one, UnusableCurve):
         one.tell(study, trial.number, stacklevel=4)
         return None
     if one is not None and trial.state in FINISHED:
         _tell_of_gaps(study, trial)
-        _SPACINGS[study][trial.number] = one.batch_size, spacing_of(trial)
+        start = CurveStart.of(trial, prediction, InitialLoss.of(predictor))
+        if start is not None:
+            _STARTS[study][trial.number] = start
     return one
 
 

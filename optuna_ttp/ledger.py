@@ -15,14 +15,16 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 from optuna_ttp._checks import check_kind
+from optuna_ttp._optuna_compat import FINISHED
 from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import Observation
+from optuna_ttp.curve_start import CurveStart
+from optuna_ttp.curve_start import joint_objections
 from optuna_ttp.observed_trial import InitialLoss
 from optuna_ttp.observed_trial import observation_of
-from optuna_ttp.recorded_curve import AT_TARGET
-from optuna_ttp.recorded_curve import observed_curve
 from optuna_ttp.recorded_curve import recorded
+from optuna_ttp.recorded_curve import way_gone
 from optuna_ttp.trial_entries import DECISION
 from optuna_ttp.trial_entries import entry
 from optuna_ttp.trial_entries import or_nan
@@ -61,7 +63,8 @@ class TrialRecord:
             What a prediction spoke against: ``"diverges"``, ``"budget"``, ``"cost"``,
             ``"study_budget"`` or ``"chance"``; :obj:`None` where it did not.
         override:
-            Why it ran nevertheless: ``"untrusted"``, ``"shadow"``, ``"turn"`` or ``"audit"``;
+            Why it ran nevertheless: ``"untrusted"``, ``"refuted"``, ``"shadow"``, ``"turn"`` or
+            ``"audit"``;
             :obj:`None` where it did not, or had no need to.
         reason:
             Why, in words.
@@ -296,7 +299,8 @@ def report(study: optuna.Study) -> Report:
 
 def _learned(trials: list[FrozenTrial]) -> tuple[Calibration, dict[int, str]]:
     """What the trials of the newest one's task say of its predictions, and which say nothing."""
-    observations: dict[str, list[Observation]] = {}
+    observations: dict[str, dict[int, Observation]] = {}
+    starts: dict[int, CurveStart] = {}
     unusable: dict[int, str] = {}
     newest = ""
     for trial in trials:
@@ -311,8 +315,14 @@ def _learned(trials: list[FrozenTrial]) -> tuple[Calibration, dict[int, str]]:
         if isinstance(told, UnusableCurve):
             unusable[trial.number] = told.reason
         elif isinstance(told, Observation):
-            observations.setdefault(newest, []).append(told)
-    return calibrate(observations.get(newest, [])), unusable
+            observations.setdefault(newest, {})[trial.number] = told
+            start = CurveStart.of(trial, prediction, initial)
+            if start is not None and trial.state in FINISHED:
+                starts[trial.number] = start
+    found = joint_objections(starts)
+    unusable |= {number: one.reason for number, one in found.items()}
+    usable = [o for n, o in observations.get(newest, {}).items() if n not in found]
+    return calibrate(usable), dict(sorted(unusable.items()))
 
 
 @dataclass(frozen=True)
@@ -394,19 +404,18 @@ def _was_wrong(trial: FrozenTrial, best: int | None) -> bool | None:
         return None
     if trial.number == best:
         return True
-    curve = observed_curve(trial)
-    prediction = entry(trial, PREDICTION) or {}
-    if curve is None or prediction.get("target") is None:
+    gone = way_gone(trial)
+    if math.isnan(gone):
         return False if trial.state == TrialState.COMPLETE and best is not None else None
-    budget = prediction.get("budget_steps")
-    within = curve.steps <= (math.inf if budget is None else budget)
-    return bool((curve.losses[within] <= AT_TARGET * prediction["target"]).any())
+    return gone >= 1.0
 
 
 def _best(study: optuna.Study, trials: list[FrozenTrial]) -> int | None:
-    """The number of the best trial of a study with one objective."""
+    """The number of the best trial of a study with one objective, if there is a good one."""
     done = [t for t in trials if t.state == TrialState.COMPLETE and t.values]
-    if len(study.directions) > 1 or not done:
+    # Of trials that were all to be skipped the best one may be as bad as predicted.
+    willing = any("override" not in (entry(t, DECISION) or {}) for t in done)
+    if len(study.directions) > 1 or not willing:
         return None
     sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
     return min(done, key=lambda t: sign * t.values[0]).number

@@ -196,22 +196,6 @@ def observation_of(
     )
 
 
-def spacing_of(trial: FrozenTrial) -> float:
-    """Return how many steps lie between the first losses that a trial has recorded.
-
-    Args:
-        trial:
-            Any trial.
-
-    Returns:
-        The smallest distance; NaN for fewer than two losses.
-    """
-    value = recorded(trial)
-    if not isinstance(value, dict) or len(value["steps"]) < 2:
-        return math.nan
-    return float(np.diff(value["steps"]).min())
-
-
 def _jump(value: dict[str, Any]) -> UnusableCurve | None:
     """Why steps that jump and go on as before are no numbers of optimiser steps."""
     gaps = np.diff(value["steps"])

@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 
 from optuna_ttp._best_trials import best_depth
 from optuna_ttp._best_trials import incumbent
+from optuna_ttp._checks import check_kind
 from optuna_ttp._optuna_compat import FINISHED
 from optuna_ttp._optuna_compat import frozen
 from optuna_ttp._optuna_compat import has_constraints
@@ -34,6 +35,7 @@ from optuna_ttp.hyperparameters import HyperparameterMap
 from optuna_ttp.hyperparameters import map_or_default
 from optuna_ttp.learner import Learner
 from optuna_ttp.learner import tell_that_nothing_ran
+from optuna_ttp.learner import tell_that_skipping_is_wrong
 from optuna_ttp.observed_trial import InitialLoss
 from optuna_ttp.observed_trial import observation_of
 from optuna_ttp.prediction import DIVERGES
@@ -41,6 +43,7 @@ from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
 from optuna_ttp.recorded_curve import observed_curve
 from optuna_ttp.recorded_curve import observed_steps
+from optuna_ttp.recorded_curve import way_gone
 from optuna_ttp.study_budget import StudyBudget
 from optuna_ttp.trial_budget import TrialBudget
 from optuna_ttp.trial_entries import DECISION
@@ -83,6 +86,13 @@ _EARLIEST = 0.2
 _AT_FIRST = 0.2
 # Where so many trials were all skipped, predictions may be to blame.
 _MANY = 5
+# Nothing is skipped for a reason for which so many trials were to be skipped that have reached the
+# target, more than half of the newest that ran nevertheless. After one of them the next one's turn
+# comes so many times as soon.
+_REFUTED = 2
+_MOST_OF_THE_WAY = 0.9
+_MOST_REFUTING = 10
+_SOONER = 3
 # As many trials are remembered; others are read from the storage.
 _REMEMBERED = 1024
 
@@ -109,7 +119,8 @@ class TTPPruner(BasePruner):
     Otherwise the wrapped pruner decides.
 
     Of any ``max_consecutive + 1`` trials in a row one runs at least, whatever is predicted, and
-    nothing is skipped while predictions prove worse than a rule of thumb.
+    nothing is skipped while predictions prove worse than a rule of thumb, or while most of the
+    trials, two at least, that ran although the same was predicted for them reached the target.
 
     Example:
         >>> def objective(trial):
@@ -197,6 +208,8 @@ class TTPPruner(BasePruner):
     ) -> None:
         from optuna_ttp.predictor import TrainingTimePredictor
 
+        check_kind("shadow", shadow, bool)
+        check_kind("constraint", constraint, bool)
         if not isinstance(predictor, TrainingTimePredictor):
             raise TypeError(
                 f"predictor must be a TrainingTimePredictor but got {type(predictor).__name__}."
@@ -354,7 +367,7 @@ class TTPPruner(BasePruner):
         decision = {"decision": RUN, "reason": f"predicted: {prediction}"}
         if verdict is not None:
             kind, objection = verdict
-            override = self._override(study, trial, trials, predictor, objection)
+            override = self._override(study, trial, trials, predictor, *verdict)
             if override is None:
                 decision = {"decision": SKIP, "reason": objection}
                 _logger.info(f"Trial {trial.number} is skipped: {objection}.")
@@ -493,18 +506,27 @@ class TTPPruner(BasePruner):
         trial: FrozenTrial,
         trials: Sequence[FrozenTrial],
         predictor: TrainingTimePredictor,
+        kind: str,
         objection: str,
     ) -> tuple[str, str] | None:
         """Why a trial runs in spite of its prediction, as a word and in words."""
         if not predictor.calibration.trusted:
             return "untrusted", "predictions are worse than a rule of thumb"
+        reached = _refuting(trials, kind)
+        n_reached = sum(reached)
+        if n_reached >= _REFUTED and 2 * n_reached > len(reached):
+            count = f"{n_reached} of {len(reached)}"
+            tell_that_skipping_is_wrong(study, count)
+            return "refuted", f"{count} trials that this was predicted for reached the target"
         if self._shadow:
             return "shadow", "runs in shadow mode"
         n_skipped = n_skipped_in_a_row(trials)
-        if n_skipped >= self._max_consecutive:
+        # Where the last one that ran in spite of its prediction did well, the next comes sooner.
+        soon = bool(reached) and reached[-1]
+        if n_skipped >= max(1, self._max_consecutive // (_SOONER if soon else 1)):
             if _MANY <= n_skipped == len(trials) and not predictor.observations:
                 tell_that_nothing_ran(study, n_skipped, objection)
-            return "turn", f"runs after {self._max_consecutive} skipped trials in a row"
+            return "turn", f"runs after {n_skipped} skipped trials in a row"
         # The same for every process that asks.
         if np.random.default_rng((self._seed, trial.number)).random() < self._audit:
             return "audit", "runs to see whether skipping would have been right"
@@ -631,6 +653,21 @@ def _log_median(prediction: Prediction) -> float:
 def _log_sd(prediction: Prediction) -> float:
     width = float(np.log(prediction.steps_high) - np.log(prediction.steps_low))
     return max(width / (2.0 * Z_90), 1e-6) if math.isfinite(width) else 1.0
+
+
+def _refuting(trials: Sequence[FrozenTrial], kind: str) -> list[bool]:
+    """Whether the newest trials that ran in spite of this prediction were about at the target."""
+    if kind not in ("diverges", "budget"):
+        return []
+    reached: list[bool] = []
+    for trial in sorted(trials, key=lambda t: t.number, reverse=True):
+        decision = entry(trial, DECISION) or {}
+        if trial.state in FINISHED and "override" in decision and decision.get("kind") == kind:
+            gone = way_gone(trial)
+            reached += [] if math.isnan(gone) else [gone >= _MOST_OF_THE_WAY]
+        if len(reached) == _MOST_REFUTING:
+            break
+    return reached[::-1]
 
 
 def _cost(prediction: Prediction, predictor: TrainingTimePredictor) -> float:

@@ -14,6 +14,7 @@ from optuna_ttp.reported_curve import curve_of_reports
 from optuna_ttp.reported_curve import STEPS_PER_REPORT
 from optuna_ttp.trial_entries import CURVE
 from optuna_ttp.trial_entries import entry
+from optuna_ttp.trial_entries import PREDICTION
 from optuna_ttp.unusable_curve import UnusableCurve
 
 
@@ -132,6 +133,31 @@ def read_curve(value: dict[str, Any]) -> LossCurve:
         bool(value["diverged"]),
         int(value["n_gaps"]),
     )
+
+
+def way_gone(trial: FrozenTrial) -> float:
+    """Return how far a trial has come to the training loss that was predicted for it, in time.
+
+    Args:
+        trial:
+            A finished trial.
+
+    Returns:
+        The logarithm of the initial loss over its lowest smoothed one within its budget, or the
+        horizon where it has none, less a standard error, over the same of the target; NaN where
+        no curve tells, or nothing was predicted.
+    """
+    prediction = entry(trial, PREDICTION) or {}
+    curve = observed_curve(trial)
+    if curve is None or prediction.get("target") is None:
+        return math.nan
+    budget = prediction.get("budget_steps") or prediction.get("max_steps") or math.inf
+    within = curve.steps <= budget
+    if not within.any():
+        return math.nan
+    lowest = float((curve.losses[within] * np.exp(-curve.errors[within])).min())
+    initial, target = float(prediction["initial_loss"]), AT_TARGET * float(prediction["target"])
+    return math.log(initial / lowest) / max(math.log(initial / target), 1e-9)
 
 
 def observed_steps(trial: FrozenTrial, predictor: TrainingTimePredictor) -> float:

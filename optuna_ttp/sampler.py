@@ -29,6 +29,7 @@ from optuna.search_space import IntersectionSearchSpace
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from optuna_ttp._checks import check_kind
 from optuna_ttp._optuna_compat import fail_trial
 from optuna_ttp._optuna_compat import FINISHED
 from optuna_ttp._optuna_compat import fixed_params
@@ -218,6 +219,7 @@ class TTPSampler(BaseSampler):
         self._n_design_trials = n_design_trials
         self._n_candidates = n_candidates
         self._exploration = exploration
+        check_kind("allow_duplicates", allow_duplicates, bool)
         self._allow_duplicates = allow_duplicates
         self._seed = seed
         self._own_base = base_sampler is None

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 from typing import SupportsFloat
 from typing import TYPE_CHECKING
+import weakref
 
 import numpy as np
 from optuna.exceptions import UpdateFinishedTrialError
@@ -25,10 +26,15 @@ from optuna_ttp.unusable_curve import UnusableCurve
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
 
 # Nobody takes so many optimiser steps.
 _TOO_MANY = 10**12
+
+
+# All that are alive in this process.
+_LOGS: weakref.WeakSet[TrainingLog] = weakref.WeakSet()
 
 
 class TrainingLog:
@@ -73,13 +79,29 @@ class TrainingLog:
         # What an earlier log of the trial has written, which this one continues.
         self._earlier: dict[str, Any] | None = None
         self._told: set[str] = set()
+        _LOGS.add(self)
+
+    def is_of(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether this is the log of a trial of a study."""
+        own = getattr(self._trial, "study", None)
+        return (
+            own is not None
+            and self._trial.number == trial.number
+            and own._storage is study._storage
+            and own._study_id == study._study_id
+        )
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether losses were recorded that are not written yet."""
+        return self._unusable is None and len(self._losses) > self._n_written
 
     def __enter__(self) -> TrainingLog:
         return self
 
     def __del__(self) -> None:
         # A log that nobody has closed ends with its objective.
-        if getattr(self, "_losses", None) and len(self._losses) > self._n_written:
+        if getattr(self, "_losses", None) and self.is_behind:
             with contextlib.suppress(Exception):
                 self.write()
 
@@ -161,15 +183,7 @@ class TrainingLog:
         try:
             self._trial.set_user_attr(CURVE, self._written)
         except UpdateFinishedTrialError:
-            known = 0 if written is None else written.get("n_steps", 0)
-            reason = f"the trial ended before it was written, at step {known:,}"
-            self._tell(
-                UnusableCurve(
-                    "finished",
-                    reason,
-                    "The end of the training-loss curve of trial {} is left out",
-                )
-            )
+            self._tell(unwritten(written))
 
     def _continues(self, written: dict[str, Any]) -> bool:
         """Whether this log goes on where another one of the trial ended; if not, say so."""
@@ -206,6 +220,42 @@ class TrainingLog:
         if not self._measure_speed or len(self._times) < 3:
             return None
         return float(f"{np.median(np.diff(self._times) / np.diff(self._steps)):.4g}")
+
+
+def unwritten(written: dict[str, Any] | None) -> UnusableCurve:
+    """Return what is to be said of a curve that was not written before its trial ended.
+
+    Args:
+        written:
+            What was, if anything.
+
+    Returns:
+        Why it, or its end, is left out.
+    """
+    n_steps = 0 if written is None else written.get("n_steps", 0)
+    if not n_steps:
+        return UnusableCurve("finished", "the trial ended before it was written")
+    reason = f"the trial ended before it was written, behind step {n_steps:,}"
+    what = "The end of the training-loss curve of trial {} is left out"
+    return UnusableCurve("finished", reason, what)
+
+
+def unclosed(study: optuna.Study, trial: FrozenTrial) -> UnusableCurve | None:
+    """Return what is to be said of a finished trial whose log is still open in this process.
+
+    Args:
+        study:
+            The study.
+        trial:
+            One of its finished trials.
+
+    Returns:
+        Why its curve, or the end of it, is missing; :obj:`None` where it is not.
+    """
+    for log in list(_LOGS):
+        if log.is_of(study, trial) and log.is_behind:
+            return unwritten(entry(trial, CURVE))
+    return None
 
 
 def _number(loss: Any) -> float:

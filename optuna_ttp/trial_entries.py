@@ -99,6 +99,7 @@ def prediction_entry(
         "stability": _finite(float(prediction.stability)),
         "budget_steps": _finite(budget_steps),
         "budget_seconds": _finite(budget_seconds),
+        "max_steps": _finite(float(prediction.max_steps)),
         "prediction_seconds": prediction_seconds,
         "ladder": {
             "predicted": _rounded(prediction.log_passages),

@@ -30,7 +30,7 @@ _ADVICE = {
     "second": "Use one TrainingLog a trial.",
     "steps": "Count the optimiser steps of this trial, from 0 on.",
 }
-_ADVICE["short"] = _ADVICE["empty"]
+_ADVICE["short"] = "One tells nothing; record more of them, where that matters."
 _MEANS = "Log the mean loss of each mini-batch."
 # Kinds of reasons that were already told.
 _TOLD: PerStudy[set[str]] = PerStudy(set)

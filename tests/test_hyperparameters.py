@@ -170,3 +170,19 @@ def test_functions_with_defaults_and_classes_are_functions_of_the_parameters() -
 
     mapping = HyperparameterMap(learning_rate=Rate(), batch_size=8, momentum=0.0)
     assert mapping.resolve({"lr": 0.1}) == (0.2, 8, 0.0)
+
+
+def test_a_function_that_fails_is_named_with_what_it_got() -> None:
+    mapping = HyperparameterMap(batch_size=lambda p: 8 / p["zero"])
+    with pytest.raises(
+        ValueError, match=r"has for batch_size must .* ZeroDivisionError.*'zero': 0"
+    ):
+        mapping.resolve({"learning_rate": 0.1, "momentum": 0.0, "zero": 0})
+    assert mapping.parameters_read({"zero": 0}) == {"learning_rate", "momentum", "zero"}
+
+
+def test_a_name_must_not_be_empty() -> None:
+    with pytest.raises(
+        TypeError, match=r"learning_rate must be a parameter's name, .* but got ''"
+    ):
+        HyperparameterMap("")

@@ -14,6 +14,8 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_ttp import HyperparameterMap
+from optuna_ttp import report
+from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
@@ -28,6 +30,7 @@ from tests.studies import asked
 from tests.studies import DIVERGING
 from tests.studies import FAST
 from tests.studies import HOPELESS
+from tests.studies import losses
 from tests.studies import objective
 from tests.studies import predicted_seconds
 from tests.studies import predicted_steps
@@ -407,6 +410,49 @@ def test_a_search_that_has_seen_a_curve_skips_in_silence() -> None:
         for _ in range(10):
             assert _is_skipped(study, DIVERGING)
         assert not _is_skipped(study, DIVERGING)
+
+
+def _runs(study: optuna.Study, params: dict[str, Any], steps: float) -> bool:
+    """Run a trial, if it may, whose curve is at the target after so many steps."""
+    trial = asked(study, params)
+    if trial.should_prune():
+        study.tell(trial, state=TrialState.PRUNED)
+        return False
+    with TrainingLog(trial) as log:
+        for loss in losses(steps, min(math.ceil(1.2 * steps), 60) + 3):
+            log.step(loss)
+    study.tell(trial, 1.0)
+    return True
+
+
+@pytest.mark.filterwarnings("ignore:All 9 trials")
+def test_what_was_to_be_skipped_and_reaches_the_target_is_skipped_no_more() -> None:
+    study = _study(max_consecutive=9)
+    with pytest.warns(UnreliablePredictionWarning, match="2 of 2 trials that ran") as told:
+        ran = [_runs(study, DIVERGING, 30.0) for _ in range(20)]
+    # The first one after nine, the second one after three, then all.
+    assert ran == [*[False] * 9, True, *[False] * 3, True, *[True] * 6]
+    assert len([w for w in told if "2 of 2" in str(w.message)]) == 1
+    reason = _decision(study)[1]
+    assert reason.startswith("7 of 7 trials that this was predicted for reached the target, ")
+    # For another reason it is skipped as ever.
+    assert _is_skipped(study, HOPELESS)
+    assert report(study).n_wrong == 8
+
+
+def test_what_was_to_be_skipped_and_misses_the_target_is_skipped_on() -> None:
+    study = _study(max_consecutive=4)
+    ran = [_runs(study, DIVERGING, 1e5) for _ in range(20)]
+    assert ran == [*[False] * 4, True] * 4
+    assert report(study).n_wrong == 0
+
+
+@pytest.mark.parametrize("name", ["shadow", "constraint"])
+def test_switches_must_be_booleans(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a bool but got 'no'"):
+        TTPPruner(quick_predictor(), **{name: "no"})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="allow_duplicates must be a bool but got 'no'"):
+        TTPSampler(quick_predictor(), allow_duplicates="no")  # type: ignore[arg-type]
 
 
 def test_predictions_that_rank_the_trials_keep_skipping_also_when_far_off() -> None:

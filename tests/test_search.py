@@ -276,6 +276,7 @@ def test_shadow_writes_down_and_stops_nothing() -> None:
 
 def test_an_audit_runs_a_share_of_what_was_to_be_skipped() -> None:
     study = _study(audit=0.3, max_consecutive=1000, seed=1)
+    study.tell(asked(study, FAST), 10.0)
     skipped = []
     for _ in range(60):
         trial = asked(study, DIVERGING)

@@ -32,6 +32,7 @@ from optuna_ttp.recorded_curve import observed_curve
 from optuna_ttp.recorded_curve import observed_steps
 from optuna_ttp.trial_entries import CURVE
 from tests.models import small_spectrum
+from tests.models import vectors
 from tests.studies import add_observed
 from tests.studies import asked
 from tests.studies import FAST
@@ -846,7 +847,9 @@ def test_a_log_that_outlives_its_trial_says_so_and_breaks_nothing() -> None:
     trial = asked(study, FAST)
     trial.should_prune()
     with (
-        pytest.warns(UnusableCurveWarning, match="end of the .* trial 0 .* at step 32") as told,
+        pytest.warns(
+            UnusableCurveWarning, match="end of the .* trial 0 .* behind step 32"
+        ) as told,
         TrainingLog(trial) as log,
     ):
         for value in losses(30.0, 50):
@@ -915,6 +918,9 @@ def test_samples_in_place_of_steps_are_named_and_left_out() -> None:
     assert len(told) == 1
     assert "Count optimiser steps, not samples" in told[0]
     assert observations_of(study, quick_predictor()) == []
+    report = optuna_ttp.report(study)
+    assert list(report.unusable) == [0, 1, 2, 3]
+    assert report.calibration.n_observed == 0
 
 
 def test_a_log_of_every_eighth_step_is_not_taken_for_samples() -> None:
@@ -939,3 +945,46 @@ def test_tiny_learning_rates_are_learned_from_without_divisions_by_zero() -> Non
         learned.estimate(0.1, 8, 0.0)
     for seen in observations_of(study, predictor):
         assert (seen.instability[np.isfinite(seen.instability)] > 0.0).all()
+
+
+def test_losses_of_small_batches_that_are_too_low_are_named_together() -> None:
+    """A single first loss of four samples may be low by chance, those of several trials not."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3)
+    with torch.no_grad():
+        model.weight.mul_(8.0)
+    task = optuna_ttp.FineTuningTask(model, vectors(40))
+    spectrum = optuna_ttp.compute_spectrum(task, engine="exact", measure_speed=False)
+    predictor = TrainingTimePredictor(spectrum, target_fraction=0.5, max_steps=2000)
+    params = {"learning_rate": 0.2 * float(predictor.max_learning_rate(4)), "batch_size": 4}
+    study = optuna.create_study(sampler=TTPSampler(predictor, seed=0))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for number in range(6):
+            trial = asked(study, {**params, "momentum": 0.0})
+            with TrainingLog(trial) as log:
+                for step in range(30):
+                    log.step(0.05 * predictor.initial_loss * 0.95**step)
+            study.tell(trial, 0.0)
+            if number == 0:
+                assert len(observations_of(study, predictor)) == 1
+    assert observations_of(study, predictor) == []
+    low = [str(w.message) for w in told if "times the initial training loss on average" in str(w)]
+    assert len(low) == 1
+    assert "0.05 times" in low[0]
+    assert list(optuna_ttp.report(study).unusable) == list(range(6))
+
+
+def test_a_log_that_is_kept_open_behind_its_trial_is_named() -> None:
+    study = _study()
+    kept = []
+    with pytest.warns(UnusableCurveWarning, match="trial 0 is left out: .* before it was") as told:
+        for _ in range(3):
+            trial = asked(study, FAST)
+            trial.should_prune()
+            kept.append(TrainingLog(trial))
+            for value in losses(12.0, 20):
+                kept[-1].step(value)
+            study.tell(trial, 0.0)
+        assert observations_of(study, quick_predictor()) == []
+    assert len(told) == 1

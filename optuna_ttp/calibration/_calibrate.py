@@ -11,6 +11,7 @@ from optuna_ttp.calibration._calibration import Calibration
 from optuna_ttp.calibration._doubt import Doubt
 from optuna_ttp.calibration._errors import failure_limit
 from optuna_ttp.calibration._errors import SCALE_WEIGHT
+from optuna_ttp.calibration._first_steps import calm_start
 from optuna_ttp.calibration._held_out import held_out
 from optuna_ttp.calibration._observation import failed
 from optuna_ttp.calibration._observation import Observation
@@ -79,6 +80,7 @@ def calibrate(observations: Sequence[Observation], doubt: Doubt | None = None) -
         SCALE_WEIGHT + len(usable),
         len(every),
         *held_out(every[-_MOST_COMPARED:]),
+        calm_start(usable),
         divergence,
         failure,
     )

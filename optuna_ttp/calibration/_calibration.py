@@ -58,6 +58,8 @@ _BACKWARDS = -0.75
 _START = 0.4
 _START_OFF = 0.25
 _START_ERRORS = 3.0
+_START_CALM = 0.25
+_START_GROSSLY = math.log(4.0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -92,6 +94,9 @@ class Calibration:
             What those trials weigh: one for each that is far from the edge of stability.
         superiority:
             The rule's advantage, as a sum of squared errors, over its standard deviation.
+        calm_start:
+            Logarithm of how much faster than simulated trials far from the edge of stability
+            began; NaN where there are none.
         divergence:
             From which learning rate on training does not recover.
         failure:
@@ -111,6 +116,7 @@ class Calibration:
     compared_error: float = math.nan
     n_compared: float = 0.0
     superiority: float = 0.0
+    calm_start: float = math.nan
     divergence: DivergenceLimit = field(default_factory=DivergenceLimit.of)
     failure: DivergenceLimit = field(default_factory=failure_limit)
 
@@ -208,19 +214,21 @@ class Calibration:
 
     @property
     def starts_as_predicted(self) -> bool:
-        """Whether that is so, as far as five trials or more can tell.
+        """Whether that is so, as far as three trials or more can tell.
 
         Not where it is more than half as much again, or two thirds, and three standard deviations
-        away, and predictions were typically off by more than 28 %: fast trials near the edge of
-        stability say little about their first steps. With the right spectra of the recorded runs
-        in benchmarks/accuracy it was never more than 1.42 times away after one, three or five
-        trials; with those of shuffled eigenvectors and other data sets, as far as predictions were
-        still trusted, mostly 1.2 to 1.8 times.
+        away, predictions were typically off by more than 28 %, and trials far from the edge of
+        stability say so, too, if it is less than four times: fast ones say little about theirs.
+        With the right spectra of the recorded runs in benchmarks/accuracy it was never more than
+        1.42 times away after one, three or five trials; with those of shuffled eigenvectors and
+        other data sets, as far as predictions were still trusted, mostly 1.2 to 1.8 times.
         """
         away = abs(float(self.log_growth[0]))
         known = away > _START_ERRORS * float(self.log_growth_sd[0])
-        off = self.n_observed >= _MIN_DISTRUST and self.log_error > _START_OFF
-        return not (off and away > _START and known)
+        off = self.n_observed >= _MIN_OBSERVATIONS and self.log_error > _START_OFF
+        # Not on the word of large steps alone.
+        calm = self.calm_start * math.copysign(1.0, float(self.log_growth[0])) > _START_CALM
+        return not (off and away > _START and known and (calm or away > _START_GROSSLY))
 
     def correct(
         self, passages: SimulatedPassages
