@@ -262,9 +262,10 @@ def check_inputs(inputs: Any, n_read: int) -> None:
                 "them, and torch.view_as_complex in the model or forward=."
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            finite = torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1)
+            place = n_read + int((~finite).nonzero()[0])
             raise ValueError(
-                "The inputs must be finite but got NaN or infinity among samples "
-                f"{n_read} to {n_read + READ_SIZE - 1}."
+                f"The inputs must be finite but got NaN or infinity in sample {place}."
             )
         return tensor
 

@@ -11,6 +11,7 @@ from dataclasses import fields
 from dataclasses import replace
 import errno
 from numbers import Integral
+from numbers import Real
 import os
 from pathlib import Path
 from typing import Any
@@ -556,7 +557,8 @@ def check_truncation(rank: int | None, explained_trace: float | None) -> None:
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1):
         raise ValueError(f"rank must be a positive integer but got {rank!r}.")
-    if explained_trace is not None and not 0.0 < explained_trace <= 1.0:
+    is_number = isinstance(explained_trace, Real) and not isinstance(explained_trace, bool)
+    if explained_trace is not None and not (is_number and 0.0 < explained_trace <= 1.0):
         raise ValueError(f"explained_trace must be in (0, 1] but got {explained_trace!r}.")
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 import torch
 
 from optuna_ttp._checks import check_seed
+from optuna_ttp._model_lock import lock_of
 from optuna_ttp.data import cast
 from optuna_ttp.data import check_inputs
 from optuna_ttp.data import check_numbers
@@ -121,6 +122,11 @@ class FineTuningTask:
             self._check_reproducible()
             raw_targets, self._data_digest = self._read_all()
             self.n_outputs = self._check_outputs()
+        if self.loss.kind == "cross_entropy" and self.n_outputs == 1:
+            raise ValueError(
+                "The cross-entropy of a single output is always zero, but the model gives outputs "
+                'of shape (batch, 1). Give it two outputs, one a class, or take loss="mse".'
+            )
         self.targets = check_targets(raw_targets, self.loss, self.n_outputs)
         self.multipliers = _multipliers(self.model, learning_rate_multipliers or {})
         self.validation = self._validation_task(validation_data)
@@ -262,6 +268,8 @@ class FineTuningTask:
     ) -> Iterator[FrozenModel]:
         """Borrow the model: copies of its buffers, evaluation mode, random state kept.
 
+        Another thread that wants to borrow it waits.
+
         Args:
             device:
                 Where to run.
@@ -278,6 +286,7 @@ class FineTuningTask:
             # Before that there is no random state of the device that could be kept.
             torch.cuda.init()
         with (
+            lock_of(self.model),
             preserved_random_state(),
             preserved_attributes(self.model),
             torch.inference_mode(False),
@@ -492,6 +501,12 @@ def _check_parameters(model: torch.nn.Module) -> None:
         )
     for name, tensor in (*parameters, *model.named_buffers()):
         check_numbers(f"The model's weights and buffers ({name!r})", tensor)
+        if tensor.is_inference():
+            raise ValueError(
+                f"The model's weights must take gradients, but {name!r} was made under "
+                "torch.inference_mode(). Make the model outside of it, or load its state_dict "
+                "into one that was."
+            )
     trainable = [(name, p) for name, p in parameters if p.requires_grad]
     if not trainable:
         raise ValueError(

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 import copy
 import functools
 import os
@@ -433,7 +434,7 @@ def test_weights_that_are_not_finite_are_refused(value: float, trainable: bool) 
 def test_inputs_that_are_not_finite_are_refused(value: float) -> None:
     x, y = vectors(70)
     x[66, 1] = value
-    with pytest.raises(ValueError, match=r"inputs must be finite.*samples 64 to 127"):
+    with pytest.raises(ValueError, match=r"inputs must be finite.*in sample 66"):
         FineTuningTask(mlp(), (x, y))
     items = [{"extra": [a], "labels": b} for a, b in zip(x, y, strict=True)]
     with pytest.raises(ValueError, match="inputs must be finite"):
@@ -969,3 +970,56 @@ def test_samples_that_do_not_fit_into_one_batch_are_refused() -> None:
     unknown: list[Any] = [(x[i], int(y[i]) if i else None) for i in range(6)]
     with pytest.raises(TypeError, match="The samples 0 to 5 must fit into one batch but do not"):
         FineTuningTask(mlp(), unknown)
+
+
+# One model, several threads, and other things of a second look
+
+
+@pytest.mark.parametrize("engine", ["exact", "sketch", "refined_sketch", "matrix_free"])
+def test_threads_that_share_a_model_take_turns(engine: str) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(10, 3)
+    )
+
+    def computed(_: int) -> Any:
+        task = FineTuningTask(model, vectors(9))
+        return compute_spectrum(task, engine=engine, device="cpu", measure_speed=False)
+
+    alone = computed(0)
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(computed, range(6)))
+    for one in together:
+        np.testing.assert_allclose(one.eigenvalues, alone.eigenvalues, rtol=1e-5)
+    assert all(module.training for module in model.modules())
+    assert len(list(model.parameters())) == 4
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        model = torch.nn.Linear(6, 3)
+    with pytest.raises(ValueError, match=r"'weight' was made under torch\.inference_mode"):
+        FineTuningTask(model, vectors(4))
+
+
+def test_a_cross_entropy_of_one_output_is_refused() -> None:
+    inputs = torch.randn(5, 6)
+    with pytest.raises(ValueError, match=r"single output is always zero.*\(batch, 1\)"):
+        FineTuningTask(torch.nn.Linear(6, 1), (inputs, torch.zeros(5, dtype=torch.long)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ({"explained_trace": "a"}, ValueError),
+        ({"probe": "no"}, TypeError),
+        ({"measure_speed": 3}, TypeError),
+    ],
+)
+def test_settings_of_another_kind_are_refused(
+    setting: dict[str, Any], error: type[Exception]
+) -> None:
+    task = FineTuningTask(torch.nn.Linear(6, 3), vectors(4))
+    with pytest.raises(error, match=f"{next(iter(setting))} must be"):
+        compute_spectrum(task, **setting)

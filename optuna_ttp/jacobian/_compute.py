@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 import torch
 
+from optuna_ttp._checks import check_kind
 from optuna_ttp._checks import check_seed
 from optuna_ttp._checks import check_task
 from optuna_ttp._warn import warn_caller
@@ -137,6 +138,9 @@ def compute_spectrum(
         # Before anything that only some of the processes might refuse.
         check_same_task(task, settings)
     check_truncation(rank, explained_trace)
+    switches = {"measure_speed": measure_speed, "probe": probe}
+    for name, switch in switches.items():
+        check_kind(name, switch, bool)
     seed = check_seed(seed)
     engine, _ = resolve_engine(task, engine, max_memory=max_memory)
     if checkpoint is not None and engine != "exact":

@@ -130,6 +130,11 @@ def plan_spectrum(
     else:
         estimate = planner.sketch(refined=name == "refined_sketch")
     sizes = estimate.sizes
+    if estimate.n_bytes > max_memory:
+        reason += (
+            f"; the peak is above max_memory of {max_memory / 2**20:,.3g} MiB, which limits rows "
+            "and kernel, but not the activations and gradients of a batch"
+        )
     return SpectrumPlan(
         engine=name,
         reason=reason,
