@@ -51,7 +51,8 @@ class FineTuningTask:
     The model is only ever looked at: its mode, gradients, buffers, device and the random state of
     the process are the same after every call, also after an exception. Batch-norm statistics and
     dropout are frozen while we look (evaluation mode), as in the paper. All parameters with
-    ``requires_grad`` count as trainable.
+    ``requires_grad`` count as trainable. Threads that look at the same model take turns; none may
+    train it meanwhile.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
