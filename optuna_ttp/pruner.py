@@ -87,10 +87,10 @@ _AT_FIRST = 0.2
 # Where so many trials were all skipped, predictions may be to blame.
 _MANY = 5
 # Nothing is skipped for a reason for which so many trials were to be skipped that have reached the
-# target, more than half of the newest that ran nevertheless. After one of them the next one's turn
-# comes so many times as soon.
+# target, more than half of the newest that ran nevertheless. After one that got half of the way
+# the next one's turn comes so many times as soon.
 _REFUTED = 2
-_MOST_OF_THE_WAY = 0.9
+_MOST_OF_THE_WAY, _HALF_WAY = 0.9, 0.5
 _MOST_REFUTING = 10
 _SOONER = 3
 # As many trials are remembered; others are read from the storage.
@@ -512,8 +512,8 @@ class TTPPruner(BasePruner):
         """Why a trial runs in spite of its prediction, as a word and in words."""
         if not predictor.calibration.trusted:
             return "untrusted", "predictions are worse than a rule of thumb"
-        reached = _refuting(trials, kind)
-        n_reached = sum(reached)
+        reached = _ways_gone(trials, kind)
+        n_reached = sum(gone >= _MOST_OF_THE_WAY for gone in reached)
         if n_reached >= _REFUTED and 2 * n_reached > len(reached):
             count = f"{n_reached} of {len(reached)}"
             tell_that_skipping_is_wrong(study, count)
@@ -522,7 +522,7 @@ class TTPPruner(BasePruner):
             return "shadow", "runs in shadow mode"
         n_skipped = n_skipped_in_a_row(trials)
         # Where the last one that ran in spite of its prediction did well, the next comes sooner.
-        soon = bool(reached) and reached[-1]
+        soon = bool(reached) and reached[-1] >= _HALF_WAY
         if n_skipped >= max(1, self._max_consecutive // (_SOONER if soon else 1)):
             if _MANY <= n_skipped == len(trials) and not predictor.observations:
                 tell_that_nothing_ran(study, n_skipped, objection)
@@ -655,16 +655,16 @@ def _log_sd(prediction: Prediction) -> float:
     return max(width / (2.0 * Z_90), 1e-6) if math.isfinite(width) else 1.0
 
 
-def _refuting(trials: Sequence[FrozenTrial], kind: str) -> list[bool]:
-    """Whether the newest trials that ran in spite of this prediction were about at the target."""
+def _ways_gone(trials: Sequence[FrozenTrial], kind: str) -> list[float]:
+    """How far the newest trials got that ran in spite of this prediction, the target being one."""
     if kind not in ("diverges", "budget"):
         return []
-    reached: list[bool] = []
+    reached: list[float] = []
     for trial in sorted(trials, key=lambda t: t.number, reverse=True):
         decision = entry(trial, DECISION) or {}
         if trial.state in FINISHED and "override" in decision and decision.get("kind") == kind:
             gone = way_gone(trial)
-            reached += [] if math.isnan(gone) else [gone >= _MOST_OF_THE_WAY]
+            reached += [] if math.isnan(gone) else [gone]
         if len(reached) == _MOST_REFUTING:
             break
     return reached[::-1]
