@@ -56,7 +56,7 @@ def check_kind(name: str, value: Any, kind: type) -> None:
         TypeError:
             If it is none.
     """
-    if not isinstance(value, kind):
+    if not isinstance(value, (bool, np.bool_) if kind is bool else kind):
         raise TypeError(f"{name} must be a {kind.__name__} but got {value!r}.")
 
 

@@ -1,7 +1,10 @@
-"""One thread at a time borrows a model."""
+"""One thread at a time borrows a model, or one that shares modules with it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextlib import ExitStack
 import threading
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -15,15 +18,23 @@ _LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary(
 _NEW = threading.Lock()
 
 
-def lock_of(model: torch.nn.Module) -> threading.RLock:
-    """Return the lock of a model, whose hooks, mode and parameters are ours while it is held.
+@contextmanager
+def locked(model: torch.nn.Module) -> Iterator[None]:
+    """Wait until no other thread has any module of a model, and keep them meanwhile.
+
+    Their hooks, modes and parameters are ours then. A thread that has them may take them again.
 
     Args:
         model:
             Any.
 
-    Returns:
-        The same for the same model; a thread that has it may take it again.
+    Yields:
+        Nothing.
     """
     with _NEW:
-        return _LOCKS.setdefault(model, threading.RLock())
+        locks = {id(m): _LOCKS.setdefault(m, threading.RLock()) for m in model.modules()}
+    with ExitStack() as stack:
+        # In the same order everywhere, so that threads never wait for one another.
+        for _, lock in sorted(locks.items()):
+            stack.enter_context(lock)
+        yield

@@ -159,15 +159,13 @@ class HyperparameterMap:
         Returns:
             Names, also of parameters that the example lacks.
         """
-        recorder = _Recorder(params)
+        read: set[str] = set()
         for _, source in self._sources():
             if isinstance(source, str):
-                recorder.read.add(source)
+                read.add(source)
             elif callable(source):
-                # What is wrong with it is said when it is resolved.
-                with contextlib.suppress(Exception):
-                    source(recorder)
-        return frozenset(recorder.read)
+                read |= _asked(source, params)
+        return frozenset(read)
 
     def _reads_any(self, params: Mapping[str, Any]) -> bool:
         return bool(self.parameters_read(params) & set(params))
@@ -227,17 +225,30 @@ def _takes_one(function: Callable[..., Any]) -> bool:
 
 def _read(field: str, source: Source, params: Mapping[str, Any]) -> tuple[Any, str | None]:
     """The value, and the name of the parameter that is missing for it."""
+    if isinstance(source, str):
+        return (params[source], None) if source in params else (None, source)
+    if not callable(source):
+        return source, None
     try:
-        if isinstance(source, str):
-            return params[source], None
-        return (source(params) if callable(source) else source), None
-    except KeyError as error:
-        return None, str(error.args[0]) if error.args else "?"
+        return source(params), None
     except Exception as error:
+        missing = error.args[0] if isinstance(error, KeyError) and error.args else None
+        # A function may look something up in a table of its own, too.
+        if missing is not None and missing not in params and missing in _asked(source, params):
+            return None, str(missing)
         raise ValueError(
             f"The function that the hyperparameter map has for {field} must return a number or "
             f"None, but got {type(error).__name__}: {error}, for the parameters {dict(params)}."
         ) from error
+
+
+def _asked(source: Callable[[Mapping[str, Any]], Any], params: Mapping[str, Any]) -> set[str]:
+    """The names that a function asks for, up to where it fails."""
+    recorder = _Recorder(params)
+    # What is wrong with it is said when it is resolved.
+    with contextlib.suppress(Exception):
+        source(recorder)
+    return recorder.read
 
 
 class _Recorder(Mapping[str, Any]):

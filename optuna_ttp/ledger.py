@@ -25,6 +25,7 @@ from optuna_ttp.observed_trial import InitialLoss
 from optuna_ttp.observed_trial import observation_of
 from optuna_ttp.recorded_curve import recorded
 from optuna_ttp.recorded_curve import way_gone
+from optuna_ttp.training_log import unclosed
 from optuna_ttp.trial_entries import DECISION
 from optuna_ttp.trial_entries import entry
 from optuna_ttp.trial_entries import or_nan
@@ -294,10 +295,10 @@ def report(study: optuna.Study) -> Report:
     }
     best = _best(study, trials)
     records = tuple(_record(trial, typical, best) for trial in trials)
-    return Report(records, float(sum(spectra.values())), *_learned(trials))
+    return Report(records, float(sum(spectra.values())), *_learned(study, trials))
 
 
-def _learned(trials: list[FrozenTrial]) -> tuple[Calibration, dict[int, str]]:
+def _learned(study: optuna.Study, trials: list[FrozenTrial]) -> tuple[Calibration, dict[int, str]]:
     """What the trials of the newest one's task say of its predictions, and which say nothing."""
     observations: dict[str, dict[int, Observation]] = {}
     starts: dict[int, CurveStart] = {}
@@ -312,6 +313,9 @@ def _learned(trials: list[FrozenTrial]) -> tuple[Calibration, dict[int, str]]:
             initial = InitialLoss(prediction["initial_loss"], prediction["initial_loss_sd"])
             told = observation_of(trial, prediction, initial)
             newest = prediction["fingerprint"]
+        missing = unclosed(study, trial) if trial.state in FINISHED else None
+        if missing is not None:
+            unusable[trial.number] = missing.reason
         if isinstance(told, UnusableCurve):
             unusable[trial.number] = told.reason
         elif isinstance(told, Observation):

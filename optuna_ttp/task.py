@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 import torch
 
 from optuna_ttp._checks import check_seed
-from optuna_ttp._model_lock import lock_of
+from optuna_ttp._model_lock import locked
 from optuna_ttp.data import cast
 from optuna_ttp.data import check_inputs
 from optuna_ttp.data import check_numbers
@@ -287,7 +287,7 @@ class FineTuningTask:
             # Before that there is no random state of the device that could be kept.
             torch.cuda.init()
         with (
-            lock_of(self.model),
+            locked(self.model),
             preserved_random_state(),
             preserved_attributes(self.model),
             torch.inference_mode(False),

@@ -179,9 +179,9 @@ class TrainingLog:
                 value = joined(self._earlier, value)
             value["seconds_per_step"] = self._seconds_per_step()
         self._written = {"trial": self._trial.number, **value}
-        self._n_written = len(self._losses)
         try:
             self._trial.set_user_attr(CURVE, self._written)
+            self._n_written = len(self._losses)
         except UpdateFinishedTrialError:
             self._tell(unwritten(written))
 

@@ -186,3 +186,10 @@ def test_a_name_must_not_be_empty() -> None:
         TypeError, match=r"learning_rate must be a parameter's name, .* but got ''"
     ):
         HyperparameterMap("")
+
+
+def test_a_table_of_the_functions_own_is_no_missing_parameter() -> None:
+    sizes = {"small": 8, "large": 64}
+    mapping = HyperparameterMap(batch_size=lambda p: sizes[p["size"].upper()])
+    with pytest.raises(ValueError, match=r"has for batch_size must .* KeyError: 'SMALL'"):
+        mapping.resolve({"learning_rate": 0.1, "momentum": 0.0, "size": "small"})

@@ -982,8 +982,10 @@ def test_threads_that_share_a_model_take_turns(engine: str) -> None:
         torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(10, 3)
     )
 
-    def computed(_: int) -> Any:
-        task = FineTuningTask(model, vectors(9))
+    wrapped = torch.nn.Sequential(model)
+
+    def computed(k: int) -> Any:
+        task = FineTuningTask(wrapped if k % 2 else model, vectors(9))
         return compute_spectrum(task, engine=engine, device="cpu", measure_speed=False)
 
     alone = computed(0)

@@ -859,6 +859,7 @@ def test_a_log_that_outlives_its_trial_says_so_and_breaks_nothing() -> None:
     assert "before the trial ends" in str(told[0].message)
     [seen] = observations_of(study, quick_predictor())
     assert seen.n_steps == 32
+    assert list(optuna_ttp.report(study).unusable) == [0]
 
 
 def test_a_log_that_nobody_closes_is_written_at_its_end() -> None:
@@ -988,3 +989,4 @@ def test_a_log_that_is_kept_open_behind_its_trial_is_named() -> None:
             study.tell(trial, 0.0)
         assert observations_of(study, quick_predictor()) == []
     assert len(told) == 1
+    assert list(optuna_ttp.report(study).unusable) == [0, 1, 2]
