@@ -48,6 +48,11 @@ class PerStudy(Generic[_T]):
         return type(self), (self._make,)
 
 
+def is_same_study(one: optuna.Study, other: optuna.Study) -> bool:
+    """Return whether two objects are the same study of the same storage."""
+    return one._storage is other._storage and one._study_id == other._study_id
+
+
 def write_user_attr(study: optuna.Study, trial: FrozenTrial, key: str, value: Any) -> None:
     """Set a user attribute of a running trial from a sampler or pruner."""
     study._storage.set_trial_user_attr(trial._trial_id, key, value)

@@ -15,6 +15,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import BaseTrial
 
 from optuna_ttp._checks import check_kind
+from optuna_ttp._optuna_compat import is_same_study
 from optuna_ttp.loss_curve import LossCurve
 from optuna_ttp.recorded_curve import curve_entry
 from optuna_ttp.recorded_curve import joined
@@ -84,12 +85,8 @@ class TrainingLog:
     def is_of(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Whether this is the log of a trial of a study."""
         own = getattr(self._trial, "study", None)
-        return (
-            own is not None
-            and self._trial.number == trial.number
-            and own._storage is study._storage
-            and own._study_id == study._study_id
-        )
+        same_number = self._trial.number == trial.number
+        return own is not None and same_number and is_same_study(own, study)
 
     @property
     def is_behind(self) -> bool:

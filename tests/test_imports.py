@@ -27,6 +27,7 @@ OPTUNA_SIDE = (
     "_resolution",
     "candidates",
     "cli",
+    "curve_start",
     "integrations",
     "learner",
     "ledger",
