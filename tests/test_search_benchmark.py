@@ -407,14 +407,16 @@ def test_a_shuffled_predictor_says_the_same_of_other_configurations(
 def test_ours_search_with_any_predictor(
     predictor: TrainingTimePredictor, name: str, goal: Any
 ) -> None:
-    table = from_recording(
-        "task",
-        [
-            _run(0.001 * 2**k, [0.4, 0.4 / (1.0 + 0.3 * k), 0.4 / (1.0 + k)], [0.2, 0.5, 0.1 * k])
-            for k in range(8)
-        ],
-        goal,
-    )
+    first = predictor.initial_loss
+    runs = [
+        _run(
+            0.001 * 2**k,
+            [first, first / (1.0 + 0.3 * k), first / (1.0 + k)],
+            [0.2, 0.5, 0.1 * k],
+        )
+        for k in range(8)
+    ]
+    table = from_recording("task", runs, goal)
     players = contestants.players(name, table, 0, lambda: predictor)
     assert players.predicts
     search = replay(

@@ -150,7 +150,8 @@ class Searches:
         Returns:
             The contestant's name.
         """
-        pairs = [name for name in STANDARD if name in self.contestants]
+        present = set(self.contestants)
+        pairs = [name for name in STANDARD if name in present]
         return min(pairs, key=lambda name: float(np.median(self.seconds(name, task))))
 
 
