@@ -602,3 +602,18 @@ def test_trials_near_the_edge_of_stability_alone_condemn_no_predictions() -> Non
         wrong = [replace(t, expected=t.observed + 2.0 * (-1) ** k) for k, t in enumerate(trials)]
         trusted.append(calibrate(wrong).trusted)
     assert trusted == [False, True]
+
+
+def test_predictions_that_rank_nothing_are_distrusted_also_where_the_rule_does_no_better() -> None:
+    trials = [observation(learning_rate=0.01 * 2.5**k) for k in range(8)]
+    # What was seen of each is that of another one, whatever the learning rate.
+    others = [trials[k] for k in (5, 2, 7, 0, 6, 3, 1, 4)]
+    mixed = [
+        replace(trial, observed=other.observed, errors=other.errors)
+        for trial, other in zip(trials, others, strict=True)
+    ]
+    calibration = calibrate(mixed)
+    assert -0.75 < calibration.rank_agreement < 0.2
+    assert calibration.log_error > 1.0
+    assert calibration.superiority < 1.05
+    assert not calibration.trusted
