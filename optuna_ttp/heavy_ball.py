@@ -19,7 +19,7 @@ def passage_time(
 
     Solves ``root (root t - lag (root - speed) (1 - exp(-t / lag))) = way``, the way of ``lag x'' +
     x' = root^2`` with ``x'(0) = root speed``, by Newton's method, from the side on which it cannot
-    overshoot.
+    overshoot: Polyak's heavy ball (1964) in continuous time.
 
     Args:
         way:

@@ -8,7 +8,6 @@ import math
 import time
 from typing import Any
 from typing import TYPE_CHECKING
-import warnings
 
 import numpy as np
 from optuna.logging import get_logger
@@ -17,6 +16,7 @@ from optuna.trial import TrialState
 from optuna_ttp._optuna_compat import FINISHED
 from optuna_ttp._optuna_compat import PerStudy
 from optuna_ttp._optuna_compat import trials_of
+from optuna_ttp._warn import warn_caller
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import Observation
 from optuna_ttp.curve_start import CurveStart
@@ -209,13 +209,12 @@ def tell_that_nothing_ran(study: optuna.Study, n_skipped: int, objection: str) -
     if "unseen" in told:
         return
     told.add("unseen")
-    warnings.warn(
+    warn_caller(
         f"All {n_skipped} trials so far were skipped, so that nobody knows yet whether "
         f"predictions are right. The next one runs, although {objection}. Check that the target "
         "and the budget can be reached, that the search space holds good learning rates, and that "
         "the spectrum is that of this network, these data and this loss.",
         UnreliablePredictionWarning,
-        stacklevel=6,
     )
 
 
@@ -236,11 +235,10 @@ def tell_that_skipping_is_wrong(study: optuna.Study, count: str) -> None:
     if "refuted" in told:
         return
     told.add("refuted")
-    warnings.warn(
+    warn_caller(
         f"{count} trials that ran although they were predicted to miss the target, or to diverge, "
         f"reached it, or nearly. Nothing is skipped for that reason until that changes. {_CHECK}",
         UnreliablePredictionWarning,
-        stacklevel=6,
     )
 
 
@@ -253,12 +251,11 @@ def _tell_of_nothing(study: optuna.Study, predictor: TrainingTimePredictor) -> N
     if any(np.isfinite(one.observed).any() for one in predictor.observations):
         return
     told.add("nothing")
-    warnings.warn(
+    warn_caller(
         f"None of the training-loss curves of {n_curves} trials has come down by 5 %, so that "
         "nothing is learned from them but that they were slow. Check that what is recorded is the "
         "training loss, as a mean over the mini-batch, and neither a metric nor a constant.",
         UnusableCurveWarning,
-        stacklevel=4,
     )
 
 
@@ -272,19 +269,28 @@ def _tell_of_trust(study: optuna.Study, calibration: Calibration) -> None:
         _logger.info(f"Predictions are trusted again: {calibration}.")
         return
     told.add("distrust")
+    if calibration.trust < 0.0:
+        found = (
+            "were further from the observed ones (typically by a factor "
+            f"{math.exp(calibration.compared_error):.2f}) than those of `c / effective learning "
+            "rate`, learned from the same trials (a factor "
+            f"{math.exp(calibration.baseline_error):.2f}, {calibration.n_observed} trials)"
+        )
+    else:
+        found = (
+            f"were typically off by a factor {math.exp(calibration.log_error):.2f} and do not "
+            f"rank the trials (Kendall's tau {calibration.rank_agreement:.2f}, "
+            f"{calibration.n_observed} trials)"
+        )
     text = (
-        "Predicted training times were further from the observed ones (typically by a factor "
-        f"{math.exp(calibration.compared_error):.2f}) than those of `c / effective learning "
-        "rate`, learned from the same trials (a factor "
-        f"{math.exp(calibration.baseline_error):.2f}, {calibration.n_observed} trials). They "
-        "steer nothing until that changes: nothing is skipped, and the base sampler decides. "
-        f"{_CHECK}"
+        f"Predicted training times {found}. They steer nothing until that changes: nothing is "
+        f"skipped, and the base sampler decides. {_CHECK}"
     )
     if "warned" in told:
         _logger.info(text)
         return
     told.add("warned")
-    warnings.warn(text, UnreliablePredictionWarning, stacklevel=4)
+    warn_caller(text, UnreliablePredictionWarning)
 
 
 def _tell_of_start(study: optuna.Study, calibration: Calibration) -> None:
@@ -293,12 +299,11 @@ def _tell_of_start(study: optuna.Study, calibration: Calibration) -> None:
     if calibration.starts_as_predicted or "start" in told:
         return
     told.add("start")
-    warnings.warn(
+    warn_caller(
         f"Training begins {calibration.start_factor:.2g} times as fast as predicted "
         f"({calibration.n_observed} trials), in its first steps, where the network is still the "
         f"pretrained one. {_CHECK} Predictions are corrected by what is learned.",
         UnreliablePredictionWarning,
-        stacklevel=4,
     )
 
 
@@ -326,7 +331,7 @@ def _observations(
     found = joint_objections(_STARTS[study])
     if found:
         number = min(found)
-        found[number].tell(study, number, stacklevel=4)
+        found[number].tell(study, number)
     return [one for number, one in observations.items() if number not in found]
 
 
@@ -357,7 +362,7 @@ def observation_in(
     if prediction is None and hyperparameters is not None:
         late = _late_prediction(trial, predictor, hyperparameters)
         if isinstance(late, UnusableCurve):
-            late.tell(study, trial.number, stacklevel=4)
+            late.tell(study, trial.number)
             return None
         prediction = late
     if prediction is None or prediction.get("ladder") is None:
@@ -367,10 +372,10 @@ def observation_in(
     if trial.state in FINISHED:
         missing = unclosed(study, trial)
         if missing is not None:
-            missing.tell(study, trial.number, stacklevel=4)
+            missing.tell(study, trial.number)
     one = observation_of(trial, prediction, InitialLoss.of(predictor))
     if isinstance(one, UnusableCurve):
-        one.tell(study, trial.number, stacklevel=4)
+        one.tell(study, trial.number)
         return None
     if one is not None and trial.state in FINISHED:
         _tell_of_gaps(study, trial)
@@ -387,7 +392,7 @@ def _tell_of_gaps(study: optuna.Study, trial: FrozenTrial) -> None:
         some = "A loss of trial {} is" if n_gaps == 1 else f"{n_gaps:,} losses of trial {{}} are"
         reason = "NaN or infinite, while training went on"
         gaps = UnusableCurve("gaps", reason, f"{some} left out")
-        gaps.tell(study, trial.number, stacklevel=5)
+        gaps.tell(study, trial.number)
 
 
 def _late_prediction(

@@ -511,7 +511,7 @@ class TTPPruner(BasePruner):
     ) -> tuple[str, str] | None:
         """Why a trial runs in spite of its prediction, as a word and in words."""
         if not predictor.calibration.trusted:
-            return "untrusted", "predictions are worse than a rule of thumb"
+            return "untrusted", f"predictions are {predictor.calibration.fault}"
         reached = _ways_gone(trials, kind)
         n_reached = sum(gone >= _MOST_OF_THE_WAY for gone in reached)
         if n_reached >= _REFUTED and 2 * n_reached > len(reached):

@@ -56,8 +56,9 @@ class TrainingLog:
         trial:
             The trial of the objective.
         measure_speed:
-            Measure the seconds a step, too. On by default. Without them a search depends on its
-            seeds alone, and can be repeated exactly.
+            Measure the seconds a step, too, from one recorded loss to the next. On by default.
+            Turn it off where losses are recorded when training is over. Without them a search
+            depends on its seeds alone, and can be repeated exactly.
 
     Raises:
         TypeError:
@@ -210,7 +211,7 @@ class TrainingLog:
         if what.kind not in self._told:
             self._told.add(what.kind)
             study = getattr(self._trial, "study", None)
-            what.tell(study, self._trial.number, stacklevel=4)
+            what.tell(study, self._trial.number)
 
     def _seconds_per_step(self) -> float | None:
         """The median over the steps: pauses for validation or another process do not count."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-import warnings
 
 from optuna.logging import get_logger
 
 from optuna_ttp._optuna_compat import PerStudy
+from optuna_ttp._warn import warn_caller
 from optuna_ttp.exceptions import UnusableCurveWarning
 
 
@@ -54,7 +54,7 @@ class UnusableCurve:
     reason: str
     what: str = "The training-loss curve of trial {} is left out"
 
-    def tell(self, study: optuna.Study | None, number: int, stacklevel: int = 2) -> None:
+    def tell(self, study: optuna.Study | None, number: int) -> None:
         """Warn about the first of its kind in a study. Others are logged for debugging.
 
         Args:
@@ -62,8 +62,6 @@ class UnusableCurve:
                 The study; :obj:`None` for a trial outside of one.
             number:
                 Of the trial.
-            stacklevel:
-                Of the caller, as in :func:`warnings.warn`.
 
         Warns:
             UnusableCurveWarning:
@@ -76,8 +74,7 @@ class UnusableCurve:
             return
         told.add(self.kind)
         advice = _ADVICE.get(self.kind, _MEANS)
-        warnings.warn(
+        warn_caller(
             f"{text} {advice} ".rstrip() + " Others like it are left out without a warning.",
             UnusableCurveWarning,
-            stacklevel=stacklevel + 1,
         )

@@ -617,3 +617,4 @@ def test_predictions_that_rank_nothing_are_distrusted_also_where_the_rule_does_n
     assert calibration.log_error > 1.0
     assert calibration.superiority < 1.05
     assert not calibration.trusted
+    assert calibration.fault == "far off and in no order"

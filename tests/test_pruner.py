@@ -412,6 +412,18 @@ def test_a_search_that_has_seen_a_curve_skips_in_silence() -> None:
         assert not _is_skipped(study, DIVERGING)
 
 
+@pytest.mark.filterwarnings("ignore:Training begins")
+def test_predictions_in_no_order_are_named_as_such() -> None:
+    study = _study()
+    steps = iter((2.0, 400.0, 3.0, 300.0, 2.0, 500.0, 3.0))
+    with pytest.warns(
+        UnreliablePredictionWarning, match=r"typically off by a factor [\d.]+ and do not rank"
+    ):
+        add_observed(study, lambda _: next(steps), (0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25))
+        assert not _is_skipped(study, DIVERGING)
+    assert _decision(study)[1].startswith("predictions are far off and in no order, although")
+
+
 def _runs(study: optuna.Study, params: dict[str, Any], steps: float) -> bool:
     """Run a trial, if it may, whose curve is at the target after so many steps."""
     trial = asked(study, params)
@@ -449,10 +461,11 @@ def test_what_was_to_be_skipped_and_misses_the_target_is_skipped_on() -> None:
 
 @pytest.mark.parametrize("name", ["shadow", "constraint"])
 def test_switches_must_be_booleans(name: str) -> None:
+    wrong: Any = "no"
     with pytest.raises(TypeError, match=f"{name} must be a bool but got 'no'"):
-        TTPPruner(quick_predictor(), **{name: "no"})  # type: ignore[arg-type]
+        TTPPruner(quick_predictor(), **{name: wrong})
     with pytest.raises(TypeError, match="allow_duplicates must be a bool but got 'no'"):
-        TTPSampler(quick_predictor(), allow_duplicates="no")  # type: ignore[arg-type]
+        TTPSampler(quick_predictor(), allow_duplicates=wrong)
 
 
 def test_predictions_that_rank_the_trials_keep_skipping_also_when_far_off() -> None:

@@ -87,38 +87,28 @@ def _gpt2() -> Case:
     return Case(transformers.GPT2ForSequenceClassification(config), _texts())
 
 
+_SMALL_DECODER: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 12,
+    "num_labels": 3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
 def _llama() -> Case:
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=12,
-        num_labels=3,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = transformers.LlamaConfig(**_SMALL_DECODER)
     return Case(transformers.LlamaForSequenceClassification(config), _texts())
 
 
 def _gemma() -> Case:
-    config = transformers.Gemma2Config(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=12,
-        num_labels=3,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = transformers.Gemma2Config(head_dim=8, **_SMALL_DECODER)
     return Case(transformers.Gemma2ForSequenceClassification(config), _texts())
 
 

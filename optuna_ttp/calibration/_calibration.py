@@ -45,9 +45,9 @@ _GROSSLY = -1.0
 # One trial that is far off, or trials near the edge of stability alone, say little about all
 # others: the rule's advantage must be above its own standard deviation, and what is compared
 # weigh as much as half a calm trial, where errors are not gross. Without these two the right
-# spectrum of the residual net in benchmarks/accuracy was distrusted at some time in four of ten
-# orders of its trials, with them in two of 30, and in no search of benchmarks/search (40 looked
-# at), where shuffled predictions are found out nearly as often.
+# spectrum of the residual net in benchmarks/accuracy was distrusted after five trials in 24 of 100
+# orders, with them in six, and in no search of benchmarks/search (40 looked at), where shuffled
+# predictions are found out nearly as often.
 _LEAST_ADVANTAGE = 1.05
 _LEAST_COMPARED = 0.5
 # Or as much as this: of five trials one pair at most may be in order (by chance in 4 %).
@@ -190,7 +190,7 @@ class Calibration:
         do not rank the trials (Kendall's tau below 0.2). Five trials must say so, or three that
         are off by more than e and have twice the rule's squared error; and surely: that they are
         off by e and unranked, or ranked backwards (a tau of at most -0.75), or by a difference
-        above its own standard deviation. That is not so on the word of one trial, nor of trials
+        above its own standard deviation. The last two not on the word of one trial, nor of trials
         near the edge of stability alone.
         """
         gross = self.log_error > _GROSS_ERROR
@@ -205,6 +205,13 @@ class Calibration:
         if not (sure or backwards or (gross and unranked)):
             return True
         return not self.trust < (_CLEARLY if unranked or gross else 0.0)
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with predictions that are not trusted, in words."""
+        if self.trust < 0.0:
+            return "worse than a rule of thumb"
+        return "far off and in no order"
 
     @property
     def start_factor(self) -> float:
