@@ -175,13 +175,23 @@ class _Convolutions(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.is_unsafe = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.ops.aten.convolution.default:
-            _, weight, _, stride, _, _, is_transposed, *_ = args
-            self.is_unsafe |= not is_transposed and _overruns(weight, stride)
-        return func(*args, **(kwargs or {}))
+
+def _watched(
+    self: _Convolutions,
+    func: Any,
+    types: Any,
+    args: tuple[Any, ...] = (),
+    kwargs: Any = None,
+) -> Any:
+    if func is torch.ops.aten.convolution.default:
+        _, weight, _, stride, _, _, is_transposed, *_ = args
+        self.is_unsafe |= not is_transposed and _overruns(weight, stride)
+    return func(*args, **(kwargs or {}))
+
+
+# Not in the class's body: what PyTorch finds there it wraps, and the first call of the wrapper
+# imports the compiler, which takes longer than the spectrum of a small network.
+_Convolutions.__torch_dispatch__ = _watched  # type: ignore[method-assign,assignment]
 
 
 def _overruns(weight: torch.Tensor, stride: Sequence[int]) -> bool:

@@ -172,6 +172,8 @@ def _different(name: str, rank: int) -> tuple[FineTuningTask, dict[str, Any]]:
         settings = {"engine": ("exact", "auto")[rank]}
     if rank == 1 and name == "rank":
         settings = {"rank": 5}
+    if rank == 1 and name == "probe":
+        settings = {"probe": False}
     task = FineTuningTask(
         model, (x, y), validation_data=held_out, learning_rate_multipliers=multipliers
     )
@@ -188,7 +190,11 @@ DIFFERENT = {
     "engine": "processes 1 differ from process 0 in engine",
     "automatic": "processes 1 differ from process 0 in engine, max_memory",
     "rank": "processes 1 differ from process 0 in rank",
+    "probe": "processes 1 differ from process 0 in probe",
 }
+
+
+OF_SPECTRA = ("engine", "automatic", "rank", "probe")
 
 
 def _process_of_two(rank: int, folder: str) -> None:
@@ -205,7 +211,7 @@ def _process_of_two(rank: int, folder: str) -> None:
                     ),
                 ),
             ):
-                if of == "kernel" and name in ("engine", "automatic", "rank"):
+                if of == "kernel" and name in OF_SPECTRA:
                     continue
                 try:
                     run()
@@ -230,7 +236,7 @@ def _run_together(target: Any, n_processes: int, folder: Path) -> None:
 
 def test_processes_that_differ_are_refused_by_all_of_them(tmp_path: Path) -> None:
     _run_together(_process_of_two, 2, tmp_path)
-    expected = {f"kernel {n}" for n in DIFFERENT if n not in ("engine", "automatic", "rank")}
+    expected = {f"kernel {n}" for n in DIFFERENT if n not in OF_SPECTRA}
     expected |= {f"spectrum {n}" for n in DIFFERENT}
     errors = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(2)]
     assert errors[0] == errors[1]
@@ -262,6 +268,27 @@ def test_processes_that_compute_together_store_once_and_do_not_wait(tmp_path: Pa
             np.testing.assert_allclose(found, whole.eigenvalues, rtol=1e-5, atol=1e-6)
     store = SpectrumStore(f"sqlite:///{tmp_path}/ttp.db")
     assert store.get(_multipliers(), engine="exact") is not None
+
+
+def _sharing(rank: int, folder: str) -> None:
+    with _group(rank, folder, 2):
+        found = compute_spectrum(_multipliers(), distributed=True, engine="exact")
+        assert found.probe is not None
+        assert found.throughput is not None
+        arrays = {**vars(found.probe), "seconds": found.throughput.seconds}
+        np.savez(f"{folder}/{rank}.npz", **arrays)
+
+
+def test_processes_share_the_probe_and_have_the_same_times(tmp_path: Path) -> None:
+    _run_together(_sharing, 2, tmp_path)
+    whole = compute_spectrum(_multipliers(), engine="exact", measure_speed=False)
+    assert whole.probe is not None
+    assert len(whole.probe.fractions) > 3
+    with np.load(tmp_path / "0.npz") as first, np.load(tmp_path / "1.npz") as second:
+        for name, expected in vars(whole.probe).items():
+            np.testing.assert_allclose(first[name], expected, rtol=2e-3, atol=1e-5)
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
 
 
 def _one_failing(rank: int, folder: str) -> None:

@@ -184,6 +184,22 @@ def test_importing_sampler_and_pruner_loads_neither_torch_nor_matplotlib() -> No
     assert {"matplotlib", "torch"}.isdisjoint(loaded)
 
 
+@pytest.mark.parametrize("engine", ["exact", "sketch", "matrix_free"])
+def test_computing_a_spectrum_loads_no_compiler(engine: str) -> None:
+    """It takes a second, longer than the spectrum of a small network."""
+    loaded = _in_fresh_process(
+        "import json, sys\n"
+        "from optuna_ttp import FineTuningTask, TrainingTimePredictor, compute_spectrum\n"
+        "from tests.models import cnn, images\n"
+        "task = FineTuningTask(cnn(), images(8))\n"
+        f"spectrum = compute_spectrum(task, engine={engine!r}, device='cpu', rank=4)\n"
+        "TrainingTimePredictor(spectrum, target_fraction=0.9).predict(0.1, 4, 0.5)\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    assert "torch" in loaded
+    assert "torch._dynamo" not in loaded
+
+
 @pytest.mark.parametrize("name", optuna_ttp.__all__)
 def test_every_public_name_resolves_and_is_listed(name: str) -> None:
     assert getattr(optuna_ttp, name) is getattr(optuna_ttp, name)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from hypothesis import given
@@ -93,6 +94,24 @@ def test_steps_are_timed_in_training_mode_on_the_tasks_own_data() -> None:
     measure_throughput(task, device=torch.device("cpu"), batch_sizes=(2, 4), seconds_per_size=0.0)
     # A warm-up, and one step of each that takes longer than it need.
     assert seen == [(True, 2)] * 2 + [(True, 4)]
+
+
+@pytest.mark.parametrize(("seconds_per_size", "sizes"), [(1e-4, [2, 4]), (0.1, [2, 4, 6, 8])])
+def test_long_steps_of_many_samples_are_not_made(
+    seconds_per_size: float, sizes: list[int]
+) -> None:
+    def forward(model: torch.nn.Module, inputs: torch.Tensor) -> Any:
+        time.sleep(0.01)
+        return model(inputs)
+
+    task = FineTuningTask(mlp().eval(), vectors(9), forward=forward)
+    found = measure_throughput(
+        task,
+        device=torch.device("cpu"),
+        batch_sizes=(2, 4, 6, 8),
+        seconds_per_size=seconds_per_size,
+    )
+    assert found.batch_sizes.tolist() == sizes
 
 
 def test_short_steps_are_timed_again_and_again() -> None:

@@ -29,6 +29,7 @@ from optuna_ttp.jacobian._decomposition import sketched_decomposition
 from optuna_ttp.jacobian._devices import resolve_device
 from optuna_ttp.jacobian._devices import resolve_dtype
 from optuna_ttp.jacobian._probe import probe_linearisation
+from optuna_ttp.jacobian._sharded import by_first
 from optuna_ttp.jacobian._sharded import check_same_task
 from optuna_ttp.jacobian._sharded import has_group
 from optuna_ttp.spectrum import check_truncation
@@ -36,6 +37,7 @@ from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import SpectrumMetadata
 from optuna_ttp.spectrum import Validation
 from optuna_ttp.throughput import measure_throughput
+from optuna_ttp.throughput import Throughput
 from optuna_ttp.version import __version__
 
 
@@ -108,7 +110,7 @@ def compute_spectrum(
             Keeps finished blocks of the kernel, so that an interrupted computation goes on where
             it stopped. Refused by the other engines, which make none. None by default.
         distributed:
-            Share the samples with the other processes of the default group of
+            Share the work with the other processes of the default group of
             :mod:`torch.distributed`, as under ``torchrun``; all must be given the same task, and
             get the same spectrum. Only for the exact engine. Off by default.
 
@@ -132,6 +134,8 @@ def compute_spectrum(
             "rank": rank,
             "explained_trace": explained_trace,
             "seed": seed,
+            "measure_speed": measure_speed,
+            "probe": probe,
         }
         # It chooses an engine only where none was asked for.
         settings["max_memory"] = max_memory if engine == "auto" else None
@@ -164,7 +168,14 @@ def compute_spectrum(
         task, initial_outputs, engine, resolved, kind, checkpoint, distributed, shared, held
     )
     pairs = found.pairs
-    throughput = measure_throughput(task, device=resolved) if measure_speed else None
+    throughput = None
+    if measure_speed:
+
+        def timed() -> Throughput:
+            return measure_throughput(task, device=resolved)
+
+        # One that is not slowed down by the others, and the same spectrum for all of them.
+        throughput = by_first(timed) if distributed else timed()
     validation = None
     if found.validation_features is not None and task.validation is not None:
         validation = Validation(
@@ -205,7 +216,9 @@ def compute_spectrum(
         spectrum = spectrum.truncate(explained_trace=_within_reach(spectrum, explained_trace))
     if not probe:
         return spectrum
-    spectrum = probe_linearisation(task, spectrum, device=resolved, dtype=kind)
+    spectrum = probe_linearisation(
+        task, spectrum, device=resolved, dtype=kind, distributed=distributed
+    )
     seconds = time.perf_counter() - started
     return replace(spectrum, metadata=replace(spectrum.metadata, compute_seconds=seconds))
 

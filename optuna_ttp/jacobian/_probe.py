@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from dataclasses import replace
 import math
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import torch
 
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.jacobian._autocast import without_autocast
+from optuna_ttp.jacobian._sharded import shared_out
 from optuna_ttp.spectrum import Probe
 from optuna_ttp.spectrum import Spectrum
 
@@ -40,6 +42,7 @@ def probe_linearisation(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
+    distributed: bool = False,
 ) -> Spectrum:
     """Find out how far the weights have to go to each loss.
 
@@ -63,6 +66,9 @@ def probe_linearisation(
             Precision of the network. Single precision by default.
         batch_size:
             Samples that go through the network together. 64 by default.
+        distributed:
+            Share the points of the path with the other processes of the default group; all must
+            be given the same task and spectrum. Off by default.
 
     Returns:
         The same spectrum with :attr:`~optuna_ttp.Spectrum.probe`; without where the loss is zero
@@ -73,14 +79,11 @@ def probe_linearisation(
     if not initial > 0.0:
         return spectrum
     vectors = spectrum.eigenvectors.astype(np.float64) / np.sqrt(spectrum.eigenvalues)
-    fractions, displacements, deviations, ratios = [1.0], [0.0], [0.0], [1.0]
     with task.frozen(device, dtype) as frozen:
-        linear = True
-        for theta in _path(model):
+
+        def looked_at(theta: torch.Tensor) -> _Point:
             weights = torch.as_tensor((vectors @ theta.numpy()).reshape(-1, task.n_outputs))
-            fractions.append(float(model.loss(model.outputs(theta[None]))) / initial)
             _, change = _pulled(task, frozen, weights, device, dtype, batch_size)
-            displacements.append(_largest(frozen, change))
             expected = model.outputs(theta[None])
             residuals = model.residuals(expected, model.soft_targets, model.normalisers)[0]
             outputs, after = _displaced(task, frozen, residuals, change, device, dtype, batch_size)
@@ -88,18 +91,41 @@ def probe_linearisation(
             if unseen > _MOST_UNSEEN:
                 _, pulled = _pulled(task, frozen, residuals, device, dtype, batch_size)
                 before, unseen = _squared(task, pulled), 0.0
-            ratios.append(after / before if before > 0.0 else 1.0)
+            ratio = after / before if before > 0.0 else 1.0
             away = float((outputs - expected[0]).norm())
             moved = float((expected[0] - model.initial_outputs).norm())
-            deviations.append(away / moved if math.isfinite(away) else math.inf)
-            # A head of zeros: outputs are linear on the way, the kernel is not.
-            linear &= away <= _LINEAR * moved and abs(ratios[-1] - 1.0) <= _LINEAR + unseen
-    if linear:
+            return _Point(
+                float(model.loss(expected)) / initial,
+                _largest(frozen, change),
+                away / moved if math.isfinite(away) else math.inf,
+                ratio,
+                # A head of zeros: outputs are linear on the way, the kernel is not.
+                away <= _LINEAR * moved and abs(ratio - 1.0) <= _LINEAR + unseen,
+            )
+
+        path = _path(model)
+        found = shared_out(looked_at, path) if distributed else [looked_at(p) for p in path]
+    if all(point.is_linear for point in found):
         # However far they go: the kernel is the same everywhere.
-        displacements = [0.0] * len(fractions)
-        ratios = [1.0] * len(fractions)
-    probe = Probe(*map(np.array, (fractions, displacements, deviations, ratios)))
+        found = [replace(point, displacement=0.0, ratio=1.0) for point in found]
+    probe = Probe(
+        np.array([1.0, *(point.fraction for point in found)]),
+        np.array([0.0, *(point.displacement for point in found)]),
+        np.array([0.0, *(point.deviation for point in found)]),
+        np.array([1.0, *(point.ratio for point in found)]),
+    )
     return replace(spectrum, probe=probe)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """What is seen at a point of the path, see :class:`Probe`."""
+
+    fraction: float
+    displacement: float
+    deviation: float
+    ratio: float
+    is_linear: bool
 
 
 @torch.inference_mode()

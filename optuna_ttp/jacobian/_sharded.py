@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 
 _Object = TypeVar("_Object")
+_Item = TypeVar("_Item")
 
 # What one process raises and the others raise with it.
 _KINDS: dict[str, type[Exception]] = {
@@ -261,6 +262,27 @@ def together(run: Callable[[], _Object]) -> _Object:
             kind = _KINDS.get(failure[0], RuntimeError)
             raise kind(f"Process {rank} has failed: {failure[1]}")
     return cast("_Object", result)
+
+
+def shared_out(run: Callable[[_Item], _Object], items: Sequence[_Item]) -> list[_Object]:
+    """Run something for every item, each in one of the processes.
+
+    Args:
+        run:
+            What to run; it must return what can be pickled.
+        items:
+            As many in all processes.
+
+    Returns:
+        What it returns for each, in all processes.
+
+    Raises:
+        JacobianMismatchError, TypeError, ValueError, RuntimeError:
+            As :func:`together`.
+    """
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    parts = _gathered_objects(together(lambda: [run(item) for item in items[rank::size]]))
+    return [parts[k % size][k // size] for k in range(len(items))]
 
 
 def _shares(n_samples: int, size: int) -> list[slice]:
