@@ -280,9 +280,11 @@ def shared_out(run: Callable[[_Item], _Object], items: Sequence[_Item]) -> list[
         JacobianMismatchError, TypeError, ValueError, RuntimeError:
             As :func:`together`.
     """
-    rank, size = distributed.get_rank(), distributed.get_world_size()
-    parts = _gathered_objects(together(lambda: [run(item) for item in items[rank::size]]))
-    return [parts[k % size][k // size] for k in range(len(items))]
+    size = distributed.get_world_size()
+    # The first process has the fewest, because some things are for it alone, see by_first().
+    own = items[size - 1 - distributed.get_rank() :: size]
+    parts = _gathered_objects(together(lambda: [run(item) for item in own]))
+    return [parts[size - 1 - k % size][k // size] for k in range(len(items))]
 
 
 def _shares(n_samples: int, size: int) -> list[slice]:
