@@ -314,9 +314,12 @@ def search(job: Job, seed: int, recordings: Path) -> tuple[dict[str, Any], NDArr
     """
     table = _table(job.task, job.goal, recordings)
     players = contestants.players(
-        job.contestant, table, seed, lambda: predictor_of(job.task, recordings)[0]
+        job.contestant,
+        table,
+        seed,
+        lambda: predictor_of(job.task, recordings, job.n_workers)[0],
     )
-    setup = predictor_of(job.task, recordings)[1] if players.predicts else 0.0
+    setup = predictor_of(job.task, recordings, job.n_workers)[1] if players.predicts else 0.0
     unit = table.mean_seconds / job.n_workers
     found = replay(
         table,
@@ -361,29 +364,44 @@ def _table(task: str, goal: Goal, recordings: Path) -> Table:
 
 
 @lru_cache(maxsize=4)
-def predictor_of(task: str, recordings: Path) -> tuple[TrainingTimePredictor, float]:
+def predictor_of(
+    task: str, recordings: Path, n_workers: int = 1
+) -> tuple[TrainingTimePredictor, float]:
     """Return our predictor, and what spectrum and response surface took.
 
-    It is built once and charged to every search.
+    It is built once and charged to every search. Several workers compute the spectrum together,
+    and each builds a response surface.
 
     Args:
         task:
             Name of the recorded task.
         recordings:
             The folder of the results.
+        n_workers:
+            One, or as many as the spectrum was computed by. One by default.
+
+    Raises:
+        ValueError:
+            If the spectrum was computed by another number of processes.
     """
     path = recordings / "spectra" / f"{task}.ttp"
     spectrum = Spectrum.load(path)
-    n_samples = json.loads(path.with_suffix(".json").read_text())["n_samples"]
+    about = json.loads(path.with_suffix(".json").read_text())
+    if n_workers not in (1, about["n_processes"]):
+        raise ValueError(
+            f"The spectrum of {task} was computed by one and by {about['n_processes']} processes "
+            f"but got n_workers={n_workers}."
+        )
     started = time.process_time()
     predictor = TrainingTimePredictor(
-        spectrum, target_fraction=TARGET_FRACTION, n_samples=n_samples
+        spectrum, target_fraction=TARGET_FRACTION, n_samples=about["n_samples"]
     )
     # Builds the surface, and what else is derived once.
     predictor.estimate(0.01, min(8, predictor.n_samples), 0.9)
     _ = predictor.best_depth
     seconds = time.process_time() - started
-    return predictor, spectrum.metadata.compute_seconds + seconds
+    one = spectrum.metadata.compute_seconds
+    return predictor, seconds + (one if n_workers == 1 else float(about["seconds_together"]))
 
 
 if __name__ == "__main__":

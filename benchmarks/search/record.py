@@ -5,6 +5,9 @@ the spectrum that the predictor gets: that of a random subset, as a search pays 
 are there are not made again, so that recording can be stopped at any time. Seconds are processor
 time of one thread, which a busy machine does not stretch.
 
+A study of several workers need not wait for one of them: under ``torchrun`` they compute the
+spectrum together. What that takes is measured by processes of one thread each, and kept as well.
+
 Run with ``python -m benchmarks.search.record TASK ...``; with ``--seconds`` it stops after a
 while, with exit status 75 where runs are missing.
 """
@@ -16,13 +19,16 @@ from collections.abc import Iterator
 import copy
 import json
 import math
+import multiprocessing
 from pathlib import Path
 import sys
+import tempfile
 import time
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as distributed
 
 from benchmarks.environment import environment
 from benchmarks.search.recording import read
@@ -31,6 +37,8 @@ from benchmarks.search.recording import write
 from benchmarks.search.tasks import load
 from benchmarks.search.tasks import SearchTask
 from optuna_ttp import compute_spectrum
+from optuna_ttp import FineTuningTask
+from optuna_ttp.throughput import measure_throughput
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,6 +47,8 @@ EXPLAINED_TRACE = 0.99
 # The spectrum of all 200 and of 250 validation samples takes as long as four trials of the digits
 # network, and a search with it is no faster: a fair price is part of what is compared.
 SPECTRUM_SAMPLES = 64
+# Workers that compute a spectrum together where there are several.
+N_PROCESSES = 4
 _UNFINISHED = 75
 # Images that go through the network together when it is evaluated.
 _CHUNK = 50
@@ -129,15 +139,63 @@ def _record_spectrum(task: SearchTask, path: Path) -> None:
     n_samples = len(task.tuning.labels)
     whole = task.tuning.task()
     # What it took, and the seconds of a step, in the seconds of the recording.
+    part = _part(whole)
     with mock.patch.object(time, "perf_counter", time.process_time):
-        spectrum = compute_spectrum(
-            whole.subset(SPECTRUM_SAMPLES) if n_samples > SPECTRUM_SAMPLES else whole,
-            explained_trace=EXPLAINED_TRACE,
-        )
-    about = {"n_samples": n_samples, "environment": environment()}
+        spectrum = compute_spectrum(part, explained_trace=EXPLAINED_TRACE)
+        started = time.perf_counter()
+        measure_throughput(part, device=torch.device("cpu"))
+        timing = time.perf_counter() - started
+    about = {
+        "n_samples": n_samples,
+        "n_processes": N_PROCESSES,
+        # One of them times training steps alone.
+        "seconds_together": round(_seconds_together(path.stem) + timing, 6),
+        "environment": environment(),
+    }
     path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
     spectrum.save(path)
     print(f"{path.stem}: {spectrum!r} in {spectrum.metadata.compute_seconds:.1f} s", flush=True)
+
+
+def _part(whole: FineTuningTask) -> FineTuningTask:
+    return whole.subset(min(SPECTRUM_SAMPLES, whole.n_samples))
+
+
+def _seconds_together(name: str) -> float:
+    """Processor seconds of the slowest of the processes that compute a spectrum together."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_process, args=(rank, name, folder))
+            for rank in range(N_PROCESSES)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode != 0 for process in processes):
+            raise RuntimeError(f"A process that computes the spectrum of {name} has failed.")
+        return max(float(Path(folder, str(rank)).read_text()) for rank in range(N_PROCESSES))
+
+
+def _process(rank: int, name: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    part = _part(load(name).tuning.task())
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=N_PROCESSES
+    )
+    try:
+        started = time.process_time()
+        compute_spectrum(
+            part,
+            explained_trace=EXPLAINED_TRACE,
+            engine="exact",
+            measure_speed=False,
+            distributed=True,
+        )
+        Path(folder, str(rank)).write_text(str(time.process_time() - started))
+    finally:
+        distributed.destroy_process_group()
 
 
 def train(task: SearchTask, learning_rate: float, batch_size: int, momentum: float) -> Run:

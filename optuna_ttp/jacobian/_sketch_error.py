@@ -22,7 +22,7 @@ from optuna_ttp.jacobian._sketch import N_GROUPS
 
 
 # Directions that are followed: as many as take a second or so.
-_MIN_RANK, _ENTRIES = 200, 4 * 10**6
+_MIN_RANK, _ENTRIES = 200, 10**6
 # Student's t of three degrees of freedom at 90 %.
 _QUANTILE = 2.353
 
@@ -60,7 +60,7 @@ def sketch_error(
             ``e``.
         pairs:
             The eigenpairs of ``Z Z^T``, as many as there are or at least 200 and as many as have
-            four million entries.
+            a million entries.
 
     Returns:
         The error, infinite where no time is known.
