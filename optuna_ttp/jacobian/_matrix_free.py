@@ -269,7 +269,9 @@ def _by_rows(
     del sketch
     start = eigenpairs_of_features(features, rank=n_columns).eigenvectors
     del features
-    vectors = _filled(torch.as_tensor(start), n_columns, seed)
+    # In single precision, because they are held to the end: it may have to start anew.
+    vectors = _filled(torch.as_tensor(start), n_columns, seed).float()
+    del start
     follower = PathFollower(task, task.initial_outputs(device, dtype))
 
     def run(lifts: Mapping[str, int]) -> LeadingPairs:
@@ -398,9 +400,11 @@ def _krylov(
     """
     residual = follower.residual
     n_columns = start.shape[1]
+    start = start.to(residual)
     if float(residual.norm()) > 0.0:
         start = torch.cat([residual / residual.norm(), start], 1)[:, : len(start)]
     basis = torch.linalg.qr(start)[0]
+    del start
     images = product(basis)
     before: Path | None = None
     n_narrow = 0
@@ -439,6 +443,8 @@ def _krylov(
         else:
             n_narrow += 1
         added = torch.cat(new, 1)[:, :n_left]
+        # Products take the most memory.
+        del new, residuals, leading
         if added.shape[1] == 0:
             moved = 0.0
             break
