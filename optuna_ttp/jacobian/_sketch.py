@@ -352,21 +352,20 @@ class Passes:
         task = self._task
         sizes = {p.name: p.size for p in self._layout.parameters}
         kept, projected = _split(sizes, width)
-        groups: list[Projection] = []
-        for group in range(N_GROUPS):
-            own_seed = N_GROUPS * seed + group
-            if projection == "ternary":
-                groups.append(Ternary(width // N_GROUPS, own_seed, list(projected)))
-            else:
-                groups.append(SignFold(projected, width // N_GROUPS, own_seed, self._device))
+        own_width = width // N_GROUPS
+        folded: Projection = (
+            Ternary(own_width, N_GROUPS, seed, list(projected))
+            if projection == "ternary"
+            else SignFold(projected, own_width, N_GROUPS, seed, self._device)
+        )
         total = task.n_samples + (0 if task.validation is None else task.validation.n_samples)
         with self._bar(total) as bar:
-            own, inner, trace = self._project(task, self._reference, kept, groups, width, bar)
+            own, inner, trace = self._project(task, self._reference, kept, folded, width, bar)
             validation: tuple[torch.Tensor, ...] = ()
             if task.validation is not None:
                 outputs = task.validation.initial_outputs(self._device, self._dtype)
                 validation, _, _ = self._project(
-                    task.validation, outputs, kept, groups, width, bar
+                    task.validation, outputs, kept, folded, width, bar
                 )
         return Sketch(own[0], own[1:], validation, inner, trace, not projected)
 
@@ -467,13 +466,14 @@ class Passes:
         task: FineTuningTask,
         reference: NDArray[np.float64],
         kept: dict[str, int],
-        groups: list[Projection],
+        projection: Projection,
         width: int,
         bar: tqdm[Any],
     ) -> tuple[tuple[torch.Tensor, ...], NDArray[np.float64], float]:
         n, c = task.n_samples, task.n_outputs
-        widths = [sum(kept.values()), *[width // N_GROUPS] * N_GROUPS]
-        parts = [torch.zeros((n, c, w), dtype=self._dtype, device=self._device) for w in widths]
+        like: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
+        exact = torch.zeros((n, c, sum(kept.values())), **like)
+        groups = torch.zeros((n, c, N_GROUPS, width // N_GROUPS), **like)
         offsets = dict(zip(kept, np.cumsum([0, *kept.values()]).tolist(), strict=False))
         inner = np.zeros((n, c))
         trace = 0.0
@@ -485,8 +485,7 @@ class Passes:
                 if name not in kept and isinstance(gradient, Factors) and gradient.expand is None:
                     norms += _table_norms(gradient)
                     inner[samples] += gradient.inner(weights[name]).double().cpu().numpy()
-                    for part, group in zip(parts[1:], groups, strict=True):
-                        group.add_table(part[samples], name, gradient)
+                    projection.add_table(groups[samples], name, gradient)
                     continue
                 columns = slice(offsets.get(name, 0), offsets.get(name, 0) + kept.get(name, 0))
                 for some, rows in _row_blocks(gradient):
@@ -494,16 +493,16 @@ class Passes:
                     where = slice(first + some.start, first + some.stop)
                     inner[where] += row_products(rows, weights[name].flatten()).numpy()
                     if name in kept:
-                        parts[0][where, :, columns] = rows
+                        exact[where, :, columns] = rows
                         continue
-                    for part, group in zip(parts[1:], groups, strict=True):
-                        group.add(part[where], name, rows)
+                    projection.add(groups[where], name, rows)
             self._refuse_infinite(state, norms, first)
             check_row_norms(
                 task, self._frozen, first, norms, self._device, self._dtype, self._seed
             )
             trace += float(norms.sum())
-        return tuple(p.flatten(0, 1) for p in parts), inner, trace
+        parts = tuple(part.flatten(0, 1) for part in (exact, *groups.unbind(2)))
+        return parts, inner, trace
 
     def _states(
         self,
