@@ -370,7 +370,7 @@ def predictor_of(
     """Return our predictor, and what spectrum and response surface took.
 
     It is built once and charged to every search. Several workers compute the spectrum together,
-    and each builds a response surface.
+    or wait for one of them where that takes less; each builds a response surface.
 
     Args:
         task:
@@ -400,8 +400,10 @@ def predictor_of(
     predictor.estimate(0.01, min(8, predictor.n_samples), 0.9)
     _ = predictor.best_depth
     seconds = time.process_time() - started
-    one = spectrum.metadata.compute_seconds
-    return predictor, seconds + (one if n_workers == 1 else float(about["seconds_together"]))
+    spent = spectrum.metadata.compute_seconds
+    if n_workers > 1:
+        spent = min(spent, float(about["seconds_together"]))
+    return predictor, seconds + spent
 
 
 if __name__ == "__main__":
