@@ -61,10 +61,11 @@ class SpectrumMetadata:
         seed:
             Of the projection, or of where products started; :obj:`None` without either.
         time_error:
-            By what share at most the times of gradient flow are off because of the projection
-            nine times in ten, from its four groups; of the matrix-free engine by what share they
-            have
-            changed with its last products; :obj:`None` for the exact one.
+            By what share at most the times of gradient flow to half, a quarter and a tenth of the
+            loss are off because of the projection nine times in ten, from its four groups. Of a
+            refined sketch that of the sketch before, which it is better than. Of the matrix-free
+            engine by what share they have changed with its last products. :obj:`None` for the
+            exact one.
         n_ritz:
             How many of the pairs are Ritz pairs, which stand for what residuals see of the
             eigenpairs that were dropped or not computed.

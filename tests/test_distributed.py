@@ -291,6 +291,50 @@ def test_processes_share_the_probe_and_have_the_same_times(tmp_path: Path) -> No
             np.testing.assert_array_equal(first[name], second[name])
 
 
+def _refusal(run: Any, *arguments: Any, **settings: Any) -> str:
+    with pytest.raises((TypeError, ValueError)) as refused:
+        run(*arguments, **settings)
+    return str(refused.value)
+
+
+def _completing(rank: int, folder: str) -> None:
+    refused: dict[str, str] = {}
+    with _group(rank, folder, 2):
+        store = SpectrumStore(f"sqlite:///{folder}/ttp.db")
+        settings: dict[str, Any] = {"distributed": True, "engine": "exact"}
+        store.get_or_compute(_multipliers(), measure_speed=False, probe=False, **settings)
+        for name in ("probe", "measure_speed", "made_up"):
+            others = {name: False} if rank == 1 else {}
+            refused[name] = _refusal(
+                store.get_or_compute, _multipliers(), **{**settings, **others}
+            )
+        device = ("cpu", "bogus")[rank]
+        refused["device"] = _refusal(compute_spectrum, _multipliers(), device=device, **settings)
+        found = store.get_or_compute(_multipliers(), **settings)
+        assert found.probe is not None
+        assert found.throughput is not None
+        np.savez(f"{folder}/{rank}.npz", seconds=found.throughput.seconds, **vars(found.probe))
+    Path(f"{folder}/refused-{rank}.json").write_text(json.dumps(refused))
+
+
+def test_processes_complete_a_stored_spectrum_together(tmp_path: Path) -> None:
+    _run_together(_completing, 2, tmp_path)
+    with np.load(tmp_path / "0.npz") as first, np.load(tmp_path / "1.npz") as second:
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+    expected = {
+        "probe": "processes 1 differ from process 0 in probe",
+        "measure_speed": "processes 1 differ from process 0 in measure_speed",
+        "made_up": "made_up",
+        "device": "bogus",
+    }
+    for rank in range(2):
+        refused = json.loads((tmp_path / f"refused-{rank}.json").read_text())
+        assert set(refused) == set(expected)
+        for name, message in expected.items():
+            assert message in refused[name]
+
+
 def _one_failing(rank: int, folder: str) -> None:
     with _group(rank, folder, 2):
         x, y = vectors(12)

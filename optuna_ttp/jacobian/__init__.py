@@ -23,6 +23,7 @@ from optuna_ttp.jacobian._planning import plan_spectrum
 from optuna_ttp.jacobian._probe import probe_linearisation
 from optuna_ttp.jacobian._sharded import by_first
 from optuna_ttp.jacobian._sharded import check_same_task
+from optuna_ttp.jacobian._sharded import in_all
 
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "compute_spectrum",
     "eigenpairs",
     "exact_kernel",
+    "in_all",
     "plan_spectrum",
     "probe_linearisation",
     "resolve_device",

@@ -32,6 +32,7 @@ from optuna_ttp.jacobian._probe import probe_linearisation
 from optuna_ttp.jacobian._sharded import by_first
 from optuna_ttp.jacobian._sharded import check_same_task
 from optuna_ttp.jacobian._sharded import has_group
+from optuna_ttp.jacobian._sharded import in_all
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import SpectrumMetadata
@@ -126,7 +127,23 @@ def compute_spectrum(
         JacobianMismatchError:
             If rows differ from what plain automatic differentiation gives.
     """
-    check_task(task)
+
+    def resolved_settings() -> tuple[int, str, torch.dtype, torch.dtype | None, torch.device]:
+        check_task(task)
+        check_truncation(rank, explained_trace)
+        for name, switch in {"measure_speed": measure_speed, "probe": probe}.items():
+            check_kind(name, switch, bool)
+        chosen, _ = resolve_engine(task, engine, max_memory=max_memory)
+        if checkpoint is not None and chosen != "exact":
+            raise ValueError(
+                f'checkpoint must be None for the engine "{chosen}" but got {checkpoint!r}: it '
+                'keeps blocks of the kernel, which only engine="exact" makes.'
+            )
+        check_checkpoint(checkpoint)
+        kind, held = resolve_dtype(dtype, chosen)
+        return check_seed(seed), chosen, kind, held, resolve_device(task, device)
+
+    found_settings = in_all(resolved_settings, distributed=distributed)
     if distributed and has_group():
         settings: dict[str, object] = {
             "engine": engine,
@@ -141,20 +158,7 @@ def compute_spectrum(
         settings["max_memory"] = max_memory if engine == "auto" else None
         # Before anything that only some of the processes might refuse.
         check_same_task(task, settings)
-    check_truncation(rank, explained_trace)
-    switches = {"measure_speed": measure_speed, "probe": probe}
-    for name, switch in switches.items():
-        check_kind(name, switch, bool)
-    seed = check_seed(seed)
-    engine, _ = resolve_engine(task, engine, max_memory=max_memory)
-    if checkpoint is not None and engine != "exact":
-        raise ValueError(
-            f'checkpoint must be None for the engine "{engine}" but got {checkpoint!r}: it keeps '
-            'blocks of the kernel, which only engine="exact" makes.'
-        )
-    check_checkpoint(checkpoint)
-    kind, held = resolve_dtype(dtype, engine)
-    resolved = resolve_device(task, device)
+    seed, engine, kind, held, resolved = found_settings
     started = time.perf_counter()
     fingerprint = task.fingerprint
     initial_outputs = task.initial_outputs(resolved, kind)

@@ -287,6 +287,25 @@ def shared_out(run: Callable[[_Item], _Object], items: Sequence[_Item]) -> list[
     return [parts[size - 1 - k % size][k // size] for k in range(len(items))]
 
 
+def in_all(run: Callable[[], _Object], *, distributed: bool) -> _Object:
+    """Run something in every process; what it refuses in one of them is refused in all.
+
+    Args:
+        run:
+            What to run.
+        distributed:
+            Whether there may be other processes.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        JacobianMismatchError, TypeError, ValueError, RuntimeError:
+            As :func:`together`.
+    """
+    return together(run) if distributed and has_group() else run()
+
+
 def _shares(n_samples: int, size: int) -> list[slice]:
     bounds = [n_samples * k // size for k in range(size + 1)]
     return [slice(a, b) for a, b in pairwise(bounds)]

@@ -157,12 +157,17 @@ class SpectrumStore:
             StoreError:
                 If the database fails.
         """
+        from optuna_ttp.jacobian import in_all
         from optuna_ttp.jacobian import resolve_engine
         from optuna_ttp.jacobian import widest_sketch
 
-        _check_asked(task, {**settings, **(instead_of_waiting or {})})
         budget = {k: settings[k] for k in ("max_memory",) if k in settings}
-        engine, _ = resolve_engine(task, settings.get("engine", "auto"), **budget)
+
+        def resolved() -> str:
+            _check_asked(task, {**settings, **(instead_of_waiting or {})})
+            return resolve_engine(task, settings.get("engine", "auto"), **budget)[0]
+
+        engine = in_all(resolved, distributed=settings.get("distributed", False))
         settings = {**settings, "engine": engine}
         identity = {k: settings[k] for k in SETTING_DEFAULTS if k in settings}
         identity["max_sketch_width"] = widest_sketch(
@@ -205,10 +210,12 @@ class SpectrumStore:
         from optuna_ttp.jacobian import check_same_task
         from optuna_ttp.jacobian import compute_spectrum
 
-        check_same_task(task, identity)
+        switches = {name: settings.get(name, True) for name in ("measure_speed", "probe")}
+        check_same_task(task, {**identity, **switches})
         stored = by_first(lambda: self.get(task, **identity))
         if stored is not None:
-            return self._completed(task, stored, identity, settings)
+            # By one of them, so that all have the same.
+            return by_first(lambda: self._completed(task, stored, identity, settings))
         spectrum = compute_spectrum(task, **settings)
         by_first(lambda: self._put(spectrum, identity))
         return spectrum
