@@ -16,6 +16,7 @@ from optuna_ttp.exceptions import JacobianMismatchError
 from optuna_ttp.jacobian import compute_spectrum
 from optuna_ttp.jacobian import eigenpairs
 from optuna_ttp.jacobian import exact_kernel
+from optuna_ttp.jacobian import plan_spectrum
 from optuna_ttp.jacobian import resolve_engine
 from optuna_ttp.jacobian._eigenpairs import eigenpairs_of_features
 from optuna_ttp.jacobian._flow import follow_flow
@@ -444,3 +445,10 @@ def test_a_checkpoint_that_nothing_would_use_is_refused(engine: str) -> None:
             engine=engine,
             checkpoint=Nothing(),  # type: ignore[arg-type]
         )
+
+
+def test_a_plan_says_that_a_sketch_may_become_wider() -> None:
+    task = FineTuningTask(mlp(), vectors(9))
+    told = {e: str(plan_spectrum(task, engine=e)) for e in ("sketch", "refined_sketch", "exact")}
+    for engine, text in told.items():
+        assert ("4096 numbers a row" in text) == (engine != "exact")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from optuna_ttp.jacobian._choice import WIDTH
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -89,6 +91,7 @@ class SpectrumPlan:
             f"  {self.n_samples} samples, {self.n_outputs} outputs, {self.n_parameters:,} weights",
             f"  {self.reason}",
             f"  {self.batch_size} samples at a time, {self.block_size} held",
+            *self._of_width(),
             *self._of_trace(),
             f"  {'parameter':<44}{'weights':>12}  {'derivative':<11}{'product':<8}"
             f"{'GFLOP':>9}{'MiB':>8}",
@@ -99,6 +102,14 @@ class SpectrumPlan:
             for layer in self.layers
         )
         return "\n".join(lines)
+
+    def _of_width(self) -> list[str]:
+        if not self.engine.endswith("sketch"):
+            return []
+        return [
+            f"  {WIDTH} numbers a row; where predicted times need twice as many, as long again, "
+            "and so on"
+        ]
 
     def _of_trace(self) -> list[str]:
         if not self.trace_seconds:
