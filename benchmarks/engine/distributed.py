@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as distributed
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.engine.command import parser
 from benchmarks.engine.command import write
 from benchmarks.engine.networks import problem
 from benchmarks.environment import environment
+from benchmarks.processes import group
+from benchmarks.processes import run_together
 from optuna_ttp import FineTuningTask
 from optuna_ttp.jacobian import exact_kernel
 
@@ -45,9 +46,9 @@ def main() -> None:
 
 def _cell(network: str, n_samples: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        _start(1, folder, network, n_samples)
+        run_together(_process, 1, 1, folder, network, n_samples)
         whole, alone = np.load(f"{folder}/1-0.npy"), _read(folder, 1, 0)
-        _start(N_PROCESSES, folder, network, n_samples)
+        run_together(_process, N_PROCESSES, N_PROCESSES, folder, network, n_samples)
         grams = [np.load(f"{folder}/{N_PROCESSES}-{k}.npy") for k in range(N_PROCESSES)]
         found = [_read(folder, N_PROCESSES, k) for k in range(N_PROCESSES)]
     differences = [float(np.linalg.norm(g - whole) / np.linalg.norm(whole)) for g in grams]
@@ -64,39 +65,19 @@ def _cell(network: str, n_samples: int) -> dict[str, Any]:
     }
 
 
-def _start(size: int, folder: str, network: str, n_samples: int) -> None:
-    context: Any = torch.multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_process, args=(rank, size, folder, network, n_samples))
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        if process.exitcode != 0:
-            raise RuntimeError(f"A process ended with {process.exitcode}.")
-
-
 def _process(rank: int, size: int, folder: str, network: str, n_samples: int) -> None:
     torch.set_num_threads(1)
     model, images, labels = problem(network, n_samples)
     # What the first call loads and allocates belongs to neither.
     torch.autograd.grad(model(images[:2]).sum(), list(model.parameters()))
     task = FineTuningTask(model, (images, labels))
-    if size > 1:
-        store = f"file://{folder}/group"
-        distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-    try:
+    with group(rank, size, folder):
         settings: dict[str, Any] = {"distributed": size > 1, "show_progress_bar": False}
         started = time.process_time()
         kernel = exact_kernel(task, device=torch.device("cpu"), **settings)
         seconds = time.process_time() - started
         with FlopCounterMode(display=False) as counter:
             exact_kernel(task, device=torch.device("cpu"), **settings)
-    finally:
-        if size > 1:
-            distributed.destroy_process_group()
     np.save(f"{folder}/{size}-{rank}.npy", kernel.gram)
     measured = {
         "cpu_seconds": round(seconds, 2),

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 import copy
 import json
 import math
-import multiprocessing
 from pathlib import Path
 import sys
 import tempfile
@@ -28,9 +27,10 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torch.distributed as distributed
 
 from benchmarks.environment import environment
+from benchmarks.processes import group
+from benchmarks.processes import run_together
 from benchmarks.search.recording import read
 from benchmarks.search.recording import Run
 from benchmarks.search.recording import write
@@ -163,28 +163,15 @@ def _part(whole: FineTuningTask) -> FineTuningTask:
 
 def _seconds_together(name: str) -> float:
     """Processor seconds of the slowest of the processes that compute a spectrum together."""
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=_process, args=(rank, name, folder))
-            for rank in range(N_PROCESSES)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode != 0 for process in processes):
-            raise RuntimeError(f"A process that computes the spectrum of {name} has failed.")
+        run_together(_process, N_PROCESSES, name, folder)
         return max(float(Path(folder, str(rank)).read_text()) for rank in range(N_PROCESSES))
 
 
 def _process(rank: int, name: str, folder: str) -> None:
     torch.set_num_threads(1)
     part = _part(load(name).tuning.task())
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=N_PROCESSES
-    )
-    try:
+    with group(rank, N_PROCESSES, folder):
         started = time.process_time()
         compute_spectrum(
             part,
@@ -194,8 +181,6 @@ def _process(rank: int, name: str, folder: str) -> None:
             distributed=True,
         )
         Path(folder, str(rank)).write_text(str(time.process_time() - started))
-    finally:
-        distributed.destroy_process_group()
 
 
 def train(task: SearchTask, learning_rate: float, batch_size: int, momentum: float) -> Run:

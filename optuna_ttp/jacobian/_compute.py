@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime
 from datetime import timezone
+from functools import partial
 import time
 from typing import Any
 from typing import TYPE_CHECKING
@@ -38,7 +39,6 @@ from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import SpectrumMetadata
 from optuna_ttp.spectrum import Validation
 from optuna_ttp.throughput import measure_throughput
-from optuna_ttp.throughput import Throughput
 from optuna_ttp.version import __version__
 
 
@@ -174,10 +174,7 @@ def compute_spectrum(
     pairs = found.pairs
     throughput = None
     if measure_speed:
-
-        def timed() -> Throughput:
-            return measure_throughput(task, device=resolved)
-
+        timed = partial(measure_throughput, task, device=resolved)
         # One that is not slowed down by the others, and the same spectrum for all of them.
         throughput = by_first(timed) if distributed else timed()
     validation = None
