@@ -28,7 +28,8 @@ from optuna_ttp._optuna_compat import PerStudy
 from optuna_ttp._optuna_compat import trials_of
 from optuna_ttp._optuna_compat import write_constraint
 from optuna_ttp._resolution import resolve_for_trial
-from optuna_ttp.calibration import Observation
+from optuna_ttp._under_way import MOST_OF_THE_WAY
+from optuna_ttp._under_way import UnderWay
 from optuna_ttp.decision import Decision
 from optuna_ttp.hyperparameters import Configuration
 from optuna_ttp.hyperparameters import HyperparameterMap
@@ -36,13 +37,10 @@ from optuna_ttp.hyperparameters import map_or_default
 from optuna_ttp.learner import Learner
 from optuna_ttp.learner import tell_that_nothing_ran
 from optuna_ttp.learner import tell_that_skipping_is_wrong
-from optuna_ttp.observed_trial import InitialLoss
-from optuna_ttp.observed_trial import observation_of
 from optuna_ttp.prediction import DIVERGES
 from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
 from optuna_ttp.recorded_curve import observed_curve
-from optuna_ttp.recorded_curve import observed_steps
 from optuna_ttp.recorded_curve import way_gone
 from optuna_ttp.study_budget import StudyBudget
 from optuna_ttp.trial_budget import TrialBudget
@@ -79,8 +77,6 @@ _logger = get_logger("optuna.ttp.pruner")
 CONSTRAINT = "ttp_budget"
 # Its bounds, as logarithms.
 _MOST_VIOLATION = 50.0
-# No trial is stopped by its own curve before so large a share of the steps that it may take.
-_EARLIEST = 0.2
 # Where the time to the target is searched for and no trial has completed yet, what has a fair
 # chance runs: it may be the only one that gets there.
 _AT_FIRST = 0.2
@@ -90,9 +86,12 @@ _MANY = 5
 # target, more than half of the newest that ran nevertheless. After one that got half of the way
 # the next one's turn comes so many times as soon.
 _REFUTED = 2
-_MOST_OF_THE_WAY, _HALF_WAY = 0.9, 0.5
+_HALF_WAY = 0.5
 _MOST_REFUTING = 10
 _SOONER = 3
+# Trials that run in spite of their prediction only because skipping must not go on are stopped
+# once they cannot win any more; those that are to show what skipping costs run to their end.
+_UNWILLING = ("turn", "refuted", "untrusted")
 # As many trials are remembered; others are read from the storage.
 _REMEMBERED = 1024
 
@@ -448,20 +447,15 @@ class TTPPruner(BasePruner):
         """Whether a trial gets to where one of the best ended, short of the target, in time."""
         if float(prediction.p_diverges) > 1.0 - self._min_probability:
             return False
-        depth = self._best_depth(study, trials, predictor)
+        # Where the time to the target is searched for, that and nothing short of it counts.
+        if self._goal == "time":
+            return False
+        depth = best_depth(study, trials, predictor)
         if not depth < predictor.target_depth:
             return False
         rate, size, mass = (np.array([value]) for value in configuration)
         horizon = np.array([float(prediction.max_steps)])
         return bool(predictor.depth_after(rate, size, mass, horizon)[0] >= depth)
-
-    def _best_depth(
-        self, study: Study, trials: Sequence[FrozenTrial], predictor: TrainingTimePredictor
-    ) -> float:
-        """How far the best trials got, where that and not the target is what counts."""
-        if self._goal == "time":
-            return predictor.target_depth
-        return best_depth(study, trials, predictor)
 
     def _cost_objection(
         self,
@@ -513,7 +507,7 @@ class TTPPruner(BasePruner):
         if not predictor.calibration.trusted:
             return "untrusted", f"predictions are {predictor.calibration.fault}"
         reached = _ways_gone(trials, kind)
-        n_reached = sum(gone >= _MOST_OF_THE_WAY for gone in reached)
+        n_reached = sum(gone >= MOST_OF_THE_WAY for gone in reached)
         if n_reached >= _REFUTED and 2 * n_reached > len(reached):
             count = f"{n_reached} of {len(reached)}"
             tell_that_skipping_is_wrong(study, count)
@@ -537,93 +531,32 @@ class TTPPruner(BasePruner):
         if known.prediction is None or self._min_chance == 0.0:
             return
         curve = observed_curve(trial)
-        if curve is None or curve.n_steps <= known.n_steps or curve.diverged:
+        if curve is None or curve.n_steps <= known.n_steps:
             return
         known.n_steps = curve.n_steps
         predictor = self._learner.last(study)
-        observation = observation_of(trial, known.prediction, InitialLoss.of(predictor))
-        if not isinstance(observation, Observation) or not predictor.calibration.trusted:
+        judge = UnderWay(predictor, self._budget, self._goal == "time", self._min_chance)
+        setback = judge.setback(study, trial, known.prediction, curve)
+        if setback is None:
             return
-        of = known.prediction
-        configuration = (of["learning_rate"], of["batch_size"], of["momentum"])
-        depth, aim = self._aim(study, predictor)
-        if depth is None or -math.log(curve.losses[-1] / predictor.initial_loss) >= depth:
-            return
-        rest = predictor.remaining_steps(observation, configuration, depth)
-        if rest is None:
-            return
-        budget = float(self._budget.steps(predictor, np.array(of["batch_size"])))
-        limit, what = budget, f"{aim} within its budget of {budget:,.0f} steps"
-        if self._goal == "time":
-            fastest, number = self._fastest(study, predictor, of["batch_size"])
-            if fastest < limit:
-                limit = fastest
-                what = (
-                    f"be faster than trial {number}, the fastest ({fastest:,.0f} steps of this "
-                    "batch size take as long)"
-                )
-        # The first steps tell little of the last ones.
-        if not math.isfinite(limit) or curve.n_steps < _EARLIEST * limit:
-            return
-        left = np.array([limit - curve.n_steps])
-        steps, sd = np.array([max(rest[0], 1.0)]), np.array([rest[1]])
-        chance = 0.0 if left[0] <= 0 else float(probability_below(steps, sd, left)[0])
-        if chance >= self._min_chance:
-            return
-        reason = (
-            f"after {curve.n_steps:,.0f} steps its chance to {what} is {chance:.1%}: about "
-            f"{rest[0]:,.0f} steps are left"
-        )
-        overridden = "override" in known.record[DECISION]
         decision = dict(known.record[DECISION])
-        if overridden:
+        override = decision.get("override")
+        if override is not None and not (setback.sure and override in _UNWILLING):
             return  # It runs although its prediction is bad: to its end.
+        # What it runs in spite of stays known: whether that was right is seen by its curve.
+        decision.setdefault("kind", "chance")
         if self._shadow:
-            decision |= {"override": "shadow", "kind": "chance"}
-            decision["reason"] = f"runs in shadow mode, although {reason}"
+            decision |= {"override": "shadow"}
+            decision["reason"] = f"runs in shadow mode, although {setback.reason}"
         else:
-            decision |= {"decision": STOP, "kind": "chance", "reason": reason, "log_sd": rest[1]}
-            per_step = float(predictor.seconds_per_step(of["batch_size"]))
-            seconds = min(rest[0], max(float(left[0]), 0.0)) * per_step
+            decision |= {"decision": STOP, "reason": setback.reason, "log_sd": setback.log_sd}
+            per_step = float(predictor.seconds_per_step(known.prediction["batch_size"]))
+            seconds = max(setback.steps_left, 0.0) * per_step
             decision["seconds_left"] = seconds if math.isfinite(seconds) else None
-            known.decision = Decision(True, reason)
-            _logger.info(f"Trial {trial.number} is stopped: {reason}.")
+            known.decision = Decision(True, setback.reason)
+            _logger.info(f"Trial {trial.number} is stopped: {setback.reason}.")
         known.record = {**known.record, DECISION: decision}
         write_record(study, trial, known.record)
-
-    def _aim(self, study: Study, predictor: TrainingTimePredictor) -> tuple[float | None, str]:
-        """What depth a trial under way has to reach, and in words.
-
-        Where the objective is a metric it is not known before a trial has completed: the best ones
-        may never reach the target.
-        """
-        trials = trials_of(study, (TrialState.COMPLETE,))
-        depth = self._best_depth(study, trials, predictor)
-        if math.isinf(depth):
-            return None, ""
-        if depth < predictor.target_depth:
-            return depth, "get as far as the best trials"
-        return predictor.target_depth, "reach the target"
-
-    def _fastest(
-        self, study: Study, predictor: TrainingTimePredictor, batch_size: int
-    ) -> tuple[float, int]:
-        """Steps in which a trial with this batch size would be as fast as the best one, and that.
-
-        Infinity where none has reached the target.
-        """
-        fastest = (math.inf, -1)
-        for trial in trials_of(study, (TrialState.COMPLETE,)):
-            of = entry(trial, PREDICTION)
-            if of is None:
-                continue
-            steps = observed_steps(trial, predictor)
-            if math.isfinite(steps):
-                ratio = predictor.seconds_per_step(np.array([of["batch_size"], batch_size]))
-                relative = float(ratio[0] / ratio[1])
-                own = steps * (1.0 if math.isnan(relative) else relative)
-                fastest = min(fastest, (own, trial.number))
-        return fastest
 
 
 @dataclass

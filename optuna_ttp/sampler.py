@@ -51,11 +51,14 @@ from optuna_ttp.preference import Evidence
 from optuna_ttp.preference import Preference
 from optuna_ttp.pruner import Goal
 from optuna_ttp.pruner import TTPPruner
+from optuna_ttp.recorded_curve import observed_curve
 from optuna_ttp.study_budget import StudyBudget
 from optuna_ttp.trial_budget import TrialBudget
+from optuna_ttp.trial_entries import DECISION
 from optuna_ttp.trial_entries import entry
 from optuna_ttp.trial_entries import PREDICTION
 from optuna_ttp.trial_entries import prediction_entry
+from optuna_ttp.trial_entries import STOP
 from optuna_ttp.trial_entries import write_record
 
 
@@ -151,7 +154,8 @@ class TTPSampler(BaseSampler):
             How many independent proposals to choose from. Eight by default; one leaves the base
             sampler alone.
         exploration:
-            The share of trials that are left to the base sampler. 0.1 by default.
+            The share of trials after the design that are left to the base sampler. 0.1 by
+            default; with one, all trials are.
         allow_duplicates:
             Whether a configuration that ran may be proposed again, as makes sense where the
             objective is noisy. Off by default.
@@ -446,9 +450,10 @@ class TTPSampler(BaseSampler):
         read = self._map.parameters_read({**examples, **known})
         if not read or not read <= {*examples, *known}:
             return None
-        if self._n_candidates == 1 or self._rng.random() < self._exploration:
-            return None
         others = [t for t in trials if t.number != trial.number]
+        n_before = sum(t.state != TrialState.FAIL for t in others)
+        if self._n_candidates == 1 or self._explores(n_before):
+            return None
         predictor = self._learner.informed(study, others)
         if not predictor.calibration.trusted:
             return None
@@ -469,7 +474,6 @@ class TTPSampler(BaseSampler):
             return None
         repeat = self._allow_duplicates or not set(search_space) <= set(own)
         evidence, n_unknown = self._evidence(study, others, predictor)
-        n_before = sum(t.state != TrialState.FAIL for t in others)
         share = 1.0 if self._study_budget is None else self._study_budget.share_left(others)
         preference = Preference(
             pool.candidates,
@@ -494,6 +498,11 @@ class TTPSampler(BaseSampler):
             n_unknown,
         )
 
+    def _explores(self, n_before: int) -> bool:
+        """Draw whether a trial is left to the base sampler. The design spreads out by itself."""
+        drawn_one = self._rng.random() < self._exploration
+        return drawn_one and (n_before >= self._n_design_trials or self._exploration == 1.0)
+
     def _known_params(
         self, study: Study, trial: FrozenTrial, stored: FrozenTrial | None
     ) -> dict[str, Any]:
@@ -516,8 +525,8 @@ class TTPSampler(BaseSampler):
         for trial in [trial for trial in trials if trial.number not in seen.numbers]:
             configuration = self._resolve(predictor, trial.params) if trial.params else None
             if trial.state != TrialState.RUNNING:
-                value = sign * trial.values[0] if valued and trial.values else math.nan
-                seen.add(trial.number, configuration, value)
+                value = sign * trial.values[0] if valued and trial.values else _without(trial)
+                seen.add(trial.number, configuration, value if valued else math.nan)
             elif configuration is None:
                 n_unknown += 1
             else:
@@ -564,6 +573,16 @@ class TTPSampler(BaseSampler):
             # In a branch of a conditional space whose parameters are not known.
             return None
         return None if configuration is None else configuration.clipped(predictor.n_samples)
+
+
+def _without(trial: FrozenTrial) -> float:
+    """What a trial without a value counts as: it failed, or nobody knows."""
+    if trial.state != TrialState.PRUNED:
+        return math.nan
+    if (entry(trial, DECISION) or {}).get("decision") == STOP:
+        return math.inf
+    curve = observed_curve(trial)
+    return math.inf if curve is not None and curve.diverged else math.nan
 
 
 class _Seen:

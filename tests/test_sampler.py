@@ -178,6 +178,15 @@ def test_more_candidates_are_faster_candidates() -> None:
     assert medians[2] < medians[1] < medians[0]
 
 
+def test_the_design_comes_before_the_exploration() -> None:
+    def proposed(exploration: float) -> list[dict[str, Any]]:
+        return _params(_sampler(exploration=exploration, search_space=SPACE), suggest, 12)
+
+    never, often = proposed(0.0), proposed(0.9)
+    assert often[:5] == never[:5]
+    assert often[5:] != never[5:]
+
+
 def test_exploration_keeps_proposing_what_is_slow() -> None:
     def share_of_hopeless(exploration: float) -> float:
         arguments = {"exploration": exploration, "search_space": SPACE, "n_candidates": 16}

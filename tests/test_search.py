@@ -24,7 +24,6 @@ from optuna_ttp import TrainingLog
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp.calibration._errors import failure_limit
-from optuna_ttp.exceptions import UnusableCurveWarning
 from optuna_ttp.outlook import Outlook
 from optuna_ttp.trial_budget import TrialBudget
 from optuna_ttp.trial_entries import DECISION
@@ -333,131 +332,6 @@ def test_asking_asks_the_wrapped_pruner_too() -> None:
     assert not pruner.decide(trial)
     trial.report(9.0, 0)
     assert pruner.decide(trial) == Decision(True, "stopped by ThresholdPruner")
-
-
-# The pruner on the way.
-
-
-def _train(trial: optuna.Trial, steps_to_target: float, n_steps: int) -> int:
-    """Train until told to stop; return how many steps it took."""
-    with TrainingLog(trial) as log:
-        for k, loss in enumerate(losses(steps_to_target, n_steps)):
-            log.step(loss)
-            if trial.should_prune():
-                return k + 1
-    return n_steps
-
-
-def test_a_trial_that_will_miss_its_budget_is_stopped_on_its_own_curve() -> None:
-    study = _study(max_steps=100)
-    add_observed(study, lambda steps: steps)
-    trial = asked(study, FAST)
-    assert _train(trial, 2000.0, 100) < 100
-    decision = _decision(study)
-    assert (decision["decision"], decision["kind"]) == ("stop", "chance")
-    assert "its chance to reach the target within its budget of 100 steps is" in decision["reason"]
-    # It stands.
-    assert trial.should_prune()
-    study.tell(trial, state=TrialState.PRUNED)
-    ledger = report(study)
-    assert ledger.n_stopped == 1
-    assert ledger.skipped_by_kind == {"chance": 1}
-    assert 0 < ledger.records[-1].avoided_seconds < 100 * 0.002
-    assert "1 stopped under way" in str(ledger)
-
-
-def test_the_first_steps_stop_nothing() -> None:
-    study = _study(max_steps=200, tolerance=20.0)
-    add_observed(study, lambda steps: steps)
-    # Predicted to miss its budget by a factor of two, which the tolerance lets pass.
-    trial = asked(study, {**FAST, "learning_rate": 0.003})
-    assert not trial.should_prune()
-    # A fifth is 40 steps, and what is recorded is written down after 8, 16, 32, 64.
-    assert _train(trial, 400.0, 200) == 64
-
-
-def test_where_no_trial_has_completed_none_is_stopped_for_the_target() -> None:
-    def steps(goal: Any) -> int:
-        study = _study(max_steps=100, goal=goal)
-        for k in range(3):
-            trial = asked(study, {**FAST, "learning_rate": 0.1 + 0.02 * k})
-            with TrainingLog(trial, measure_speed=False) as log:
-                for loss in losses(12.0, 12):
-                    log.step(loss)
-            trial.should_prune()
-            study.tell(trial, state=TrialState.PRUNED)
-        return _train(asked(study, FAST), 2000.0, 100)
-
-    assert steps("time") < 100
-    assert steps("metric") == 100
-
-
-def test_a_trial_that_gets_as_far_as_the_best_runs_although_it_misses_the_target() -> None:
-    def decided(goal: Any, depth: float) -> tuple[bool, str]:
-        """Whether SLOW is skipped, after a trial that completed after a share of its way."""
-        study = _study(max_steps=16, goal=goal)
-        trial = asked(study, FAST)
-        with TrainingLog(trial, measure_speed=False) as log:
-            for loss in losses(12.0, 1 + round(12.0 * depth)):
-                log.step(loss)
-        study.tell(trial, 1.0)
-        skipped = asked(study, SLOW).should_prune()
-        return skipped, _decision(study)["reason"]
-
-    # It needs about 40 steps, and 24 are what it may take with the tolerance.
-    assert not decided("metric", 0.3)[0]
-    for goal, depth in (("metric", 0.95), ("time", 0.3)):
-        skipped, reason = decided(goal, depth)
-        assert skipped
-        assert "predicted to miss the target by far" in reason
-
-
-def test_a_loss_that_is_another_one_is_no_measure_for_the_others() -> None:
-    study = _study(max_steps=16)
-    trial = asked(study, FAST)
-    with TrainingLog(trial, measure_speed=False) as log:
-        for loss in losses(30.0, 10):
-            log.step(8.0 * float(loss))
-    study.tell(trial, 1.0)
-    with pytest.warns(UnusableCurveWarning, match="a sum over the batch of 8"):
-        assert asked(study, SLOW).should_prune()
-
-
-def test_a_trial_that_cannot_get_as_far_as_the_best_is_stopped() -> None:
-    study = _study(max_steps=100)
-    for rate in (0.08, 0.1, 0.12):
-        trial = asked(study, {**FAST, "learning_rate": rate})
-        assert not trial.should_prune()
-        with TrainingLog(trial, measure_speed=False) as log:
-            for loss in losses(12.0, 9):
-                log.step(loss)
-        study.tell(trial, rate)
-    assert _train(asked(study, {**FAST, "learning_rate": 0.11}), 1e4, 100) < 100
-    assert "its chance to get as far as the best trials within" in _decision(study)["reason"]
-
-
-def test_a_trial_that_makes_it_is_not_stopped() -> None:
-    study = _study(max_steps=100)
-    add_observed(study, lambda steps: steps)
-    assert _train(asked(study, FAST), 80.0, 90) == 90
-
-
-def test_one_that_is_slower_than_the_best_is_stopped_where_time_is_the_goal() -> None:
-    def steps(goal: Any) -> int:
-        study = _study(max_steps=2000, goal=goal)
-        add_observed(study, lambda steps: steps)
-        return _train(asked(study, FAST), 400.0, 450)
-
-    assert steps("time") < 100
-    assert steps("metric") == 450
-
-
-def test_it_can_be_turned_off_and_does_nothing_in_the_shadow() -> None:
-    for arguments in ({"min_chance": 0.0}, {"shadow": True}):
-        study = _study(max_steps=100, **arguments)
-        add_observed(study, lambda steps: steps)
-        assert _train(asked(study, FAST), 2000.0, 100) == 100
-    assert _decision(study)["override"] == "shadow"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from benchmarks.environment import environment
 from benchmarks.search.record import epoch
 from benchmarks.search.record import evaluate
 from benchmarks.search.record import EXPLAINED_TRACE
-from benchmarks.search.record import SPECTRUM_SAMPLES
+from benchmarks.search.record import spectrum_samples
 from benchmarks.search.table import TARGET_FRACTION
 from benchmarks.search.tasks import load
 from benchmarks.search.tasks import SearchTask
@@ -147,7 +147,8 @@ def search(task: SearchTask, contestant: str, seed: int, budget: float) -> list[
     pruner: optuna.pruners.BasePruner = optuna.pruners.HyperbandPruner(max_resource=n_epochs)
     if contestant == OURS:
         with mock.patch.object(time, "perf_counter", time.process_time):
-            subset = task.tuning.task().subset(SPECTRUM_SAMPLES)
+            whole = task.tuning.task()
+            subset = whole.subset(spectrum_samples(task.tuning.name, whole.n_samples))
             spectrum = compute_spectrum(subset, explained_trace=EXPLAINED_TRACE)
         n_samples = len(task.tuning.labels)
         predictor = TrainingTimePredictor(

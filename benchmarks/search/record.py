@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 import copy
+from dataclasses import replace
 import json
 import math
 from pathlib import Path
@@ -45,8 +46,13 @@ RESULTS = Path(__file__).parent / "results"
 # What is kept of the spectrum, as the README recommends it.
 EXPLAINED_TRACE = 0.99
 # The spectrum of all 200 and of 250 validation samples takes as long as four trials of the digits
-# network, and a search with it is no faster: a fair price is part of what is compared.
-SPECTRUM_SAMPLES = 64
+# network, and a search with it is no faster: a fair price is part of what is compared. No spectrum
+# is to cost more than about one trial: that of the transformer, whose samples are the dearest,
+# has fewer.
+_SPECTRUM_SAMPLES, _DEAR = 64, {"minilm": 32}
+# How this machine compares with that of the recording: so many epochs of each batch size.
+_TIMED_EPOCHS = 4
+_NEXT_TO_NOTHING = 1e-9
 # Workers that compute a spectrum together where there are several.
 N_PROCESSES = 4
 _UNFINISHED = 75
@@ -113,7 +119,7 @@ def record(
     runs = read(path) if path.exists() else []
     task = load(name)
     if with_spectrum and not spectrum_path.exists():
-        _record_spectrum(task, spectrum_path)
+        _record_spectrum(task, spectrum_path, runs)
     done = {run.configuration for run in runs}
     configurations = task.grid.configurations()
     # Shuffled, so that the first ones are a fair sample and a busy minute hits all alike.
@@ -134,22 +140,41 @@ def record(
     return True
 
 
-def _record_spectrum(task: SearchTask, path: Path) -> None:
-    """Keep the spectrum, and beside it how many samples are trained on."""
-    n_samples = len(task.tuning.labels)
-    whole = task.tuning.task()
+def spectrum_samples(name: str, n_samples: int) -> int:
+    """Return how many samples the spectrum of a task has.
+
+    Args:
+        name:
+            Of the task.
+        n_samples:
+            That are trained on.
+
+    Returns:
+        A count.
+    """
+    return min(_DEAR.get(name.partition("-")[0], _SPECTRUM_SAMPLES), n_samples)
+
+
+def _record_spectrum(task: SearchTask, path: Path, runs: list[Run]) -> None:
+    """Keep the spectrum, and beside it what it took and how many samples are trained on."""
+    part = _part(path.stem, task.tuning.task())
+    slowness = _slowness(task, runs)
     # What it took, and the seconds of a step, in the seconds of the recording.
-    part = _part(whole)
     with mock.patch.object(time, "perf_counter", time.process_time):
         spectrum = compute_spectrum(part, explained_trace=EXPLAINED_TRACE)
         started = time.perf_counter()
         measure_throughput(part, device=torch.device("cpu"))
         timing = time.perf_counter() - started
+    together = _seconds_together(path.stem) + timing
     about = {
-        "n_samples": n_samples,
+        "n_samples": len(task.tuning.labels),
+        # An epoch of training takes so many times as long as when the runs were recorded, on
+        # another machine maybe. Seconds are those of the recording.
+        "slowness": round(slowness, 4),
+        "seconds": round(spectrum.metadata.compute_seconds / slowness, 6),
         "n_processes": N_PROCESSES,
         # One of them times training steps alone.
-        "seconds_together": round(_seconds_together(path.stem) + timing, 6),
+        "seconds_together": round(together / slowness, 6),
         "environment": environment(),
     }
     path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
@@ -157,8 +182,26 @@ def _record_spectrum(task: SearchTask, path: Path) -> None:
     print(f"{path.stem}: {spectrum!r} in {spectrum.metadata.compute_seconds:.1f} s", flush=True)
 
 
-def _part(whole: FineTuningTask) -> FineTuningTask:
-    return whole.subset(min(SPECTRUM_SAMPLES, whole.n_samples))
+def _part(name: str, whole: FineTuningTask) -> FineTuningTask:
+    return whole.subset(spectrum_samples(name, whole.n_samples))
+
+
+def _slowness(task: SearchTask, runs: list[Run]) -> float:
+    """Processor seconds of an epoch over the recorded ones; one where nothing is recorded."""
+    ratios = []
+    for size in {run.batch_size for run in runs}:
+        recorded = np.concatenate([r.training_seconds for r in runs if r.batch_size == size])
+        own = replace(task, tuning=replace(task.tuning, model=copy.deepcopy(task.tuning.model)))
+        optimiser = torch.optim.SGD(own.tuning.model.parameters(), lr=_NEXT_TO_NOTHING)
+        generator = torch.Generator().manual_seed(0)
+        seconds = []
+        for _ in range(_TIMED_EPOCHS):
+            started = time.process_time()
+            for _ in epoch(own.tuning.model, own, optimiser, size, generator):
+                pass
+            seconds.append(time.process_time() - started)
+        ratios.append(float(np.median(seconds) / np.median(recorded)))
+    return float(np.median(ratios)) if ratios else 1.0
 
 
 def _seconds_together(name: str) -> float:
@@ -170,7 +213,7 @@ def _seconds_together(name: str) -> float:
 
 def _process(rank: int, name: str, folder: str) -> None:
     torch.set_num_threads(1)
-    part = _part(load(name).tuning.task())
+    part = _part(name, load(name).tuning.task())
     with group(rank, N_PROCESSES, folder):
         started = time.process_time()
         compute_spectrum(
