@@ -115,11 +115,17 @@ class TTPPruner(BasePruner):
     curve after a fifth of the steps that it may take, and the trial is stopped once its chance to
     reach the target, or to get as far as those best trials, within its budget is below
     ``min_chance``; with ``goal="time"`` also once its chance to be faster than the best trial is.
-    Otherwise the wrapped pruner decides.
+    A trial is also stopped once its loss has been back where it began for as long as it was below,
+    and for twice the time in which it was predicted to be halved. Two facts, which are no
+    predictions, stop trials whatever is thought of predictions: that the loss has become infinite
+    or NaN and stayed it; and, with ``goal="time"``, that more time has passed than the fastest
+    trial took. Otherwise the wrapped pruner decides.
 
     Of any ``max_consecutive + 1`` trials in a row one runs at least, whatever is predicted, and
     nothing is skipped while predictions prove worse than a rule of thumb, or while most of the
-    trials, two at least, that ran although the same was predicted for them reached the target.
+    trials, two at least, that ran although the same was predicted for them reached the target. What
+    runs in spite of its prediction runs to its end, but for those facts, and with ``audit`` also
+    in spite of them.
 
     Example:
         >>> def objective(trial):

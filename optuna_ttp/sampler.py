@@ -104,16 +104,18 @@ class TTPSampler(BaseSampler):
     training neither diverges nor misses the target; the predicted cost ``c``, whose exponent
     ``alpha`` is the share of the study's budget that is left (cost cooling, CArBO section 3); and
     a weight ``w_n`` that falls with the number of trials ``n``, and with the measured trust in
-    predictions (see :class:`~optuna_ttp.Calibration`). A share of the trials is left to the base
-    sampler. So are all once predictions turn out neither to rank the trials that ran nor to come
-    close.
+    predictions (see :class:`~optuna_ttp.Calibration`). A share of the trials after the design is
+    left to the base sampler. So are all once predictions turn out neither to rank the trials that
+    ran nor to come close.
 
     Two questions can be asked. With ``goal="time"``, which configuration is the fastest to the
     predictor's target: ``m`` is the logarithm of the predicted time, in units of its error. With
     ``goal="metric"``, which one is best at the end of a trial's budget: ``m`` ranks configurations
     by the depth that their training loss is predicted to get to by then, up to where the
     validation loss is predicted to turn; as values come in, a Gaussian process of the values over
-    predicted depth, stability and noise takes its place, as far as it proves right.
+    predicted depth, stability and noise takes its place, as far as it proves right. A trial that
+    :class:`~optuna_ttp.TTPPruner` stopped, or whose training loss became infinite or NaN, counts
+    as one of the worst.
 
     :class:`~optuna.samplers.TPESampler` and :class:`~optuna.samplers.GPSampler` are weighed in one
     pass over their own candidates. Of others the independent proposals are drawn a few times, and

@@ -180,7 +180,8 @@ def test_more_candidates_are_faster_candidates() -> None:
 
 def test_the_design_comes_before_the_exploration() -> None:
     def proposed(exploration: float) -> list[dict[str, Any]]:
-        return _params(_sampler(exploration=exploration, search_space=SPACE), suggest, 12)
+        sampler = _sampler(exploration=exploration, search_space=SPACE)
+        return _params(sampler, lambda trial: suggest(trial)["learning_rate"], 12)
 
     never, often = proposed(0.0), proposed(0.9)
     assert often[:5] == never[:5]

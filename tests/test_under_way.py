@@ -28,7 +28,6 @@ from tests.studies import DIVERGING
 from tests.studies import FAST
 from tests.studies import HOPELESS
 from tests.studies import losses
-from tests.studies import predicted_steps
 from tests.studies import quick_predictor
 from tests.studies import SLOW
 from tests.studies import SPACE
@@ -261,7 +260,7 @@ def test_a_trial_that_stopped_at_its_target_is_as_fast_as_it_was() -> None:
 
 def test_a_trial_that_was_stopped_counts_as_a_bad_one() -> None:
     def next_rates(decision: str) -> list[float]:
-        """What is proposed after trials of large learning rates that our pruner stopped, or not."""
+        """What is proposed after our pruner stopped trials of large learning rates, or not."""
         sampler = TTPSampler(
             quick_predictor(), search_space=SPACE, goal="metric", max_steps=200, seed=0
         )
