@@ -123,9 +123,9 @@ class TTPPruner(BasePruner):
 
     Of any ``max_consecutive + 1`` trials in a row one runs at least, whatever is predicted, and
     nothing is skipped while predictions prove worse than a rule of thumb, or while most of the
-    trials, two at least, that ran although the same was predicted for them reached the target. What
-    runs in spite of its prediction runs to its end, but for those facts, and with ``audit`` also
-    in spite of them.
+    trials, two at least, that ran although the same was predicted for them reached the target.
+    Such a trial runs to its end but for those two facts, and for the sake of an ``audit`` in spite
+    of them.
 
     Example:
         >>> def objective(trial):
