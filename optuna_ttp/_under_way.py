@@ -48,6 +48,8 @@ _NOT_LEARNED = 0.9
 _RISEN = 1.1
 _AMPLE = 2.0
 _HALVED = math.log(2.0) + 1e-9
+# Steps without a finite loss after which none is to be expected.
+_SURELY_LOST = 3
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,11 @@ class UnderWay:
         size = prediction["batch_size"]
         budget = float(self.budget.steps(self.predictor, np.array(size)))
         if curve.diverged:
-            # Weights that are NaN stay it.
-            reason = f"after {curve.n_steps:,.0f} steps its training loss is infinite or NaN"
+            # Weights that are NaN stay it. A single loss may be that of a batch that overflowed.
+            last = float(curve.steps[-1]) if len(curve.steps) else -1.0
+            if curve.n_steps - 1 - last < _SURELY_LOST:
+                return None
+            reason = f"after {curve.n_steps:,.0f} steps its training loss stays infinite or NaN"
             return Setback(reason, True, budget - curve.n_steps, 0.0)
         observation = observation_of(trial, prediction, InitialLoss.of(self.predictor))
         if not isinstance(observation, Observation):

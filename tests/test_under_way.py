@@ -200,14 +200,25 @@ def test_one_that_recovers_and_one_that_comes_down_slowly_are_not() -> None:
         assert _follow(asked(study, FAST), curve) == 200
 
 
-def test_a_loss_that_is_infinite_stops_a_trial() -> None:
+def test_a_loss_that_stays_infinite_stops_a_trial() -> None:
     study = _study(max_steps=200)
     curve = losses(12.0, 200)
     curve[20:] = math.nan
     trial = asked(study, FAST)
     assert not trial.should_prune()
     assert 20 < _follow(trial, curve) < 40
-    assert "its training loss is infinite or NaN" in _decision(study)["reason"]
+    assert "its training loss stays infinite or NaN" in _decision(study)["reason"]
+
+
+def test_a_batch_that_overflows_stops_nothing() -> None:
+    curve = losses(60.0, 80)
+    # What is recorded is written down after these steps.
+    for k in (0, 7, 15, 31, 63):
+        curve[k] = math.inf
+    study = _study(max_steps=200)
+    trial = asked(study, FAST)
+    assert not trial.should_prune()
+    assert _follow(trial, curve) == 80
 
 
 def _after_a_fast_one(steps: int, **arguments: Any) -> optuna.Study:
