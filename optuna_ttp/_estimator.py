@@ -25,6 +25,8 @@ from optuna_ttp.throughput import Throughput
 
 # Simulations without corrections go on for up to so many times the horizon, as a logarithm.
 _MOST_SLACK = 3.0
+# What the surface gave up is simulated for so many times as long.
+_PATIENT = 20.0
 
 
 class Estimator:
@@ -121,8 +123,13 @@ class Estimator:
         hopeless = self._corrected.is_hopeless(configurations)
         surface = self._corrected.path.surface if self.has_surface else None
         steps, outside = _scored(surface, *self._places(configurations))
-        # The surface ends at the predictor's horizon.
-        outside |= ~np.isfinite(steps) & (configurations.max_steps > self.max_steps)
+        # The surface ends at the predictor's horizon, and where it gave up.
+        longest = configurations.max_steps
+        if surface is not None:
+            rate, _, mass = self._places(configurations)
+            patience = surface.patience(rate, mass)
+            outside |= ~np.isfinite(steps) & (longest > np.minimum(patience, self.max_steps))
+            longest = np.minimum(longest, np.ceil(_PATIENT * patience).astype(np.int64))
         simulated = np.flatnonzero(outside & ~hopeless)
         depths, logs = (
             (DEPTHS[-1:], np.full((len(configurations), 1), np.nan))
@@ -135,7 +142,7 @@ class Estimator:
             plain = replace(self._corrected, calibration=Calibration.none())
             slack = math.exp(float(np.clip(self._corrected.log_growth.max(), 0.0, _MOST_SLACK)))
             chosen = configurations.rows(simulated)
-            further = np.ceil(slack * chosen.max_steps).astype(np.int64)
+            further = np.ceil(slack * longest[simulated]).astype(np.int64)
             runs = plain.simulated(replace(chosen, max_steps=further), n_seeds=1)
             own = Ladder.of(runs, self.target, self.initial_loss, len(configurations), simulated)
             ladder = ladder.updated(own, simulated)

@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 from optuna.trial import TrialState
 
 from optuna_ttp._best_trials import best_depth
+from optuna_ttp._best_trials import incumbent
 from optuna_ttp._optuna_compat import trials_of
 from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import Observation
 from optuna_ttp.observed_trial import InitialLoss
 from optuna_ttp.observed_trial import observation_of
+from optuna_ttp.recorded_curve import lost_steps
+from optuna_ttp.recorded_curve import measured_seconds
 from optuna_ttp.recorded_curve import observed_curve
 from optuna_ttp.recorded_curve import observed_steps
 from optuna_ttp.recorded_curve import way_gone
@@ -37,18 +40,19 @@ if TYPE_CHECKING:
 
 # No trial is stopped by its own curve before so large a share of the steps that it may take.
 _EARLIEST = 0.2
-# A trial that has come so much of the way, as a logarithm of the loss, has reached the target.
-MOST_OF_THE_WAY = 0.9
+# Nor where it has all but ended: so large a share of them is left, or was too much.
+_NEARLY_DONE = 0.05
 # Training has been thrown back to where it began while its loss is above so much of the initial
-# one, and so many times its lowest one. It is given up for lost after so many times the steps in
-# which it was predicted to be halved, and as many as it took to get there. 67 of the 1,608
-# recorded runs of benchmarks/search are, at half of their epochs; none of them reaches the target
-# all the same, and none is close to the best.
+# one, was below, and is probably higher than it was. It is given up for lost after so many times
+# the steps in which it was predicted to be halved, and as many as it took to get there. 20 of the
+# 1,608 recorded runs of benchmarks/search are, at 64 % of their epochs; none of them reaches the
+# target all the same, and none is close to the best.
 _NOT_LEARNED = 0.9
-_RISEN = 1.1
 _AMPLE = 2.0
+_ERRORS = 1.0
 _HALVED = math.log(2.0) + 1e-9
-# Steps without a finite loss after which none is to be expected.
+# Steps without a finite loss after which none is to be expected: weights that are NaN stay it, a
+# single loss may be that of a batch that overflowed.
 _SURELY_LOST = 3
 
 
@@ -71,6 +75,24 @@ class Setback:
     sure: bool
     steps_left: float
     log_sd: float
+
+
+@dataclass(frozen=True)
+class _Fastest:
+    """The fastest trial so far.
+
+    Attributes:
+        number:
+            Of the trial.
+        steps:
+            Of the running trial that take as long.
+        measured:
+            Whether that is what their steps were seen to take, and no prediction.
+    """
+
+    number: int
+    steps: float
+    measured: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,23 +133,19 @@ class UnderWay:
         Returns:
             Why, or :obj:`None` where it has one, or nobody knows.
         """
-        size = prediction["batch_size"]
-        budget = float(self.budget.steps(self.predictor, np.array(size)))
-        if curve.diverged:
-            # Weights that are NaN stay it. A single loss may be that of a batch that overflowed.
-            last = float(curve.steps[-1]) if len(curve.steps) else -1.0
-            if curve.n_steps - 1 - last < _SURELY_LOST:
-                return None
-            reason = f"after {curve.n_steps:,.0f} steps its training loss stays infinite or NaN"
-            return Setback(reason, True, budget - curve.n_steps, 0.0)
         observation = observation_of(trial, prediction, InitialLoss.of(self.predictor))
         if not isinstance(observation, Observation):
+            return None
+        budget = float(self.budget.steps(self.predictor, np.array(prediction["batch_size"])))
+        if abs(budget - curve.n_steps) <= _NEARLY_DONE * budget:
+            # There is nothing to save any more.
             return None
         trials = trials_of(study, (TrialState.COMPLETE,))
         depth, aim = self._aim(study, trials)
         here = -math.log(curve.losses[-1] / self.predictor.initial_loss)
         if here < depth < math.inf:
-            setback = self._too_late(observation, prediction, depth, aim, budget, trials)
+            fastest = self._fastest(study, trials, observation)
+            setback = self._too_late(observation, prediction, (depth, aim), budget, fastest)
             if setback is not None:
                 return setback
         # The first steps tell little of the last ones.
@@ -145,24 +163,23 @@ class UnderWay:
         self,
         running: Observation,
         prediction: dict[str, Any],
-        depth: float,
-        aim: str,
+        goal: tuple[float, str],
         budget: float,
-        trials: Sequence[FrozenTrial],
+        fastest: _Fastest | None,
     ) -> Setback | None:
         """Tell why a trial does not get to a depth in time."""
+        depth, aim = goal
         n_steps, limit = running.n_steps, budget
         what = f"{aim} within its budget of {budget:,.0f} steps"
         rest = self.predictor.remaining_steps(running, _configuration(prediction), depth)
-        fastest, number = self._fastest(trials, prediction["batch_size"])
-        if fastest < limit:
-            limit = fastest
-            what = f"be faster than trial {number}, the fastest"
-            told = f"{fastest:,.0f} steps of this batch size take as long"
-            if n_steps >= fastest:
+        if fastest is not None and fastest.steps < limit:
+            limit = fastest.steps
+            what = f"be faster than trial {fastest.number}, the fastest"
+            told = f"{limit:,.0f} steps of this trial take as long"
+            if n_steps >= limit:
                 reason = f"after {n_steps:,.0f} steps it can no longer {what} ({told})"
                 steps, log_sd = (math.inf, 0.0) if rest is None else rest
-                return Setback(reason, True, min(steps, budget - n_steps), log_sd)
+                return Setback(reason, fastest.measured, min(steps, budget - n_steps), log_sd)
             what += f" ({told})"
         if rest is None or not math.isfinite(limit) or n_steps < _EARLIEST * limit:
             return None
@@ -187,28 +204,51 @@ class UnderWay:
             return depth, "get as far as the best trials"
         return (depth if math.isinf(depth) else target), "reach the target"
 
-    def _fastest(self, trials: Sequence[FrozenTrial], batch_size: int) -> tuple[float, int]:
-        """Steps in which a trial with this batch size would be as fast as the best one, and that.
+    def _fastest(
+        self, study: Study, trials: Sequence[FrozenTrial], running: Observation
+    ) -> _Fastest | None:
+        """The trial that reached the target first, and what of the running one takes as long.
 
-        Infinity where none has reached the target, or time is not what counts.
+        :obj:`None` where none has reached the target, or time is not what counts.
         """
-        fastest = (math.inf, -1)
+        best = incumbent(study, trials)
+        found: list[_Fastest] = []
         for trial in trials if self.timed else ():
             of = entry(trial, PREDICTION)
-            if of is None:
-                continue
             steps = observed_steps(trial, self.predictor)
             curve = observed_curve(trial)
-            if curve is not None and math.isinf(steps) and way_gone(trial) >= MOST_OF_THE_WAY:
+            is_best = best is not None and trial.number == best.number
+            if curve is not None and is_best and math.isinf(steps) and way_gone(trial) >= 1.0:
                 # It stopped at its target, which the smoothed loss of its batches lags behind.
                 steps = curve.n_steps
-            if math.isfinite(steps):
-                sizes = np.array([of["batch_size"], batch_size])
-                ratio = self.predictor.seconds_per_step(sizes)
-                relative = float(ratio[0] / ratio[1])
-                own = steps * (1.0 if math.isnan(relative) else relative)
-                fastest = min(fastest, (own, trial.number))
-        return fastest
+            if of is None or not math.isfinite(steps):
+                continue
+            sizes = np.array([of["batch_size"], running.batch_size])
+            told = self.predictor.seconds_per_step(sizes)
+            ratio, measured = float(told[0] / told[1]), bool(sizes[0] == sizes[1])
+            seconds = measured_seconds(trial), running.seconds_per_step
+            if min(seconds) > 0.0 and math.isfinite(sum(seconds)):
+                ratio, measured = seconds[0] / seconds[1], True
+            steps *= 1.0 if math.isnan(ratio) else ratio
+            found.append(_Fastest(trial.number, steps, measured))
+        return min(found, key=lambda f: (f.steps, f.number), default=None)
+
+
+def blown_up(trial: FrozenTrial) -> Setback | None:
+    """Tell why a trial is lost whose loss is not finite any more.
+
+    Args:
+        trial:
+            The running trial.
+
+    Returns:
+        Why, or :obj:`None` where it is.
+    """
+    n_steps = lost_steps(trial)
+    if n_steps < _SURELY_LOST:
+        return None
+    reason = f"its training loss has been infinite or NaN for {n_steps:,} steps"
+    return Setback(reason, True, math.nan, 0.0)
 
 
 def _chance(rest: tuple[float, float], left: float) -> float:
@@ -225,14 +265,15 @@ def _configuration(prediction: dict[str, Any]) -> tuple[float, int, float]:
 
 def _is_thrown_back(curve: LossCurve, running: Observation, initial_loss: float) -> bool:
     """Whether training is back where it began, in ample time to be elsewhere."""
-    above = curve.losses > _NOT_LEARNED * initial_loss
-    if not above[-1] or curve.losses[-1] < _RISEN * curve.losses.min():
+    start = _NOT_LEARNED * initial_loss
+    # Noise alone takes a curve below its start and back.
+    below = np.flatnonzero(curve.losses * np.exp(_ERRORS * curve.errors) < start)
+    if not len(below) or curve.losses[-1] < start or not curve.has_risen:
         return False
     halved = _halved(running.predicted, running.expected)
     if halved is None:
         return False
-    below = np.flatnonzero(~above)
-    last = float(curve.steps[below[-1]]) if len(below) else 0.0
+    last = float(curve.steps[below[-1]])
     return curve.n_steps - last > max(_AMPLE * halved, last)
 
 

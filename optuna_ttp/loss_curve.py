@@ -155,6 +155,11 @@ class LossCurve:
         """Steps that the loss probably spent above where it had been before: in spikes."""
         return float(self._lost()[-1]) if len(self.steps) else 0.0
 
+    @property
+    def has_risen(self) -> bool:
+        """Whether the loss is probably above where it had been before."""
+        return bool(len(self.steps) and self._spiked(_PROBABLY)[-1])
+
     def _surely(self, margin: float) -> NDArray[np.float64]:
         """What the logarithm of the loss was at or below by each step, ``(P,)``."""
         return np.minimum.accumulate(np.log(self.losses) + margin * self.errors)

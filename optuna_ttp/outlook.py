@@ -43,6 +43,8 @@ class Outlook:
             rate tells, and reaches the target within the budget, ``(K,)``.
         stability:
             Learning rate over the largest stable one, ``(K,)``.
+        lag:
+            Steps by which momentum lags behind, over those of a trial, ``(K,)``.
         sd:
             Standard deviation of the logarithm of a predicted time.
     """
@@ -52,6 +54,7 @@ class Outlook:
     depth: NDArray[np.float64]
     log_success: NDArray[np.float64]
     stability: NDArray[np.float64]
+    lag: NDArray[np.float64]
     sd: float
 
     @classmethod
@@ -112,5 +115,6 @@ class Outlook:
             predictor.depth_after(learning_rate, batch_size, momentum, horizon),
             np.log(np.maximum(reached * stable, _LEAST_PROBABILITY)),
             stability,
+            momentum / (1.0 - momentum) / horizon,
             sd,
         )

@@ -20,6 +20,8 @@ from optuna.trial import TrialState
 from optuna_ttp._best_trials import best_depth
 from optuna_ttp._best_trials import incumbent
 from optuna_ttp._checks import check_kind
+from optuna_ttp._checks import check_number
+from optuna_ttp._checks import check_seed
 from optuna_ttp._optuna_compat import FINISHED
 from optuna_ttp._optuna_compat import frozen
 from optuna_ttp._optuna_compat import has_constraints
@@ -28,7 +30,7 @@ from optuna_ttp._optuna_compat import PerStudy
 from optuna_ttp._optuna_compat import trials_of
 from optuna_ttp._optuna_compat import write_constraint
 from optuna_ttp._resolution import resolve_for_trial
-from optuna_ttp._under_way import MOST_OF_THE_WAY
+from optuna_ttp._under_way import blown_up
 from optuna_ttp._under_way import UnderWay
 from optuna_ttp.decision import Decision
 from optuna_ttp.hyperparameters import Configuration
@@ -43,6 +45,7 @@ from optuna_ttp.prediction import Prediction
 from optuna_ttp.recorded_curve import observed_curve
 from optuna_ttp.recorded_curve import way_gone
 from optuna_ttp.study_budget import StudyBudget
+from optuna_ttp.training_log import as_logged
 from optuna_ttp.trial_budget import TrialBudget
 from optuna_ttp.trial_entries import DECISION
 from optuna_ttp.trial_entries import entry
@@ -86,7 +89,7 @@ _MANY = 5
 # target, more than half of the newest that ran nevertheless. After one that got half of the way
 # the next one's turn comes so many times as soon.
 _REFUTED = 2
-_HALF_WAY = 0.5
+_MOST_OF_THE_WAY, _HALF_WAY = 0.9, 0.5
 _MOST_REFUTING = 10
 _SOONER = 3
 # Trials that run in spite of their prediction only because skipping must not go on are stopped
@@ -117,9 +120,10 @@ class TTPPruner(BasePruner):
     ``min_chance``; with ``goal="time"`` also once its chance to be faster than the best trial is.
     A trial is also stopped once its loss has been back where it began for as long as it was below,
     and for twice the time in which it was predicted to be halved. Two facts, which are no
-    predictions, stop trials whatever is thought of predictions: that the loss has become infinite
-    or NaN and stayed it; and, with ``goal="time"``, that more time has passed than the fastest
-    trial took. Otherwise the wrapped pruner decides.
+    predictions, stop trials whatever is thought of predictions: that the loss has been infinite or
+    NaN for three steps and more; and, with ``goal="time"``, that more time has passed than the
+    fastest trial took, by the seconds of their steps as they were measured, or with the same batch
+    size. Otherwise the wrapped pruner decides.
 
     Of any ``max_consecutive + 1`` trials in a row one runs at least, whatever is predicted, and
     nothing is skipped while predictions prove worse than a rule of thumb, or while most of the
@@ -227,16 +231,21 @@ class TTPPruner(BasePruner):
             raise ValueError(f"goal must be one of {', '.join(get_args(Goal))} but got {goal!r}.")
         self._budget = TrialBudget(max_steps, max_epochs, max_seconds)
         self._budget.check(predictor)
+        check_number("tolerance", tolerance)
         if not 1 <= tolerance < math.inf:
             raise ValueError(f"tolerance must be finite and at least 1 but got {tolerance}.")
         shares = {"min_probability": min_probability, "min_chance": min_chance, "audit": audit}
         for name, share in shares.items():
+            check_number(name, share)
             if not 0.0 <= share <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1] but got {share}.")
+        if max_cost_ratio is not None:
+            check_number("max_cost_ratio", max_cost_ratio)
         if max_cost_ratio is not None and not 1.0 <= max_cost_ratio < math.inf:
             raise ValueError(
                 f"max_cost_ratio must be finite and at least 1 but got {max_cost_ratio}."
             )
+        check_kind("max_consecutive", max_consecutive, int)
         if max_consecutive < 1:
             raise ValueError(f"max_consecutive must be at least 1 but got {max_consecutive}.")
         self._predictor = predictor
@@ -258,7 +267,7 @@ class TTPPruner(BasePruner):
         self._audit = audit
         self._shadow = shadow
         self._constraint = constraint
-        self._seed = seed
+        self._seed = check_seed(seed)
         self._told = False
         # By the trial's number. What is not in here is read from the storage.
         self._known: PerStudy[dict[int, _Known]] = PerStudy(dict)
@@ -513,7 +522,7 @@ class TTPPruner(BasePruner):
         if not predictor.calibration.trusted:
             return "untrusted", f"predictions are {predictor.calibration.fault}"
         reached = _ways_gone(trials, kind)
-        n_reached = sum(gone >= MOST_OF_THE_WAY for gone in reached)
+        n_reached = sum(gone >= _MOST_OF_THE_WAY for gone in reached)
         if n_reached >= _REFUTED and 2 * n_reached > len(reached):
             count = f"{n_reached} of {len(reached)}"
             tell_that_skipping_is_wrong(study, count)
@@ -536,13 +545,16 @@ class TTPPruner(BasePruner):
         """Decide again once a trial under way has recorded more of its curve."""
         if known.prediction is None or self._min_chance == 0.0:
             return
+        trial = as_logged(study, trial)
         curve = observed_curve(trial)
-        if curve is None or curve.n_steps <= known.n_steps:
+        if curve is not None and curve.n_steps <= known.n_steps:
             return
-        known.n_steps = curve.n_steps
         predictor = self._learner.last(study)
-        judge = UnderWay(predictor, self._budget, self._goal == "time", self._min_chance)
-        setback = judge.setback(study, trial, known.prediction, curve)
+        setback = blown_up(trial)
+        if setback is None and curve is not None and not curve.diverged:
+            known.n_steps = curve.n_steps
+            judge = UnderWay(predictor, self._budget, self._goal == "time", self._min_chance)
+            setback = judge.setback(study, trial, known.prediction, curve)
         if setback is None:
             return
         decision = dict(known.record[DECISION])
@@ -557,7 +569,7 @@ class TTPPruner(BasePruner):
         else:
             decision |= {"decision": STOP, "reason": setback.reason, "log_sd": setback.log_sd}
             per_step = float(predictor.seconds_per_step(known.prediction["batch_size"]))
-            seconds = max(setback.steps_left, 0.0) * per_step
+            seconds = float(max(setback.steps_left, 0.0) * per_step)
             decision["seconds_left"] = seconds if math.isfinite(seconds) else None
             known.decision = Decision(True, setback.reason)
             _logger.info(f"Trial {trial.number} is stopped: {setback.reason}.")

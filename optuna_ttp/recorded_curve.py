@@ -14,6 +14,7 @@ from optuna_ttp.reported_curve import curve_of_reports
 from optuna_ttp.reported_curve import STEPS_PER_REPORT
 from optuna_ttp.trial_entries import CURVE
 from optuna_ttp.trial_entries import entry
+from optuna_ttp.trial_entries import or_nan
 from optuna_ttp.trial_entries import PREDICTION
 from optuna_ttp.unusable_curve import UnusableCurve
 
@@ -113,6 +114,42 @@ def observed_curve(trial: FrozenTrial) -> LossCurve | None:
     """
     value = recorded(trial)
     return None if value is None or isinstance(value, UnusableCurve) else read_curve(value)
+
+
+def lost_steps(trial: FrozenTrial) -> int:
+    """Return for how many steps a trial's loss has been infinite or NaN by now.
+
+    Args:
+        trial:
+            Any trial.
+
+    Returns:
+        A count; zero where the last loss is finite, or one that is not may be an accident.
+    """
+    value = recorded(trial)
+    if isinstance(value, UnusableCurve):
+        written = entry(trial, CURVE) or {}
+        n_steps = int(written.get("n_steps", len(trial.intermediate_values)))
+        return n_steps if value.kind == "infinite" else 0
+    if value is None or not value["diverged"]:
+        return 0
+    return int(value["n_steps"] - 1 - value["steps"][-1])
+
+
+def measured_seconds(trial: FrozenTrial) -> float:
+    """Return the seconds that a step of a trial took.
+
+    Args:
+        trial:
+            Any trial.
+
+    Returns:
+        The median; NaN where it was not measured.
+    """
+    value = recorded(trial)
+    if value is None or isinstance(value, UnusableCurve):
+        return math.nan
+    return or_nan(value.get("seconds_per_step"))
 
 
 def read_curve(value: dict[str, Any]) -> LossCurve:

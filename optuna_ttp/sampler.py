@@ -30,6 +30,8 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from optuna_ttp._checks import check_kind
+from optuna_ttp._checks import check_number
+from optuna_ttp._checks import check_seed
 from optuna_ttp._optuna_compat import fail_trial
 from optuna_ttp._optuna_compat import FINISHED
 from optuna_ttp._optuna_compat import fixed_params
@@ -160,7 +162,8 @@ class TTPSampler(BaseSampler):
             default; with one, all trials are.
         allow_duplicates:
             Whether a configuration that ran may be proposed again, as makes sense where the
-            objective is noisy. Off by default.
+            objective is noisy. Off by default. Where the search space has other parameters, the
+            three may be proposed again with other values of those.
         seed:
             For that share and the design, and for the default base sampler. Where a study goes on
             with a new sampler, the number of its first trial counts, too.
@@ -198,6 +201,10 @@ class TTPSampler(BaseSampler):
             )
         if base_sampler is not None and not isinstance(base_sampler, BaseSampler):
             raise TypeError(f"base_sampler must be a sampler but got {base_sampler!r}.")
+        if search_space is not None and not isinstance(search_space, Mapping):
+            raise TypeError(
+                f"search_space must map names to distributions but got {search_space!r}."
+            )
         for name, distribution in (search_space or {}).items():
             if not isinstance(distribution, BaseDistribution):
                 raise TypeError(
@@ -208,6 +215,11 @@ class TTPSampler(BaseSampler):
             raise TypeError(f"budget must be a StudyBudget but got {budget!r}.")
         if goal not in get_args(Goal):
             raise ValueError(f"goal must be one of {', '.join(get_args(Goal))} but got {goal!r}.")
+        check_kind("n_design_trials", n_design_trials, int)
+        check_kind("n_candidates", n_candidates, int)
+        check_number("exploration", exploration)
+        if seed is not None:
+            check_seed(seed)
         if n_design_trials < 0:
             raise ValueError(f"n_design_trials must not be negative but got {n_design_trials}.")
         if n_candidates < 1:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from optuna.logging import get_logger
 from optuna.trial import TrialState
 
+from optuna_ttp._checks import check_number
 from optuna_ttp._optuna_compat import FINISHED
 from optuna_ttp._optuna_compat import trials_of
 from optuna_ttp.recorded_curve import observed_curve
@@ -60,8 +61,9 @@ class StudyBudget:
             )
         limit = seconds if seconds is not None else steps
         assert limit is not None
+        name = "seconds" if seconds is not None else "steps"
+        check_number(name, limit)
         if not limit > 0 or not math.isfinite(limit):
-            name = "seconds" if seconds is not None else "steps"
             raise ValueError(f"{name} must be positive and finite but got {limit}.")
         self.limit = float(limit)
         self.in_seconds = seconds is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from types import TracebackType
 from typing import Any
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
+# Whoever asks about a running trial gets what was recorded once that is so many times as much as
+# was written, and not after a few losses only.
+_MORE, _FEW = 1.5, 6
 # Nobody takes so many optimiser steps.
 _TOO_MANY = 10**12
 
@@ -93,6 +97,11 @@ class TrainingLog:
     def is_behind(self) -> bool:
         """Whether losses were recorded that are not written yet."""
         return self._unusable is None and len(self._losses) > self._n_written
+
+    @property
+    def is_much_behind(self) -> bool:
+        """Whether half as many were recorded as are written, and some more."""
+        return self.is_behind and len(self._losses) >= _MORE * max(self._n_written, _FEW)
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -159,13 +168,17 @@ class TrainingLog:
             self._refuse(*few)
         self.write()
 
-    def write(self) -> None:
-        """Write the curve to the trial as far as it has come."""
+    def write(self) -> dict[str, Any] | None:
+        """Write the curve to the trial as far as it has come.
+
+        Returns:
+            What was written, if anything.
+        """
         if self._unusable is None and not self._losses:
-            return
+            return None
         written = entry(self._trial, CURVE)
         if written is not None and written != self._written and not self._continues(written):
-            return
+            return None
         value: dict[str, Any]
         if self._unusable is not None:
             value = {"unusable": self._unusable.reason, "kind": self._unusable.kind}
@@ -182,6 +195,8 @@ class TrainingLog:
             self._n_written = len(self._losses)
         except UpdateFinishedTrialError:
             self._tell(unwritten(written))
+            return None
+        return self._written
 
     def _continues(self, written: dict[str, Any]) -> bool:
         """Whether this log goes on where another one of the trial ended; if not, say so."""
@@ -218,6 +233,29 @@ class TrainingLog:
         if not self._measure_speed or len(self._times) < 3:
             return None
         return float(f"{np.median(np.diff(self._times) / np.diff(self._steps)):.4g}")
+
+
+def as_logged(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial:
+    """Return a running trial with what its log in this process has recorded meanwhile.
+
+    The log is written where it has become half as long again.
+
+    Args:
+        study:
+            The study.
+        trial:
+            As the storage has it.
+
+    Returns:
+        The trial itself, or a copy with the newer curve.
+    """
+    for log in list(_LOGS):
+        if log.is_of(study, trial) and log.is_much_behind:
+            written = log.write()
+            if written is not None:
+                trial = copy.copy(trial)
+                trial.user_attrs = {**trial.user_attrs, CURVE: written}
+    return trial
 
 
 def unwritten(written: dict[str, Any] | None) -> UnusableCurve:

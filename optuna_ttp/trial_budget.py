@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_ttp._checks import check_number
+
 
 if TYPE_CHECKING:
     from optuna_ttp.predictor import TrainingTimePredictor
@@ -37,6 +39,8 @@ class TrialBudget:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            if value is not None:
+                check_number(name, value)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive but got {value}.")
 

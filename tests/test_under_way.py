@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +14,13 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 import pytest
 
+from optuna_ttp import learn_from_reports
 from optuna_ttp import report
 from optuna_ttp import TrainingLog
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp.exceptions import UnusableCurveWarning
+from optuna_ttp.recorded_curve import observed_steps
 from optuna_ttp.trial_entries import DECISION
 from optuna_ttp.trial_entries import entry
 from optuna_ttp.trial_entries import RECORD
@@ -93,8 +97,8 @@ def test_the_first_steps_stop_nothing() -> None:
     # Predicted to miss its budget by a factor of two, which the tolerance lets pass.
     trial = asked(study, {**FAST, "learning_rate": 0.003})
     assert not trial.should_prune()
-    # A fifth is 40 steps, and what is recorded is written down after 8, 16, 32, 64.
-    assert _train(trial, 400.0, 200) == 64
+    # A fifth is 40 steps, and what is recorded is looked at when it is half as long again.
+    assert 40 <= _train(trial, 400.0, 200) < 60
 
 
 def test_where_no_trial_has_completed_none_is_stopped_for_the_target() -> None:
@@ -157,6 +161,21 @@ def test_a_trial_that_cannot_get_as_far_as_the_best_is_stopped() -> None:
     assert "its chance to get as far as the best trials within" in _decision(study)["reason"]
 
 
+def test_a_trial_that_has_spent_its_budget_is_left_to_end() -> None:
+    study = _study(max_steps=100)
+    add_observed(study, lambda steps: steps)
+    trial = asked(study, FAST)
+    assert not trial.should_prune()
+    # Nobody asks before the last step, and it has not reached the target.
+    with TrainingLog(trial, measure_speed=False) as log:
+        for loss in losses(2000.0, 100):
+            log.step(loss)
+        assert not trial.should_prune()
+        for loss in losses(2000.0, 160)[100:]:
+            log.step(loss)
+        assert trial.should_prune()
+
+
 def test_a_trial_that_makes_it_is_not_stopped() -> None:
     study = _study(max_steps=100)
     add_observed(study, lambda steps: steps)
@@ -200,6 +219,27 @@ def test_one_that_recovers_and_one_that_comes_down_slowly_are_not() -> None:
         assert _follow(asked(study, FAST), curve) == 200
 
 
+def test_a_curve_is_followed_however_few_of_its_steps_are_logged() -> None:
+    study = _study(max_steps=1000)
+    trial = asked(study, FAST)
+    assert not trial.should_prune()
+    curve = losses(12.0, 1000)
+    curve[100:] = math.nan
+    with TrainingLog(trial, measure_speed=False) as log:
+        for step in range(0, 1000, 50):
+            log.step(curve[step], step)
+            if trial.should_prune():
+                break
+    assert step < 600
+
+
+def test_a_warm_up_is_not_taken_for_a_set_back() -> None:
+    rng = np.random.default_rng(0)
+    curve = quick_predictor().initial_loss * rng.normal(1.0, 0.1, 200)
+    study = _study(max_steps=200)
+    assert _follow(asked(study, FAST), curve) == 200
+
+
 def test_a_loss_that_stays_infinite_stops_a_trial() -> None:
     study = _study(max_steps=200)
     curve = losses(12.0, 200)
@@ -207,7 +247,23 @@ def test_a_loss_that_stays_infinite_stops_a_trial() -> None:
     trial = asked(study, FAST)
     assert not trial.should_prune()
     assert 20 < _follow(trial, curve) < 40
-    assert "its training loss stays infinite or NaN" in _decision(study)["reason"]
+    assert "its training loss has been infinite or NaN for" in _decision(study)["reason"]
+
+
+@pytest.mark.parametrize("reports", [False, True])
+def test_one_whose_loss_never_was_finite_is_stopped(reports: bool) -> None:
+    study = _study(max_steps=200)
+    trial = asked(study, FAST)
+    assert not trial.should_prune()
+    if not reports:
+        assert _follow(trial, np.full(200, math.nan)) < 20
+        return
+    learn_from_reports(trial)
+    for k in range(20):
+        trial.report(math.nan, k)
+        if trial.should_prune():
+            break
+    assert k < 5
 
 
 def test_a_batch_that_overflows_stops_nothing() -> None:
@@ -254,19 +310,55 @@ def test_what_runs_to_audit_the_predictions_runs_to_its_end() -> None:
     assert _train(trial, 1e5, 150) == 150
 
 
+def test_what_is_faster_is_a_question_of_seconds_as_they_were_measured() -> None:
+    def n_steps(seconds: float) -> int:
+        """Steps of a trial whose steps take so many seconds, after one of 0.01 s a step."""
+        study = _study(max_steps=400, goal="time", max_consecutive=1)
+        for k, own in enumerate((0.01, seconds)):
+            trial = asked(study, DIVERGING if k else FAST)
+            if trial.should_prune():
+                # The next one's turn has come, whatever is predicted.
+                study.tell(trial, state=TrialState.PRUNED)
+                trial = asked(study, DIVERGING)
+                assert not trial.should_prune()
+            with TrainingLog(trial) as log, mock.patch.object(time, "perf_counter") as clock:
+                for step, loss in enumerate(losses(1e5 if k else 30.0, 32 + 100 * k)):
+                    clock.return_value = step * own
+                    log.step(loss)
+                    if trial.should_prune():
+                        break
+            study.tell(trial, own * (step + 1))
+        return step + 1
+
+    # As many seconds as the first one took are 30 and 300 of its steps.
+    assert 30 <= n_steps(0.01) < 60
+    assert n_steps(0.001) == 132
+
+
 def test_a_trial_that_stopped_at_its_target_is_as_fast_as_it_was() -> None:
     # The smoothed loss of noisy batches lags behind what the objective measured.
+    curve = losses(33.0, 31)
+    curve[2:] *= np.resize([1.6, 0.7], 29)
     study = _study(max_steps=200, goal="time")
     trial = asked(study, FAST)
-    curve = losses(30.0, 30)
-    curve[-3:] *= 1.1
     assert not trial.should_prune()
-    assert _follow(trial, curve) == 30
-    study.tell(trial, 30.0)
-    # Of which nothing is foretold: it is on its way, and later than that.
+    assert _follow(trial, curve) == 31
+    study.tell(trial, 31.0)
+    assert math.isinf(observed_steps(study.trials[0], quick_predictor()))
     slower = asked(study, {**FAST, "learning_rate": 0.09})
     assert not slower.should_prune()
-    assert 30 <= _train(slower, 100.0, 200) < 70
+    assert _train(slower, 100.0, 200) < 60
+
+
+def test_one_that_ended_short_of_its_target_is_no_measure() -> None:
+    study = _study(max_steps=200, goal="time")
+    trial = asked(study, FAST)
+    assert not trial.should_prune()
+    assert _follow(trial, losses(37.0, 30)) == 30
+    study.tell(trial, 1e9)
+    slower = asked(study, {**FAST, "learning_rate": 0.09})
+    assert not slower.should_prune()
+    assert _train(slower, 100.0, 110) == 110
 
 
 def test_a_trial_that_was_stopped_counts_as_a_bad_one() -> None:

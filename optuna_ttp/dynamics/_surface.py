@@ -61,6 +61,9 @@ class ResponseSurface:
             ``h_1``.
         n_samples:
             N.
+        slow_tau:
+            ``eta_e t`` at the target where steps are small, or at the horizon where that is
+            before the target.
     """
 
     momenta: NDArray[np.float64]
@@ -70,6 +73,7 @@ class ResponseSurface:
     log_rungs: NDArray[np.float64]
     curvature: float
     n_samples: int
+    slow_tau: float
 
     @classmethod
     def build(
@@ -125,12 +129,12 @@ class ResponseSurface:
         still = np.zeros(1)
         slowest = simulated(slow, sizes[:1], still, np.array([float(max_steps)]))
         slow_steps = slowest.first_passages(target)
-        patience = _PATIENCE * np.minimum(slow_steps, max_steps) * slow / effective
+        slow_tau = float((np.minimum(slow_steps, max_steps) * slow)[0])
         curves = simulated(
             (effective * (1 - m)).ravel(),
             b.ravel(),
             m.ravel(),
-            np.minimum(patience + _SETTLING / (1 - m), max_steps).ravel(),
+            np.minimum(_patience(slow_tau, effective, m), max_steps).ravel(),
         )
         steps = curves.first_passages(target).reshape(m.shape)
         log_tau = np.log(effective * np.maximum(steps, 1.0))
@@ -147,7 +151,24 @@ class ResponseSurface:
             np.maximum.accumulate(log_rungs + np.log(effective)[..., None], axis=3),
             curvature,
             n,
+            slow_tau,
         )
+
+    def patience(
+        self, learning_rate: NDArray[np.float64], momentum: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Return after how many steps configurations without a time were given up.
+
+        Args:
+            learning_rate:
+                Shape ``(K,)``.
+            momentum:
+                Shape ``(K,)``.
+
+        Returns:
+            Steps, shape ``(K,)``. What may take more should be simulated.
+        """
+        return _patience(self.slow_tau, learning_rate / (1.0 - momentum), momentum)
 
     def steps(
         self,
@@ -367,6 +388,12 @@ def _depths(
 
 
 _OF_SGD = ("dampening", "nesterov", "weight_decay")
+
+
+def _patience(
+    slow_tau: float, effective: NDArray[np.float64], momentum: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    return np.asarray(_PATIENCE * slow_tau / effective + _SETTLING / (1.0 - momentum))
 
 
 def _nodes(
