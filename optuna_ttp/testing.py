@@ -7,7 +7,9 @@ Subclass :class:`PrunerTestCase` in a test module and give it a fixture named ``
     ...     def pruner(self, request):
     ...         return request.param  # called without arguments, it makes a new pruner
 
-Override a test with ``pass`` where a pruner is meant to behave otherwise. Needs pytest.
+Override a test with ``pass`` where a pruner is meant to behave otherwise. Optuna's own pruners
+pass, but for :class:`~optuna.pruners.SuccessiveHalvingPruner` with ``min_resource="auto"``: it
+keeps what the first study's trials told for every other one. Needs pytest.
 """
 
 from __future__ import annotations
