@@ -20,6 +20,8 @@ from optuna_ttp.dynamics import simulate
 from optuna_ttp.dynamics import Target
 
 
+# A difference of a step is a difference of three percent.
+_FEW_STEPS = 32
 # What the response surface is built from; it ranks candidates, it does not promise times.
 _SURFACE_TRACE = 0.95
 
@@ -129,23 +131,35 @@ class TargetPath:
         kept = self.simulator.spectrum.explained_trace
         if kept > 1.0 - 1e-6 or self.target.settled:
             return 0.0
-        model = LinearisedModel.from_spectrum(
-            self.simulator.spectrum.truncate(explained_trace=max(1.0 - 2.0 * (1.0 - kept), 0.01))
-        )
+        spectrum = self.simulator.spectrum
+        shorter = spectrum.truncate(explained_trace=max(1.0 - 2.0 * (1.0 - kept), 0.01))
+        if shorter.rank == spectrum.rank and spectrum.rank > 1:
+            # Equal eigenvalues are kept together.
+            shorter = spectrum.truncate(rank=spectrum.rank - 1)
+        model = LinearisedModel.from_spectrum(shorter)
         target = self.target
         if target.quantity == "smoothed_loss":
             target = replace(target, quantity="loss")
-        rate = self.simulator.slow_rate
-        times = [
-            simulate(
-                m,
-                SGD.of(rate),
-                np.array([m.n_samples]),
-                max_steps=np.array([5_000]),
-                target=target,
-            ).first_passages(target)[0]
-            for m in (self.simulator.model, model)
-        ]
+
+        def passages(rate: float) -> list[float]:
+            return [
+                float(
+                    simulate(
+                        m,
+                        SGD.of(np.array([rate])),
+                        np.array([m.n_samples]),
+                        max_steps=np.array([5_000]),
+                        target=target,
+                    ).first_passages(target)[0]
+                )
+                for m in (self.simulator.model, model)
+            ]
+
+        rate = float(self.simulator.slow_rate)
+        times = passages(rate)
+        if min(times) < _FEW_STEPS:
+            # Whole steps tell nothing where there are few of them.
+            times = passages(rate / _FEW_STEPS)
         if not np.isfinite(times).all():
             return 1.0
         return abs(math.log(max(times[1], 1.0) / max(times[0], 1.0)))

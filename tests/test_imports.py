@@ -25,6 +25,7 @@ OPTUNA_SIDE = (
     "_best_trials",
     "_optuna_compat",
     "_resolution",
+    "_under_way",
     "candidates",
     "cli",
     "curve_start",

