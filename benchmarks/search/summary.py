@@ -456,7 +456,7 @@ def _draw(
             axes.set_xscale("log")
             axes.set_xlabel("seconds over those of an average configuration")
             axes.set_ylabel(label)
-        right.legend(fontsize="small")
+        left.legend(fontsize="small", loc="upper right")
         figure.suptitle(f"goal: {goal}, {workers} worker{'s' * (workers > 1)}")
         figure.savefig(folder / f"{goal}-{workers}.png", dpi=110)
         _draw_critical_difference(searches, folder / f"{goal}-{workers}-ranks.png")
