@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
+from optuna_ttp import compute_spectrum
+from optuna_ttp import FineTuningTask
 from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import DEPTHS
@@ -630,6 +633,44 @@ def test_slow_training_with_momentum_is_estimated_as_it_is_predicted(momentum: f
     assert np.abs(away[known]).max() < 0.3
     assert np.sqrt(np.square(away[known]).mean()) < 0.1
     np.testing.assert_allclose(estimated.steps, predicted.steps, rtol=0.15)
+
+
+@pytest.mark.filterwarnings("ignore:At 5% of the initial")
+def test_what_the_surface_gives_up_is_simulated_before_it_is_called_hopeless() -> None:
+    """Near the edge of stability a growing kernel makes training slow, but not endless."""
+    predictor = TrainingTimePredictor(_of_new_classes(), target_fraction=0.05)
+    sizes = np.array([4, 8, 16])
+    rates = np.multiply.outer([0.65, 0.75, 0.85, 0.92], predictor.max_learning_rate(sizes))
+    given_up = np.isinf(predictor.score(rates, sizes, simulate_outside=False))
+    assert given_up.sum() >= 3
+    estimated = predictor.estimate(rates, sizes)
+    predicted = predictor.predict(rates, sizes)
+    np.testing.assert_allclose(estimated.steps[given_up], predicted.steps[given_up], rtol=0.25)
+    assert (estimated.p_converges[given_up] > 0.5).all()
+
+
+def _of_new_classes() -> Spectrum:
+    """Of a network that was pretrained on five classes, with a new head for five others."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.rand(10, 64, generator=generator)
+    labels = torch.arange(1000) % 10
+    inputs = centres[labels] + 0.3 * torch.randn(1000, 64, generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64)]
+        model = torch.nn.Sequential(*layers, torch.nn.ReLU(), torch.nn.Linear(64, 5))
+        head = torch.nn.Linear(64, 5)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(60):
+        chosen = torch.randperm(1000, generator=generator)[:256]
+        chosen = chosen[labels[chosen] < 5]
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model(inputs[chosen]), labels[chosen]).backward()
+        optimiser.step()
+    model[4] = head
+    new = torch.nonzero(labels >= 5)[:48, 0]
+    task = FineTuningTask(model, TensorDataset(inputs[new], labels[new] - 5), loss="cross_entropy")
+    return compute_spectrum(task, measure_speed=False)
 
 
 def test_targets_out_of_reach_are_scored_without_a_warning(
