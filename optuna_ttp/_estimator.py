@@ -122,19 +122,19 @@ class Estimator:
         )
         hopeless = self._corrected.is_hopeless(configurations)
         surface = self._corrected.path.surface if self.has_surface else None
-        steps, outside = _scored(surface, *self._places(configurations))
+        places = self._places(configurations)
+        steps, outside = _scored(surface, *places)
         # The surface ends at the predictor's horizon, and where it gave up.
         longest = configurations.max_steps
         if surface is not None:
-            rate, _, mass = self._places(configurations)
-            patience = surface.patience(rate, mass)
+            patience = surface.patience(places[0], places[2])
             outside |= ~np.isfinite(steps) & (longest > np.minimum(patience, self.max_steps))
             longest = np.minimum(longest, np.ceil(_PATIENT * patience).astype(np.int64))
         simulated = np.flatnonzero(outside & ~hopeless)
         depths, logs = (
             (DEPTHS[-1:], np.full((len(configurations), 1), np.nan))
             if surface is None
-            else (surface.depths, surface.passages(*self._places(configurations)))
+            else (surface.depths, surface.passages(*places))
         )
         ladder = Ladder.interpolated(depths, logs, hopeless)
         if len(simulated):

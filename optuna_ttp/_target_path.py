@@ -140,26 +140,12 @@ class TargetPath:
         target = self.target
         if target.quantity == "smoothed_loss":
             target = replace(target, quantity="loss")
-
-        def passages(rate: float) -> list[float]:
-            return [
-                float(
-                    simulate(
-                        m,
-                        SGD.of(np.array([rate])),
-                        np.array([m.n_samples]),
-                        max_steps=np.array([5_000]),
-                        target=target,
-                    ).first_passages(target)[0]
-                )
-                for m in (self.simulator.model, model)
-            ]
-
         rate = float(self.simulator.slow_rate)
-        times = passages(rate)
+        models = (self.simulator.model, model)
+        times = [_slow_passage(m, rate, target) for m in models]
         if min(times) < _FEW_STEPS:
             # Whole steps tell nothing where there are few of them.
-            times = passages(rate / _FEW_STEPS)
+            times = [_slow_passage(m, rate / _FEW_STEPS, target) for m in models]
         if not np.isfinite(times).all():
             return 1.0
         return abs(math.log(max(times[1], 1.0) / max(times[0], 1.0)))
@@ -190,3 +176,15 @@ class TargetPath:
         return math.log(
             self.simulator.initial_loss / max(float(run.curves["loss"][0, best]), 1e-300)
         )
+
+
+def _slow_passage(model: LinearisedModel, rate: float, target: Target) -> float:
+    """Steps of full batches to a target."""
+    run = simulate(
+        model,
+        SGD.of(np.array([rate])),
+        np.array([model.n_samples]),
+        max_steps=np.array([5_000]),
+        target=target,
+    )
+    return float(run.first_passages(target)[0])

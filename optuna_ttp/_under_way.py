@@ -44,9 +44,9 @@ _EARLIEST = 0.2
 _NEARLY_DONE = 0.05
 # Training has been thrown back to where it began while its loss is above so much of the initial
 # one, was below, and is probably higher than it was. It is given up for lost after so many times
-# the steps in which it was predicted to be halved, and as many as it took to get there. 20 of the
-# 1,608 recorded runs of benchmarks/search are, at 64 % of their epochs; none of them reaches the
-# target all the same, and none is close to the best.
+# the steps in which it was predicted to be halved, and as many as it took to get there. 32 of the
+# 1,608 recorded runs are (benchmarks/search/parts.py), at 56 % of their epochs; none of them
+# reaches the target all the same, and none is close to the best.
 _NOT_LEARNED = 0.9
 _AMPLE = 2.0
 _ERRORS = 1.0
@@ -151,7 +151,9 @@ class UnderWay:
         # The first steps tell little of the last ones.
         ample = math.isinf(budget) or curve.n_steps >= _EARLIEST * budget
         trusted = self.predictor.calibration.trusted
-        if ample and trusted and _is_thrown_back(curve, observation, self.predictor.initial_loss):
+        initial = self.predictor.initial_loss
+        passages = observation.predicted, observation.expected
+        if ample and trusted and is_thrown_back(curve, *passages, initial):
             reason = (
                 f"after {curve.n_steps:,.0f} steps its training loss is back where it began, and "
                 "was predicted to be halved in less than half of the steps since it was below"
@@ -216,11 +218,11 @@ class UnderWay:
         for trial in trials if self.timed else ():
             of = entry(trial, PREDICTION)
             steps = observed_steps(trial, self.predictor)
-            curve = observed_curve(trial)
             is_best = best is not None and trial.number == best.number
-            if curve is not None and is_best and math.isinf(steps) and way_gone(trial) >= 1.0:
+            if is_best and math.isinf(steps) and way_gone(trial) >= 1.0:
                 # It stopped at its target, which the smoothed loss of its batches lags behind.
-                steps = curve.n_steps
+                curve = observed_curve(trial)
+                steps = steps if curve is None else curve.n_steps
             if of is None or not math.isfinite(steps):
                 continue
             sizes = np.array([of["batch_size"], running.batch_size])
@@ -263,14 +265,34 @@ def _configuration(prediction: dict[str, Any]) -> tuple[float, int, float]:
     return prediction["learning_rate"], prediction["batch_size"], prediction["momentum"]
 
 
-def _is_thrown_back(curve: LossCurve, running: Observation, initial_loss: float) -> bool:
-    """Whether training is back where it began, in ample time to be elsewhere."""
+def is_thrown_back(
+    curve: LossCurve,
+    predicted: NDArray[np.float64],
+    expected: NDArray[np.float64],
+    initial_loss: float,
+) -> bool:
+    """Tell whether training is back where it began, in ample time to be elsewhere.
+
+    Args:
+        curve:
+            Of the training loss so far.
+        predicted:
+            Logarithms of the predicted steps to :data:`~optuna_ttp.calibration.DEPTHS`, as
+            simulated, shape ``(P,)``.
+        expected:
+            The same as corrected by earlier trials.
+        initial_loss:
+            At the pretrained weights.
+
+    Returns:
+        Whether it is.
+    """
     start = _NOT_LEARNED * initial_loss
     # Noise alone takes a curve below its start and back.
     below = np.flatnonzero(curve.losses * np.exp(_ERRORS * curve.errors) < start)
     if not len(below) or curve.losses[-1] < start or not curve.has_risen:
         return False
-    halved = _halved(running.predicted, running.expected)
+    halved = _halved(predicted, expected)
     if halved is None:
         return False
     last = float(curve.steps[below[-1]])

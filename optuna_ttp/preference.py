@@ -19,9 +19,9 @@ from optuna_ttp.outlook import Outlook
 _SAME = 0.03
 # A spread-out design gives so many nats for being this far, as a share of the space's extent, from
 # all that was tried. Little, because predictions rank well from the first trial on: on the
-# recorded tasks and parts of their grids, 40 in all, searches for a time took 2.2, 2.1, 1.9, 1.8
-# and 1.9 average trials (geometric mean) with 3, 1.5, 0.75, 0.35 and no nats; those for a metric
-# 3.2, 3.1, 3.0, 3.0 and 2.9 with 1, 0.5, 0.25, 0.12 and none.
+# recorded tasks and parts of their grids, 40 in all (benchmarks/search/parts.py), searches for a
+# time took 2.2, 2.1, 1.9, 1.8 and 1.9 average trials (geometric mean) with 3, 1.5, 0.75, 0.35 and
+# no nats; those for a metric 3.2, 3.1, 3.0, 3.0 and 2.9 with 1, 0.5, 0.25, 0.12 and none.
 _SPREAD_NATS = {"time": 0.35, "metric": 0.1}
 _SPREAD = 0.25
 # From the worst to the best by rank.

@@ -241,10 +241,10 @@ class TTPPruner(BasePruner):
                 raise ValueError(f"{name} must be in [0, 1] but got {share}.")
         if max_cost_ratio is not None:
             check_number("max_cost_ratio", max_cost_ratio)
-        if max_cost_ratio is not None and not 1.0 <= max_cost_ratio < math.inf:
-            raise ValueError(
-                f"max_cost_ratio must be finite and at least 1 but got {max_cost_ratio}."
-            )
+            if not 1.0 <= max_cost_ratio < math.inf:
+                raise ValueError(
+                    f"max_cost_ratio must be finite and at least 1 but got {max_cost_ratio}."
+                )
         check_kind("max_consecutive", max_consecutive, int)
         if max_consecutive < 1:
             raise ValueError(f"max_consecutive must be at least 1 but got {max_consecutive}.")

@@ -53,7 +53,7 @@ from optuna_ttp.preference import Evidence
 from optuna_ttp.preference import Preference
 from optuna_ttp.pruner import Goal
 from optuna_ttp.pruner import TTPPruner
-from optuna_ttp.recorded_curve import observed_curve
+from optuna_ttp.recorded_curve import lost_steps
 from optuna_ttp.study_budget import StudyBudget
 from optuna_ttp.trial_budget import TrialBudget
 from optuna_ttp.trial_entries import DECISION
@@ -595,8 +595,7 @@ def _without(trial: FrozenTrial) -> float:
         return math.nan
     if (entry(trial, DECISION) or {}).get("decision") == STOP:
         return math.inf
-    curve = observed_curve(trial)
-    return math.inf if curve is not None and curve.diverged else math.nan
+    return math.inf if lost_steps(trial) else math.nan
 
 
 class _Seen:

@@ -39,9 +39,10 @@ class TrialBudget:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None:
-                check_number(name, value)
-            if value is not None and not value > 0:
+            if value is None:
+                continue
+            check_number(name, value)
+            if not value > 0:
                 raise ValueError(f"{name} must be positive but got {value}.")
 
     def check(self, predictor: TrainingTimePredictor) -> None:

@@ -9,6 +9,7 @@ import pytest
 from scipy.integrate import solve_ivp
 import torch
 
+from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.dynamics import mse_gradient_flow
 from optuna_ttp.dynamics import Schedule
@@ -369,17 +370,20 @@ def test_same_seed_gives_the_same_prediction(method: Any) -> None:
 
 
 def test_seeds_of_noise_are_averaged() -> None:
-    def steps(n_seeds: int, seed: int) -> float:
+    def time(n_seeds: int, seed: int) -> tuple[float, float]:
+        """Steps, and the logarithm of the time that they are rounded up from."""
         predictor = TrainingTimePredictor(
             _linear(), target_fraction=0.5, method="sde", n_seeds=n_seeds, seed=seed
         )
-        return predictor.predict(0.2, 3, 0.5).steps.item()
+        prediction = predictor.predict(0.2, 3, 0.5)
+        half = np.isclose(DEPTHS, math.log(2.0))
+        return prediction.steps.item(), prediction.log_passages[half].item()
 
-    alone = [steps(1, seed) for seed in (4, 5, 6)]
+    alone = [time(1, seed)[1] for seed in (4, 5, 6)]
     assert len(set(alone)) > 1
-    # Whole steps are those of times that are up to one shorter.
-    low, high = (math.exp(np.mean(np.log(np.array(alone) - k))) for k in (1, 0))
-    assert low <= steps(3, 4) <= math.ceil(high - 1e-9)
+    steps, log_time = time(3, 4)
+    assert log_time == pytest.approx(np.mean(alone), abs=1e-12)
+    assert steps == math.ceil(math.exp(np.mean(alone)) - 1e-9)
 
 
 @pytest.mark.parametrize("method", ["ode", "sde"])

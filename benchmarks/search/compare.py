@@ -400,7 +400,7 @@ def predictor_of(
     predictor.estimate(0.01, min(8, predictor.n_samples), 0.9)
     _ = predictor.best_depth
     seconds = time.process_time() - started
-    spent = float(about.get("seconds", spectrum.metadata.compute_seconds))
+    spent = float(about["seconds"])
     if n_workers > 1:
         spent = min(spent, float(about["seconds_together"]))
     return predictor, seconds + spent
