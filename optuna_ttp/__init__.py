@@ -6,82 +6,82 @@ SQLAlchemy and scipy are loaded only by what needs them.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
 from typing import TYPE_CHECKING
 
+from optuna_ttp._util.lazy import lazy_names
 from optuna_ttp.version import __version__
 
 
 if TYPE_CHECKING:
+    from optuna_ttp._util.exceptions import ApproximationWarning
+    from optuna_ttp._util.exceptions import DamagedSpectrumError
+    from optuna_ttp._util.exceptions import DamagedSpectrumWarning
+    from optuna_ttp._util.exceptions import DataOrderWarning
+    from optuna_ttp._util.exceptions import FingerprintMismatchError
+    from optuna_ttp._util.exceptions import JacobianMismatchError
+    from optuna_ttp._util.exceptions import LearnedConflictError
+    from optuna_ttp._util.exceptions import OptunaTTPError
+    from optuna_ttp._util.exceptions import OptunaTTPWarning
+    from optuna_ttp._util.exceptions import StoreError
+    from optuna_ttp._util.exceptions import StoreVersionError
+    from optuna_ttp._util.exceptions import UnreliablePredictionWarning
+    from optuna_ttp._util.exceptions import UnusableCurveWarning
     from optuna_ttp.calibration import Calibration
-    from optuna_ttp.decision import Decision
     from optuna_ttp.dynamics import Schedule
     from optuna_ttp.dynamics import Smoothing
-    from optuna_ttp.hyperparameters import HyperparameterMap
-    from optuna_ttp.jacobian import compute_spectrum
-    from optuna_ttp.jacobian import plan_spectrum
-    from optuna_ttp.ledger import Report
-    from optuna_ttp.ledger import report
-    from optuna_ttp.loss import Loss
-    from optuna_ttp.memory import Memory
+    from optuna_ttp.ntk import compute_spectrum
+    from optuna_ttp.ntk import plan_spectrum
     from optuna_ttp.prediction import Prediction
-    from optuna_ttp.predictor import TrainingTimePredictor
-    from optuna_ttp.pruner import TTPPruner
-    from optuna_ttp.reported_curve import learn_from_reports
-    from optuna_ttp.sampler import TTPSampler
+    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.reporting import Report
+    from optuna_ttp.reporting import report
+    from optuna_ttp.search import TTPPruner
+    from optuna_ttp.search import TTPSampler
     from optuna_ttp.spectrum import Spectrum
+    from optuna_ttp.spectrum import Throughput
     from optuna_ttp.store import SpectrumStore
-    from optuna_ttp.study_budget import StudyBudget
+    from optuna_ttp.study import Decision
+    from optuna_ttp.study import HyperparameterMap
+    from optuna_ttp.study import learn_from_reports
+    from optuna_ttp.study import Memory
+    from optuna_ttp.study import StudyBudget
+    from optuna_ttp.study import TrainingLog
     from optuna_ttp.task import FineTuningTask
-    from optuna_ttp.throughput import Throughput
-    from optuna_ttp.training_log import TrainingLog
+    from optuna_ttp.task import Loss
 
-
-_MODULES = {
-    "Calibration": "calibration",
-    "Decision": "decision",
-    "FineTuningTask": "task",
-    "HyperparameterMap": "hyperparameters",
-    "Loss": "loss",
-    "Memory": "memory",
-    "Prediction": "prediction",
-    "Report": "ledger",
-    "Schedule": "dynamics",
-    "Smoothing": "dynamics",
-    "Spectrum": "spectrum",
-    "SpectrumStore": "store",
-    "StudyBudget": "study_budget",
-    "TTPPruner": "pruner",
-    "TTPSampler": "sampler",
-    "Throughput": "throughput",
-    "TrainingLog": "training_log",
-    "TrainingTimePredictor": "predictor",
-    "compute_spectrum": "jacobian",
-    "learn_from_reports": "reported_curve",
-    "plan_spectrum": "jacobian",
-    "report": "ledger",
-}
 
 __all__ = [
+    "ApproximationWarning",
     "Calibration",
+    "DamagedSpectrumError",
+    "DamagedSpectrumWarning",
+    "DataOrderWarning",
     "Decision",
     "FineTuningTask",
+    "FingerprintMismatchError",
     "HyperparameterMap",
+    "JacobianMismatchError",
+    "LearnedConflictError",
     "Loss",
     "Memory",
+    "OptunaTTPError",
+    "OptunaTTPWarning",
     "Prediction",
     "Report",
     "Schedule",
     "Smoothing",
     "Spectrum",
     "SpectrumStore",
+    "StoreError",
+    "StoreVersionError",
     "StudyBudget",
     "TTPPruner",
     "TTPSampler",
     "Throughput",
     "TrainingLog",
     "TrainingTimePredictor",
+    "UnreliablePredictionWarning",
+    "UnusableCurveWarning",
     "__version__",
     "compute_spectrum",
     "learn_from_reports",
@@ -89,14 +89,61 @@ __all__ = [
     "report",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value = getattr(import_module(f"optuna_ttp.{_MODULES[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "_util.exceptions": (
+            "ApproximationWarning",
+            "DamagedSpectrumError",
+            "DamagedSpectrumWarning",
+            "DataOrderWarning",
+            "FingerprintMismatchError",
+            "JacobianMismatchError",
+            "LearnedConflictError",
+            "OptunaTTPError",
+            "OptunaTTPWarning",
+            "StoreError",
+            "StoreVersionError",
+            "UnreliablePredictionWarning",
+            "UnusableCurveWarning",
+        ),
+        "calibration": ("Calibration",),
+        "dynamics": (
+            "Schedule",
+            "Smoothing",
+        ),
+        "ntk": (
+            "compute_spectrum",
+            "plan_spectrum",
+        ),
+        "prediction": (
+            "Prediction",
+            "TrainingTimePredictor",
+        ),
+        "reporting": (
+            "Report",
+            "report",
+        ),
+        "search": (
+            "TTPPruner",
+            "TTPSampler",
+        ),
+        "spectrum": (
+            "Spectrum",
+            "Throughput",
+        ),
+        "store": ("SpectrumStore",),
+        "study": (
+            "Decision",
+            "HyperparameterMap",
+            "Memory",
+            "StudyBudget",
+            "TrainingLog",
+            "learn_from_reports",
+        ),
+        "task": (
+            "FineTuningTask",
+            "Loss",
+        ),
+    },
+)

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from optuna_ttp.jacobian import compute_spectrum
-from optuna_ttp.loss import Loss
+from optuna_ttp.ntk import compute_spectrum
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.task import FineTuningTask
+from optuna_ttp.task import Loss
 from tests.models import cnn
 from tests.models import images
 from tests.models import mlp

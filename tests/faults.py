@@ -30,7 +30,7 @@ import numpy as np
 import sqlalchemy as sa
 import torch
 
-from optuna_ttp.exceptions import StoreError
+from optuna_ttp import StoreError
 from optuna_ttp.store import SpectrumStore
 from optuna_ttp.task import FineTuningTask
 from tests.servers import PostgreSQL
@@ -171,7 +171,7 @@ def kill_reader(url: str, seed: int, generator: random.Random, seconds: float) -
 def write(url: str, seed: int, n_times: int) -> str:
     """Write a spectrum again and again, each time as a whole."""
     torch.set_num_threads(1)
-    from optuna_ttp.jacobian import compute_spectrum
+    from optuna_ttp.ntk import compute_spectrum
 
     spectrum = compute_spectrum(
         task(seed), measure_speed=False, probe=False, show_progress_bar=False

@@ -13,8 +13,8 @@ from typing import Any
 from hypothesis import strategies as st
 import numpy as np
 
-from optuna_ttp import blob
-from optuna_ttp.exceptions import DamagedSpectrumError
+from optuna_ttp import DamagedSpectrumError
+from optuna_ttp.spectrum import blob
 from optuna_ttp.spectrum import Spectrum
 from tests.cases import spectrum
 

@@ -20,7 +20,7 @@ from tests.models import separated
 _ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.filterwarnings("ignore::optuna_ttp.exceptions.UnreliablePredictionWarning")
+@pytest.mark.filterwarnings("ignore::optuna_ttp.UnreliablePredictionWarning")
 def test_the_readme_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

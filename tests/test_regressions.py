@@ -16,14 +16,14 @@ from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
-from optuna_ttp.trial_entries import entry
-from optuna_ttp.trial_entries import PREDICTION
+from optuna_ttp.study import entry
+from optuna_ttp.study import PREDICTION
 from tests.models import mlp
 from tests.models import separated
 from tests.models import small_predictor
 
 
-@pytest.mark.filterwarnings("ignore::optuna_ttp.exceptions.UnreliablePredictionWarning")
+@pytest.mark.filterwarnings("ignore::optuna_ttp.UnreliablePredictionWarning")
 def test_a_target_below_what_label_smoothing_allows_is_refused() -> None:
     loss = torch.nn.CrossEntropyLoss(label_smoothing=0.3)
     x, y = separated(24)

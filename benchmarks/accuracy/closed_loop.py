@@ -1,7 +1,7 @@
 """How fast the predictor learns from trials, over the recorded runs of ``absolute_targets``.
 
 Trials are observed as a user's are: their mini-batch losses, through
-:class:`~optuna_ttp.loss_curve.LossCurve`. In random order, 0, 1, 2, 3, 5 and 10 of them are
+:class:`~optuna_ttp.calibration.LossCurve`. In random order, 0, 1, 2, 3, 5 and 10 of them are
 learned from, and the times of all others to 70, 50, 35, 25, 15 and 10 % of the initial loss are
 predicted; configurations that were learned from with another order of the samples are left out.
 Beside ours: no correction, one factor, one factor a target, ``c / eta_e`` and
@@ -47,14 +47,14 @@ from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import Doubt
+from optuna_ttp.calibration import doubt
 from optuna_ttp.calibration import FRACTIONS
+from optuna_ttp.calibration import LossCurve
 from optuna_ttp.calibration import NODES
 from optuna_ttp.calibration import Observation
 from optuna_ttp.calibration import SimulatedPassages
 from optuna_ttp.dynamics import Target
-from optuna_ttp.loss_curve import LossCurve
-from optuna_ttp.observed_trial import broke_down
-from optuna_ttp.uncertainty import doubt
+from optuna_ttp.study._observed_trial import broke_down
 
 
 TARGETS = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1)

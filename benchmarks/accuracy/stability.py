@@ -56,10 +56,10 @@ from benchmarks.environment import environment
 from optuna_ttp import compute_spectrum
 from optuna_ttp import Spectrum
 from optuna_ttp import TrainingTimePredictor
+from optuna_ttp import UnreliablePredictionWarning
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.dynamics import SGD
 from optuna_ttp.dynamics import simulate
-from optuna_ttp.exceptions import UnreliablePredictionWarning
 
 
 PRIMARY = "departure"

@@ -53,10 +53,10 @@ from benchmarks.environment import environment
 from optuna_ttp import compute_spectrum
 from optuna_ttp import Spectrum
 from optuna_ttp import TrainingTimePredictor
+from optuna_ttp import UnreliablePredictionWarning
 from optuna_ttp.dynamics import power_law_modes
 from optuna_ttp.dynamics import SampleConvergence
 from optuna_ttp.dynamics import Target
-from optuna_ttp.exceptions import UnreliablePredictionWarning
 
 
 _LOSSES = ("cross_entropy", "mse")

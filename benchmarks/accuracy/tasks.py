@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 import torch
 import torch.nn.functional as functional
 
-from optuna_ttp import _demo
+from optuna_ttp import demo
 from optuna_ttp import FineTuningTask
 
 
@@ -257,7 +257,7 @@ def residual(
             model = ResidualNetwork(5)
             model.train()
             data = _of_classes(images, labels, first, 10_000, seed)
-            for _ in _demo.train(model, data, 0.05, 64, 0.9, 400, generator):
+            for _ in demo.train(model, data, 0.05, 64, 0.9, 400, generator):
                 pass
             model.head = torch.nn.Linear(32, 5)
         return model
@@ -344,7 +344,7 @@ def sentences(package: str) -> list[str]:
 
 
 def _digits_network(name: str, seed: int) -> Tuning:
-    tuning = _demo.pretrain(seed)
+    tuning = demo.pretrain(seed)
     # The draw of the samples goes on from that of the pretraining, so it has to be done anyway.
     model = _kept(f"digits-{seed}", tuning.model, lambda: tuning.model)
     return Tuning(name, model.eval(), *tuning.train)

@@ -36,8 +36,8 @@ from benchmarks.accuracy.tasks import load
 from benchmarks.accuracy.tasks import residual
 from benchmarks.accuracy.tasks import Tuning
 from benchmarks.environment import environment
-from optuna_ttp import _demo
 from optuna_ttp import compute_spectrum
+from optuna_ttp import demo
 from optuna_ttp import FineTuningTask
 from optuna_ttp import TrainingTimePredictor
 
@@ -119,7 +119,7 @@ def _split(name: str) -> tuple[Tuning, Tuning]:
     n, draw = len(tuning.labels), int(name.rpartition("-")[2])
     # The first samples are the same for every number.
     if name.startswith("digits"):
-        inputs, labels = _demo.pretrain(draw, n_train=n + _N_HELD_OUT).train
+        inputs, labels = demo.pretrain(draw, n_train=n + _N_HELD_OUT).train
     else:
         more = residual(name, draw, n_samples=n + _N_HELD_OUT)
         inputs, labels = more.inputs, more.labels

@@ -28,7 +28,7 @@ from benchmarks.environment import environment
 from benchmarks.processes import group
 from benchmarks.processes import run_together
 from optuna_ttp import FineTuningTask
-from optuna_ttp.jacobian import exact_kernel
+from optuna_ttp.ntk import exact_kernel
 
 
 N_PROCESSES = 4

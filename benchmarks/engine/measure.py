@@ -81,8 +81,8 @@ def _run(
         return (KERNELS | EIGENVALUES | PROJECTIONS)[method](model, inputs)
     # The peers' environment does not have this library.
     from optuna_ttp import FineTuningTask
-    from optuna_ttp.jacobian import exact_kernel
-    from optuna_ttp.jacobian._sketch import sketch_jacobian
+    from optuna_ttp.ntk import exact_kernel
+    from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 
     task = FineTuningTask(model, (inputs, labels))
     settings: dict[str, Any] = {"device": torch.device("cpu"), "show_progress_bar": False}

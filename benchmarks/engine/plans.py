@@ -25,10 +25,10 @@ from benchmarks.engine.networks import problem
 from benchmarks.environment import environment
 from benchmarks.environment import peak_memory
 from optuna_ttp import FineTuningTask
-from optuna_ttp.jacobian import exact_kernel
-from optuna_ttp.jacobian import plan_spectrum
-from optuna_ttp.jacobian._matrix_free import leading_pairs
-from optuna_ttp.jacobian._sketch import sketch_jacobian
+from optuna_ttp.ntk import exact_kernel
+from optuna_ttp.ntk import plan_spectrum
+from optuna_ttp.ntk.engines._matrix_free import leading_pairs
+from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 
 
 CELLS = (

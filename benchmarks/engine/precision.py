@@ -25,7 +25,7 @@ from benchmarks.engine.networks import problem
 from benchmarks.engine.peers import torch_func
 from benchmarks.environment import environment
 from optuna_ttp import FineTuningTask
-from optuna_ttp.jacobian import exact_kernel
+from optuna_ttp.ntk import exact_kernel
 
 
 # Network, N and C.

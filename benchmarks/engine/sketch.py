@@ -22,7 +22,7 @@ from benchmarks.engine.networks import problem
 from benchmarks.environment import environment
 from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
-from optuna_ttp.jacobian._flow import follow_flow
+from optuna_ttp.ntk.engines._flow import follow_flow
 from optuna_ttp.spectrum import Spectrum
 
 

@@ -41,9 +41,9 @@ from benchmarks.search.table import Goal
 from benchmarks.search.table import recorded
 from benchmarks.search.table import Table
 from benchmarks.search.table import TARGET_FRACTION
+from optuna_ttp import OptunaTTPWarning
 from optuna_ttp import Spectrum
 from optuna_ttp import TrainingTimePredictor
-from optuna_ttp.exceptions import OptunaTTPWarning
 
 
 RESULTS = Path(__file__).parent / "results"

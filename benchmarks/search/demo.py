@@ -21,11 +21,11 @@ import optuna
 import torch
 
 from benchmarks.environment import environment
-from optuna_ttp import _demo
-from optuna_ttp.ledger import report
-from optuna_ttp.predictor import TrainingTimePredictor
-from optuna_ttp.recorded_curve import observed_steps
-from optuna_ttp.trial_entries import SKIP
+from optuna_ttp import demo
+from optuna_ttp.prediction import TrainingTimePredictor
+from optuna_ttp.reporting import report
+from optuna_ttp.study import observed_steps
+from optuna_ttp.study import SKIP
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
-        plain, wrapped, predictor = _demo.compare(
+        plain, wrapped, predictor = demo.compare(
             seconds=options.seconds, seed=seed, say=lambda line: print(f"  {line}", flush=True)
         )
         goal, _ = plain.best
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _figures(
-    search: _demo.Search, goal: float, predictor: TrainingTimePredictor
+    search: demo.Search, goal: float, predictor: TrainingTimePredictor
 ) -> dict[str, float]:
     ledger = report(search.study)
     best, at = search.best

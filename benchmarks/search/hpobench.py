@@ -34,11 +34,11 @@ from benchmarks.search.table import Trajectory
 from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
 from optuna_ttp import HyperparameterMap
+from optuna_ttp import OptunaTTPWarning
 from optuna_ttp import Throughput
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
-from optuna_ttp.exceptions import OptunaTTPWarning
 
 
 DATASETS = ("australian", "blood_transfusion", "car", "credit_g", "kc1", "phoneme", "segment")

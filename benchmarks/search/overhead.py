@@ -38,7 +38,7 @@ from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
-from optuna_ttp.learner import informed_by
+from optuna_ttp.study._learner import informed_by
 
 
 _TASK = "digits-0"

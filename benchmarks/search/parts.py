@@ -34,9 +34,9 @@ from benchmarks.search.replay import replay
 from benchmarks.search.table import Goal
 from benchmarks.search.table import recorded
 from benchmarks.search.table import Table
-from optuna_ttp._under_way import is_thrown_back
-from optuna_ttp.exceptions import OptunaTTPWarning
-from optuna_ttp.loss_curve import LossCurve
+from optuna_ttp import OptunaTTPWarning
+from optuna_ttp.calibration import LossCurve
+from optuna_ttp.search._running_trial import is_thrown_back
 
 
 _SHARE = 0.7

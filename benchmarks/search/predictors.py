@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from benchmarks.search.table import Table
 from optuna_ttp import TrainingTimePredictor
-from optuna_ttp._configurations import Configurations
 from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import Observation
-from optuna_ttp.prediction import CONVERGES
 from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
+from optuna_ttp.prediction._configurations import Configurations
+from optuna_ttp.prediction._prediction import CONVERGES
 
 
 Steps = Callable[

@@ -34,11 +34,11 @@ from benchmarks.search.table import TARGET_FRACTION
 from benchmarks.search.tasks import load
 from benchmarks.search.tasks import SearchTask
 from optuna_ttp import compute_spectrum
+from optuna_ttp import OptunaTTPWarning
 from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
-from optuna_ttp.exceptions import OptunaTTPWarning
 
 
 OURS = "ours (tpe)"

@@ -39,7 +39,7 @@ from benchmarks.search.tasks import load
 from benchmarks.search.tasks import SearchTask
 from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
-from optuna_ttp.throughput import measure_throughput
+from optuna_ttp.spectrum import measure_throughput
 
 
 RESULTS = Path(__file__).parent / "results"

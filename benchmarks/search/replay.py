@@ -29,9 +29,9 @@ from optuna.trial import TrialState
 
 from benchmarks.search.table import Table
 from benchmarks.search.table import Trajectory
-import optuna_ttp.study_budget
-import optuna_ttp.training_log
-from optuna_ttp.training_log import TrainingLog
+from optuna_ttp.study import TrainingLog
+import optuna_ttp.study._study_budget
+import optuna_ttp.study._training_log
 
 
 _BEGINNING = datetime(2020, 1, 1)
@@ -346,8 +346,8 @@ def _simulated(clock: Clock) -> Iterator[None]:
             return clock.datetime()
 
     replaced = [
-        (optuna_ttp.training_log, "time", clock),
-        (optuna_ttp.study_budget, "datetime", SimulatedDatetime),
+        (optuna_ttp.study._training_log, "time", clock),
+        (optuna_ttp.study._study_budget, "datetime", SimulatedDatetime),
     ]
     kept = [getattr(module, name) for module, name, _ in replaced]
     for module, name, simulated in replaced:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as functional
 
 from benchmarks.accuracy import tasks
-from optuna_ttp import _demo
+from optuna_ttp import demo
 
 
 _BATCH_SIZES = (8, 16, 32, 128)
@@ -107,7 +107,7 @@ def load(name: str) -> SearchTask:
 def _digits(name: str, draw: int) -> SearchTask:
     tuning = tasks.load(name)
     n = _N_TRAIN["digits"]
-    images, labels = _demo.pretrain(draw, n_train=n + _N_VALIDATION).train
+    images, labels = demo.pretrain(draw, n_train=n + _N_VALIDATION).train
     grid = Grid(_rates(1e-4, 1.0, 14), _BATCH_SIZES, _MOMENTA, n_epochs=20)
     return SearchTask(tuning, images[n:], labels[n:], grid)
 

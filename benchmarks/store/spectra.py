@@ -10,9 +10,9 @@ import tempfile
 
 import numpy as np
 
-from optuna_ttp.loss import Loss
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import SpectrumMetadata
+from optuna_ttp.task import Loss
 from tests.servers import PostgreSQL
 
 

@@ -37,7 +37,9 @@ from tests.servers import PostgreSQL
 
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.faults", "optuna_ttp.predictor", "optuna_ttp.sampler"])
+_processes.set_forkserver_preload(
+    ["tests.faults", "optuna_ttp.prediction._predictor", "optuna_ttp.search._sampler"]
+)
 _REPORTS = 5
 
 

@@ -23,23 +23,41 @@ from __future__ import annotations
 
 from optuna_ttp.calibration._calibrate import calibrate
 from optuna_ttp.calibration._calibration import Calibration
-from optuna_ttp.calibration._doubt import Doubt
+from optuna_ttp.calibration._first_passages import covariates
+from optuna_ttp.calibration._first_passages import SimulatedPassages
+from optuna_ttp.calibration._loss_curve import LossCurve
+from optuna_ttp.calibration._loss_levels import DEPTHS
+from optuna_ttp.calibration._loss_levels import FRACTIONS
+from optuna_ttp.calibration._loss_levels import NODES
 from optuna_ttp.calibration._observation import Observation
-from optuna_ttp.calibration._passages import covariates
-from optuna_ttp.calibration._passages import SimulatedPassages
-from optuna_ttp.calibration._rungs import DEPTHS
-from optuna_ttp.calibration._rungs import FRACTIONS
-from optuna_ttp.calibration._rungs import NODES
+from optuna_ttp.calibration._prior_scale import Doubt
+from optuna_ttp.calibration._uncertainty import displacement
+from optuna_ttp.calibration._uncertainty import doubt
+from optuna_ttp.calibration._uncertainty import is_reliable
+from optuna_ttp.calibration._uncertainty import kernel_mismatch
+from optuna_ttp.calibration._uncertainty import linearisation_sd
+from optuna_ttp.calibration._uncertainty import probability_below
+from optuna_ttp.calibration._uncertainty import stability_sd
+from optuna_ttp.calibration._uncertainty import Z_90
 
 
 __all__ = [
     "DEPTHS",
     "FRACTIONS",
     "NODES",
+    "Z_90",
     "Calibration",
     "Doubt",
+    "LossCurve",
     "Observation",
     "SimulatedPassages",
     "calibrate",
     "covariates",
+    "displacement",
+    "doubt",
+    "is_reliable",
+    "kernel_mismatch",
+    "linearisation_sd",
+    "probability_below",
+    "stability_sd",
 ]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from optuna_ttp.calibration._calibration import Calibration
-from optuna_ttp.calibration._doubt import Doubt
+from optuna_ttp.calibration._divergence import DivergenceLimit
 from optuna_ttp.calibration._errors import failure_limit
 from optuna_ttp.calibration._errors import SCALE_WEIGHT
 from optuna_ttp.calibration._first_steps import calm_start
@@ -17,8 +17,8 @@ from optuna_ttp.calibration._observation import failed
 from optuna_ttp.calibration._observation import Observation
 from optuna_ttp.calibration._paths import corrected
 from optuna_ttp.calibration._prior import prior
+from optuna_ttp.calibration._prior_scale import Doubt
 from optuna_ttp.calibration._trials import Trials
-from optuna_ttp.divergence import DivergenceLimit
 
 
 # Degrees of freedom with which a trial that does not fit loses its weight.

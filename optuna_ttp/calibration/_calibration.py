@@ -9,21 +9,21 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from optuna_ttp.calibration._doubt import Doubt
+from optuna_ttp.calibration._divergence import DivergenceLimit
 from optuna_ttp.calibration._errors import failure_limit
 from optuna_ttp.calibration._errors import RUNG_SD
 from optuna_ttp.calibration._errors import SCALE_WEIGHT
 from optuna_ttp.calibration._errors import TRIAL_SD
 from optuna_ttp.calibration._errors import wildness
+from optuna_ttp.calibration._first_passages import SimulatedPassages
+from optuna_ttp.calibration._loss_levels import DEPTHS
+from optuna_ttp.calibration._loss_levels import NODES
 from optuna_ttp.calibration._observation import Observation
-from optuna_ttp.calibration._passages import SimulatedPassages
 from optuna_ttp.calibration._paths import corrected
 from optuna_ttp.calibration._paths import Paths
 from optuna_ttp.calibration._prior import prior
-from optuna_ttp.calibration._rungs import DEPTHS
-from optuna_ttp.calibration._rungs import NODES
+from optuna_ttp.calibration._prior_scale import Doubt
 from optuna_ttp.calibration._trials import Trials
-from optuna_ttp.divergence import DivergenceLimit
 
 
 # No error of the model explains why a running trial is later than so many standard deviations.

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from numpy.typing import NDArray
 
-from optuna_ttp.divergence import DivergenceLimit
+from optuna_ttp.calibration._divergence import DivergenceLimit
 
 
 # The product of stability and kernel growth from which on instability makes times scatter.

@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 from optuna_ttp.calibration._errors import wildness
+from optuna_ttp.calibration._loss_levels import DEPTHS
 from optuna_ttp.calibration._observation import Observation
-from optuna_ttp.calibration._rungs import DEPTHS
 
 
 # The first steps: until the loss is at 70 %. There the network is still the pretrained one.

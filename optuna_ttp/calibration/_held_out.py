@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike
 from numpy.typing import NDArray
 
 from optuna_ttp.calibration._errors import wildness
+from optuna_ttp.calibration._loss_levels import deepest
 from optuna_ttp.calibration._observation import Observation
-from optuna_ttp.calibration._rungs import deepest
 
 
 # The newest so many trials say how good predictions are.

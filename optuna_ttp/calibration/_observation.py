@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optuna_ttp.calibration._rungs import deepest
-from optuna_ttp.calibration._rungs import DEPTHS
-from optuna_ttp.calibration._rungs import N_COVARIATES
-from optuna_ttp.calibration._rungs import NODES
+from optuna_ttp.calibration._loss_levels import deepest
+from optuna_ttp.calibration._loss_levels import DEPTHS
+from optuna_ttp.calibration._loss_levels import N_COVARIATES
+from optuna_ttp.calibration._loss_levels import NODES
 
 
 # So many times later than expected is too late.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from optuna_ttp.calibration._passages import SimulatedPassages
-from optuna_ttp.calibration._rungs import NODES
-from optuna_ttp.heavy_ball import passage_time
+from optuna_ttp.calibration._first_passages import SimulatedPassages
+from optuna_ttp.calibration._loss_levels import NODES
+from optuna_ttp.dynamics import passage_time
 
 
 # The product of stability and kernel growth from which on instability shows, and where it stops

@@ -7,9 +7,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from optuna_ttp.calibration._doubt import Doubt
-from optuna_ttp.calibration._rungs import N_COVARIATES
-from optuna_ttp.calibration._rungs import NODES
+from optuna_ttp.calibration._loss_levels import N_COVARIATES
+from optuna_ttp.calibration._loss_levels import NODES
+from optuna_ttp.calibration._prior_scale import Doubt
 
 
 # The constants below, and those of the errors, maximise, roughly, the likelihood of held-out times

@@ -14,10 +14,10 @@ from optuna_ttp.calibration._errors import RUNG_SD
 from optuna_ttp.calibration._errors import SCALE_WEIGHT
 from optuna_ttp.calibration._errors import TRIAL_SD
 from optuna_ttp.calibration._errors import wildness
+from optuna_ttp.calibration._first_passages import SimulatedPassages
+from optuna_ttp.calibration._loss_levels import deepest
+from optuna_ttp.calibration._loss_levels import DEPTHS
 from optuna_ttp.calibration._observation import Observation
-from optuna_ttp.calibration._passages import SimulatedPassages
-from optuna_ttp.calibration._rungs import deepest
-from optuna_ttp.calibration._rungs import DEPTHS
 
 
 _TRIAL_LENGTH = 0.7

@@ -5,23 +5,30 @@ Knows neither Optuna nor databases.
 
 from __future__ import annotations
 
-from optuna_ttp.dynamics._closed_form import mse_gradient_descent
-from optuna_ttp.dynamics._closed_form import mse_gradient_flow
-from optuna_ttp.dynamics._growth import KernelGrowth
-from optuna_ttp.dynamics._linearised_model import LinearisedModel
-from optuna_ttp.dynamics._schedule import Schedule
-from optuna_ttp.dynamics._sde import simulate_equation
-from optuna_ttp.dynamics._sgd import SGD
-from optuna_ttp.dynamics._simulation import Sampling
-from optuna_ttp.dynamics._simulation import simulate
-from optuna_ttp.dynamics._simulation import Trajectories
-from optuna_ttp.dynamics._smoothing import Smoothing
-from optuna_ttp.dynamics._stability import StabilityLimit
-from optuna_ttp.dynamics._subset import power_law_modes
-from optuna_ttp.dynamics._subset import restricted
-from optuna_ttp.dynamics._subset import SampleConvergence
-from optuna_ttp.dynamics._surface import ResponseSurface
-from optuna_ttp.dynamics._target import Target
+from typing import TYPE_CHECKING
+
+from optuna_ttp._util.lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.dynamics._closed_form import mse_gradient_descent
+    from optuna_ttp.dynamics._closed_form import mse_gradient_flow
+    from optuna_ttp.dynamics._growth import KernelGrowth
+    from optuna_ttp.dynamics._heavy_ball import passage_time
+    from optuna_ttp.dynamics._linearised_model import LinearisedModel
+    from optuna_ttp.dynamics._schedule import Schedule
+    from optuna_ttp.dynamics._sde import simulate_equation
+    from optuna_ttp.dynamics._sgd import SGD
+    from optuna_ttp.dynamics._simulation import Sampling
+    from optuna_ttp.dynamics._simulation import simulate
+    from optuna_ttp.dynamics._simulation import Trajectories
+    from optuna_ttp.dynamics._smoothing import Smoothing
+    from optuna_ttp.dynamics._stability import StabilityLimit
+    from optuna_ttp.dynamics._subset import power_law_modes
+    from optuna_ttp.dynamics._subset import restricted
+    from optuna_ttp.dynamics._subset import SampleConvergence
+    from optuna_ttp.dynamics._surface import ResponseSurface
+    from optuna_ttp.dynamics._target import Target
 
 
 __all__ = [
@@ -38,8 +45,39 @@ __all__ = [
     "Trajectories",
     "mse_gradient_descent",
     "mse_gradient_flow",
+    "passage_time",
     "power_law_modes",
     "restricted",
     "simulate",
     "simulate_equation",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "_closed_form": (
+            "mse_gradient_descent",
+            "mse_gradient_flow",
+        ),
+        "_growth": ("KernelGrowth",),
+        "_heavy_ball": ("passage_time",),
+        "_linearised_model": ("LinearisedModel",),
+        "_schedule": ("Schedule",),
+        "_sde": ("simulate_equation",),
+        "_sgd": ("SGD",),
+        "_simulation": (
+            "Sampling",
+            "simulate",
+            "Trajectories",
+        ),
+        "_smoothing": ("Smoothing",),
+        "_stability": ("StabilityLimit",),
+        "_subset": (
+            "power_law_modes",
+            "restricted",
+            "SampleConvergence",
+        ),
+        "_surface": ("ResponseSurface",),
+        "_target": ("Target",),
+    },
+)

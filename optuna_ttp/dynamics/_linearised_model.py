@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 import torch
 
-from optuna_ttp.loss import Loss
-from optuna_ttp.loss import output_gradients
 from optuna_ttp.spectrum import Spectrum
+from optuna_ttp.task import Loss
+from optuna_ttp.task import output_gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +232,7 @@ class LinearisedModel:
                 Shape ``(B,)``.
 
         Returns:
-            Shape ``(K, B, C)``; see :func:`optuna_ttp.loss.output_gradients`.
+            Shape ``(K, B, C)``; see :func:`optuna_ttp.task.output_gradients`.
         """
         return output_gradients(self.kind, outputs, soft_targets, normalisers)
 

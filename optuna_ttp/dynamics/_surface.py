@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_ttp.dynamics._heavy_ball import passage_time
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
 from optuna_ttp.dynamics._sgd import SGD
 from optuna_ttp.dynamics._simulation import simulate
 from optuna_ttp.dynamics._simulation import Trajectories
 from optuna_ttp.dynamics._target import Target
-from optuna_ttp.heavy_ball import passage_time
 
 
 _MOMENTA = (0.0, 0.6, 0.85, 0.95, 0.98, 0.995)

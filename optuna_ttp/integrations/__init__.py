@@ -4,3 +4,8 @@ Each module needs the library that it is for, and is imported by its own name:
 ``from optuna_ttp.integrations.transformers import TrainingLogCallback``, or
 ``optuna_ttp.integrations.lightning``.
 """
+
+from __future__ import annotations
+
+
+__all__ = []

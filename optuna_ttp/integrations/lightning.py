@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from typing import TYPE_CHECKING
 
-from optuna_ttp.training_log import TrainingLog
+from optuna_ttp.study import TrainingLog
 
 
 try:

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 import sqlalchemy as sa
 
-from optuna_ttp import blob
-from optuna_ttp._warn import warn_caller
-from optuna_ttp.exceptions import DamagedSpectrumError
-from optuna_ttp.exceptions import DamagedSpectrumWarning
+from optuna_ttp._util.exceptions import DamagedSpectrumError
+from optuna_ttp._util.exceptions import DamagedSpectrumWarning
+from optuna_ttp._util.warn import warn_caller
+from optuna_ttp.spectrum import blob
 from optuna_ttp.store import _chunks
 from optuna_ttp.store._database import Database
 from optuna_ttp.store._schema import checkpoints

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import sqlalchemy as sa
 
-from optuna_ttp import blob
-from optuna_ttp.exceptions import DamagedSpectrumError
+from optuna_ttp._util.exceptions import DamagedSpectrumError
+from optuna_ttp.spectrum import blob
 from optuna_ttp.store._schema import chunks
 
 
@@ -21,7 +21,7 @@ def insert(connection: sa.Connection, name: str, pieces: Iterable[bytes]) -> int
         name:
             The blob's.
         pieces:
-            At most :data:`optuna_ttp.blob.FRAME` bytes each.
+            At most :data:`optuna_ttp.spectrum.blob.FRAME` bytes each.
 
     Returns:
         How many bytes there were.

@@ -16,8 +16,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from sqlalchemy.engine import URL
 
-from optuna_ttp.exceptions import StoreError
-from optuna_ttp.exceptions import StoreVersionError
+from optuna_ttp._util.exceptions import StoreError
+from optuna_ttp._util.exceptions import StoreVersionError
 from optuna_ttp.store._migrate import migrate
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from optuna_ttp.exceptions import FingerprintMismatchError
+from optuna_ttp._util.exceptions import FingerprintMismatchError
 from optuna_ttp.store import _checkpoint
 from optuna_ttp.store import _rows
 from optuna_ttp.store._database import Database

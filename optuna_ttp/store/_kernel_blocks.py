@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class KernelBlocks:
-    """Keeps the blocks of :class:`~optuna_ttp.jacobian.KernelCheckpoint` in the database.
+    """Keeps the blocks of :class:`~optuna_ttp.ntk.KernelCheckpoint` in the database.
 
     Args:
         checkpoint:

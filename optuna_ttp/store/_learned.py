@@ -13,8 +13,8 @@ from uuid import uuid4
 
 import sqlalchemy as sa
 
-from optuna_ttp.exceptions import LearnedConflictError
-from optuna_ttp.exceptions import StoreError
+from optuna_ttp._util.exceptions import LearnedConflictError
+from optuna_ttp._util.exceptions import StoreError
 from optuna_ttp.store._database import Database
 from optuna_ttp.store._schema import DatabaseTime
 from optuna_ttp.store._schema import learned

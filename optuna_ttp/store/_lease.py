@@ -12,7 +12,7 @@ from uuid import uuid4
 from optuna.logging import get_logger
 import sqlalchemy as sa
 
-from optuna_ttp.exceptions import StoreError
+from optuna_ttp._util.exceptions import StoreError
 from optuna_ttp.store._database import Database
 from optuna_ttp.store._schema import DatabaseTime
 from optuna_ttp.store._schema import leases

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from optuna_ttp.exceptions import StoreError
-from optuna_ttp.exceptions import StoreVersionError
+from optuna_ttp._util.exceptions import StoreError
+from optuna_ttp._util.exceptions import StoreVersionError
 from optuna_ttp.store._schema import HEAD
 from optuna_ttp.store._schema import VERSION_TABLE
 

@@ -11,9 +11,9 @@ import time
 from typing import BinaryIO
 from uuid import uuid4
 
-from optuna_ttp import blob
-from optuna_ttp.exceptions import DamagedSpectrumError
-from optuna_ttp.exceptions import StoreError
+from optuna_ttp._util.exceptions import DamagedSpectrumError
+from optuna_ttp._util.exceptions import StoreError
+from optuna_ttp.spectrum import blob
 
 
 # A file is written before the row that names it is committed.

@@ -13,10 +13,10 @@ from uuid import uuid4
 
 import sqlalchemy as sa
 
-from optuna_ttp import blob
-from optuna_ttp.exceptions import DamagedSpectrumError
-from optuna_ttp.exceptions import FingerprintMismatchError
-from optuna_ttp.exceptions import StoreError
+from optuna_ttp._util.exceptions import DamagedSpectrumError
+from optuna_ttp._util.exceptions import FingerprintMismatchError
+from optuna_ttp._util.exceptions import StoreError
+from optuna_ttp.spectrum import blob
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.store import _checkpoint
 from optuna_ttp.store import _chunks

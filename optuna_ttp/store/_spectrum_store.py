@@ -18,11 +18,11 @@ from optuna.logging import get_logger
 import sqlalchemy as sa
 from sqlalchemy.engine import URL
 
-from optuna_ttp import blob
-from optuna_ttp._warn import warn_caller
-from optuna_ttp.exceptions import DamagedSpectrumError
-from optuna_ttp.exceptions import DamagedSpectrumWarning
-from optuna_ttp.exceptions import StoreError
+from optuna_ttp._util.exceptions import DamagedSpectrumError
+from optuna_ttp._util.exceptions import DamagedSpectrumWarning
+from optuna_ttp._util.exceptions import StoreError
+from optuna_ttp._util.warn import warn_caller
+from optuna_ttp.spectrum import blob
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import write_whole
 from optuna_ttp.store import _housekeeping
@@ -66,7 +66,7 @@ class SpectrumStore:
     with ``ttp_``, and Optuna's own are not touched.
 
     Every read is checked: a spectrum of which a bit has changed is put aside with a
-    :class:`~optuna_ttp.exceptions.DamagedSpectrumWarning` and computed again.
+    :class:`~optuna_ttp.DamagedSpectrumWarning` and computed again.
 
     Example:
         >>> store = SpectrumStore("sqlite:///ttp.db")
@@ -157,9 +157,9 @@ class SpectrumStore:
             StoreError:
                 If the database fails.
         """
-        from optuna_ttp.jacobian import in_all
-        from optuna_ttp.jacobian import resolve_engine
-        from optuna_ttp.jacobian import widest_sketch
+        from optuna_ttp.ntk import in_all
+        from optuna_ttp.ntk import resolve_engine
+        from optuna_ttp.ntk import widest_sketch
 
         budget = {k: settings[k] for k in ("max_memory",) if k in settings}
 
@@ -206,9 +206,9 @@ class SpectrumStore:
 
         Without a lease: the others would wait for who has it, and that one for the others.
         """
-        from optuna_ttp.jacobian import by_first
-        from optuna_ttp.jacobian import check_same_task
-        from optuna_ttp.jacobian import compute_spectrum
+        from optuna_ttp.ntk import by_first
+        from optuna_ttp.ntk import check_same_task
+        from optuna_ttp.ntk import compute_spectrum
 
         switches = {name: settings.get(name, True) for name in ("measure_speed", "probe")}
         check_same_task(task, {**identity, **switches})
@@ -223,7 +223,7 @@ class SpectrumStore:
     def _computed(
         self, task: FineTuningTask, identity: dict[str, Any], settings: dict[str, Any]
     ) -> Spectrum:
-        from optuna_ttp.jacobian import compute_spectrum
+        from optuna_ttp.ntk import compute_spectrum
 
         resumable = settings["engine"] == "exact" and not settings.get("distributed", False)
         if resumable and settings.get("checkpoint") is None:
@@ -279,8 +279,8 @@ class SpectrumStore:
         settings: dict[str, Any],
     ) -> Spectrum:
         """Add what an older or hastier computation left out."""
-        from optuna_ttp.jacobian import resolve_device
-        from optuna_ttp.throughput import measure_throughput
+        from optuna_ttp.ntk import resolve_device
+        from optuna_ttp.spectrum import measure_throughput
 
         if stored.probe is None and settings.get("probe", True):
             stored = self._probed(task, stored, identity, settings)
@@ -296,8 +296,8 @@ class SpectrumStore:
         identity: dict[str, Any],
         settings: dict[str, Any],
     ) -> Spectrum:
-        from optuna_ttp.jacobian import probe_linearisation
-        from optuna_ttp.jacobian import resolve_device
+        from optuna_ttp.ntk import probe_linearisation
+        from optuna_ttp.ntk import resolve_device
 
         key = key_of(task.fingerprint, identity)
         waiting = _Waiting(task.name)
@@ -419,7 +419,7 @@ class SpectrumStore:
         """Return what is stored, oldest first, without reading the arrays.
 
         One whose description cannot be read is left out with a
-        :class:`~optuna_ttp.exceptions.DamagedSpectrumWarning`.
+        :class:`~optuna_ttp.DamagedSpectrumWarning`.
 
         Raises:
             StoreError:
@@ -673,7 +673,7 @@ def _listed_or_told(row: sa.Row[Any]) -> StoredSpectrum | None:
 
 def _check_asked(task: FineTuningTask, settings: dict[str, Any]) -> None:
     # Here, not when computing: what is stored would be served under a misspelt setting.
-    from optuna_ttp.jacobian import compute_spectrum
+    from optuna_ttp.ntk import compute_spectrum
     from optuna_ttp.task import FineTuningTask
 
     if not isinstance(task, FineTuningTask):

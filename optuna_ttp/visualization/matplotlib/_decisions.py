@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 from typing import TYPE_CHECKING
 
-from optuna_ttp._optuna_compat import trials_of
-from optuna_ttp.trial_entries import DECISION
-from optuna_ttp.trial_entries import entry
-from optuna_ttp.trial_entries import PREDICTION
-from optuna_ttp.trial_entries import RUN
-from optuna_ttp.trial_entries import SKIP
+from optuna_ttp.study import DECISION
+from optuna_ttp.study import entry
+from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import RUN
+from optuna_ttp.study import SKIP
+from optuna_ttp.study import trials_of
 from optuna_ttp.visualization.matplotlib._axes import resolve_axes
 
 

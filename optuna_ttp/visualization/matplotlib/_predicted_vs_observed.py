@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_ttp._optuna_compat import trials_of
-from optuna_ttp.recorded_curve import observed_steps
-from optuna_ttp.trial_entries import entry
-from optuna_ttp.trial_entries import PREDICTION
+from optuna_ttp.study import entry
+from optuna_ttp.study import observed_steps
+from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import trials_of
 from optuna_ttp.visualization.matplotlib._axes import label_plainly
 from optuna_ttp.visualization.matplotlib._axes import resolve_axes
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     import optuna
 
-    from optuna_ttp.predictor import TrainingTimePredictor
+    from optuna_ttp.prediction import TrainingTimePredictor
 
 
 def plot_predicted_vs_observed(

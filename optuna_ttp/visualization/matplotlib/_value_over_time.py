@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from optuna_ttp._optuna_compat import trials_of
+from optuna_ttp.study import trials_of
 from optuna_ttp.visualization.matplotlib._axes import resolve_axes
 
 

@@ -1,0 +1,271 @@
+"""From a task to its spectrum."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime
+from datetime import timezone
+from functools import partial
+import time
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+
+from optuna_ttp._util.checks import check_kind
+from optuna_ttp._util.checks import check_seed
+from optuna_ttp._util.exceptions import ApproximationWarning
+from optuna_ttp._util.warn import warn_caller
+from optuna_ttp.ntk._autocast import without_autocast
+from optuna_ttp.ntk._checkpoint import check_checkpoint
+from optuna_ttp.ntk._checkpoint import KernelCheckpoint
+from optuna_ttp.ntk._choice import resolve_engine
+from optuna_ttp.ntk._decomposition import Decomposition
+from optuna_ttp.ntk._decomposition import exact_decomposition
+from optuna_ttp.ntk._decomposition import matrix_free_decomposition
+from optuna_ttp.ntk._decomposition import sketched_decomposition
+from optuna_ttp.ntk._devices import resolve_device
+from optuna_ttp.ntk._devices import resolve_dtype
+from optuna_ttp.ntk._probe import probe_linearisation
+from optuna_ttp.ntk.engines._sharded import by_first
+from optuna_ttp.ntk.engines._sharded import check_same_task
+from optuna_ttp.ntk.engines._sharded import has_group
+from optuna_ttp.ntk.engines._sharded import in_all
+from optuna_ttp.spectrum import check_truncation
+from optuna_ttp.spectrum import measure_throughput
+from optuna_ttp.spectrum import Spectrum
+from optuna_ttp.spectrum import SpectrumMetadata
+from optuna_ttp.spectrum import Validation
+from optuna_ttp.task import check_task
+from optuna_ttp.version import __version__
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
+
+
+@without_autocast
+def compute_spectrum(
+    task: FineTuningTask,
+    *,
+    rank: int | None = None,
+    explained_trace: float | None = None,
+    engine: str = "auto",
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    max_memory: int = 4 * 2**30,
+    measure_speed: bool = True,
+    probe: bool = True,
+    show_progress_bar: bool = True,
+    seed: int = 0,
+    checkpoint: KernelCheckpoint | None = None,
+    distributed: bool = False,
+) -> Spectrum:
+    """Compute the Jacobian eigenspectrum of a task.
+
+    Example:
+        >>> task = FineTuningTask(model, (x, y))
+        >>> spectrum = compute_spectrum(task, explained_trace=0.999)
+
+    Args:
+        task:
+            What is fine-tuned.
+        rank:
+            Keep at most so many eigenpairs. All that rise above rounding errors by default.
+        explained_trace:
+            Keep the fewest eigenpairs that hold this share of the trace of the kernel, and beside
+            them four that stand for what the initial residual sees of the others, see
+            :meth:`Spectrum.truncate`. All by default.
+        engine:
+            ``"exact"``; ``"sketch"``, a random projection of the Jacobian whose width is chosen
+            by the times that it predicts; ``"refined_sketch"``, with the leading 100 eigenpairs,
+            and what validation samples see of them, refined by two more passes over the data;
+            ``"matrix_free"``, the leading ``rank`` eigenpairs (100 by default) from products with
+            the kernel, in memory that grows with N C alone, and beside them a dozen or two Ritz
+            pairs that stand for what the residual sees of the others; or ``"auto"`` (the default)
+            for a choice by N, C, D and memory between the exact one, the sketch and the last, see
+            :func:`~optuna_ttp.ntk.resolve_engine`. A task with learning-rate multipliers
+            other than one needs the exact engine, which ``"auto"`` then takes.
+        dtype:
+            Precision of the Jacobian: ``"float32"`` (the default), ``"float64"``, or
+            ``"bfloat16"``, for the exact engine: computed in single precision, held in half the
+            memory, and multiplied with sums in single precision. Eigenpairs are always computed
+            in double precision.
+        device:
+            Where to compute. A GPU where there is one by default, else where the model is.
+        max_memory:
+            Bytes for Jacobian rows and the kernel matrix, a number. 4 GiB by default.
+        measure_speed:
+            Time a few training steps, so that predictions can be given in seconds. On by default.
+        probe:
+            Look how far the network is from its linearisation, by 16 backward passes over the
+            data: without it, no prediction can say that it is unreliable. On by default.
+        show_progress_bar:
+            Show a progress bar where the standard error stream is a terminal. On by default.
+        seed:
+            Of what is random: the projection of a sketch, where products start, and the samples on
+            which gradients are checked. Zero by default.
+        checkpoint:
+            Keeps finished blocks of the kernel, so that an interrupted computation goes on where
+            it stopped. Refused by the other engines, which make none. None by default.
+        distributed:
+            Share the work with the other processes of the default group of
+            :mod:`torch.distributed`, as under ``torchrun``; all must be given the same task, and
+            get the same spectrum. Only for the exact engine. Off by default.
+
+    Returns:
+        The spectrum with its metadata.
+
+    Raises:
+        TypeError:
+            If the task is none, or the memory budget no number.
+        ValueError:
+            If a setting is out of its range, the memory does not suffice, or the task cannot be
+            differentiated; see :func:`~optuna_ttp.ntk.exact_kernel`.
+        JacobianMismatchError:
+            If rows differ from what plain automatic differentiation gives.
+    """
+
+    def resolved_settings() -> tuple[int, str, torch.dtype, torch.dtype | None, torch.device]:
+        check_task(task)
+        check_truncation(rank, explained_trace)
+        for name, switch in {"measure_speed": measure_speed, "probe": probe}.items():
+            check_kind(name, switch, bool)
+        chosen, _ = resolve_engine(task, engine, max_memory=max_memory)
+        if checkpoint is not None and chosen != "exact":
+            raise ValueError(
+                f'checkpoint must be None for the engine "{chosen}" but got {checkpoint!r}: it '
+                'keeps blocks of the kernel, which only engine="exact" makes.'
+            )
+        check_checkpoint(checkpoint)
+        kind, held = resolve_dtype(dtype, chosen)
+        return check_seed(seed), chosen, kind, held, resolve_device(task, device)
+
+    found_settings = in_all(resolved_settings, distributed=distributed)
+    if distributed and has_group():
+        settings: dict[str, object] = {
+            "engine": engine,
+            "dtype": dtype,
+            "rank": rank,
+            "explained_trace": explained_trace,
+            "seed": seed,
+            "measure_speed": measure_speed,
+            "probe": probe,
+        }
+        # It chooses an engine only where none was asked for.
+        settings["max_memory"] = max_memory if engine == "auto" else None
+        # Before anything that only some of the processes might refuse.
+        check_same_task(task, settings)
+    seed, engine, kind, held, resolved = found_settings
+    started = time.perf_counter()
+    fingerprint = task.fingerprint
+    initial_outputs = task.initial_outputs(resolved, kind)
+    shared = {
+        "rank": rank,
+        "max_memory": max_memory,
+        "show_progress_bar": show_progress_bar,
+        "seed": seed,
+    }
+    found = _decomposition(
+        task, initial_outputs, engine, resolved, kind, checkpoint, distributed, shared, held
+    )
+    pairs = found.pairs
+    throughput = None
+    if measure_speed:
+        timed = partial(measure_throughput, task, device=resolved)
+        # One that is not slowed down by the others, and the same spectrum for all of them.
+        throughput = by_first(timed) if distributed else timed()
+    validation = None
+    if found.validation_features is not None and task.validation is not None:
+        validation = Validation(
+            found.validation_features,
+            task.validation.initial_outputs(resolved, kind),
+            task.validation.targets,
+        )
+    spectrum = Spectrum(
+        eigenvalues=pairs.eigenvalues,
+        eigenvectors=pairs.eigenvectors.astype(np.float64 if dtype == "float64" else np.float32),
+        trace=pairs.trace,
+        initial_outputs=initial_outputs,
+        targets=task.targets,
+        loss=task.loss,
+        throughput=throughput,
+        metadata=SpectrumMetadata(
+            fingerprint=fingerprint,
+            name=task.name,
+            engine=engine,
+            dtype=dtype,
+            device=str(resolved),
+            n_parameters=task.n_parameters,
+            compute_seconds=time.perf_counter() - started,
+            created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            package_version=__version__,
+            torch_version=torch.__version__,
+            sketch_width=found.sketch_width,
+            seed=None if engine == "exact" else seed,
+            time_error=found.time_error,
+            trace_error=found.trace_error,
+            n_ritz=found.n_ritz,
+        ),
+        weight_outputs=found.weight_outputs,
+        decay_factors=found.decay_factors,
+        validation=validation,
+    )
+    if explained_trace is not None:
+        spectrum = spectrum.truncate(explained_trace=_within_reach(spectrum, explained_trace))
+    if not probe:
+        return spectrum
+    spectrum = probe_linearisation(
+        task, spectrum, device=resolved, dtype=kind, distributed=distributed
+    )
+    seconds = time.perf_counter() - started
+    return replace(spectrum, metadata=replace(spectrum.metadata, compute_seconds=seconds))
+
+
+def _within_reach(spectrum: Spectrum, explained_trace: float) -> float:
+    """What is asked for, or as much as the leading eigenpairs hold."""
+    share = spectrum.explained_trace
+    if spectrum.metadata.engine == "matrix_free" and share < explained_trace:
+        warn_caller(
+            f"The leading {spectrum.rank} eigenpairs hold {share:.3g} of the trace, not "
+            f"explained_trace={explained_trace}. Give a larger rank.",
+            ApproximationWarning,
+        )
+    return min(share, explained_trace)
+
+
+def _decomposition(
+    task: FineTuningTask,
+    initial_outputs: NDArray[np.float64],
+    engine: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpoint: KernelCheckpoint | None,
+    distributed: bool,
+    shared: dict[str, Any],
+    held: torch.dtype | None,
+) -> Decomposition:
+    if engine == "exact":
+        return exact_decomposition(
+            task,
+            device=device,
+            dtype=dtype,
+            checkpoint=checkpoint,
+            distributed=distributed,
+            held=held,
+            **shared,
+        )
+    if distributed:
+        raise ValueError(f'distributed=True needs the engine "exact" but got {engine!r}.')
+    if engine == "matrix_free":
+        return matrix_free_decomposition(task, device=device, dtype=dtype, **shared)
+    return sketched_decomposition(
+        task,
+        initial_outputs,
+        refined=engine == "refined_sketch",
+        device=device,
+        dtype=dtype,
+        **shared,
+    )

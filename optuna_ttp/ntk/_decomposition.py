@@ -1,0 +1,269 @@
+"""What every engine gives: the leading eigenpairs, and what else the dynamics need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+
+from optuna_ttp._util.exceptions import ApproximationWarning
+from optuna_ttp._util.warn import warn_caller
+from optuna_ttp.ntk._checkpoint import KernelCheckpoint
+from optuna_ttp.ntk._choice import check_sketch_memory
+from optuna_ttp.ntk._choice import widest_sketch
+from optuna_ttp.ntk._choice import WIDTH
+from optuna_ttp.ntk._eigenpairs import Eigenpairs
+from optuna_ttp.ntk._eigenpairs import eigenpairs
+from optuna_ttp.ntk._eigenpairs import eigenpairs_of_features
+from optuna_ttp.ntk.engines._exact import exact_kernel
+from optuna_ttp.ntk.engines._matrix_free import leading_pairs
+from optuna_ttp.ntk.engines._residual_path import PathFollower
+from optuna_ttp.ntk.engines._sketch import refine
+from optuna_ttp.ntk.engines._sketch import sketch_jacobian
+from optuna_ttp.ntk.engines._sketch_error import sketch_error
+from optuna_ttp.ntk.engines._sketch_error import SketchError
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
+
+
+# By how much the predicted times are likely to be off because of the projection.
+_TIME_ERROR = 0.03
+_NO_ERROR = SketchError(0.0, 0.0)
+# Leading eigenpairs that are refined, and how many more for the sake of the last of these.
+_N_REFINED = 100
+_N_MORE = 50
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """The leading eigenpairs of the kernel with what else is made of the Jacobian.
+
+    Attributes:
+        pairs:
+            The eigenpairs that are kept.
+        weight_outputs:
+            ``J diag(c) w_0``, of shape ``(N, C)``.
+        decay_factors:
+            As in :class:`~optuna_ttp.Spectrum`.
+        validation_features:
+            As in :class:`~optuna_ttp.spectrum.Validation`.
+        sketch_width:
+            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
+        time_error:
+            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
+        n_ritz:
+            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
+        trace_error:
+            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
+    """
+
+    pairs: Eigenpairs
+    weight_outputs: NDArray[np.float64]
+    decay_factors: NDArray[np.float64] | None
+    validation_features: NDArray[np.floating[Any]] | None
+    sketch_width: int | None = None
+    time_error: float | None = None
+    n_ritz: int = 0
+    trace_error: float | None = None
+
+
+def exact_decomposition(
+    task: FineTuningTask,
+    *,
+    rank: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_memory: int,
+    show_progress_bar: bool,
+    seed: int,
+    checkpoint: KernelCheckpoint | None,
+    distributed: bool,
+    held: torch.dtype | None,
+) -> Decomposition:
+    """Decompose the exact kernel.
+
+    Args:
+        task:
+            What is fine-tuned.
+        rank:
+            As for :func:`~optuna_ttp.compute_spectrum`.
+        device:
+            Where.
+        dtype:
+            Precision of the Jacobian.
+        max_memory:
+            Bytes.
+        show_progress_bar:
+            Whether to show one.
+        seed:
+            Of what is checked.
+        checkpoint:
+            For finished blocks, or :obj:`None`.
+        distributed:
+            Share the samples with other processes.
+        held:
+            As for :func:`~optuna_ttp.ntk.exact_kernel`.
+
+    Returns:
+        The decomposition.
+    """
+    kernel = exact_kernel(
+        task,
+        device=device,
+        dtype=dtype,
+        max_memory=max_memory,
+        show_progress_bar=show_progress_bar,
+        seed=seed,
+        checkpoint=checkpoint,
+        distributed=distributed,
+        held=held,
+    )
+    pairs = eigenpairs(kernel.gram, rank=rank)
+    decay_factors = None
+    if kernel.stretched is not None:
+        moved = kernel.stretched @ pairs.eigenvectors
+        decay_factors = np.asarray((pairs.eigenvectors * moved).sum(axis=0) / pairs.eigenvalues)
+    features = None
+    if kernel.cross is not None:
+        whitened = pairs.eigenvectors / np.sqrt(pairs.eigenvalues)
+        features = (kernel.cross @ whitened).astype(kernel.cross.dtype)
+    return Decomposition(pairs, kernel.weight_outputs, decay_factors, features)
+
+
+def sketched_decomposition(
+    task: FineTuningTask,
+    initial_outputs: NDArray[np.float64],
+    *,
+    refined: bool,
+    rank: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_memory: int,
+    show_progress_bar: bool,
+    seed: int,
+) -> Decomposition:
+    """Decompose a sketch that is wide enough for the predicted times.
+
+    The width is doubled until the times of gradient flow to 50, 25 and 10 % of the initial loss
+    have a standard error of at most 3 %, and are off by at most as much on average, see
+    :func:`~optuna_ttp.ntk.engines._sketch_error.sketch_error`, or the memory does not allow more;
+    then there is an :exc:`~optuna_ttp.ApproximationWarning`. What is reported is the
+    bar that nine errors in ten are within; with ``refined`` an upper bound of it, that of the
+    sketch before it is refined.
+
+    ``initial_outputs`` are those of the pretrained model, ``(N, C)``; with ``refined`` the leading
+    eigenpairs are refined by two more passes. The other arguments are those of
+    :func:`exact_decomposition`.
+
+    Returns:
+        The decomposition.
+    """
+    width = WIDTH
+    check_sketch_memory(task, torch.empty((), dtype=dtype).element_size(), max_memory)
+    widest = widest_sketch(task, str(dtype).removeprefix("torch."), max_memory=max_memory)
+    follower = PathFollower(task, initial_outputs)
+    while True:
+        sketch = sketch_jacobian(
+            task,
+            width=width,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            show_progress_bar=show_progress_bar,
+        )
+        features = sketch.features()
+        n_exact = features.shape[1] - width
+        pairs = eigenpairs_of_features(features, trace=sketch.trace)
+        error = _NO_ERROR
+        if not sketch.is_exact:
+            error = sketch_error(follower, features, n_exact, pairs)
+        if error.expected <= _TIME_ERROR or width >= widest:
+            break
+        width *= 2
+    others = sketch.validation_features()
+    if refined:
+        features, others = refine(
+            task,
+            features,
+            pairs,
+            others=others,
+            n_refined=_N_REFINED + _N_MORE,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            max_memory=max_memory,
+            show_progress_bar=show_progress_bar,
+        )
+        # Its error is that of the sketch before at most. Its own groups would say less than it is:
+        # what is refined was chosen by them (benchmarks/engine/coverage.py: a bar made of them
+        # held 64 % of the errors).
+        pairs = eigenpairs_of_features(features, trace=sketch.trace)
+    if not error.expected <= _TIME_ERROR:
+        by_what = f"uncertain by {error.bar:.0%}" if np.isfinite(error.bar) else "unknown"
+        warn_caller(
+            f"The sketch of width {width} leaves predicted times {by_what}. "
+            'Give more memory, or use engine="exact".',
+            ApproximationWarning,
+        )
+    if rank is not None:
+        pairs = Eigenpairs(pairs.eigenvalues[:rank], pairs.eigenvectors[:, :rank], pairs.trace)
+    return Decomposition(
+        pairs,
+        sketch.weight_outputs,
+        None,
+        _validation_features(features, others, pairs),
+        width,
+        error.bar,
+    )
+
+
+def matrix_free_decomposition(
+    task: FineTuningTask,
+    *,
+    rank: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_memory: int,
+    show_progress_bar: bool,
+    seed: int,
+) -> Decomposition:
+    """Decompose the kernel by products with it.
+
+    The arguments are those of :func:`exact_decomposition`.
+
+    Returns:
+        The decomposition.
+    """
+    found = leading_pairs(
+        task,
+        rank=rank,
+        device=device,
+        dtype=dtype,
+        max_memory=max_memory,
+        show_progress_bar=show_progress_bar,
+        seed=seed,
+    )
+    return Decomposition(
+        found.pairs,
+        found.weight_outputs,
+        None,
+        found.validation_features,
+        time_error=found.time_error,
+        n_ritz=found.n_ritz,
+        trace_error=found.trace_error,
+    )
+
+
+def _validation_features(
+    features: torch.Tensor, others: torch.Tensor | None, pairs: Eigenpairs
+) -> NDArray[np.floating[Any]] | None:
+    if others is None:
+        return None
+    whitened = torch.as_tensor(pairs.eigenvectors / np.sqrt(pairs.eigenvalues)).to(others)
+    return np.asarray((others @ (features.T @ whitened)).cpu().numpy())

@@ -1,0 +1,134 @@
+"""Eigenpairs of the kernel, in double precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+
+from optuna_ttp.ntk._autocast import without_autocast
+
+
+# Rows that are multiplied in the precision of the matrix.
+_CHUNK = 2**14
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenpairs:
+    """The largest eigenpairs of a symmetric positive semi-definite matrix.
+
+    Attributes:
+        eigenvalues:
+            Shape ``(r,)``, positive, in descending order.
+        eigenvectors:
+            Shape ``(N C, r)``, orthonormal columns.
+        trace:
+            The trace of the whole matrix, the dropped eigenvalues included.
+    """
+
+    eigenvalues: NDArray[np.float64]
+    eigenvectors: NDArray[np.float64]
+    trace: float
+
+
+@without_autocast
+def eigenpairs(gram: NDArray[Any], *, rank: int | None = None) -> Eigenpairs:
+    """Decompose a kernel matrix in double precision.
+
+    Args:
+        gram:
+            Symmetric positive semi-definite, of shape ``(n, n)``.
+        rank:
+            Keep at most so many pairs. All by default.
+
+    Returns:
+        The pairs whose eigenvalue is above the rounding error of the input's precision.
+
+    Raises:
+        ValueError:
+            If the matrix is zero (no trainable parameter moves any output), or not finite.
+    """
+    n = len(gram)
+    trace = float(np.trace(gram, dtype=np.float64))
+    if not np.isfinite(gram).all():
+        raise ValueError(
+            f"The kernel must be finite but overflowed in {gram.dtype}. Scale the inputs, or "
+            'compute with dtype="float64".'
+        )
+    if not trace > 0:
+        raise ValueError("The Jacobian must not be zero: no trainable parameter moves any output.")
+    matrix = gram.astype(np.float64)
+    if rank is not None and n > 1500 and rank < n // 5:
+        from scipy.sparse.linalg import eigsh
+
+        # A fixed start vector, so that the same matrix gives the same pairs.
+        start = np.random.default_rng(0).standard_normal(n)
+        values, vectors = eigsh(matrix, k=rank, v0=start)
+    else:
+        from scipy.linalg import eigh
+
+        values, vectors = eigh(matrix, overwrite_a=True, driver="evd")
+    order = np.argsort(values)[::-1]
+    values, vectors = values[order], vectors[:, order]
+    # Rounding in the matrix, or in its decomposition.
+    floor = values[0] * max(np.finfo(gram.dtype).eps, n * np.finfo(np.float64).eps)
+    n_kept = int(np.count_nonzero(values > floor))
+    if rank is not None:
+        n_kept = min(n_kept, rank)
+    return Eigenpairs(values[:n_kept].copy(), vectors[:, :n_kept].copy(), trace)
+
+
+def eigenpairs_of_features(
+    features: torch.Tensor,
+    *,
+    rank: int | None = None,
+    trace: float | None = None,
+) -> Eigenpairs:
+    """Decompose ``Z Z^T`` without forming it where ``Z`` has fewer columns than rows.
+
+    ``Z^T Z = V S^2 V^T`` is decomposed instead, and ``Z V S^(-1)`` are the eigenvectors.
+
+    Args:
+        features:
+            ``Z``, of shape ``(n, d)``.
+        rank:
+            As for :func:`eigenpairs`.
+        trace:
+            Of the matrix that ``Z Z^T`` stands for, where it is known better. That of
+            ``Z Z^T`` by default.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        ValueError:
+            As for :func:`eigenpairs`.
+    """
+    n, width = features.shape
+    if n <= width:
+        pairs = eigenpairs(_products(features.T), rank=rank)
+        return pairs if trace is None else replace(pairs, trace=trace)
+    dual = eigenpairs(_products(features), rank=rank)
+    scaled = dual.eigenvectors / np.sqrt(dual.eigenvalues)
+    vectors = features @ torch.as_tensor(scaled, dtype=features.dtype, device=features.device)
+    return Eigenpairs(
+        dual.eigenvalues,
+        vectors.cpu().numpy().astype(np.float64),
+        dual.trace if trace is None else trace,
+    )
+
+
+def _products(matrix: torch.Tensor) -> NDArray[Any]:
+    """``M^T M``, with sums over many rows in double precision."""
+    total: torch.Tensor | None = None
+    for start in range(0, len(matrix), _CHUNK):
+        piece = matrix[start : start + _CHUNK]
+        part = (piece.T @ piece).cpu().double()
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    precision = np.float32 if matrix.dtype == torch.float32 else np.float64
+    return total.numpy().astype(precision)

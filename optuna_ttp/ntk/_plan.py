@@ -1,0 +1,126 @@
+"""What computing a spectrum is going to take, before it is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from optuna_ttp.ntk._choice import WIDTH
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one parameter.
+
+    Attributes:
+        name:
+            Of the parameter.
+        n_weights:
+            Its size.
+        claimed_by:
+            The module that answers for it; empty for the whole network.
+        derivative:
+            ``"rule"``, ``"vmap"`` or ``"loop"``: by the rule of the layer, or by differentiating
+            the module for all samples at once, or one after the other.
+        method:
+            ``"rows"``, ``"panels"``, ``"ghost"`` or ``"separable"``: how products are made.
+        flops:
+            Of making rows and multiplying them.
+        bytes:
+            Held for all samples.
+    """
+
+    name: str
+    n_weights: int
+    claimed_by: str
+    derivative: str
+    method: str
+    flops: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SpectrumPlan:
+    """How a spectrum is going to be computed; printing it shows a table.
+
+    Attributes:
+        engine:
+            The engine's name.
+        reason:
+            Why this one.
+        n_samples:
+            N.
+        n_outputs:
+            C.
+        n_parameters:
+            D.
+        seconds:
+            Estimated wall-clock seconds of the Jacobian and the kernel.
+        trace_seconds:
+            Those of them in which the trace is estimated; zero where it is exact.
+        bytes:
+            Estimated peak of memory on top of the model and the data.
+        batch_size:
+            Samples that go through the network together.
+        block_size:
+            Samples whose part of the Jacobian is held; N where everything fits.
+        stream_size:
+            Samples that are streamed past a block.
+        minimum_bytes:
+            The smallest ``max_memory`` with which it can be computed.
+        layers:
+            Parameter by parameter.
+    """
+
+    engine: str
+    reason: str
+    n_samples: int
+    n_outputs: int
+    n_parameters: int
+    seconds: float
+    trace_seconds: float
+    bytes: int
+    batch_size: int
+    block_size: int
+    stream_size: int
+    minimum_bytes: int
+    layers: tuple[LayerPlan, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.engine}, about {_duration(self.seconds)}, {self.bytes / 2**30:.2g} GiB",
+            f"  {self.n_samples} samples, {self.n_outputs} outputs, {self.n_parameters:,} weights",
+            f"  {self.reason}",
+            f"  {self.batch_size} samples at a time, {self.block_size} held",
+            *self._of_width(),
+            *self._of_trace(),
+            f"  {'parameter':<44}{'weights':>12}  {'derivative':<11}{'product':<8}"
+            f"{'GFLOP':>9}{'MiB':>8}",
+        ]
+        lines.extend(
+            f"  {layer.name[-44:]:<44}{layer.n_weights:>12,}  {layer.derivative:<11}"
+            f"{layer.method:<8}{layer.flops / 1e9:>9.3g}{layer.bytes / 2**20:>8.3g}"
+            for layer in self.layers
+        )
+        return "\n".join(lines)
+
+    def _of_width(self) -> list[str]:
+        if not self.engine.endswith("sketch"):
+            return []
+        return [
+            f"  {WIDTH} numbers a row; where predicted times need twice as many, as long again, "
+            "and so on"
+        ]
+
+    def _of_trace(self) -> list[str]:
+        if not self.trace_seconds:
+            return []
+        took = _duration(self.trace_seconds)
+        return [f"  the trace is an estimate, by random signs, in {took} of these"]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100.0:
+        return f"{seconds:.2g} s"
+    if seconds < 6000.0:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,380 @@
+"""Planning a spectrum: a few samples are differentiated, the rest is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from optuna_ttp._util.checks import check_seed
+from optuna_ttp.ntk._autocast import without_autocast
+from optuna_ttp.ntk._choice import check_sketch_memory
+from optuna_ttp.ntk._choice import resolve_engine
+from optuna_ttp.ntk._choice import WIDTH
+from optuna_ttp.ntk._devices import resolve_device
+from optuna_ttp.ntk._devices import resolve_dtype
+from optuna_ttp.ntk._plan import LayerPlan
+from optuna_ttp.ntk._plan import SpectrumPlan
+from optuna_ttp.ntk._prepare import lifting
+from optuna_ttp.ntk._prepare import Preparation
+from optuna_ttp.ntk._prepare import prepare
+from optuna_ttp.ntk._samples import check_singles
+from optuna_ttp.ntk._samples import SampleReader
+from optuna_ttp.ntk.engines._directions import Directions
+from optuna_ttp.ntk.engines._exact import block_sizes
+from optuna_ttp.ntk.engines._exact import BlockSizes
+from optuna_ttp.ntk.engines._exact import expected_bytes
+from optuna_ttp.ntk.engines._matrix_free import by_directions
+from optuna_ttp.ntk.engines._matrix_free import check_vectors_memory
+from optuna_ttp.ntk.engines._matrix_free import columns_of
+from optuna_ttp.ntk.engines._matrix_free import probes_of
+from optuna_ttp.ntk.engines._matrix_free import sketch_width
+from optuna_ttp.ntk.engines._sketch import Passes
+from optuna_ttp.ntk.layers._layout import GHOST_OVERHEAD
+from optuna_ttp.ntk.layers._layout import TRIANGLE
+from optuna_ttp.spectrum import check_truncation
+from optuna_ttp.task import check_task
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
+
+
+# Samples that are timed: of so many the fixed costs of a batch are a small part.
+_N_TIMED = 12
+_MATRIX = 1024
+# Blocks of products that the matrix-free engine usually makes.
+_N_BLOCKS = 2
+# Directions that are timed.
+_N_DIRECTIONS = 4
+# Eigenpairs that a sketch refines.
+_N_REFINED = 150
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """What is going to be done, and what that takes."""
+
+    preparation: Preparation | None
+    seconds: float
+    sizes: BlockSizes
+    n_bytes: int
+    trace_seconds: float = 0.0
+
+
+@without_autocast
+def plan_spectrum(
+    task: FineTuningTask,
+    *,
+    engine: str = "auto",
+    rank: int | None = None,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    max_memory: int = 4 * 2**30,
+    seed: int = 0,
+) -> SpectrumPlan:
+    """Say how a spectrum would be computed, and what that takes, without computing it.
+
+    A few samples are differentiated and timed, and a matrix product; the rest is counted. On a
+    CPU, what other programs take of the processor is not in the seconds. The eigenvectors, the
+    timing of training steps and the probe come on top. For a sketch the seconds are those of the
+    narrowest one, which has to be made anew twice as wide as long as its error bar is too large;
+    for the matrix-free engine those of two blocks of products, which most spectra take.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> task = FineTuningTask(model, (torch.randn(8, 3), torch.randint(2, (8,))))
+        >>> plan = plan_spectrum(task)
+        >>> plan.engine
+        'exact'
+
+    Args:
+        task:
+            What is fine-tuned.
+        engine:
+            As for :func:`~optuna_ttp.compute_spectrum`. ``"auto"`` by default.
+        rank:
+            As for :func:`~optuna_ttp.compute_spectrum`, for the matrix-free engine.
+        dtype:
+            As for :func:`~optuna_ttp.compute_spectrum`. ``"float32"`` by default.
+        device:
+            As for :func:`~optuna_ttp.compute_spectrum`.
+        max_memory:
+            Bytes. 4 GiB by default.
+        seed:
+            Of the random directions in which gradients are compared. Zero by default.
+
+    Returns:
+        The plan; print it.
+
+    Raises:
+        TypeError:
+            As for :func:`~optuna_ttp.compute_spectrum`.
+        ValueError:
+            Likewise; also where it does not fit the memory, with the smallest that would do.
+    """
+    check_task(task)
+    check_truncation(rank, None)
+    seed = check_seed(seed)
+    name, reason = resolve_engine(task, engine, max_memory=max_memory)
+    kind, held = resolve_dtype(dtype, name)
+    planner = _Planner(task, resolve_device(task, device), kind, max_memory, seed)
+    if name == "exact":
+        estimate = planner.exact(held)
+    elif name == "matrix_free":
+        estimate = planner.matrix_free(rank)
+    else:
+        estimate = planner.sketch(refined=name == "refined_sketch")
+    sizes = estimate.sizes
+    if estimate.n_bytes > max_memory:
+        reason += (
+            f"; the peak is above max_memory of {max_memory / 2**20:,.3g} MiB, which limits rows "
+            "and kernel, but not the activations and gradients of a batch"
+        )
+    return SpectrumPlan(
+        engine=name,
+        reason=reason,
+        n_samples=task.n_samples,
+        n_outputs=task.n_outputs,
+        n_parameters=task.n_parameters,
+        seconds=estimate.seconds,
+        trace_seconds=estimate.trace_seconds,
+        bytes=estimate.n_bytes,
+        batch_size=sizes.batch,
+        block_size=sizes.held,
+        stream_size=sizes.streamed,
+        minimum_bytes=sizes.minimum,
+        layers=() if estimate.preparation is None else _layers(task, estimate.preparation),
+    )
+
+
+class _Planner:
+    """Plans for one task on one device."""
+
+    def __init__(
+        self,
+        task: FineTuningTask,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_memory: int,
+        seed: int,
+    ) -> None:
+        self._task, self._device, self._dtype = task, device, dtype
+        self._max_memory, self._seed = max_memory, seed
+        self._n_rows = task.n_samples * task.n_outputs
+        self._itemsize = torch.empty((), dtype=dtype).element_size()
+        self._n_timed = min(_N_TIMED, task.n_samples)
+        self._few = task.subset(self._n_timed)
+        n_held_out = 0 if task.validation is None else task.validation.n_samples
+        self._n_read = task.n_samples + n_held_out
+
+    def exact(self, held: torch.dtype | None) -> _Estimate:
+        """Plan the exact engine."""
+        task, device, dtype = self._task, self._device, self._dtype
+
+        def measure(lifts: Mapping[str, int]) -> _Estimate:
+            clock = _Clock(device)
+            reference = task.initial_outputs(device, dtype)
+            with task.frozen(device, dtype) as frozen:
+                check_singles(task, frozen, reference, device, dtype)
+                found = prepare(
+                    task,
+                    frozen,
+                    device=device,
+                    dtype=dtype,
+                    seed=self._seed,
+                    lifts=lifts,
+                    held=held,
+                )
+                setup = clock.seconds()
+                sizes = block_sizes(task, found, dtype, device, self._max_memory)
+                with found.claims.tape(frozen).attached() as tape:
+                    reader = SampleReader(
+                        task,
+                        frozen,
+                        found.claims,
+                        tape,
+                        batch_size=min(sizes.batch, self._n_timed),
+                        device=device,
+                        dtype=dtype,
+                        reference=reference,
+                    )
+                    seconds = _fastest(
+                        lambda: reader.read(found.layout, 0, self._n_timed), device, 2
+                    )
+            total = setup + _exact_seconds(
+                task, found, sizes, seconds / self._n_timed, _flops_per_second(device, dtype)
+            )
+            return _Estimate(found, total, sizes, expected_bytes(task, found, sizes, dtype))
+
+        return lifting(measure)
+
+    def sketch(self, *, refined: bool) -> _Estimate:
+        """Plan a sketch of the narrowest width."""
+        minimum = check_sketch_memory(self._task, self._itemsize, self._max_memory)
+
+        def measure(lifts: Mapping[str, int]) -> _Estimate:
+            clock = _Clock(self._device)
+            with self._passes(self._task, lifts) as passes:
+                setup, found = clock.seconds(), passes.preparation
+                n_bytes, batch = passes.sketch_bytes(WIDTH), passes.batch_size
+            seconds = setup + self._n_read * self._sketched(lifts)
+            if refined:
+                seconds += self._n_read * self._multiplied(lifts, _N_REFINED)
+                n_bytes += self._task.n_parameters * _N_REFINED * self._itemsize
+            sizes = BlockSizes(batch, batch, batch, n_bytes, minimum)
+            return _Estimate(found, seconds, sizes, n_bytes)
+
+        return lifting(measure)
+
+    def matrix_free(self, rank: int | None) -> _Estimate:
+        """Plan leading eigenpairs from products."""
+        n_columns = columns_of(self._task, rank)
+        minimum = check_vectors_memory(self._task, n_columns, self._max_memory)
+        if by_directions(self._task, n_columns, self._dtype, self._max_memory):
+            return self._directions(n_columns, minimum)
+
+        def measure(lifts: Mapping[str, int]) -> _Estimate:
+            clock = _Clock(self._device)
+            with self._passes(self._task, lifts) as passes:
+                setup, found = clock.seconds(), passes.preparation
+                width = sketch_width(self._n_rows, self._dtype, self._max_memory)
+                sketching, batch = passes.sketch_bytes(width), passes.batch_size
+                making = passes.sketch_bytes(0)
+            seconds = 2.0 * setup + self._n_read * (
+                self._sketched(lifts) + _N_BLOCKS * self._multiplied(lifts, n_columns)
+            )
+            # The basis, its images, and what is made of both; weights times vectors.
+            vectors = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
+            held = self._task.n_parameters * n_columns * self._itemsize
+            # One layer's part is made before it is added.
+            part = max(p.size for p in found.layout.parameters) * n_columns * self._itemsize
+            multiplying = making + vectors + min(held, self._max_memory // 2) + part
+            # The sketch is held about three times when its leading space is taken.
+            n_bytes = max(3 * sketching - 2 * making, multiplying)
+            sizes = BlockSizes(batch, batch, batch, n_bytes, minimum)
+            return _Estimate(found, seconds, sizes, n_bytes)
+
+        return lifting(measure)
+
+    def _directions(self, n_columns: int, minimum: int) -> _Estimate:
+        """Plan products that go through the network one direction at a time."""
+        task, device, dtype = self._task, self._device, self._dtype
+        clock = _Clock(device)
+        reference = task.initial_outputs(device, dtype)
+        with task.frozen(device, dtype) as frozen:
+            check_singles(task, frozen, reference, device, dtype)
+            setup = clock.seconds()
+            directions = Directions(self._few, frozen, device, dtype, self._max_memory // 2)
+            vectors = torch.ones(
+                (self._n_timed * task.n_outputs, _N_DIRECTIONS), dtype=dtype, device=device
+            )
+            seconds = _fastest(lambda: directions.images(vectors), device, 1)
+        per_direction = self._n_read / self._n_timed * seconds / _N_DIRECTIONS
+        # The start is multiplied as well.
+        total = setup + (_N_BLOCKS + 1) * n_columns * per_direction
+        held = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
+        weights = task.n_parameters * directions.n_together * self._itemsize
+        n_bytes = held + weights
+        sizes = BlockSizes(1, 1, 1, n_bytes, minimum)
+        tracing = probes_of(n_columns) * per_direction
+        return _Estimate(None, total + tracing, sizes, n_bytes, tracing)
+
+    def _passes(self, task: FineTuningTask, lifts: Mapping[str, int]) -> Passes:
+        return Passes(task, self._device, self._dtype, self._seed, lifts, False)
+
+    def _sketched(self, lifts: Mapping[str, int]) -> float:
+        """Seconds of projecting one sample."""
+        with self._passes(self._few, lifts) as passes:
+            seconds = _fastest(
+                lambda: passes.sketch(WIDTH, "sign_fold", self._seed), self._device, 1
+            )
+        return seconds / self._few_read
+
+    def _multiplied(self, lifts: Mapping[str, int], n_columns: int) -> float:
+        """Seconds of one sample's part in a product of the kernel and so many vectors."""
+        vectors = torch.ones(
+            (self._n_timed * self._task.n_outputs, n_columns),
+            dtype=self._dtype,
+            device=self._device,
+        )
+        with self._passes(self._few, lifts) as passes:
+            seconds = _fastest(lambda: passes.images(vectors, self._max_memory), self._device, 1)
+        return seconds / self._n_timed
+
+    @property
+    def _few_read(self) -> int:
+        """Samples that a sketch of the timed ones reads: validation samples as well."""
+        return self._n_timed + self._n_read - self._task.n_samples
+
+
+def _exact_seconds(
+    task: FineTuningTask,
+    preparation: Preparation,
+    sizes: BlockSizes,
+    per_sample: float,
+    rate: float,
+) -> float:
+    n = task.n_samples
+    n_held_out = 0 if task.validation is None else task.validation.n_samples
+    starts = range(0, n, sizes.held)
+    n_read = sum(n - start + n_held_out for start in starts)
+    flops = 0.0
+    for p in preparation.layout.parameters:
+        cost = p.flops_per_pair * (GHOST_OVERHEAD if p.method == "ghost" else 1.0)
+        flops += cost * n * (TRIANGLE * n + n_held_out)
+        if p.method == "panels":
+            flops += p.flops_per_sample * n_read
+    return n_read * per_sample + flops / rate
+
+
+def _layers(task: FineTuningTask, preparation: Preparation) -> tuple[LayerPlan, ...]:
+    claims = {n: c for c in preparation.claims.claims for n, _ in c.parameters}
+    return tuple(
+        LayerPlan(
+            name=p.name.removeprefix("model."),
+            n_weights=p.size,
+            claimed_by=claims[p.name].module.removeprefix("model."),
+            derivative=claims[p.name].kind,
+            method=p.method,
+            flops=task.n_samples
+            * (p.flops_per_sample + TRIANGLE * task.n_samples * p.flops_per_pair),
+            bytes=p.bytes_per_sample * task.n_samples,
+        )
+        for p in preparation.layout.parameters
+    )
+
+
+class _Clock:
+    """Seconds since it was made, without those that other programs took of the processor."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def seconds(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            return time.perf_counter() - self._wall
+        # With several threads the processor's time is the longer one.
+        processor = time.process_time() - self._processor
+        return min(time.perf_counter() - self._wall, processor)
+
+
+def _fastest(function: Callable[[], object], device: torch.device, n_times: int) -> float:
+    """Seconds of the fastest of some calls."""
+    seconds = []
+    for _ in range(n_times):
+        clock = _Clock(device)
+        function()
+        seconds.append(clock.seconds())
+    return min(seconds)
+
+
+def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    matrix = torch.ones((_MATRIX, _MATRIX), dtype=dtype, device=device)
+    return 2.0 * _MATRIX**3 / _fastest(lambda: matrix @ matrix, device, 3)

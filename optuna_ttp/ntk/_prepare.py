@@ -1,0 +1,180 @@
+"""What every engine needs to know of a network before it differentiates all samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from typing import TypeVar
+
+import torch
+
+from optuna_ttp.ntk.layers._claims import Claims
+from optuna_ttp.ntk.layers._claims import find_claims
+from optuna_ttp.ntk.layers._claims import UnclaimedError
+from optuna_ttp.ntk.layers._factors import Factors
+from optuna_ttp.ntk.layers._layout import Layout
+from optuna_ttp.ntk.layers._layout import make_layout
+from optuna_ttp.ntk.layers._separable import is_separable
+from optuna_ttp.ntk.layers._tape import Recording
+from optuna_ttp.ntk.layers._tree import tensors_of
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
+    from optuna_ttp.task import FrozenModel
+
+
+# Samples on which gradients of layers are compared with those of the whole network.
+_N_CHECKED = 3
+# Modules around a layer that are tried; few networks are nested so deeply.
+_MAX_LIFTS = 20
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a look at a few samples has shown.
+
+    Attributes:
+        claims:
+            Who answers for which parameter.
+        layout:
+            How each parameter is held.
+        bytes_per_sample:
+            Activations, cotangents and rows of one sample while it is differentiated.
+    """
+
+    claims: Claims
+    layout: Layout
+    bytes_per_sample: int
+
+
+def prepare(
+    task: FineTuningTask,
+    frozen: FrozenModel,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    lifts: Mapping[str, int] | None = None,
+    held: torch.dtype | None = None,
+) -> Preparation:
+    """Look at a few samples.
+
+    Args:
+        task:
+            What is fine-tuned.
+        frozen:
+            The borrowed model.
+        device:
+            Where to differentiate.
+        dtype:
+            Precision of the Jacobian.
+        seed:
+            Of the random directions in which gradients are compared.
+        lifts:
+            See :func:`~optuna_ttp.ntk.layers._claims.find_claims`. None by default.
+        held:
+            Precision that the Jacobian is held in; that it is computed in by default.
+
+    Returns:
+        Claims, layout and what a sample takes.
+    """
+    n_checked = min(_N_CHECKED, task.n_samples)
+    inputs, _ = next(task.batches(n_checked, device, dtype))
+    if device.type == "cpu" and dtype == torch.float32 and n_checked > 1:
+        frozen.try_channels_last(inputs)
+    claims = find_claims(frozen, inputs, n_checked, seed, lifts)
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    multipliers = dict(zip(frozen.parameters, task.multipliers.values(), strict=True))
+    with claims.tape(frozen).attached() as tape:
+        recording = tape.record(inputs, n_checked)
+    layout = make_layout(
+        {n: p.numel() for n, p in frozen.parameters.items() if n in claims.shapes},
+        multipliers,
+        claims.shapes,
+        separable=_separable(claims, recording, seed),
+        n_samples=task.n_samples,
+        n_outputs=task.n_outputs,
+        itemsize=itemsize if held is None else held.itemsize,
+        held=held,
+    )
+    batched = device.type == "cuda"
+    replayed = set(claims.replayed)
+    elements = 0
+    for module, calls in recording.calls.items():
+        # Of one output at a time, or of all, which are brought into order then.
+        n_cotangents = 2 * task.n_outputs if batched or module in replayed else 1
+        for call in calls:
+            # What operations between layers keep is about as large as what they are given.
+            elements += (n_cotangents + 1) * sum(s.numel() for s in call.shapes)
+            elements += sum(t.numel() for t in tensors_of((call.args, call.kwargs)))
+    per_sample = itemsize * (
+        elements // n_checked + _gathered_elements(layout, claims, task.n_outputs)
+    )
+    return Preparation(claims, layout, per_sample)
+
+
+def _gathered_elements(layout: Layout, claims: Claims, n_outputs: int) -> int:
+    """What a sample needs until its rows are made: cotangents of all outputs, and inputs."""
+    cotangents = unfolded = rows = 0
+    for parameter in layout.parameters:
+        shape = claims.shapes[parameter.name]
+        if shape is None:
+            rows = max(rows, n_outputs * parameter.size)
+        elif parameter.method in ("rows", "separable") and not shape.is_table:
+            positions = shape.groups * shape.positions
+            cotangents += n_outputs * shape.width * positions
+            # Those of one parameter after the other.
+            unfolded = max(unfolded, shape.n_rows * positions)
+    return cotangents + unfolded + rows
+
+
+def _separable(claims: Claims, recording: Recording, seed: int) -> frozenset[str]:
+    """Parameters whose cotangents have the same pattern in two random directions."""
+    n_outputs = recording.outputs.shape[1]
+    if n_outputs == 1:
+        return frozenset()
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, *recording.outputs.shape)
+    directions = torch.randn(shape, generator=generator, dtype=torch.float64)
+    cotangents = recording.cotangents(list(directions.to(recording.outputs)), retain_graph=True)
+    for module in claims.replayed:
+        cotangents.pop(module, None)
+    calls: Counter[str] = Counter()
+    found: set[str] = set()
+    for name, part in claims.gradients(recording, cotangents):
+        calls[name] += 1
+        if isinstance(part, Factors) and part.shape[3] > 1 and is_separable(part):
+            found.add(name)
+    return frozenset(n for n in found if calls[n] == 1)
+
+
+def lifting(run: Callable[[Mapping[str, int]], _Result]) -> _Result:
+    """Run something again as long as a layer turns out not to answer for its parameters.
+
+    A layer that only some samples reach, such as an expert, is fine for the samples that are
+    looked at first and wrong for others: the module around it answers for it then.
+
+    Args:
+        run:
+            Takes what :func:`prepare` takes as ``lifts``.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        JacobianMismatchError:
+            If no module can answer for the parameters.
+    """
+    lifts: Counter[str] = Counter()
+    for _ in range(_MAX_LIFTS):
+        try:
+            return run(lifts)
+        except UnclaimedError as error:  # noqa: PERF203
+            lifts.update(error.names)
+    return run(lifts)

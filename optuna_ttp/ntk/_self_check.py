@@ -1,0 +1,197 @@
+"""The kernel against plain automatic differentiation, on every computation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from optuna_ttp._util.exceptions import JacobianMismatchError
+from optuna_ttp.ntk._kernel import Kernel
+from optuna_ttp.ntk._prepare import Preparation
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
+    from optuna_ttp.task import FrozenModel
+
+
+# Relative to the norms of both rows. In a batch of another size units are rounded to the other
+# side of a kink, and models that cast to half precision inside round differently.
+_TOLERANCE = {torch.float32: 5e-3, torch.float64: 1e-6, torch.bfloat16: 2e-2}
+
+
+def check_rows(
+    task: FineTuningTask,
+    frozen: FrozenModel,
+    preparation: Preparation,
+    kernel: Kernel,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Compare entries of the kernel with products of rows by plain automatic differentiation.
+
+    Two random rows are differentiated as they are, a backward pass each through a batch of one,
+    and their products compared with their entries of the kernel.
+
+    Args:
+        task:
+            What was differentiated.
+        frozen:
+            The borrowed model.
+        preparation:
+            Who answered for which parameter.
+        kernel:
+            What is checked.
+        device:
+            Where.
+        dtype:
+            Precision of the Jacobian.
+        seed:
+            Of the choice of rows.
+
+    Raises:
+        JacobianMismatchError:
+            If they differ, with the layer whose gradients differ most.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = [
+        (int(rng.integers(task.n_samples)), int(rng.integers(task.n_outputs))) for _ in range(2)
+    ]
+    rows = [_plain_row(task, frozen, n, c, device, dtype) for n, c in chosen]
+    multipliers = dict(zip(frozen.parameters, task.multipliers.values(), strict=True))
+    indices = [n * task.n_outputs + c for n, c in chosen]
+    norms = [_product(r, r, multipliers) ** 0.5 for r in rows]
+    for a, b in ((0, 0), (0, 1), (1, 1)):
+        expected = _product(rows[a], rows[b], multipliers)
+        actual = float(kernel.gram[indices[a], indices[b]])
+        # What overflowed is refused elsewhere, with a better message.
+        if not np.isfinite(actual):
+            continue
+        if (
+            abs(actual - expected)
+            > _TOLERANCE[preparation.layout.held or frozen.precision] * norms[a] * norms[b]
+        ):
+            raise JacobianMismatchError(
+                f"The kernel of sample {chosen[a][0]}, output {chosen[a][1]} and sample "
+                f"{chosen[b][0]}, output {chosen[b][1]} must be {expected:.6g}, as plain "
+                f"automatic differentiation has it, but got {actual:.6g}. "
+                + _culprit(task, frozen, preparation, chosen[a], rows[a], device, dtype)
+            )
+
+
+def check_row_norms(
+    task: FineTuningTask,
+    frozen: FrozenModel,
+    first: int,
+    norms: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Compare the squared norm of one random row with plain automatic differentiation.
+
+    Args:
+        task:
+            What is differentiated.
+        frozen:
+            The borrowed model.
+        first:
+            The first sample of the batch. If the random row is of none of its samples, nothing is
+            compared.
+        norms:
+            Squared norms of the batch's rows, of shape ``(B, C)``.
+        device:
+            Where.
+        dtype:
+            Precision of the Jacobian.
+        seed:
+            Of the choice of the row.
+
+    Raises:
+        JacobianMismatchError:
+            If they differ.
+    """
+    rng = np.random.default_rng(seed)
+    n, c = int(rng.integers(task.n_samples)), int(rng.integers(task.n_outputs))
+    if not first <= n < first + len(norms):
+        return
+    row = _plain_row(task, frozen, n, c, device, dtype)
+    expected = _product(row, row, dict.fromkeys(row, 1.0))
+    actual = float(norms[n - first, c])
+    if np.isfinite(actual) and abs(actual - expected) > _TOLERANCE[frozen.precision] * expected:
+        raise JacobianMismatchError(
+            f"The squared gradient of output {c} of sample {n} must be {expected:.6g}, as plain "
+            f"automatic differentiation has it, but got {actual:.6g}."
+        )
+
+
+def _plain_row(
+    task: FineTuningTask,
+    frozen: FrozenModel,
+    n: int,
+    c: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    inputs, _ = next(task.batches(1, device, dtype, start=n))
+    gradients = torch.autograd.grad(
+        frozen(inputs)[0, c],
+        list(frozen.parameters.values()),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return {
+        name: g if g.layout == torch.strided else g.to_dense()
+        for name, g in zip(frozen.parameters, gradients, strict=True)
+    }
+
+
+def _product(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], multipliers: dict[str, float]
+) -> float:
+    total = 0.0
+    for name, g in one.items():
+        # A vectorised dot product of single precision loses digits over millions of weights.
+        left, right = g.flatten().cpu(), other[name].flatten().cpu()
+        for start in range(0, len(left), 2**20):
+            part = left[start : start + 2**20].double() @ right[start : start + 2**20].double()
+            total += multipliers[name] * float(part)
+    return total
+
+
+def _culprit(
+    task: FineTuningTask,
+    frozen: FrozenModel,
+    preparation: Preparation,
+    row: tuple[int, int],
+    plain: dict[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str:
+    """Say which layer's gradient differs most from the plain one."""
+    from optuna_ttp.ntk.layers._factors import Factors
+
+    n, c = row
+    size = min(4, task.n_samples - n)
+    inputs, _ = next(task.batches(size, device, dtype, start=n))
+    found: dict[str, torch.Tensor] = {}
+    with preparation.claims.tape(frozen).attached() as tape:
+        recording = tape.record(inputs, size)
+        direction = torch.zeros_like(recording.outputs)
+        direction[:, c] = 1.0
+        cotangents = recording.cotangents([direction])
+        for name, part in preparation.claims.gradients(recording, cotangents):
+            rows = part.rows() if isinstance(part, Factors) else part
+            found[name] = found[name] + rows[0, 0] if name in found else rows[0, 0]
+    away = {
+        name: float((found[name] - g.flatten()).norm() if name in found else g.norm())
+        for name, g in plain.items()
+    }
+    worst = max(away, key=lambda name: away[name])
+    if away[worst] <= _TOLERANCE[frozen.precision] * max(float(g.norm()) for g in plain.values()):
+        return "The gradients of all layers are right; their products are not."
+    return f"The gradient of {worst.removeprefix('model.')!r} differs most."

@@ -1,0 +1,464 @@
+"""What is held of the Jacobian for some samples, and the products of two such states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from optuna_ttp.ntk.layers._claims import UnclaimedError
+from optuna_ttp.ntk.layers._factors import CHUNK
+from optuna_ttp.ntk.layers._factors import Factors
+from optuna_ttp.ntk.layers._factors import ghost_gram
+from optuna_ttp.ntk.layers._factors import sums_device
+from optuna_ttp.ntk.layers._layout import Layout
+from optuna_ttp.ntk.layers._rules import Contribution
+from optuna_ttp.ntk.layers._separable import gathered_terms
+from optuna_ttp.ntk.layers._separable import separate
+from optuna_ttp.ntk.layers._separable import Separated
+from optuna_ttp.ntk.layers._separable import separated_gram
+
+
+# Rows of the kernel that are multiplied at a time: of the triangle, half a tile is wasted.
+_N_TILES, _MIN_TILE, _MAX_TILE = 10, 64, 256
+# Columns of rows that are made of factors at a time.
+PANEL = 2**13
+# Columns that are multiplied at a time: what the processor's cache holds of many rows.
+_COLUMNS = 2**12
+
+
+@dataclass(frozen=True, eq=False)
+class BlockState:
+    """The Jacobian of some samples: rows for some parameters, factors for the others.
+
+    Attributes:
+        n_samples:
+            How many samples.
+        rows:
+            Shape ``(n C, columns of the layout)``.
+        factors:
+            By parameter.
+        matrices:
+            Rows of large parameters, each of shape ``(n C, p)``.
+        separated:
+            By parameter.
+    """
+
+    n_samples: int
+    rows: torch.Tensor
+    factors: dict[str, Factors]
+    matrices: dict[str, torch.Tensor]
+    separated: dict[str, Separated]
+
+    def first_not_finite(self, n_outputs: int) -> tuple[int, int] | None:
+        """Return the first (sample, output) with a gradient that is not finite."""
+        finite = torch.isfinite(self.rows).all(1).reshape(self.n_samples, n_outputs)
+        for matrix in self.matrices.values():
+            finite &= torch.isfinite(matrix).all(1).reshape(finite.shape)
+        for separated in self.separated.values():
+            finite &= torch.isfinite(separated.weights).all(-1).all(-1)
+            finite &= torch.isfinite(separated.rows).flatten(1).all(1, keepdim=True)
+        for factors in self.factors.values():
+            for d in factors.cotangents:
+                finite &= torch.isfinite(d).all(-1).all(-1).all(1)
+        bad = (~finite).nonzero()
+        return None if len(bad) == 0 else (int(bad[0, 0]), int(bad[0, 1]))
+
+
+class StateBuilder:
+    """Gathers the gradients of some samples, batch by batch, as the layout holds them.
+
+    Args:
+        layout:
+            How each parameter is held.
+        n_samples:
+            How many samples are going to be added.
+        n_outputs:
+            C.
+        device:
+            Where.
+        dtype:
+            Precision of the Jacobian.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        n_samples: int,
+        n_outputs: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._layout = layout
+        self._n_outputs = n_outputs
+        self._n_samples = n_samples
+        self._dtype, self._held = dtype, layout.held or dtype
+        self._rows = torch.zeros(
+            (n_samples, n_outputs, layout.n_columns), dtype=self._held, device=device
+        )
+        self._matrices = {
+            p.name: torch.empty((n_samples, n_outputs, p.size), dtype=self._held, device=device)
+            for p in layout.parameters
+            if p.method == "rows" and p.name not in layout.offsets
+        }
+        self._parts: dict[str, list[Factors]] = {
+            p.name: [] for p in layout.parameters if p.method in ("ghost", "panels")
+        }
+        # Memory for the factors of all samples; nothing where batches have different lengths.
+        self._whole: dict[str, Factors | None] = {}
+        # Memory for the cotangents of a batch, for one batch after the other.
+        self._scratch: dict[str, tuple[torch.Tensor, ...]] = {}
+        self._separable = {p.name for p in layout.parameters if p.method == "separable"}
+        self._separated: dict[str, Separated] = {}
+        self._parameters = {p.name: p for p in layout.parameters}
+        self._batch = slice(0, 0)
+
+    def begin(self, batch_size: int) -> None:
+        """Start the next batch of samples."""
+        self._batch = slice(self._batch.stop, self._batch.stop + batch_size)
+        self._pending: dict[str, Factors] = {}
+        self._written: set[str] = set()
+
+    def add(
+        self,
+        gradients: Iterator[tuple[str, Contribution]],
+        classes: slice,
+    ) -> None:
+        """Add the gradients of some outputs of the batch.
+
+        Args:
+            gradients:
+                Contributions to each parameter's gradient.
+            classes:
+                Which outputs.
+        """
+        gathered: dict[str, Factors] = {}
+        for name, contribution in gradients:
+            parameter = self._parameters[name]
+            root = parameter.multiplier**0.5
+            if isinstance(contribution, Factors):
+                scaled = contribution.scaled(root)
+                known = gathered.get(name)
+                if known is None or known.fits(scaled):
+                    gathered[name] = scaled if known is None else known.merged(scaled)
+                    continue
+                # The same weight laid out in two ways, such as a table that is also a projection.
+                contribution, root = scaled.rows(), 1.0
+            self._add_rows(name, contribution, classes, root)
+        for name, factors in gathered.items():
+            self._put(name, factors, classes)
+
+    def end(self, weights: dict[str, torch.Tensor] | None) -> torch.Tensor:
+        """Finish the batch.
+
+        Args:
+            weights:
+                The parameters ``w``, if ``J diag(c) w`` is wanted.
+
+        Returns:
+            ``J diag(c) w`` of shape ``(B, C)``, or zeros.
+
+        Raises:
+            JacobianMismatchError:
+                If a layer did not run for it.
+        """
+        missing = (self._parts.keys() | self._separable) - self._pending.keys()
+        if missing:
+            raise UnclaimedError(missing, "run for some samples but not for others")
+        inner = torch.zeros((self._batch.stop - self._batch.start, self._n_outputs)).double()
+        for name in list(self._pending):
+            factors = self._pending.pop(name)
+            # What is made of the inputs is needed once more, and not kept.
+            factors = replace(factors, caches=())
+            if name in self._parts:
+                if weights is not None:
+                    inner += self._inner(name, factors.to(self._dtype), weights)
+                self._keep(name, factors)
+            elif name in self._separable:
+                separated = separate(factors)
+                if weights is not None:
+                    inner += self._inner(name, separated, weights)
+                known = self._separated.get(name)
+                self._separated[name] = gathered_terms(
+                    known, separated.to(self._held), self._batch, self._n_samples
+                )
+            elif name in self._matrices and name not in self._written:
+                # All outputs in one product, which is faster than one after the other.
+                target = self._matrices[name][self._batch]
+                if self._held == self._dtype:
+                    factors.write_rows(target)
+                else:
+                    target.copy_(factors.rows())
+                self._written.add(name)
+            else:
+                self._add_rows(name, factors.rows(), slice(None))
+        return inner if weights is None else inner + self._weight_outputs(weights)
+
+    def _inner(
+        self, name: str, gradient: Factors | Separated, weights: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """What one parameter contributes to ``J diag(c) w``."""
+        # The gradient is scaled by the root of the multiplier, and so is w.
+        root = self._parameters[name].multiplier ** 0.5
+        inner: torch.Tensor = root * gradient.inner(weights[name].detach()).double().cpu()
+        return inner
+
+    def _weight_outputs(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the rows of the batch contribute to ``J diag(c) w``."""
+        together: list[torch.Tensor] = []
+        total = torch.zeros((self._batch.stop - self._batch.start, self._n_outputs))
+        for p in self._layout.parameters:
+            if p.method != "rows":
+                continue
+            # Rows are scaled by the root of the multiplier, and so is w.
+            flat = p.multiplier**0.5 * weights[p.name].detach().flatten()
+            if p.name in self._matrices:
+                total = total + row_products(self._target(p.name)[self._batch], flat)
+            else:
+                together.append(flat)
+        if together:
+            total = total + row_products(self._rows[self._batch], torch.cat(together))
+        return total
+
+    def finish(self) -> BlockState:
+        """Return the state of all samples."""
+        self._scratch.clear()
+        factors = {}
+        for name in list(self._parts):
+            parts, whole = self._parts.pop(name), self._whole.pop(name)
+            factors[name] = Factors.concatenate(parts) if whole is None else whole
+        return BlockState(
+            self._n_samples,
+            self._rows.flatten(0, 1),
+            factors,
+            {n: m.flatten(0, 1) for n, m in self._matrices.items()},
+            self._separated,
+        )
+
+    def _add_rows(
+        self, name: str, rows: torch.Tensor, classes: slice, factor: float = 1.0
+    ) -> None:
+        self._target(name)[self._batch, classes].add_(rows, alpha=factor)
+
+    def _target(self, name: str) -> torch.Tensor:
+        """Where a parameter's rows are held, zero in the batch if nothing was written yet."""
+        if name not in self._matrices:
+            offset = self._layout.offsets[name]
+            return self._rows[..., offset : offset + self._parameters[name].size]
+        if name not in self._written:
+            self._matrices[name][self._batch] = 0.0
+            self._written.add(name)
+        return self._matrices[name]
+
+    def _put(self, name: str, factors: Factors, classes: slice) -> None:
+        """Add cotangents of some outputs to those of the others."""
+        if name not in self._pending:
+            memory = self._memory(name, factors)
+            self._pending[name] = replace(factors, cotangents=memory)
+        for whole_part, part in zip(
+            self._pending[name].cotangents, factors.cotangents, strict=True
+        ):
+            whole_part[:, :, classes] = part
+
+    def _memory(self, name: str, factors: Factors) -> tuple[torch.Tensor, ...]:
+        """Where the cotangents of all outputs of a batch are gathered."""
+        several = len(factors.cotangents[0]) < self._n_samples or self._held != self._dtype
+        if name in self._parts and several:
+            if name not in self._whole:
+                self._whole[name] = _empty_like(
+                    factors, self._n_samples, self._n_outputs, self._held
+                )
+            whole = self._whole[name]
+            if whole is not None and _same_shapes(whole, factors):
+                return tuple(d[self._batch] for d in whole.cotangents)
+            n = len(factors.cotangents[0])
+            return _empty_like(factors, n, self._n_outputs, self._held).cotangents
+        shapes = [d.shape for d in factors.cotangents]
+        held = self._scratch.get(name)
+        if held is None or any(
+            len(h) < shape[0] or h.shape[1] != shape[1] or h.shape[3:] != shape[3:]
+            for h, shape in zip(held, shapes, strict=True)
+        ):
+            held = tuple(_for_all(d, self._n_outputs) for d in factors.cotangents)
+            self._scratch[name] = held
+        return tuple(h[: shape[0]] for h, shape in zip(held, shapes, strict=True))
+
+    def _keep(self, name: str, factors: Factors) -> None:
+        """Keep the factors of a batch."""
+        whole, parts = self._whole.get(name), self._parts[name]
+        if whole is not None and _same_shapes(whole, factors):
+            for all_, own in zip(whole.sources, factors.sources, strict=True):
+                all_[self._batch] = own
+            # Views of the whole, for when a later batch turns out to be of another length.
+            sources = tuple(t[self._batch] for t in whole.sources)
+            parts.append(replace(factors, sources=sources))
+            return
+        self._whole[name] = None
+        parts.append(factors.to(self._held))
+
+
+def _empty_like(factors: Factors, n_samples: int, n_outputs: int, dtype: torch.dtype) -> Factors:
+    """Memory for the factors of all outputs of so many samples."""
+
+    def memory(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        return torch.empty((n_samples, *shape), dtype=kind, device=tensor.device)
+
+    sources = tuple(memory(t, *t.shape[1:]) for t in factors.sources)
+    cotangents = tuple(memory(d, d.shape[1], n_outputs, *d.shape[3:]) for d in factors.cotangents)
+    return replace(factors, sources=sources, cotangents=cotangents, caches=())
+
+
+def _same_shapes(whole: Factors, part: Factors) -> bool:
+    """Whether both are of calls with the same numbers of positions."""
+    if len(whole.sources) != len(part.sources):
+        return False
+    sources = zip(whole.sources, part.sources, strict=True)
+    cotangents = zip(whole.cotangents, part.cotangents, strict=True)
+    return all(a.shape[1:] == b.shape[1:] for a, b in sources) and all(
+        a.shape[3:] == b.shape[3:] for a, b in cotangents
+    )
+
+
+def _for_all(cotangent: torch.Tensor, n_outputs: int) -> torch.Tensor:
+    """Memory for the cotangents ``(B, G, C, o, S)`` of all outputs, laid out like those of one."""
+    batch, groups, _, width, positions = cotangent.shape
+    if cotangent.stride(3) != 1 or positions == 1:
+        return cotangent.new_empty((batch, groups, n_outputs, width, positions))
+    memory = cotangent.new_empty((batch, positions, groups, n_outputs, width))
+    return memory.permute(0, 2, 3, 4, 1)
+
+
+def row_products(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return ``rows weights``, sums in double precision chunk by chunk.
+
+    Args:
+        rows:
+            Shape ``(B, C, p)``.
+        weights:
+            Shape ``(p,)``.
+
+    Returns:
+        Shape ``(B, C)``.
+    """
+    total: Any = torch.zeros(rows.shape[:-1])
+    for start in range(0, len(weights), CHUNK):
+        part = rows[..., start : start + CHUNK].to(weights.dtype) @ weights[start : start + CHUNK]
+        total = total + part.cpu().double()
+    return total  # type: ignore[no-any-return]
+
+
+def multiply(
+    layout: Layout, left: BlockState, right: BlockState
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``J_left diag(c) J_right^T``, in double precision.
+
+    Args:
+        layout:
+            Of both.
+        left:
+            Rows of the product.
+        right:
+            Columns. The same object as ``left`` for a block of the diagonal, of which only the
+            lower half is multiplied.
+
+    Returns:
+        The products, and ``J_left diag(c)^2 J_right^T`` where the multipliers are not all one.
+    """
+    n_outputs = len(left.rows) // left.n_samples
+    device = sums_device(left.rows.device)
+    shape = (left.n_samples * n_outputs, right.n_samples * n_outputs)
+    total = torch.zeros(shape, dtype=torch.float64, device=device)
+    stretched = torch.zeros_like(total) if layout.has_multipliers else None
+    symmetric = left is right
+    # What is held in half a precision is multiplied in a whole one.
+    dtype = left.rows.dtype if layout.held is None else torch.float32
+    sums = _Sums(total, stretched, symmetric, dtype)
+    for start, stop, multiplier in layout.sections:
+        sums.add(left.rows[:, start:stop], right.rows[:, start:stop], multiplier)
+    for parameter in layout.parameters:
+        name = parameter.name
+        if parameter.method == "rows":
+            if name in left.matrices:
+                sums.add(left.matrices[name], right.matrices[name], parameter.multiplier)
+            continue
+        if parameter.method == "separable":
+            terms = left.separated[name].to(dtype)
+            across_terms = terms if symmetric else right.separated[name].to(dtype)
+            product = separated_gram(terms, across_terms, symmetric=symmetric)
+            sums.add_product(product, parameter.multiplier)
+            continue
+        one = left.factors[name].to(dtype)
+        other = one if symmetric else right.factors[name].to(dtype)
+        if parameter.method == "ghost":
+            product = ghost_gram(one, other, symmetric=symmetric)
+            sums.add_product(product, parameter.multiplier)
+            continue
+        panels = one.panels(PANEL)
+        others = panels if symmetric else other.panels(PANEL)
+        if symmetric:
+            for panel in panels:
+                sums.add(panel, panel, parameter.multiplier)
+                # Gone before the next one is made.
+                del panel
+        else:
+            for panel, across in zip(panels, others, strict=True):
+                sums.add(panel, across, parameter.multiplier)
+                del panel, across
+    if symmetric:
+        for matrix in (total, stretched):
+            if matrix is not None:
+                _mirror(matrix)
+    return total, stretched
+
+
+def _mirror(matrix: torch.Tensor) -> None:
+    """Make the upper triangle that of the lower one, without a second matrix."""
+    for start in range(0, len(matrix), _MAX_TILE):
+        stop = min(start + _MAX_TILE, len(matrix))
+        block = matrix[start:stop, start:stop]
+        block.copy_(block.tril() + block.tril(-1).T)
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].T
+
+
+class _Sums:
+    """Adds products of rows to the kernel, only the block-lower triangle where it is symmetric."""
+
+    def __init__(
+        self,
+        total: torch.Tensor,
+        stretched: torch.Tensor | None,
+        symmetric: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        self._matrices = (total, stretched)
+        self._symmetric = symmetric
+        self._dtype = dtype
+
+    def add(self, left: torch.Tensor, right: torch.Tensor, multiplier: float) -> None:
+        for column in range(0, left.shape[1], _COLUMNS):
+            columns = slice(column, column + _COLUMNS)
+            one, other = (t[:, columns].to(self._dtype) for t in (left, right))
+            self._add_chunk(one, other, multiplier)
+
+    def add_product(self, product: torch.Tensor, multiplier: float) -> None:
+        total, stretched = self._matrices
+        assert total is not None
+        total += product
+        if stretched is not None:
+            stretched.add_(product, alpha=multiplier)
+
+    def _add_chunk(self, left: torch.Tensor, right: torch.Tensor, multiplier: float) -> None:
+        total, stretched = self._matrices
+        assert total is not None
+        tile = min(_MAX_TILE, max(_MIN_TILE, len(left) // _N_TILES))
+        for start in range(0, len(left), tile):
+            rows = slice(start, start + tile)
+            columns = slice(0, start + tile if self._symmetric else len(right))
+            part = (left[rows] @ right[columns].T).to(total.device)
+            total[rows, columns] += part
+            if stretched is not None:
+                stretched[rows, columns].add_(part, alpha=multiplier)

@@ -1,0 +1,233 @@
+"""Products with the Jacobian and its transpose, one direction at a time.
+
+A vector-Jacobian product is a backward pass, a Jacobian-vector product a pass in forward mode.
+Neither ever makes a row of the Jacobian, so that the number of outputs does not matter. Where
+forward mode is not implemented, attention switches to plain matrix products, and in the end two
+backward passes take the place of the forward one: ``J^T u`` is linear in ``u``, and its derivative
+with respect to ``u`` in the direction ``w`` is ``J w``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+import warnings
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend
+
+from optuna_ttp._util.exceptions import JacobianMismatchError
+from optuna_ttp.ntk.layers._tape import Gradients
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
+    from optuna_ttp.task import FrozenModel
+
+
+_BATCH = 32
+# ``u . (J w)`` and ``(J^T u) . w`` are the same number; relative to the norms of both.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
+_MODES = ("forward", "forward of plain attention", "two backward passes")
+
+
+class Directions:
+    """``J J^T`` of a task without rows of the Jacobian.
+
+    Args:
+        task:
+            The task.
+        frozen:
+            The borrowed model.
+        device:
+            Where.
+        dtype:
+            Precision of the Jacobian.
+        max_memory:
+            Bytes for directions in the space of the weights.
+
+    Attributes:
+        n_together:
+            How many directions fit that.
+    """
+
+    def __init__(
+        self,
+        task: FineTuningTask,
+        frozen: FrozenModel,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_memory: int,
+    ) -> None:
+        self._task, self._frozen = task, frozen
+        self._device, self._dtype = device, dtype
+        itemsize = torch.empty((), dtype=dtype).element_size()
+        self.n_together = max(1, max_memory // (itemsize * max(1, task.n_parameters)))
+        self._mode = 0
+        self._checked = False
+
+    @property
+    def mode(self) -> str:
+        """How Jacobian-vector products are made."""
+        return _MODES[self._mode]
+
+    def images(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return ``J J^T V``, in double precision.
+
+        Args:
+            vectors:
+                Shape ``(N C, b)``.
+        """
+        parts = [
+            self.forward(self._task, self.adjoint(some))
+            for some in vectors.split(self.n_together, dim=1)
+        ]
+        return torch.cat(parts, 1)
+
+    def adjoint(self, vectors: torch.Tensor) -> list[list[torch.Tensor]]:
+        """Return ``J^T V``: for each vector a tensor for each trainable parameter.
+
+        Args:
+            vectors:
+                Shape ``(N C, b)``.
+        """
+        parameters = list(self._frozen.parameters.values())
+        totals = [[torch.zeros_like(p) for p in parameters] for _ in range(vectors.shape[1])]
+        weights = vectors.unflatten(0, (self._task.n_samples, self._task.n_outputs))
+        batches = self._task.batches(_BATCH, self._device, self._dtype)
+        for k, (inputs, _) in enumerate(batches):
+            outputs = self._frozen(inputs)
+            some = weights[k * _BATCH : k * _BATCH + len(outputs)].to(outputs)
+            for b, total in enumerate(totals):
+                gradients: Gradients = torch.autograd.grad(
+                    outputs,
+                    parameters,
+                    some[..., b],
+                    retain_graph=b + 1 < len(totals),
+                    allow_unused=True,
+                )
+                for whole, part in zip(total, gradients, strict=True):
+                    if part is not None:
+                        whole += part if part.layout == torch.strided else part.to_dense()
+        return totals
+
+    def forward(self, task: FineTuningTask, directions: list[list[torch.Tensor]]) -> torch.Tensor:
+        """Return ``J W`` of shape ``(N C, b)``, in double precision.
+
+        Args:
+            task:
+                Whose samples: the task's own, or those held out.
+            directions:
+                ``W``: for each of ``b`` directions a tensor for each trainable parameter.
+        """
+        parts = [
+            self._batch_forward(inputs, directions)
+            for inputs, _ in task.batches(_BATCH, self._device, self._dtype)
+        ]
+        return torch.cat(parts).flatten(0, 1)
+
+    def _batch_forward(self, inputs: object, directions: list[list[torch.Tensor]]) -> torch.Tensor:
+        while True:
+            try:
+                with _plain_attention(self._mode > 0):
+                    if self._mode < 2:
+                        found = self._forward_mode(inputs, directions)
+                    else:
+                        found = self._two_backward_passes(inputs, directions)
+                if not self._checked:
+                    self._check(inputs, directions[0], found[..., 0])
+            except (RuntimeError, NotImplementedError):  # noqa: PERF203
+                if self._mode + 1 == len(_MODES):
+                    raise
+                self._mode += 1
+            else:
+                self._checked = True
+                return found
+
+    def _forward_mode(self, inputs: object, directions: list[list[torch.Tensor]]) -> torch.Tensor:
+        _load_forward_mode()
+        before = self._frozen.parameters
+        found = []
+        try:
+            for direction in directions:
+                with forward_ad.dual_level():
+                    duals = {
+                        name: forward_ad.make_dual(p.detach(), d)
+                        for (name, p), d in zip(before.items(), direction, strict=True)
+                    }
+                    self._frozen.replace_parameters(duals)
+                    outputs, tangent = forward_ad.unpack_dual(self._frozen(inputs))
+                    tangent = torch.zeros_like(outputs) if tangent is None else tangent
+                    found.append(tangent.detach().double().cpu())
+        finally:
+            self._frozen.replace_parameters(before)
+        return torch.stack(found, -1)
+
+    def _two_backward_passes(
+        self, inputs: object, directions: list[list[torch.Tensor]]
+    ) -> torch.Tensor:
+        parameters = list(self._frozen.parameters.values())
+        outputs = self._frozen(inputs)
+        cotangent = torch.zeros_like(outputs, requires_grad=True)
+        gradients: Gradients = torch.autograd.grad(
+            outputs, parameters, cotangent, create_graph=True, allow_unused=True
+        )
+        found = []
+        for b, direction in enumerate(directions):
+            pairs = zip(gradients, direction, strict=True)
+            inner = [(g * d).sum() for g, d in pairs if g is not None and g.requires_grad]
+            (part,) = torch.autograd.grad(
+                torch.stack(inner).sum(), cotangent, retain_graph=b + 1 < len(directions)
+            )
+            found.append(part.double().cpu())
+        return torch.stack(found, -1)
+
+    def _check(self, inputs: object, direction: list[torch.Tensor], image: torch.Tensor) -> None:
+        """Compare a product with what plain reverse mode has for it."""
+        parameters = list(self._frozen.parameters.values())
+        outputs = self._frozen(inputs)
+        self._frozen.find_precision(outputs)
+        gradients: Gradients = torch.autograd.grad(
+            outputs, parameters, image.to(outputs), allow_unused=True
+        )
+        pairs = [
+            (g if g.layout == torch.strided else g.to_dense(), d)
+            for g, d in zip(gradients, direction, strict=True)
+            if g is not None
+        ]
+        expected = sum(float((g.double() * d.double()).sum()) for g, d in pairs)
+        scale = float(image.square().sum())
+        if abs(scale - expected) > _TOLERANCE[self._frozen.precision] * max(scale, abs(expected)):
+            raise JacobianMismatchError(
+                f"A product with the Jacobian by {self.mode} must be {expected:.6g} in its own "
+                f"direction, as reverse mode has it, but got {scale:.6g}."
+            )
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Let PyTorch compile its derivatives for forward mode, which it does once a process."""
+    with warnings.catch_warnings():
+        # By means that it has itself deprecated.
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+@contextmanager
+def _plain_attention(on: bool) -> Iterator[None]:
+    """Attention as matrix products, which forward mode can differentiate."""
+    if not on:
+        yield
+        return
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,0 +1,143 @@
+"""Random projections of Jacobian rows that keep inner products in expectation."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from optuna_ttp.ntk.layers._factors import Factors
+
+
+class Projection(Protocol):
+    """Maps rows of ``p`` weights of a parameter to ``width`` numbers, in G independent ways."""
+
+    def add(self, target: torch.Tensor, name: str, rows: torch.Tensor) -> None:
+        """Add the projected rows of a parameter to a sketch.
+
+        Args:
+            target:
+                Shape ``(B, C, G, width)``; changed.
+            name:
+                Of the parameter.
+            rows:
+                Shape ``(B, C, p)``.
+        """
+
+    def add_table(self, target: torch.Tensor, name: str, factors: Factors) -> None:
+        """Add the projected gradient of a table that integers index, without its rows.
+
+        Args:
+            target:
+                Shape ``(B, C, G, width)``; changed.
+            name:
+                Of the parameter.
+            factors:
+                Of its gradient.
+        """
+
+
+class SignFold:
+    """Random signs, then a fold: weight ``j`` is added to number ``(j + shift) mod width``.
+
+    A count sketch (Charikar, Chen and Farach-Colton, 2002) whose buckets are not random but
+    neighbours apart; with random signs the inner products are right in expectation all the same.
+    One pass over the rows, no matrix. All groups fold alike, so that the rows are read once; with
+    signs of their own their errors are uncorrelated nevertheless.
+
+    Args:
+        sizes:
+            Weights of each parameter.
+        width:
+            Numbers a row and group.
+        n_groups:
+            How many.
+        seed:
+            Of signs and shifts.
+        device:
+            Where.
+    """
+
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        width: int,
+        n_groups: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._width = width
+        self._signs: dict[str, torch.Tensor] = {}
+        self._shifts: dict[str, int] = {}
+        for name, size in sizes.items():
+            signs = torch.randint(2, (n_groups, size), generator=generator, dtype=torch.int8)
+            # A byte each, in whose place those of one parameter are made floats when needed.
+            self._signs[name] = (2 * signs - 1).to(device)
+            self._shifts[name] = int(torch.randint(width, (), generator=generator))
+
+    def add(self, target: torch.Tensor, name: str, rows: torch.Tensor) -> None:
+        """See :meth:`Projection.add`."""
+        shift, width = self._shifts[name], self._width
+        signs = self._signs[name].to(rows.dtype)
+        n = rows.shape[-1]
+        rows = rows[:, :, None]
+        first = min(n, width - shift)
+        target[..., shift : shift + first].addcmul_(rows[..., :first], signs[:, :first])
+        for start in range(first, n, width):
+            some = slice(start, min(start + width, n))
+            target[..., : some.stop - start].addcmul_(rows[..., some], signs[:, some])
+
+    def add_table(self, target: torch.Tensor, name: str, factors: Factors) -> None:
+        """See :meth:`Projection.add_table`."""
+        columns = factors.shape[2]
+        signs = self._signs[name].unflatten(1, (-1, columns))
+        within = torch.arange(columns, device=target.device)
+        for ids, cotangents in zip(factors.sources, factors.cotangents, strict=True):
+            where = (ids[..., None] * columns + within + self._shifts[name]) % self._width
+            for group, own in enumerate(signs):
+                # (B, C, S, o)
+                values = cotangents[:, 0].transpose(2, 3) * own[ids][:, None]
+                index = where.flatten(1)[:, None].expand(-1, values.shape[1], -1)
+                target[:, :, group].scatter_add_(2, index, values.flatten(2))
+
+
+class Ternary:
+    """Entries -1, 0 and +1 with probabilities 1/6, 2/3 and 1/6, scaled by ``sqrt(3 / width)``.
+
+    The projection of the paper (Achlioptas, 2003). It multiplies with a matrix and is slower than
+    :class:`SignFold` by orders of magnitude; the matrix is made again, piece by piece, every time.
+
+    Args:
+        width:
+            Numbers a row and group.
+        n_groups:
+            How many.
+        seed:
+            Of the entries.
+        names:
+            Of the parameters.
+    """
+
+    _PIECE = 2**12
+
+    def __init__(self, width: int, n_groups: int, seed: int, names: list[str]) -> None:
+        self._width = width
+        self._seeds = [n_groups * seed + group for group in range(n_groups)]
+        self._numbers = {name: k for k, name in enumerate(names)}
+
+    def add(self, target: torch.Tensor, name: str, rows: torch.Tensor) -> None:
+        """See :meth:`Projection.add`."""
+        for group, seed in enumerate(self._seeds):
+            generator = torch.Generator().manual_seed(
+                (seed * 100_003 + self._numbers[name]) % 2**64
+            )
+            for start in range(0, rows.shape[-1], self._PIECE):
+                piece = rows[..., start : start + self._PIECE]
+                draws = torch.randint(6, (piece.shape[-1], self._width), generator=generator)
+                entries = (draws == 0).to(rows) - (draws == 1).to(rows)
+                target[:, :, group] += (3.0 / self._width) ** 0.5 * (piece @ entries)
+
+    def add_table(self, target: torch.Tensor, name: str, factors: Factors) -> None:
+        """See :meth:`Projection.add_table`."""
+        self.add(target, name, factors.rows())

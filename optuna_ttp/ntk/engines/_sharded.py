@@ -1,0 +1,523 @@
+"""The exact kernel by several processes.
+
+Every process differentiates its share of the samples, and multiplies, for all samples, its share
+of the weights: what it holds of the others' weights goes to their owners. So nothing is made or
+multiplied twice, and the sum of what the owners have is the kernel, in every process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
+import importlib
+from itertools import pairwise
+from typing import Any
+from typing import cast
+from typing import TYPE_CHECKING
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+import torch.distributed as distributed
+
+from optuna_ttp._util.exceptions import JacobianMismatchError
+from optuna_ttp.ntk._kernel import Kernel
+from optuna_ttp.ntk._prepare import Preparation
+from optuna_ttp.ntk._samples import SampleReader
+from optuna_ttp.ntk._state import BlockState
+from optuna_ttp.ntk._state import multiply
+from optuna_ttp.ntk.layers._claims import UnclaimedError
+from optuna_ttp.ntk.layers._factors import Factors
+from optuna_ttp.ntk.layers._layout import GHOST_OVERHEAD
+from optuna_ttp.ntk.layers._layout import Layout
+from optuna_ttp.ntk.layers._layout import ParameterLayout
+from optuna_ttp.ntk.layers._layout import TRIANGLE
+from optuna_ttp.ntk.layers._separable import Separated
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
+
+
+_Object = TypeVar("_Object")
+_Item = TypeVar("_Item")
+
+# What one process raises and the others raise with it.
+_KINDS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (ValueError, TypeError, JacobianMismatchError)
+}
+
+
+def sharded_kernel(
+    task: FineTuningTask,
+    preparation: Preparation,
+    reader: SampleReader,
+    others: SampleReader | None,
+    dtype: torch.dtype,
+) -> Kernel:
+    """Compute the kernel together with the other processes of the default group.
+
+    Args:
+        task:
+            What is fine-tuned; the same in all processes.
+        preparation:
+            Claims and layout, which only depend on the task and the seed.
+        reader:
+            Of the training samples.
+        others:
+            Of the validation samples, or :obj:`None`.
+        dtype:
+            Precision of the Jacobian.
+
+    Returns:
+        The whole kernel.
+
+    Raises:
+        ValueError:
+            If there are fewer samples than processes, or batches of different lengths.
+    """
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    if task.n_samples < size:
+        raise ValueError(
+            f"There must be at least one sample for each of the {size} processes but got "
+            f"{task.n_samples}."
+        )
+    layout, c = preparation.layout, task.n_outputs
+    shares = _shares(task.n_samples, size)
+    inner = np.zeros((task.n_samples, c))
+    own = shares[rank]
+    state, inner[own] = together(lambda: reader.read(layout, own.start, own.stop))
+    pieces = _cut(_pieces(layout, state, task.n_samples, c), size)
+    whole = _exchanged(state, shares, pieces)
+    own_layout = _layout_of(pieces[rank], layout.held)
+    gram, stretched = multiply(own_layout, whole, whole)
+    if layout.has_multipliers and stretched is None:
+        # Those of all weights of this process are one.
+        stretched = gram.clone()
+    cross = None
+    if others is not None and task.validation is not None:
+        n = task.validation.n_samples
+        if n < size:
+            # Fewer than processes: each differentiates all of them.
+            held_out, _ = together(lambda: others.read(layout, 0, n))
+            left = _chosen(held_out, pieces[rank])
+        else:
+            parts = _shares(n, size)
+            some = parts[rank]
+            held_out, _ = together(lambda: others.read(layout, some.start, some.stop))
+            left = _exchanged(held_out, parts, pieces)
+        cross, _ = multiply(own_layout, left, whole)
+    kind = np.float64 if dtype == torch.float64 else np.float32
+
+    def summed(part: torch.Tensor | None) -> NDArray[Any] | None:
+        if part is None:
+            return None
+        # Parts are added in double precision, as they are in one process.
+        distributed.all_reduce(part)
+        return part.cpu().numpy().astype(kind)
+
+    total = summed(gram)
+    assert total is not None
+    outputs = torch.from_numpy(inner).to(gram.device)
+    distributed.all_reduce(outputs)
+    return Kernel(total, summed(cross), outputs.cpu().numpy(), summed(stretched))
+
+
+def _release_default_group() -> None:
+    """Let go of the group that is the default of arguments of PyTorch's own functions.
+
+    ``torch.distributed.nn`` is imported by the compiler, which may first be needed in the middle
+    of a computation. A group that is there by then becomes the default of its functions, outlives
+    ``destroy_process_group``, and with it threads that abort the process if they let go of a
+    tensor while the interpreter ends. Without a group at import the default is :obj:`None`, which
+    means the same.
+    """
+    if not distributed.is_available():
+        return
+    functional = importlib.import_module("torch.distributed.nn.functional")
+    for function in vars(functional).values():
+        defaults = getattr(function, "__defaults__", None) or ()
+        if any(isinstance(d, distributed.ProcessGroup) for d in defaults):
+            function.__defaults__ = tuple(
+                None if isinstance(d, distributed.ProcessGroup) else d for d in defaults
+            )
+
+
+_release_default_group()
+
+
+def has_group() -> bool:
+    """Whether there is a group of processes."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def check_group() -> None:
+    """Refuse to go on where there is no group of processes.
+
+    Raises:
+        ValueError:
+            If there is none.
+    """
+    if not has_group():
+        raise ValueError(
+            "distributed=True needs a group of processes: call "
+            "torch.distributed.init_process_group first, as under torchrun."
+        )
+
+
+def check_same_task(task: FineTuningTask, settings: Mapping[str, object]) -> None:
+    """Refuse, in all processes alike, to go on with tasks or settings that are not the same.
+
+    Args:
+        task:
+            That of this process.
+        settings:
+            What else must be the same.
+
+    Raises:
+        ValueError:
+            If there is no group of processes, or they differ.
+    """
+    check_group()
+    described = {name: repr(value) for name, value in settings.items()}
+    own = {"fingerprint": task.fingerprint, **described}
+    if all(other == own for other in _gathered_objects(own)):
+        return
+    # Only now that it is needed: all weights are hashed once more.
+    parts = _gathered_objects({**task.part_fingerprints(), **described})
+    different = [
+        (rank, name)
+        for rank, part in enumerate(parts)
+        for name, value in part.items()
+        if value != parts[0][name]
+    ]
+    ranks = sorted({rank for rank, _ in different})
+    names = [name for name in parts[0] if any(name == other for _, other in different)]
+    raise ValueError(
+        "All processes must be given the same task and settings but got different ones: "
+        f"processes {', '.join(map(str, ranks))} differ from process 0 in {', '.join(names)}. "
+        "Load the same weights and data, in the same order, in every process; what is drawn at "
+        "random must be drawn with the same seed."
+    )
+
+
+def _gathered_objects(own: _Object) -> list[_Object]:
+    """What each process has, in all of them.
+
+    Raises:
+        RuntimeError:
+            If another one has ended.
+    """
+    found: list[Any] = [None] * distributed.get_world_size()
+    try:
+        distributed.all_gather_object(found, own)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "Another process of the group must have failed or ended, because it no longer answers "
+            f"process {distributed.get_rank()}. Look for the first error among what the others "
+            "have printed, and call compute_spectrum in all of them. The group says: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return found
+
+
+def together(run: Callable[[], _Object]) -> _Object:
+    """Run something that may go wrong in one process only; then it does in all of them.
+
+    Else the others would wait for it.
+
+    Args:
+        run:
+            What to run.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        JacobianMismatchError, TypeError, ValueError:
+            What it raises in any of the processes; :exc:`RuntimeError` in the others for all else.
+    """
+    result: _Object | None = None
+    error: Exception | None = None
+    try:
+        result = run()
+    except Exception as caught:
+        error = caught
+    unclaimed = error.names if isinstance(error, UnclaimedError) else None
+    failures = _gathered_objects(
+        None if error is None else (type(error).__name__, str(error), unclaimed)
+    )
+    names = [f[2] for f in failures if f is not None and f[2]]
+    if names:
+        # All look for the same other module.
+        raise UnclaimedError(frozenset().union(*names), "do not run for all samples") from error
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            kind = _KINDS.get(failure[0], RuntimeError)
+            raise kind(f"Process {rank} has failed: {failure[1]}")
+    return cast("_Object", result)
+
+
+def shared_out(run: Callable[[_Item], _Object], items: Sequence[_Item]) -> list[_Object]:
+    """Run something for every item, each in one of the processes.
+
+    Args:
+        run:
+            What to run; it must return what can be pickled.
+        items:
+            As many in all processes.
+
+    Returns:
+        What it returns for each, in all processes.
+
+    Raises:
+        JacobianMismatchError, TypeError, ValueError, RuntimeError:
+            As :func:`together`.
+    """
+    size = distributed.get_world_size()
+    # The first process has the fewest, because some things are for it alone, see by_first().
+    own = items[size - 1 - distributed.get_rank() :: size]
+    parts = _gathered_objects(together(lambda: [run(item) for item in own]))
+    return [parts[size - 1 - k % size][k // size] for k in range(len(items))]
+
+
+def in_all(run: Callable[[], _Object], *, distributed: bool) -> _Object:
+    """Run something in every process; what it refuses in one of them is refused in all.
+
+    Args:
+        run:
+            What to run.
+        distributed:
+            Whether there may be other processes.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        JacobianMismatchError, TypeError, ValueError, RuntimeError:
+            As :func:`together`.
+    """
+    return together(run) if distributed and has_group() else run()
+
+
+def _shares(n_samples: int, size: int) -> list[slice]:
+    bounds = [n_samples * k // size for k in range(size + 1)]
+    return [slice(a, b) for a, b in pairwise(bounds)]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some weights of one parameter, or some of the columns that are held together.
+
+    Attributes:
+        parameter:
+            Nothing for columns that are held together.
+        multiplier:
+            Of the learning rate.
+        start:
+            The first column; output of the layer for factors; channel for what is separable.
+        stop:
+            After the last one.
+        flops:
+            Of all products.
+    """
+
+    parameter: ParameterLayout | None
+    multiplier: float
+    start: int
+    stop: int
+    flops: float
+
+
+def _pieces(layout: Layout, state: BlockState, n_samples: int, n_outputs: int) -> list[_Piece]:
+    """All weights, none of them cut."""
+    pairs = TRIANGLE * n_samples**2
+    column = 2.0 * n_outputs**2 * pairs
+    pieces = [
+        _Piece(None, multiplier, start, stop, column * (stop - start))
+        for start, stop, multiplier in layout.sections
+    ]
+    for p in layout.parameters:
+        if p.name in layout.offsets:
+            continue
+        n_columns = p.size
+        flops = pairs * p.flops_per_pair
+        if p.method in ("ghost", "panels"):
+            n_columns = state.factors[p.name].shape[2]
+            flops *= GHOST_OVERHEAD if p.method == "ghost" else 1.0
+            flops += n_samples * p.flops_per_sample
+        elif p.method == "separable":
+            n_columns = state.separated[p.name].weights.shape[2]
+        pieces.append(_Piece(p, p.multiplier, 0, n_columns, flops))
+    return pieces
+
+
+def _cut(pieces: list[_Piece], size: int) -> list[list[_Piece]]:
+    """A share for each process: the line of pieces is cut where the cost before is one."""
+    total = sum(p.flops for p in pieces)
+    owned: list[list[_Piece]] = [[] for _ in range(size)]
+    before = 0.0
+    for piece in pieces:
+        n = piece.stop - piece.start
+        bounds = [
+            min(n, max(0, round(n * (total * k / size - before) / max(piece.flops, 1.0))))
+            for k in range(size + 1)
+        ]
+        bounds[0], bounds[-1] = 0, n
+        for process, (a, b) in enumerate(pairwise(bounds)):
+            if a < b:
+                start, stop = piece.start + a, piece.start + b
+                owned[process].append(
+                    replace(piece, start=start, stop=stop, flops=piece.flops * (b - a) / n)
+                )
+        before += piece.flops
+    return owned
+
+
+def _layout_of(pieces: list[_Piece], held: torch.dtype | None) -> Layout:
+    """How one process holds its pieces."""
+    sections: list[tuple[int, int, float]] = []
+    column = 0
+    for p in pieces:
+        if p.parameter is None:
+            sections.append((column, column + p.stop - p.start, p.multiplier))
+            column = sections[-1][1]
+    parameters = tuple(p.parameter for p in pieces if p.parameter is not None)
+    return Layout(parameters, column, {}, tuple(sections), held)
+
+
+def _tensors(state: BlockState, piece: _Piece) -> list[torch.Tensor]:
+    """What is held of a piece."""
+    columns = slice(piece.start, piece.stop)
+    if piece.parameter is None:
+        return [state.rows[:, columns]]
+    name = piece.parameter.name
+    if name in state.matrices:
+        return [state.matrices[name][:, columns]]
+    if name in state.separated:
+        separated = state.separated[name]
+        return [separated.weights[:, :, columns], separated.rows[:, columns]]
+    factors = state.factors[name]
+    return [*factors.sources, *(d[:, :, :, columns] for d in factors.cotangents)]
+
+
+def _assembled(
+    like: BlockState, n_samples: int, pieces: list[_Piece], tensors: list[list[torch.Tensor]]
+) -> BlockState:
+    """A state of pieces from what is held of each."""
+    rows: list[torch.Tensor] = []
+    factors: dict[str, Factors] = {}
+    matrices: dict[str, torch.Tensor] = {}
+    separated: dict[str, Separated] = {}
+    for piece, held in zip(pieces, tensors, strict=True):
+        if piece.parameter is None:
+            rows.extend(held)
+            continue
+        name = piece.parameter.name
+        if name in like.matrices:
+            (matrices[name],) = held
+        elif name in like.separated:
+            separated[name] = Separated(*held)
+        else:
+            n = len(like.factors[name].sources)
+            factors[name] = replace(
+                like.factors[name], sources=tuple(held[:n]), cotangents=tuple(held[n:])
+            )
+    n_rows = n_samples * (len(like.rows) // like.n_samples)
+    together = torch.cat(rows, 1) if rows else like.rows.new_empty((n_rows, 0))
+    return BlockState(n_samples, together, factors, matrices, separated)
+
+
+def _chosen(state: BlockState, pieces: list[_Piece]) -> BlockState:
+    return _assembled(state, state.n_samples, pieces, [_tensors(state, p) for p in pieces])
+
+
+def by_first(run: Callable[[], _Object]) -> _Object:
+    """Run something in the first process, and give what it returns to all.
+
+    Args:
+        run:
+            What to run; it must return what can be pickled.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        JacobianMismatchError, TypeError, ValueError, RuntimeError:
+            As :func:`together`.
+    """
+    box = [together(lambda: run() if distributed.get_rank() == 0 else None)]
+    distributed.broadcast_object_list(box, src=0)
+    return cast("_Object", box[0])
+
+
+def _exchanged(state: BlockState, shares: list[slice], pieces: list[list[_Piece]]) -> BlockState:
+    """The pieces of this process, of the samples of all."""
+    state = _alike(state)
+    rank = distributed.get_rank()
+    n_samples = [share.stop - share.start for share in shares]
+    gathered: list[list[torch.Tensor]] = []
+    for owner, some in enumerate(pieces):
+        for piece in some:
+            found = [
+                # Rows are those of all outputs.
+                _gathered(t, n_samples, len(t) // state.n_samples, owner)
+                for t in _tensors(state, piece)
+            ]
+            if owner == rank:
+                gathered.append([t for t in found if t is not None])
+    return _assembled(state, sum(n_samples), pieces[rank], gathered)
+
+
+def _gathered(
+    tensor: torch.Tensor, n_samples: Sequence[int], n_rows: int, owner: int
+) -> torch.Tensor | None:
+    """The rows of all processes, for their owner."""
+    most = n_rows * max(n_samples)
+    missing = most - len(tensor)
+    kind = tensor.dtype
+    # As bytes, because not every backend knows half precision.
+    sent = tensor.contiguous().view(torch.uint8) if kind == torch.bfloat16 else tensor.contiguous()
+    if missing:
+        sent = torch.cat([sent, sent.new_zeros((missing, *sent.shape[1:]))])
+    if distributed.get_rank() != owner:
+        distributed.gather(sent, None, dst=owner)
+        return None
+    received = [torch.empty_like(sent) for _ in n_samples]
+    distributed.gather(sent, received, dst=owner)
+    parts = [r[: n_rows * n] for r, n in zip(received, n_samples, strict=True)]
+    return torch.cat(parts).view(kind)
+
+
+def _alike(state: BlockState) -> BlockState:
+    """The state in shapes that all processes have.
+
+    Raises:
+        ValueError:
+            If batches have different lengths.
+    """
+    shapes = [
+        (name, tuple(t.shape[1:]))
+        for name, f in sorted(state.factors.items())
+        for t in (*f.sources, *f.cotangents)
+    ]
+    ranks = {n: s.weights.shape[3] for n, s in state.separated.items()}
+    described = _gathered_objects((shapes, ranks))
+    if any(other != shapes for other, _ in described):
+        raise ValueError(
+            "All batches must have the same length for several processes. Pad the samples to one "
+            "length."
+        )
+    pad = torch.nn.functional.pad
+    separated = {}
+    for name, s in state.separated.items():
+        # Some samples may need more terms than others.
+        missing = max(found[name] for _, found in described) - ranks[name]
+        separated[name] = Separated(pad(s.weights, (0, missing)), pad(s.rows, (0, 0, 0, missing)))
+    return replace(state, separated=separated)

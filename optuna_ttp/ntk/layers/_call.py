@@ -1,0 +1,90 @@
+"""One call of a layer, as the tape recorded it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge
+
+from optuna_ttp.ntk.layers._tree import tensors_of
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of a module for a batch of ``B`` samples.
+
+    Attributes:
+        module:
+            The module.
+        batch_size:
+            B.
+        args:
+            Positional arguments, detached.
+        kwargs:
+            Keyword arguments, detached.
+        state:
+            The module's parameters and buffers before the call, by their names in the module.
+        positions:
+            Which of the tensors in its output carry a gradient.
+        edges:
+            Where their gradients flow, captured at once: an activation that works in place would
+            otherwise change what is differentiated.
+        shapes:
+            Their shapes.
+        versions:
+            How often each tensor of the arguments had been written to before the call.
+        is_copied:
+            Arguments are copies, because the module or a later operation writes to them.
+        cache:
+            What rules make of the inputs alone, so that it is made once for all classes.
+    """
+
+    module: torch.nn.Module
+    batch_size: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    state: dict[str, torch.Tensor]
+    positions: tuple[int, ...]
+    edges: tuple[GradientEdge, ...]
+    shapes: tuple[torch.Size, ...]
+    versions: tuple[int, ...]
+    is_copied: bool
+    cache: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def _tensors(self) -> list[torch.Tensor]:
+        return tensors_of((self.args, self.kwargs))
+
+    @property
+    def input(self) -> torch.Tensor:
+        """The first tensor among the arguments, in the precision of the parameters."""
+        first = self._tensors[0]
+        return first.to(self.dtype) if first.is_floating_point() else first
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Precision of the parameters, which that of activations under autocast may not be."""
+        return next(t.dtype for t in self.state.values() if t.requires_grad)
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether neither the module nor a later operation has written to the arguments."""
+        return tuple(t._version for t in self._tensors) == self.versions
+
+    def cached(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return what is made of the inputs, made the first time it is asked for.
+
+        Args:
+            key:
+                Its name.
+            make:
+                Makes it.
+        """
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]

@@ -1,0 +1,294 @@
+"""The tape: which layers were called with what, and where the gradients of their outputs flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import contextmanager
+from contextlib import ExitStack
+from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
+from typing import TYPE_CHECKING
+from typing import TypeAlias
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+
+from optuna_ttp.ntk.layers._call import Call
+from optuna_ttp.ntk.layers._tree import map_tree
+from optuna_ttp.ntk.layers._tree import tensors_of
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FrozenModel
+
+
+Gradients: TypeAlias = "tuple[torch.Tensor | None, ...]"
+"""What :func:`torch.autograd.grad` gives for outputs that some inputs do not move."""
+
+Cotangents: TypeAlias = "dict[str, list[list[list[torch.Tensor]]]]"
+"""By module: for each call, for each of its output tensors, one cotangent a class."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """One batch that went through the network.
+
+    Attributes:
+        outputs:
+            Shape ``(B, C)``, with their graph.
+        calls:
+            The calls of each watched module, by its name, in order.
+    """
+
+    outputs: torch.Tensor
+    calls: dict[str, list[Call]]
+
+    def cotangents(
+        self,
+        directions: list[torch.Tensor],
+        *,
+        batched: bool = False,
+        retain_graph: bool = False,
+    ) -> Cotangents:
+        """Differentiate the outputs with respect to the outputs of every call.
+
+        Samples do not mix, so that one backward pass gives all samples' rows for one direction.
+        The derivative is taken with respect to what layers give, not to parameters: that skips
+        the summed gradients of the weights.
+
+        Args:
+            directions:
+                Weights ``(B, C)`` of the outputs; one backward pass each.
+            batched:
+                All directions in one pass that is vectorised over them. Off by default.
+            retain_graph:
+                More directions follow. Off by default.
+
+        Returns:
+            By module: for each call, for each of its output tensors, one cotangent a direction.
+        """
+        edges = [e for calls in self.calls.values() for call in calls for e in call.edges]
+        shapes = [s for calls in self.calls.values() for call in calls for s in call.shapes]
+        columns: list[list[torch.Tensor]] = [[] for _ in edges]
+        if not edges:
+            return {name: [] for name in self.calls}
+        if batched:
+            gradients: Gradients = torch.autograd.grad(
+                self.outputs,
+                edges,
+                torch.stack(directions),
+                is_grads_batched=True,
+                # Where this fails half-way, one pass after the other must still be possible.
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for column, gradient, shape in zip(columns, gradients, shapes, strict=True):
+                column.extend(
+                    self.outputs.new_zeros((len(directions), *shape))
+                    if gradient is None
+                    else gradient
+                )
+        else:
+            for k, direction in enumerate(directions):
+                # A scalar: given weights of the outputs, PyTorch first loads a computer algebra
+                # system.
+                singles: Gradients = torch.autograd.grad(
+                    (self.outputs * direction).sum(),
+                    edges,
+                    retain_graph=retain_graph or k + 1 < len(directions),
+                    allow_unused=True,
+                )
+                for column, one, shape in zip(columns, singles, shapes, strict=True):
+                    column.append(self.outputs.new_zeros(shape) if one is None else one)
+        remaining: Iterator[list[torch.Tensor]] = iter(columns)
+        return {
+            name: [[next(remaining) for _ in call.edges] for call in calls]
+            for name, calls in self.calls.items()
+        }
+
+
+def join_classes(gathered: Cotangents, module: str, more: list[list[list[torch.Tensor]]]) -> None:
+    """Append the cotangents of further classes to those of a module.
+
+    Args:
+        gathered:
+            Changed.
+        module:
+            Its name.
+        more:
+            For each call, for each output tensor, one a class.
+    """
+    if module not in gathered:
+        gathered[module] = more
+        return
+    for call, call_more in zip(gathered[module], more, strict=True):
+        for output, output_more in zip(call, call_more, strict=True):
+            output.extend(output_more)
+
+
+class Tape:
+    """Records the calls of chosen modules while the network runs.
+
+    Args:
+        frozen:
+            The borrowed model.
+        watched:
+            From a module's name in :attr:`~optuna_ttp.task.FrozenModel.adapter` to whether
+            an output that is shared by all samples (a position embedding) is to be given to each
+            of them as its own copy.
+        copied:
+            Names of the modules whose inputs are copied, because later operations overwrite them.
+        shared:
+            Whether the output of the n-th call of a module is shared by all samples. What is not
+            known is looked at, and added.
+    """
+
+    def __init__(
+        self,
+        frozen: FrozenModel,
+        watched: Mapping[str, bool],
+        copied: frozenset[str] = frozenset(),
+        shared: dict[tuple[str, int], bool] | None = None,
+    ) -> None:
+        self._frozen = frozen
+        self._watched = dict(watched)
+        self._copied = copied
+        self._shared = {} if shared is None else shared
+        self._n_calls: dict[str, int] = {}
+        self._begun: dict[str, list[_Begun]] = {}
+        self._calls: dict[str, list[Call]] | None = None
+        self._batch_size = 0
+
+    @contextmanager
+    def attached(self) -> Iterator[Tape]:
+        """Hang the hooks on the modules, and take them off at the end."""
+        modules = dict(self._frozen.adapter.named_modules(remove_duplicate=False))
+        with ExitStack() as stack:
+            for name, expand in self._watched.items():
+                before = modules[name].register_forward_pre_hook(
+                    self._pre_hook(name), with_kwargs=True
+                )
+                stack.callback(before.remove)
+                after = modules[name].register_forward_hook(
+                    self._hook(name, expand), with_kwargs=True
+                )
+                stack.callback(after.remove)
+            yield self
+
+    def record(self, inputs: Any, batch_size: int) -> Recording:
+        """Run the network on a batch and record the calls.
+
+        Args:
+            inputs:
+                As the task reads them.
+            batch_size:
+                B.
+
+        Returns:
+            The outputs and the calls.
+        """
+        self._calls = {name: [] for name in self._watched}
+        self._n_calls = dict.fromkeys(self._watched, 0)
+        self._begun = {name: [] for name in self._watched}
+        self._batch_size = batch_size
+        try:
+            outputs = self._frozen(inputs)
+            return Recording(outputs, self._calls)
+        finally:
+            self._calls = None
+
+    def _pre_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._calls is None:
+                return
+
+            def held(tensor: torch.Tensor) -> torch.Tensor:
+                return tensor.detach().clone() if name in self._copied else tensor.detach()
+
+            # Now, because the module may write to its arguments and put other buffers in place.
+            held_args, held_kwargs = map_tree(args, held), map_tree(dict(kwargs), held)
+            state = {
+                **dict(module.named_parameters(remove_duplicate=False)),
+                **dict(module.named_buffers(remove_duplicate=False)),
+            }
+            versions = tuple(t._version for t in tensors_of((held_args, held_kwargs)))
+            self._begun[name].append(_Begun(held_args, held_kwargs, state, versions))
+
+        return hook
+
+    def _hook(self, name: str, expand: bool) -> Callable[..., Any]:
+        def hook(
+            module: torch.nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any
+        ) -> Any:
+            if self._calls is None:
+                return None
+            replaced = None
+            begun = self._begun[name].pop()
+            key = (name, self._n_calls[name])
+            self._n_calls[name] += 1
+            if expand and isinstance(output, torch.Tensor) and self._is_shared(key, output):
+                own = output if len(output) == 1 else output[None]
+                output = replaced = own.expand(self._batch_size, *own.shape[1:])
+                args, kwargs = self._expanded(begun.args, begun.kwargs)
+                begun = replace(begun, args=args, kwargs=kwargs)
+            call = self._call(name, module, begun, output)
+            if call is not None:
+                self._calls[name].append(call)
+            return replaced
+
+        return hook
+
+    def _is_shared(self, key: tuple[str, int], output: torch.Tensor) -> bool:
+        """Whether all samples share an output, as it was when that was first looked at.
+
+        The length of its first axis may later happen to be that of the batch.
+        """
+        if key not in self._shared:
+            self._shared[key] = len(output) != self._batch_size
+        return self._shared[key]
+
+    def _expanded(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give each sample its own copy of the first input as well."""
+        remaining = [True]
+
+        def expand(tensor: torch.Tensor) -> torch.Tensor:
+            if not remaining:
+                return tensor
+            remaining.clear()
+            own = tensor if len(tensor) == 1 else tensor[None]
+            return own.expand(self._batch_size, *own.shape[1:])
+
+        return map_tree((args, kwargs), expand)  # type: ignore[no-any-return]
+
+    def _call(self, name: str, module: torch.nn.Module, begun: _Begun, output: Any) -> Call | None:
+        tensors = tensors_of(output)
+        positions = tuple(i for i, t in enumerate(tensors) if t.requires_grad)
+        if not positions:
+            return None
+        return Call(
+            module=module,
+            batch_size=self._batch_size,
+            args=begun.args,
+            kwargs=begun.kwargs,
+            state=begun.state,
+            positions=positions,
+            edges=tuple(get_gradient_edge(tensors[i]) for i in positions),
+            shapes=tuple(tensors[i].shape for i in positions),
+            versions=begun.versions,
+            is_copied=name in self._copied,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """A call that has not returned: what its :class:`Call` holds of the time before it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    state: dict[str, torch.Tensor]
+    versions: tuple[int, ...]

@@ -1,0 +1,506 @@
+"""The one face of the science: from hyperparameters to training time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
+import math
+from typing import Any
+from typing import get_args
+from typing import Literal
+from typing import TYPE_CHECKING
+import warnings
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from optuna_ttp._util.checks import check_choice
+from optuna_ttp._util.checks import check_count
+from optuna_ttp._util.checks import check_device
+from optuna_ttp._util.checks import check_kind
+from optuna_ttp._util.checks import check_number
+from optuna_ttp._util.checks import check_seed
+from optuna_ttp._util.exceptions import FingerprintMismatchError
+from optuna_ttp._util.exceptions import UnreliablePredictionWarning
+from optuna_ttp.calibration import calibrate
+from optuna_ttp.calibration import Calibration
+from optuna_ttp.calibration import displacement
+from optuna_ttp.calibration import doubt
+from optuna_ttp.calibration import kernel_mismatch
+from optuna_ttp.calibration import Observation
+from optuna_ttp.dynamics import KernelGrowth
+from optuna_ttp.dynamics import SampleConvergence
+from optuna_ttp.dynamics import Sampling
+from optuna_ttp.dynamics import Schedule
+from optuna_ttp.dynamics import Smoothing
+from optuna_ttp.prediction._corrected_path import CorrectedPath
+from optuna_ttp.prediction._estimator import Estimator
+from optuna_ttp.prediction._prediction import Prediction
+from optuna_ttp.prediction._simulator import Method
+from optuna_ttp.prediction._simulator import resolve_growth
+from optuna_ttp.prediction._simulator import Simulator
+from optuna_ttp.prediction._target_path import TargetPath
+from optuna_ttp.prediction._targets import resolve_target
+from optuna_ttp.spectrum import learned_throughput
+from optuna_ttp.spectrum import Spectrum
+from optuna_ttp.spectrum import Throughput
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
+
+
+class TrainingTimePredictor(Estimator):
+    """Predicts how long training takes until the training loss is at a target. It trains nothing.
+
+    The network is linearised at its pretrained weights, and mini-batch SGD is simulated on the
+    linearised model with the user's own learning rate, batch size and momentum. The training time
+    is the first step at which the watched quantity is at the target (Zancato et al., NeurIPS 2020,
+    section 5). Exactly one of the ``target_`` arguments must be given.
+
+    Example:
+        >>> predictor = TrainingTimePredictor(spectrum, target_fraction=0.3)
+        >>> print(predictor.predict(learning_rate=0.01, batch_size=32, momentum=0.9))
+        converges: 121 steps (9.68 epochs, 0.71 s), 80 % interval 104 to 142 steps
+
+    Args:
+        spectrum:
+            The Jacobian eigenspectrum of the task.
+        target_loss:
+            The training loss to reach.
+        target_fraction:
+            The same as a fraction of the initial training loss.
+        target_accuracy:
+            The training accuracy to reach.
+        target_validation_loss:
+            The validation loss to reach; the task must have validation data.
+        target_validation_accuracy:
+            The validation accuracy to reach, likewise.
+        target_epsilon:
+            The paper's ``T_eps``: the first step at which the training loss is within this share
+            of its whole change of its value at the horizon. See
+            :class:`~optuna_ttp.dynamics.Target`.
+        max_steps:
+            The horizon: a target that takes more steps is ``"not_reached"``. 10,000 by default.
+        throughput:
+            Seconds per step. What was measured with the spectrum by default.
+        smoothing:
+            Watch the smoothed loss of the mini-batches, as a training log shows it, instead of the
+            loss over all samples: a ``target_loss``, ``target_fraction`` or ``target_epsilon`` is
+            that of this curve. Off by default.
+        dampening:
+            Of :class:`torch.optim.SGD`. Zero by default.
+        nesterov:
+            Of :class:`torch.optim.SGD`. Off by default.
+        weight_decay:
+            L2 weight decay of :class:`torch.optim.SGD`. Zero by default. With learning-rate
+            multipliers the decay of what was learned is approximate, that of the pretrained
+            weights is not.
+        schedule:
+            A :class:`~optuna_ttp.Schedule`, or a function from the number of steps done to what
+            multiplies the learning rate. Constant by default.
+        sampling:
+            ``"shuffle"``, a permutation an epoch (the default), or ``"replacement"``.
+        n_samples:
+            The number of samples that will be trained on, where the spectrum is that of a random
+            subset. Those of the spectrum by default.
+        method:
+            ``"linear"``, the exact simulation of the linearised model (the default); ``"sde"`` or
+            ``"ode"``, the paper's equation 1 with and without noise, as a baseline.
+        kernel_growth:
+            What the kernel is multiplied by as the loss falls: ``"predicted"`` from the spectrum's
+            probe by :meth:`~optuna_ttp.dynamics.KernelGrowth.from_probe` (the default; it
+            is nothing where the spectrum was not probed, and for the paper's equation),
+            ``"frozen"``, or a :class:`~optuna_ttp.dynamics.KernelGrowth`.
+        n_seeds:
+            Orders of the samples that are simulated; the prediction is their geometric mean. Two
+            by default.
+        seed:
+            Of the first of them.
+        device:
+            Where to simulate. The CPU by default, which is faster for small spectra.
+        exact:
+            Simulate every single step, also of very slow configurations. Off by default: there,
+            several steps are simulated as one (:attr:`Prediction.strides` says how many).
+        calibration:
+            What was learned from observed trials, see :meth:`calibrated`. Nothing by default.
+
+    Raises:
+        ValueError:
+            If not exactly one target is given, or an argument is out of its range.
+
+    Warns:
+        UnreliablePredictionWarning:
+            If the network leaves its linearisation on the way to the target.
+    """
+
+    def __init__(
+        self,
+        spectrum: Spectrum,
+        *,
+        target_loss: float | None = None,
+        target_fraction: float | None = None,
+        target_accuracy: float | None = None,
+        target_validation_loss: float | None = None,
+        target_validation_accuracy: float | None = None,
+        target_epsilon: float | None = None,
+        max_steps: int = 10_000,
+        throughput: Throughput | None = None,
+        smoothing: Smoothing | None = None,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        schedule: Schedule | Callable[[int], float] | None = None,
+        sampling: Sampling = "shuffle",
+        n_samples: int | None = None,
+        method: Method = "linear",
+        kernel_growth: Literal["predicted", "frozen"] | KernelGrowth = "predicted",
+        n_seeds: int = 2,
+        seed: int = 0,
+        device: str = "cpu",
+        exact: bool = False,
+        calibration: Calibration | None = None,
+    ) -> None:
+        if not isinstance(spectrum, Spectrum):
+            raise TypeError(f"spectrum must be a Spectrum but got {type(spectrum).__name__}.")
+        if smoothing is not None and not isinstance(smoothing, Smoothing):
+            raise TypeError(f"smoothing must be a Smoothing but got {smoothing!r}.")
+        if throughput is not None:
+            check_kind("throughput", throughput, Throughput)
+        if calibration is not None:
+            check_kind("calibration", calibration, Calibration)
+        check_seed(seed)
+        for name, flag in (("nesterov", nesterov), ("exact", exact)):
+            check_kind(name, flag, bool)
+        max_steps, n_seeds = check_count("max_steps", max_steps), check_count("n_seeds", n_seeds)
+        count = spectrum.n_samples if n_samples is None else check_count("n_samples", n_samples)
+        if count < spectrum.n_samples:
+            raise ValueError(
+                f"n_samples must be at least {spectrum.n_samples}, the samples of the spectrum, "
+                f"but got {n_samples}. Use task.subset() for fewer."
+            )
+        schedule = Schedule.of(schedule)
+        check_choice("sampling", sampling, get_args(Sampling))
+        check_choice("method", method, get_args(Method))
+        growth = resolve_growth(kernel_growth, spectrum, method)
+        sgd = _check_sgd(dampening, nesterov, weight_decay, spectrum)
+        if method != "linear" and smoothing is not None:
+            raise ValueError(f'smoothing belongs to method="linear" but got method={method!r}.')
+        simulator = Simulator(
+            spectrum=spectrum,
+            n_samples=count,
+            smoothing=smoothing,
+            schedule=schedule,
+            sampling=sampling,
+            method=method,
+            kernel_growth=growth,
+            n_seeds=n_seeds,
+            seed=seed,
+            exact=exact,
+            device=str(check_device(device)),
+            sgd=sgd,
+        )
+        target = resolve_target(
+            {
+                "target_loss": target_loss,
+                "target_fraction": target_fraction,
+                "target_accuracy": target_accuracy,
+                "target_validation_loss": target_validation_loss,
+                "target_validation_accuracy": target_validation_accuracy,
+                "target_epsilon": target_epsilon,
+            },
+            simulator,
+        )
+        path = TargetPath(simulator, target, max_steps)
+        super().__init__(
+            CorrectedPath(
+                path,
+                Calibration.none(doubt(spectrum.probe)) if calibration is None else calibration,
+            ),
+            spectrum.throughput if throughput is None else throughput,
+        )
+        self.observations: tuple[Observation, ...] = ()
+        self.probe_seconds = 0.0
+        if not self.reliable:
+            warnings.warn(
+                f"At {self.depth:.0%} of the initial training loss the network is far from its "
+                "linearisation: a weight matrix changes by "
+                f"{displacement(spectrum.probe, path.fraction):.2g} times what it was, and the "
+                "kernel differs from the predicted one by a factor of "
+                f"{math.exp(kernel_mismatch(spectrum.probe, path.fraction)):.2g}. The "
+                "intervals say so. Twenty real steps correct much of it, predictor.probe(task), "
+                "and so do trials that are recorded with TrainingLog; or choose a target that is "
+                "less deep.",
+                UnreliablePredictionWarning,
+                stacklevel=2,
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"TrainingTimePredictor({self.spectrum!r}, target {self.target.quantity} "
+            f"{self.target.value:.4g})"
+        )
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """The Jacobian eigenspectrum of the task."""
+        return self._corrected.path.simulator.spectrum
+
+    @property
+    def smoothing(self) -> Smoothing | None:
+        """The smoothing of the watched loss."""
+        return self._corrected.path.simulator.smoothing
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the learning rate."""
+        return self._corrected.path.simulator.schedule
+
+    @property
+    def sampling(self) -> Sampling:
+        """How mini-batches are drawn."""
+        return self._corrected.path.simulator.sampling
+
+    @property
+    def method(self) -> Method:
+        """How training is simulated."""
+        return self._corrected.path.simulator.method
+
+    @property
+    def kernel_growth(self) -> KernelGrowth | None:
+        """The predicted growth of the kernel; none where it is frozen."""
+        return self._corrected.path.simulator.kernel_growth
+
+    @property
+    def n_seeds(self) -> int:
+        """Orders of the samples that are simulated."""
+        return self._corrected.path.simulator.n_seeds
+
+    @property
+    def seed(self) -> int:
+        """The first of their seeds."""
+        return self._corrected.path.simulator.seed
+
+    @property
+    def exact(self) -> bool:
+        """Whether every single step is simulated."""
+        return self._corrected.path.simulator.exact
+
+    @property
+    def depth(self) -> float:
+        """Training loss over the initial one where the target is, on the linearised path.
+
+        The lowest loss that is possible, with label smoothing, counts as zero. Of a target that
+        depends on the end of the curve it is not known: NaN.
+        """
+        return self._corrected.path.depth
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the network stays close to its linearisation on the way to the target.
+
+        See :func:`~optuna_ttp.calibration.is_reliable`; once trials were observed, whether they
+        tell how the kernel grows. Of single configurations :attr:`Prediction.reliable` tells.
+        """
+        return self._corrected.reliable
+
+    def sample_convergence(self) -> SampleConvergence:
+        """Return how the predicted time depends on the number of samples of the spectrum.
+
+        Its :meth:`~optuna_ttp.dynamics.SampleConvergence.recommended` says how many samples a
+        spectrum should have.
+
+        Returns:
+            Predicted times of random subsets of the spectrum's samples.
+        """
+        return self._corrected.path.sample_convergence
+
+    def informed(self, observations: Sequence[Observation]) -> TrainingTimePredictor:
+        """Return a predictor that has learned from more trials, steps and seconds per step.
+
+        Args:
+            observations:
+                Trials, oldest first; they follow those that this one knows already.
+
+        Returns:
+            A new predictor that shares everything else with this one.
+        """
+        # A trial that was remembered and is in the study again counts once.
+        if self.observations:
+            known = {_name(o) for o in self.observations}
+            observations = [o for o in observations if _name(o) not in known]
+        if not observations:
+            return self
+        every = (*self.observations, *observations)
+        twin = self.calibrated(calibrate(every, doubt(self.spectrum.probe)))
+        twin.observations = every
+        timed = [o for o in every if o.batch_size > 0 and o.seconds_per_step > 0.0]
+        twin.throughput = learned_throughput(
+            self.throughput,
+            np.array([o.batch_size for o in timed], dtype=np.int64),
+            np.array([o.seconds_per_step for o in timed]),
+        )
+        return twin
+
+    def probe(
+        self,
+        task: FineTuningTask,
+        steps: int = 20,
+        *,
+        learning_rate: float | None = None,
+        momentum: float | None = None,
+        device: str | None = None,
+    ) -> TrainingTimePredictor:
+        """Train a few full-batch steps of one configuration, and learn from them.
+
+        Worth it where predictions are not :attr:`reliable`: the steps show how the kernel really
+        grows. The network is as it was afterwards.
+
+        Example:
+            >>> if not predictor.reliable:
+            ...     predictor = predictor.probe(task)
+
+        Args:
+            task:
+                The task of the spectrum.
+            steps:
+                How many. Twenty by default.
+            learning_rate:
+                By default, with the momentum, what is predicted to bring the loss down furthest
+                without coming near the stability limit.
+            momentum:
+                Zero or 0.9 by default.
+            device:
+                Where to train. As :func:`~optuna_ttp.compute_spectrum` by default.
+
+        Returns:
+            A predictor that has learned from it. What it took is its :attr:`probe_seconds`, and
+            is charged by the ledger like the spectrum.
+
+        Raises:
+            FingerprintMismatchError:
+                If the spectrum belongs to another task.
+            ValueError:
+                If an argument is out of its range.
+
+        Warns:
+            UnreliablePredictionWarning:
+                If the loss did not come down enough to learn from, or rose without bound.
+        """
+        from optuna_ttp.prediction._probing import probed
+        from optuna_ttp.prediction._probing import probing_configuration
+        from optuna_ttp.task import FineTuningTask
+
+        check_kind("task", task, FineTuningTask)
+        if task.fingerprint != self.spectrum.metadata.fingerprint:
+            raise FingerprintMismatchError(
+                f"The task must be that of the spectrum, {self.spectrum.metadata.fingerprint[:12]}"
+                f"..., but got {task.fingerprint[:12]}..."
+            )
+        steps = check_count("steps", steps)
+        given = {"learning_rate": learning_rate, "momentum": momentum}
+        for name, value in given.items():
+            if value is not None:
+                check_number(name, value)
+        self._check_configuration(
+            1.0 if learning_rate is None else learning_rate,
+            1,
+            0.0 if momentum is None else momentum,
+            steps,
+        )
+        rate, mass = probing_configuration(self._corrected, steps, learning_rate, momentum)
+        observation, seconds = probed(self._corrected, task, steps, rate, mass, device)
+        if not np.isfinite(observation.observed).any():
+            what = "rose without bound" if observation.diverged else "fell by less than 5 %"
+            do = "a smaller" if observation.diverged else f"more than {steps} steps, or a larger"
+            warnings.warn(
+                f"The probe tells nothing: its training loss {what}, with a learning rate of "
+                f"{rate:.3g} and a momentum of {mass:.3g}. Take {do} learning rate.",
+                UnreliablePredictionWarning,
+                stacklevel=2,
+            )
+        twin = self.informed([observation])
+        twin.probe_seconds = self.probe_seconds + seconds
+        return twin
+
+    def calibrated(self, calibration: Calibration) -> TrainingTimePredictor:
+        """Return a predictor that corrects its times by what was learned from observed trials.
+
+        Args:
+            calibration:
+                See :func:`optuna_ttp.calibration.calibrate`.
+
+        Returns:
+            A new predictor that shares everything else with this one.
+        """
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._corrected = replace(self._corrected, calibration=calibration)
+        return twin
+
+    def predict(
+        self,
+        learning_rate: ArrayLike,
+        batch_size: ArrayLike,
+        momentum: ArrayLike = 0.0,
+        *,
+        max_steps: ArrayLike | None = None,
+        full_curve: bool = False,
+    ) -> Prediction:
+        """Predict the training time of one configuration, or of many that are broadcast together.
+
+        Args:
+            learning_rate:
+                Positive.
+            batch_size:
+                Whole numbers from 1 to N.
+            momentum:
+                In [0, 1), as in :class:`torch.optim.SGD`. Zero by default.
+            max_steps:
+                The horizon in steps, if another one than the predictor's.
+            full_curve:
+                Simulate the curves up to the horizon, with those of the validation samples. By
+                default they end at the target. There is no curve of a configuration that is
+                predicted to diverge.
+
+        Returns:
+            Steps, epochs, seconds, interval, outcome and curves.
+
+        Raises:
+            ValueError:
+                If a hyperparameter is out of its range.
+        """
+        configurations = self._check_configuration(
+            learning_rate, batch_size, momentum, self.max_steps if max_steps is None else max_steps
+        )
+        per_step = self.seconds_per_step(configurations.batch_size)
+        return self._corrected.predict(configurations, per_step, full_curve=full_curve)
+
+
+def _name(observation: Observation) -> tuple[float, ...]:
+    """What tells an observation from others, as far as it survives being stored."""
+    seen = np.nansum(observation.observed), np.nansum(observation.predicted)
+    return (*(round(float(s), 2) for s in seen), observation.n_steps, observation.lag)
+
+
+def _check_sgd(
+    dampening: float, nesterov: bool, weight_decay: float, spectrum: Spectrum
+) -> dict[str, Any]:
+    """Check the settings of SGD, and return them as arguments of :meth:`SGD.of`."""
+    check_number("dampening", dampening)
+    check_number("weight_decay", weight_decay)
+    if not 0.0 <= dampening < 1.0:
+        raise ValueError(f"dampening must be in [0, 1) but got {dampening}.")
+    if nesterov and dampening:
+        raise ValueError(
+            f"Nesterov momentum needs zero dampening, as in PyTorch, but got {dampening}."
+        )
+    if not (math.isfinite(weight_decay) and weight_decay >= 0.0):
+        raise ValueError(f"weight_decay must not be negative but got {weight_decay}.")
+    if weight_decay and spectrum.weight_outputs is None:
+        raise ValueError(
+            "weight_decay needs a spectrum that knows what the weights contribute to the outputs "
+            "but got one that was computed by an older version. Compute it again."
+        )
+    return {"dampening": dampening, "nesterov": bool(nesterov), "weight_decay": weight_decay}

@@ -1,0 +1,12 @@
+"""What was predicted, decided and paid for every trial, and what that saved."""
+
+from __future__ import annotations
+
+from optuna_ttp.reporting._ledger import Report
+from optuna_ttp.reporting._ledger import report
+
+
+__all__ = [
+    "Report",
+    "report",
+]

@@ -1,0 +1,161 @@
+"""Configurations of a search space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from itertools import product
+import math
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.study import Configuration
+
+
+# So many candidates are drawn where the space is not finite, or larger than this.
+_N_DRAWN = 512
+_MOST_ENUMERATED = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """K configurations.
+
+    Attributes:
+        params:
+            Their parameters.
+        learning_rate:
+            Shape ``(K,)``.
+        batch_size:
+            Shape ``(K,)``.
+        momentum:
+            Shape ``(K,)``.
+    """
+
+    params: list[dict[str, Any]]
+    learning_rate: NDArray[np.float64]
+    batch_size: NDArray[np.int64]
+    momentum: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls,
+        params: Sequence[dict[str, Any]],
+        resolve: Callable[[dict[str, Any]], Configuration | None],
+    ) -> Candidates:
+        """Resolve parameters.
+
+        Args:
+            params:
+                The parameters, as a trial would have them.
+            resolve:
+                Gives the hyperparameters, or :obj:`None` where a configuration has none: it is
+                left out.
+
+        Returns:
+            Those that have some.
+        """
+        resolved = [(p, resolve(p)) for p in params]
+        kept = [(p, c) for p, c in resolved if c is not None]
+        return cls(
+            [p for p, _ in kept],
+            np.array([c.learning_rate for _, c in kept], dtype=np.float64),
+            np.array([c.batch_size for _, c in kept], dtype=np.int64),
+            np.array([c.momentum for _, c in kept], dtype=np.float64),
+        )
+
+    @classmethod
+    def resolved(cls, configurations: Sequence[Configuration]) -> Candidates:
+        """Return candidates whose parameters do not matter.
+
+        Args:
+            configurations:
+                Their hyperparameters.
+
+        Returns:
+            The candidates.
+        """
+        # Three times as fast as an array of tuples, and a long study has a thousand of them.
+        numbers = chain.from_iterable(configurations)
+        flat = np.fromiter(numbers, dtype=np.float64, count=3 * len(configurations))
+        rate, size, mass = flat.reshape(-1, 3).T
+        return cls([], rate, size.astype(np.int64), mass)
+
+    def __len__(self) -> int:
+        return len(self.learning_rate)
+
+    @property
+    def coordinates(self) -> NDArray[np.float64]:
+        """Logarithms of learning rate, batch size and ``1 / (1 - m)``, shape ``(K, 3)``."""
+        return np.stack(
+            [np.log(self.learning_rate), np.log(self.batch_size), -np.log1p(-self.momentum)],
+            axis=1,
+        )
+
+
+def drawn(space: Mapping[str, BaseDistribution], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Return all configurations of a small finite space, or random ones of any other.
+
+    Args:
+        space:
+            Distributions by name.
+        rng:
+            Draws.
+
+    Returns:
+        Parameters of each.
+    """
+    values = {name: _values(space[name]) for name in sorted(space)}
+    n = math.prod(math.inf if v is None else len(v) for v in values.values())
+    if n <= _MOST_ENUMERATED:
+        finite = [v or [] for v in values.values()]
+        return [dict(zip(values, combination, strict=True)) for combination in product(*finite)]
+    columns = {name: _draw(space[name], rng) for name in sorted(space)}
+    return [{name: column[i] for name, column in columns.items()} for i in range(_N_DRAWN)]
+
+
+def _values(distribution: BaseDistribution) -> list[Any] | None:
+    """All values of a distribution that has not too many."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        values = range(distribution.low, distribution.high + 1, distribution.step)
+        return list(values) if len(values) <= _MOST_ENUMERATED else None
+    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
+        n = round((distribution.high - distribution.low) / distribution.step) + 1
+        if n <= _MOST_ENUMERATED:
+            steps = distribution.low + distribution.step * np.arange(n)
+            return [float(v) for v in np.clip(steps, distribution.low, distribution.high)]
+    return None
+
+
+def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> list[Any]:
+    values = _values(distribution)
+    if values is not None and not getattr(distribution, "log", False):
+        return [values[i] for i in rng.integers(len(values), size=_N_DRAWN)]
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    whole = isinstance(distribution, IntDistribution)
+    # Half a step more at both ends, so that the outermost whole numbers are as likely as others.
+    low, high = distribution.low - 0.5 * whole, distribution.high + 0.5 * whole
+    if distribution.log:
+        points = np.exp(rng.uniform(math.log(low), math.log(high), _N_DRAWN))
+    else:
+        points = rng.uniform(low, high, _N_DRAWN)
+    if distribution.step is not None and not distribution.log:
+        points = distribution.low + distribution.step * np.rint(
+            (points - distribution.low) / distribution.step
+        )
+    points = np.clip(np.rint(points) if whole else points, distribution.low, distribution.high)
+    return [int(v) for v in points] if whole else [float(v) for v in points]

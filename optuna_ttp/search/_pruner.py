@@ -1,0 +1,634 @@
+"""The pruner: stops what is predicted to be hopeless, before its first step and on its way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import math
+import threading
+import time
+from typing import Any
+from typing import get_args
+from typing import Literal
+from typing import TYPE_CHECKING
+
+import numpy as np
+import optuna
+from optuna.logging import get_logger
+from optuna.pruners import BasePruner
+from optuna.trial import TrialState
+
+from optuna_ttp._util.checks import check_kind
+from optuna_ttp._util.checks import check_number
+from optuna_ttp._util.checks import check_seed
+from optuna_ttp.calibration import probability_below
+from optuna_ttp.calibration import Z_90
+from optuna_ttp.prediction import DIVERGES
+from optuna_ttp.prediction import NOT_REACHED
+from optuna_ttp.prediction import Prediction
+from optuna_ttp.search._running_trial import blown_up
+from optuna_ttp.search._running_trial import UnderWay
+from optuna_ttp.study import as_logged
+from optuna_ttp.study import best_depth
+from optuna_ttp.study import Configuration
+from optuna_ttp.study import DECISION
+from optuna_ttp.study import Decision
+from optuna_ttp.study import entry
+from optuna_ttp.study import FINISHED
+from optuna_ttp.study import frozen
+from optuna_ttp.study import has_constraints
+from optuna_ttp.study import HyperparameterMap
+from optuna_ttp.study import incumbent
+from optuna_ttp.study import is_multi_objective
+from optuna_ttp.study import Learner
+from optuna_ttp.study import map_or_default
+from optuna_ttp.study import n_skipped_in_a_row
+from optuna_ttp.study import observed_curve
+from optuna_ttp.study import PerStudy
+from optuna_ttp.study import predicted_cost
+from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import prediction_entry
+from optuna_ttp.study import RECORD
+from optuna_ttp.study import resolve_for_trial
+from optuna_ttp.study import RUN
+from optuna_ttp.study import SKIP
+from optuna_ttp.study import STOP
+from optuna_ttp.study import StudyBudget
+from optuna_ttp.study import tell_that_nothing_ran
+from optuna_ttp.study import tell_that_skipping_is_wrong
+from optuna_ttp.study import TrialBudget
+from optuna_ttp.study import trials_of
+from optuna_ttp.study import way_gone
+from optuna_ttp.study import write_constraint
+from optuna_ttp.study import write_record
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+    from optuna.trial import Trial
+
+    from optuna_ttp.prediction import TrainingTimePredictor
+
+
+Goal = Literal["time", "metric"]
+
+_logger = get_logger("optuna.ttp.pruner")
+
+# The constraint that says by how much a trial is predicted to exceed its budget.
+CONSTRAINT = "ttp_budget"
+# Its bounds, as logarithms.
+_MOST_VIOLATION = 50.0
+# Where the time to the target is searched for and no trial has completed yet, what has a fair
+# chance runs: it may be the only one that gets there.
+_AT_FIRST = 0.2
+# Where so many trials were all skipped, predictions may be to blame.
+_MANY = 5
+# Nothing is skipped for a reason for which so many trials were to be skipped that have reached the
+# target, more than half of the newest that ran nevertheless. After one that got half of the way
+# the next one's turn comes so many times as soon.
+_REFUTED = 2
+_MOST_OF_THE_WAY, _HALF_WAY = 0.9, 0.5
+_MOST_REFUTING = 10
+_SOONER = 3
+# Trials that run in spite of their prediction only because skipping must not go on are stopped
+# once they cannot win any more; those that are to show what skipping costs run to their end.
+_UNWILLING = ("turn", "refuted", "untrusted")
+# As many trials are remembered; others are read from the storage.
+_REMEMBERED = 1024
+
+
+class TTPPruner(BasePruner):
+    """Stops hopeless trials: before their first step by prediction, then by their own curve.
+
+    **Before the first step** a trial is skipped where training is predicted to diverge; to miss
+    the target within the trial's budget; to cost more than a multiple of what the best trial was
+    predicted to cost (``max_cost_ratio``); or not to fit into what is left of the study's budget.
+    With ``goal="metric"`` a trial that is predicted to miss the target runs all the same where its
+    training loss is predicted to get as low as that of any among the best quarter of the completed
+    trials: the target is not what their value depends on.
+
+    The decision is made the first time that the objective calls ``trial.should_prune()``: call it
+    once the hyperparameters are suggested, before training, or the steps before that call are
+    paid for.
+
+    **During training**, where the objective records its loss with
+    :class:`~optuna_ttp.TrainingLog`, the time that is left is predicted from the trial's own
+    curve after a fifth of the steps that it may take, and the trial is stopped once its chance to
+    reach the target, or to get as far as those best trials, within its budget is below
+    ``min_chance``; with ``goal="time"`` also once its chance to be faster than the best trial is.
+    A trial is also stopped once its loss has been back where it began for as long as it was below,
+    and for twice the time in which it was predicted to be halved. Two facts, which are no
+    predictions, stop trials whatever is thought of predictions: that the loss has been infinite or
+    NaN for three steps and more; and, with ``goal="time"``, that more time has passed than the
+    fastest trial took, by the seconds of their steps as they were measured, or with the same batch
+    size. Otherwise the wrapped pruner decides.
+
+    Of any ``max_consecutive + 1`` trials in a row one runs at least, whatever is predicted, and
+    nothing is skipped while predictions prove worse than a rule of thumb, or while most of the
+    trials, two at least, that ran although the same was predicted for them reached the target.
+    Such a trial runs to its end but for those two facts, and for the sake of an ``audit`` in spite
+    of them.
+
+    Example:
+        >>> def objective(trial):
+        ...     lr = trial.suggest_float("learning_rate", 1e-5, 1, log=True)
+        ...     ...
+        ...     if trial.should_prune():  # before the first step
+        ...         raise optuna.TrialPruned
+        >>> study = optuna.create_study(pruner=TTPPruner(predictor, max_epochs=10))
+
+    Args:
+        predictor:
+            Predicts the training time of a configuration.
+        wrapped_pruner:
+            Any pruner of Optuna, which is asked about trials that are under way. None by default.
+        hyperparameters:
+            Which trial parameter is which hyperparameter. The parameters ``"learning_rate"``,
+            ``"batch_size"`` and ``"momentum"`` by default.
+        max_steps:
+            A trial's budget in optimiser steps. The predictor's horizon by default.
+        max_epochs:
+            A trial's budget in passes over the data. None by default.
+        max_seconds:
+            A trial's budget in seconds of training. None by default.
+        budget:
+            What the whole study may take. No limit by default.
+        goal:
+            ``"time"`` where the objective is the time to the target, ``"metric"`` where it is
+            anything else (the default).
+        tolerance:
+            Skip only what is predicted to take more than so many times the budget, because
+            predictions are not exact. 1.5 by default.
+        min_probability:
+            Skip what reaches the target within that with a smaller probability, before its first
+            step. 0.5 by default: what is more likely to miss it. With ``goal="time"``, as long as
+            no trial has completed, nothing that has a chance of 20 %: it may be the only one.
+        max_cost_ratio:
+            Skip what is predicted to take more than so many times what the best trial was
+            predicted to take. No limit by default.
+        min_chance:
+            Stop trials under way whose chance is smaller. 0.02 by default; zero never does.
+        max_consecutive:
+            After so many skipped trials in a row one runs regardless, so that a study cannot
+            starve. Ten by default.
+        audit:
+            The share of those that were to be skipped which run anyway, drawn at random, so that
+            :func:`~optuna_ttp.report` can tell how often skipping is wrong. None by default.
+        shadow:
+            Write down what would have been decided, and stop nothing. Off by default. The wrapped
+            pruner decides as ever.
+        constraint:
+            Set the constraint ``"ttp_budget"`` of every trial (with Optuna 5): the logarithm of
+            its predicted steps over its budget, for samplers that heed constraints. Trials above
+            zero do not count as feasible. Off by default.
+        seed:
+            For the audit.
+
+    Raises:
+        ValueError:
+            If an argument is out of its range, or a budget in seconds is given while the time of
+            a step is not known.
+        TypeError:
+            If an argument is of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        predictor: TrainingTimePredictor,
+        wrapped_pruner: BasePruner | None = None,
+        *,
+        hyperparameters: HyperparameterMap | None = None,
+        max_steps: int | None = None,
+        max_epochs: float | None = None,
+        max_seconds: float | None = None,
+        budget: StudyBudget | None = None,
+        goal: Goal = "metric",
+        tolerance: float = 1.5,
+        min_probability: float = 0.5,
+        max_cost_ratio: float | None = None,
+        min_chance: float = 0.02,
+        max_consecutive: int = 10,
+        audit: float = 0.0,
+        shadow: bool = False,
+        constraint: bool = False,
+        seed: int = 0,
+    ) -> None:
+        from optuna_ttp.prediction import TrainingTimePredictor
+
+        check_kind("shadow", shadow, bool)
+        check_kind("constraint", constraint, bool)
+        if not isinstance(predictor, TrainingTimePredictor):
+            raise TypeError(
+                f"predictor must be a TrainingTimePredictor but got {type(predictor).__name__}."
+            )
+        if wrapped_pruner is not None and not isinstance(wrapped_pruner, BasePruner):
+            raise TypeError(f"wrapped_pruner must be a pruner but got {wrapped_pruner!r}.")
+        if budget is not None and not isinstance(budget, StudyBudget):
+            raise TypeError(f"budget must be a StudyBudget but got {budget!r}.")
+        if goal not in get_args(Goal):
+            raise ValueError(f"goal must be one of {', '.join(get_args(Goal))} but got {goal!r}.")
+        self._budget = TrialBudget(max_steps, max_epochs, max_seconds)
+        self._budget.check(predictor)
+        check_number("tolerance", tolerance)
+        if not 1 <= tolerance < math.inf:
+            raise ValueError(f"tolerance must be finite and at least 1 but got {tolerance}.")
+        shares = {"min_probability": min_probability, "min_chance": min_chance, "audit": audit}
+        for name, share in shares.items():
+            check_number(name, share)
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1] but got {share}.")
+        if max_cost_ratio is not None:
+            check_number("max_cost_ratio", max_cost_ratio)
+            if not 1.0 <= max_cost_ratio < math.inf:
+                raise ValueError(
+                    f"max_cost_ratio must be finite and at least 1 but got {max_cost_ratio}."
+                )
+        check_kind("max_consecutive", max_consecutive, int)
+        if max_consecutive < 1:
+            raise ValueError(f"max_consecutive must be at least 1 but got {max_consecutive}.")
+        self._predictor = predictor
+        if constraint and not has_constraints():
+            raise ValueError(
+                "constraint=True needs Optuna 5 or newer, whose trials have constraints, but got "
+                f"Optuna {optuna.__version__}."
+            )
+        self._map = map_or_default(hyperparameters)
+        self._learner = Learner(predictor, self._map)
+        self._wrapped = wrapped_pruner
+        self._study_budget = budget
+        self._goal = goal
+        self._tolerance = tolerance
+        self._min_probability = min_probability
+        self._max_cost_ratio = max_cost_ratio
+        self._min_chance = min_chance
+        self._max_consecutive = max_consecutive
+        self._audit = audit
+        self._shadow = shadow
+        self._constraint = constraint
+        self._seed = check_seed(seed)
+        self._told = False
+        # By the trial's number. What is not in here is read from the storage.
+        self._known: PerStudy[dict[int, _Known]] = PerStudy(dict)
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Decide about a trial; where nothing speaks against it, ask the wrapped pruner.
+
+        Args:
+            study:
+                The study.
+            trial:
+                The running trial.
+
+        Returns:
+            Whether to stop the trial.
+
+        Raises:
+            ValueError:
+                If the study has several objectives, or the map reads a parameter that no trial of
+                the study has, or a hyperparameter is out of its range.
+        """
+        if is_multi_objective(study):
+            raise ValueError(
+                f"TTPPruner prunes studies with one objective but got {len(study.directions)}. "
+                "Ask it with TTPPruner.decide(trial) there."
+            )
+        if self._decided(study, trial).prune:
+            return True
+        return False if self._wrapped is None else bool(self._wrapped.prune(study, trial))
+
+    def decide(self, trial: Trial) -> Decision:
+        """Decide about a trial from within its objective, also with several objectives.
+
+        Optuna forbids ``trial.should_prune()`` in studies with several objectives. There, the
+        wrapped pruner is not asked.
+
+        Example:
+            >>> def objective(trial):
+            ...     ...
+            ...     decision = pruner.decide(trial)
+            ...     if decision.prune:
+            ...         raise optuna.TrialPruned(decision.reason)
+
+        Args:
+            trial:
+                The trial of the objective.
+
+        Returns:
+            Whether to stop it, and why.
+
+        Raises:
+            ValueError:
+                If the map reads a parameter that no trial of the study has, or a hyperparameter
+                is out of its range.
+        """
+        study, current = trial.study, frozen(trial)
+        decision = self._decided(study, current)
+        if decision.prune or self._wrapped is None or is_multi_objective(study):
+            return decision
+        if self._wrapped.prune(study, current):
+            return Decision(True, f"stopped by {type(self._wrapped).__name__}")
+        return decision
+
+    def _decided(self, study: Study, trial: FrozenTrial) -> Decision:
+        with self._lock:
+            known = self._known[study].get(trial.number)
+        if known is None:
+            trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
+            # The storage knows where another process asked before, as ask-and-tell may do.
+            stored = next((t for t in trials if t.number == trial.number), None)
+            if stored is not None and entry(stored, DECISION) is not None:
+                known = _Known.of(stored.user_attrs[RECORD], self._shadow)
+            else:
+                others = [t for t in trials if t.number != trial.number]
+                known = self._decide(study, trial, others)
+            with self._lock:
+                kept = self._known[study]
+                while len(kept) >= _REMEMBERED:
+                    kept.pop(next(iter(kept)))
+                kept[trial.number] = known
+        if not known.decision.prune:
+            self._follow(study, trial, known)
+        return known.decision
+
+    def _decide(self, study: Study, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> _Known:
+        """Decide before the first step, and write it down."""
+        configuration = resolve_for_trial(self._map, study, trial)
+        if configuration is None:
+            self._say_that_nothing_applies(trial)
+            reason = "no prediction: the hyperparameter map does not apply to this trial"
+            record = {"trial": trial.number, DECISION: {"decision": RUN, "reason": reason}}
+            write_record(study, trial, record)
+            return _Known.of(record, self._shadow)
+        started = time.perf_counter()
+        predictor = self._learner.informed(study, trials)
+        configuration = configuration.clipped(predictor.n_samples)
+        budget = float(self._budget.steps(predictor, np.array(configuration.batch_size)))
+        horizon = predictor.max_steps if math.isinf(budget) else self._tolerance * budget
+        prediction = predictor.estimate(*configuration, max_steps=max(1, int(horizon)))
+        verdict = self._objection(study, trials, predictor, configuration, prediction, budget)
+        decision = {"decision": RUN, "reason": f"predicted: {prediction}"}
+        if verdict is not None:
+            kind, objection = verdict
+            override = self._override(study, trial, trials, predictor, *verdict)
+            if override is None:
+                decision = {"decision": SKIP, "reason": objection}
+                _logger.info(f"Trial {trial.number} is skipped: {objection}.")
+            else:
+                decision["override"], text = override
+                decision["reason"] = f"{text}, although {objection}"
+            decision["kind"] = kind
+        record = {
+            "trial": trial.number,
+            PREDICTION: prediction_entry(
+                predictor,
+                configuration,
+                prediction,
+                budget_steps=budget,
+                prediction_seconds=time.perf_counter() - started,
+            ),
+            DECISION: decision,
+        }
+        write_record(study, trial, record)
+        if self._constraint:
+            violation = _log_ratio(prediction, horizon)
+            write_constraint(study, trial, CONSTRAINT, violation)
+        return _Known.of(record, self._shadow)
+
+    def _say_that_nothing_applies(self, trial: FrozenTrial) -> None:
+        if self._map == HyperparameterMap() and trial.params and not self._told:
+            self._told = True
+            _logger.warning(
+                f"Trial {trial.number} has no 'learning_rate', 'batch_size' and 'momentum' (it "
+                f"has {', '.join(map(repr, sorted(trial.params)))}), so nothing is predicted for "
+                "it. "
+                "Pass hyperparameters=HyperparameterMap(...) if they have other names."
+            )
+
+    def _objection(
+        self,
+        study: Study,
+        trials: Sequence[FrozenTrial],
+        predictor: TrainingTimePredictor,
+        configuration: Configuration,
+        prediction: Prediction,
+        budget: float,
+    ) -> tuple[str, str] | None:
+        """Why a trial should not run, as a word and in words, or :obj:`None`."""
+        if prediction.outcome == DIVERGES:
+            text = str(prediction).removeprefix("diverges: ")
+            return "diverges", f"predicted to diverge: {text}"
+        horizon = int(prediction.max_steps)
+        if self._is_as_good_as_the_best(study, trials, predictor, configuration, prediction):
+            return self._cost_objection(study, trials, predictor, prediction)
+        least = self._min_probability
+        if self._goal == "time" and incumbent(study, trials) is None:
+            least = min(least, _AT_FIRST)
+        if prediction.outcome == NOT_REACHED and least >= 0.5:
+            if math.isinf(budget):
+                return "budget", f"predicted not to reach the target in {horizon:,} steps"
+            return (
+                "budget",
+                f"predicted to miss the target by far: not reached in {horizon:,} steps, "
+                f"{self._tolerance:g} times the budget of {budget:,.0f}",
+            )
+        if float(prediction.p_converges) < least:
+            return (
+                "budget",
+                f"predicted to reach the target in {horizon:,} steps with a probability of "
+                f"{float(prediction.p_converges):.0%} only",
+            )
+        return self._cost_objection(study, trials, predictor, prediction)
+
+    def _is_as_good_as_the_best(
+        self,
+        study: Study,
+        trials: Sequence[FrozenTrial],
+        predictor: TrainingTimePredictor,
+        configuration: Configuration,
+        prediction: Prediction,
+    ) -> bool:
+        """Whether a trial gets to where one of the best ended, short of the target, in time."""
+        if float(prediction.p_diverges) > 1.0 - self._min_probability:
+            return False
+        # Where the time to the target is searched for, that and nothing short of it counts.
+        if self._goal == "time":
+            return False
+        depth = best_depth(study, trials, predictor)
+        if not depth < predictor.target_depth:
+            return False
+        rate, size, mass = (np.array([value]) for value in configuration)
+        horizon = np.array([float(prediction.max_steps)])
+        return bool(predictor.depth_after(rate, size, mass, horizon)[0] >= depth)
+
+    def _cost_objection(
+        self,
+        study: Study,
+        trials: Sequence[FrozenTrial],
+        predictor: TrainingTimePredictor,
+        prediction: Prediction,
+    ) -> tuple[str, str] | None:
+        """Why a trial that would succeed costs too much, likewise."""
+        seconds = _cost(prediction, predictor)
+        best = None if self._max_cost_ratio is None else incumbent(study, trials)
+        if best is not None and self._max_cost_ratio is not None:
+            # NaN, where nothing was predicted for it, is not below anything.
+            ratio = seconds / predicted_cost(best)
+            if self._probability(prediction, self._max_cost_ratio / ratio) < self._min_probability:
+                return (
+                    "cost",
+                    f"predicted to take {ratio:.3g} times what the best trial, number "
+                    f"{best.number}, was predicted to take",
+                )
+        if self._study_budget is not None:
+            steps = float(np.exp(_log_median(prediction)))
+            if not self._study_budget.fits(trials, seconds, steps):
+                cost = (
+                    f"{seconds:.3g} s" if self._study_budget.in_seconds else f"{steps:.3g} steps"
+                )
+                return (
+                    "study_budget",
+                    f"predicted to take {cost}, more than is left of {self._study_budget}",
+                )
+        return None
+
+    @staticmethod
+    def _probability(prediction: Prediction, ratio: float) -> float:
+        """How likely it takes at most so many times its predicted time."""
+        sd = np.array([_log_sd(prediction)])
+        return float(probability_below(np.ones(1), sd, np.array([ratio]))[0])
+
+    def _override(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        trials: Sequence[FrozenTrial],
+        predictor: TrainingTimePredictor,
+        kind: str,
+        objection: str,
+    ) -> tuple[str, str] | None:
+        """Why a trial runs in spite of its prediction, as a word and in words."""
+        if not predictor.calibration.trusted:
+            return "untrusted", f"predictions are {predictor.calibration.fault}"
+        reached = _ways_gone(trials, kind)
+        n_reached = sum(gone >= _MOST_OF_THE_WAY for gone in reached)
+        if n_reached >= _REFUTED and 2 * n_reached > len(reached):
+            count = f"{n_reached} of {len(reached)}"
+            tell_that_skipping_is_wrong(study, count)
+            return "refuted", f"{count} trials that this was predicted for reached the target"
+        if self._shadow:
+            return "shadow", "runs in shadow mode"
+        n_skipped = n_skipped_in_a_row(trials)
+        # Where the last one that ran in spite of its prediction did well, the next comes sooner.
+        soon = bool(reached) and reached[-1] >= _HALF_WAY
+        if n_skipped >= max(1, self._max_consecutive // (_SOONER if soon else 1)):
+            if _MANY <= n_skipped == len(trials) and not predictor.observations:
+                tell_that_nothing_ran(study, n_skipped, objection)
+            return "turn", f"runs after {n_skipped} skipped trials in a row"
+        # The same for every process that asks.
+        if np.random.default_rng((self._seed, trial.number)).random() < self._audit:
+            return "audit", "runs to see whether skipping would have been right"
+        return None
+
+    def _follow(self, study: Study, trial: FrozenTrial, known: _Known) -> None:
+        """Decide again once a trial under way has recorded more of its curve."""
+        if known.prediction is None or self._min_chance == 0.0:
+            return
+        trial = as_logged(study, trial)
+        curve = observed_curve(trial)
+        if curve is not None and curve.n_steps <= known.n_steps:
+            return
+        predictor = self._learner.last(study)
+        setback = blown_up(trial)
+        if setback is None and curve is not None and not curve.diverged:
+            known.n_steps = curve.n_steps
+            judge = UnderWay(predictor, self._budget, self._goal == "time", self._min_chance)
+            setback = judge.setback(study, trial, known.prediction, curve)
+        if setback is None:
+            return
+        decision = dict(known.record[DECISION])
+        override = decision.get("override")
+        if override is not None and not (setback.sure and override in _UNWILLING):
+            return  # It runs although its prediction is bad: to its end.
+        # What it runs in spite of stays known: whether that was right is seen by its curve.
+        decision.setdefault("kind", "chance")
+        if self._shadow:
+            decision |= {"override": "shadow"}
+            decision["reason"] = f"runs in shadow mode, although {setback.reason}"
+        else:
+            decision |= {"decision": STOP, "reason": setback.reason, "log_sd": setback.log_sd}
+            per_step = float(predictor.seconds_per_step(known.prediction["batch_size"]))
+            seconds = float(max(setback.steps_left, 0.0) * per_step)
+            decision["seconds_left"] = seconds if math.isfinite(seconds) else None
+            known.decision = Decision(True, setback.reason)
+            _logger.info(f"Trial {trial.number} is stopped: {setback.reason}.")
+        known.record = {**known.record, DECISION: decision}
+        write_record(study, trial, known.record)
+
+
+@dataclass
+class _Known:
+    """What is known of a trial: what is written down, what it came to, how much was seen."""
+
+    record: dict[str, Any]
+    decision: Decision
+    n_steps: float = 0.0
+
+    @classmethod
+    def of(cls, record: dict[str, Any], shadow: bool) -> _Known:
+        decision = record[DECISION]
+        prune = decision["decision"] in (SKIP, STOP) and not shadow
+        return cls(record, Decision(prune, decision["reason"]))
+
+    @property
+    def prediction(self) -> dict[str, Any] | None:
+        return self.record.get(PREDICTION)
+
+
+def _log_median(prediction: Prediction) -> float:
+    """Logarithm of the predicted steps, also beyond the horizon."""
+    return 0.5 * float(np.log(prediction.steps_low) + np.log(prediction.steps_high))
+
+
+def _log_sd(prediction: Prediction) -> float:
+    width = float(np.log(prediction.steps_high) - np.log(prediction.steps_low))
+    return max(width / (2.0 * Z_90), 1e-6) if math.isfinite(width) else 1.0
+
+
+def _ways_gone(trials: Sequence[FrozenTrial], kind: str) -> list[float]:
+    """How far the newest trials got that ran in spite of this prediction, the target being one."""
+    if kind not in ("diverges", "budget"):
+        return []
+    reached: list[float] = []
+    for trial in sorted(trials, key=lambda t: t.number, reverse=True):
+        decision = entry(trial, DECISION) or {}
+        if trial.state in FINISHED and "override" in decision and decision.get("kind") == kind:
+            gone = way_gone(trial)
+            reached += [] if math.isnan(gone) else [gone]
+        if len(reached) == _MOST_REFUTING:
+            break
+    return reached[::-1]
+
+
+def _cost(prediction: Prediction, predictor: TrainingTimePredictor) -> float:
+    """Predicted seconds; steps where the time of a step is not known."""
+    seconds = float(prediction.seconds)
+    return float(prediction.steps) if math.isnan(seconds) else seconds
+
+
+def _log_ratio(prediction: Prediction, budget: float) -> float:
+    """Logarithm of the predicted steps over a budget; no storage takes infinity."""
+    steps = float(prediction.steps)
+    log_steps = math.log(steps) if math.isfinite(steps) else _log_median(prediction)
+    return float(np.clip(log_steps - math.log(budget), -_MOST_VIOLATION, _MOST_VIOLATION))

@@ -1,0 +1,305 @@
+"""Whether a trial under way still has a chance, by its own curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+import math
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.trial import TrialState
+
+from optuna_ttp.calibration import DEPTHS
+from optuna_ttp.calibration import Observation
+from optuna_ttp.calibration import probability_below
+from optuna_ttp.study import best_depth
+from optuna_ttp.study import entry
+from optuna_ttp.study import incumbent
+from optuna_ttp.study import InitialLoss
+from optuna_ttp.study import lost_steps
+from optuna_ttp.study import measured_seconds
+from optuna_ttp.study import observation_of
+from optuna_ttp.study import observed_curve
+from optuna_ttp.study import observed_steps
+from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import trials_of
+from optuna_ttp.study import way_gone
+
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+    from optuna_ttp.calibration import LossCurve
+    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.study import TrialBudget
+
+
+# No trial is stopped by its own curve before so large a share of the steps that it may take.
+_EARLIEST = 0.2
+# Nor where it has all but ended: so large a share of them is left, or was too much.
+_NEARLY_DONE = 0.05
+# Training has been thrown back to where it began while its loss is above so much of the initial
+# one, was below, and is probably higher than it was. It is given up for lost after so many times
+# the steps in which it was predicted to be halved, and as many as it took to get there. 32 of the
+# 1,608 recorded runs are (benchmarks/search/parts.py), at 56 % of their epochs; none of them
+# reaches the target all the same, and none is close to the best.
+_NOT_LEARNED = 0.9
+_AMPLE = 2.0
+_ERRORS = 1.0
+_HALVED = math.log(2.0) + 1e-9
+# Steps without a finite loss after which none is to be expected: weights that are NaN stay it, a
+# single loss may be that of a batch that overflowed.
+_SURELY_LOST = 3
+
+
+@dataclass(frozen=True)
+class Setback:
+    """Why a trial under way is given up.
+
+    Attributes:
+        reason:
+            In words.
+        sure:
+            Whether it is what was seen, and no prediction.
+        steps_left:
+            That it would have taken.
+        log_sd:
+            Standard deviation of their logarithm.
+    """
+
+    reason: str
+    sure: bool
+    steps_left: float
+    log_sd: float
+
+
+@dataclass(frozen=True)
+class _Fastest:
+    """The fastest trial so far.
+
+    Attributes:
+        number:
+            Of the trial.
+        steps:
+            Of the running trial that take as long.
+        measured:
+            Whether that is what their steps were seen to take, and no prediction.
+    """
+
+    number: int
+    steps: float
+    measured: bool
+
+
+@dataclass(frozen=True, eq=False)
+class UnderWay:
+    """Judges trials under way.
+
+    Attributes:
+        predictor:
+            As trials have corrected it.
+        budget:
+            Of a trial.
+        timed:
+            Whether the objective is the time to the target.
+        min_chance:
+            Trials whose chance is smaller are given up.
+    """
+
+    predictor: TrainingTimePredictor
+    budget: TrialBudget
+    timed: bool
+    min_chance: float
+
+    def setback(
+        self, study: Study, trial: FrozenTrial, prediction: dict[str, Any], curve: LossCurve
+    ) -> Setback | None:
+        """Tell why a trial has no chance.
+
+        Args:
+            study:
+                The study.
+            trial:
+                The running trial.
+            prediction:
+                What was written down of its prediction.
+            curve:
+                Its training loss so far.
+
+        Returns:
+            Why, or :obj:`None` where it has one, or nobody knows.
+        """
+        observation = observation_of(trial, prediction, InitialLoss.of(self.predictor))
+        if not isinstance(observation, Observation):
+            return None
+        budget = float(self.budget.steps(self.predictor, np.array(prediction["batch_size"])))
+        if abs(budget - curve.n_steps) <= _NEARLY_DONE * budget:
+            # There is nothing to save any more.
+            return None
+        trials = trials_of(study, (TrialState.COMPLETE,))
+        depth, aim = self._aim(study, trials)
+        here = -math.log(curve.losses[-1] / self.predictor.initial_loss)
+        if here < depth < math.inf:
+            fastest = self._fastest(study, trials, observation)
+            setback = self._too_late(observation, prediction, (depth, aim), budget, fastest)
+            if setback is not None:
+                return setback
+        # The first steps tell little of the last ones.
+        ample = math.isinf(budget) or curve.n_steps >= _EARLIEST * budget
+        trusted = self.predictor.calibration.trusted
+        initial = self.predictor.initial_loss
+        passages = observation.predicted, observation.expected
+        if ample and trusted and is_thrown_back(curve, *passages, initial):
+            reason = (
+                f"after {curve.n_steps:,.0f} steps its training loss is back where it began, and "
+                "was predicted to be halved in less than half of the steps since it was below"
+            )
+            return Setback(reason, False, budget - curve.n_steps, 0.0)
+        return None
+
+    def _too_late(
+        self,
+        running: Observation,
+        prediction: dict[str, Any],
+        goal: tuple[float, str],
+        budget: float,
+        fastest: _Fastest | None,
+    ) -> Setback | None:
+        """Tell why a trial does not get to a depth in time."""
+        depth, aim = goal
+        n_steps, limit = running.n_steps, budget
+        what = f"{aim} within its budget of {budget:,.0f} steps"
+        rest = self.predictor.remaining_steps(running, _configuration(prediction), depth)
+        if fastest is not None and fastest.steps < limit:
+            limit = fastest.steps
+            what = f"be faster than trial {fastest.number}, the fastest"
+            told = f"{limit:,.0f} steps of this trial take as long"
+            if n_steps >= limit:
+                reason = f"after {n_steps:,.0f} steps it can no longer {what} ({told})"
+                steps, log_sd = (math.inf, 0.0) if rest is None else rest
+                return Setback(reason, fastest.measured, min(steps, budget - n_steps), log_sd)
+            what += f" ({told})"
+        if rest is None or not math.isfinite(limit) or n_steps < _EARLIEST * limit:
+            return None
+        chance = _chance(rest, limit - n_steps)
+        if chance >= self.min_chance or not self.predictor.calibration.trusted:
+            return None
+        reason = (
+            f"after {n_steps:,.0f} steps its chance to {what} is {chance:.1%}: about "
+            f"{rest[0]:,.0f} steps are left"
+        )
+        return Setback(reason, False, min(rest[0], max(limit - n_steps, 0.0)), rest[1])
+
+    def _aim(self, study: Study, trials: Sequence[FrozenTrial]) -> tuple[float, str]:
+        """What depth a trial under way has to reach, and in words.
+
+        Where the objective is a metric it is infinite before a trial has completed: nobody knows
+        whether the best ones reach the target.
+        """
+        target = self.predictor.target_depth
+        depth = target if self.timed else best_depth(study, trials, self.predictor)
+        if depth < target:
+            return depth, "get as far as the best trials"
+        return (depth if math.isinf(depth) else target), "reach the target"
+
+    def _fastest(
+        self, study: Study, trials: Sequence[FrozenTrial], running: Observation
+    ) -> _Fastest | None:
+        """The trial that reached the target first, and what of the running one takes as long.
+
+        :obj:`None` where none has reached the target, or time is not what counts.
+        """
+        best = incumbent(study, trials)
+        found: list[_Fastest] = []
+        for trial in trials if self.timed else ():
+            of = entry(trial, PREDICTION)
+            steps = observed_steps(trial, self.predictor)
+            is_best = best is not None and trial.number == best.number
+            if is_best and math.isinf(steps) and way_gone(trial) >= 1.0:
+                # It stopped at its target, which the smoothed loss of its batches lags behind.
+                curve = observed_curve(trial)
+                steps = steps if curve is None else curve.n_steps
+            if of is None or not math.isfinite(steps):
+                continue
+            sizes = np.array([of["batch_size"], running.batch_size])
+            told = self.predictor.seconds_per_step(sizes)
+            ratio, measured = float(told[0] / told[1]), bool(sizes[0] == sizes[1])
+            seconds = measured_seconds(trial), running.seconds_per_step
+            if min(seconds) > 0.0 and math.isfinite(sum(seconds)):
+                ratio, measured = seconds[0] / seconds[1], True
+            steps *= 1.0 if math.isnan(ratio) else ratio
+            found.append(_Fastest(trial.number, steps, measured))
+        return min(found, key=lambda f: (f.steps, f.number), default=None)
+
+
+def blown_up(trial: FrozenTrial) -> Setback | None:
+    """Tell why a trial is lost whose loss is not finite any more.
+
+    Args:
+        trial:
+            The running trial.
+
+    Returns:
+        Why, or :obj:`None` where it is.
+    """
+    n_steps = lost_steps(trial)
+    if n_steps < _SURELY_LOST:
+        return None
+    reason = f"its training loss has been infinite or NaN for {n_steps:,} steps"
+    return Setback(reason, True, math.nan, 0.0)
+
+
+def _chance(rest: tuple[float, float], left: float) -> float:
+    """How likely as many steps as are left are enough."""
+    if left <= 0:
+        return 0.0
+    steps, sd = np.array([max(rest[0], 1.0)]), np.array([rest[1]])
+    return float(probability_below(steps, sd, np.array([left]))[0])
+
+
+def _configuration(prediction: dict[str, Any]) -> tuple[float, int, float]:
+    return prediction["learning_rate"], prediction["batch_size"], prediction["momentum"]
+
+
+def is_thrown_back(
+    curve: LossCurve,
+    predicted: NDArray[np.float64],
+    expected: NDArray[np.float64],
+    initial_loss: float,
+) -> bool:
+    """Tell whether training is back where it began, in ample time to be elsewhere.
+
+    Args:
+        curve:
+            Of the training loss so far.
+        predicted:
+            Logarithms of the predicted steps to :data:`~optuna_ttp.calibration.DEPTHS`, as
+            simulated, shape ``(P,)``.
+        expected:
+            The same as corrected by earlier trials.
+        initial_loss:
+            At the pretrained weights.
+
+    Returns:
+        Whether it is.
+    """
+    start = _NOT_LEARNED * initial_loss
+    # Noise alone takes a curve below its start and back.
+    below = np.flatnonzero(curve.losses * np.exp(_ERRORS * curve.errors) < start)
+    if not len(below) or curve.losses[-1] < start or not curve.has_risen:
+        return False
+    halved = _halved(predicted, expected)
+    if halved is None:
+        return False
+    last = float(curve.steps[below[-1]])
+    return curve.n_steps - last > max(_AMPLE * halved, last)
+
+
+def _halved(*log_steps: NDArray[np.float64]) -> float | None:
+    """The latest of several predictions of when the loss is halved; None where there is none."""
+    told = [logs[np.isfinite(logs) & (DEPTHS <= _HALVED)] for logs in log_steps]
+    return max((math.exp(logs[-1]) for logs in told if len(logs)), default=None)

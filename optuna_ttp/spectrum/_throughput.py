@@ -1,0 +1,123 @@
+"""Seconds per training step by batch size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from numpy.typing import NDArray
+
+
+# Prior standard deviations of the factor and of the slope in the batch size, and that of a trial.
+_PRIOR_SD = (2.0, 0.3)
+_TRIAL_SD = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Throughput:
+    """Measured seconds per step at a few batch sizes, interpolated between them.
+
+    Example:
+        >>> throughput = Throughput(np.array([8, 32]), np.array([0.01, 0.02]), device="cpu")
+        >>> throughput.seconds_per_step(20)
+        array(0.015)
+
+    Attributes:
+        batch_sizes:
+            Shape ``(k,)``, ascending.
+        seconds:
+            Seconds per step at each, shape ``(k,)``, not descending.
+        device:
+            Where it was measured.
+        log_sd:
+            Standard deviation of the logarithm of a trial's seconds per step around these, where
+            it was learned from trials. Zero where it is not known.
+    """
+
+    batch_sizes: NDArray[np.int64]
+    seconds: NDArray[np.float64]
+    device: str
+    log_sd: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.batch_sizes) == 0 or len(self.batch_sizes) != len(self.seconds):
+            raise ValueError(
+                "batch_sizes and seconds must have the same length of at least one but got "
+                f"{len(self.batch_sizes)} and {len(self.seconds)}."
+            )
+        if self.batch_sizes[0] < 1:
+            raise ValueError(f"batch_sizes must be positive but got {self.batch_sizes}.")
+        if np.any(np.diff(self.batch_sizes) <= 0) or np.any(np.diff(self.seconds) < 0):
+            raise ValueError(
+                "batch_sizes must ascend and seconds must not descend but got "
+                f"{self.batch_sizes} and {self.seconds}."
+            )
+        if not (np.isfinite(self.seconds).all() and self.seconds[0] > 0):
+            raise ValueError(f"seconds must be finite and positive but got {self.seconds}.")
+
+    def seconds_per_step(self, batch_size: ArrayLike) -> NDArray[np.float64]:
+        """Interpolate linearly; the last slope goes on above, the first value below.
+
+        Args:
+            batch_size:
+                Any shape.
+
+        Returns:
+            Seconds per step, of the same shape.
+        """
+        batch_size = np.asarray(batch_size, dtype=np.float64)
+        inside = np.interp(batch_size, self.batch_sizes, self.seconds)
+        if len(self.seconds) == 1:
+            return np.asarray(inside)
+        slope = (self.seconds[-1] - self.seconds[-2]) / (
+            self.batch_sizes[-1] - self.batch_sizes[-2]
+        )
+        return np.asarray(inside + slope * np.maximum(0, batch_size - self.batch_sizes[-1]))
+
+
+def learned_throughput(
+    prior: Throughput | None, batch_sizes: NDArray[np.int64], seconds: NDArray[np.float64]
+) -> Throughput | None:
+    """Learn the time of a step from trials.
+
+    ``log s = log s_0(B) + a + b log(B / B_m) + e`` with the prior time ``s_0``, a factor ``a`` of
+    the machine that the trials run on, a slope ``b`` in the batch size ``B`` about the geometric
+    mean ``B_m`` of those seen, and Student's t errors, so that a few trials on a busy machine do
+    not count. Normal priors on ``a`` and ``b``, by reweighted least squares.
+
+    Args:
+        prior:
+            What was measured with the spectrum. Without it a step is taken to cost as much as a
+            constant part and a sample, each half of it at ``B_m``.
+        batch_sizes:
+            Of the trials, shape ``(n,)``.
+        seconds:
+            Median seconds per step of each, shape ``(n,)``.
+
+    Returns:
+        The time by batch size, at the sizes of both; the prior where there are no trials.
+    """
+    if not len(seconds):
+        return prior
+    sizes = np.asarray(batch_sizes, dtype=np.float64)
+    middle = float(np.exp(np.log(sizes).mean()))
+    if prior is None:
+        known = np.unique(sizes).astype(np.int64)
+        expected = np.log(0.5 + 0.5 * known / middle) + float(np.median(np.log(seconds)))
+        prior = Throughput(known, np.exp(expected), "unknown")
+    x = np.stack([np.ones(len(sizes)), np.log(sizes / middle)], axis=1)
+    y = np.log(seconds) - np.log(prior.seconds_per_step(sizes))
+    precision = np.diag(1.0 / np.square(_PRIOR_SD))
+    weights = np.ones(len(y))
+    for _ in range(10):
+        scaled = x.T * (weights / _TRIAL_SD**2)
+        effect = np.linalg.solve(precision + scaled @ x, scaled @ y)
+        away = y - x @ effect
+        weights = 4.0 / (3.0 + (away / _TRIAL_SD) ** 2)
+    every = np.union1d(prior.batch_sizes, np.unique(sizes).astype(np.int64))
+    logs = np.log(prior.seconds_per_step(every)) + effect[0]
+    logs = logs + effect[1] * np.log(np.clip(every, sizes.min(), sizes.max()) / middle)
+    spread = float(np.sqrt((weights * away**2).sum() / weights.sum()))
+    # A larger batch cannot be faster.
+    return Throughput(every, np.maximum.accumulate(np.exp(logs)), prior.device, spread)

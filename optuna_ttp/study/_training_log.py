@@ -1,0 +1,322 @@
+"""Records a trial's training loss on the trial, as it trains."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from types import TracebackType
+from typing import Any
+from typing import SupportsFloat
+from typing import TYPE_CHECKING
+import weakref
+
+import numpy as np
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import BaseTrial
+
+from optuna_ttp._util.checks import check_kind
+from optuna_ttp.calibration import LossCurve
+from optuna_ttp.study._optuna_compat import is_same_study
+from optuna_ttp.study._recorded_curve import curve_entry
+from optuna_ttp.study._recorded_curve import joined
+from optuna_ttp.study._records import CURVE
+from optuna_ttp.study._records import entry
+from optuna_ttp.study._reported_curve import STEPS_PER_REPORT
+from optuna_ttp.study._unusable_curve import UnusableCurve
+
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+
+# Whoever asks about a running trial gets what was recorded once that is so many times as much as
+# was written, and not after a few losses only.
+_MORE, _FEW = 1.5, 6
+# Nobody takes so many optimiser steps.
+_TOO_MANY = 10**12
+
+
+# All that are alive in this process.
+_LOGS: weakref.WeakSet[TrainingLog] = weakref.WeakSet()
+
+
+class TrainingLog:
+    """Records a trial's training loss, so that predictions can be checked and corrected.
+
+    A trial has one: what a second one records is left out, unless it goes on where the first one
+    ended. A loss that is not a finite number while later ones are, or a single one at the end of a
+    curve that has come down, is left out, as where one mini-batch has overflowed; otherwise a
+    curve that ends with such losses is that of a trial that diverged.
+
+    Example:
+        >>> with TrainingLog(trial) as log:
+        ...     for x, y in loader:
+        ...         loss = train_step(x, y)
+        ...         log.step(loss)
+
+    Args:
+        trial:
+            The trial of the objective.
+        measure_speed:
+            Measure the seconds a step, too, from one recorded loss to the next. On by default.
+            Turn it off where losses are recorded when training is over. Without them a search
+            depends on its seeds alone, and can be repeated exactly.
+
+    Raises:
+        TypeError:
+            If ``trial`` is no trial, or ``measure_speed`` no boolean.
+    """
+
+    def __init__(self, trial: optuna.trial.Trial, *, measure_speed: bool = True) -> None:
+        if not isinstance(trial, BaseTrial):
+            raise TypeError(f"trial must be the trial of the objective but got {trial!r}.")
+        check_kind("measure_speed", measure_speed, bool)
+        self._trial = trial
+        self._measure_speed = measure_speed
+        self._losses: list[float] = []
+        self._steps: list[int] = []
+        self._times: list[float] = []
+        self._next_write = 32
+        self._n_written = 0
+        self._unusable: UnusableCurve | None = None
+        self._written: dict[str, Any] | None = None
+        # What an earlier log of the trial has written, which this one continues.
+        self._earlier: dict[str, Any] | None = None
+        self._told: set[str] = set()
+        _LOGS.add(self)
+
+    def is_of(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether this is the log of a trial of a study."""
+        own = getattr(self._trial, "study", None)
+        same_number = self._trial.number == trial.number
+        return own is not None and same_number and is_same_study(own, study)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether losses were recorded that are not written yet."""
+        return self._unusable is None and len(self._losses) > self._n_written
+
+    @property
+    def is_much_behind(self) -> bool:
+        """Whether half as many were recorded as are written, and some more."""
+        return self.is_behind and len(self._losses) >= _MORE * max(self._n_written, _FEW)
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __del__(self) -> None:
+        # A log that nobody has closed ends with its objective.
+        if getattr(self, "_losses", None) and self.is_behind:
+            with contextlib.suppress(Exception):
+                self.write()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # A pruned or failed trial's curve is an observation like any other, however short.
+        if kind is None:
+            self.close()
+        else:
+            self.write()
+
+    def step(self, loss: SupportsFloat, step: int | None = None) -> None:
+        """Record the mini-batch loss of one optimiser step, as a mean over the batch.
+
+        Args:
+            loss:
+                The loss before the step. A tensor of one element will do.
+            step:
+                The number of optimiser steps done before, where not every step is recorded. One
+                more than at the last call by default.
+
+        Raises:
+            TypeError:
+                If the loss is no number, or the step no whole number.
+        """
+        value = _number(loss)
+        last = self._steps[-1] if self._steps else -1
+        place = last + 1 if step is None else _place(step)
+        if place is None:
+            self._refuse("steps", f"its steps are no numbers of optimiser steps: {step}")
+        elif place <= last:
+            self._refuse("steps", f"its steps do not ascend: {place} came after {last}")
+        elif value < 0.0:
+            self._refuse("negative", f"its loss is negative: {value:g} at step {place}")
+        else:
+            self._losses.append(value)
+            self._steps.append(place)
+            self._times.append(time.perf_counter())
+            # What is written as training goes on survives a killed process.
+            if len(self._losses) == self._next_write:
+                self._next_write *= 2
+                self.write()
+
+    def close(self) -> None:
+        """Write the whole curve to the trial. Leaving the ``with`` block does this.
+
+        Warns:
+            UnusableCurveWarning:
+                If it has fewer than two losses.
+        """
+        if self._unusable is None and len(self._losses) < 2:
+            few = ("short", "it has a single loss") if self._losses else ("empty", "it is empty")
+            self._refuse(*few)
+        self.write()
+
+    def write(self) -> dict[str, Any] | None:
+        """Write the curve to the trial as far as it has come.
+
+        Returns:
+            What was written, if anything.
+        """
+        if self._unusable is None and not self._losses:
+            return None
+        written = entry(self._trial, CURVE)
+        if written is not None and written != self._written and not self._continues(written):
+            return None
+        value: dict[str, Any]
+        if self._unusable is not None:
+            value = {"unusable": self._unusable.reason, "kind": self._unusable.kind}
+        else:
+            curve = LossCurve.of(self._losses, self._steps)
+            finite = np.array(self._losses)[np.isfinite(self._losses)]
+            value = curve_entry(curve, float(finite[0]) if len(finite) else float("nan"))
+            if self._earlier is not None:
+                value = joined(self._earlier, value)
+            value["seconds_per_step"] = self._seconds_per_step()
+        self._written = {"trial": self._trial.number, **value}
+        try:
+            self._trial.set_user_attr(CURVE, self._written)
+            self._n_written = len(self._losses)
+        except UpdateFinishedTrialError:
+            self._tell(unwritten(written))
+            return None
+        return self._written
+
+    def _continues(self, written: dict[str, Any]) -> bool:
+        """Whether this log goes on where another one of the trial ended; if not, say so."""
+        # Another log of the trial may have had nothing to say.
+        if STEPS_PER_REPORT in written or written.get("kind") in ("empty", "short"):
+            return True
+        if "steps" in written and self._steps and self._steps[0] >= written["n_steps"]:
+            self._earlier = written
+            return True
+        begin = f" at step {self._steps[0]:,}" if self._steps else ""
+        first = f" after {written['n_steps']:,} steps" if "n_steps" in written else ""
+        reason = f"it begins{begin}{first} of the first one, whose curve is kept"
+        self._tell(
+            UnusableCurve(
+                "second", reason, "The curve of a second TrainingLog of trial {} is left out"
+            )
+        )
+        return False
+
+    def _refuse(self, kind: str, reason: str) -> None:
+        """Leave the curve out, and say so once."""
+        if self._unusable is None:
+            self._unusable = UnusableCurve(kind, reason)
+            self._tell(self._unusable)
+
+    def _tell(self, what: UnusableCurve) -> None:
+        if what.kind not in self._told:
+            self._told.add(what.kind)
+            study = getattr(self._trial, "study", None)
+            what.tell(study, self._trial.number)
+
+    def _seconds_per_step(self) -> float | None:
+        """The median over the steps: pauses for validation or another process do not count."""
+        if not self._measure_speed or len(self._times) < 3:
+            return None
+        return float(f"{np.median(np.diff(self._times) / np.diff(self._steps)):.4g}")
+
+
+def as_logged(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial:
+    """Return a running trial with what its log in this process has recorded meanwhile.
+
+    The log is written where it has become half as long again.
+
+    Args:
+        study:
+            The study.
+        trial:
+            As the storage has it.
+
+    Returns:
+        The trial itself, or a copy with the newer curve.
+    """
+    for log in list(_LOGS):
+        if log.is_of(study, trial) and log.is_much_behind:
+            written = log.write()
+            if written is not None:
+                trial = copy.copy(trial)
+                trial.user_attrs = {**trial.user_attrs, CURVE: written}
+    return trial
+
+
+def unwritten(written: dict[str, Any] | None) -> UnusableCurve:
+    """Return what is to be said of a curve that was not written before its trial ended.
+
+    Args:
+        written:
+            What was, if anything.
+
+    Returns:
+        Why it, or its end, is left out.
+    """
+    n_steps = 0 if written is None else written.get("n_steps", 0)
+    if not n_steps:
+        return UnusableCurve("finished", "the trial ended before it was written")
+    reason = f"the trial ended before it was written, behind step {n_steps:,}"
+    what = "The end of the training-loss curve of trial {} is left out"
+    return UnusableCurve("finished", reason, what)
+
+
+def unclosed(study: optuna.Study, trial: FrozenTrial) -> UnusableCurve | None:
+    """Return what is to be said of a finished trial whose log is still open in this process.
+
+    Args:
+        study:
+            The study.
+        trial:
+            One of its finished trials.
+
+    Returns:
+        Why its curve, or the end of it, is missing; :obj:`None` where it is not.
+    """
+    for log in list(_LOGS):
+        if log.is_of(study, trial) and log.is_behind:
+            return unwritten(entry(trial, CURVE))
+    return None
+
+
+def _number(loss: Any) -> float:
+    """The loss as a number. A tensor that requires gradients warns when converted, not here."""
+    item = getattr(loss, "item", None)
+    try:
+        if isinstance(loss, bool | str | bytes):
+            raise TypeError
+        return float(loss if item is None else item())
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = getattr(loss, "shape", None)
+        got = repr(loss) if shape is None else f"a {type(loss).__name__} of shape {tuple(shape)}"
+        raise TypeError(
+            f"loss must be a number, or a tensor of one element, but got {got}. Log the mean "
+            "over the mini-batch."
+        ) from error
+
+
+def _place(step: Any) -> int | None:
+    """The number of steps; none where there are not so many, or not a whole number of them."""
+    plain = step.item() if getattr(step, "shape", None) == () else step
+    if isinstance(plain, float):
+        if not plain.is_integer():
+            return None
+        plain = int(plain)
+    if isinstance(plain, bool) or not isinstance(plain, int | np.integer):
+        raise TypeError(f"step must be a whole number of optimiser steps but got {step!r}.")
+    return int(plain) if 0 <= plain < _TOO_MANY else None

@@ -1,0 +1,355 @@
+"""Reading the user's data: which samples, in which order, as which tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import default_collate
+from torch.utils.data import IterableDataset
+from torch.utils.data import TensorDataset
+
+from optuna_ttp._util.exceptions import DataOrderWarning
+from optuna_ttp._util.warn import warn_caller
+from optuna_ttp.task._loss import Loss
+from optuna_ttp.task._tensors import map_tensors
+
+
+# Samples that are read together; part of the fingerprint, because a collate function may pad.
+READ_SIZE = 64
+_LABEL_KEYS = ("labels", "label")
+
+
+def read_data_argument(data: Any) -> tuple[Any, list[int], Callable[[list[Any]], Any]]:
+    """Say which samples the user's argument holds, in which order, and how they are collated.
+
+    Args:
+        data:
+            A map-style data set, a loader over one, or a pair of tensors.
+
+    Returns:
+        The data set, the indices of its samples, and the collate function.
+
+    Raises:
+        TypeError:
+            If the argument is of another kind.
+        ValueError:
+            If it is empty, of unequal lengths, or draws other samples every time.
+    """
+    if isinstance(data, DataLoader):
+        if isinstance(data.dataset, IterableDataset):
+            raise TypeError("data must be a map-style data set but got a loader over an iterable.")
+        if data.batch_sampler is None:
+            raise TypeError(
+                "A loader with batch_size=None does not say what a sample is. Pass the data set."
+            )
+        return data.dataset, _loader_indices(data), data.collate_fn
+    if isinstance(data, tuple | list) and len(data) == 2 and not _is_item_sequence(data):
+        inputs, targets = data
+        if not isinstance(inputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
+            raise TypeError(
+                "A pair given as data must be two tensors (inputs, targets) but got "
+                f"({type(inputs).__name__}, {type(targets).__name__})."
+            )
+        if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets):
+            raise ValueError(
+                "The inputs and targets given as data must have one row a sample but got shapes "
+                f"{tuple(inputs.shape)} and {tuple(targets.shape)}."
+            )
+        data = TensorDataset(inputs, targets)
+    elif isinstance(data, tuple) and data and all(isinstance(d, torch.Tensor) for d in data):
+        raise TypeError(
+            "A tuple given as data must be a pair of tensors (inputs, targets) but got "
+            f"{len(data)} tensors. Pass several inputs as TensorDataset(*inputs, targets)."
+        )
+    if isinstance(data, IterableDataset) or not (
+        hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    ):
+        raise TypeError(
+            "data must be a map-style data set, a DataLoader over one, or a pair of tensors but "
+            f"got {type(data).__name__}."
+        )
+    if isinstance(data, Mapping):
+        raise TypeError("data must be a data set of samples but got a mapping of columns.")
+    _check_not_empty(len(data))
+    return data, list(range(len(data))), default_collate
+
+
+def _is_item_sequence(data: Sequence[Any]) -> bool:
+    """Tell a list of two (inputs, target) items from a pair of tensors."""
+    return isinstance(data, list) and isinstance(data[0], tuple | Mapping)
+
+
+def _check_not_empty(n_samples: int) -> None:
+    if n_samples == 0:
+        raise ValueError("The data must have at least one sample but got none.")
+
+
+def _loader_indices(loader: DataLoader[Any]) -> list[int]:
+    """The samples of a loader in a fixed order.
+
+    Raises:
+        ValueError:
+            If the loader draws other samples each time it is read.
+    """
+    _check_not_empty(len(loader.dataset))  # type: ignore[arg-type]
+    batch_sampler = loader.batch_sampler
+    with _preserved_generators(loader, loader.sampler, batch_sampler):
+        if batch_sampler is None or type(batch_sampler) is torch.utils.data.BatchSampler:
+            reads = [[int(i) for i in loader.sampler] for _ in range(2)]
+        else:
+            reads = [[int(i) for batch in batch_sampler for i in batch] for _ in range(2)]
+    first, second = reads
+    if sorted(first) != sorted(second) or len(set(first)) != len(first):
+        raise ValueError(
+            "The data loader draws other samples every time it is read (sampling with "
+            "replacement, or a random subset). Pass the data set itself."
+        )
+    _check_not_empty(len(first))
+    if first == second:
+        return first
+    warn_caller(
+        "The data loader shuffles. Its samples were taken in the order of the data set instead, "
+        "so that the spectrum can be found again; training may shuffle as before.",
+        DataOrderWarning,
+    )
+    return sorted(first)
+
+
+@contextmanager
+def _preserved_generators(*samplers: Any) -> Iterator[None]:
+    """Reading a sampler advances its generator, and with it the order of later training."""
+    owners = [*samplers, *(getattr(s, "sampler", None) for s in samplers)]
+    generators = [getattr(owner, "generator", None) for owner in owners]
+    states = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """Split what the collate function made into (inputs, targets).
+
+    Args:
+        batch:
+            A sequence (inputs..., targets), or a mapping with the targets under a label key.
+
+    Returns:
+        The inputs (a tensor, a tuple or a mapping) and the targets.
+
+    Raises:
+        TypeError:
+            If the batch is of another kind.
+        ValueError:
+            If a mapping has no label key.
+    """
+    if isinstance(batch, Mapping):
+        for key in _LABEL_KEYS:
+            if key in batch:
+                return {k: v for k, v in batch.items() if k != key}, batch[key]
+        raise ValueError(
+            f"A mapping item must have its target under 'labels' or 'label' but got the keys "
+            f"{sorted(map(str, batch))}."
+        )
+    if isinstance(batch, list | tuple) and len(batch) >= 2:
+        *inputs, targets = batch
+        return (inputs[0] if len(inputs) == 1 else tuple(inputs)), targets
+    raise TypeError(
+        f"A data item must be (inputs..., target) or a mapping but got {type(batch).__name__}."
+    )
+
+
+def check_targets(batches: list[Any], loss: Loss, n_outputs: int) -> NDArray[Any]:
+    """Check the targets against loss and outputs.
+
+    Args:
+        batches:
+            The targets, batch by batch.
+        loss:
+            What they are for.
+        n_outputs:
+            C.
+
+    Returns:
+        Class indices of shape ``(N,)``, or real targets of shape ``(N, C)``.
+
+    Raises:
+        TypeError:
+            If they are of a kind that the loss does not take.
+        ValueError:
+            If their shape or range does not fit.
+    """
+    if not all(isinstance(t, torch.Tensor) for t in batches):
+        raise TypeError(
+            f"The targets must be tensors or numbers but got {type(batches[0]).__name__}."
+        )
+    targets = torch.cat([t.detach().cpu() for t in batches])
+    if loss.kind == "cross_entropy":
+        return _check_labels(targets, loss, n_outputs)
+    if n_outputs == 1 and targets.ndim == 1:
+        targets = targets[:, None]
+    if targets.shape[1:] != (n_outputs,):
+        raise ValueError(
+            f"The targets of the mean squared error must have shape (N, {n_outputs}), like the "
+            f"outputs, but got {tuple(targets.shape)}."
+        )
+    if not targets.is_floating_point():
+        raise TypeError(
+            f"The targets of the mean squared error must be floats but got {targets.dtype}."
+        )
+    if not torch.isfinite(targets).all():
+        raise ValueError("The targets must be finite but got NaN or infinity.")
+    return targets.double().numpy()
+
+
+def _check_labels(targets: torch.Tensor, loss: Loss, n_outputs: int) -> NDArray[np.int64]:
+    if targets.is_floating_point() or targets.dtype == torch.bool or targets.is_complex():
+        raise TypeError(
+            f"The targets of the cross-entropy must be class indices (integers) but got "
+            f"{targets.dtype}."
+        )
+    if targets.ndim != 1:
+        raise ValueError(
+            f"The targets of the cross-entropy must have shape (N,) but got "
+            f"{tuple(targets.shape)}."
+        )
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= n_outputs:
+        raise ValueError(
+            f"The labels must be in 0..{n_outputs - 1} for a model with {n_outputs} outputs but "
+            f"got labels from {low} to {high}."
+        )
+    if loss.class_weights is not None and len(loss.class_weights) != n_outputs:
+        raise ValueError(
+            f"The loss must have one class weight for each of the {n_outputs} outputs but got "
+            f"{len(loss.class_weights)}."
+        )
+    labels: NDArray[np.int64] = targets.long().numpy()
+    if loss.class_weights is not None and not np.array(loss.class_weights)[labels].any():
+        raise ValueError("The classes that occur in the data all have the class weight zero.")
+    return labels
+
+
+def check_inputs(inputs: Any, n_read: int) -> None:
+    """Refuse inputs that are complex or not finite.
+
+    Args:
+        inputs:
+            A batch of them.
+        n_read:
+            The number of its first sample.
+
+    Raises:
+        TypeError:
+            If one is complex.
+        ValueError:
+            If one is NaN or infinite.
+    """
+
+    def check(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_complex():
+            raise TypeError(
+                f"The inputs must be real but got {tensor.dtype}. Pass torch.view_as_real of "
+                "them, and torch.view_as_complex in the model or forward=."
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            finite = torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1)
+            place = n_read + int((~finite).nonzero()[0])
+            raise ValueError(
+                f"The inputs must be finite but got NaN or infinity in sample {place}."
+            )
+        return tensor
+
+    map_tensors(inputs, check)
+
+
+def check_numbers(what: str, value: Any) -> None:
+    """Refuse tensors that have a shape but no numbers.
+
+    Args:
+        what:
+            What they are.
+        value:
+            Any nesting of tensors.
+
+    Raises:
+        ValueError:
+            If one is on the meta device.
+    """
+
+    def check(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            raise ValueError(
+                f"{what} must hold numbers but got a tensor on the meta device, which has none. "
+                "Load them first: load_state_dict(..., assign=True), or from_pretrained without "
+                "offloading."
+            )
+        return tensor
+
+    map_tensors(value, check)
+
+
+def collated(collate: Callable[[list[Any]], Any], items: list[Any], first: int) -> Any:
+    """Make a batch.
+
+    Args:
+        collate:
+            Makes it.
+        items:
+            Of the data set.
+        first:
+            The number of the first one.
+
+    Returns:
+        The batch.
+
+    Raises:
+        TypeError:
+            If items cannot be put into one batch because of their types.
+        ValueError:
+            If they cannot because of their shapes.
+    """
+    try:
+        return collate(items)
+    except (TypeError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"The samples {first} to {first + len(items) - 1} must fit into one batch but do not. "
+            "Give all of them inputs and targets of the same types and shapes, or a DataLoader "
+            f"whose collate_fn pads them. It says: {(str(error) or kind.__name__).splitlines()[0]}"
+        ) from error
+
+
+def describe_inputs(inputs: Any) -> str:
+    """Say of which form inputs are.
+
+    Args:
+        inputs:
+            A batch of them.
+
+    Returns:
+        Shapes, without the axis of samples, and types of all tensors, and the range of integers.
+    """
+    parts: list[str] = []
+
+    def add(tensor: torch.Tensor) -> torch.Tensor:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.numel() == 0:
+            values = kind
+        else:
+            values = f"{kind}, from {int(tensor.min())} to {int(tensor.max())}"
+        parts.append(f"shape {tuple(tensor.shape[1:])} a sample ({values})")
+        return tensor
+
+    map_tensors(inputs, add)
+    return ", ".join(parts) or type(inputs).__name__

@@ -1,0 +1,567 @@
+"""What is fine-tuned: a model, its data and its loss, checked and named by a fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import contextmanager
+from contextlib import ExitStack
+import copy
+from dataclasses import asdict
+from functools import partial
+import hashlib
+import json
+import math
+from typing import Any
+from typing import SupportsFloat
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+
+from optuna_ttp._util.checks import check_seed
+from optuna_ttp.task._data import check_inputs
+from optuna_ttp.task._data import check_numbers
+from optuna_ttp.task._data import check_targets
+from optuna_ttp.task._data import collated
+from optuna_ttp.task._data import describe_inputs
+from optuna_ttp.task._data import read_data_argument
+from optuna_ttp.task._data import READ_SIZE
+from optuna_ttp.task._data import split_batch
+from optuna_ttp.task._fingerprint import hash_function
+from optuna_ttp.task._fingerprint import hash_module_settings
+from optuna_ttp.task._fingerprint import hash_tensor
+from optuna_ttp.task._fingerprint import hash_value
+from optuna_ttp.task._fingerprint import plain_repr
+from optuna_ttp.task._frozen_model import cudnn_for
+from optuna_ttp.task._frozen_model import FrozenModel
+from optuna_ttp.task._frozen_model import preserved_attributes
+from optuna_ttp.task._frozen_model import preserved_random_state
+from optuna_ttp.task._loss import Loss
+from optuna_ttp.task._model_lock import locked
+from optuna_ttp.task._recomputation import plain_checkpoints
+from optuna_ttp.task._tensors import cast
+from optuna_ttp.task._tensors import map_tensors
+
+
+class FineTuningTask:
+    """A pretrained model, the data it is fine-tuned on, and the loss.
+
+    The model is only ever looked at: its mode, gradients, buffers, device and the random state of
+    the process are the same after every call, also after an exception. Batch-norm statistics and
+    dropout are frozen while we look (evaluation mode), as in the paper. All parameters with
+    ``requires_grad`` count as trainable. Threads that look at the same model take turns; none may
+    train it meanwhile.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> task = FineTuningTask(model, (x, y), loss="cross_entropy")
+        >>> task.n_samples, task.n_outputs, task.n_parameters
+        (8, 2, 8)
+
+    Args:
+        model:
+            A :class:`torch.nn.Module` that gives outputs of shape ``(batch, C)``.
+        data:
+            A map-style data set, a :class:`~torch.utils.data.DataLoader` over one, or a pair of
+            tensors (inputs, targets). An item is (inputs..., target), or a mapping with the key
+            ``"labels"`` or ``"label"``. It must give the same items every time it is read: turn
+            random augmentation off. The samples are taken in the order of the data set; a loader
+            that shuffles is read in order, with a
+            :class:`~optuna_ttp.DataOrderWarning`.
+        loss:
+            ``"cross_entropy"`` (the default), ``"mse"``, or the torch loss module; label smoothing
+            and class weights are respected. Class indices of shape ``(N,)`` are the targets of the
+            cross-entropy, floats of shape ``(N, C)`` those of the mean squared error.
+        forward:
+            ``forward(model, inputs)`` gives the ``(batch, C)`` outputs. By default a mapping is
+            passed as keyword arguments, several inputs as positional ones, and the outputs are the
+            model's tensor or its ``.logits``.
+        name:
+            A name for people to read. It is not part of the fingerprint. The class name of the
+            model by default.
+        validation_data:
+            Samples that are not trained on, in any of the forms of ``data``. With them the
+            validation loss and accuracy can be predicted. None by default.
+        learning_rate_multipliers:
+            From the beginning of parameters' names to what multiplies their learning rate, as
+            parameter groups do: ``{"head.": 10.0}``. The longest beginning counts; one by default.
+            Only the exact engine of :func:`~optuna_ttp.compute_spectrum` knows others than one:
+            ``"auto"`` then takes it, whatever the size.
+
+    Raises:
+        TypeError:
+            If an argument, or what the model returns, is of the wrong kind.
+        ValueError:
+            If the model has no trainable parameter or mixes samples, the data are empty, not
+            finite or not reproducible, or the targets do not fit the loss and the outputs.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        data: Any,
+        loss: str | torch.nn.Module | Loss = "cross_entropy",
+        forward: Callable[[torch.nn.Module, Any], torch.Tensor] | None = None,
+        name: str | None = None,
+        validation_data: Any = None,
+        learning_rate_multipliers: Mapping[str, float] | None = None,
+    ) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module but got {type(model).__name__}.")
+        if forward is not None and not callable(forward):
+            raise TypeError(f"forward must be callable but got {forward!r}.")
+        self.model = _unwrap(model)
+        self.forward = forward
+        self.loss = Loss.from_user(loss)
+        self.name = type(self.model).__name__ if name is None else name
+        _check_parameters(self.model)
+        with preserved_random_state():
+            self._dataset, self._indices, self._collate = read_data_argument(data)
+            self._check_reproducible()
+            raw_targets, self._data_digest = self._read_all()
+            self.n_outputs = self._check_outputs()
+        if self.loss.kind == "cross_entropy" and self.n_outputs == 1:
+            raise ValueError(
+                "The cross-entropy of a single output is always zero, but the model gives outputs "
+                'of shape (batch, 1). Give it two outputs, one a class, or take loss="mse".'
+            )
+        self.targets = check_targets(raw_targets, self.loss, self.n_outputs)
+        self.multipliers = _multipliers(self.model, learning_rate_multipliers or {})
+        self.validation = self._validation_task(validation_data)
+
+    def __repr__(self) -> str:
+        return (
+            f"FineTuningTask(name={self.name!r}, n_samples={self.n_samples}, "
+            f"n_outputs={self.n_outputs}, n_parameters={self.n_parameters}, "
+            f"loss={self.loss.kind!r})"
+        )
+
+    @property
+    def n_samples(self) -> int:
+        """The number N of samples."""
+        return len(self._indices)
+
+    @property
+    def n_parameters(self) -> int:
+        """The number D of trainable weights."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, over weights, buffers, data, loss and how outputs are made.
+
+        Computed from the model as it is now: training the model changes it.
+        """
+        digest = hashlib.sha256()
+        self._hash_model(digest)
+        self._hash_weights(digest)
+        hash_function(digest, self.forward)
+        digest.update(self._data_digest)
+        # Only where they are used, so that older fingerprints stay.
+        if any(factor != 1.0 for factor in self.multipliers.values()):
+            digest.update(json.dumps(self.multipliers, sort_keys=True).encode())
+        if self.validation is not None:
+            digest.update(b"validation" + self.validation._data_digest)
+        return digest.hexdigest()
+
+    def part_fingerprints(self) -> dict[str, str]:
+        """Return a SHA-256, in hexadecimal, of each part of what the fingerprint is made of.
+
+        Returns:
+            By ``"model"`` (its structure and settings, the loss and ``forward``), ``"weights"``
+            (with buffers), ``"data"``, ``"validation_data"`` and ``"learning_rate_multipliers"``.
+        """
+        model, weights = hashlib.sha256(), hashlib.sha256()
+        self._hash_model(model)
+        hash_function(model, self.forward)
+        self._hash_weights(weights)
+        held_out = b"" if self.validation is None else self.validation._data_digest
+        multipliers = json.dumps(self.multipliers, sort_keys=True).encode()
+        return {
+            "model": model.hexdigest(),
+            "weights": weights.hexdigest(),
+            "data": self._data_digest.hex(),
+            "validation_data": held_out.hex(),
+            "learning_rate_multipliers": hashlib.sha256(multipliers).hexdigest(),
+        }
+
+    def _hash_model(self, digest: hashlib._Hash) -> None:
+        header = {
+            "model": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
+            "structure": plain_repr(self.model),
+            "loss": asdict(self.loss),
+        }
+        digest.update(json.dumps(header, sort_keys=True).encode())
+        for name, module in self.model.named_modules():
+            hash_module_settings(digest, name, module)
+
+    def _hash_weights(self, digest: hashlib._Hash) -> None:
+        for name, parameter in self.model.named_parameters():
+            hash_tensor(digest, f"parameter {name} {parameter.requires_grad}", parameter)
+        for name, buffer in self.model.named_buffers():
+            hash_tensor(digest, f"buffer {name}", buffer)
+
+    def subset(self, n_samples: int, *, seed: int = 0) -> FineTuningTask:
+        """Return the same task on a random subset of its training samples.
+
+        The subsets of one seed are nested.
+
+        Args:
+            n_samples:
+                From 1 to N.
+            seed:
+                Of the draw.
+
+        Returns:
+            A new task.
+
+        Raises:
+            ValueError:
+                If there are not so many samples, or the seed is none.
+        """
+        if (
+            isinstance(n_samples, bool)
+            or not 1 <= n_samples <= self.n_samples
+            or n_samples != int(n_samples)
+        ):
+            raise ValueError(
+                f"n_samples must be from 1 to {self.n_samples}, the samples of the task, but got "
+                f"{n_samples!r}."
+            )
+        seed = check_seed(seed)
+        chosen = np.random.default_rng(seed).permutation(self.n_samples)[: int(n_samples)]
+        part = copy.copy(self)
+        part._indices = [self._indices[i] for i in sorted(chosen)]
+        with preserved_random_state():
+            raw_targets, part._data_digest = part._read_all()
+        part.targets = check_targets(raw_targets, self.loss, self.n_outputs)
+        return part
+
+    def batches(
+        self, batch_size: int, device: torch.device, dtype: torch.dtype, *, start: int = 0
+    ) -> Iterator[tuple[Any, Any]]:
+        """Read the data in order.
+
+        Args:
+            batch_size:
+                Samples a batch; the last batch may be smaller.
+            device:
+                Where the inputs go.
+            dtype:
+                What floating-point inputs are cast to.
+            start:
+                The first sample to read. The first one of all by default.
+
+        Yields:
+            (inputs, targets) as the collate function makes them.
+        """
+        for first in range(start, self.n_samples, batch_size):
+            items = [self._dataset[i] for i in self._indices[first : first + batch_size]]
+            inputs, targets = split_batch(collated(self._collate, items, first))
+            yield map_tensors(inputs, lambda t: cast(t, device, dtype)), targets
+
+    @contextmanager
+    def frozen(
+        self, device: torch.device, dtype: torch.dtype = torch.float32, *, training: bool = False
+    ) -> Iterator[FrozenModel]:
+        """Borrow the model: copies of its buffers, evaluation mode, random state kept.
+
+        Another thread that wants to borrow it waits.
+
+        Args:
+            device:
+                Where to run.
+            dtype:
+                What floating-point parameters and buffers are cast to. Single precision by
+                default.
+            training:
+                Run in training mode, as a training step does. Only timing needs it.
+
+        Yields:
+            The model as a function of its inputs and trainable parameters.
+        """
+        if device.type == "cuda":
+            # Before that there is no random state of the device that could be kept.
+            torch.cuda.init()
+        with (
+            locked(self.model),
+            preserved_random_state(),
+            preserved_attributes(self.model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cuda" if device.type == "cuda" else "cpu", enabled=False),
+            cudnn_for(self.model, device, training),
+            plain_checkpoints(training=training),
+        ):
+            for module in self.model.modules():
+                module.training = training
+            yield FrozenModel(self.model, self.forward, device, dtype)
+
+    def initial_outputs(
+        self, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> NDArray[np.float64]:
+        """Return the outputs of the pretrained model, of shape ``(N, C)``.
+
+        Raises:
+            ValueError:
+                If an output is NaN or infinite.
+        """
+        with self.frozen(device, dtype) as frozen, torch.no_grad():
+            parts: list[torch.Tensor] = []
+            for inputs, _ in self.batches(READ_SIZE, device, dtype):
+                with _saying_inputs(inputs):
+                    part = frozen(inputs)
+                n_expected = min(READ_SIZE, self.n_samples - READ_SIZE * len(parts))
+                _check_output_shape(part, n_expected, self.n_outputs)
+                parts.append(part.double().cpu())
+            outputs = torch.cat(parts).numpy()
+        bad = np.flatnonzero(~np.isfinite(outputs).all(axis=1))
+        if len(bad):
+            raise ValueError(
+                f"The model's outputs must be finite but got NaN or infinity for {len(bad)} of "
+                f"{len(outputs)} samples, the first one sample {bad[0]}."
+            )
+        return outputs
+
+    def _validation_task(self, data: Any) -> FineTuningTask | None:
+        if data is None:
+            return None
+        try:
+            task = FineTuningTask(self.model, data, self.loss, self.forward)
+        except _InputsError as error:
+            own, _ = next(self.batches(READ_SIZE, torch.device("cpu"), torch.get_default_dtype()))
+            raise ValueError(
+                f"validation_data: {error.what}; those of the training data have "
+                f"{describe_inputs(own)}. Bring both into one form. {error.reason}"
+            ) from error
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"validation_data: {error}") from error
+        if task.n_outputs != self.n_outputs:
+            raise ValueError(
+                f"validation_data must lead to {self.n_outputs} outputs, like the training data, "
+                f"but got {task.n_outputs}."
+            )
+        return task
+
+    def _check_reproducible(self) -> None:
+        # Augmentation often changes an item with probability one half, so several are read twice.
+        for i in self._indices[:: max(1, self.n_samples // 8)][:8]:
+            pair = []
+            for _ in range(2):
+                digest = hashlib.sha256()
+                item = self._dataset[i]
+                check_numbers("The data", item)
+                hash_value(digest, item)
+                pair.append(digest.digest())
+            if pair[0] != pair[1]:
+                raise ValueError(
+                    f"The data must be the same every time they are read, but sample {i} differed "
+                    "between two reads. Turn random augmentation off for the task (the paper does "
+                    "so too: it improves the prediction)."
+                )
+
+    def _read_all(self) -> tuple[list[Any], bytes]:
+        digest = hashlib.sha256()
+        targets = []
+        n_read = 0
+        for inputs, batch_targets in self.batches(
+            READ_SIZE, torch.device("cpu"), torch.get_default_dtype()
+        ):
+            check_inputs(inputs, n_read)
+            hash_value(digest, inputs)
+            hash_value(digest, batch_targets)
+            targets.append(batch_targets)
+            n_read += READ_SIZE
+        return targets, digest.digest()
+
+    def _check_outputs(self) -> int:
+        first = next(self.model.parameters())
+        device = first.device
+        with self.frozen(device, torch.float32) as frozen, torch.no_grad():
+            n_probe = min(2, self.n_samples)
+            inputs, _ = next(self.batches(n_probe, device, torch.float32))
+            with _refusing_batch_statistics(self.model), _saying_inputs(inputs):
+                outputs, again = frozen(inputs), frozen(inputs)
+        _check_output_shape(outputs, n_probe, None)
+        if not torch.isfinite(outputs).all():
+            raise ValueError("The model's outputs must be finite but got NaN or infinity.")
+        deviation = float((outputs - again).abs().max())
+        if deviation > 1e-3 * float(outputs.abs().max()) + 1e-5:
+            raise ValueError(
+                "The model's outputs must be the same every time in evaluation mode but differed "
+                f"by {deviation:.2g} between two calls. Does it call functional.dropout without "
+                "training=self.training, draw other random numbers, or write to its own weights?"
+            )
+        return int(outputs.shape[1])
+
+
+def check_task(task: Any) -> None:
+    """Raise TypeError if task is not a :class:`FineTuningTask`."""
+    if not isinstance(task, FineTuningTask):
+        raise TypeError(f"task must be a FineTuningTask but got {type(task).__name__}.")
+
+
+class _InputsError(ValueError):
+    """The model has raised something of its own.
+
+    Attributes:
+        what:
+            The inputs that it cannot be run on.
+        reason:
+            What it says.
+    """
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(what, reason)
+        self.what, self.reason = what, reason
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what}. Give inputs in the form, the type and the range that the model "
+            f"expects, or forward= to adapt them. {self.reason}"
+        )
+
+
+@contextmanager
+def _saying_inputs(inputs: Any) -> Iterator[None]:
+    """Say which inputs it was that the model cannot be run on."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        raise _InputsError(
+            f"The model cannot be run on inputs of {describe_inputs(inputs)}",
+            f"The model says: {(str(error) or type(error).__name__).splitlines()[0]}",
+        ) from error
+
+
+@contextmanager
+def _refusing_batch_statistics(model: torch.nn.Module) -> Iterator[None]:
+    """Refuse modules that take statistics of the batch, where they run."""
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    called: list[str] = []
+
+    def refuse(error: Exception | None) -> None:
+        if called:
+            raise ValueError(
+                "The outputs of a sample depend on the other samples of its batch, because the "
+                f"module {called[0]!r} normalises by the batch (track_running_stats=False). "
+                "Neither the empirical NTK nor a prediction is defined for that. Use one with "
+                "running statistics, or torch.nn.GroupNorm."
+            ) from error
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            # In evaluation mode those with running statistics use these.
+            if (
+                isinstance(module, kind)
+                and type(module).forward is kind.forward
+                and module.running_mean is None
+            ):
+                hook = partial(_append, called, name)
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+        try:
+            yield
+        except Exception as error:
+            # A batch of one has no statistics.
+            refuse(error)
+            raise
+        refuse(None)
+
+
+def _append(names: list[str], name: str, *_: object) -> None:
+    names.append(name)
+
+
+def _check_output_shape(outputs: torch.Tensor, n_samples: int, n_outputs: int | None) -> None:
+    shape = tuple(outputs.shape)
+    if len(shape) != 2 or shape[0] != n_samples or shape[1] != (n_outputs or shape[1]):
+        raise ValueError(
+            f"The model must give outputs of shape (batch, {n_outputs or 'C'}) but got {shape} "
+            f"for a batch of {n_samples}. Pass forward= to adapt them."
+        )
+
+
+def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+        model = model.module
+    compiled_from = getattr(model, "_orig_mod", None)
+    return compiled_from if isinstance(compiled_from, torch.nn.Module) else model
+
+
+def _check_parameters(model: torch.nn.Module) -> None:
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise TypeError(
+            "TorchScript modules are not supported, because their weights cannot be exchanged. "
+            "Pass the module that was scripted or traced."
+        )
+    parameters = list(model.named_parameters())
+    lazy = [n for n, p in parameters if isinstance(p, torch.nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise ValueError(
+            f"The model has uninitialised lazy parameters ({', '.join(lazy[:3])}). "
+            "Run one batch through it first."
+        )
+    for name, tensor in (*parameters, *model.named_buffers()):
+        check_numbers(f"The model's weights and buffers ({name!r})", tensor)
+        if tensor.is_inference():
+            raise ValueError(
+                f"The model's weights must take gradients, but {name!r} was made under "
+                "torch.inference_mode(). Make the model outside of it, or load its state_dict "
+                "into one that was."
+            )
+    trainable = [(name, p) for name, p in parameters if p.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"The model must have a trainable parameter but got {len(parameters)} parameters, "
+            "none with requires_grad=True."
+        )
+    for name, module in model.named_modules():
+        if getattr(module, "scale_grad_by_freq", False) and any(
+            p.requires_grad for p in module.parameters(recurse=False)
+        ):
+            raise ValueError(
+                f"The module {name!r} has scale_grad_by_freq=True: the gradient of a sample "
+                "depends on the other samples of its batch, so that neither the empirical NTK "
+                "nor a prediction is defined. Set it to False, or freeze the module with "
+                "requires_grad_(False)."
+            )
+    for name, parameter in parameters:
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ValueError(f"The model's weights must be finite but {name!r} is not.")
+        if parameter.is_complex():
+            raise TypeError(f"Complex parameters are not supported but {name!r} is complex.")
+
+
+def _multipliers(model: torch.nn.Module, given: Mapping[str, float]) -> dict[str, float]:
+    """The learning-rate multiplier of each trainable parameter."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            "learning_rate_multipliers must be a mapping from names to numbers but got "
+            f"{type(given).__name__}."
+        )
+    for start, factor in given.items():
+        if isinstance(factor, bool | str) or not isinstance(factor, SupportsFloat):
+            raise TypeError(
+                f"learning_rate_multipliers must be numbers but got {factor!r} for {start!r}."
+            )
+        if not (math.isfinite(factor) and factor > 0):
+            raise ValueError(
+                f"learning_rate_multipliers must be positive but got {factor} for {start!r}. "
+                "Use requires_grad_(False) for weights that are not trained."
+            )
+        if not any(name.startswith(start) for name in names):
+            raise ValueError(
+                "learning_rate_multipliers must be given for the beginning of a trainable "
+                f"parameter's name but got {start!r}. Names are like {', '.join(names[:3])}."
+            )
+    multipliers = {}
+    for name in names:
+        fitting = [start for start in given if name.startswith(start)]
+        multipliers[name] = float(given[max(fitting, key=len)]) if fitting else 1.0
+    return multipliers

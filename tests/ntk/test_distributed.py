@@ -1,0 +1,402 @@
+"""The exact kernel by four processes against one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+import json
+from pathlib import Path
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as distributed
+
+from optuna_ttp.ntk import compute_spectrum
+from optuna_ttp.ntk import exact_kernel
+from optuna_ttp.ntk import plan_spectrum
+from optuna_ttp.store import SpectrumStore
+from optuna_ttp.task import FineTuningTask
+from tests.models import cnn
+from tests.models import images
+from tests.models import mlp
+from tests.models import vectors
+from tests.reference import relative_error
+
+
+CPU = torch.device("cpu")
+_N_PROCESSES = 4
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo"
+)
+
+
+def _multipliers() -> FineTuningTask:
+    """More validation samples than processes, and learning rates of their own."""
+    return FineTuningTask(
+        cnn(),
+        images(13),
+        validation_data=images(6, seed=2),
+        learning_rate_multipliers={"9.": 3.0},
+    )
+
+
+def _methods() -> FineTuningTask:
+    """All ways of a product: a table, tokens, rows of many weights and of few, pooled tokens."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(30, 6),
+        torch.nn.Linear(6, 40),
+        torch.nn.Tanh(),
+        torch.nn.Linear(40, 60),
+        torch.nn.Tanh(),
+        torch.nn.Conv1d(5, 8, 3),
+        torch.nn.Tanh(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8 * 58, 40),
+        torch.nn.Tanh(),
+        torch.nn.Linear(40, 3),
+    )
+
+    def data(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randint(30, (n, 5)), torch.arange(n) % 3
+
+    return FineTuningTask(model, data(12), validation_data=data(2))
+
+
+def _pooled() -> FineTuningTask:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 12, 3, groups=2),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(12, 3),
+    )
+    return FineTuningTask(model, images(9))
+
+
+TASKS = {
+    "multipliers": _multipliers,
+    "methods": _methods,
+    "pooled": _pooled,
+    "half": _methods,
+}
+HELD = {"half": torch.bfloat16}
+
+
+@contextmanager
+def _group(rank: int, folder: str, n_processes: int) -> Iterator[None]:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/group",
+        rank=rank,
+        world_size=n_processes,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def _process(rank: int, folder: str) -> None:
+    with _group(rank, folder, _N_PROCESSES):
+        for name, make in TASKS.items():
+            kernel = exact_kernel(make(), device=CPU, distributed=True, held=HELD.get(name))
+            arrays = {k: v for k, v in vars(kernel).items() if v is not None}
+            np.savez(f"{folder}/{name}-{rank}.npz", **arrays)
+
+
+def test_four_processes_give_the_kernel_of_one(tmp_path: Path) -> None:
+    _run_together(_process, _N_PROCESSES, tmp_path)
+    for name, make in TASKS.items():
+        whole = exact_kernel(make(), device=CPU, held=HELD.get(name))
+        for rank in range(_N_PROCESSES):
+            with np.load(tmp_path / f"{name}-{rank}.npz") as found:
+                assert set(found) == {k for k, v in vars(whole).items() if v is not None}
+                for key in found:
+                    assert relative_error(found[key], getattr(whole, key)) < 1e-6
+
+
+class _Experts(torch.nn.Module):
+    """The second expert is for inputs that start with a positive number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList([torch.nn.Linear(6, 3), torch.nn.Linear(6, 3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = torch.zeros(len(x), 3, dtype=x.dtype)
+        for expert, chosen in zip(self.experts, (x[:, 0] <= 0, x[:, 0] > 0), strict=True):
+            if chosen.any():
+                outputs[chosen] = expert(x[chosen])
+        return outputs
+
+
+def _one_sided() -> FineTuningTask:
+    """Only the samples of the second process reach the second expert."""
+    torch.manual_seed(0)
+    x, y = vectors(12)
+    x[:, 0] = torch.linspace(-1.0, 1.0, 12)
+    return FineTuningTask(_Experts(), (x, y))
+
+
+def _different(name: str, rank: int) -> tuple[FineTuningTask, dict[str, Any]]:
+    model, (x, y) = mlp(), vectors(12)
+    held_out = vectors(5, seed=4)
+    multipliers: dict[str, float] = {}
+    settings: dict[str, Any] = {}
+    if rank == 1 and name == "weights":
+        model = mlp(seed=7)
+    if rank == 1 and name == "data":
+        x = x.roll(1, 0)
+    if rank == 1 and name == "fewer samples":
+        x, y = x[:1], y[:1]
+    if rank == 1 and name == "outputs":
+        model = mlp(n_outputs=5)
+    if rank == 1 and name == "validation_data":
+        held_out = vectors(5, seed=5)
+    if rank == 1 and name == "learning_rate_multipliers":
+        multipliers = {"2.": 3.0}
+    if rank == 1 and name == "engine":
+        settings = {"engine": "sketch"}
+    if name == "automatic":
+        settings = {"engine": ("exact", "auto")[rank]}
+    if rank == 1 and name == "rank":
+        settings = {"rank": 5}
+    if rank == 1 and name == "probe":
+        settings = {"probe": False}
+    task = FineTuningTask(
+        model, (x, y), validation_data=held_out, learning_rate_multipliers=multipliers
+    )
+    return task, settings
+
+
+DIFFERENT = {
+    "weights": "processes 1 differ from process 0 in weights",
+    "data": "processes 1 differ from process 0 in data",
+    "fewer samples": "processes 1 differ from process 0 in data",
+    "outputs": "processes 1 differ from process 0 in model, weights",
+    "validation_data": "processes 1 differ from process 0 in validation_data",
+    "learning_rate_multipliers": "differ from process 0 in learning_rate_multipliers",
+    "engine": "processes 1 differ from process 0 in engine",
+    "automatic": "processes 1 differ from process 0 in engine, max_memory",
+    "rank": "processes 1 differ from process 0 in rank",
+    "probe": "processes 1 differ from process 0 in probe",
+}
+
+
+OF_SPECTRA = ("engine", "automatic", "rank", "probe")
+
+
+def _process_of_two(rank: int, folder: str) -> None:
+    found: dict[str, str] = {}
+    with _group(rank, folder, 2):
+        for name in DIFFERENT:
+            task, settings = _different(name, rank)
+            for of, run in (
+                ("kernel", lambda task=task: exact_kernel(task, device=CPU, distributed=True)),
+                (
+                    "spectrum",
+                    lambda task=task, settings=settings: compute_spectrum(
+                        task, distributed=True, measure_speed=False, **settings
+                    ),
+                ),
+            ):
+                if of == "kernel" and name in OF_SPECTRA:
+                    continue
+                try:
+                    run()
+                except Exception as error:
+                    found[f"{of} {name}"] = f"{type(error).__name__}: {error}"
+        kernel = exact_kernel(_one_sided(), device=CPU, distributed=True)
+        np.save(f"{folder}/experts-{rank}.npy", kernel.gram)
+    Path(f"{folder}/found-{rank}.json").write_text(json.dumps(found))
+
+
+def _run_together(target: Any, n_processes: int, folder: Path) -> None:
+    context: Any = torch.multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=target, args=(rank, str(folder))) for rank in range(n_processes)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=240)
+        assert process.exitcode == 0
+
+
+def test_processes_that_differ_are_refused_by_all_of_them(tmp_path: Path) -> None:
+    _run_together(_process_of_two, 2, tmp_path)
+    expected = {f"kernel {n}" for n in DIFFERENT if n not in OF_SPECTRA}
+    expected |= {f"spectrum {n}" for n in DIFFERENT}
+    errors = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(2)]
+    assert errors[0] == errors[1]
+    assert set(errors[0]) == expected
+    for case, message in errors[0].items():
+        assert message.startswith("ValueError: All processes must be given the same task")
+        assert DIFFERENT[case.partition(" ")[2]] in message
+    # What goes wrong for the samples of one process only is known to the other one.
+    whole = exact_kernel(_one_sided(), device=CPU)
+    for rank in range(2):
+        assert relative_error(np.load(tmp_path / f"experts-{rank}.npy"), whole.gram) < 1e-6
+
+
+def _storing(rank: int, folder: str) -> None:
+    with _group(rank, folder, 2):
+        store = SpectrumStore(f"sqlite:///{folder}/ttp.db")
+        for run in range(2):
+            # The second time it is there.
+            found = store.get_or_compute(_multipliers(), distributed=True, engine="exact")
+            np.save(f"{folder}/{run}-{rank}.npy", found.eigenvalues)
+
+
+def test_processes_that_compute_together_store_once_and_do_not_wait(tmp_path: Path) -> None:
+    _run_together(_storing, 2, tmp_path)
+    whole = compute_spectrum(_multipliers(), engine="exact", measure_speed=False, probe=False)
+    for run in range(2):
+        for rank in range(2):
+            found = np.load(tmp_path / f"{run}-{rank}.npy")
+            np.testing.assert_allclose(found, whole.eigenvalues, rtol=1e-5, atol=1e-6)
+    store = SpectrumStore(f"sqlite:///{tmp_path}/ttp.db")
+    assert store.get(_multipliers(), engine="exact") is not None
+
+
+def _sharing(rank: int, folder: str) -> None:
+    with _group(rank, folder, 2):
+        found = compute_spectrum(_multipliers(), distributed=True, engine="exact")
+        assert found.probe is not None
+        assert found.throughput is not None
+        arrays = {**vars(found.probe), "seconds": found.throughput.seconds}
+        np.savez(f"{folder}/{rank}.npz", **arrays)
+
+
+def test_processes_share_the_probe_and_have_the_same_times(tmp_path: Path) -> None:
+    _run_together(_sharing, 2, tmp_path)
+    whole = compute_spectrum(_multipliers(), engine="exact", measure_speed=False)
+    assert whole.probe is not None
+    assert len(whole.probe.fractions) > 3
+    with np.load(tmp_path / "0.npz") as first, np.load(tmp_path / "1.npz") as second:
+        for name, expected in vars(whole.probe).items():
+            np.testing.assert_allclose(first[name], expected, rtol=2e-3, atol=1e-5)
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+
+
+def _refusal(run: Any, *arguments: Any, **settings: Any) -> str:
+    with pytest.raises((TypeError, ValueError)) as refused:
+        run(*arguments, **settings)
+    return str(refused.value)
+
+
+def _completing(rank: int, folder: str) -> None:
+    refused: dict[str, str] = {}
+    with _group(rank, folder, 2):
+        store = SpectrumStore(f"sqlite:///{folder}/ttp.db")
+        settings: dict[str, Any] = {"distributed": True, "engine": "exact"}
+        store.get_or_compute(_multipliers(), measure_speed=False, probe=False, **settings)
+        for name in ("probe", "measure_speed", "made_up"):
+            others = {name: False} if rank == 1 else {}
+            refused[name] = _refusal(
+                store.get_or_compute, _multipliers(), **{**settings, **others}
+            )
+        device = ("cpu", "bogus")[rank]
+        refused["device"] = _refusal(compute_spectrum, _multipliers(), device=device, **settings)
+        found = store.get_or_compute(_multipliers(), **settings)
+        assert found.probe is not None
+        assert found.throughput is not None
+        np.savez(f"{folder}/{rank}.npz", seconds=found.throughput.seconds, **vars(found.probe))
+    Path(f"{folder}/refused-{rank}.json").write_text(json.dumps(refused))
+
+
+def test_processes_complete_a_stored_spectrum_together(tmp_path: Path) -> None:
+    _run_together(_completing, 2, tmp_path)
+    with np.load(tmp_path / "0.npz") as first, np.load(tmp_path / "1.npz") as second:
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+    expected = {
+        "probe": "processes 1 differ from process 0 in probe",
+        "measure_speed": "processes 1 differ from process 0 in measure_speed",
+        "made_up": "made_up",
+        "device": "bogus",
+    }
+    for rank in range(2):
+        refused = json.loads((tmp_path / f"refused-{rank}.json").read_text())
+        assert set(refused) == set(expected)
+        for name, message in expected.items():
+            assert message in refused[name]
+
+
+def _one_failing(rank: int, folder: str) -> None:
+    with _group(rank, folder, 2):
+        x, y = vectors(12)
+        try:
+            # What the second process reads is damaged.
+            task = FineTuningTask(mlp(), (x, y) if rank == 0 else (x * np.nan, y))
+            compute_spectrum(task, engine="exact", distributed=True, measure_speed=False)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+            Path(f"{folder}/found-{rank}.txt").write_text(found)
+
+
+def test_a_process_that_fails_alone_is_told_of_by_the_others(tmp_path: Path) -> None:
+    _run_together(_one_failing, 2, tmp_path)
+    waiting, failing = ((tmp_path / f"found-{rank}.txt").read_text() for rank in range(2))
+    assert failing.startswith("ValueError: The inputs must be finite")
+    assert waiting.startswith("RuntimeError: Another process of the group must have failed")
+    assert "Look for the first error among what the others have printed" in waiting
+
+
+_THREADS = """
+from pathlib import Path
+import sys
+
+import torch.distributed as distributed
+
+address = f"file://{sys.argv[1]}/group"
+if sys.argv[2] == "first":
+    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+from optuna_ttp import compute_spectrum
+from optuna_ttp import FineTuningTask
+from tests.models import cnn
+from tests.models import images
+
+if sys.argv[2] != "first":
+    distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+task = FineTuningTask(cnn(), images(12))
+compute_spectrum(task, engine="exact", device="cpu", distributed=True)
+threads = {p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")}
+assert any("gloo" in name for name in threads), threads
+distributed.destroy_process_group()
+threads = {p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")}
+assert not any("gloo" in name for name in threads), threads
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")
+@pytest.mark.parametrize("group", ["first", "later"])
+def test_a_group_that_is_destroyed_leaves_no_threads(group: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _THREADS, str(tmp_path), group]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_all_ways_of_a_product_are_shared() -> None:
+    found = {p.method for make in TASKS.values() for p in plan_spectrum(make()).layers}
+    assert found == {"rows", "panels", "ghost", "separable"}
+
+
+def test_without_a_group_it_is_refused() -> None:
+    task = FineTuningTask(mlp(), vectors(4))
+    with pytest.raises(ValueError, match="distributed=True needs a group of processes"):
+        exact_kernel(task, device=CPU, distributed=True)
+    with pytest.raises(ValueError, match='distributed=True needs the engine "exact"'):
+        compute_spectrum(task, engine="sketch", distributed=True)

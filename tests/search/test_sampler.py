@@ -1,0 +1,650 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.samplers import GridSampler
+from optuna.samplers import NSGAIISampler
+from optuna.samplers import PartialFixedSampler
+from optuna.samplers import QMCSampler
+from optuna.samplers import RandomSampler
+from optuna.samplers import TPESampler
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+import pytest
+
+from optuna_ttp import HyperparameterMap
+from optuna_ttp import TTPPruner
+from optuna_ttp import TTPSampler
+from optuna_ttp.study import entry
+from optuna_ttp.study import MissingParameterError
+from optuna_ttp.study import PREDICTION
+from tests.studies import add_observed
+from tests.studies import FAST
+from tests.studies import predicted_seconds
+from tests.studies import predicted_steps
+from tests.studies import proposals
+from tests.studies import quick_predictor
+from tests.studies import QuickGPSampler
+from tests.studies import SPACE
+from tests.studies import suggest
+
+
+def _sampler(base: BaseSampler | None = None, **arguments: Any) -> TTPSampler:
+    return TTPSampler(quick_predictor(), base, **{"n_candidates": 4, "seed": 0, **arguments})
+
+
+def _tpe(seed: int = 1, **arguments: Any) -> TPESampler:
+    # As it is by default in Optuna 5, also with Optuna 4.
+    options = {"multivariate": True, "constant_liar": True, "n_startup_trials": 5}
+    return TPESampler(seed=seed, **{**options, **arguments})
+
+
+BASES: dict[str, Callable[[], BaseSampler]] = {
+    "random": lambda: RandomSampler(seed=1),
+    "tpe": _tpe,
+    "tpe-univariate": lambda: _tpe(multivariate=False, constant_liar=False),
+    "tpe-group": lambda: _tpe(group=True),
+    "qmc": lambda: QMCSampler(seed=1, warn_independent_sampling=False),
+    "nsgaii": lambda: NSGAIISampler(population_size=5, seed=1),
+    "gp": lambda: QuickGPSampler(seed=1, n_startup_trials=8),
+}
+every_base = pytest.mark.parametrize("base", list(BASES.values()), ids=list(BASES))
+redrawn_base = pytest.mark.parametrize(
+    "base", [BASES["random"], BASES["tpe"]], ids=["random", "tpe"]
+)
+
+
+class _Recording(RandomSampler):
+    """Writes down how it is called."""
+
+    def __init__(self) -> None:
+        super().__init__(seed=0)
+        self.calls: list[tuple[Any, ...]] = []
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self.calls.append(("before_trial", study.study_name, trial.number))
+
+    def after_trial(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        self.calls.append(("after_trial", study.study_name, trial.number, state, values))
+
+    def reseed_rng(self) -> None:
+        self.calls.append(("reseed_rng",))
+
+
+class _CountingGPSampler(QuickGPSampler):
+    def __init__(self) -> None:
+        super().__init__(seed=0, n_startup_trials=4)
+        self.asked: list[int] = []
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        self.asked.append(trial.number)
+        return super().sample_relative(study, trial, search_space)
+
+
+def _other_space(trial: optuna.Trial) -> float:
+    z = trial.suggest_float("z", -1.0, 1.0)
+    kind = trial.suggest_categorical("kind", ["a", "b"])
+    return z**2 + (kind == "a") + trial.suggest_int("k", 1, 100, log=True) / 100
+
+
+def _mixed_space(trial: optuna.Trial) -> float:
+    # Neither in the order of the names, nor with the three of ours first.
+    params = suggest(trial)
+    dropout = trial.suggest_float("a_dropout", 0.0, 0.5, step=0.1)
+    layers = trial.suggest_int("layers", 1, 4)
+    return float(np.log(params["learning_rate"])) ** 2 + dropout + layers
+
+
+def _params(sampler: BaseSampler, objective: Any, n_trials: int) -> list[dict[str, Any]]:
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective, n_trials=n_trials)
+    return [trial.params for trial in study.trials]
+
+
+@every_base
+def test_a_space_without_hyperparameters_is_sampled_as_the_base_sampler_does(
+    base: Callable[[], BaseSampler],
+) -> None:
+    n_trials = 14 if base is BASES["gp"] else 22
+    ours = _params(_sampler(base()), _other_space, n_trials)
+    assert ours == _params(base(), _other_space, n_trials)
+
+
+@every_base
+@pytest.mark.parametrize("arguments", [{"n_candidates": 1}, {"exploration": 1.0}], ids=str)
+def test_with_nothing_to_choose_it_is_the_base_sampler(
+    base: Callable[[], BaseSampler], arguments: dict[str, Any]
+) -> None:
+    n_trials = 12 if base is BASES["gp"] else 16
+    ours = _params(_sampler(base(), **arguments), _mixed_space, n_trials)
+    assert ours == _params(base(), _mixed_space, n_trials)
+
+
+@pytest.mark.filterwarnings("ignore:Predicted training times were further")
+@redrawn_base
+def test_predictions_that_do_not_rank_the_trials_leave_the_base_sampler(
+    base: Callable[[], BaseSampler],
+) -> None:
+    def study_of(sampler: BaseSampler) -> optuna.Study:
+        study = optuna.create_study(sampler=_sampler(RandomSampler(seed=0)))
+        add_observed(study, lambda steps: 200.0 / steps)
+        study.sampler = sampler
+        study.optimize(_mixed_space, n_trials=10)
+        return study
+
+    ours, plain = study_of(_sampler(base())), study_of(base())
+    assert [t.params for t in ours.trials] == [t.params for t in plain.trials]
+
+
+@pytest.mark.parametrize("base", [RandomSampler, _tpe], ids=["random", "tpe"])
+def test_it_prefers_what_trains_fast(base: Callable[..., BaseSampler]) -> None:
+    ours, plain = [], []
+    for seed in range(3):
+        sampler = _sampler(base(seed=seed), n_candidates=8, seed=seed)
+        ours.extend(proposals(sampler, 15))
+        plain.extend(proposals(base(seed=seed), 15))
+    typical = [np.exp(np.log(predicted_seconds(params)).mean()) for params in (ours, plain)]
+    assert typical[0] < 0.2 * typical[1]
+    # More than half of the plain proposals are hopeless.
+    hopeless = [np.mean(predicted_seconds(params) > 1.0) for params in (ours, plain)]
+    assert hopeless[0] < 0.85 * hopeless[1]
+
+
+def test_more_candidates_are_faster_candidates() -> None:
+    samplers = [_sampler(RandomSampler(seed=1), n_candidates=n) for n in (1, 2, 16)]
+    medians = [np.median(predicted_seconds(proposals(s, 30))) for s in samplers]
+    assert medians[2] < medians[1] < medians[0]
+
+
+def test_the_design_comes_before_the_exploration() -> None:
+    def proposed(exploration: float) -> list[dict[str, Any]]:
+        sampler = _sampler(exploration=exploration, search_space=SPACE)
+        return _params(sampler, lambda trial: suggest(trial)["learning_rate"], 12)
+
+    never, often = proposed(0.0), proposed(0.9)
+    assert often[:5] == never[:5]
+    assert often[5:] != never[5:]
+
+
+def test_exploration_keeps_proposing_what_is_slow() -> None:
+    def share_of_hopeless(exploration: float) -> float:
+        arguments = {"exploration": exploration, "search_space": SPACE, "n_candidates": 16}
+        proposed = proposals(_sampler(RandomSampler(seed=1), **arguments), 40)
+        return float(np.mean(predicted_seconds(proposed) > 1.0))
+
+    assert share_of_hopeless(0.0) == 0.0
+    assert 0.05 < share_of_hopeless(0.5) < 0.5
+
+
+def test_a_given_search_space_makes_the_first_trial_a_choice() -> None:
+    def first(seed: int, **arguments: Any) -> dict[str, Any]:
+        return proposals(_sampler(RandomSampler(seed=seed), **arguments), 1)[0]
+
+    given = [first(s, search_space=SPACE, exploration=0.0) for s in range(30)]
+    found = [first(s, exploration=0.0) for s in range(30)]
+    assert found == [proposals(RandomSampler(seed=s), 1)[0] for s in range(30)]
+    assert np.median(predicted_seconds(given)) < 0.3 * np.median(predicted_seconds(found))
+
+
+@redrawn_base
+def test_other_parameters_come_along_as_they_are(base: Callable[[], BaseSampler]) -> None:
+    space: dict[str, BaseDistribution] = {
+        **SPACE,
+        "dropout": FloatDistribution(0.0, 0.5, step=0.1),
+        "layers": IntDistribution(1, 64, log=True),
+        "width": IntDistribution(16, 64, step=16),
+        "scheduler": CategoricalDistribution(["cosine", None, 3, 0.5, True]),
+    }
+    study = optuna.create_study(sampler=_sampler(base()))
+    for number in range(30):
+        trial = study.ask(space)
+        for name, distribution in space.items():
+            value = trial.params[name]
+            if isinstance(distribution, IntDistribution):
+                assert type(value) is int
+            elif isinstance(distribution, FloatDistribution):
+                assert type(value) is float
+            else:
+                assert any(value is c for c in ("cosine", None, 3, 0.5, True))
+            internal = distribution.to_internal_repr(value)
+            assert distribution.to_external_repr(internal) == value
+        assert trial.params["width"] in (16, 32, 48, 64)
+        assert round(trial.params["dropout"] * 10, 6) in range(6)
+        study.tell(trial, float(number % 5))
+    assert len({t.params["scheduler"] for t in study.trials}) > 2
+
+
+def test_single_values_are_respected_and_the_others_chosen() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("momentum", 0.9, 0.9)
+        trial.suggest_categorical("batch_size", [8])
+        return trial.suggest_float("learning_rate", 1e-5, 0.1, log=True)
+
+    ours = _params(_sampler(RandomSampler(seed=1)), objective, 40)
+    plain = _params(RandomSampler(seed=1), objective, 40)
+    assert {(p["momentum"], p["batch_size"]) for p in ours} == {(0.9, 8)}
+    # Below the limit of stability, faster is larger.
+    rates = [float(np.median([p["learning_rate"] for p in params])) for params in (ours, plain)]
+    assert rates[0] > 5 * rates[1]
+
+
+@pytest.mark.parametrize("fixed", [{"momentum": 0.95}, {"batch_size": 24, "momentum": 0.0}])
+def test_the_rest_of_an_enqueued_trial_is_chosen_to_go_with_it(fixed: dict[str, Any]) -> None:
+    def seconds(sampler: BaseSampler) -> float:
+        study = optuna.create_study(sampler=sampler)
+        for _ in range(30):
+            study.enqueue_trial(fixed)
+        study.optimize(lambda trial: suggest(trial)["momentum"], n_trials=30)
+        assert all(fixed.items() <= trial.params.items() for trial in study.trials)
+        return float(np.median(predicted_seconds([trial.params for trial in study.trials])))
+
+    ours = seconds(_sampler(RandomSampler(seed=1), exploration=0.0))
+    assert ours < 0.5 * seconds(RandomSampler(seed=1))
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@redrawn_base
+@pytest.mark.parametrize("outside", [True, False], ids=["outside", "inside"])
+def test_the_rest_is_chosen_to_go_with_a_partially_fixed_trial(
+    base: Callable[[], BaseSampler], outside: bool
+) -> None:
+    fixed = {"batch_size": 24}
+    if outside:
+        ours: BaseSampler = PartialFixedSampler(fixed, _sampler(base()))
+    else:
+        ours = _sampler(PartialFixedSampler(fixed, base()))
+    params = proposals(ours, 30)
+    assert {p["batch_size"] for p in params} == {24}
+    plain = proposals(PartialFixedSampler(fixed, base()), 30)
+    seconds = [np.median(predicted_seconds(ps)) for ps in (params, plain)]
+    assert seconds[0] < 0.7 * seconds[1]
+
+
+def test_what_other_workers_are_told_is_what_is_proposed() -> None:
+    study = optuna.create_study(sampler=_sampler(_tpe(), exploration=0.0))
+    told = 0
+    for number in range(20):
+        trial = study.ask(SPACE)
+        attributes = study.trials[-1].system_attrs
+        shared = _shared_params(attributes)
+        if number >= 5:
+            assert shared == trial.params
+            told += 1
+        study.tell(trial, float(np.log(trial.params["learning_rate"])))
+    assert told == 15
+
+
+@pytest.mark.parametrize("n_others", [70, 71, 72, 73, 200])
+def test_what_other_workers_are_told_may_be_long(n_others: int) -> None:
+    # The lengths of the draws differ: around 2,045 characters some need a chunk more than others.
+    others = {f"p{i:03}": FloatDistribution(0.0, 1.0) for i in range(n_others)}
+    space: dict[str, BaseDistribution] = {**SPACE, **others}
+    sampler = _sampler(
+        _tpe(n_startup_trials=2, n_ei_candidates=2), n_design_trials=2, exploration=0.0
+    )
+    study = optuna.create_study(sampler=sampler)
+    lengths = []
+    for number in range(8):
+        trial = study.ask(space)
+        if number >= 2:
+            attributes = study.trials[-1].system_attrs
+            assert _shared_params(attributes) == trial.params
+            lengths.append(len(json.dumps(trial.params)))
+        study.tell(trial, float(number))
+    assert max(lengths) > 1900
+
+
+def _shared_params(attributes: dict[str, Any]) -> dict[str, Any] | None:
+    """Read as the TPE sampler of another worker does."""
+    chunks: list[str] = []
+    while chunk := attributes.get(f"tpe:relative_params:{len(chunks)}"):
+        chunks.append(chunk)
+    assert len(chunks) == sum(key.startswith("tpe:relative_params") for key in attributes)
+    assert all(len(chunk) < 2046 for chunk in chunks)
+    return json.loads("".join(chunks)) if chunks else None
+
+
+def test_calls_around_a_trial_reach_the_base_sampler_once() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        suggest(trial)
+        if trial.number == 1:
+            raise optuna.TrialPruned
+        if trial.number == 2:
+            raise RuntimeError
+        return 2.5
+
+    base = _Recording()
+    study = optuna.create_study(sampler=_sampler(base))
+    study.optimize(objective, n_trials=3, catch=(RuntimeError,))
+    ends = [(TrialState.COMPLETE, [2.5]), (TrialState.PRUNED, None), (TrialState.FAIL, None)]
+    expected: list[tuple[Any, ...]] = []
+    for number, end in enumerate(ends):
+        expected.append(("before_trial", study.study_name, number))
+        expected.append(("after_trial", study.study_name, number, *end))
+    assert base.calls == expected
+
+
+def test_reseeding_reaches_the_base_sampler_once() -> None:
+    base = _Recording()
+    _sampler(base).reseed_rng()
+    assert base.calls == [("reseed_rng",)]
+
+
+def test_workers_that_reseed_do_not_explore_in_step() -> None:
+    def run(reseed: bool) -> list[dict[str, Any]]:
+        # This base sampler draws the same, reseeded or not.
+        sampler = _sampler(_Recording(), exploration=0.5, search_space=SPACE)
+        if reseed:
+            sampler.reseed_rng()
+        return proposals(sampler, 12)
+
+    assert run(False) == run(False)
+    assert run(True) != run(True)
+
+
+def test_after_trial_reaches_the_base_sampler_even_where_the_map_is_wrong() -> None:
+    base = _Recording()
+    mapping = HyperparameterMap(learning_rate="lr")
+    study = optuna.create_study(sampler=_sampler(base, hyperparameters=mapping))
+    with pytest.raises(MissingParameterError):
+        study.optimize(lambda trial: suggest(trial)["momentum"], n_trials=1)
+    assert [call[0] for call in base.calls] == ["before_trial", "after_trial"]
+    assert study.trials[0].state == TrialState.COMPLETE
+
+
+@pytest.mark.parametrize("base", [BASES["random"], BASES["tpe"], BASES["gp"]])
+def test_the_same_seed_gives_the_same_trials(base: Callable[[], BaseSampler]) -> None:
+    runs = [_params(_sampler(base(), seed=seed), _mixed_space, 10) for seed in (3, 3, 4)]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_the_default_base_sampler_is_tpe_with_the_same_seed() -> None:
+    ours = _params(TTPSampler(quick_predictor(), exploration=1.0, seed=7), _mixed_space, 15)
+    assert ours == _params(TPESampler(seed=7), _mixed_space, 15)
+    assert str(TTPSampler(quick_predictor())) == "TTPSampler(TPESampler)"
+
+
+@pytest.mark.parametrize("exploration", [0.0, 0.5, 1.0])
+def test_a_study_that_goes_on_with_a_new_sampler_does_not_repeat_itself(
+    exploration: float,
+) -> None:
+    def run() -> list[tuple[Any, ...]]:
+        study = optuna.create_study()
+        for _ in range(3):
+            study.sampler = TTPSampler(quick_predictor(), exploration=exploration, seed=1)
+            study.optimize(lambda trial: abs(suggest(trial)["momentum"] - 0.5), n_trials=7)
+        return [tuple(t.params.values()) for t in study.trials]
+
+    proposed = run()
+    assert len(set(proposed)) == 21
+    assert run() == proposed
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_trials_in_another_process() -> None:
+    code = (
+        "import json; from tests.test_sampler import seeded_trials; "
+        "print(json.dumps(seeded_trials()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+        # The hashes of this process are random, or given otherwise.
+        env={**os.environ, "PYTHONHASHSEED": "12345"},
+    )
+    assert json.loads(done.stdout) == seeded_trials()
+
+
+def seeded_trials() -> list[dict[str, Any]]:
+    mapping = HyperparameterMap(
+        learning_rate=lambda p: p["learning_rate"] * (1 + p["layers"]),
+        batch_size=lambda p: p["batch_size"],
+    )
+    sampler = _sampler(_tpe(), hyperparameters=mapping)
+    return _params(sampler, _mixed_space, 12)
+
+
+def test_one_sampler_serves_several_studies() -> None:
+    def narrow(trial: optuna.Trial) -> float:
+        trial.suggest_int("batch_size", 1, 24)
+        trial.suggest_float("momentum", 0.0, 0.95)
+        return trial.suggest_float("learning_rate", 0.001, 0.002)
+
+    # As its base sampler does. In memory, all studies have the same id.
+    sampler = _sampler(RandomSampler(seed=1))
+    _params(sampler, _mixed_space, 5)
+    params = _params(sampler, narrow, 10)
+    assert all(0.001 <= p["learning_rate"] <= 0.002 for p in params)
+    study = optuna.create_study(sampler=sampler, storage="sqlite://")
+    study.optimize(_mixed_space, n_trials=3)
+    assert len(study.trials) == 3
+
+
+def test_the_gaussian_process_is_asked_once_a_trial() -> None:
+    base = _CountingGPSampler()
+    _params(_sampler(base, exploration=0.0), _mixed_space, 9)
+    # The first trial finds the search space, and the design does not need it.
+    assert base.asked == [0, 5, 6, 7, 8]
+
+
+def test_a_quasi_random_sequence_is_used_up_as_without_us() -> None:
+    ours = proposals(_sampler(QMCSampler(seed=1)), 20)
+    # The first trial is drawn at random, to find the search space.
+    assert ours[1:] == proposals(QMCSampler(seed=1), 20)[1:]
+
+
+def test_a_given_search_space_is_not_forced_on_a_base_sampler_that_does_not_know_it() -> None:
+    space: dict[str, BaseDistribution] = {
+        **SPACE,
+        "momentum": CategoricalDistribution([0.0, 0.9]),
+    }
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_categorical("momentum", [0.0, 0.9])
+        trial.suggest_int("batch_size", 1, 24)
+        return trial.suggest_float("learning_rate", 1e-5, 100.0, log=True)
+
+    # A quasi-random sequence takes numbers only; a grid none but its own parameters.
+    quasi_random = _sampler(
+        QMCSampler(seed=1, warn_independent_sampling=False), search_space=space
+    )
+    assert {p["momentum"] for p in _params(quasi_random, objective, 12)} == {0.0, 0.9}
+    grid: dict[str, Sequence[float]] = {
+        "learning_rate": [0.1, 1.0],
+        "batch_size": [4, 8],
+        "momentum": [0.0, 0.9],
+    }
+    params = _params(_sampler(GridSampler(grid, seed=1), search_space=space), objective, 20)
+    assert len(params) == 8
+    assert len({tuple(sorted(p.items())) for p in params}) == 8
+
+
+def test_a_genetic_base_sampler_counts_its_generations_as_without_us() -> None:
+    def generations(sampler: BaseSampler) -> list[int]:
+        study = optuna.create_study(sampler=sampler)
+        study.optimize(_mixed_space, n_trials=20)
+        return [
+            next(v for k, v in t.system_attrs.items() if k.endswith("generation"))
+            for t in study.trials
+        ]
+
+    def base() -> BaseSampler:
+        return NSGAIISampler(population_size=5, seed=1)
+
+    ours = generations(_sampler(base(), search_space=SPACE))
+    assert ours == generations(base())
+    assert max(ours) == 3
+
+
+def test_only_one_branch_of_a_conditional_space_may_have_a_prediction() -> None:
+    mapping = HyperparameterMap(
+        momentum=lambda p: p["momentum"] if p["optimizer"] == "sgd" else None
+    )
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("learning_rate", 1e-5, 100.0, log=True)
+        trial.suggest_int("batch_size", 1, 24)
+        if trial.suggest_categorical("optimizer", ["adam", "sgd"]) == "sgd":
+            trial.suggest_float("momentum", 0.0, 0.95)
+        return trial.number % 3
+
+    for base in (RandomSampler(seed=1), _tpe(), _tpe(group=True)):
+        study = optuna.create_study(sampler=_sampler(base, hyperparameters=mapping))
+        study.optimize(objective, n_trials=15)
+        assert {t.params["optimizer"] for t in study.trials} == {"adam", "sgd"}
+        for trial in study.trials:
+            predicted = entry(trial, PREDICTION) is not None
+            assert predicted == (trial.params["optimizer"] == "sgd")
+
+
+def test_a_parameter_that_other_trials_have_is_conditional_and_not_a_wrong_name() -> None:
+    study = optuna.create_study(sampler=_sampler(RandomSampler(seed=1)))
+    study.enqueue_trial({**FAST, "optimizer": "sgd"})
+
+    def objective(trial: optuna.Trial) -> float:
+        if trial.suggest_categorical("optimizer", ["adam", "sgd"]) == "sgd":
+            trial.suggest_float("momentum", 0.0, 0.95)
+        trial.suggest_int("batch_size", 1, 24)
+        return trial.suggest_float("learning_rate", 1e-5, 100.0, log=True)
+
+    study.optimize(objective, n_trials=10)
+    assert len({t.params["optimizer"] for t in study.trials}) == 2
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 10
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        HyperparameterMap(learning_rate="lr"),
+        HyperparameterMap(learning_rate="lr", batch_size=8, momentum=0.0),
+        HyperparameterMap(learning_rate=lambda p: p["lr"]),
+    ],
+)
+def test_a_wrong_name_is_an_error(mapping: HyperparameterMap) -> None:
+    study = optuna.create_study(sampler=_sampler(hyperparameters=mapping))
+    with pytest.raises(MissingParameterError, match="learning_rate from the parameter 'lr'"):
+        study.optimize(_mixed_space, n_trials=1)
+
+
+def test_a_trial_pruned_before_it_suggested_all_is_no_error() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        if trial.suggest_float("learning_rate", 1e-5, 100.0, log=True) > 1e-9:
+            raise optuna.TrialPruned
+        return 0.0
+
+    study = optuna.create_study(sampler=_sampler())
+    study.optimize(objective, n_trials=3)
+    assert [t.state for t in study.trials] == [TrialState.PRUNED] * 3
+    assert all(entry(trial, PREDICTION) is None for trial in study.trials)
+
+
+def test_a_failed_trial_is_no_error_of_the_map() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_int("batch_size", 1, 24)
+        raise RuntimeError
+
+    study = optuna.create_study(sampler=_sampler())
+    study.optimize(objective, n_trials=2, catch=(RuntimeError,))
+    assert [t.state for t in study.trials] == [TrialState.FAIL] * 2
+
+
+def test_functions_of_parameters_steer_the_choice() -> None:
+    mapping = HyperparameterMap(batch_size=lambda p: 2 ** p["log2_batch"], momentum=0.9)
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_int("log2_batch", 0, 4)
+        return trial.suggest_float("learning_rate", 1e-5, 0.1, log=True)
+
+    ours = _params(_sampler(RandomSampler(seed=1), hyperparameters=mapping), objective, 40)
+    plain = _params(RandomSampler(seed=1), objective, 40)
+    rates = [float(np.median([p["learning_rate"] for p in ps])) for ps in (ours, plain)]
+    assert rates[0] > 3 * rates[1]
+
+
+def test_batches_above_the_number_of_samples_are_full_batches() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_int("batch_size", 1, 512)
+        trial.suggest_float("momentum", 0.0, 0.5)
+        return trial.suggest_float("learning_rate", 1e-3, 0.1, log=True)
+
+    study = optuna.create_study(sampler=_sampler(RandomSampler(seed=1)))
+    study.optimize(objective, n_trials=10)
+    for trial in study.trials:
+        prediction = entry(trial, PREDICTION)
+        assert prediction is not None
+        assert prediction["batch_size"] == min(24, trial.params["batch_size"])
+
+
+def test_without_our_pruner_the_prediction_is_written_down_afterwards() -> None:
+    study = optuna.create_study(sampler=_sampler())
+    study.enqueue_trial(FAST)
+    study.optimize(lambda trial: suggest(trial)["momentum"], n_trials=1)
+    prediction = entry(study.trials[0], PREDICTION)
+    assert prediction is not None
+    assert prediction["outcome"] == "converges"
+    assert prediction["steps"] == predicted_steps(FAST)
+
+
+def test_several_objectives_with_our_pruner_are_refused() -> None:
+    study = optuna.create_study(
+        directions=["minimize", "minimize"],
+        sampler=_sampler(),
+        pruner=TTPPruner(quick_predictor()),
+    )
+    with pytest.raises(ValueError, match=r"this one has 2 and a TTPPruner\. Use TTPSampler"):
+        study.ask()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_candidates": 0}, "n_candidates must be at least 1 but got 0"),
+        ({"exploration": -0.1}, r"exploration must be in \[0, 1\] but got -0.1"),
+        ({"exploration": 1.1}, r"exploration must be in \[0, 1\] but got 1.1"),
+        ({"exploration": float("nan")}, r"exploration must be in \[0, 1\] but got nan"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TTPSampler(quick_predictor(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"predictor": None}, "predictor must be a TrainingTimePredictor but got NoneType"),
+        ({"base_sampler": "tpe"}, "base_sampler must be a sampler but got 'tpe'"),
+        ({"base_sampler": TPESampler}, "base_sampler must be a sampler but got <class"),
+        ({"hyperparameters": {"learning_rate": "lr"}}, "must be a HyperparameterMap but got {"),
+        ({"search_space": {"momentum": (0.0, 0.9)}}, r"to distributions but got \(0.0, 0.9\)"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        TTPSampler(**{"predictor": quick_predictor(), **arguments})
