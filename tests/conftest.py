@@ -4,6 +4,11 @@ from collections.abc import Iterator
 import os
 from pathlib import Path
 
+
+# The tensors of tests are small: threads that wait for each other take many times as long as the
+# work, all the more where several test processes share the cores. Child processes heed it, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import optuna
 import pytest

@@ -12,13 +12,13 @@ from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import covariates
 from optuna_ttp.calibration import DEPTHS
-from optuna_ttp.calibration import NODES
+from optuna_ttp.calibration import KNOTS
 from optuna_ttp.calibration import Observation
 from optuna_ttp.prediction import Prediction
 
 
 Growth = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-# Nothing is known of rungs behind this depth, unless a test says otherwise.
+# Nothing is known of levels behind this depth, unless a test says otherwise.
 DEEP = 3.7
 
 
@@ -27,8 +27,8 @@ def unchanged(depth: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.zeros_like(depth)
 
 
-def ladder(steps_to_one: float, log_growth: Growth = unchanged) -> NDArray[np.float64]:
-    """Logarithms of the times at which a loss passes the rungs.
+def first_passages(steps_to_one: float, log_growth: Growth = unchanged) -> NDArray[np.float64]:
+    """Logarithms of the times at which a loss passes the levels.
 
     With the frozen kernel it gets to depth ``d`` after ``T d (1 + 0.3 d)`` steps; where the kernel
     has grown by ``kappa``, it goes ``kappa`` times as fast. Integrated on a grid of its own.
@@ -68,16 +68,16 @@ def observation(
         stability: Its learning rate over the largest stable one.
         deepest: It was seen down to here.
         error: Its times are off by this factor's logarithm.
-        n_steps: Its steps; those of its deepest rung by default.
+        n_steps: Its steps; those of its deepest level by default.
         diverged: Whether its loss became infinite.
-        rng: Adds errors of single rungs, and one that all rungs of the trial have in common.
+        rng: Adds errors of single levels, and one that all levels of the trial have in common.
         expected: What it was told to take, where that is not the prediction itself.
         log_pace: Logarithm of how much longer all predictions are than they are by default.
     """
     rate = learning_rate / (1.0 - momentum)
     steps = math.exp(log_pace) / rate
-    predicted = ladder(steps)
-    observed = ladder(steps, log_growth) + error
+    predicted = first_passages(steps)
+    observed = first_passages(steps, log_growth) + error
     if rng is not None:
         observed = observed + rng.normal(0.0, 0.025) + rng.normal(0.0, 0.02, len(DEPTHS))
     observed = np.where(deepest >= DEPTHS, observed, np.nan)
@@ -86,7 +86,7 @@ def observation(
     return Observation(
         predicted=predicted,
         expected=predicted if expected is None else expected,
-        growth=np.zeros(len(NODES)),
+        growth=np.zeros(len(KNOTS)),
         covariates=covariates(step, np.array([gamma]))[0],
         instability=np.full(len(DEPTHS), stability),
         effective_learning_rate=rate,
@@ -105,11 +105,11 @@ def of_prediction(prediction: Prediction, log_factor: float) -> Observation:
         prediction: Of one configuration.
         log_factor: Logarithm of the factor.
     """
-    observed = prediction.log_passages + log_factor
+    observed = prediction.log_first_passage_times + log_factor
     momentum = float(prediction.momentum)
     return Observation(
-        predicted=prediction.log_passages,
-        expected=prediction.expected_log_passages,
+        predicted=prediction.log_first_passage_times,
+        expected=prediction.expected_log_first_passage_times,
         growth=prediction.log_growth,
         covariates=prediction.covariates,
         instability=prediction.instability,
@@ -130,7 +130,7 @@ def slower(factor: float, n_observed: int = 6) -> Calibration:
     """
     prior = calibrate([])
     weights = np.zeros_like(prior.weights)
-    weights[: len(NODES)] = -math.log(factor)
+    weights[: len(KNOTS)] = -math.log(factor)
     return Calibration(
         weights,
         1e-12 * np.eye(len(weights)),

@@ -46,13 +46,13 @@ from optuna_ttp import TrainingTimePredictor
 from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import DEPTHS
-from optuna_ttp.calibration import Doubt
-from optuna_ttp.calibration import doubt
 from optuna_ttp.calibration import FRACTIONS
+from optuna_ttp.calibration import KNOTS
 from optuna_ttp.calibration import LossCurve
-from optuna_ttp.calibration import NODES
 from optuna_ttp.calibration import Observation
-from optuna_ttp.calibration import SimulatedPassages
+from optuna_ttp.calibration import prior_scale
+from optuna_ttp.calibration import PriorScale
+from optuna_ttp.calibration import SimulatedFirstPassages
 from optuna_ttp.dynamics import Target
 from optuna_ttp.study._observed_trial import broke_down
 
@@ -112,7 +112,7 @@ class Task:
             Learning rate, batch size and momentum, shape (K, 3).
         stability:
             Shape (K,).
-        doubt:
+        prior_scale:
             What the spectrum's probe says about the errors.
     """
 
@@ -123,7 +123,7 @@ class Task:
     real: NDArray[np.float64]
     configurations: NDArray[np.float64]
     stability: NDArray[np.float64]
-    doubt: Doubt
+    prior_scale: PriorScale
 
     @property
     def effective(self) -> NDArray[np.float64]:
@@ -176,12 +176,12 @@ def load_task(path: Path, spectrum: Spectrum, *, most: int | None = None) -> Tas
     observations = []
     for k in range(len(runs)):
         curve = LossCurve.of(losses[k])
-        observed, errors = curve.log_passages(initial * FRACTIONS)
+        observed, errors = curve.log_first_passage_times(initial * FRACTIONS)
         momentum = configurations[k, 2]
         observations.append(
             Observation(
-                predicted=p.log_passages[k],
-                expected=p.expected_log_passages[k],
+                predicted=p.log_first_passage_times[k],
+                expected=p.expected_log_first_passage_times[k],
                 growth=p.log_growth,
                 covariates=p.covariates[k],
                 instability=p.instability[k],
@@ -190,7 +190,7 @@ def load_task(path: Path, spectrum: Spectrum, *, most: int | None = None) -> Tas
                 observed=observed,
                 errors=errors,
                 n_steps=curve.n_steps,
-                diverged=curve.diverged or broke_down(curve, p.log_passages[k]),
+                diverged=curve.diverged or broke_down(curve, p.log_first_passage_times[k]),
                 lost=curve.lost,
             )
         )
@@ -206,7 +206,7 @@ def load_task(path: Path, spectrum: Spectrum, *, most: int | None = None) -> Tas
         real,
         configurations,
         np.asarray(p.stability),
-        doubt(spectrum.probe),
+        prior_scale(spectrum.probe),
     )
 
 
@@ -219,10 +219,10 @@ def _ours(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Logarithmic times to the targets and their deviation, both (K, targets)."""
     logs, sd = calibration.correct(
-        SimulatedPassages(
+        SimulatedFirstPassages(
             DEPTHS[None, :],
             _stacked(task, chosen, "predicted"),
-            np.zeros((1, len(NODES))),
+            np.zeros((1, len(KNOTS))),
             _stacked(task, chosen, "covariates"),
             _stacked(task, chosen, "instability"),
             task.lag[chosen],
@@ -344,7 +344,7 @@ def learning_curves(
             left = np.array(
                 [k for k in order[count:] if not task.same(k)[seen].any()], dtype=np.int64
             )
-            calibration = calibrate([task.observations[k] for k in seen], task.doubt)
+            calibration = calibrate([task.observations[k] for k in seen], task.prior_scale)
             ours, sd = _ours(calibration, task, left)
             logs = {"ours": ours, **_others(task, seen, left, gp=count > 0 and repeat < most)}
             real = task.real[left]
@@ -419,23 +419,23 @@ def partial_errors(task: Task, n_repeats: int, *, seed: int = 1) -> list[float]:
     for _ in range(n_repeats):
         order = rng.permutation(len(task.observations))
         seen = order[:_N_PARTIAL]
-        calibration = calibrate([task.observations[k] for k in seen], task.doubt)
+        calibration = calibrate([task.observations[k] for k in seen], task.prior_scale)
         for k in order[_N_PARTIAL:]:
             if task.same(k)[seen].any():
                 continue
-            for column, rung in enumerate(_RUNGS):
+            for column, level in enumerate(_RUNGS):
                 real = task.real[k, column]
                 shown = int(_SHOWN * real) if np.isfinite(real) else 0
-                if shown < 3 or not np.isfinite(task.observations[k].predicted[rung]):
+                if shown < 3 or not np.isfinite(task.observations[k].predicted[level]):
                     continue
                 curve = LossCurve.of(task.losses[k][: shown + 1])
-                observed, error = curve.log_passages(task.initial_loss * FRACTIONS)
+                observed, error = curve.log_first_passage_times(task.initial_loss * FRACTIONS)
                 running = replace(
                     task.observations[k], observed=observed, errors=error, n_steps=shown
                 )
-                depths = np.minimum(DEPTHS, DEPTHS[rung])
+                depths = np.minimum(DEPTHS, DEPTHS[level])
                 logs = running.predicted.copy()
-                logs[rung:] = logs[rung]
+                logs[level:] = logs[level]
                 left, _ = calibration.remaining(running, depths, logs)
                 if np.isfinite(left):
                     errors.append(abs(left / max(real - shown, 1.0) - 1.0))
@@ -465,18 +465,18 @@ def trust_after_five(
         trials: list[Observation] = []
         for k in rng.permutation(len(task.observations))[:5]:
             one = task.observations[k]
-            logs, _ = calibrate(trials, task.doubt).correct(
-                SimulatedPassages(
+            logs, _ = calibrate(trials, task.prior_scale).correct(
+                SimulatedFirstPassages(
                     DEPTHS[None, :],
                     one.predicted[None],
-                    np.zeros((1, len(NODES))),
+                    np.zeros((1, len(KNOTS))),
                     one.covariates[None],
                     one.instability[None],
                     np.array([one.lag]),
                 )
             )
             trials.append(replace(one, expected=logs[0]))
-        learned.append(calibrate(trials, task.doubt))
+        learned.append(calibrate(trials, task.prior_scale))
     return {
         "trust": [c.trust for c in learned],
         "trusted": [c.trusted for c in learned],

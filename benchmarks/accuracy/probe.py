@@ -51,7 +51,7 @@ def main() -> None:
         rows.append(
             {
                 "task": name,
-                "without": float(np.nanmean(errors_of(Calibration.none(task.doubt), task))),
+                "without": float(np.nanmean(errors_of(Calibration.none(task.prior_scale), task))),
                 "probed": float(np.nanmean(errors_of(probed.calibration, task))),
                 "seconds": probed.probe_seconds,
             }

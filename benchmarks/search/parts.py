@@ -172,7 +172,7 @@ def setbacks(names: list[str], recordings: Path) -> dict[str, Any]:
                 losses: NDArray[np.float64] = np.concatenate(run.batch_losses[:k])
                 if not np.isfinite(losses).all():
                     break
-                passages = told.log_passages, told.expected_log_passages
+                passages = told.log_first_passage_times, told.expected_log_first_passage_times
                 if is_thrown_back(LossCurve.of(losses), *passages, run.training_losses[0]):
                     shares.append(k / epochs)
                     n_reached += bool(np.nanmin(run.training_losses[k:]) <= predictor.target.value)

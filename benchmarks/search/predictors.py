@@ -165,8 +165,8 @@ class ToldPredictor(TrainingTimePredictor):
         steps = np.where(told <= horizon, told, np.inf)
         # As if the loss fell exponentially: every depth takes its share of the time.
         depth = -math.log(self.depth)
-        rungs = np.where(depth * 1.0001 >= DEPTHS, np.log(DEPTHS / depth), np.nan)
-        passages = np.log(np.where(np.isfinite(told), told, np.nan))[..., None] + rungs
+        levels = np.where(depth * 1.0001 >= DEPTHS, np.log(DEPTHS / depth), np.nan)
+        passages = np.log(np.where(np.isfinite(told), told, np.nan))[..., None] + levels
         spread = math.exp(1.28 * _LOG_SD)
         return replace(
             plain,
@@ -180,8 +180,8 @@ class ToldPredictor(TrainingTimePredictor):
             p_diverges=np.zeros_like(steps),
             reliable=np.ones(steps.shape, dtype=bool),
             max_steps=np.broadcast_to(horizon, steps.shape),
-            log_passages=passages - self._log_factor,
-            expected_log_passages=passages,
+            log_first_passage_times=passages - self._log_factor,
+            expected_log_first_passage_times=passages,
         )
 
     def estimate(

@@ -3,14 +3,16 @@
 The clock's error is mostly one function of the depth, shared by all configurations of a task: the
 kernel grows (or shrinks) as the network is trained, by a factor ``kappa`` that depends on how far
 the loss has come. What is left depends a little on the configuration. Both are learned together,
-from the times at which observed trials passed a ladder of depths.
+from the times at which observed trials passed a first_passages of depths.
 
 ``u``, a function of the depth, is the logarithm of what the kernel is multiplied by on top of the
-growth that a prediction was simulated with. Without momentum it divides the time between two rungs
-by ``exp(u)``. Momentum has to pick up speed first: along the path of the linearised network, with
+growth that a prediction was simulated with. Without momentum it divides the time between two
+levels by ``exp(u)``.
+Momentum has to pick up speed first: along the path of the linearised network, with
 ``tau`` the intrinsic time, ``l`` the lag ``m / (1 - m)`` and ``K`` the growth, the heavy ball is
-``tau' = sqrt(K) v``, ``l v' = sqrt(K) - v``. A simulated ladder is turned into intrinsic times by
-this equation with the growth it was simulated with, and back into steps with the corrected one.
+``tau' = sqrt(K) v``, ``l v' = sqrt(K) - v``. Simulated first passage times are turned into
+intrinsic times by this equation with the growth that they were simulated with, and back into
+steps with the corrected one.
 
 The logarithms of the times are linearised about the current estimate (Gauss-Newton), and the
 posterior of ``u`` and of the covariates' effects is that of a Bayesian linear regression, in
@@ -24,18 +26,18 @@ from __future__ import annotations
 from optuna_ttp.calibration._calibrate import calibrate
 from optuna_ttp.calibration._calibration import Calibration
 from optuna_ttp.calibration._first_passages import covariates
-from optuna_ttp.calibration._first_passages import SimulatedPassages
+from optuna_ttp.calibration._first_passages import SimulatedFirstPassages
 from optuna_ttp.calibration._loss_curve import LossCurve
 from optuna_ttp.calibration._loss_levels import DEPTHS
 from optuna_ttp.calibration._loss_levels import FRACTIONS
-from optuna_ttp.calibration._loss_levels import NODES
+from optuna_ttp.calibration._loss_levels import KNOTS
 from optuna_ttp.calibration._observation import Observation
-from optuna_ttp.calibration._prior_scale import Doubt
+from optuna_ttp.calibration._prior_scale import PriorScale
 from optuna_ttp.calibration._uncertainty import displacement
-from optuna_ttp.calibration._uncertainty import doubt
 from optuna_ttp.calibration._uncertainty import is_reliable
 from optuna_ttp.calibration._uncertainty import kernel_mismatch
 from optuna_ttp.calibration._uncertainty import linearisation_sd
+from optuna_ttp.calibration._uncertainty import prior_scale
 from optuna_ttp.calibration._uncertainty import probability_below
 from optuna_ttp.calibration._uncertainty import stability_sd
 from optuna_ttp.calibration._uncertainty import Z_90
@@ -44,20 +46,20 @@ from optuna_ttp.calibration._uncertainty import Z_90
 __all__ = [
     "DEPTHS",
     "FRACTIONS",
-    "NODES",
+    "KNOTS",
     "Z_90",
     "Calibration",
-    "Doubt",
     "LossCurve",
     "Observation",
-    "SimulatedPassages",
+    "PriorScale",
+    "SimulatedFirstPassages",
     "calibrate",
     "covariates",
     "displacement",
-    "doubt",
     "is_reliable",
     "kernel_mismatch",
     "linearisation_sd",
+    "prior_scale",
     "probability_below",
     "stability_sd",
 ]

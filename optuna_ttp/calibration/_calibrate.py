@@ -17,7 +17,7 @@ from optuna_ttp.calibration._observation import failed
 from optuna_ttp.calibration._observation import Observation
 from optuna_ttp.calibration._paths import corrected
 from optuna_ttp.calibration._prior import prior
-from optuna_ttp.calibration._prior_scale import Doubt
+from optuna_ttp.calibration._prior_scale import PriorScale
 from optuna_ttp.calibration._trials import Trials
 
 
@@ -30,14 +30,16 @@ _MOST_TRIALS = 128
 _MOST_COMPARED = 256
 
 
-def calibrate(observations: Sequence[Observation], doubt: Doubt | None = None) -> Calibration:
+def calibrate(
+    observations: Sequence[Observation], prior_scale: PriorScale | None = None
+) -> Calibration:
     """Learn from trials.
 
     Args:
         observations:
             Trials, oldest first. Those of which nothing was seen are left out, and only the newest
             128 shape the correction.
-        doubt:
+        prior_scale:
             How far the network may be from its linearisation. That of a usual one by default.
 
     Returns:
@@ -45,16 +47,16 @@ def calibrate(observations: Sequence[Observation], doubt: Doubt | None = None) -
     """
     every = [o for o in observations if _n_seen(o) > 0]
     usable = every[-_MOST_TRIALS:]
-    doubt = doubt or Doubt()
-    mean, covariance = prior(doubt)
+    prior_scale = prior_scale or PriorScale()
+    mean, covariance = prior(prior_scale)
     divergence, failure = _divergence(observations), _failure(observations)
     if not usable:
-        return replace(Calibration.none(doubt), divergence=divergence, failure=failure)
+        return replace(Calibration.none(prior_scale), divergence=divergence, failure=failure)
     trials = Trials.of(usable)
     precision = np.linalg.inv(covariance)
     weights = mean
     importance = np.ones(len(usable))
-    scales = expected = doubt.scales
+    scales = expected = prior_scale.scales
     logs, slopes = corrected(trials.passages, weights)
     for _ in range(_ROUNDS):
         observed, errors = trials.with_bounds(logs)
@@ -93,9 +95,9 @@ def _n_seen(observation: Observation) -> int:
 
 
 def _divergence(observations: Sequence[Observation]) -> DivergenceLimit:
-    """A trial diverged, or it passed a rung; one that did neither tells nothing."""
+    """A trial diverged, or it passed a level; one that did neither tells nothing."""
     telling = [o for o in observations if o.diverged or np.isfinite(o.observed).any()]
-    # At the first rung the kernel has hardly grown.
+    # At the first level the kernel has hardly grown.
     stability = [o.instability[0] for o in telling]
     return DivergenceLimit.of(stability, [o.diverged for o in telling])
 

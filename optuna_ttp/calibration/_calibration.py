@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 
 from optuna_ttp.calibration._divergence import DivergenceLimit
 from optuna_ttp.calibration._errors import failure_limit
-from optuna_ttp.calibration._errors import RUNG_SD
+from optuna_ttp.calibration._errors import LEVEL_SD
 from optuna_ttp.calibration._errors import SCALE_WEIGHT
 from optuna_ttp.calibration._errors import TRIAL_SD
 from optuna_ttp.calibration._errors import wildness
-from optuna_ttp.calibration._first_passages import SimulatedPassages
+from optuna_ttp.calibration._first_passages import SimulatedFirstPassages
 from optuna_ttp.calibration._loss_levels import DEPTHS
-from optuna_ttp.calibration._loss_levels import NODES
+from optuna_ttp.calibration._loss_levels import KNOTS
 from optuna_ttp.calibration._observation import Observation
 from optuna_ttp.calibration._paths import corrected
 from optuna_ttp.calibration._paths import Paths
 from optuna_ttp.calibration._prior import prior
-from optuna_ttp.calibration._prior_scale import Doubt
+from optuna_ttp.calibration._prior_scale import PriorScale
 from optuna_ttp.calibration._trials import Trials
 
 
@@ -36,7 +36,7 @@ _MIN_AGREEMENT = 0.2
 # Typical errors below this (a factor 1.65) do no harm, whatever a rule of thumb does; and what is
 # added to the errors of both.
 _HARMLESS_ERROR = 0.5
-_DOUBT = 0.2
+_PRIOR_SCALE = 0.2
 # Typical errors above this (a factor e) that are also so much worse than a rule's: three trials
 # are enough. Of the recorded runs in benchmarks/accuracy one order of 200 looks like that after
 # three where the spectrum is right, six of ten where its eigenvectors are shuffled.
@@ -69,7 +69,7 @@ class Calibration:
 
     Attributes:
         weights:
-            Posterior mean of ``u`` at :data:`NODES` and of the covariates' effects, ``(W,)``.
+            Posterior mean of ``u`` at :data:`KNOTS` and of the covariates' effects, ``(W,)``.
         covariance:
             Its covariance, ``(W, W)``.
         scale:
@@ -122,19 +122,19 @@ class Calibration:
     failure: DivergenceLimit = field(default_factory=failure_limit)
 
     @classmethod
-    def none(cls, doubt: Doubt | None = None) -> Calibration:
+    def none(cls, prior_scale: PriorScale | None = None) -> Calibration:
         """Return what is known before any trial. The simulation stands as it is.
 
         Args:
-            doubt:
+            prior_scale:
                 How far the network may be from its linearisation. That of a usual one by default.
 
         Returns:
             The calibration.
         """
-        doubt = doubt or Doubt()
-        _, covariance = prior(doubt)
-        return cls(np.zeros(len(covariance)), covariance, *doubt.scales)
+        prior_scale = prior_scale or PriorScale()
+        _, covariance = prior(prior_scale)
+        return cls(np.zeros(len(covariance)), covariance, *prior_scale.scales)
 
     def __repr__(self) -> str:
         return f"Calibration({self})"
@@ -159,13 +159,13 @@ class Calibration:
 
     @property
     def log_growth(self) -> NDArray[np.float64]:
-        """Logarithm of the correction of the kernel at :data:`NODES`, shape ``(M,)``."""
-        return self.weights[: len(NODES)]
+        """Logarithm of the correction of the kernel at :data:`KNOTS`, shape ``(M,)``."""
+        return self.weights[: len(KNOTS)]
 
     @property
     def log_growth_sd(self) -> NDArray[np.float64]:
         """Its standard deviation, shape ``(M,)``."""
-        return np.sqrt(np.diag(self.covariance)[: len(NODES)])
+        return np.sqrt(np.diag(self.covariance)[: len(KNOTS)])
 
     @property
     def trust(self) -> float:
@@ -178,8 +178,10 @@ class Calibration:
         """
         if self.n_observed < _MIN_OBSERVATIONS or math.isnan(self.baseline_error):
             return math.nan
-        doubt = _DOUBT**2
-        return 1.0 - (self.compared_error**2 + doubt) / (self.baseline_error**2 + doubt)
+        prior_scale = _PRIOR_SCALE**2
+        return 1.0 - (self.compared_error**2 + prior_scale) / (
+            self.baseline_error**2 + prior_scale
+        )
 
     @property
     def trusted(self) -> bool:
@@ -241,7 +243,7 @@ class Calibration:
         return not (off and away > _START and known and (calm or away > _START_GROSSLY))
 
     def correct(
-        self, passages: SimulatedPassages
+        self, passages: SimulatedFirstPassages
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Correct predicted times.
 
@@ -255,17 +257,17 @@ class Calibration:
         logs, slopes = corrected(passages, self.weights)
         known = np.nan_to_num(slopes)
         variance = np.einsum("kpv,vw,kpw->kp", known, self.covariance, known)
-        own = self.scale * (TRIAL_SD**2 + RUNG_SD**2)
+        own = self.scale * (TRIAL_SD**2 + LEVEL_SD**2)
         wild = self.instability_scale * wildness(passages.instability) ** 2
         return logs, np.sqrt(variance + own + wild)
 
     def remaining(
         self, running: Observation, depths: NDArray[np.float64], log_steps: NDArray[np.float64]
     ) -> tuple[float, float]:
-        """Return how long a running trial still takes to the last rung, given its own curve.
+        """Return how long a running trial still takes to the last level, given its own curve.
 
-        Its errors so far are taken for the error common to its rungs, as far as they are larger
-        than what single rungs scatter by; what is left of the way is stretched by what of it is
+        Its errors so far are taken for the error common to its levels, as far as they are larger
+        than what single levels scatter by; what is left of the way is stretched by what of it is
         expected to last until the target. A trial that is later than can be explained is taken to
         lose as many steps again.
 
@@ -273,7 +275,7 @@ class Calibration:
             running:
                 What was predicted for it and seen of it so far.
             depths:
-                Rungs, ascending, for this trial alone, shape ``(P,)``: the first ones
+                Loss levels, ascending, for this trial alone, shape ``(P,)``: the first ones
                 are :data:`DEPTHS`, the last is the target.
             log_steps:
                 As simulated with :attr:`Observation.growth`, shape ``(P,)``.
@@ -283,7 +285,7 @@ class Calibration:
             logarithm. Infinite where the target is out of reach.
         """
         logs, sd = self.correct(
-            SimulatedPassages(
+            SimulatedFirstPassages(
                 depths[None],
                 log_steps[None],
                 running.growth[None],
@@ -296,7 +298,7 @@ class Calibration:
         if not math.isfinite(goal):
             return math.inf, spread
         stacked = Trials.of([running])
-        # A rung that should have been passed by now has not been: it is later.
+        # A level that should have been passed by now has not been: it is later.
         observed, errors = stacked.with_bounds(logs[:, : len(DEPTHS)])
         known = np.flatnonzero(np.isfinite(observed[0]) & np.isfinite(logs[0, : len(DEPTHS)]))
         known = known[DEPTHS[known] < depths[-1]]
@@ -309,7 +311,7 @@ class Calibration:
         inverse = stacked.precision(errors, seen, scales)[0]
         common = stacked.common(scales)[0]
         away = np.where(seen[0], observed[0] - logs[0, : len(DEPTHS)], 0.0)
-        # The correction itself is uncertain in the same way for all rungs.
+        # The correction itself is uncertain in the same way for all levels.
         gain = common[j] @ inverse
         error = float(gain @ away)
         expected = math.exp(float(logs[0, j]))
@@ -330,7 +332,7 @@ class Calibration:
         total = max(spread**2 - float(common[j, j]) + shrunk, (0.5 * spread) ** 2)
         return max(rest, 1.0), math.sqrt(total)
 
-    def expected(self, passages: SimulatedPassages) -> NDArray[np.float64]:
+    def expected(self, passages: SimulatedFirstPassages) -> NDArray[np.float64]:
         """Correct predicted times without their deviation: for many at once.
 
         Args:

@@ -15,11 +15,11 @@ _SCATTERS = 0.6
 # trial by nobody knows how much, and the standard deviation that this comes to.
 _CATAPULTS = 0.3
 _CATAPULT_SD = 1.0
-# Errors of a trial's logarithmic times: common to neighbouring rungs over such a length, more of
-# it with instability, and of single rungs.
+# Errors of a trial's logarithmic times: common to neighbouring levels over such a length, more of
+# it with instability, and of single levels.
 TRIAL_SD = 0.02
 _INSTABILITY_SD = 0.175
-RUNG_SD = 0.025
+LEVEL_SD = 0.025
 # The learning rate over the largest stable one from which on half of all networks do not do as
 # predicted, and how far, in nats, networks differ. Of the configurations above it that are
 # predicted to reach their target on the first draws in benchmarks/search, 41 of 47 of the digits'
@@ -50,7 +50,7 @@ def wildness(instability: NDArray[np.float64]) -> NDArray[np.float64]:
 
     Args:
         instability:
-            See :class:`Observation`, rungs in the last axis.
+            See :class:`Observation`, levels in the last axis.
 
     Returns:
         The same shape; what was unstable once stays so.
@@ -64,7 +64,7 @@ def catapult(instability: NDArray[np.float64]) -> NDArray[np.float64]:
 
     Args:
         instability:
-            See :class:`Observation`, rungs in the last axis.
+            See :class:`Observation`, levels in the last axis.
 
     Returns:
         The shape without the last axis.

@@ -1,4 +1,4 @@
-"""The times at which simulated curves pass their rungs, and what corrects them."""
+"""The times at which simulated curves pass their levels, and what corrects them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, eq=False)
-class SimulatedPassages:
-    """Simulated times of K configurations at P rungs, and what their errors may depend on.
+class SimulatedFirstPassages:
+    """Simulated times of K configurations at P levels, and what their errors may depend on.
 
     Attributes:
         depths:
-            Rungs, ascending, shape ``(K, P)``, or ``(1, P)`` where all have the same.
+            Loss levels, ascending, shape ``(K, P)``, or ``(1, P)`` where all have the same.
         log_steps:
             Logarithm of the predicted step at each, as simulated, shape ``(K, P)``; NaN behind
             a curve's end.
         growth:
-            Logarithm of the correction that they were simulated with, at :data:`NODES`, shape
+            Logarithm of the correction that they were simulated with, at :data:`KNOTS`, shape
             ``(K, M)``, or ``(1, M)``.
         covariates:
             See :func:`covariates`, shape ``(K, F)``.

@@ -14,16 +14,16 @@ from optuna_ttp.calibration._observation import Observation
 
 # The first steps: until the loss is at 70 %. There the network is still the pretrained one.
 _FIRST = -math.log(0.7) + 1e-9
-# Errors of calm trials' times that are of no interest, as standard deviations: of single rungs,
+# Errors of calm trials' times that are of no interest, as standard deviations: of single levels,
 # and of a whole trial; others weigh less.
-_RUNG_SD = 0.05
+_LEVEL_SD = 0.05
 _CALM_SD = 0.2
 # Trials that weigh less than one calm one tell nothing.
 _LEAST = 1.0
 
 
 def calm_start(observations: Sequence[Observation]) -> float:
-    """Return how much faster than simulated calm trials passed their first rungs.
+    """Return how much faster than simulated calm trials passed their first levels.
 
     Args:
         observations:
@@ -38,7 +38,7 @@ def calm_start(observations: Sequence[Observation]) -> float:
         seen = np.isfinite(one.observed) & np.isfinite(one.predicted) & (DEPTHS <= _FIRST)
         if not seen.any():
             continue
-        precision = 1.0 / (one.errors[seen] ** 2 + _RUNG_SD**2)
+        precision = 1.0 / (one.errors[seen] ** 2 + _LEVEL_SD**2)
         ahead = float((one.predicted - one.observed)[seen] @ precision / precision.sum())
         wild = float(wildness(one.instability)[seen].mean()) ** 2
         share = 1.0 / (1.0 + (wild + 1.0 / float(precision.sum())) / _CALM_SD**2)

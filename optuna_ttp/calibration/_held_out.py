@@ -64,7 +64,7 @@ def held_out(observations: Sequence[Observation]) -> HeldOut:
     expected = np.array([o.expected for o in observations])
     rates = np.log([[o.effective_learning_rate] for o in observations])
     lags = np.array([[o.lag] for o in observations])
-    # Every trial counts once, with the deepest rung that it was seen on.
+    # Every trial counts once, with the deepest level that it was seen on.
     told = np.where(np.isfinite(expected), observed, np.nan)
     told = np.where(np.isfinite(told).any(axis=1, keepdims=True), told, observed)
     chosen = (np.arange(len(observed)), deepest(told))

@@ -101,7 +101,7 @@ class LossCurve:
         smoothed, errors = _smoothed(values, places, chosen)
         return cls(places[chosen], smoothed, errors, n_steps, diverged, n_gaps)
 
-    def log_passages(
+    def log_first_passage_times(
         self, levels: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return when the loss first fell below levels, as logarithms of steps.

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-# Rungs of the ladder: the training loss over the initial one, and its negative logarithm.
+# Loss levels: the training loss over the initial one, and its negative logarithm.
 # fmt: off
 FRACTIONS = np.array([
     0.95, 0.9, 0.82, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.07, 0.05, 0.03,
@@ -15,16 +15,16 @@ FRACTIONS = np.array([
 # fmt: on
 DEPTHS = -np.log(FRACTIONS)
 # Depths between which `u` is interpolated linearly.
-NODES = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0])
+KNOTS = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0])
 N_COVARIATES = 2
 
 
 def deepest(rows: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the deepest rung that is known.
+    """Return the deepest level that is known.
 
     Args:
         rows:
-            Values at the rungs in the last axis, NaN where unknown.
+            Values at the levels in the last axis, NaN where unknown.
 
     Returns:
         Its place, -1 where none is; the shape without the last axis.

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from optuna_ttp.calibration._loss_levels import deepest
 from optuna_ttp.calibration._loss_levels import DEPTHS
+from optuna_ttp.calibration._loss_levels import KNOTS
 from optuna_ttp.calibration._loss_levels import N_COVARIATES
-from optuna_ttp.calibration._loss_levels import NODES
 
 
 # So many times later than expected is too late.
@@ -32,7 +32,7 @@ class Observation:
             The same as corrected by what had been learned then.
         growth:
             Logarithm of the correction of the kernel that it was simulated with, at
-            :data:`NODES`, shape ``(M,)``.
+            :data:`KNOTS`, shape ``(M,)``.
         covariates:
             Of the configuration, shape ``(F,)``; see :func:`covariates`.
         instability:
@@ -82,7 +82,7 @@ class Observation:
 
     @property
     def bound(self) -> float:
-        """Logarithm of the steps in which its next rung was not passed.
+        """Logarithm of the steps in which its next level was not passed.
 
         Minus infinity where it diverged: nobody knows how late a trial would have been that never
         came back.
@@ -108,7 +108,7 @@ class Observation:
             ValueError:
                 If they are no observation, or one of another version of this package.
         """
-        sizes = {"growth": len(NODES), "covariates": N_COVARIATES}
+        sizes = {"growth": len(KNOTS), "covariates": N_COVARIATES}
         try:
             read = {
                 name: _unplain(values.get(name, 0.0) if name == "lost" else values[name])
@@ -123,7 +123,7 @@ class Observation:
 
 
 def failed(observations: Sequence[Observation]) -> NDArray[np.bool_]:
-    """Tell which trials diverged, or did not pass their next rung in twice the time expected then.
+    """Tell which trials diverged, or missed their next loss level in twice the expected time.
 
     Args:
         observations:
@@ -135,7 +135,7 @@ def failed(observations: Sequence[Observation]) -> NDArray[np.bool_]:
     if not observations:
         return np.zeros(0, dtype=bool)
     following = deepest(np.array([o.observed for o in observations])) + 1
-    # Nothing follows the last rung.
+    # Nothing follows the last level.
     expected = np.full((len(observations), len(DEPTHS) + 1), np.nan)
     expected[:, :-1] = [o.expected for o in observations]
     bounds = np.array([o.bound for o in observations])

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from optuna_ttp.calibration._first_passages import SimulatedPassages
-from optuna_ttp.calibration._loss_levels import NODES
-from optuna_ttp.dynamics import passage_time
+from optuna_ttp.calibration._first_passages import SimulatedFirstPassages
+from optuna_ttp.calibration._loss_levels import KNOTS
+from optuna_ttp.dynamics import first_passage_time
 
 
 # The product of stability and kernel growth from which on instability shows, and where it stops
@@ -21,7 +21,7 @@ _MOST_LOG = 12.0
 
 
 def corrected(
-    passages: SimulatedPassages, weights: NDArray[np.float64]
+    passages: SimulatedFirstPassages, weights: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return corrected logarithmic times, ``(K, P)``, and their derivatives by the weights.
 
@@ -29,7 +29,7 @@ def corrected(
         passages:
             As simulated.
         weights:
-            ``u`` at :data:`NODES` and the effects of the covariates, ``(W,)``.
+            ``u`` at :data:`KNOTS` and the effects of the covariates, ``(W,)``.
 
     Returns:
         Logarithms of times, ``(K, P)``, and derivatives, ``(K, P, W)``.
@@ -40,11 +40,11 @@ def corrected(
 
 @dataclass(frozen=True, eq=False)
 class Paths:
-    """Simulated paths from rung to rung, and how much faster they are taken.
+    """Simulated paths from level to level, and how much faster they are taken.
 
     Attributes:
         before:
-            Simulated steps between the rungs, ``(K, P)``.
+            Simulated steps between the levels, ``(K, P)``.
         roots:
             Square roots of the growth that was simulated with, up to a factor, ``(K, P)``.
         faster:
@@ -62,14 +62,14 @@ class Paths:
     lag: NDArray[np.float64]
 
     @classmethod
-    def of(cls, passages: SimulatedPassages, weights: NDArray[np.float64]) -> Paths:
+    def of(cls, passages: SimulatedFirstPassages, weights: NDArray[np.float64]) -> Paths:
         """Lay out the paths.
 
         Args:
             passages:
                 As simulated.
             weights:
-                ``u`` at :data:`NODES` and the effects of the covariates, ``(W,)``.
+                ``u`` at :data:`KNOTS` and the effects of the covariates, ``(W,)``.
 
         Returns:
             The paths.
@@ -87,7 +87,7 @@ class Paths:
         bounded = np.broadcast_to(instability / (1.0 + instability / _EDGE), shape)
         slopes = np.concatenate(
             [
-                np.broadcast_to(hats, (*shape, len(NODES))),
+                np.broadcast_to(hats, (*shape, len(KNOTS))),
                 np.log1p(
                     passages.covariates[:, None, :] * (bounded / instability[:, :1])[:, :, None]
                 ),
@@ -107,7 +107,7 @@ class Paths:
     def times(
         self, *, derivatives: bool = False
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return corrected times at the rungs, and their derivatives by the weights.
+        """Return corrected times at the levels, and their derivatives by the weights.
 
         Args:
             derivatives:
@@ -125,7 +125,7 @@ class Paths:
             decay = np.exp(-t / lag)
             gone = root * (root * t - lag * (root - speed) * (1.0 - decay))
             speed = root - (root - speed) * decay
-            times[:, j] = t = passage_time(gone, new_root, new_speed, lag)
+            times[:, j] = t = first_passage_time(gone, new_root, new_speed, lag)
             decay, settled = np.exp(-t / lag), -np.expm1(-t / lag)
             reached = new_speed + (new_root - new_speed) * settled
             if derivatives:
@@ -147,8 +147,8 @@ class Paths:
 
 def _hats(depths: NDArray[np.float64]) -> NDArray[np.float64]:
     """Linear interpolation between the nodes, as weights: ``(..., M)``. Constant beyond them."""
-    place = np.interp(np.nan_to_num(depths), NODES, np.arange(len(NODES)))
+    place = np.interp(np.nan_to_num(depths), KNOTS, np.arange(len(KNOTS)))
     hats: NDArray[np.float64] = np.maximum(
-        0.0, 1.0 - np.abs(place[..., None] - np.arange(len(NODES)))
+        0.0, 1.0 - np.abs(place[..., None] - np.arange(len(KNOTS)))
     )
     return hats

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Doubt:
+class PriorScale:
     """How far a network may be from its linearisation, before any trial.
 
     Attributes:

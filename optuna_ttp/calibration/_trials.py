@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optuna_ttp.calibration._errors import catapult
-from optuna_ttp.calibration._errors import RUNG_SD
+from optuna_ttp.calibration._errors import LEVEL_SD
 from optuna_ttp.calibration._errors import SCALE_WEIGHT
 from optuna_ttp.calibration._errors import TRIAL_SD
 from optuna_ttp.calibration._errors import wildness
-from optuna_ttp.calibration._first_passages import SimulatedPassages
+from optuna_ttp.calibration._first_passages import SimulatedFirstPassages
 from optuna_ttp.calibration._loss_levels import deepest
 from optuna_ttp.calibration._loss_levels import DEPTHS
 from optuna_ttp.calibration._observation import Observation
 
 
 _TRIAL_LENGTH = 0.7
-# A trial that went on without reaching its next rung tells that it is later, within this error.
+# A trial that went on without reaching its next level tells that it is later, within this error.
 _CENSORED_ERROR = 0.15
 
 
@@ -29,7 +29,7 @@ _CENSORED_ERROR = 0.15
 class Trials:
     """The observations, stacked."""
 
-    passages: SimulatedPassages
+    passages: SimulatedFirstPassages
     observed: NDArray[np.float64]
     errors: NDArray[np.float64]
     bound: NDArray[np.float64]
@@ -48,7 +48,7 @@ class Trials:
             The trials.
         """
         return cls(
-            SimulatedPassages(
+            SimulatedFirstPassages(
                 DEPTHS[None, :],
                 np.array([_extended(o.predicted) for o in observations]),
                 np.array([o.growth for o in observations]),
@@ -94,12 +94,12 @@ class Trials:
         """Inverse covariance of the errors of each trial; zero where nothing was seen."""
         both = seen[:, :, None] & seen[:, None, :]
         common = self.common(scales)
-        own = np.where(seen, np.nan_to_num(errors) ** 2 + scales[0] * RUNG_SD**2, 1.0)
+        own = np.where(seen, np.nan_to_num(errors) ** 2 + scales[0] * LEVEL_SD**2, 1.0)
         covariance = np.where(both, common, 0.0) + own[:, :, None] * np.eye(len(DEPTHS))
         return np.where(both, np.linalg.inv(covariance), 0.0)
 
     def common(self, scales: tuple[float, float]) -> NDArray[np.float64]:
-        """Covariance of what the rungs of a trial have in common, ``(n, P, P)``."""
+        """Covariance of what the levels of a trial have in common, ``(n, P, P)``."""
         apart = (DEPTHS[:, None] - DEPTHS[None, :]) / _TRIAL_LENGTH
         wild = wildness(self.passages.instability)
         # What comes with instability stays with the trial from then on.
@@ -114,7 +114,7 @@ class Trials:
         scales: tuple[float, float],
     ) -> NDArray[np.float64]:
         """Mean squared error of each trial over what is expected of it, ``(n,)``."""
-        calm = scales[0] * (TRIAL_SD**2 + RUNG_SD**2)
+        calm = scales[0] * (TRIAL_SD**2 + LEVEL_SD**2)
         wild = scales[1] * wildness(self.passages.instability) ** 2
         whole = wild + calm + np.nan_to_num(errors) ** 2
         share = seen / np.maximum(seen.sum(axis=1), 1)[:, None]
@@ -130,7 +130,7 @@ class Trials:
     ) -> tuple[float, float]:
         """Scales of the errors' variances: of calm trials, and of what instability adds."""
         wild = expected[1] * wildness(self.passages.instability) ** 2
-        calm = expected[0] * (TRIAL_SD**2 + RUNG_SD**2)
+        calm = expected[0] * (TRIAL_SD**2 + LEVEL_SD**2)
         whole = wild + calm + np.nan_to_num(errors) ** 2
         share = seen / np.maximum(seen.sum(axis=1), 1)[:, None]
         # A trial counts for the one or the other by what its errors are expected to come from.

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from optuna_ttp.calibration._prior_scale import Doubt
+from optuna_ttp.calibration._prior_scale import PriorScale
 from optuna_ttp.spectrum import Probe
 
 
@@ -26,7 +26,7 @@ _MOST_SD = 2.0
 # Depths at which the probe is asked how wrong a kernel is, and how far configurations may differ;
 # and what the one and the other say.
 _NEAR, _FAR = 0.5, 0.25
-_LEAST_GROWTH, _GROWTH_DOUBT = 0.7, 1.5
+_LEAST_GROWTH, _GROWTH_PRIOR_SCALE = 0.7, 1.5
 _LEAST_SCATTER = 0.5
 _MOST_DEVIATION = 16.0
 # A weight matrix that changes by as much as it was has left its linearisation; so have outputs
@@ -140,7 +140,7 @@ def linearisation_sd(probe: Probe | None, fraction: float) -> float:
     return math.hypot(near, far)
 
 
-def doubt(probe: Probe | None) -> Doubt:
+def prior_scale(probe: Probe | None) -> PriorScale:
     """Return what a probe says about the errors that trials will show.
 
     The further the outputs are from the linearised ones, the more the configurations differ. A
@@ -157,11 +157,11 @@ def doubt(probe: Probe | None) -> Doubt:
         That of a usual pretrained network without a probe.
     """
     if probe is None:
-        return Doubt()
+        return PriorScale()
     off = min(deviation(probe, _FAR), _MOST_DEVIATION)
     mismatch = min(kernel_mismatch(probe, _NEAR), _MOST_SD)
-    growth = _LEAST_GROWTH + _GROWTH_DOUBT * mismatch / (1.0 + off**2)
-    return Doubt(growth, _LEAST_SCATTER + math.sqrt(off))
+    growth = _LEAST_GROWTH + _GROWTH_PRIOR_SCALE * mismatch / (1.0 + off**2)
+    return PriorScale(growth, _LEAST_SCATTER + math.sqrt(off))
 
 
 def stability_sd(stability: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from optuna_ttp.dynamics._closed_form import mse_gradient_descent
     from optuna_ttp.dynamics._closed_form import mse_gradient_flow
     from optuna_ttp.dynamics._growth import KernelGrowth
-    from optuna_ttp.dynamics._heavy_ball import passage_time
+    from optuna_ttp.dynamics._heavy_ball import first_passage_time
     from optuna_ttp.dynamics._linearised_model import LinearisedModel
     from optuna_ttp.dynamics._schedule import Schedule
     from optuna_ttp.dynamics._sde import simulate_equation
@@ -43,9 +43,9 @@ __all__ = [
     "StabilityLimit",
     "Target",
     "Trajectories",
+    "first_passage_time",
     "mse_gradient_descent",
     "mse_gradient_flow",
-    "passage_time",
     "power_law_modes",
     "restricted",
     "simulate",
@@ -60,7 +60,7 @@ __getattr__, __dir__ = lazy_names(
             "mse_gradient_flow",
         ),
         "_growth": ("KernelGrowth",),
-        "_heavy_ball": ("passage_time",),
+        "_heavy_ball": ("first_passage_time",),
         "_linearised_model": ("LinearisedModel",),
         "_schedule": ("Schedule",),
         "_sde": ("simulate_equation",),

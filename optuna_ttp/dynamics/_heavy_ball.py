@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 _NEWTON_STEPS = 6
 
 
-def passage_time(
+def first_passage_time(
     way: NDArray[np.float64],
     root: NDArray[np.float64],
     speed: NDArray[np.float64],

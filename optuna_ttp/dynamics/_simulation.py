@@ -67,7 +67,7 @@ class Trajectories:
     blown_up: NDArray[np.bool_]
     strides: NDArray[np.int64]
 
-    def first_passages(self, target: Target) -> NDArray[np.float64]:
+    def first_passage_times(self, target: Target) -> NDArray[np.float64]:
         """Return the step at which each curve is at the target.
 
         Args:
@@ -93,7 +93,7 @@ class Trajectories:
         steps = [target.crossing(s, w) for s, w in zip(self.steps, watched, strict=True)]
         return np.where(self.blown_up, np.inf, np.array(steps, dtype=np.float64))
 
-    def log_passages(self, levels: NDArray[np.float64]) -> NDArray[np.float64]:
+    def log_first_passage_times(self, levels: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return when the training loss first was at each of several levels.
 
         Args:

@@ -14,7 +14,7 @@ from optuna_ttp.dynamics._sgd import SGD
 
 # Of the table of how much of the spectrally expressible noise there is.
 _MOMENTA = (0.0, 0.9)
-_NODES = (0.03, 0.3, 0.6, 0.9, 0.99)
+_KNOTS = (0.03, 0.3, 0.6, 0.9, 0.99)
 # Curvature-bearing directions that the noise is measured in.
 _TRACE = 0.95
 _MOST_DIRECTIONS = 64
@@ -90,7 +90,7 @@ class StabilityLimit:
         u = np.concatenate([np.geomspace(1e-9, 1e-3, 100), np.sort(1.0 - distance)[1:]])
         log_xi = np.log(_noise_shares(model))
         rows = [
-            np.log(_expressible(model.curvatures, u)) + np.interp(u, _NODES, row) for row in log_xi
+            np.log(_expressible(model.curvatures, u)) + np.interp(u, _KNOTS, row) for row in log_xi
         ]
         return cls(largest, n, np.log(u), np.maximum.accumulate(rows, axis=1))
 
@@ -195,7 +195,7 @@ def _noise_shares(model: LinearisedModel) -> NDArray[np.float64]:
     rooted = rooted @ basis[:, :n_kept]
     few = _noise_radii(rooted[:, :, : (n_kept + 1) // 2], h[: (n_kept + 1) // 2])
     many = _noise_radii(rooted, h[:n_kept])
-    curvatures, u = h.cpu().numpy(), np.array(_NODES)
+    curvatures, u = h.cpu().numpy(), np.array(_KNOTS)
     expressible = [
         _expressible(curvatures[:k], u) for k in ((n_kept + 1) // 2, n_kept, len(curvatures))
     ]
@@ -211,10 +211,10 @@ def _noise_shares(model: LinearisedModel) -> NDArray[np.float64]:
 
 def _noise_radii(rooted: torch.Tensor, h: torch.Tensor) -> NDArray[np.float64]:
     """Spectral radius over ``(1 + m) / (1 - m)`` at the nodes, of shape (momenta, nodes)."""
-    radii = np.empty((len(_MOMENTA), len(_NODES)))
+    radii = np.empty((len(_MOMENTA), len(_KNOTS)))
     covariance = torch.eye(len(h), dtype=h.dtype, device=h.device)
     for row, momentum in enumerate(_MOMENTA):
-        for column, u in enumerate(_NODES):
+        for column, u in enumerate(_KNOTS):
             rate = u * 2.0 * (1.0 + momentum) / float(h[0])
             response = rate**2 * _stationary_gain(rate * h, momentum)
             radius, covariance = _spectral_radius(rooted, h, response, covariance)

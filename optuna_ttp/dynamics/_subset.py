@@ -94,7 +94,7 @@ class SampleConvergence:
                     target=own,
                     growth=growth,
                 )
-                times.append(math.log(rate * max(1.0, curves.first_passages(own)[0])))
+                times.append(math.log(rate * max(1.0, curves.first_passage_times(own)[0])))
             means.append(np.mean(times))
             spreads.append(np.std(times) if np.isfinite(times).all() else math.inf)
         return cls(np.array(sizes), np.array(means), np.array(spreads))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optuna_ttp.dynamics._heavy_ball import passage_time
+from optuna_ttp.dynamics._heavy_ball import first_passage_time
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
 from optuna_ttp.dynamics._sgd import SGD
 from optuna_ttp.dynamics._simulation import simulate
@@ -52,10 +52,10 @@ class ResponseSurface:
         log_tau:
             Shape (momenta, noise scales, rates); infinite where the target was not reached.
         depths:
-            Rungs on the way to the target, logarithms of the initial loss over the loss, ascending
-            and ending with the target's own, shape ``(P,)``.
-        log_rungs:
-            Logarithm of the intrinsic time ``eta_e t`` at each rung, the same shape; NaN where a
+            Loss levels on the way to the target, logarithms of the initial loss over the loss,
+            ascending and ending with the target's own, shape ``(P,)``.
+        log_levels:
+            Logarithm of the intrinsic time ``eta_e t`` at each level, the same shape; NaN where a
             node does not get there, which may be on its way to a target that it misses.
         curvature:
             ``h_1``.
@@ -70,7 +70,7 @@ class ResponseSurface:
     noise_scales: NDArray[np.float64]
     log_tau: NDArray[np.float64]
     depths: NDArray[np.float64]
-    log_rungs: NDArray[np.float64]
+    log_levels: NDArray[np.float64]
     curvature: float
     n_samples: int
     slow_tau: float
@@ -80,7 +80,7 @@ class ResponseSurface:
         cls,
         model: LinearisedModel,
         target: Target,
-        rungs: NDArray[np.float64],
+        levels: NDArray[np.float64],
         *,
         max_steps: int,
         **settings: Any,
@@ -92,7 +92,7 @@ class ResponseSurface:
                 The linearised model.
             target:
                 What to reach.
-            rungs:
+            levels:
                 Depths on the way, ascending.
             max_steps:
                 Nodes that take longer count as out of reach.
@@ -128,7 +128,7 @@ class ResponseSurface:
         slow = np.array([_SLOW / curvature])
         still = np.zeros(1)
         slowest = simulated(slow, sizes[:1], still, np.array([float(max_steps)]))
-        slow_steps = slowest.first_passages(target)
+        slow_steps = slowest.first_passage_times(target)
         slow_tau = float((np.minimum(slow_steps, max_steps) * slow)[0])
         curves = simulated(
             (effective * (1 - m)).ravel(),
@@ -136,19 +136,21 @@ class ResponseSurface:
             m.ravel(),
             np.minimum(_patience(slow_tau, effective, m), max_steps).ravel(),
         )
-        steps = curves.first_passages(target).reshape(m.shape)
+        steps = curves.first_passage_times(target).reshape(m.shape)
         log_tau = np.log(effective * np.maximum(steps, 1.0))
         initial = float(model.loss(model.initial_outputs[None]))
-        depths = _depths(curves, target, rungs, initial)
-        passages = curves.log_passages(initial * np.exp(-depths[:-1])).reshape(*m.shape, -1)
+        depths = _depths(curves, target, levels, initial)
+        passages = curves.log_first_passage_times(initial * np.exp(-depths[:-1])).reshape(
+            *m.shape, -1
+        )
         at_target = np.where(np.isfinite(steps), log_tau - np.log(effective), np.nan)
-        log_rungs = np.concatenate([passages, at_target[..., None]], axis=3)
+        log_levels = np.concatenate([passages, at_target[..., None]], axis=3)
         return cls(
             -np.log1p(-momenta),
             _noise_scale(sizes, n),
             log_tau,
             depths,
-            np.maximum.accumulate(log_rungs + np.log(effective)[..., None], axis=3),
+            np.maximum.accumulate(log_levels + np.log(effective)[..., None], axis=3),
             curvature,
             n,
             slow_tau,
@@ -205,7 +207,7 @@ class ResponseSurface:
         batch_size: NDArray[np.float64],
         momentum: NDArray[np.float64],
     ) -> NDArray[np.float64]:
-        """Return interpolated times at the rungs, also on the way to a target that is missed.
+        """Return interpolated times at the levels, also on the way to a target that is missed.
 
         Args:
             learning_rate:
@@ -216,10 +218,10 @@ class ResponseSurface:
                 Shape ``(K,)``.
 
         Returns:
-            Logarithms of steps at :attr:`depths`, ``(K, P)``; NaN where a rung is not reached.
+            Logarithms of steps at :attr:`depths`, ``(K, P)``; NaN where a level is not reached.
         """
         effective, points, _, hopeless = self._points(learning_rate, batch_size, momentum)
-        logs, share = self._interpolated(self.log_rungs, points, effective, momentum)
+        logs, share = self._interpolated(self.log_levels, points, effective, momentum)
         known = (share > 0.5) & ~hopeless[:, None]
         return np.maximum.accumulate(np.where(known, logs, np.nan), axis=1)
 
@@ -244,12 +246,12 @@ class ResponseSurface:
 
         Returns:
             Logarithms of the initial loss over the loss, shape ``(K,)``. Behind the target the
-            loss goes on falling as fast in the logarithm of the steps; where it stays above a rung
-            it is at the last one that was passed.
+            loss goes on falling as fast in the logarithm of the steps; where it stays above a
+            level it is at the last one that was passed.
         """
         logs = self.passages(learning_rate, batch_size, momentum)
         goal = np.log(np.maximum(steps, 1.0))
-        # The first rung is where the first step is, or before it.
+        # The first level is where the first step is, or before it.
         logs = np.concatenate([np.minimum(logs[:, :1], 0.0) - 1.0, logs], axis=1)
         depths = np.concatenate([[0.0], self.depths])
         passed = np.logical_and.accumulate(np.nan_to_num(logs, nan=np.inf) <= goal[:, None], 1)
@@ -261,7 +263,7 @@ class ResponseSurface:
         slope = (depths[after] - depths[before]) / np.maximum(then - first, 1e-3)
         rest = np.clip(goal - logs[rows, last], 0.0, _FURTHEST)
         further = np.where(np.isfinite(slope), slope * rest, 0.0)
-        # No further than the next rung, of which the surface knows that it was not passed.
+        # No further than the next level, of which the surface knows that it was not passed.
         further = np.where(
             last < len(depths) - 1, np.minimum(further, depths[after] - depths[last]), further
         )
@@ -296,7 +298,7 @@ class ResponseSurface:
             -np.expm1(-self.momenta), self.noise_scales, shape[2], self.curvature
         )
         rate = (effective * (1 - mass)).ravel()
-        logs = self.log_rungs - np.log(effective)[..., None]
+        logs = self.log_levels - np.log(effective)[..., None]
         new = correct(
             logs.reshape(-1, shape_p := logs.shape[3]),
             rate,
@@ -304,10 +306,10 @@ class ResponseSurface:
             mass.ravel(),
             self.depths[None, :],
         ).reshape(*shape, shape_p)
-        log_rungs = new + np.log(effective)[..., None]
+        log_levels = new + np.log(effective)[..., None]
         reached = np.isfinite(self.log_tau)
-        log_tau = np.where(reached, log_rungs[..., -1], np.inf)
-        return replace(self, log_tau=log_tau, log_rungs=log_rungs)
+        log_tau = np.where(reached, log_levels[..., -1], np.inf)
+        return replace(self, log_tau=log_tau, log_levels=log_levels)
 
     def _interpolated(
         self,
@@ -319,9 +321,9 @@ class ResponseSurface:
         """Logarithms of steps, and which share of the surrounding nodes has them.
 
         The table has intrinsic times, ``(momenta, noise scales, rates, P)``, and the results are
-        of shape ``(K, P)``. Slower than the slowest nodes the way to a rung tends to that without
+        of shape ``(K, P)``. Slower than the slowest nodes the way to a level tends to that without
         momentum, in proportion to the effective learning rate, and momentum lags behind by as many
-        steps as at the nodes: of the time of a first rung that may be nearly all.
+        steps as at the nodes: of the time of a first level that may be nearly all.
         """
         from scipy.interpolate import RegularGridInterpolator
 
@@ -344,7 +346,7 @@ class ResponseSurface:
         log_way = log_plain + nearness * (log_way - log_plain)
         one = np.ones_like(ahead)
         way = np.exp(log_way) / effective[late, None]
-        steps[late] = np.log(passage_time(way, one, 0.0 * one, lag * one))
+        steps[late] = np.log(first_passage_time(way, one, 0.0 * one, lag * one))
         return steps, share
 
     @property
@@ -374,17 +376,17 @@ class ResponseSurface:
 
 
 def _depths(
-    curves: Trajectories, target: Target, rungs: NDArray[np.float64], initial: float
+    curves: Trajectories, target: Target, levels: NDArray[np.float64], initial: float
 ) -> NDArray[np.float64]:
-    """The rungs down to the target, and the target's own."""
+    """The levels down to the target, and the target's own."""
     if target.quantity == "loss":
         deepest = float(np.log(initial / target.value))
     else:
         # As deep as most curves are where they reach the target.
         reached = np.isfinite(curves.crossings(target))
         lowest = [np.nanmin(row) for row in curves.curves["loss"][reached]]
-        deepest = float(np.log(initial / np.median(lowest))) if lowest else float(rungs[-1])
-    return np.append(rungs[rungs < deepest], deepest)
+        deepest = float(np.log(initial / np.median(lowest))) if lowest else float(levels[-1])
+    return np.append(levels[levels < deepest], deepest)
 
 
 _OF_SGD = ("dampening", "nesterov", "weight_decay")

@@ -14,10 +14,10 @@ from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import covariates
 from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import is_reliable
+from optuna_ttp.calibration import KNOTS
 from optuna_ttp.calibration import linearisation_sd
-from optuna_ttp.calibration import NODES
 from optuna_ttp.calibration import probability_below
-from optuna_ttp.calibration import SimulatedPassages
+from optuna_ttp.calibration import SimulatedFirstPassages
 from optuna_ttp.calibration import stability_sd
 from optuna_ttp.calibration import Z_90
 from optuna_ttp.dynamics import KernelGrowth
@@ -25,7 +25,7 @@ from optuna_ttp.dynamics import ResponseSurface
 from optuna_ttp.dynamics import Trajectories
 from optuna_ttp.prediction._configurations import Configurations
 from optuna_ttp.prediction._curves import Curves
-from optuna_ttp.prediction._first_passage_times import Ladder
+from optuna_ttp.prediction._first_passage_times import FirstPassageTimes
 from optuna_ttp.prediction._first_passage_times import warped
 from optuna_ttp.prediction._prediction import CONVERGES
 from optuna_ttp.prediction._prediction import DIVERGES
@@ -72,7 +72,7 @@ class CorrectedPath:
         depth = self.path.depth
         if self.calibration.n_observed:
             sd = np.interp(
-                -math.log(max(self.path.fraction, 1e-12)), NODES, self.calibration.log_growth_sd
+                -math.log(max(self.path.fraction, 1e-12)), KNOTS, self.calibration.log_growth_sd
             )
             return bool(math.isnan(depth) or (sd < _UNRELIABLE_SD and self.calibration.trusted))
         return math.isnan(depth) or is_reliable(
@@ -83,7 +83,7 @@ class CorrectedPath:
     def log_growth(self) -> NDArray[np.float64]:
         """What simulations multiply the kernel by on top of the predicted growth."""
         if self.path.simulator.method != "linear" or not self.calibration.n_observed:
-            return np.zeros(len(NODES))
+            return np.zeros(len(KNOTS))
         return self.calibration.log_growth
 
     @property
@@ -93,7 +93,7 @@ class CorrectedPath:
         if not self.log_growth.any():
             return predicted
         own = KernelGrowth.none() if predicted is None else predicted
-        return own.times(NODES, self.log_growth)
+        return own.times(KNOTS, self.log_growth)
 
     @cached_property
     def surface(self) -> ResponseSurface:
@@ -113,10 +113,10 @@ class CorrectedPath:
             step = rate / (1.0 - mass) * float(simulator.model.curvatures[0])
             stability = rate / simulator.largest(size, mass)
             return self.calibration.expected(
-                SimulatedPassages(
+                SimulatedFirstPassages(
                     depths,
                     logs,
-                    np.zeros((1, len(NODES))),
+                    np.zeros((1, len(KNOTS))),
                     covariates(step, noise),
                     simulator.instability(depths, stability),
                     mass / (1.0 - mass),
@@ -182,7 +182,7 @@ class CorrectedPath:
     def corrected(
         self,
         configurations: Configurations,
-        ladder: Ladder,
+        first_passages: FirstPassageTimes,
         growth: NDArray[np.float64],
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return what times really are.
@@ -190,39 +190,39 @@ class CorrectedPath:
         Args:
             configurations:
                 K of them.
-            ladder:
+            first_passages:
                 Their times as simulated.
             growth:
-                Logarithm of the correction that they were simulated with, at :data:`NODES`.
+                Logarithm of the correction that they were simulated with, at :data:`KNOTS`.
 
         Returns:
-            Logarithmic times at the rungs, ``(K, P)``, and their deviation at the target.
+            Logarithmic times at the levels, ``(K, P)``, and their deviation at the target.
         """
         stability = self.stability(configurations)
         if not self.calibration.n_observed:
             sd = np.sqrt(
-                ladder.log_sd**2
+                first_passages.log_sd**2
                 + linearisation_sd(self.path.simulator.spectrum.probe, self.path.fraction) ** 2
                 + self.path.truncation_log_error**2
                 + self.path.subset_sd**2
                 + stability_sd(stability) ** 2
             )
-            return ladder.log_steps, sd
-        # Rungs below the target coincide with it in all rows.
-        apart = (ladder.depths[:, :-1] < ladder.depths[:, -1:]).any(axis=0)
-        columns = np.append(np.flatnonzero(apart), ladder.depths.shape[1] - 1)
-        depths = ladder.depths[:, columns]
+            return first_passages.log_steps, sd
+        # Loss levels below the target coincide with it in all rows.
+        apart = (first_passages.depths[:, :-1] < first_passages.depths[:, -1:]).any(axis=0)
+        columns = np.append(np.flatnonzero(apart), first_passages.depths.shape[1] - 1)
+        depths = first_passages.depths[:, columns]
         logs, sd = self.calibration.correct(
-            SimulatedPassages(
+            SimulatedFirstPassages(
                 depths,
-                ladder.log_steps[:, columns],
+                first_passages.log_steps[:, columns],
                 growth[None],
                 self.path.simulator.covariates(configurations),
                 self.path.simulator.instability(depths, stability),
                 configurations.lag,
             )
         )
-        whole = np.repeat(logs[:, -1:], ladder.depths.shape[1], axis=1)
+        whole = np.repeat(logs[:, -1:], first_passages.depths.shape[1], axis=1)
         whole[:, columns] = logs
         return whole, np.nan_to_num(sd[:, -1])
 
@@ -246,31 +246,33 @@ class CorrectedPath:
         kept = np.flatnonzero(~self.is_hopeless(configurations))
         count = len(configurations)
         runs = self.simulated(configurations.rows(kept), full_curve=full_curve)
-        ladder = Ladder.of(runs, self.path.target, self.path.simulator.initial_loss, count, kept)
+        first_passages = FirstPassageTimes.of(
+            runs, self.path.target, self.path.simulator.initial_loss, count, kept
+        )
         curves = Curves.of(runs[0], count, kept)
-        return self.predicted(configurations, ladder, curves, per_step, self.log_growth)
+        return self.predicted(configurations, first_passages, curves, per_step, self.log_growth)
 
     def predicted(
         self,
         configurations: Configurations,
-        ladder: Ladder,
+        first_passages: FirstPassageTimes,
         curves: Curves,
         per_step: NDArray[np.float64],
         growth: NDArray[np.float64],
     ) -> Prediction:
-        """Return what a ladder says, as trials have corrected it.
+        """Return what first passage times say, as trials have corrected them.
 
         Args:
             configurations:
                 K of them.
-            ladder:
+            first_passages:
                 Their times as simulated.
             curves:
                 Their curves as simulated.
             per_step:
                 Seconds of a step of each, shape ``(K,)``.
             growth:
-                Logarithm of the correction that they were simulated with, at :data:`NODES`.
+                Logarithm of the correction that they were simulated with, at :data:`KNOTS`.
 
         Returns:
             The prediction.
@@ -278,16 +280,16 @@ class CorrectedPath:
         c, shape, horizon = configurations, configurations.shape, configurations.max_steps
         stability = self.stability(c)
         hopeless = self.is_hopeless(c)
-        logs, sd = self.corrected(c, ladder, growth)
+        logs, sd = self.corrected(c, first_passages, growth)
         median = np.exp(np.where(np.isfinite(logs[:, -1]), logs[:, -1], np.inf))
         steps = np.where(np.isfinite(median), np.maximum(1.0, np.ceil(median - 1e-9)), np.inf)
         late = steps > horizon
         p_diverges = self.calibration.divergence.probability(stability)
-        p_diverges = np.where(ladder.blown_up, np.maximum(p_diverges, 0.5), p_diverges)
+        p_diverges = np.where(first_passages.blown_up, np.maximum(p_diverges, 0.5), p_diverges)
         p_converges = (1.0 - p_diverges) * probability_below(steps, sd, horizon)
         steps = np.where(late, np.inf, steps)
         outcomes = np.where(np.isfinite(steps), CONVERGES, NOT_REACHED)
-        outcomes = np.where(ladder.blown_up | hopeless, DIVERGES, outcomes)
+        outcomes = np.where(first_passages.blown_up | hopeless, DIVERGES, outcomes)
         widths = np.exp(self.quantile * sd)
         epochs = steps / np.ceil(self.path.simulator.n_samples / c.batch_size)
         seconds = steps * per_step
@@ -307,10 +309,12 @@ class CorrectedPath:
             stability=stability.reshape(shape),
             max_steps=horizon.reshape(shape),
             strides=curves.strides.reshape(shape),
-            curve_steps=warped(curves.steps, ladder.log_steps, logs).reshape(*shape, -1),
+            curve_steps=warped(curves.steps, first_passages.log_steps, logs).reshape(*shape, -1),
             curves={name: values.reshape(*shape, -1) for name, values in curves.values.items()},
-            log_passages=ladder.on_rungs(ladder.log_steps).reshape(*shape, -1),
-            expected_log_passages=ladder.on_rungs(logs).reshape(*shape, -1),
+            log_first_passage_times=first_passages.on_levels(first_passages.log_steps).reshape(
+                *shape, -1
+            ),
+            expected_log_first_passage_times=first_passages.on_levels(logs).reshape(*shape, -1),
             covariates=self.path.simulator.covariates(c).reshape(*shape, -1),
             instability=self.path.simulator.instability(
                 np.broadcast_to(DEPTHS, (len(c), len(DEPTHS))), stability

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import DEPTHS
-from optuna_ttp.calibration import NODES
+from optuna_ttp.calibration import KNOTS
 from optuna_ttp.calibration import Observation
 from optuna_ttp.dynamics import ResponseSurface
 from optuna_ttp.dynamics import Target
 from optuna_ttp.prediction._configurations import Configurations
 from optuna_ttp.prediction._corrected_path import CorrectedPath
 from optuna_ttp.prediction._curves import Curves
-from optuna_ttp.prediction._first_passage_times import Ladder
+from optuna_ttp.prediction._first_passage_times import FirstPassageTimes
 from optuna_ttp.prediction._prediction import Prediction
 from optuna_ttp.spectrum import Throughput
 
@@ -136,7 +136,7 @@ class Estimator:
             if surface is None
             else (surface.depths, surface.passages(*places))
         )
-        ladder = Ladder.interpolated(depths, logs, hopeless)
+        first_passages = FirstPassageTimes.interpolated(depths, logs, hopeless)
         if len(simulated):
             # As the surface is: without what trials have corrected, which comes afterwards.
             plain = replace(self._corrected, calibration=Calibration.none())
@@ -144,14 +144,16 @@ class Estimator:
             chosen = configurations.rows(simulated)
             further = np.ceil(slack * longest[simulated]).astype(np.int64)
             runs = plain.simulated(replace(chosen, max_steps=further), n_seeds=1)
-            own = Ladder.of(runs, self.target, self.initial_loss, len(configurations), simulated)
-            ladder = ladder.updated(own, simulated)
+            own = FirstPassageTimes.of(
+                runs, self.target, self.initial_loss, len(configurations), simulated
+            )
+            first_passages = first_passages.updated(own, simulated)
         return self._corrected.predicted(
             configurations,
-            ladder,
+            first_passages,
             Curves.none(len(configurations)),
             self.seconds_per_step(configurations.batch_size),
-            np.zeros(len(NODES)),
+            np.zeros(len(KNOTS)),
         )
 
     def remaining_steps(
@@ -184,16 +186,20 @@ class Estimator:
         surface = self._corrected.path.surface
         if surface.steps(*self._places(one))[1].any():
             return None
-        ladder = surface.passages(*self._places(one))[0]
+        first_passages = surface.passages(*self._places(one))[0]
         aim = surface.depths[-1] if depth is None else min(depth, surface.depths[-1])
-        passed = np.isfinite(ladder)
-        goal = np.interp(aim, surface.depths[passed], ladder[passed]) if passed.any() else np.nan
+        passed = np.isfinite(first_passages)
+        goal = (
+            np.interp(aim, surface.depths[passed], first_passages[passed])
+            if passed.any()
+            else np.nan
+        )
         if not np.isfinite(goal) or surface.depths[passed][-1] < aim - 1e-9:
             return None
         if not np.isfinite(running.predicted).any():
             return None
         depths = np.append(DEPTHS, np.inf).clip(max=aim)
-        steps = np.interp(depths, surface.depths[passed], ladder[passed])
+        steps = np.interp(depths, surface.depths[passed], first_passages[passed])
         return self.calibration.remaining(running, depths, steps)
 
     def score(
@@ -238,12 +244,14 @@ class Estimator:
         if simulate_outside and outside.any():
             chosen = configurations.rows(np.flatnonzero(outside))
             runs = self._corrected.simulated(chosen, n_seeds=1)
-            ladder = Ladder.of(
+            first_passages = FirstPassageTimes.of(
                 runs, self.target, self.initial_loss, len(chosen), np.arange(len(chosen))
             )
-            logs = ladder.log_steps
+            logs = first_passages.log_steps
             if self.calibration.n_observed:
-                logs, _ = self._corrected.corrected(chosen, ladder, self._corrected.log_growth)
+                logs, _ = self._corrected.corrected(
+                    chosen, first_passages, self._corrected.log_growth
+                )
             steps[outside] = np.ceil(np.exp(np.nan_to_num(logs[:, -1], nan=np.inf)) - 1e-9)
         steps = np.where(hopeless | (steps > configurations.max_steps), np.inf, steps)
         per_step = self.seconds_per_step(configurations.batch_size)
@@ -296,7 +304,7 @@ class Estimator:
         Returns:
             Logarithms of the initial loss over the loss, shape ``(K,)``. Behind the target the
             loss is taken to go on falling as fast in the logarithm of the steps; where it stays
-            above a rung it is taken to be at the last one that was passed. Zero where training is
+            above a level it is taken to be at the last one that was passed. Zero where training is
             predicted to diverge, or nothing is known.
         """
         if not self.has_surface:

@@ -1,4 +1,4 @@
-"""The times at which predicted curves pass a ladder of depths, down to the target."""
+"""The times at which predicted curves pass the loss levels, down to the target."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from optuna_ttp.dynamics import Trajectories
 
 
 @dataclass(frozen=True, eq=False)
-class Ladder:
-    """Predicted times of K configurations at P rungs, the last of which is the target.
+class FirstPassageTimes:
+    """Predicted times of K configurations at P levels, the last of which is the target.
 
     Attributes:
         depths:
-            Logarithm of the initial training loss over that of the rung, shape ``(K, P)``. Rungs
+            Logarithm of the initial training loss over that of the level, shape ``(K, P)``. Levels
             that are deeper than the target coincide with it.
         log_steps:
             Logarithm of the time in steps at each, a mean over the seeds, shape ``(K, P)``; NaN
@@ -45,8 +45,8 @@ class Ladder:
         initial_loss: float,
         count: int,
         kept: NDArray[np.int64],
-    ) -> Ladder:
-        """Build the ladder from simulations.
+    ) -> FirstPassageTimes:
+        """Build the times from simulations.
 
         Args:
             runs:
@@ -61,12 +61,12 @@ class Ladder:
                 Which of them were simulated. The others blow up.
 
         Returns:
-            The ladder. Where most seeds do not reach a rung, its time is NaN.
+            The first_passages. Where most seeds do not reach a level, its time is NaN.
         """
         crossings = np.array([run.crossings(target) for run in runs])
         log_target, log_sd = _mean_over_seeds(np.log(np.maximum(crossings, 1e-9)))
-        rungs, _ = _mean_over_seeds(
-            np.array([run.log_passages(initial_loss * np.exp(-DEPTHS)) for run in runs])
+        levels, _ = _mean_over_seeds(
+            np.array([run.log_first_passage_times(initial_loss * np.exp(-DEPTHS)) for run in runs])
         )
         deepest = np.full(len(kept), math.nan)
         if target.quantity == "loss" and not target.settled:
@@ -80,9 +80,9 @@ class Ladder:
         bound = np.where(np.isfinite(deepest), deepest, np.inf)[:, None]
         depths[kept] = np.minimum(depths[kept], bound)
         shallow = np.append(DEPTHS, np.inf)[None, :] < bound
-        times = np.concatenate([rungs, log_target[:, None]], axis=1)
+        times = np.concatenate([levels, log_target[:, None]], axis=1)
         reached = np.isfinite(log_target)[:, None]
-        # A rung that the mean over the seeds puts behind the target is passed with it.
+        # A level that the mean over the seeds puts behind the target is passed with it.
         times = np.where(shallow, times, log_target[:, None])
         times = np.where(reached, np.fmin(times, log_target[:, None]), times)
         whole[kept] = np.maximum.accumulate(times, axis=1)
@@ -98,27 +98,27 @@ class Ladder:
         depths: NDArray[np.float64],
         log_steps: NDArray[np.float64],
         blown_up: NDArray[np.bool_],
-    ) -> Ladder:
-        """Build the ladder from a response surface.
+    ) -> FirstPassageTimes:
+        """Build the times from a response surface.
 
         Args:
             depths:
                 Of the surface, ending with the target's, shape ``(Q,)``.
             log_steps:
-                Shape ``(K, Q)``; NaN where a rung is not reached.
+                Shape ``(K, Q)``; NaN where a level is not reached.
             blown_up:
                 Shape ``(K,)``.
 
         Returns:
-            The ladder.
+            The first_passages.
         """
         place = np.minimum(np.arange(len(DEPTHS) + 1), len(depths) - 1)
         logs = np.where(blown_up[:, None], np.nan, log_steps[:, place])
         wide = np.broadcast_to(depths[place], logs.shape)
         return cls(wide, logs, np.zeros(len(logs)), blown_up)
 
-    def updated(self, other: Ladder, rows: NDArray[np.int64]) -> Ladder:
-        """Return this ladder with some rows of another one.
+    def updated(self, other: FirstPassageTimes, rows: NDArray[np.int64]) -> FirstPassageTimes:
+        """Return these times with some rows of others.
 
         Args:
             other:
@@ -127,7 +127,7 @@ class Ladder:
                 Which ones.
 
         Returns:
-            The ladder.
+            The first_passages.
         """
 
         def merged(mine: NDArray[Any], theirs: NDArray[Any]) -> NDArray[Any]:
@@ -135,7 +135,7 @@ class Ladder:
             mine[rows] = theirs[rows]
             return mine
 
-        return Ladder(
+        return FirstPassageTimes(
             merged(self.depths, other.depths),
             merged(self.log_steps, other.log_steps),
             merged(self.log_sd, other.log_sd),
@@ -148,8 +148,8 @@ class Ladder:
         last = self.log_steps[:, -1]
         return np.where(np.isfinite(last), last, np.inf)
 
-    def on_rungs(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return values at the fixed rungs alone, NaN below the target.
+    def on_levels(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return values at the fixed levels alone, NaN below the target.
 
         Args:
             values:
@@ -164,18 +164,18 @@ class Ladder:
 def warped(
     steps: NDArray[np.float64], before: NDArray[np.float64], after: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Stretch the steps of curves so that they pass their rungs when they should.
+    """Stretch the steps of curves so that they pass their levels when they should.
 
     Args:
         steps:
             Of the curves, shape ``(K, T)``; NaN after a curve's end.
         before:
-            Logarithms of times at the rungs, shape ``(K, P)``.
+            Logarithms of times at the levels, shape ``(K, P)``.
         after:
             What they should be.
 
     Returns:
-        Shape ``(K, T)``. Behind the last rung a curve goes on as stretched there.
+        Shape ``(K, T)``. Behind the last level a curve goes on as stretched there.
     """
     result = steps.copy()
     for row, old, new in zip(result, before, after, strict=True):

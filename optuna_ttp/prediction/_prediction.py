@@ -63,12 +63,12 @@ class Prediction:
             ``"accuracy"`` (of classifiers), ``"validation_loss"`` and ``"validation_accuracy"``
             (where the task has validation data and full curves were asked for, or the target is
             one of them), and ``"smoothed_loss"`` (where the predictor has a smoothing).
-        log_passages:
+        log_first_passage_times:
             Logarithm of the step at which each of the depths
             :data:`optuna_ttp.calibration.DEPTHS` is passed, as simulated, in a last axis; NaN
             below the target and where it is not reached. With the next three, what a calibration
             needs to know of a prediction once the trial has run.
-        expected_log_passages:
+        expected_log_first_passage_times:
             The same as corrected by observed trials.
         covariates:
             See :func:`optuna_ttp.calibration.covariates`, in a last axis.
@@ -76,7 +76,7 @@ class Prediction:
             See :class:`optuna_ttp.calibration.Observation`, at the same depths.
         log_growth:
             Logarithm of the correction of the kernel that was simulated with, at
-            :data:`optuna_ttp.calibration.NODES`.
+            :data:`optuna_ttp.calibration.KNOTS`.
     """
 
     learning_rate: NDArray[np.float64]
@@ -96,8 +96,8 @@ class Prediction:
     strides: NDArray[np.int64]
     curve_steps: NDArray[np.float64]
     curves: dict[str, NDArray[np.float64]]
-    log_passages: NDArray[np.float64]
-    expected_log_passages: NDArray[np.float64]
+    log_first_passage_times: NDArray[np.float64]
+    expected_log_first_passage_times: NDArray[np.float64]
     covariates: NDArray[np.float64]
     instability: NDArray[np.float64]
     log_growth: NDArray[np.float64]
@@ -131,20 +131,20 @@ class Prediction:
             by_kind = dict(zip(kinds, counts, strict=True))
             named = [f"{by_kind[k]} {text}" for k, text in _IN_WORDS.items() if k in by_kind]
             return f"{self.steps.size} configurations: {', '.join(named)}"
-        doubt = "" if self.reliable.item() else "; unreliable"
+        prior_scale = "" if self.reliable.item() else "; unreliable"
         outcome = self.outcome
         if outcome == CONVERGES:
             text = f"{self.steps.item():,.0f} steps ({self.epochs.item():.3g} epochs"
             if np.isfinite(self.seconds.item()):
                 text += f", {self.seconds.item():.3g} s"
             interval = f"{_in_steps(self.steps_low)} to {_in_steps(self.steps_high)} steps"
-            return f"converges: {text}), 80 % interval {interval}{doubt}"
+            return f"converges: {text}), 80 % interval {interval}{prior_scale}"
         if outcome == DIVERGES:
             return (
                 f"diverges: the learning rate is {self.stability.item():.3g} times the largest "
                 f"stable one (probability {self.p_diverges.item():.0%})"
             )
-        return f"not reached within {self.max_steps.item():,} steps{doubt}"
+        return f"not reached within {self.max_steps.item():,} steps{prior_scale}"
 
 
 def _in_steps(steps: NDArray[np.float64]) -> str:

@@ -26,9 +26,9 @@ from optuna_ttp._util.exceptions import UnreliablePredictionWarning
 from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import displacement
-from optuna_ttp.calibration import doubt
 from optuna_ttp.calibration import kernel_mismatch
 from optuna_ttp.calibration import Observation
+from optuna_ttp.calibration import prior_scale
 from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import SampleConvergence
 from optuna_ttp.dynamics import Sampling
@@ -216,7 +216,9 @@ class TrainingTimePredictor(Estimator):
         super().__init__(
             CorrectedPath(
                 path,
-                Calibration.none(doubt(spectrum.probe)) if calibration is None else calibration,
+                Calibration.none(prior_scale(spectrum.probe))
+                if calibration is None
+                else calibration,
             ),
             spectrum.throughput if throughput is None else throughput,
         )
@@ -333,7 +335,7 @@ class TrainingTimePredictor(Estimator):
         if not observations:
             return self
         every = (*self.observations, *observations)
-        twin = self.calibrated(calibrate(every, doubt(self.spectrum.probe)))
+        twin = self.calibrated(calibrate(every, prior_scale(self.spectrum.probe)))
         twin.observations = every
         timed = [o for o in every if o.batch_size > 0 and o.seconds_per_step > 0.0]
         twin.throughput = learned_throughput(

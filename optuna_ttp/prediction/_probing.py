@@ -95,10 +95,10 @@ def probed(
         What was seen, and the seconds that it took.
     """
     from optuna_ttp.ntk import resolve_device
-    from optuna_ttp.prediction._short_run import train_pilot
+    from optuna_ttp.prediction._short_run import train_short_run
 
     simulator = path.path.simulator
-    pilot = train_pilot(
+    short_run = train_short_run(
         task,
         simulator.model,
         learning_rate=rate,
@@ -106,18 +106,18 @@ def probed(
         steps=steps,
         device=resolve_device(task, device),
     )
-    # All that the pilot passed counts, also what is deeper than the target.
-    target = Target("loss", min(np.nanmin(pilot.losses), 0.99 * simulator.initial_loss))
+    # All levels that the short run passed count, also what is deeper than the target.
+    target = Target("loss", min(np.nanmin(short_run.losses), 0.99 * simulator.initial_loss))
     deep = replace(path, path=replace(path.path, target=target))
     whole = Configurations.of(
         rate, simulator.spectrum.n_samples, mass, 100 * steps, simulator.n_samples
     )
     prediction = deep.predict(whole, np.array([np.nan]), full_curve=False)
-    curve = LossCurve.of(pilot.losses)
-    observed, errors = curve.log_passages(simulator.initial_loss * FRACTIONS)
+    curve = LossCurve.of(short_run.losses)
+    observed, errors = curve.log_first_passage_times(simulator.initial_loss * FRACTIONS)
     observation = Observation(
-        predicted=prediction.log_passages,
-        expected=prediction.expected_log_passages,
+        predicted=prediction.log_first_passage_times,
+        expected=prediction.expected_log_first_passage_times,
         growth=prediction.log_growth,
         covariates=prediction.covariates,
         instability=prediction.instability,
@@ -126,6 +126,6 @@ def probed(
         observed=observed,
         errors=errors,
         n_steps=steps,
-        diverged=curve.diverged or len(pilot.losses) <= steps,
+        diverged=curve.diverged or len(short_run.losses) <= steps,
     )
-    return observation, pilot.seconds
+    return observation, short_run.seconds

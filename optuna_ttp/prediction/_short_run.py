@@ -25,7 +25,7 @@ _GIVE_UP = 100.0
 
 
 @dataclass(frozen=True, eq=False)
-class Pilot:
+class ShortRun:
     """The training loss of a few full-batch steps.
 
     Attributes:
@@ -40,7 +40,7 @@ class Pilot:
     seconds: float
 
 
-def train_pilot(
+def train_short_run(
     task: FineTuningTask,
     model: LinearisedModel,
     *,
@@ -48,7 +48,7 @@ def train_pilot(
     momentum: float,
     steps: int,
     device: torch.device,
-) -> Pilot:
+) -> ShortRun:
     """Train the network for a few steps of full-batch gradient descent, and put it back.
 
     Full-batch steps, because the losses of a few mini-batches would tell more about the batches
@@ -88,7 +88,7 @@ def train_pilot(
                 ):
                     v.mul_(momentum).add_(g)
                     w.sub_(v, alpha=learning_rate * c)
-    return Pilot(np.array(losses), time.perf_counter() - started)
+    return ShortRun(np.array(losses), time.perf_counter() - started)
 
 
 def _gradient(

@@ -157,7 +157,7 @@ class Simulator:
 
         Args:
             depths:
-                Rungs, shape ``(K, P)`` or ``(1, P)``.
+                Loss levels, shape ``(K, P)`` or ``(1, P)``.
             stability:
                 Learning rate over the largest stable one, shape ``(K,)``.
 

@@ -142,10 +142,10 @@ class TargetPath:
             target = replace(target, quantity="loss")
         rate = float(self.simulator.slow_rate)
         models = (self.simulator.model, model)
-        times = [_slow_passage(m, rate, target) for m in models]
+        times = [_slow_first_passage_time(m, rate, target) for m in models]
         if min(times) < _FEW_STEPS:
             # Whole steps tell nothing where there are few of them.
-            times = [_slow_passage(m, rate / _FEW_STEPS, target) for m in models]
+            times = [_slow_first_passage_time(m, rate / _FEW_STEPS, target) for m in models]
         if not np.isfinite(times).all():
             return 1.0
         return abs(math.log(max(times[1], 1.0) / max(times[0], 1.0)))
@@ -178,7 +178,7 @@ class TargetPath:
         )
 
 
-def _slow_passage(model: LinearisedModel, rate: float, target: Target) -> float:
+def _slow_first_passage_time(model: LinearisedModel, rate: float, target: Target) -> float:
     """Steps of full batches to a target."""
     run = simulate(
         model,
@@ -187,4 +187,4 @@ def _slow_passage(model: LinearisedModel, rate: float, target: Target) -> float:
         max_steps=np.array([5_000]),
         target=target,
     )
-    return float(run.first_passages(target)[0])
+    return float(run.first_passage_times(target)[0])

@@ -28,12 +28,12 @@ from optuna_ttp.study import observation_of
 from optuna_ttp.study import or_nan
 from optuna_ttp.study import paid_seconds
 from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import progress_to_target
 from optuna_ttp.study import recorded
 from optuna_ttp.study import SKIP
 from optuna_ttp.study import STOP
 from optuna_ttp.study import unclosed
 from optuna_ttp.study import UnusableCurve
-from optuna_ttp.study import way_gone
 
 
 # So many curves that cannot be used are named.
@@ -408,7 +408,7 @@ def _was_wrong(trial: FrozenTrial, best: int | None) -> bool | None:
         return None
     if trial.number == best:
         return True
-    gone = way_gone(trial)
+    gone = progress_to_target(trial)
     if math.isnan(gone):
         return False if trial.state == TrialState.COMPLETE and best is not None else None
     return gone >= 1.0

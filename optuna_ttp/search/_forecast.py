@@ -25,7 +25,7 @@ _LEAST_PROBABILITY = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class Outlook:
+class Forecast:
     """What is expected of K configurations.
 
     Attributes:
@@ -67,7 +67,7 @@ class Outlook:
         budget: TrialBudget,
         *,
         trains_to_budget: bool,
-    ) -> Outlook:
+    ) -> Forecast:
         """Look ahead, in microseconds a configuration.
 
         Args:
@@ -85,7 +85,7 @@ class Outlook:
                 Whether a trial goes on to the end of its budget, instead of up to the target.
 
         Returns:
-            The outlook.
+            The forecast.
         """
         from optuna_ttp.calibration import probability_below
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optuna_ttp.search._candidates import Candidates
-from optuna_ttp.search._forecast import Outlook
+from optuna_ttp.search._forecast import Forecast
 from optuna_ttp.search._surrogate import finite
 from optuna_ttp.search._surrogate import Surrogate
 
@@ -68,7 +68,7 @@ class Preference:
     Args:
         pool:
             Candidates of the whole search space.
-        outlook:
+        forecast:
             What is expected of them.
         goal:
             ``"time"`` or ``"metric"``.
@@ -77,7 +77,7 @@ class Preference:
         evidence:
             What was seen.
         expected:
-            Gives the outlook of other candidates.
+            Gives the forecast of other candidates.
         cooling:
             Exponent of the cost.
     """
@@ -85,25 +85,25 @@ class Preference:
     def __init__(
         self,
         pool: Candidates,
-        outlook: Outlook,
+        forecast: Forecast,
         goal: str,
         best_depth: float,
         evidence: Evidence,
-        expected: Callable[[Candidates], Outlook],
+        expected: Callable[[Candidates], Forecast],
         cooling: float,
     ) -> None:
         from scipy.spatial import cKDTree
 
         self.pool = pool
-        self._outlook = outlook
+        self._forecast = forecast
         self._goal = goal
         self._best_depth = best_depth
         self._evidence = evidence
         self._expected = expected
         self._cooling = cooling
         self._span = np.maximum(np.ptp(pool.coordinates, axis=0), 1e-9)
-        self._sorted = np.sort(self._raw(outlook))
-        self._cost = float(np.median(outlook.log_cost))
+        self._sorted = np.sort(self._raw(forecast))
+        self._cost = float(np.median(forecast.log_cost))
         self._agreement = 1.0
         self._surrogate: Surrogate | None = None
         self._scores = self._sorted_scores = np.zeros(0)
@@ -113,8 +113,8 @@ class Preference:
 
     def _learn(self) -> None:
         known, values = self._evidence.known, self._evidence.values
-        outlook = self._expected(known)
-        merit = self._ranked(outlook) + outlook.log_success
+        forecast = self._expected(known)
+        merit = self._ranked(forecast) + forecast.log_success
         n = len(values)
         if np.ptp(merit) > 0.5 and n >= 2:
             from scipy.stats import kendalltau
@@ -123,20 +123,22 @@ class Preference:
             told = min(1.0, max(0.0, 2.0 * tau))
             self._agreement = (_PRIOR_VALUES + n * told) / (_PRIOR_VALUES + n)
         if n >= _FEWEST_VALUES:
-            features = self._features(self.pool, self._outlook)
+            features = self._features(self.pool, self._forecast)
             mean, sd = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
-            x = (self._features(known, outlook) - mean) / sd
+            x = (self._features(known, forecast) - mean) / sd
             self._surrogate = Surrogate.fit(x, finite(values), mean, sd)
             self._scores = self._surrogate.optimistic(features)
             self._sorted_scores = np.sort(self._scores)
 
-    def weigh(self, candidates: Candidates, outlook: Outlook | None = None) -> NDArray[np.float64]:
+    def weigh(
+        self, candidates: Candidates, forecast: Forecast | None = None
+    ) -> NDArray[np.float64]:
         """Return what to add to the logarithm of how good a base sampler finds candidates.
 
         Args:
             candidates:
                 Any.
-            outlook:
+            forecast:
                 Theirs, where it is known.
 
         Returns:
@@ -144,25 +146,25 @@ class Preference:
         """
         if not len(candidates):
             return np.zeros(0)
-        outlook = self._expected(candidates) if outlook is None else outlook
+        forecast = self._expected(candidates) if forecast is None else forecast
         if self._goal == "time":
-            merit = self._timed(outlook)
+            merit = self._timed(forecast)
         else:
-            merit = self._agreement * self._ranked(outlook)
+            merit = self._agreement * self._ranked(forecast)
             if self._surrogate is not None:
                 scores = self._scores
                 if candidates is not self.pool:
-                    scores = self._surrogate.optimistic(self._features(candidates, outlook))
+                    scores = self._surrogate.optimistic(self._features(candidates, forecast))
                 rank = np.searchsorted(self._sorted_scores, scores, side="right")
                 learned = _RANK_NATS * (rank / len(self.pool) - 1.0)
                 share = self._surrogate.skill
                 merit = (1.0 - share) * merit + 2.0 * share * learned
             # Training that recovers from loss spikes may fit the data, and generalises worse.
-            merit = merit - np.logaddexp(0.0, 2.0 * np.log(outlook.stability / _UNSTEADY))
-            merit = merit - _LAG_NATS * np.minimum(outlook.lag / _LAG, 1.0)
+            merit = merit - np.logaddexp(0.0, 2.0 * np.log(forecast.stability / _UNSTEADY))
+            merit = merit - _LAG_NATS * np.minimum(forecast.lag / _LAG, 1.0)
             # Cost cooling (Lee et al., 2020): the less is left to spend, the less cost counts.
-            merit = merit - self._cooling * (outlook.log_cost - self._cost)
-        return merit + outlook.log_success
+            merit = merit - self._cooling * (forecast.log_cost - self._cost)
+        return merit + forecast.log_success
 
     def is_tried(self, candidates: Candidates) -> NDArray[np.bool_]:
         """Tell which candidates are what was tried, or nearly so.
@@ -197,7 +199,7 @@ class Preference:
         """
         from scipy.spatial import cKDTree
 
-        scores = self.weigh(self.pool, self._outlook)
+        scores = self.weigh(self.pool, self._forecast)
         tried = self.is_tried(self.pool)
         if not repeat and not tried.all():
             scores[tried] = -np.inf
@@ -214,29 +216,29 @@ class Preference:
             nearest[:] = np.minimum(nearest, np.linalg.norm(places - places[j], axis=1))
         return chosen
 
-    def _timed(self, outlook: Outlook) -> NDArray[np.float64]:
+    def _timed(self, forecast: Forecast) -> NDArray[np.float64]:
         # What is never reached is no better than the slowest that is.
         finite = self._sorted[np.isfinite(self._sorted)]
         worst = -finite[0] if len(finite) else 0.0
         best = -finite[-1] if len(finite) else 0.0
-        logs = np.where(np.isfinite(outlook.log_seconds), outlook.log_seconds, worst)
-        return (best - logs) / outlook.sd
+        logs = np.where(np.isfinite(forecast.log_seconds), forecast.log_seconds, worst)
+        return (best - logs) / forecast.sd
 
-    def _raw(self, outlook: Outlook) -> NDArray[np.float64]:
+    def _raw(self, forecast: Forecast) -> NDArray[np.float64]:
         if self._goal == "time":
-            return -outlook.log_seconds
-        return np.minimum(outlook.depth, min(self._best_depth, _SATURATED_DEPTH))
+            return -forecast.log_seconds
+        return np.minimum(forecast.depth, min(self._best_depth, _SATURATED_DEPTH))
 
-    def _ranked(self, outlook: Outlook) -> NDArray[np.float64]:
-        rank = np.searchsorted(self._sorted, self._raw(outlook), side="right")
+    def _ranked(self, forecast: Forecast) -> NDArray[np.float64]:
+        rank = np.searchsorted(self._sorted, self._raw(forecast), side="right")
         return np.asarray(_RANK_NATS * (rank / len(self.pool) - 1.0))
 
-    def _features(self, candidates: Candidates, outlook: Outlook) -> NDArray[np.float64]:
+    def _features(self, candidates: Candidates, forecast: Forecast) -> NDArray[np.float64]:
         """What a metric depends on: how far training gets, how near instability, how noisy."""
         return np.stack(
             [
-                outlook.depth,
-                np.log(outlook.stability),
+                forecast.depth,
+                np.log(forecast.stability),
                 np.log(candidates.learning_rate / (1.0 - candidates.momentum))
                 - np.log(candidates.batch_size),
             ],

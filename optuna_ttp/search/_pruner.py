@@ -26,7 +26,7 @@ from optuna_ttp.prediction import DIVERGES
 from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
 from optuna_ttp.search._running_trial import blown_up
-from optuna_ttp.search._running_trial import UnderWay
+from optuna_ttp.search._running_trial import RunningTrialJudge
 from optuna_ttp.study import as_logged
 from optuna_ttp.study import best_depth
 from optuna_ttp.study import Configuration
@@ -47,6 +47,7 @@ from optuna_ttp.study import PerStudy
 from optuna_ttp.study import predicted_cost
 from optuna_ttp.study import PREDICTION
 from optuna_ttp.study import prediction_entry
+from optuna_ttp.study import progress_to_target
 from optuna_ttp.study import RECORD
 from optuna_ttp.study import resolve_for_trial
 from optuna_ttp.study import RUN
@@ -57,7 +58,6 @@ from optuna_ttp.study import tell_that_nothing_ran
 from optuna_ttp.study import tell_that_skipping_is_wrong
 from optuna_ttp.study import TrialBudget
 from optuna_ttp.study import trials_of
-from optuna_ttp.study import way_gone
 from optuna_ttp.study import write_constraint
 from optuna_ttp.study import write_record
 
@@ -521,7 +521,7 @@ class TTPPruner(BasePruner):
         """Why a trial runs in spite of its prediction, as a word and in words."""
         if not predictor.calibration.trusted:
             return "untrusted", f"predictions are {predictor.calibration.fault}"
-        reached = _ways_gone(trials, kind)
+        reached = _progress_of_similar_trials(trials, kind)
         n_reached = sum(gone >= _MOST_OF_THE_WAY for gone in reached)
         if n_reached >= _REFUTED and 2 * n_reached > len(reached):
             count = f"{n_reached} of {len(reached)}"
@@ -550,29 +550,35 @@ class TTPPruner(BasePruner):
         if curve is not None and curve.n_steps <= known.n_steps:
             return
         predictor = self._learner.last(study)
-        setback = blown_up(trial)
-        if setback is None and curve is not None and not curve.diverged:
+        stop_reason = blown_up(trial)
+        if stop_reason is None and curve is not None and not curve.diverged:
             known.n_steps = curve.n_steps
-            judge = UnderWay(predictor, self._budget, self._goal == "time", self._min_chance)
-            setback = judge.setback(study, trial, known.prediction, curve)
-        if setback is None:
+            judge = RunningTrialJudge(
+                predictor, self._budget, self._goal == "time", self._min_chance
+            )
+            stop_reason = judge.stop_reason(study, trial, known.prediction, curve)
+        if stop_reason is None:
             return
         decision = dict(known.record[DECISION])
         override = decision.get("override")
-        if override is not None and not (setback.sure and override in _UNWILLING):
+        if override is not None and not (stop_reason.sure and override in _UNWILLING):
             return  # It runs although its prediction is bad: to its end.
         # What it runs in spite of stays known: whether that was right is seen by its curve.
         decision.setdefault("kind", "chance")
         if self._shadow:
             decision |= {"override": "shadow"}
-            decision["reason"] = f"runs in shadow mode, although {setback.reason}"
+            decision["reason"] = f"runs in shadow mode, although {stop_reason.reason}"
         else:
-            decision |= {"decision": STOP, "reason": setback.reason, "log_sd": setback.log_sd}
+            decision |= {
+                "decision": STOP,
+                "reason": stop_reason.reason,
+                "log_sd": stop_reason.log_sd,
+            }
             per_step = float(predictor.seconds_per_step(known.prediction["batch_size"]))
-            seconds = float(max(setback.steps_left, 0.0) * per_step)
+            seconds = float(max(stop_reason.steps_left, 0.0) * per_step)
             decision["seconds_left"] = seconds if math.isfinite(seconds) else None
-            known.decision = Decision(True, setback.reason)
-            _logger.info(f"Trial {trial.number} is stopped: {setback.reason}.")
+            known.decision = Decision(True, stop_reason.reason)
+            _logger.info(f"Trial {trial.number} is stopped: {stop_reason.reason}.")
         known.record = {**known.record, DECISION: decision}
         write_record(study, trial, known.record)
 
@@ -606,7 +612,7 @@ def _log_sd(prediction: Prediction) -> float:
     return max(width / (2.0 * Z_90), 1e-6) if math.isfinite(width) else 1.0
 
 
-def _ways_gone(trials: Sequence[FrozenTrial], kind: str) -> list[float]:
+def _progress_of_similar_trials(trials: Sequence[FrozenTrial], kind: str) -> list[float]:
     """How far the newest trials got that ran in spite of this prediction, the target being one."""
     if kind not in ("diverges", "budget"):
         return []
@@ -614,7 +620,7 @@ def _ways_gone(trials: Sequence[FrozenTrial], kind: str) -> list[float]:
     for trial in sorted(trials, key=lambda t: t.number, reverse=True):
         decision = entry(trial, DECISION) or {}
         if trial.state in FINISHED and "override" in decision and decision.get("kind") == kind:
-            gone = way_gone(trial)
+            gone = progress_to_target(trial)
             reached += [] if math.isnan(gone) else [gone]
         if len(reached) == _MOST_REFUTING:
             break

@@ -25,8 +25,8 @@ from optuna_ttp.study import observation_of
 from optuna_ttp.study import observed_curve
 from optuna_ttp.study import observed_steps
 from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import progress_to_target
 from optuna_ttp.study import trials_of
-from optuna_ttp.study import way_gone
 
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ _SURELY_LOST = 3
 
 
 @dataclass(frozen=True)
-class Setback:
+class StopReason:
     """Why a trial under way is given up.
 
     Attributes:
@@ -96,7 +96,7 @@ class _Fastest:
 
 
 @dataclass(frozen=True, eq=False)
-class UnderWay:
+class RunningTrialJudge:
     """Judges trials under way.
 
     Attributes:
@@ -115,9 +115,9 @@ class UnderWay:
     timed: bool
     min_chance: float
 
-    def setback(
+    def stop_reason(
         self, study: Study, trial: FrozenTrial, prediction: dict[str, Any], curve: LossCurve
-    ) -> Setback | None:
+    ) -> StopReason | None:
         """Tell why a trial has no chance.
 
         Args:
@@ -145,9 +145,9 @@ class UnderWay:
         here = -math.log(curve.losses[-1] / self.predictor.initial_loss)
         if here < depth < math.inf:
             fastest = self._fastest(study, trials, observation)
-            setback = self._too_late(observation, prediction, (depth, aim), budget, fastest)
-            if setback is not None:
-                return setback
+            stop_reason = self._too_late(observation, prediction, (depth, aim), budget, fastest)
+            if stop_reason is not None:
+                return stop_reason
         # The first steps tell little of the last ones.
         ample = math.isinf(budget) or curve.n_steps >= _EARLIEST * budget
         trusted = self.predictor.calibration.trusted
@@ -158,7 +158,7 @@ class UnderWay:
                 f"after {curve.n_steps:,.0f} steps its training loss is back where it began, and "
                 "was predicted to be halved in less than half of the steps since it was below"
             )
-            return Setback(reason, False, budget - curve.n_steps, 0.0)
+            return StopReason(reason, False, budget - curve.n_steps, 0.0)
         return None
 
     def _too_late(
@@ -168,7 +168,7 @@ class UnderWay:
         goal: tuple[float, str],
         budget: float,
         fastest: _Fastest | None,
-    ) -> Setback | None:
+    ) -> StopReason | None:
         """Tell why a trial does not get to a depth in time."""
         depth, aim = goal
         n_steps, limit = running.n_steps, budget
@@ -181,7 +181,7 @@ class UnderWay:
             if n_steps >= limit:
                 reason = f"after {n_steps:,.0f} steps it can no longer {what} ({told})"
                 steps, log_sd = (math.inf, 0.0) if rest is None else rest
-                return Setback(reason, fastest.measured, min(steps, budget - n_steps), log_sd)
+                return StopReason(reason, fastest.measured, min(steps, budget - n_steps), log_sd)
             what += f" ({told})"
         if rest is None or not math.isfinite(limit) or n_steps < _EARLIEST * limit:
             return None
@@ -192,7 +192,7 @@ class UnderWay:
             f"after {n_steps:,.0f} steps its chance to {what} is {chance:.1%}: about "
             f"{rest[0]:,.0f} steps are left"
         )
-        return Setback(reason, False, min(rest[0], max(limit - n_steps, 0.0)), rest[1])
+        return StopReason(reason, False, min(rest[0], max(limit - n_steps, 0.0)), rest[1])
 
     def _aim(self, study: Study, trials: Sequence[FrozenTrial]) -> tuple[float, str]:
         """What depth a trial under way has to reach, and in words.
@@ -219,7 +219,7 @@ class UnderWay:
             of = entry(trial, PREDICTION)
             steps = observed_steps(trial, self.predictor)
             is_best = best is not None and trial.number == best.number
-            if is_best and math.isinf(steps) and way_gone(trial) >= 1.0:
+            if is_best and math.isinf(steps) and progress_to_target(trial) >= 1.0:
                 # It stopped at its target, which the smoothed loss of its batches lags behind.
                 curve = observed_curve(trial)
                 steps = steps if curve is None else curve.n_steps
@@ -236,7 +236,7 @@ class UnderWay:
         return min(found, key=lambda f: (f.steps, f.number), default=None)
 
 
-def blown_up(trial: FrozenTrial) -> Setback | None:
+def blown_up(trial: FrozenTrial) -> StopReason | None:
     """Tell why a trial is lost whose loss is not finite any more.
 
     Args:
@@ -250,7 +250,7 @@ def blown_up(trial: FrozenTrial) -> Setback | None:
     if n_steps < _SURELY_LOST:
         return None
     reason = f"its training loss has been infinite or NaN for {n_steps:,} steps"
-    return Setback(reason, True, math.nan, 0.0)
+    return StopReason(reason, True, math.nan, 0.0)
 
 
 def _chance(rest: tuple[float, float], left: float) -> float:

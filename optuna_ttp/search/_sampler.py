@@ -34,7 +34,7 @@ from optuna_ttp._util.checks import check_number
 from optuna_ttp._util.checks import check_seed
 from optuna_ttp.search._candidates import Candidates
 from optuna_ttp.search._candidates import drawn
-from optuna_ttp.search._forecast import Outlook
+from optuna_ttp.search._forecast import Forecast
 from optuna_ttp.search._preference import Evidence
 from optuna_ttp.search._preference import Preference
 from optuna_ttp.search._pruner import Goal
@@ -491,7 +491,7 @@ class TTPSampler(BaseSampler):
         share = 1.0 if self._study_budget is None else self._study_budget.share_left(others)
         preference = Preference(
             pool.candidates,
-            pool.outlook(predictor, self._expected),
+            pool.forecast(predictor, self._expected),
             self._goal,
             predictor.best_depth if self._goal == "metric" else math.inf,
             evidence,
@@ -553,8 +553,8 @@ class TTPSampler(BaseSampler):
         )
         return evidence, n_unknown
 
-    def _expected(self, predictor: TrainingTimePredictor, candidates: Candidates) -> Outlook:
-        return Outlook.of(
+    def _expected(self, predictor: TrainingTimePredictor, candidates: Candidates) -> Forecast:
+        return Forecast.of(
             predictor,
             candidates.learning_rate,
             candidates.batch_size,
@@ -619,13 +619,13 @@ class _Pool:
 
     def __init__(self, candidates: Candidates) -> None:
         self.candidates = candidates
-        self._last: tuple[TrainingTimePredictor, Outlook] | None = None
+        self._last: tuple[TrainingTimePredictor, Forecast] | None = None
 
-    def outlook(
+    def forecast(
         self,
         predictor: TrainingTimePredictor,
-        expected: Callable[[TrainingTimePredictor, Candidates], Outlook],
-    ) -> Outlook:
+        expected: Callable[[TrainingTimePredictor, Candidates], Forecast],
+    ) -> Forecast:
         if self._last is None or self._last[0] is not predictor:
             self._last = predictor, expected(predictor, self.candidates)
         return self._last[1]

@@ -34,8 +34,8 @@ from optuna_ttp.study._recorded_curve import lost_steps
 from optuna_ttp.study._recorded_curve import measured_seconds
 from optuna_ttp.study._recorded_curve import observed_curve
 from optuna_ttp.study._recorded_curve import observed_steps
+from optuna_ttp.study._recorded_curve import progress_to_target
 from optuna_ttp.study._recorded_curve import recorded
-from optuna_ttp.study._recorded_curve import way_gone
 from optuna_ttp.study._records import DECISION
 from optuna_ttp.study._records import entry
 from optuna_ttp.study._records import n_skipped_in_a_row
@@ -104,6 +104,7 @@ __all__ = [
     "paid_seconds",
     "predicted_cost",
     "prediction_entry",
+    "progress_to_target",
     "recorded",
     "resolve_for_trial",
     "single_value",
@@ -111,7 +112,6 @@ __all__ = [
     "tell_that_skipping_is_wrong",
     "trials_of",
     "unclosed",
-    "way_gone",
     "weighed",
     "write_constraint",
     "write_record",

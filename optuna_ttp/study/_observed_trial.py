@@ -175,21 +175,21 @@ def observation_of(
     if objection is not None:
         return objection
     curve = read_curve(value)
-    observed, errors = curve.log_passages(initial.mean * np.exp(-DEPTHS))
-    ladder = prediction["ladder"]
+    observed, errors = curve.log_first_passage_times(initial.mean * np.exp(-DEPTHS))
+    first_passages = prediction["ladder"]
     momentum = float(prediction["momentum"])
     return Observation(
-        predicted=_array(ladder["predicted"]),
-        expected=_array(ladder["expected"]),
-        growth=_array(ladder["growth"]),
-        covariates=_array(ladder["covariates"]),
-        instability=_array(ladder["instability"]),
+        predicted=_array(first_passages["predicted"]),
+        expected=_array(first_passages["expected"]),
+        growth=_array(first_passages["growth"]),
+        covariates=_array(first_passages["covariates"]),
+        instability=_array(first_passages["instability"]),
         effective_learning_rate=float(prediction["learning_rate"]) / (1.0 - momentum),
         lag=momentum / (1.0 - momentum),
         observed=observed,
         errors=errors,
         n_steps=curve.n_steps,
-        diverged=curve.diverged or broke_down(curve, _array(ladder["predicted"])),
+        diverged=curve.diverged or broke_down(curve, _array(first_passages["predicted"])),
         batch_size=int(prediction["batch_size"]),
         lost=curve.lost,
         seconds_per_step=_array([value.get("seconds_per_step")])[0],

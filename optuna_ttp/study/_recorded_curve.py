@@ -172,7 +172,7 @@ def read_curve(value: dict[str, Any]) -> LossCurve:
     )
 
 
-def way_gone(trial: FrozenTrial) -> float:
+def progress_to_target(trial: FrozenTrial) -> float:
     """Return how far a trial has come to the training loss that was predicted for it, in time.
 
     Args:

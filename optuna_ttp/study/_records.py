@@ -102,8 +102,8 @@ def prediction_entry(
         "max_steps": _finite(float(prediction.max_steps)),
         "prediction_seconds": prediction_seconds,
         "ladder": {
-            "predicted": _rounded(prediction.log_passages),
-            "expected": _rounded(prediction.expected_log_passages),
+            "predicted": _rounded(prediction.log_first_passage_times),
+            "expected": _rounded(prediction.expected_log_first_passage_times),
             "growth": _rounded(prediction.log_growth),
             "covariates": _rounded(prediction.covariates),
             "instability": _rounded(prediction.instability, "{:.5g}"),

@@ -15,18 +15,18 @@ from scipy.stats import t as student
 from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import DEPTHS
-from optuna_ttp.calibration import Doubt
-from optuna_ttp.calibration import NODES
+from optuna_ttp.calibration import KNOTS
 from optuna_ttp.calibration import Observation
-from optuna_ttp.calibration import SimulatedPassages
+from optuna_ttp.calibration import PriorScale
+from optuna_ttp.calibration import SimulatedFirstPassages
 from tests.observations import DEEP
+from tests.observations import first_passages
 from tests.observations import Growth
-from tests.observations import ladder
 from tests.observations import observation
 from tests.observations import unchanged
 
 
-SEEN = NODES <= DEEP - 0.5
+SEEN = KNOTS <= DEEP - 0.5
 
 
 def _slower(depth: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -52,7 +52,7 @@ def _trials(
     return [
         observation(
             log_growth,
-            # Slow enough for the lag of momentum not to matter: the ladder has none.
+            # Slow enough for the lag of momentum not to matter: the simulated times have none.
             learning_rate=10.0 ** rng.uniform(-4, -2.5),
             batch_size=int(rng.choice([8, 16, 64])),
             momentum=float(rng.choice([0.0, 0.5])),
@@ -67,7 +67,7 @@ def _trials(
 
 def _corrected(calibration: Calibration, trial: Observation) -> tuple[NDArray[np.float64], ...]:
     logs, sds = calibration.correct(
-        SimulatedPassages(
+        SimulatedFirstPassages(
             DEPTHS[None],
             trial.predicted[None],
             trial.growth[None],
@@ -122,7 +122,7 @@ def test_unusable_trials_are_left_out() -> None:
 @pytest.mark.parametrize("count", [1, 3, 10])
 def test_a_known_growth_is_recovered_within_its_band(log_growth: Growth, count: int) -> None:
     calibration = calibrate(_trials(log_growth, count))
-    truth = log_growth(NODES)
+    truth = log_growth(KNOTS)
     away = (calibration.log_growth - truth)[SEEN] / calibration.log_growth_sd[SEEN]
     assert np.abs(away).max() < 3.0
     assert math.sqrt(float(np.square(away).mean())) < 1.7
@@ -171,9 +171,9 @@ def test_a_correction_moves_from_the_prior_to_the_data() -> None:
 def test_unseen_depths_are_less_sure() -> None:
     shallow = calibrate(_trials(_grows, 6, deepest=1.0))
     sds = shallow.log_growth_sd
-    assert sds[NODES <= 0.75].max() < 0.15
-    assert (np.diff(sds[NODES >= 1.0]) > 0).all()
-    assert sds[-1] > 10 * sds[NODES <= 0.75].max()
+    assert sds[KNOTS <= 0.75].max() < 0.15
+    assert (np.diff(sds[KNOTS >= 1.0]) > 0).all()
+    assert sds[-1] > 10 * sds[KNOTS <= 0.75].max()
     # Not wild: the correction goes on about as it was.
     assert np.abs(shallow.log_growth).max() < 2 * math.log(20.0)
     assert sds[-1] <= calibrate([]).log_growth_sd[-1]
@@ -219,14 +219,14 @@ def test_the_unit_of_time_does_not_matter(shift: float) -> None:
 
 def test_a_correction_that_was_simulated_with_counts_from_there() -> None:
     plain = _trials(_grows, 5)
-    half = 0.5 * _grows(NODES)
+    half = 0.5 * _grows(KNOTS)
     # Simulated with half of the growth: what is predicted is between.
     partly = [
         replace(
             trial,
-            predicted=ladder(
+            predicted=first_passages(
                 1.0 / trial.effective_learning_rate,
-                lambda depth: np.interp(depth, NODES, half),
+                lambda depth: np.interp(depth, KNOTS, half),
             ),
             growth=half,
         )
@@ -329,17 +329,17 @@ def test_a_trial_near_the_limit_that_got_stuck_tells_less_than_a_calm_one() -> N
     assert later[1] < 0.2 * later[0]
 
 
-# Doubt
+# PriorScale
 
 
 def test_what_a_probe_doubts_is_learned_faster_and_less_sure() -> None:
     trial = observation(_grows, deepest=2.0)
     deep = np.searchsorted(DEPTHS, 1.5)
-    sure = calibrate([trial], Doubt(growth=0.3))
-    doubtful = calibrate([trial], Doubt(growth=3.0))
-    assert np.interp(1.0, NODES, doubtful.log_growth) > np.interp(1.0, NODES, sure.log_growth)
+    sure = calibrate([trial], PriorScale(growth=0.3))
+    doubtful = calibrate([trial], PriorScale(growth=3.0))
+    assert np.interp(1.0, KNOTS, doubtful.log_growth) > np.interp(1.0, KNOTS, sure.log_growth)
     wide, narrow = (
-        _corrected(calibrate([trial], Doubt(scatter=s)), trial)[1][deep] for s in (4.0, 0.6)
+        _corrected(calibrate([trial], PriorScale(scatter=s)), trial)[1][deep] for s in (4.0, 0.6)
     )
     assert wide > 2.0 * narrow
 
@@ -368,7 +368,7 @@ def test_what_a_trial_scatters_by_at_first_is_not_the_pace_of_the_rest(factor: f
 
 def test_a_spike_at_the_start_is_no_pace_of_its_own() -> None:
     calibration = calibrate(_trials(unchanged, 6))
-    # Its first rung was due after six steps, and nothing was passed by step two hundred.
+    # Its first level was due after six steps, and nothing was passed by step two hundred.
     trial = observation()
     stuck = replace(trial, observed=np.full(len(DEPTHS), np.nan), n_steps=200.0)
     goal = int(np.searchsorted(DEPTHS, 2.0))
@@ -398,7 +398,7 @@ def test_a_thousand_trials_are_learned_from() -> None:
     calibration = calibrate(trials)
     assert calibration.n_observed == 1000
     assert np.isfinite(calibration.weights).all() and np.isfinite(calibration.covariance).all()
-    np.testing.assert_allclose(calibration.log_growth[SEEN], _grows(NODES)[SEEN], atol=0.15)
+    np.testing.assert_allclose(calibration.log_growth[SEEN], _grows(KNOTS)[SEEN], atol=0.15)
 
 
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 12))

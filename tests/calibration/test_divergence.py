@@ -78,7 +78,7 @@ def test_a_trial_that_takes_twice_as_long_as_expected_or_more_has_failed() -> No
     slower = replace(fine, n_steps=1.2 * fine.n_steps)
     gone = replace(fine, diverged=True)
     assert failed([fine, slow, slower, gone]).tolist() == [False, True, False, True]
-    # What a spike has cost does not count, and whoever passed the last rung has arrived.
+    # What a spike has cost does not count, and whoever passed the last level has arrived.
     spiked = replace(slow, lost=1.9 * fine.n_steps)
     arrived = replace(observation(deepest=7.0), n_steps=1e9)
     assert not failed([spiked, arrived]).any()

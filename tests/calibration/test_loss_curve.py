@@ -42,7 +42,9 @@ def test_an_exponential_passes_depths_when_it_does(
 ) -> None:
     t = np.arange(math.ceil(min(tau * length, 20_000)) + 3, dtype=float)
     depths = DEPTHS[(DEPTHS * tau > 3) & (DEPTHS * tau < t[-1] - 1)]
-    times, errors = LossCurve.of(scale * np.exp(-t / tau)).log_passages(scale * np.exp(-depths))
+    times, errors = LossCurve.of(scale * np.exp(-t / tau)).log_first_passage_times(
+        scale * np.exp(-depths)
+    )
     np.testing.assert_allclose(np.exp(times), depths * tau, rtol=0.01)
     assert (errors > 0).all()
     # As sure as half a step, give or take.
@@ -61,7 +63,7 @@ def test_steps_with_gaps_are_as_good() -> None:
     curve = LossCurve.of(_exponential(800, t), t)
     np.testing.assert_allclose(curve.losses, _exponential(800, curve.steps), rtol=5e-3)
     assert curve.n_steps == 3951
-    times, _ = curve.log_passages(2.0 * np.exp(-DEPTHS))
+    times, _ = curve.log_first_passage_times(2.0 * np.exp(-DEPTHS))
     np.testing.assert_allclose(np.exp(times), 800 * DEPTHS, rtol=0.01)
 
 
@@ -84,7 +86,7 @@ def test_a_plateau_is_passed_at_its_end() -> None:
     t = np.arange(600.0)
     losses = np.where(t < 100, 1.0, np.exp(-(t - 100) / 100))
     depths = np.array([0.05, 0.1, 0.5, 1.0, 2.0])
-    times, _ = LossCurve.of(losses).log_passages(np.exp(-depths))
+    times, _ = LossCurve.of(losses).log_first_passage_times(np.exp(-depths))
     np.testing.assert_allclose(np.exp(times), 100 + 100 * depths, rtol=0.015)
 
 
@@ -95,7 +97,7 @@ def test_a_noisy_plateau_is_passed_at_its_end() -> None:
     depths = np.array([0.1, 0.5, 1.0, 2.0])
     for _ in range(20):
         noisy = losses * np.exp(rng.normal(0, 0.1, len(t)))
-        times, _ = LossCurve.of(noisy).log_passages(np.exp(-depths))
+        times, _ = LossCurve.of(noisy).log_first_passage_times(np.exp(-depths))
         np.testing.assert_allclose(np.exp(times), 100 + 100 * depths, rtol=0.12)
 
 
@@ -110,7 +112,7 @@ def test_a_spike_does_not_undo_what_was_passed_before(noise: float) -> None:
     losses = np.where(t < 100, np.exp(-t / 100), np.where(t < 400, 3.0, np.exp(-(t - 300) / 100)))
     losses *= np.exp(rng.normal(0.0, noise, len(t)))
     curve = LossCurve.of(losses)
-    times, errors = curve.log_passages(np.exp(-np.array([0.3, 0.6, 1.5])))
+    times, errors = curve.log_first_passage_times(np.exp(-np.array([0.3, 0.6, 1.5])))
     np.testing.assert_allclose(np.exp(times), [30, 60, 450], rtol=0.1)
     # Two thirds of the last time were lost in the spike.
     assert errors[:2].max() < 0.2
@@ -140,7 +142,7 @@ def test_standard_errors_cover_four_fifths(tau: float, n_steps: int, noise: floa
     inside, away = [], []
     for _ in range(60):
         factors = np.exp(rng.normal(0.0, noise, n_steps) - 0.5 * noise**2)
-        times, errors = LossCurve.of(_exponential(tau, t) * factors).log_passages(
+        times, errors = LossCurve.of(_exponential(tau, t) * factors).log_first_passage_times(
             2.0 * np.exp(-DEPTHS)
         )
         # What is less sure hardly counts where it is used.
@@ -160,7 +162,7 @@ def test_noise_does_not_make_shallow_passages_early(depth: float) -> None:
     away = []
     for _ in range(40):
         factors = rng.gamma(4.0, 0.25, len(t))
-        times, errors = LossCurve.of(_exponential(1000, t) * factors).log_passages(
+        times, errors = LossCurve.of(_exponential(1000, t) * factors).log_first_passage_times(
             2.0 * np.exp(-np.array([depth]))
         )
         if np.isfinite(times[0]):
@@ -176,14 +178,14 @@ def test_errors_shrink_with_the_noise_and_grow_without_slope() -> None:
     noise = rng.normal(0.0, 1.0, len(t))
     levels = 2.0 * np.exp(-np.array([0.5, 1.0]))
     errors = [
-        LossCurve.of(_exponential(500, t) * np.exp(s * noise)).log_passages(levels)[1]
+        LossCurve.of(_exponential(500, t) * np.exp(s * noise)).log_first_passage_times(levels)[1]
         for s in (0.02, 0.1, 0.4)
     ]
     assert (errors[0] < errors[1]).all() and (errors[1] < errors[2]).all()
     flat = LossCurve.of(np.exp(-0.7 * np.log1p(t / 100) + 0.1 * noise))
     steep = LossCurve.of(np.exp(-t / 300 + 0.1 * noise))
     level = np.array([math.exp(-1.0)])
-    assert flat.log_passages(level)[1] > steep.log_passages(level)[1]
+    assert flat.log_first_passage_times(level)[1] > steep.log_first_passage_times(level)[1]
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.3])
@@ -213,7 +215,7 @@ def test_a_curve_ends_where_the_loss_is_no_number_any_more(bad: float) -> None:
     assert curve.steps[-1] == 59
     assert curve.n_steps == 100
     assert np.isfinite(curve.losses).all() and np.isfinite(curve.errors).all()
-    times, _ = curve.log_passages(2.0 * np.exp(-np.array([0.5, 1.0, 1.5])))
+    times, _ = curve.log_first_passage_times(2.0 * np.exp(-np.array([0.5, 1.0, 1.5])))
     np.testing.assert_allclose(np.exp(times[:2]), [25, 50], rtol=0.03)
     assert math.isnan(times[2])
     assert curve.n_gaps == 0
@@ -231,7 +233,9 @@ def test_a_batch_that_overflows_is_left_out(bad: float, places: list[int]) -> No
     assert curve.steps[-1] >= 98 and not set(places) & set(curve.steps)
     levels = 2.0 * np.exp(-np.array([0.2, 0.5, 1.0, 1.9]))
     np.testing.assert_allclose(
-        curve.log_passages(levels)[0], expected.log_passages(levels)[0], atol=0.02
+        curve.log_first_passage_times(levels)[0],
+        expected.log_first_passage_times(levels)[0],
+        atol=0.02,
     )
 
 
@@ -239,26 +243,28 @@ def test_a_batch_that_overflows_is_left_out(bad: float, places: list[int]) -> No
 def test_a_curve_may_end_before_it_begins(bad: float) -> None:
     curve = LossCurve.of([bad, bad, bad])
     assert curve.diverged and len(curve.steps) == 0 and curve.n_steps == 3
-    times, errors = curve.log_passages(np.array([0.9, 0.7]))
+    times, errors = curve.log_first_passage_times(np.array([0.9, 0.7]))
     assert np.isnan(times).all() and np.isnan(errors).all()
 
 
 def test_one_loss_is_no_passage() -> None:
     curve = LossCurve.of([1.0])
     assert curve.steps.tolist() == [0.0] and curve.losses.tolist() == [1.0]
-    times, errors = curve.log_passages(np.array([0.9, 0.5]))
+    times, errors = curve.log_first_passage_times(np.array([0.9, 0.5]))
     assert np.isnan(times).all() and np.isnan(errors).all()
 
 
 def test_a_loss_of_zero_is_as_small_as_it_gets() -> None:
     curve = LossCurve.of([1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0])
     assert (curve.losses > 0).all()
-    assert np.isfinite(curve.log_passages(np.array([0.2]))[0]).all()
+    assert np.isfinite(curve.log_first_passage_times(np.array([0.2]))[0]).all()
 
 
 def test_a_curve_that_does_not_fall_passes_nothing() -> None:
     for losses in ([1.0] * 50, np.linspace(1.0, 2.0, 50)):
-        assert np.isnan(LossCurve.of(losses).log_passages(np.array([0.95, 0.5]))[0]).all()
+        assert np.isnan(
+            LossCurve.of(losses).log_first_passage_times(np.array([0.95, 0.5]))[0]
+        ).all()
 
 
 @pytest.mark.parametrize(
@@ -311,7 +317,7 @@ def test_whatever_is_logged_gives_a_curve_of_numbers(losses: list[float], gap: i
     if len(places):
         assert curve.steps[0] == steps[places[0]] and curve.steps[-1] == steps[places[-1]]
     levels = np.array([9.0, 1.0, 0.1, 1e-3])
-    times, errors = curve.log_passages(levels)
+    times, errors = curve.log_first_passage_times(levels)
     known = np.isfinite(times)
     np.testing.assert_array_equal(known, np.isfinite(errors))
     # Deeper is never sooner.

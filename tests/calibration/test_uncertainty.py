@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from optuna_ttp.calibration import Doubt
-from optuna_ttp.calibration import doubt
 from optuna_ttp.calibration import linearisation_sd
+from optuna_ttp.calibration import prior_scale
+from optuna_ttp.calibration import PriorScale
 from optuna_ttp.calibration import probability_below
 from optuna_ttp.calibration import stability_sd
 from optuna_ttp.dynamics import Schedule
@@ -83,7 +83,7 @@ def test_interval_holds_the_steps_and_probabilities_are_probabilities(
 def test_interval_is_the_one_that_holds_eight_out_of_ten() -> None:
     prediction = _predictor(0.0, exact=True).predict(0.001, 12)
     assert prediction.stability < 0.5
-    # Only linearisation leaves a doubt.
+    # Only linearisation leaves an uncertainty.
     factor = math.exp(norm.ppf(0.9) * _linear_sd())
     assert prediction.steps > 500
     assert prediction.steps_high.item() == pytest.approx(prediction.steps * factor, rel=0.003)
@@ -413,10 +413,10 @@ def _measured(deviation: float, ratio: float) -> Probe:
 
 
 def test_the_further_from_its_linearisation_the_more_a_network_is_doubted() -> None:
-    plain, far = doubt(_measured(0.0, 1.0)), doubt(_measured(0.8, 1.0))
+    plain, far = prior_scale(_measured(0.0, 1.0)), prior_scale(_measured(0.8, 1.0))
     assert far.scatter > plain.scatter
-    assert doubt(_measured(0.8, 6.0)).growth > 2.0 * far.growth
+    assert prior_scale(_measured(0.8, 6.0)).growth > 2.0 * far.growth
     # Where outputs are further off than they moved, the probe's kernel is not that of the path.
-    assert doubt(_measured(10.0, 6.0)).growth < 1.1 * far.growth
-    assert doubt(_measured(math.inf, math.inf)).scatter < 6.0
-    assert doubt(None) == Doubt()
+    assert prior_scale(_measured(10.0, 6.0)).growth < 1.1 * far.growth
+    assert prior_scale(_measured(math.inf, math.inf)).scatter < 6.0
+    assert prior_scale(None) == PriorScale()

@@ -151,8 +151,8 @@ def test_curve_ends_where_the_target_is_reached() -> None:
     sgd, sizes = SGD.of([0.1, 1e-9]), np.array([12, 12])
     ended = simulate_equation(model, sgd, sizes, target=target, **settings)
     whole = simulate_equation(model, sgd, sizes, target=target, full_curves=True, **settings)
-    passages = ended.first_passages(target)
-    np.testing.assert_array_equal(passages, whole.first_passages(target))
+    passages = ended.first_passage_times(target)
+    np.testing.assert_array_equal(passages, whole.first_passage_times(target))
     assert passages[0] == np.nanmax(ended.steps[0]) < 500
     assert passages[1] == math.inf
     assert not np.isnan(whole.steps).any()
@@ -377,7 +377,7 @@ def test_seeds_of_noise_are_averaged() -> None:
         )
         prediction = predictor.predict(0.2, 3, 0.5)
         half = np.isclose(DEPTHS, math.log(2.0))
-        return prediction.steps.item(), prediction.log_passages[half].item()
+        return prediction.steps.item(), prediction.log_first_passage_times[half].item()
 
     alone = [time(1, seed)[1] for seed in (4, 5, 6)]
     assert len(set(alone)) > 1

@@ -364,7 +364,7 @@ def test_time_with_strides_is_close_to_the_exact_one(name: str, batch_size: int)
             _wide(), batch_size, 4000, learning_rate=rate, target=target, exact=False, **own
         )
         expected = target.first_passage(exact.steps[0], losses)
-        assert coarse.first_passages(target)[0] == pytest.approx(expected, rel=0.03)
+        assert coarse.first_passage_times(target)[0] == pytest.approx(expected, rel=0.03)
     assert coarse.strides[0] >= 4
 
 
@@ -385,7 +385,7 @@ def test_strides_of_a_growing_kernel_stay_stable(factor: float, loss: str) -> No
     )
     assert not exact.blown_up.any()
     expected = target.first_passage(exact.steps[0], losses)
-    assert coarse.first_passages(target)[0] == pytest.approx(expected, rel=0.03)
+    assert coarse.first_passage_times(target)[0] == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize("optimiser", ["none", "dampening", "nesterov and weight decay"])

@@ -351,7 +351,7 @@ def test_convergence_of_a_validation_target_is_that_of_the_same_target() -> None
                 max_steps=np.array([500]),
                 target=target,
             )
-            logs.append(math.log(rate * max(1.0, curves.first_passages(target)[0])))
+            logs.append(math.log(rate * max(1.0, curves.first_passage_times(target)[0])))
         assert measured.log_times[k] == pytest.approx(np.mean(logs), abs=1e-9)
 
 

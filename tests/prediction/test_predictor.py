@@ -21,7 +21,7 @@ from optuna_ttp import FineTuningTask
 from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import DEPTHS
-from optuna_ttp.calibration import NODES
+from optuna_ttp.calibration import KNOTS
 from optuna_ttp.calibration import Observation
 from optuna_ttp.prediction import Prediction
 from optuna_ttp.prediction import TrainingTimePredictor
@@ -491,7 +491,7 @@ def test_a_slowdown_that_trials_showed_is_predicted(factor: float) -> None:
         corrected = after.predict(rate, 8, 0.0)
         assert float(corrected.steps) == pytest.approx(expected, rel=0.05, abs=1)
         assert corrected.steps_low - 1 <= expected <= corrected.steps_high + 1
-        # Six trials that agree to a percent leave little doubt.
+        # Six trials that agree to a percent leave little uncertainty.
         assert _log_width(corrected) < 0.25
     # The clock was off; the ranking was not.
     assert after.calibration.rank_agreement == pytest.approx(1.0)
@@ -510,8 +510,8 @@ def test_trials_predicted_with_a_correction_are_not_corrected_twice() -> None:
         seen.append(
             replace(
                 truth,
-                predicted=told.log_passages,
-                expected=told.expected_log_passages,
+                predicted=told.log_first_passage_times,
+                expected=told.expected_log_first_passage_times,
                 growth=told.log_growth,
             )
         )
@@ -534,11 +534,11 @@ def test_curves_pass_their_rungs_when_the_prediction_says() -> None:
         fall = np.minimum.accumulate(np.log(losses))
         at = np.interp(-math.log(predictor.target.value), -fall, steps)
         assert at == pytest.approx(float(prediction.steps[k]), rel=0.05, abs=1.5)
-        rungs = prediction.expected_log_passages[k]
-        known = np.isfinite(rungs)
+        levels = prediction.expected_log_first_passage_times[k]
+        known = np.isfinite(levels)
         assert known.sum() >= 4
         passed = np.interp(DEPTHS[known] - math.log(predictor.initial_loss), -fall, steps)
-        np.testing.assert_allclose(passed, np.exp(rungs[known]), rtol=0.1, atol=1.5)
+        np.testing.assert_allclose(passed, np.exp(levels[known]), rtol=0.1, atol=1.5)
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
@@ -572,8 +572,10 @@ def test_what_the_prior_knows_changes_nothing() -> None:
         twin = plain.calibrated(calibration)
         _assert_same(twin.predict([0.05, 0.1], 4, 0.5), plain.predict([0.05, 0.1], 4, 0.5))
         prediction = twin.predict(0.05, 4)
-        np.testing.assert_array_equal(prediction.log_growth, np.zeros(len(NODES)))
-        np.testing.assert_array_equal(prediction.log_passages, prediction.expected_log_passages)
+        np.testing.assert_array_equal(prediction.log_growth, np.zeros(len(KNOTS)))
+        np.testing.assert_array_equal(
+            prediction.log_first_passage_times, prediction.expected_log_first_passage_times
+        )
 
 
 # Stability
@@ -627,7 +629,7 @@ def test_slow_training_with_momentum_is_estimated_as_it_is_predicted(momentum: f
     rates = largest * (1.0 - momentum) * np.geomspace(1e-4, 0.02, 12)
     predicted = predictor.predict(rates, 8, momentum)
     estimated = predictor.estimate(rates, 8, momentum)
-    away = estimated.log_passages - predicted.log_passages
+    away = estimated.log_first_passage_times - predicted.log_first_passage_times
     known = np.isfinite(away)
     assert known.any(axis=1).all()
     assert np.abs(away[known]).max() < 0.3

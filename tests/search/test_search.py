@@ -24,7 +24,7 @@ from optuna_ttp import TrainingLog
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp.calibration._errors import failure_limit
-from optuna_ttp.search._forecast import Outlook
+from optuna_ttp.search._forecast import Forecast
 from optuna_ttp.study import DECISION
 from optuna_ttp.study import entry
 from optuna_ttp.study import TrialBudget
@@ -215,8 +215,8 @@ def test_success_is_unlikely_where_trials_did_not_do_as_predicted() -> None:
         limit = failure_limit([0.9] * 3, [failed] * 3)
         informed = predictor.calibrated(replace(predictor.calibration, failure=limit))
         one = np.array([float(rate)]), np.array([8]), np.array([0.0])
-        outlook = Outlook.of(informed, *one, TrialBudget(60, None, None), trains_to_budget=False)
-        return float(np.exp(outlook.log_success[0]))
+        forecast = Forecast.of(informed, *one, TrialBudget(60, None, None), trains_to_budget=False)
+        return float(np.exp(forecast.log_success[0]))
 
     assert likely(True) < 0.2
     assert likely(False) > 0.7

@@ -76,7 +76,7 @@ def test_epochs_are_placed_where_their_loss_was(averaged: bool) -> None:
     curve = observed_curve(study.trials[0])
     assert curve is not None
     assert curve.n_steps == 400
-    times, _ = curve.log_passages(np.exp(-np.array([0.5, 1.0, 2.0])))
+    times, _ = curve.log_first_passage_times(np.exp(-np.array([0.5, 1.0, 2.0])))
     np.testing.assert_allclose(np.exp(times), [50.0, 100.0, 200.0], rtol=0.02)
 
 

@@ -377,7 +377,9 @@ def test_steps_may_be_recorded_now_and_then() -> None:
     np.testing.assert_allclose(other.losses, values[other.steps.astype(int)], rtol=5e-3)
     levels = values[0] * np.exp(-np.array([0.3, 0.7, 1.5]))
     np.testing.assert_allclose(
-        other.log_passages(levels)[0], first.log_passages(levels)[0], atol=0.02
+        other.log_first_passage_times(levels)[0],
+        first.log_first_passage_times(levels)[0],
+        atol=0.02,
     )
 
 
