@@ -406,7 +406,7 @@ def test_a_study_that_goes_on_with_a_new_sampler_does_not_repeat_itself(
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_trials_in_another_process() -> None:
     code = (
-        "import json; from tests.test_sampler import seeded_trials; "
+        "import json; from tests.search.test_sampler import seeded_trials; "
         "print(json.dumps(seeded_trials()))"
     )
     done = subprocess.run(

@@ -338,7 +338,7 @@ def test_database_in_memory_is_one_for_all_threads(
 _WORKER = """
 import sys
 from tests.cases import spectrum
-from tests.test_store import Counting, QUICK
+from tests.store.test_store import Counting, QUICK
 from optuna_ttp.store import SpectrumStore
 task = Counting().task
 print("ready", flush=True)

@@ -938,7 +938,7 @@ def TextClassifier_seeded() -> torch.nn.Module:
 
 
 def test_fingerprint_is_the_same_in_another_process() -> None:
-    code = "from tests.test_task import all_fingerprints; print(*all_fingerprints())"
+    code = "from tests.task.test_task import all_fingerprints; print(*all_fingerprints())"
     other = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
