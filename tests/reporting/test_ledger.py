@@ -20,6 +20,7 @@ from optuna_ttp.study import n_skipped_in_a_row
 from optuna_ttp.study import PREDICTION
 from optuna_ttp.study import RECORD
 from optuna_ttp.study._records import PAID
+from tests.every_decision import study_with_every_decision
 from tests.studies import asked
 from tests.studies import DIVERGING
 from tests.studies import FAST
@@ -246,6 +247,22 @@ def test_an_empty_study_gets_a_report() -> None:
     assert ledger.records == ()
     assert ledger.paid_seconds == 0
     assert "0 trials" in str(ledger)
+
+
+def test_a_study_with_every_decision_gets_a_report() -> None:
+    study, counts = study_with_every_decision()
+    ledger = report(study)
+    assert len(str(ledger).splitlines()) > len(ledger.records) == len(study.trials)
+    finished = [r for r in ledger.records if study.trials[r.number].state.is_finished()]
+    assert sum(r.decision == "skip" for r in finished) == sum(
+        count for group, count in counts.items() if group.startswith("skipped")
+    )
+    assert sum(r.decision == "stop" for r in finished) == counts["stopped"]
+    assert (
+        sum(r.decision == "run" and r.override is not None for r in finished)
+        == (counts["despite"])
+    )
+    assert sum(r.outcome is None for r in finished) == counts["unknown"]
 
 
 def test_a_study_with_several_objectives_gets_a_report() -> None:

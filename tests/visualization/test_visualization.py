@@ -12,7 +12,9 @@ from optuna_ttp import TTPSampler
 from optuna_ttp.visualization.matplotlib import plot_decisions
 from optuna_ttp.visualization.matplotlib import plot_predicted_vs_observed
 from optuna_ttp.visualization.matplotlib import plot_value_over_time
+from tests.every_decision import study_with_every_decision
 from tests.models import small_predictor
+from tests.studies import quick_predictor
 
 
 def _study() -> optuna.Study:
@@ -49,6 +51,44 @@ def test_decisions_are_grouped_by_what_was_decided_and_why() -> None:
     ax = plot_decisions(_study(), ax=Figure().subplots())
     labels = sorted(str(line.get_label()) for line in ax.lines)
     assert labels == ["ran (2)", "skipped: diverges (1)", "skipped: too slow (1)"]
+
+
+def test_decisions_of_every_kind_are_drawn() -> None:
+    study, counts = study_with_every_decision()
+    ax = plot_decisions(study, ax=Figure().subplots())
+    slow = sum(counts[f"skipped {kind}"] for kind in ("budget", "cost", "study_budget"))
+    # Trials without a prediction have no place in the plane.
+    assert [line.get_label() for line in ax.lines] == [
+        f"ran ({counts['ran']})",
+        f"ran despite its prediction ({counts['despite']})",
+        f"stopped while it ran ({counts['stopped']})",
+        f"skipped: diverges ({counts['skipped diverges']})",
+        f"skipped: too slow ({slow})",
+        f"no decision ({counts['undecided']})",
+    ]
+    n_points = sum(len(np.asarray(line.get_xdata())) for line in ax.lines)
+    assert n_points == sum(counts.values()) - counts["unknown"]
+
+
+def test_steps_of_trials_with_every_decision_are_drawn_where_some_were_predicted() -> None:
+    study, _ = study_with_every_decision()
+    ax = plot_predicted_vs_observed(study, quick_predictor(), ax=Figure().subplots())
+    (points,) = [line for line in ax.lines if line.get_label() == "trials"]
+    expected = [
+        trial
+        for trial in study.trials
+        if trial.state.is_finished()
+        and "ttp:curve" in trial.user_attrs
+        and trial.user_attrs["ttp:record"]["prediction"]["outcome"] == "converges"
+    ]
+    assert len(np.asarray(points.get_xydata())) == len(expected) > 0
+
+
+def test_value_over_time_is_drawn_with_trials_of_every_decision() -> None:
+    study, _ = study_with_every_decision()
+    ax = plot_value_over_time({"all": study}, ax=Figure().subplots())
+    (line,) = ax.lines
+    assert np.asarray(line.get_xydata())[0].tolist() == [3.0, 0.5]
 
 
 def test_value_over_time_has_a_line_for_each_study_that_starts_after_its_head_start() -> None:

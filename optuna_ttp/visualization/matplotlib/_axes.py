@@ -1,4 +1,4 @@
-"""Axes to draw into."""
+"""Axes that the plots are drawn into."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ if TYPE_CHECKING:
 
 
 def label_plainly(axis: Axis) -> None:
-    """Label a logarithmic axis with plain numbers, also where it spans less than a decade.
-
-    Args:
-        axis:
-            The axis.
-    """
+    """Label a logarithmic axis with plain numbers, also if it spans less than a decade."""
     from matplotlib.ticker import LogLocator
     from matplotlib.ticker import NullFormatter
     from matplotlib.ticker import StrMethodFormatter
@@ -29,19 +24,7 @@ def label_plainly(axis: Axis) -> None:
 
 
 def resolve_axes(ax: Axes | None) -> Axes:
-    """Return the given axes, or those of a new figure.
-
-    Args:
-        ax:
-            Axes or :obj:`None`.
-
-    Returns:
-        Axes.
-
-    Raises:
-        ImportError:
-            If Matplotlib is not installed.
-    """
+    """Return the given axes, or those of a new figure, which needs Matplotlib."""
     if ax is not None:
         return ax
     try:

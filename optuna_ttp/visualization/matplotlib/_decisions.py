@@ -1,15 +1,16 @@
-"""Which configurations ran and which were skipped."""
+"""Which configurations ran, and which were skipped or stopped."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna_ttp.study import DECISION
 from optuna_ttp.study import entry
 from optuna_ttp.study import PREDICTION
-from optuna_ttp.study import RUN
 from optuna_ttp.study import SKIP
+from optuna_ttp.study import STOP
 from optuna_ttp.study import trials_of
 from optuna_ttp.visualization.matplotlib._axes import resolve_axes
 
@@ -19,17 +20,30 @@ if TYPE_CHECKING:
     import optuna
 
 
+# Label, marker and colour of each group, in the order of the legend.
 _GROUPS = (
     ("ran", "o", "tab:blue"),
+    ("ran despite its prediction", "D", "tab:green"),
+    ("stopped while it ran", "s", "tab:purple"),
     ("skipped: diverges", "^", "tab:red"),
     ("skipped: too slow", "v", "tab:orange"),
+    ("no decision", "x", "0.5"),
 )
+# More batch sizes than this are not labelled one by one.
+_MOST_LABELS = 8
 
 
 def plot_decisions(study: optuna.Study, *, ax: Axes | None = None) -> Axes:
-    """Plot trials by effective learning rate and batch size, marked by what was decided.
+    """Plot finished trials by effective learning rate and batch size, marked by the decision.
 
-    The effective learning rate is ``learning_rate / (1 - momentum)``.
+    The effective learning rate is ``learning_rate / (1 - momentum)``. A trial is marked "no
+    decision" if it has a prediction but no :class:`~optuna_ttp.TTPPruner` was asked about it.
+    A finished trial without a prediction is left out, because it is not known which of its
+    parameters are its learning rate, batch size and momentum.
+
+    Example:
+        >>> from optuna_ttp.visualization.matplotlib import plot_decisions
+        >>> plot_decisions(study).figure.savefig("decisions.png")
 
     Args:
         study:
@@ -39,14 +53,13 @@ def plot_decisions(study: optuna.Study, *, ax: Axes | None = None) -> Axes:
 
     Returns:
         The axes.
+
+    Raises:
+        ImportError:
+            If Matplotlib is not installed.
     """
     ax = resolve_axes(ax)
-    points: dict[str, list[tuple[float, float]]] = {label: [] for label, _, _ in _GROUPS}
-    for trial in trials_of(study):
-        prediction, decision = entry(trial, PREDICTION), entry(trial, DECISION)
-        if prediction is not None and decision is not None:
-            effective = prediction["learning_rate"] / (1 - prediction["momentum"])
-            points[_group(prediction, decision)].append((effective, prediction["batch_size"]))
+    points = _points_by_group(study)
     for label, marker, color in _GROUPS:
         if points[label]:
             x, y = zip(*points[label], strict=True)
@@ -55,20 +68,44 @@ def plot_decisions(study: optuna.Study, *, ax: Axes | None = None) -> Axes:
             )
     ax.set_xscale("log")
     ax.set_yscale("log", base=2)
-    ax.yaxis.set_major_formatter("{x:g}")
+    _label_batch_sizes(ax, {size for group in points.values() for _, size in group})
     ax.set_xlabel("Effective learning rate")
     ax.set_ylabel("Batch size")
     ax.set_title("What ran and what was skipped")
     if any(points.values()):
-        # Above the highest points, not on them.
+        # The legend is above the highest points, not on them.
         low, high = ax.get_ylim()
-        ax.set_ylim(low, high * (high / low) ** 0.35)
+        ax.set_ylim(low, high * (high / low) ** (0.1 + 0.08 * sum(map(bool, points.values()))))
         ax.legend(loc="upper left")
     return ax
 
 
-def _group(prediction: dict[str, Any], decision: dict[str, Any]) -> str:
-    if decision["decision"] == RUN:
-        return "ran"
-    assert decision["decision"] == SKIP
-    return "skipped: diverges" if prediction["outcome"] == "diverges" else "skipped: too slow"
+def _label_batch_sizes(ax: Axes, batch_sizes: set[float]) -> None:
+    """Label the vertical axis with the batch sizes themselves where they are few."""
+    if 0 < len(batch_sizes) <= _MOST_LABELS:
+        ax.set_yticks(sorted(batch_sizes))
+    ax.yaxis.set_major_formatter("{x:g}")
+
+
+def _points_by_group(study: optuna.Study) -> defaultdict[str, list[tuple[float, float]]]:
+    """Return effective learning rate and batch size of the study's trials by their label."""
+    points: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+    for trial in trials_of(study):
+        prediction = entry(trial, PREDICTION)
+        if prediction is not None:
+            effective = prediction["learning_rate"] / (1 - prediction["momentum"])
+            label = _label(prediction, entry(trial, DECISION))
+            points[label].append((effective, prediction["batch_size"]))
+    return points
+
+
+def _label(prediction: dict[str, Any], decision: dict[str, Any] | None) -> str:
+    """Return the label of the group that a trial with a prediction belongs to."""
+    if decision is None:
+        return "no decision"
+    if decision["decision"] == STOP:
+        return "stopped while it ran"
+    if decision["decision"] == SKIP:
+        diverges = "diverges" in (decision.get("kind"), prediction["outcome"])
+        return "skipped: diverges" if diverges else "skipped: too slow"
+    return "ran" if decision.get("override") is None else "ran despite its prediction"

@@ -24,21 +24,29 @@ if TYPE_CHECKING:
 def plot_predicted_vs_observed(
     study: optuna.Study, predictor: TrainingTimePredictor, *, ax: Axes | None = None
 ) -> Axes:
-    """Plot predicted against observed steps to the target, one point a trial.
+    """Plot predicted against observed steps to the target, one point for each finished trial.
 
-    Trials that did not record their training loss with :class:`~optuna_ttp.TrainingLog`, or did
-    not reach the target, have no point.
+    A trial has no point if no number of steps was predicted for it, if it did not record its
+    training loss with :class:`~optuna_ttp.TrainingLog`, or if it did not reach the target.
+
+    Example:
+        >>> from optuna_ttp.visualization.matplotlib import plot_predicted_vs_observed
+        >>> plot_predicted_vs_observed(study, predictor).figure.savefig("steps.png")
 
     Args:
         study:
-            A study with our sampler or pruner.
+            A study with a :class:`~optuna_ttp.TTPSampler` or a :class:`~optuna_ttp.TTPPruner`.
         predictor:
-            Knows the target.
+            The predictor of the sampler or the pruner, whose target is the one plotted.
         ax:
             Axes to draw into. A new figure by default.
 
     Returns:
         The axes.
+
+    Raises:
+        ImportError:
+            If Matplotlib is not installed.
     """
     ax = resolve_axes(ax)
     points = []

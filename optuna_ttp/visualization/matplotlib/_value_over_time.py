@@ -21,16 +21,12 @@ if TYPE_CHECKING:
 def best_over_time(
     study: optuna.Study, *, head_start: float = 0.0
 ) -> tuple[list[float], list[float]]:
-    """Return when the best value improved, and to what.
+    """Return the times at which the best value of a study improved, and the best values.
 
-    Args:
-        study:
-            A study with one objective.
-        head_start:
-            Seconds that were spent before its first trial.
-
-    Returns:
-        Seconds since the start of the first trial, the head start added, and best values.
+    ``study`` has one objective, and ``head_start`` is the number of seconds that were spent before
+    its first trial. The times are in seconds since the start of the first trial, plus
+    ``head_start``. Both lists have one entry for each completed trial that was better than all
+    before it.
     """
     sign = 1.0 if study.direction == StudyDirection.MINIMIZE else -1.0
     ended = [
@@ -57,21 +53,34 @@ def plot_value_over_time(
     end: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot the best value so far against the seconds spent, one line a study.
+    """Plot the best value so far against the seconds spent, one line for each study.
+
+    A study in which no trial was completed has no line.
+
+    Example:
+        >>> from optuna_ttp.visualization.matplotlib import plot_value_over_time
+        >>> ax = plot_value_over_time(
+        ...     {"TPE": plain, "TPE, wrapped": study}, head_start={"TPE, wrapped": 12.0}
+        ... )
 
     Args:
         studies:
-            Studies by the name in the legend.
+            Studies with one objective, by the name that the legend shows.
         head_start:
-            Seconds spent before the first trial, by name, such as those of a spectrum. None by
-            default.
+            Seconds that were spent before the first trial, such as those that the spectrum took,
+            by the name of the study. Zero for each by default.
         end:
-            Draw the lines up to here, in seconds. Up to the last improvement of all by default.
+            The lines are drawn up to this number of seconds. By default they end at the last
+            improvement in any of the studies.
         ax:
             Axes to draw into. A new figure by default.
 
     Returns:
         The axes.
+
+    Raises:
+        ImportError:
+            If Matplotlib is not installed.
     """
     ax = resolve_axes(ax)
     curves = {
@@ -85,6 +94,8 @@ def plot_value_over_time(
                 [*seconds, max(end or last, seconds[-1])],
                 [*values, values[-1]],
                 where="post",
+                marker=".",
+                markevery=slice(len(seconds)),
                 label=name,
             )
     ax.set_xlabel("Seconds spent")
