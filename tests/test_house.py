@@ -128,6 +128,52 @@ def test_the_compatibility_module_is_where_they_are_touched() -> None:
     )
 
 
+# What may be called for the value of a module's name: it returns nothing that can be changed.
+_MAKERS_OF_CONSTANTS = {
+    "TypeVar",
+    "ParamSpec",
+    "compile",
+    "exp",
+    "frozenset",
+    "get_logger",
+    "lazy_names",
+    "log",
+    "parametrize",
+    "tuple",
+}
+_CONTAINERS = (ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp)
+
+
+def _mutable_names(module: str) -> Iterator[str]:
+    """Names at the top of a module that hold, or may hold, an object that can be changed.
+
+    A container that is annotated as a ``Mapping`` or ``Sequence`` is a constant: mypy lets nobody
+    write into it. Instances of ``...Rules`` are frozen.
+    """
+    for node in tree_of(module).body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = ", ".join(ast.unparse(target) for target in targets)
+        annotation = "" if isinstance(node, ast.Assign) else ast.unparse(node.annotation)
+        value = node.value
+        if isinstance(value, _CONTAINERS):
+            if names != "__all__" and not annotation.startswith(("Mapping[", "Sequence[")):
+                yield names
+        elif isinstance(value, ast.Call):
+            called = ast.unparse(value.func).split(".")[-1]
+            if called not in _MAKERS_OF_CONSTANTS and not called.endswith("Rules"):
+                yield names
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if _is_on_the_side_of_optuna(m)])
+def test_no_module_from_study_up_holds_what_can_be_changed(module: str) -> None:
+    """What is remembered of a study is in its ``StudyState``."""
+    assert list(_mutable_names(module)) == []
+    globals_written = [n for n in ast.walk(tree_of(module)) if isinstance(n, ast.Global)]
+    assert globals_written == []
+
+
 def _in_fresh_process(code: str) -> Any:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 import math
-import threading
 import time
 from typing import Any
 from typing import get_args
@@ -43,7 +42,6 @@ from optuna_ttp.study import Learner
 from optuna_ttp.study import map_or_default
 from optuna_ttp.study import n_skipped_in_a_row
 from optuna_ttp.study import observed_curve
-from optuna_ttp.study import PerStudy
 from optuna_ttp.study import predicted_cost
 from optuna_ttp.study import PREDICTION
 from optuna_ttp.study import prediction_entry
@@ -52,6 +50,7 @@ from optuna_ttp.study import RECORD
 from optuna_ttp.study import resolve_for_trial
 from optuna_ttp.study import RUN
 from optuna_ttp.study import SKIP
+from optuna_ttp.study import state_of
 from optuna_ttp.study import STOP
 from optuna_ttp.study import StudyBudget
 from optuna_ttp.study import tell_that_nothing_ran
@@ -269,18 +268,6 @@ class TTPPruner(BasePruner):
         self._constraint = constraint
         self._seed = check_seed(seed)
         self._told = False
-        # By the trial's number. What is not in here is read from the storage.
-        self._known: PerStudy[dict[int, _Known]] = PerStudy(dict)
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["_lock"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Decide about a trial; where nothing speaks against it, ask the wrapped pruner.
@@ -342,8 +329,9 @@ class TTPPruner(BasePruner):
         return decision
 
     def _decided(self, study: Study, trial: FrozenTrial) -> Decision:
-        with self._lock:
-            known = self._known[study].get(trial.number)
+        state = state_of(study)
+        known_trials = state.part_of(self, _KnownTrials)
+        known = known_trials.get(trial.number)
         if known is None:
             trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
             # The storage knows where another process asked before, as ask-and-tell may do.
@@ -353,11 +341,10 @@ class TTPPruner(BasePruner):
             else:
                 others = [t for t in trials if t.number != trial.number]
                 known = self._decide(study, trial, others)
-            with self._lock:
-                kept = self._known[study]
-                while len(kept) >= _REMEMBERED:
-                    kept.pop(next(iter(kept)))
-                kept[trial.number] = known
+            with state.lock:
+                while len(known_trials) >= _REMEMBERED:
+                    known_trials.pop(next(iter(known_trials)))
+                known_trials[trial.number] = known
         if not known.decision.prune:
             self._follow(study, trial, known)
         return known.decision
@@ -600,6 +587,10 @@ class _Known:
     @property
     def prediction(self) -> dict[str, Any] | None:
         return self.record.get(PREDICTION)
+
+
+class _KnownTrials(dict[int, _Known]):
+    """What a pruner knows of a study's trials, by their number; others are in the storage."""
 
 
 def _log_median(prediction: Prediction) -> float:
