@@ -27,7 +27,7 @@ from tests.house import tree_of
 # From this floor on Optuna may be imported.
 _OPTUNA_FLOOR = FLOOR_OF["study"]
 _COMPATIBILITY = "optuna_ttp.study._optuna_compat"
-_MOST_FLOORS = 22
+_MOST_FLOORS = 15
 
 
 def _is_on_the_side_of_optuna(module: str) -> bool:
@@ -205,6 +205,17 @@ def test_importing_sampler_and_pruner_loads_neither_torch_nor_matplotlib() -> No
         "print(json.dumps(sorted(sys.modules)))"
     )
     assert {"matplotlib", "torch"}.isdisjoint(loaded)
+
+
+def test_the_modules_of_study_and_search_do_not_load_torch() -> None:
+    modules = sorted(m for m in MODULES if package_of(m) in ("study", "search", "reporting"))
+    loaded = _in_fresh_process(
+        "import importlib, json, sys\n"
+        f"for module in {modules}:\n"
+        "    importlib.import_module(module)\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    assert "torch" not in loaded
 
 
 @pytest.mark.parametrize("engine", ["exact", "sketch", "matrix_free"])

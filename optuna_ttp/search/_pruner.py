@@ -21,6 +21,7 @@ from optuna_ttp._util.checks import check_number
 from optuna_ttp._util.checks import check_seed
 from optuna_ttp.calibration import probability_below
 from optuna_ttp.calibration import Z_90
+from optuna_ttp.prediction import check_predictor
 from optuna_ttp.prediction import DIVERGES
 from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from optuna.trial import Trial
 
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
 
 
 Goal = Literal["time", "metric"]
@@ -195,7 +196,7 @@ class TTPPruner(BasePruner):
 
     def __init__(
         self,
-        predictor: TrainingTimePredictor,
+        predictor: SearchPredictor,
         wrapped_pruner: BasePruner | None = None,
         *,
         hyperparameters: HyperparameterMap | None = None,
@@ -214,14 +215,9 @@ class TTPPruner(BasePruner):
         constraint: bool = False,
         seed: int = 0,
     ) -> None:
-        from optuna_ttp.prediction import TrainingTimePredictor
-
         check_kind("shadow", shadow, bool)
         check_kind("constraint", constraint, bool)
-        if not isinstance(predictor, TrainingTimePredictor):
-            raise TypeError(
-                f"predictor must be a TrainingTimePredictor but got {type(predictor).__name__}."
-            )
+        check_predictor(predictor)
         if wrapped_pruner is not None and not isinstance(wrapped_pruner, BasePruner):
             raise TypeError(f"wrapped_pruner must be a pruner but got {wrapped_pruner!r}.")
         if budget is not None and not isinstance(budget, StudyBudget):
@@ -407,7 +403,7 @@ class TTPPruner(BasePruner):
         self,
         study: Study,
         trials: Sequence[FrozenTrial],
-        predictor: TrainingTimePredictor,
+        predictor: SearchPredictor,
         configuration: Configuration,
         prediction: Prediction,
         budget: float,
@@ -442,7 +438,7 @@ class TTPPruner(BasePruner):
         self,
         study: Study,
         trials: Sequence[FrozenTrial],
-        predictor: TrainingTimePredictor,
+        predictor: SearchPredictor,
         configuration: Configuration,
         prediction: Prediction,
     ) -> bool:
@@ -463,7 +459,7 @@ class TTPPruner(BasePruner):
         self,
         study: Study,
         trials: Sequence[FrozenTrial],
-        predictor: TrainingTimePredictor,
+        predictor: SearchPredictor,
         prediction: Prediction,
     ) -> tuple[str, str] | None:
         """Why a trial that would succeed costs too much, likewise."""
@@ -501,7 +497,7 @@ class TTPPruner(BasePruner):
         study: Study,
         trial: FrozenTrial,
         trials: Sequence[FrozenTrial],
-        predictor: TrainingTimePredictor,
+        predictor: SearchPredictor,
         kind: str,
         objection: str,
     ) -> tuple[str, str] | None:
@@ -618,7 +614,7 @@ def _progress_of_similar_trials(trials: Sequence[FrozenTrial], kind: str) -> lis
     return reached[::-1]
 
 
-def _cost(prediction: Prediction, predictor: TrainingTimePredictor) -> float:
+def _cost(prediction: Prediction, predictor: SearchPredictor) -> float:
     """Predicted seconds; steps where the time of a step is not known."""
     seconds = float(prediction.seconds)
     return float(prediction.steps) if math.isnan(seconds) else seconds

@@ -32,6 +32,7 @@ from optuna.trial import TrialState
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp._util.checks import check_number
 from optuna_ttp._util.checks import check_seed
+from optuna_ttp.prediction import check_predictor
 from optuna_ttp.search._candidates import Candidates
 from optuna_ttp.search._candidates import drawn
 from optuna_ttp.search._forecast import Forecast
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
     from optuna_ttp.study import Configuration
     from optuna_ttp.study import HyperparameterMap
 
@@ -177,7 +178,7 @@ class TTPSampler(BaseSampler):
 
     def __init__(
         self,
-        predictor: TrainingTimePredictor,
+        predictor: SearchPredictor,
         base_sampler: BaseSampler | None = None,
         *,
         hyperparameters: HyperparameterMap | None = None,
@@ -193,12 +194,7 @@ class TTPSampler(BaseSampler):
         allow_duplicates: bool = False,
         seed: int | None = None,
     ) -> None:
-        from optuna_ttp.prediction import TrainingTimePredictor
-
-        if not isinstance(predictor, TrainingTimePredictor):
-            raise TypeError(
-                f"predictor must be a TrainingTimePredictor but got {type(predictor).__name__}."
-            )
+        check_predictor(predictor)
         if base_sampler is not None and not isinstance(base_sampler, BaseSampler):
             raise TypeError(f"base_sampler must be a sampler but got {base_sampler!r}.")
         if search_space is not None and not isinstance(search_space, Mapping):
@@ -511,7 +507,7 @@ class TTPSampler(BaseSampler):
     def _pool(
         self,
         study: Study,
-        predictor: TrainingTimePredictor,
+        predictor: SearchPredictor,
         space: dict[str, BaseDistribution],
         fixed: dict[str, Any],
         known: dict[str, Any],
@@ -544,7 +540,7 @@ class TTPSampler(BaseSampler):
         return {**singles, **inner, **fixed_params(study, trial, stored), **trial.params}
 
     def _evidence(
-        self, study: Study, trials: Sequence[FrozenTrial], predictor: TrainingTimePredictor
+        self, study: Study, trials: Sequence[FrozenTrial], predictor: SearchPredictor
     ) -> tuple[Evidence, int]:
         """What was tried and what it gave; and how many trials are about to try something."""
         sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
@@ -570,7 +566,7 @@ class TTPSampler(BaseSampler):
         )
         return evidence, n_unknown
 
-    def _expected(self, predictor: TrainingTimePredictor, candidates: Candidates) -> Forecast:
+    def _expected(self, predictor: SearchPredictor, candidates: Candidates) -> Forecast:
         return Forecast.of(
             predictor,
             candidates.learning_rate,
@@ -596,7 +592,7 @@ class TTPSampler(BaseSampler):
         return candidate
 
     def _resolve(
-        self, predictor: TrainingTimePredictor, params: Mapping[str, Any]
+        self, predictor: SearchPredictor, params: Mapping[str, Any]
     ) -> Configuration | None:
         try:
             configuration = self._map.resolve(params)
@@ -636,12 +632,12 @@ class _Pool:
 
     def __init__(self, candidates: Candidates) -> None:
         self.candidates = candidates
-        self._last: tuple[TrainingTimePredictor, Forecast] | None = None
+        self._last: tuple[SearchPredictor, Forecast] | None = None
 
     def forecast(
         self,
-        predictor: TrainingTimePredictor,
-        expected: Callable[[TrainingTimePredictor, Candidates], Forecast],
+        predictor: SearchPredictor,
+        expected: Callable[[SearchPredictor, Candidates], Forecast],
     ) -> Forecast:
         if self._last is None or self._last[0] is not predictor:
             self._last = predictor, expected(predictor, self.candidates)

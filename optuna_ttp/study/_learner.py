@@ -8,6 +8,7 @@ import math
 import time
 from typing import Any
 from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 from optuna.logging import get_logger
@@ -41,10 +42,11 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
 
 
 _logger = get_logger("optuna.ttp.learner")
+_Predictor = TypeVar("_Predictor", bound="SearchPredictor")
 # While fewer trials are finished every one counts; at the most so many are waited for.
 _FEW = 8
 _MOST_NEW = 32
@@ -62,7 +64,7 @@ _CHECK = (
 
 def observations_of(
     study: optuna.Study,
-    predictor: TrainingTimePredictor,
+    predictor: SearchPredictor,
     hyperparameters: HyperparameterMap | None = None,
 ) -> list[Observation]:
     """Return what a study's trials tell about a predictor.
@@ -88,7 +90,7 @@ def observations_of(
     return _observations(study, predictor, trials, hyperparameters or HyperparameterMap())
 
 
-def informed_by(study: optuna.Study, predictor: TrainingTimePredictor) -> TrainingTimePredictor:
+def informed_by(study: optuna.Study, predictor: _Predictor) -> _Predictor:
     """Return the predictor as a study's trials have corrected it, steps and seconds.
 
     Args:
@@ -118,8 +120,8 @@ class _Learned:
             The numbers of the running trials it has learned from, and how far they had come.
     """
 
-    given: TrainingTimePredictor
-    predictor: TrainingTimePredictor
+    given: SearchPredictor
+    predictor: SearchPredictor
     n_finished: int
     running: tuple[tuple[int, float], ...]
 
@@ -143,7 +145,7 @@ class LearnerMemory:
         self.warned: set[str] = set()
         self._learned: list[_Learned] = []
 
-    def learned_by(self, predictor: TrainingTimePredictor) -> _Learned | None:
+    def learned_by(self, predictor: SearchPredictor) -> _Learned | None:
         """Return what a predictor has learned, :obj:`None` where it has learned nothing yet."""
         return next((one for one in self._learned if one.given is predictor), None)
 
@@ -168,15 +170,11 @@ class Learner:
             Which trial parameter is which hyperparameter.
     """
 
-    def __init__(
-        self, predictor: TrainingTimePredictor, hyperparameters: HyperparameterMap
-    ) -> None:
+    def __init__(self, predictor: SearchPredictor, hyperparameters: HyperparameterMap) -> None:
         self._predictor = predictor
         self._map = hyperparameters
 
-    def informed(
-        self, study: optuna.Study, trials: Sequence[FrozenTrial]
-    ) -> TrainingTimePredictor:
+    def informed(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> SearchPredictor:
         """Return the predictor as a study's trials have corrected it.
 
         Args:
@@ -212,7 +210,7 @@ class Learner:
             _tell_of_start(study, twin.calibration)
             return twin
 
-    def last(self, study: optuna.Study) -> TrainingTimePredictor:
+    def last(self, study: optuna.Study) -> SearchPredictor:
         """Return the predictor as it was last corrected.
 
         Args:
@@ -278,7 +276,7 @@ def tell_that_skipping_is_wrong(study: optuna.Study, count: str) -> None:
     )
 
 
-def _tell_of_nothing(study: optuna.Study, predictor: TrainingTimePredictor) -> None:
+def _tell_of_nothing(study: optuna.Study, predictor: SearchPredictor) -> None:
     """Say once that none of several curves has come down: they may be of something else."""
     n_curves = len(predictor.observations)
     told = state_of(study).part(LearnerMemory).warned
@@ -345,12 +343,12 @@ def _tell_of_start(study: optuna.Study, calibration: Calibration) -> None:
 
 def _observations(
     study: optuna.Study,
-    predictor: TrainingTimePredictor,
+    predictor: SearchPredictor,
     trials: Sequence[FrozenTrial],
     mapping: HyperparameterMap,
 ) -> list[Observation]:
     memory = state_of(study).part(LearnerMemory)
-    known = memory.observations.setdefault(predictor.spectrum.metadata.fingerprint, {})
+    known = memory.observations.setdefault(predictor.fingerprint, {})
     ordered = sorted(trials, key=lambda t: t.number)
     late = {t.number for t in ordered[-_MOST_LATE:] if t.state in FINISHED}
     observations = {}
@@ -375,7 +373,7 @@ def _observations(
 def observation_in(
     study: optuna.Study,
     trial: FrozenTrial,
-    predictor: TrainingTimePredictor,
+    predictor: SearchPredictor,
     hyperparameters: HyperparameterMap | None,
 ) -> Observation | None:
     """Return what a trial of a study tells about a predictor, and say once what cannot be used.
@@ -404,7 +402,7 @@ def observation_in(
         prediction = late
     if prediction is None or prediction.get("ladder") is None:
         return None
-    if prediction["fingerprint"] != predictor.spectrum.metadata.fingerprint:
+    if prediction["fingerprint"] != predictor.fingerprint:
         return None
     if trial.state in FINISHED:
         missing = unclosed(study, trial)
@@ -433,7 +431,7 @@ def _tell_of_gaps(study: optuna.Study, trial: FrozenTrial) -> None:
 
 
 def _late_prediction(
-    trial: FrozenTrial, predictor: TrainingTimePredictor, mapping: HyperparameterMap
+    trial: FrozenTrial, predictor: SearchPredictor, mapping: HyperparameterMap
 ) -> dict[str, Any] | UnusableCurve | None:
     """What would have been predicted for a trial, nothing where it has no curve.
 
