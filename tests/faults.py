@@ -23,6 +23,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+from threading import Barrier
 import time
 from typing import Any
 
@@ -31,6 +32,7 @@ import sqlalchemy as sa
 import torch
 
 from optuna_ttp import StoreError
+from optuna_ttp.store import _migrate
 from optuna_ttp.store import SpectrumStore
 from optuna_ttp.task import FineTuningTask
 from tests.servers import PostgreSQL
@@ -126,6 +128,24 @@ def _answer(answers: Queue[Any], work: Callable[..., Any], arguments: tuple[Any,
         answers.put((True, work(*arguments)))
     except Exception as error:
         answers.put((False, error))
+
+
+def open_at_once(url: str, n_processes: int, migrations: Path | None = None) -> list[int]:
+    """Open a store in several processes at the same moment and return how many spectra each lists.
+
+    With a folder of migrations they are of a version 2 that has these.
+    """
+    start = _processes.Barrier(n_processes)
+    workers = [Worker(_open, url, start, migrations) for _ in range(n_processes)]
+    return [worker.result() for worker in workers]
+
+
+def _open(url: str, start: Barrier, migrations: Path | None) -> int:
+    if migrations is not None:
+        module: Any = _migrate
+        module.MIGRATIONS, module.HEAD = migrations, "0002"
+    start.wait(_PATIENCE)
+    return len(open_store(url).list())
 
 
 def check(url: str, seeds: list[int]) -> None:
@@ -324,9 +344,9 @@ def fill_disk(url: str, disk: Path, seed: int, generator: random.Random) -> dict
     filler = disk / "filler"
     status = os.statvfs(disk)
     free = status.f_bavail * status.f_frsize
-    size = free - int(generator.uniform(0.05, 1.0) * n_bytes)
+    n_filled = free - int(generator.uniform(0.05, 1.0) * n_bytes)
     with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+        os.posix_fallocate(file.fileno(), 0, n_filled)
     failed = False
     try:
         get_or_compute(url, seed + 1)

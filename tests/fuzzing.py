@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 import hashlib
 import json
-from pathlib import Path
 import struct
 import tracemalloc
 from typing import Any
@@ -19,7 +19,6 @@ from optuna_ttp.spectrum import Spectrum
 from tests.cases import spectrum
 
 
-_ARCHIVE = (Path(__file__).parent / "data" / "spectrum_format_3.npz").read_bytes()
 # Numbers and texts that sizes, types and names are not.
 _HOSTILE: list[Any] = [
     *(None, True, -1, 0, 1, 2**31, 2**62 - 1, 2**62, 2**64, 10**30, 0.5, float("inf")),
@@ -46,7 +45,6 @@ def blobs() -> st.SearchStrategy[Blob]:
         st.builds(_other_header, st.lists(st.integers(0, 10**6), min_size=3, max_size=3)),
         st.builds(_signed_anew, st.lists(st.integers(0, 10**6), min_size=3, max_size=3)),
         st.builds(_raw_header, st.binary(max_size=200)),
-        st.builds(_damaged_archive, st.floats(0, 1, exclude_max=True), st.integers(1, 255)),
         st.builds(lambda data: Blob("any bytes", data), st.binary(max_size=300)),
     )
 
@@ -60,7 +58,7 @@ def read(fuzzed: Blob) -> str:
     data = fuzzed.data
     tracemalloc.start()
     try:
-        found = Spectrum.from_bytes(data)
+        read_back = Spectrum.from_bytes(data)
     except DamagedSpectrumError:
         return "refused"
     finally:
@@ -71,17 +69,12 @@ def read(fuzzed: Blob) -> str:
     if data == _written():
         return "unchanged"
     if fuzzed.kind == "signed anew":
-        assert np.isfinite(found.eigenvectors).all()
+        assert np.isfinite(read_back.eigenvectors).all()
         return "a spectrum"
-    original = Spectrum.from_bytes(_ARCHIVE) if fuzzed.kind == "archive" else spectrum()
-    for name in ("eigenvalues", "eigenvectors", "initial_outputs", "targets"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(original, name))
-    assert found.metadata == original.metadata
-    # Some bytes of a zip file, such as times, mean nothing.
-    assert fuzzed.kind == "archive"
-    return "unchanged"
+    raise AssertionError("Damaged bytes were read.")
 
 
+@cache
 def _written() -> bytes:
     return spectrum().to_bytes()
 
@@ -102,10 +95,10 @@ def _spliced(share: float, foreign: bytes, instead: bool) -> Blob:
     return Blob("spliced", data[:at] + foreign + data[at + instead * len(foreign) :])
 
 
-def _moved(source: float, target: float, size: int) -> Blob:
+def _moved(source: float, target: float, n_bytes: int) -> Blob:
     data = bytearray(_written())
     begin, end = int(source * len(data)), int(target * len(data))
-    piece = data[begin : begin + size]
+    piece = data[begin : begin + n_bytes]
     data[end : end + len(piece)] = piece
     return Blob("moved", bytes(data))
 
@@ -127,23 +120,17 @@ def _signed_anew(choices: list[int]) -> Blob:
     head = _head(changed)
     signed, rest, number = [head], memoryview(data)[46 + length :], 0
     while rest:
-        size = struct.unpack("<I", rest[:4])[0]
-        stored = bytes(rest[36 : 36 + size])
-        own = hashlib.sha256(head[14:46] + struct.pack("<Q", number) + stored).digest()
-        signed.append(rest[:4].tobytes() + own + stored)
-        rest, number = rest[36 + size :], number + 1
+        length = struct.unpack("<I", rest[:4])[0]
+        stored = bytes(rest[36 : 36 + length])
+        digest = hashlib.sha256(head[14:46] + struct.pack("<Q", number) + stored).digest()
+        signed.append(rest[:4].tobytes() + digest + stored)
+        rest, number = rest[36 + length :], number + 1
     return Blob("signed anew", b"".join(signed))
 
 
 def _raw_header(text: bytes) -> Blob:
     prefix = struct.pack("<HI", blob.FORMAT, len(text))
     return Blob("raw header", blob.MAGIC + prefix + hashlib.sha256(prefix + text).digest() + text)
-
-
-def _damaged_archive(share: float, flip: int) -> Blob:
-    data = bytearray(_ARCHIVE)
-    data[int(share * len(data))] ^= flip
-    return Blob("archive", bytes(data))
 
 
 def _head(header: Any) -> bytes:

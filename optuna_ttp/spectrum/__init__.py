@@ -8,15 +8,15 @@ from optuna_ttp._util.lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from optuna_ttp.spectrum._spectrum import check_truncation
-    from optuna_ttp.spectrum._spectrum import Probe
+    from optuna_ttp.spectrum._metadata import SpectrumMetadata
+    from optuna_ttp.spectrum._probe import Probe
     from optuna_ttp.spectrum._spectrum import Spectrum
-    from optuna_ttp.spectrum._spectrum import SpectrumMetadata
-    from optuna_ttp.spectrum._spectrum import Validation
-    from optuna_ttp.spectrum._spectrum import write_whole
     from optuna_ttp.spectrum._step_timing import measure_throughput
     from optuna_ttp.spectrum._throughput import learned_throughput
     from optuna_ttp.spectrum._throughput import Throughput
+    from optuna_ttp.spectrum._truncation import check_truncation
+    from optuna_ttp.spectrum._validation import Validation
+    from optuna_ttp.spectrum._whole_file import write_whole
 
 
 __all__ = [
@@ -34,18 +34,16 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "_spectrum": (
-            "check_truncation",
-            "Probe",
-            "Spectrum",
-            "SpectrumMetadata",
-            "Validation",
-            "write_whole",
-        ),
+        "_metadata": ("SpectrumMetadata",),
+        "_probe": ("Probe",),
+        "_spectrum": ("Spectrum",),
         "_step_timing": ("measure_throughput",),
         "_throughput": (
             "learned_throughput",
             "Throughput",
         ),
+        "_truncation": ("check_truncation",),
+        "_validation": ("Validation",),
+        "_whole_file": ("write_whole",),
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 import time
 
 import numpy as np
@@ -12,8 +13,24 @@ from optuna_ttp.task import FineTuningTask
 from optuna_ttp.task import FrozenModel
 
 
-# A step that takes so many times what is spent on a batch size.
-_LONG_STEP = 10.0
+@dataclass(frozen=True)
+class TimingRules:
+    """The settings of the timing of steps.
+
+    Attributes:
+        long_step:
+            A step is long where it takes this many times the seconds given to a batch size; larger
+            batch sizes are not timed then, because from there on each further sample costs a
+            sample's time. Not ablated yet.
+        most_repetitions:
+            The most repetitions of a batch size. Not ablated yet.
+    """
+
+    long_step: float = 10.0
+    most_repetitions: int = 50
+
+
+RULES = TimingRules()
 
 
 def measure_throughput(
@@ -21,53 +38,41 @@ def measure_throughput(
     *,
     device: torch.device,
     batch_sizes: tuple[int, ...] = (2, 8, 32, 128),
-    seconds_per_size: float = 0.05,
+    seconds_per_batch_size: float = 0.05,
 ) -> Throughput:
-    """Time real steps (forward, loss, backward, weight update) on the task's own data.
+    """Time real steps (forward, loss, backward, weight update of copies) on the task's own data.
 
-    The weights that are updated are copies. The median over the repetitions is taken; there is
-    one at least, after a warm-up step where steps are short or the first ones.
-
-    Args:
-        task:
-            What is fine-tuned.
-        device:
-            Where to run.
-        batch_sizes:
-            What to measure, ascending. In place of sizes above N it is N. Behind the first two,
-            the rest is left out where a step takes ten times ``seconds_per_size``: from there on
-            a sample more is a sample's time more.
-        seconds_per_size:
-            Stop repeating a batch size after so long. 0.05 s by default.
-
-    Returns:
-        The measured seconds per step.
+    Each batch size (N in place of larger ones) is repeated for ``seconds_per_batch_size``, at
+    least once, after a warm-up step where steps are short or the first ones. The median counts.
     """
-    sizes = sorted({min(size, task.n_samples) for size in batch_sizes})
+    distinct = sorted({min(batch_size, task.n_samples) for batch_size in batch_sizes})
     seconds: list[float] = []
     with task.frozen(device, torch.float32, training=True) as frozen:
         trained = {k: p.detach().clone().requires_grad_() for k, p in frozen.parameters.items()}
         frozen.replace_parameters(trained)
-        for size in sizes:
-            if len(seconds) > 1 and seconds[-1] > _LONG_STEP * seconds_per_size > 0.0:
+        for batch_size in distinct:
+            if len(seconds) > 1 and seconds[-1] > RULES.long_step * seconds_per_batch_size > 0.0:
                 break
-            inputs, _ = next(task.batches(size, device, torch.float32))
+            inputs, _ = next(task.batches(batch_size, device, torch.float32))
             timings: list[float] = []
-            # A warm-up changes little of what takes long, and costs as much.
-            if not seconds or seconds[-1] < seconds_per_size:
+            # A warm-up changes little where steps are long, and costs as much as a step.
+            if not seconds or seconds[-1] < seconds_per_batch_size:
                 _time_step(frozen, inputs, device)
-            while not timings or (sum(timings) < seconds_per_size and len(timings) < 50):
+            while not timings or (
+                sum(timings) < seconds_per_batch_size and len(timings) < RULES.most_repetitions
+            ):
                 timings.append(_time_step(frozen, inputs, device))
             seconds.append(float(np.median(timings)))
     # A larger batch cannot be faster; where it seems so, that is the noise of a shared machine.
     return Throughput(
-        np.array(sizes[: len(seconds)], dtype=np.int64),
+        np.array(distinct[: len(seconds)], dtype=np.int64),
         np.maximum.accumulate(seconds),
         device=str(device),
     )
 
 
 def _time_step(frozen: FrozenModel, inputs: object, device: torch.device) -> float:
+    """Return the seconds of one training step with learning rate zero."""
     started = time.perf_counter()
     parameters = list(frozen.parameters.values())
     # The loss itself costs next to nothing; what counts is that gradients flow from all outputs.

@@ -9,9 +9,26 @@ from numpy.typing import ArrayLike
 from numpy.typing import NDArray
 
 
-# Prior standard deviations of the factor and of the slope in the batch size, and that of a trial.
-_PRIOR_SD = (2.0, 0.3)
-_TRIAL_SD = 0.1
+@dataclass(frozen=True)
+class ThroughputRules:
+    """The settings of the learning of seconds per step from trials.
+
+    Attributes:
+        prior_sd:
+            Prior standard deviations of the logarithmic factor and of the slope in the batch size.
+            Not ablated yet.
+        trial_sd:
+            Standard deviation of a trial's logarithmic seconds per step. Not ablated yet.
+        n_reweightings:
+            Steps of reweighted least squares. Not ablated yet.
+    """
+
+    prior_sd: tuple[float, float] = (2.0, 0.3)
+    trial_sd: float = 0.1
+    n_reweightings: int = 10
+
+
+RULES = ThroughputRules()
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,45 +96,37 @@ class Throughput:
 def learned_throughput(
     prior: Throughput | None, batch_sizes: NDArray[np.int64], seconds: NDArray[np.float64]
 ) -> Throughput | None:
-    """Learn the time of a step from trials.
+    """Correct measured seconds per step by the trials' own.
 
     ``log s = log s_0(B) + a + b log(B / B_m) + e`` with the prior time ``s_0``, a factor ``a`` of
     the machine that the trials run on, a slope ``b`` in the batch size ``B`` about the geometric
     mean ``B_m`` of those seen, and Student's t errors, so that a few trials on a busy machine do
-    not count. Normal priors on ``a`` and ``b``, by reweighted least squares.
+    not count. Normal priors on ``a`` and ``b``, by reweighted least squares. Without a prior
+    throughput a step is taken to cost a constant and a part per sample, equal at ``B_m``.
 
-    Args:
-        prior:
-            What was measured with the spectrum. Without it a step is taken to cost as much as a
-            constant part and a sample, each half of it at ``B_m``.
-        batch_sizes:
-            Of the trials, shape ``(n,)``.
-        seconds:
-            Median seconds per step of each, shape ``(n,)``.
-
-    Returns:
-        The time by batch size, at the sizes of both; the prior where there are no trials.
+    Takes batch size and median seconds per step of each of n trials, shape ``(n,)`` both; returns
+    the throughput at all batch sizes that occur, or the prior where there are no trials.
     """
     if not len(seconds):
         return prior
-    sizes = np.asarray(batch_sizes, dtype=np.float64)
-    middle = float(np.exp(np.log(sizes).mean()))
+    trial_sizes = np.asarray(batch_sizes, dtype=np.float64)
+    middle = float(np.exp(np.log(trial_sizes).mean()))
     if prior is None:
-        known = np.unique(sizes).astype(np.int64)
+        known = np.unique(trial_sizes).astype(np.int64)
         expected = np.log(0.5 + 0.5 * known / middle) + float(np.median(np.log(seconds)))
         prior = Throughput(known, np.exp(expected), "unknown")
-    x = np.stack([np.ones(len(sizes)), np.log(sizes / middle)], axis=1)
-    y = np.log(seconds) - np.log(prior.seconds_per_step(sizes))
-    precision = np.diag(1.0 / np.square(_PRIOR_SD))
+    x = np.stack([np.ones(len(trial_sizes)), np.log(trial_sizes / middle)], axis=1)
+    y = np.log(seconds) - np.log(prior.seconds_per_step(trial_sizes))
+    precision = np.diag(1.0 / np.square(RULES.prior_sd))
     weights = np.ones(len(y))
-    for _ in range(10):
-        scaled = x.T * (weights / _TRIAL_SD**2)
+    for _ in range(RULES.n_reweightings):
+        scaled = x.T * (weights / RULES.trial_sd**2)
         effect = np.linalg.solve(precision + scaled @ x, scaled @ y)
         away = y - x @ effect
-        weights = 4.0 / (3.0 + (away / _TRIAL_SD) ** 2)
-    every = np.union1d(prior.batch_sizes, np.unique(sizes).astype(np.int64))
+        weights = 4.0 / (3.0 + (away / RULES.trial_sd) ** 2)
+    every = np.union1d(prior.batch_sizes, np.unique(trial_sizes).astype(np.int64))
     logs = np.log(prior.seconds_per_step(every)) + effect[0]
-    logs = logs + effect[1] * np.log(np.clip(every, sizes.min(), sizes.max()) / middle)
+    logs = logs + effect[1] * np.log(np.clip(every, trial_sizes.min(), trial_sizes.max()) / middle)
     spread = float(np.sqrt((weights * away**2).sum() / weights.sum()))
     # A larger batch cannot be faster.
     return Throughput(every, np.maximum.accumulate(np.exp(logs)), prior.device, spread)

@@ -1,4 +1,4 @@
-"""What a long computation has finished, for the one that goes on after it was killed."""
+"""Finished parts of a long computation, for the worker that continues it after a crash."""
 
 from __future__ import annotations
 
@@ -20,21 +20,15 @@ from optuna_ttp.store._schema import DatabaseTime
 
 
 class Checkpoint:
-    """Named arrays of a computation that is under way.
+    """Named arrays ("blocks") that the computation of the spectrum of a key has finished.
 
-    Get one from :meth:`SpectrumStore.checkpoint`. They are deleted when the spectrum is stored.
+    :meth:`SpectrumStore.checkpoint` makes it. The blocks are deleted when the spectrum is stored.
 
     Example:
         >>> checkpoint = store.checkpoint(task)
         >>> checkpoint.save_block("gram/0", np.eye(3))
         >>> checkpoint.load_block("gram/0").shape
         (3, 3)
-
-    Args:
-        database:
-            Where they are kept.
-        key:
-            Of the spectrum that they belong to.
     """
 
     def __init__(self, database: Database, key: str) -> None:
@@ -42,50 +36,32 @@ class Checkpoint:
         self._key = key
 
     def save_block(self, name: str, array: NDArray[Any]) -> None:
-        """Keep an array, instead of one of the same name.
+        """Store an array of numbers under a name of 1 to 255 characters, replacing an older one.
 
-        Args:
-            name:
-                Up to 255 characters.
-            array:
-                Numbers.
-
-        Raises:
-            ValueError:
-                If the name is empty or too long.
-            StoreError:
-                If the database fails.
+        Raises ValueError where the name is empty or too long, StoreError where the database fails.
         """
         if not 0 < len(name) <= 255:
             raise ValueError(f"name must have 1 to 255 characters but got {len(name)}.")
 
         def work(connection: sa.Connection) -> None:
             _delete(connection, *self._is(name))
-            own = uuid4().hex
+            blob_name = uuid4().hex
             pieces = blob.write({"name": name}, {"block": np.asarray(array)})
-            n_bytes = _chunks.insert(connection, own, pieces)
-            row = {"key": self._key, "name": name, "blob": own, "n_bytes": n_bytes}
+            n_bytes = _chunks.insert(connection, blob_name, pieces)
+            row = {"key": self._key, "name": name, "blob": blob_name, "n_bytes": n_bytes}
             connection.execute(sa.insert(checkpoints).values(saved_at=DatabaseTime(), **row))
 
         try:
             self._database.write(work)
         except sa.exc.IntegrityError:
-            # One that was believed dead saved the same block.
+            # A worker that was believed dead saved the same block.
             return
 
     def load_block(self, name: str) -> NDArray[Any] | None:
-        """Return an array that was kept.
+        """Return the array of a name, or None where there is none or only a damaged one.
 
-        Args:
-            name:
-                As it was saved under.
-
-        Returns:
-            The array; :obj:`None` where there is none, or it is damaged.
-
-        Raises:
-            StoreError:
-                If the database fails.
+        A damaged one is announced by a DamagedSpectrumWarning. Raises StoreError where the
+        database fails.
         """
 
         def work(connection: sa.Connection) -> NDArray[Any] | None:
@@ -108,32 +84,22 @@ class Checkpoint:
             return None
 
     def clear(self) -> None:
-        """Delete all.
-
-        Raises:
-            StoreError:
-                If the database fails.
-        """
+        """Delete all blocks. Raises StoreError where the database fails."""
         self._database.write(lambda connection: clear(connection, self._key))
 
     def _is(self, name: str) -> tuple[sa.ColumnElement[bool], ...]:
+        """Return the conditions that a row is the block of a name."""
         return checkpoints.c.key == self._key, checkpoints.c.name == name
 
 
 def clear(connection: sa.Connection, key: str) -> None:
-    """Delete the blocks of a spectrum.
-
-    Args:
-        connection:
-            In a transaction.
-        key:
-            The spectrum's.
-    """
+    """Delete the blocks of a spectrum's key, in the connection's transaction."""
     _delete(connection, checkpoints.c.key == key)
 
 
 def _delete(connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> None:
+    """Delete the blocks that fit all conditions, and their arrays."""
     names = connection.execute(sa.select(checkpoints.c.blob).where(*conditions)).scalars().all()
     _chunks.delete(connection, names)
-    # By their arrays: a row that another worker has written since then keeps its own.
+    # By their arrays: a row that another worker has written since then stays.
     connection.execute(sa.delete(checkpoints).where(checkpoints.c.blob.in_(names)))

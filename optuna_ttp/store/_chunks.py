@@ -13,19 +13,7 @@ from optuna_ttp.store._schema import chunks
 
 
 def insert(connection: sa.Connection, name: str, pieces: Iterable[bytes]) -> int:
-    """Write a row a piece.
-
-    Args:
-        connection:
-            In a transaction.
-        name:
-            The blob's.
-        pieces:
-            At most :data:`optuna_ttp.spectrum.blob.FRAME` bytes each.
-
-    Returns:
-        How many bytes there were.
-    """
+    """Write the pieces of a blob, each a row, and return the number of bytes."""
     n_bytes = 0
     for position, piece in enumerate(pieces):
         connection.execute(sa.insert(chunks), {"blob": name, "position": position, "data": piece})
@@ -34,22 +22,9 @@ def insert(connection: sa.Connection, name: str, pieces: Iterable[bytes]) -> int
 
 
 def select(connection: sa.Connection, name: str, n_bytes: int) -> Iterator[bytes]:
-    """Yield the pieces, each read when it is needed.
+    """Yield the pieces of a blob that must have ``n_bytes``, each read when it is needed.
 
-    Args:
-        connection:
-            In a transaction.
-        name:
-            The blob's.
-        n_bytes:
-            How many bytes there must be.
-
-    Yields:
-        The pieces.
-
-    Raises:
-        DamagedSpectrumError:
-            If rows are missing, or are longer than any that is written.
+    Raises DamagedSpectrumError where rows are missing, or longer than any that is written.
     """
     query = (
         sa.select(chunks.c.position, sa.func.length(chunks.c.data))
@@ -78,13 +53,6 @@ def select(connection: sa.Connection, name: str, n_bytes: int) -> Iterator[bytes
 
 
 def delete(connection: sa.Connection, names: Iterable[str]) -> None:
-    """Delete the rows of blobs.
-
-    Args:
-        connection:
-            In a transaction.
-        names:
-            The blobs'.
-    """
+    """Delete the rows of blobs, in the connection's transaction."""
     for name in names:
         connection.execute(sa.delete(chunks).where(chunks.c.blob == name))

@@ -1,4 +1,4 @@
-"""A database behind a URL: how it is opened, what a transaction is, what its errors say."""
+"""A database behind a URL: how it is opened, its transactions and its errors."""
 
 from __future__ import annotations
 
@@ -19,19 +19,14 @@ from sqlalchemy.engine import URL
 from optuna_ttp._util.exceptions import StoreError
 from optuna_ttp._util.exceptions import StoreVersionError
 from optuna_ttp.store._migrate import migrate
+from optuna_ttp.store._rules import RULES
 
 
 _logger = get_logger("optuna.ttp.store")
 _Result = TypeVar("_Result")
 
-# Seconds that SQLite waits for another process's transaction, which may write a large spectrum.
-_BUSY_SECONDS = 120
-# Seconds during which a lost connection is opened again: a server takes so long to restart.
-_PATIENCE = 60.0
-# The same when a store is opened, where the server may also not be there at all.
-_OPENING_PATIENCE = 20.0
 # A server that cannot be reached gives no code, only a text.
-_PASSING = (
+_PASSING_FAILURES = (
     "Connection refused",
     "closed the connection",
     "not yet accepting connections",
@@ -45,18 +40,10 @@ _MYSQL_AGAIN = (1205, 1213)
 
 
 class Database:
-    """Transactions in any database that SQLAlchemy reaches.
+    """Transactions in any database that SQLAlchemy reaches, by default a SQLite file.
 
     A transaction is a function of a connection. It is called again after a lost connection or a
-    deadlock, so it must give the same when it is done twice.
-
-    Args:
-        url:
-            A database URL. A SQLite file in the user's cache folder by default.
-
-    Raises:
-        StoreError:
-            If the database cannot be opened. No password appears in the message.
+    deadlock, so it must do the same when it is called twice. No error shows a password.
     """
 
     def __init__(self, url: str | URL | None = None) -> None:
@@ -67,7 +54,7 @@ class Database:
             ):
                 raise ValueError("Part of a password was taken for something else.")
         except (sa.exc.ArgumentError, ValueError):
-            # The text may hold a password: neither it nor its cause is repeated.
+            # The text may hold a password: neither the text nor the cause is repeated.
             raise StoreError(
                 "The store's URL must look like 'sqlite:///ttp.db' or "
                 "'postgresql://user:password@host/database' (with '@' in a password written as "
@@ -91,47 +78,30 @@ class Database:
         return self._url.set(query={}).render_as_string(hide_password=True)
 
     def read(self, work: Callable[[sa.Connection], _Result]) -> _Result:
-        """Do something in a transaction that sees one moment of the database.
+        """Run a function in a transaction that sees one moment of the database.
 
-        Args:
-            work:
-                Reads.
-
-        Returns:
-            What the work returns.
-
-        Raises:
-            StoreError:
-                If the database fails.
+        Raises StoreError where the database fails.
         """
-        return self._do("read", work, {"isolation_level": "REPEATABLE READ"}, _PATIENCE)
+        return self._do("read", work, {"isolation_level": "REPEATABLE READ"})
 
     def write(
-        self, work: Callable[[sa.Connection], _Result], *, patience: float = _PATIENCE
+        self, work: Callable[[sa.Connection], _Result], *, patience: float = RULES.patience_seconds
     ) -> _Result:
-        """Do something in a transaction that happens as a whole or not at all.
+        """Run a function in a transaction that happens as a whole or not at all.
 
-        Args:
-            work:
-                Reads and writes.
-            patience:
-                Seconds during which a lost connection is opened again. A minute by default.
-
-        Returns:
-            What the work returns.
-
-        Raises:
-            StoreError:
-                If the database fails.
-            sqlalchemy.exc.IntegrityError:
-                If another transaction was first to write a row.
+        A lost connection is opened again for ``patience`` seconds. Raises StoreError where the
+        database fails, IntegrityError where another transaction was first to write a row.
         """
         return self._do("write", work, {"ttp_write": True}, patience)
 
-    def vacuum(self) -> None:
-        """Give the space of what was deleted back, where the database does not do so itself.
+    def close(self) -> None:
+        """Close all connections. A later transaction opens new ones."""
+        self._engine.dispose()
 
-        It is left for another time where somebody else uses the database just now.
+    def vacuum(self) -> None:
+        """Give the space of deleted rows back, where the database does not do so itself.
+
+        Nothing happens where somebody else uses the database at the moment.
         """
         if self._engine.dialect.name != "sqlite":
             return
@@ -147,8 +117,9 @@ class Database:
         verb: str,
         work: Callable[[sa.Connection], _Result],
         options: dict[str, Any],
-        patience: float,
+        patience: float = RULES.patience_seconds,
     ) -> _Result:
+        """Run a transaction, again where it may succeed later; ``verb`` is for its error."""
         if self._engine.dialect.name == "sqlite":
             # One of its own levels; a transaction there always sees one moment.
             options = {k: v for k, v in options.items() if k != "isolation_level"}
@@ -170,12 +141,12 @@ class Database:
                 if not self._may_pass(error) or time.monotonic() > deadline:
                     raise self._failure(verb, error) from None
                 _logger.debug(f"Trying again: {self._failure(verb, error)}")
-            # Those that met once shall not meet again.
+            # By chance, so that two transactions that met do not meet again.
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 2.0)
 
     def _may_pass(self, error: sa.exc.SQLAlchemyError) -> bool:
-        """Whether the same transaction may succeed a little later."""
+        """Return whether the same transaction may succeed a little later."""
         if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
             return True
         original = getattr(error, "orig", None)
@@ -215,14 +186,15 @@ class Database:
 
 
 def _migrate_patiently(engine: sa.Engine) -> None:
-    deadline = time.monotonic() + _OPENING_PATIENCE
+    """Bring the tables up to date, waiting for a server that restarts."""
+    deadline = time.monotonic() + RULES.opening_patience_seconds
     while True:
         try:
             return migrate(engine)
         except sa.exc.DBAPIError as error:
-            # A wrong password or name is told at once; a server that restarts is waited for.
+            # A wrong password is reported at once; a server that restarts is waited for.
             is_passing = error.connection_invalidated or any(
-                text in str(error.orig) for text in _PASSING
+                text in str(error.orig) for text in _PASSING_FAILURES
             )
             if not is_passing or time.monotonic() > deadline:
                 raise
@@ -233,7 +205,7 @@ def _engine_arguments(url: URL, is_sqlite: bool) -> dict[str, Any]:
     if not is_sqlite:
         # A server that was restarted has forgotten the connections that are kept.
         return {"pool_pre_ping": True}
-    arguments: dict[str, Any] = {"connect_args": {"timeout": _BUSY_SECONDS}}
+    arguments: dict[str, Any] = {"connect_args": {"timeout": RULES.busy_seconds}}
     if not _is_in_memory(url):
         # SQLite's locks do not survive a fork: no connection is to be open when one happens.
         return {**arguments, "poolclass": sa.NullPool}
@@ -261,13 +233,13 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
 
     with engine.connect().execution_options(ttp_plain=True) as connection:
         try:
-            # It stays with the file, but cannot be changed while anybody reads: not worth a wait.
+            # The mode stays with the file, but cannot change while anybody reads.
             connection.exec_driver_sql("PRAGMA busy_timeout=100")
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
         except sa.exc.OperationalError as error:
-            # The default journal does, too, but readers wait for writers.
+            # With the default journal readers wait for writers, but it works as well.
             _logger.debug(f"The journal stays as it is: {error.orig}")
-        connection.exec_driver_sql(f"PRAGMA busy_timeout={1000 * _BUSY_SECONDS}")
+        connection.exec_driver_sql(f"PRAGMA busy_timeout={1000 * RULES.busy_seconds}")
 
 
 def _default_url() -> str:
@@ -284,7 +256,7 @@ def _is_in_memory(url: URL) -> bool:
 
 
 def _make_private_file(url: URL) -> None:
-    """A new SQLite file can be read and written by its owner alone."""
+    """Make the SQLite file, if it is missing, readable and writable for its owner alone."""
     if _is_in_memory(url) or str(url.database).startswith("file:"):
         return
     try:

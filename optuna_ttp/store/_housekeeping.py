@@ -1,4 +1,4 @@
-"""What keeps a store clean and small."""
+"""Checking, cleaning and shrinking of a store."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from optuna_ttp.store import _checkpoint
 from optuna_ttp.store import _rows
 from optuna_ttp.store._database import Database
 from optuna_ttp.store._object_folder import ObjectFolder
+from optuna_ttp.store._rules import RULES
 from optuna_ttp.store._schema import checkpoints
 from optuna_ttp.store._schema import chunks
 from optuna_ttp.store._schema import DatabaseTime
@@ -21,23 +22,19 @@ from optuna_ttp.store._schema import quarantine
 from optuna_ttp.store._schema import spectra
 
 
-# Blocks that nobody has come back for.
-_CHECKPOINT_SECONDS = 7 * 86400.0
-
-
 @dataclass(frozen=True)
 class Verification:
-    """What :meth:`SpectrumStore.verify` found.
+    """The result of :meth:`SpectrumStore.verify`.
 
     Attributes:
         n_checked:
-            How many spectra were read as a whole.
+            The number of spectra that were read as a whole.
         damaged:
-            Keys of those that are not as they were written, with what is wrong.
+            The reason for each damaged spectrum, by its key.
         n_quarantined:
-            How many lie aside, found damaged earlier or just now.
+            The number of spectra that were put aside as damaged, earlier or just now.
         n_orphaned:
-            Blobs in the database that belong to nothing.
+            The number of blobs in the database that belong to nothing.
     """
 
     n_checked: int
@@ -47,23 +44,23 @@ class Verification:
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing damaged or orphaned was found."""
+        """Whether nothing is damaged or orphaned."""
         return not (self.damaged or self.n_quarantined or self.n_orphaned)
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What :meth:`SpectrumStore.prune` deleted.
+    """The result of :meth:`SpectrumStore.prune`: what was deleted.
 
     Attributes:
         n_evicted:
-            Spectra that made way for others.
+            The number of spectra that were deleted because of the limit.
         n_quarantined:
-            Damaged spectra that lay aside.
+            The number of damaged spectra that had been put aside.
         n_checkpoints:
-            Spectra whose unfinished computation nobody went on with for a week.
+            The number of spectra whose unfinished computation nobody continued for a week.
         n_orphaned:
-            Blobs in the database that belonged to nothing.
+            The number of blobs in the database that belonged to nothing.
         n_object_bytes:
             Bytes of files in the object folder that belonged to nothing.
         n_bytes_left:
@@ -79,10 +76,10 @@ class Pruning:
 
 
 def verify(database: Database, folder: ObjectFolder | None, put_aside: bool) -> Verification:
-    """Read all and compare; see :meth:`SpectrumStore.verify`."""
+    """Read every spectrum and compare checksums; see :meth:`SpectrumStore.verify`."""
     keys = database.read(lambda c: c.execute(sa.select(spectra.c.key)).scalars().all())
-    found = {key: _fault(database, key, folder, put_aside) for key in keys}
-    damaged = {key: fault for key, fault in found.items() if fault}
+    faults = {key: _fault(database, key, folder, put_aside) for key in keys}
+    damaged = {key: fault for key, fault in faults.items() if fault}
 
     def count(connection: sa.Connection) -> tuple[int, int]:
         aside = connection.execute(sa.select(sa.func.count()).select_from(quarantine)).scalar_one()
@@ -93,7 +90,7 @@ def verify(database: Database, folder: ObjectFolder | None, put_aside: bool) -> 
 
 
 def prune(database: Database, folder: ObjectFolder | None, max_bytes: int | None) -> Pruning:
-    """Delete what is of no use; see :meth:`SpectrumStore.prune`."""
+    """Delete what nobody needs; see :meth:`SpectrumStore.prune`."""
     n_quarantined, n_checkpoints, n_orphaned = database.write(_sweep)
     n_evicted = 0 if max_bytes is None else evict(database, max_bytes)
     n_object_bytes = 0
@@ -105,18 +102,10 @@ def prune(database: Database, folder: ObjectFolder | None, max_bytes: int | None
 
 
 def evict(database: Database, max_bytes: int, keep: Iterable[str] = ()) -> int:
-    """Delete the least recently used spectra until the others are small enough.
+    """Delete the least recently used spectra until at most ``max_bytes`` are left.
 
-    Args:
-        database:
-            Where they are.
-        max_bytes:
-            What may stay.
-        keep:
-            Keys of spectra that stay in any case, as those do that somebody works on.
-
-    Returns:
-        How many were deleted.
+    Those of the keys in ``keep`` stay, and so do those that somebody works on. Returns how many
+    were deleted.
     """
 
     def work(connection: sa.Connection) -> int:
@@ -129,7 +118,7 @@ def evict(database: Database, max_bytes: int, keep: Iterable[str] = ()) -> int:
         for row in rows:
             if excess <= 0:
                 break
-            if row.key in kept:
+            if row.key in protected:
                 continue
             # In the statement itself: a lease may have been taken a moment ago.
             free = sa.and_(spectra.c.key == row.key, ~_rows.is_leased(spectra.c.key))
@@ -138,16 +127,16 @@ def evict(database: Database, max_bytes: int, keep: Iterable[str] = ()) -> int:
                 n_evicted += 1
         return n_evicted
 
-    kept = set(keep)
+    protected = set(keep)
     return database.write(work)
 
 
 def _fault(database: Database, key: str, folder: ObjectFolder | None, put_aside: bool) -> str:
-    """What is wrong with a row; nothing where all is well."""
+    """Return what is wrong with the spectrum of a key, or an empty text."""
 
     def work(connection: sa.Connection) -> None:
         row = connection.execute(sa.select(spectra).where(spectra.c.key == key)).first()
-        # Else somebody deleted it meanwhile.
+        # Otherwise somebody has deleted it meanwhile.
         if row is not None:
             _rows.select(connection, row, folder)
 
@@ -164,6 +153,10 @@ def _fault(database: Database, key: str, folder: ObjectFolder | None, put_aside:
 
 
 def _sweep(connection: sa.Connection) -> tuple[int, int, int]:
+    """Delete dead leases, the quarantine, stale checkpoints and orphaned blobs.
+
+    Returns the numbers of quarantined spectra, of checkpoints and of other orphaned blobs.
+    """
     now = DatabaseTime()
     connection.execute(sa.delete(leases).where(leases.c.expires_at <= now))
     aside = connection.execute(sa.delete(quarantine)).rowcount
@@ -171,12 +164,12 @@ def _sweep(connection: sa.Connection) -> tuple[int, int, int]:
         sa.select(checkpoints.c.key)
         .where(~_rows.is_leased(checkpoints.c.key))
         .group_by(checkpoints.c.key)
-        .having(sa.func.max(checkpoints.c.saved_at) <= now - _CHECKPOINT_SECONDS)
+        .having(sa.func.max(checkpoints.c.saved_at) <= now - RULES.checkpoint_seconds)
     )
     keys = connection.execute(stale).scalars().all()
     for key in keys:
         _checkpoint.clear(connection, key)
-    # Those of the quarantine are among them now.
+    # Those of the quarantine are among the orphaned blobs now.
     orphaned = _orphaned(connection)
     for name in orphaned:
         connection.execute(sa.delete(chunks).where(chunks.c.blob == name))
@@ -184,6 +177,7 @@ def _sweep(connection: sa.Connection) -> tuple[int, int, int]:
 
 
 def _orphaned(connection: sa.Connection) -> list[str]:
+    """Return the names of blobs that neither a spectrum, a checkpoint nor the quarantine owns."""
     owners = (spectra, checkpoints, quarantine)
     query = sa.select(chunks.c.blob).where(
         chunks.c.position == 0,
@@ -193,5 +187,6 @@ def _orphaned(connection: sa.Connection) -> list[str]:
 
 
 def _named_files(connection: sa.Connection) -> set[str]:
+    """Return the names of the files in the object folder that rows refer to."""
     query: Any = sa.select(spectra.c.checksum).where(spectra.c.in_folder)
     return set(connection.execute(query).scalars().all())

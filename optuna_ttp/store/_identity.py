@@ -1,4 +1,4 @@
-"""Under what a spectrum is filed: its task and the settings that shape its arrays."""
+"""The key of a stored spectrum: its task and the settings that shape its arrays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import Spectrum
 
 
-# What changes the arrays. Where and how fast they are computed does not.
+# The settings that change the arrays. Where and how fast they are computed does not.
 SETTING_DEFAULTS: dict[str, Any] = {
     "engine": "exact",
     "dtype": "float32",
@@ -19,7 +19,7 @@ SETTING_DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "max_sketch_width": 32768,
 }
-# What only some engines look at.
+# Settings that only some engines read.
 _SKETCHES = ("sketch", "refined_sketch")
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "seed": (*_SKETCHES, "matrix_free"),
@@ -28,20 +28,9 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
 
 
 def complete(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings, the defaults included.
+    """Return all settings by name, the defaults included, as plain Python values.
 
-    Args:
-        settings:
-            Those that were given.
-
-    Returns:
-        Plain Python values by name.
-
-    Raises:
-        TypeError:
-            If one is unknown.
-        ValueError:
-            If one is out of its range.
+    Raises TypeError where one is unknown, ValueError where one is out of its range.
     """
     unknown = sorted(set(settings) - set(SETTING_DEFAULTS))
     if unknown:
@@ -56,22 +45,16 @@ def complete(settings: dict[str, Any]) -> dict[str, Any]:
     # NumPy's numbers, which JSON does not know, name the same spectrum as Python's.
     kinds = {"rank": int, "explained_trace": float, "seed": int, "max_sketch_width": int}
     plain = {k: kinds[k](v) if k in kinds and v is not None else v for k, v in settings.items()}
-    whole = {**SETTING_DEFAULTS, **plain}
-    idle = {k for k, engines in _ONLY_FOR.items() if whole["engine"] not in engines}
-    return {k: SETTING_DEFAULTS[k] if k in idle else v for k, v in whole.items()}
+    every = {**SETTING_DEFAULTS, **plain}
+    unused = {k for k, engines in _ONLY_FOR.items() if every["engine"] not in engines}
+    return {k: SETTING_DEFAULTS[k] if k in unused else v for k, v in every.items()}
 
 
 def key(fingerprint: str, settings: dict[str, Any]) -> str:
-    """Return the name of a row, 64 hexadecimal digits.
+    """Return the key of a row, 64 hexadecimal digits, for a task's fingerprint and settings.
 
     Only settings that differ from their defaults are part of it: a version that knows one setting
     more still finds what is stored.
-
-    Args:
-        fingerprint:
-            The task's.
-        settings:
-            Those that were given.
     """
     changed = {k: v for k, v in complete(settings).items() if v != SETTING_DEFAULTS[k]}
     text = json.dumps([fingerprint, changed], sort_keys=True)
@@ -79,22 +62,11 @@ def key(fingerprint: str, settings: dict[str, Any]) -> str:
 
 
 def check_settings(spectrum: Spectrum, settings: dict[str, Any]) -> None:
-    """Refuse to file a spectrum where another one would be looked for.
-
-    Args:
-        spectrum:
-            What is to be stored.
-        settings:
-            What it is to be stored under.
-
-    Raises:
-        ValueError:
-            If it was not computed so.
-    """
-    made: dict[str, Any] = {"engine": spectrum.metadata.engine, "dtype": spectrum.metadata.dtype}
+    """Raise ValueError where a spectrum was not computed with the settings of its key."""
+    actual: dict[str, Any] = {"engine": spectrum.metadata.engine, "dtype": spectrum.metadata.dtype}
     if spectrum.metadata.seed is not None:
-        made["seed"] = spectrum.metadata.seed
-    for name, value in made.items():
+        actual["seed"] = spectrum.metadata.seed
+    for name, value in actual.items():
         if settings.get(name, value) != value:
             raise ValueError(
                 f"The spectrum was computed with {name}={value!r} but got {name}="
@@ -106,7 +78,7 @@ def check_settings(spectrum: Spectrum, settings: dict[str, Any]) -> None:
             f"The sketch has width {width} but got max_sketch_width={widest} to store it under."
         )
     rank = settings.get("rank")
-    # The matrix-free engine has Ritz pairs beside them.
+    # The matrix-free engine has Ritz pairs beside the eigenpairs.
     if rank is not None and spectrum.rank - spectrum.metadata.n_ritz > rank:
         raise ValueError(
             f"The spectrum has rank {spectrum.rank} but got rank={rank} to store it under. "

@@ -1,4 +1,4 @@
-"""Blocks of a kernel as a checkpoint's arrays."""
+"""Blocks of a kernel, stored as a checkpoint's arrays."""
 
 from __future__ import annotations
 
@@ -14,46 +14,26 @@ if TYPE_CHECKING:
 
 
 class KernelBlocks:
-    """Keeps the blocks of :class:`~optuna_ttp.ntk.KernelCheckpoint` in the database.
-
-    Args:
-        checkpoint:
-            Of the task and the settings.
-    """
+    """Stores the blocks of :class:`~optuna_ttp.ntk.KernelCheckpoint` in a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
     def save_block(self, key: tuple[int, int], arrays: list[NDArray[np.floating[Any]]]) -> None:
-        """Keep a block.
-
-        Args:
-            key:
-                The first samples of its rows and of its columns.
-            arrays:
-                What it consists of.
-        """
+        """Store the arrays of the block whose rows and columns begin at two samples."""
         for place, array in enumerate(arrays):
             self._checkpoint.save_block(_name(key, place), array)
         # Written last: without it the block is not complete.
         self._checkpoint.save_block(_name(key, "count"), np.array([len(arrays)]))
 
     def load_block(self, key: tuple[int, int]) -> list[NDArray[np.floating[Any]]] | None:
-        """Return what was saved under a key, or :obj:`None`.
-
-        Args:
-            key:
-                As it was saved.
-
-        Returns:
-            The arrays.
-        """
+        """Return the arrays of a block, or None where it is not complete."""
         count = self._checkpoint.load_block(_name(key, "count"))
         if count is None:
             return None
         arrays = [self._checkpoint.load_block(_name(key, k)) for k in range(int(count[0]))]
-        known = [a for a in arrays if a is not None]
-        return known if len(known) == len(arrays) else None
+        present = [a for a in arrays if a is not None]
+        return present if len(present) == len(arrays) else None
 
 
 def _name(key: tuple[int, int], part: int | str) -> str:

@@ -1,4 +1,4 @@
-"""What was learned of a task from its trials: JSON that is changed by one worker at a time."""
+"""What was learned of a task from its trials: JSON values that no worker overwrites unseen."""
 
 from __future__ import annotations
 
@@ -16,25 +16,22 @@ import sqlalchemy as sa
 from optuna_ttp._util.exceptions import LearnedConflictError
 from optuna_ttp._util.exceptions import StoreError
 from optuna_ttp.store._database import Database
+from optuna_ttp.store._rules import RULES
 from optuna_ttp.store._schema import DatabaseTime
 from optuna_ttp.store._schema import learned
 
 
-_MOST_CHARACTERS = 16 * 2**20
-_MOST_TRIES = 1000
-
-
 @dataclass(frozen=True)
 class Learned:
-    """What is known of a task.
+    """A JSON value that was learned of a task.
 
     Attributes:
         payload:
             A JSON value.
         version:
-            How often it was stored, from 1 upwards.
+            The number of times that it was stored, from 1 upwards.
         updated_at:
-            When it was stored last, in ISO 8601, UTC, by the database's clock.
+            The time of the last change in ISO 8601, UTC, by the database's clock.
     """
 
     payload: Any
@@ -45,7 +42,7 @@ class Learned:
 def get(
     database: Database, fingerprint: str, kind: str, settings: dict[str, Any]
 ) -> Learned | None:
-    """Return what is stored; see :meth:`SpectrumStore.get_learned`."""
+    """Return the stored value; see :meth:`SpectrumStore.get_learned`."""
     name = _name(fingerprint, kind, settings)
     query = sa.select(learned).where(learned.c.id == name)
     row = database.read(lambda connection: connection.execute(query).first())
@@ -70,7 +67,7 @@ def put(
     payload: Any,
     version: int,
 ) -> int:
-    """Store something if nobody else did meanwhile; see :meth:`SpectrumStore.put_learned`."""
+    """Store a value unless somebody else did since; see :meth:`SpectrumStore.put_learned`."""
     text = _json(payload)
     name = _name(fingerprint, kind, settings)
     writer = uuid4().hex
@@ -92,12 +89,12 @@ def put(
         update = sa.update(learned).where(here, learned.c.version == version).values(values)
         if version and connection.execute(update).rowcount == 1:
             return True
-        found = connection.execute(sa.select(learned.c.writer).where(here)).scalar()
-        if found is None and not version:
+        last_writer = connection.execute(sa.select(learned.c.writer).where(here)).scalar()
+        if last_writer is None and not version:
             connection.execute(sa.insert(learned).values(**key, **values))
             return True
-        # This was done before, and the answer of the commit was lost.
-        return found == writer
+        # True where this ran before, and the answer of the commit was lost.
+        return last_writer == writer
 
     try:
         stored = database.write(work)
@@ -118,8 +115,8 @@ def update(
     settings: dict[str, Any],
     merge: Callable[[Any], Any],
 ) -> Learned:
-    """Merge something into what is stored; see :meth:`SpectrumStore.update_learned`."""
-    for _ in range(_MOST_TRIES):
+    """Merge into the stored value; see :meth:`SpectrumStore.update_learned`."""
+    for _ in range(RULES.learned_tries):
         current = get(database, fingerprint, kind, settings)
         merged = merge(None if current is None else current.payload)
         version = 0 if current is None else current.version
@@ -130,10 +127,14 @@ def update(
         stored = get(database, fingerprint, kind, settings)
         if stored is not None:
             return stored
-    raise LearnedConflictError(f"Could not merge in {_MOST_TRIES} tries: others were faster.")
+    raise LearnedConflictError(
+        f"Could not merge what was learned of the task {fingerprint[:12]}... in "
+        f"{RULES.learned_tries} tries, because other workers were faster. Try again later."
+    )
 
 
 def _name(fingerprint: str, kind: str, settings: dict[str, Any]) -> str:
+    """Return the row's key, 64 hexadecimal digits."""
     if not 0 < len(kind) <= 64:
         raise ValueError(f"kind must have 1 to 64 characters but got {len(kind)}.")
     text = json.dumps([fingerprint, kind, settings], sort_keys=True, allow_nan=False)
@@ -141,12 +142,14 @@ def _name(fingerprint: str, kind: str, settings: dict[str, Any]) -> str:
 
 
 def _json(payload: Any) -> str:
+    """Return the payload as JSON; raise ValueError where it is none, or too long."""
     try:
         text = json.dumps(payload, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"payload must be JSON but got something else: {error}.") from error
-    if len(text) > _MOST_CHARACTERS:
+    if len(text) > RULES.learned_characters:
         raise ValueError(
-            f"payload must have at most {_MOST_CHARACTERS} characters of JSON but got {len(text)}."
+            f"payload must have at most {RULES.learned_characters} characters of JSON but got "
+            f"{len(text)}."
         )
     return text

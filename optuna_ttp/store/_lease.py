@@ -1,4 +1,4 @@
-"""Who is computing what: a row that its owner keeps alive, by the database's clock."""
+"""Leases: rows that tell which worker computes what, valid by the database's clock."""
 
 from __future__ import annotations
 
@@ -14,44 +14,27 @@ import sqlalchemy as sa
 
 from optuna_ttp._util.exceptions import StoreError
 from optuna_ttp.store._database import Database
+from optuna_ttp.store._rules import RULES
 from optuna_ttp.store._schema import DatabaseTime
 from optuna_ttp.store._schema import leases
 
 
 _logger = get_logger("optuna.ttp.store")
-# Of a lease's time: three beats may be lost before it runs out.
-_BEAT = 0.25
 
 
 @dataclass(frozen=True)
 class Holding:
-    """Who has a lease.
-
-    Attributes:
-        holder:
-            Machine and process.
-        seconds:
-            How long, by the database's clock.
-    """
+    """Who has a lease (machine and process), and for how many seconds by the database's clock."""
 
     holder: str
     seconds: float
 
 
 class Lease:
-    """The right to compute something, held until it is released or its owner dies.
+    """The right to compute what a key names, held until it is released or its owner dies.
 
-    Use :func:`acquire`. As a context it is released at the end, whatever happens.
-
-    Args:
-        database:
-            Where the row is.
-        key:
-            Of what is computed.
-        owner:
-            Tells this lease from all others.
-        seconds:
-            How long it lasts without a sign of life.
+    :func:`acquire` makes it. As a context it is prolonged by a thread and released at the end. It
+    runs out after ``seconds`` without a sign of life.
     """
 
     def __init__(self, database: Database, key: str, owner: str, seconds: float) -> None:
@@ -74,13 +57,16 @@ class Lease:
     ) -> None:
         self._released.set()
         try:
-            # Whoever waits would wait in vain until it runs out, but that is all.
+            # If this fails, those who wait do so until the lease runs out, but that is all.
             self._database.write(self._delete, patience=1.0)
         except StoreError as failure:
-            _logger.warning(f"A lease runs out in {self._seconds:.0f} s: {failure}")
+            _logger.warning(
+                f"A lease could not be released and runs out in {self._seconds:.0f} s: {failure}"
+            )
 
     def _beat(self) -> None:
-        while not self._released.wait(_BEAT * self._seconds):
+        """Prolong the lease until it is released or somebody else has it."""
+        while not self._released.wait(self._seconds / RULES.beats_per_lease):
             try:
                 alive = self._database.write(self._prolong)
             except StoreError as failure:
@@ -88,8 +74,8 @@ class Lease:
                 continue
             if not alive and not self._released.is_set():
                 _logger.warning(
-                    "Another worker has taken over what this one computes: it was not heard of "
-                    f"for {self._seconds:.0f} s. The first result is kept."
+                    "Another worker has taken over what this one computes, because this one gave "
+                    f"no sign of life for {self._seconds:.0f} s. The first result is stored."
                 )
                 return
 
@@ -108,22 +94,9 @@ class Lease:
 
 
 def acquire(database: Database, key: str, seconds: float) -> Lease | None:
-    """Try to get the right to compute something.
+    """Return a lease of a key, or None where another worker has one.
 
-    Args:
-        database:
-            Where to ask.
-        key:
-            Of what is computed.
-        seconds:
-            How long the lease lasts without a sign of life.
-
-    Returns:
-        The lease, to be entered as a context; :obj:`None` where another worker has it.
-
-    Raises:
-        StoreError:
-            If the database fails.
+    Raises StoreError where the database fails.
     """
     owner = uuid4().hex
     mine = {
@@ -134,38 +107,27 @@ def acquire(database: Database, key: str, seconds: float) -> Lease | None:
     }
 
     def take(connection: sa.Connection) -> bool:
-        found = sa.select(leases.c.owner).where(leases.c.key == key)
-        current = connection.execute(found).scalar()
+        query = sa.select(leases.c.owner).where(leases.c.key == key)
+        current = connection.execute(query).scalar()
         if current is None:
             connection.execute(sa.insert(leases).values(key=key, **mine))
             return True
         dead = sa.update(leases).where(leases.c.key == key, leases.c.expires_at <= DatabaseTime())
-        # The second case: this was done before, and the answer of the commit was lost.
+        # The second case: this ran before, and the answer of the commit was lost.
         return connection.execute(dead.values(mine)).rowcount == 1 or current == owner
 
     try:
         taken = database.write(take)
     except sa.exc.IntegrityError:
-        # Another one inserted its row between question and insertion.
+        # Another worker inserted its row between question and insertion.
         return None
     return Lease(database, key, owner, seconds) if taken else None
 
 
 def holding(database: Database, key: str) -> Holding | None:
-    """Return who is computing something.
+    """Return who has the lease of a key, or None where nobody has or it has run out.
 
-    Args:
-        database:
-            Where to ask.
-        key:
-            Of what is computed.
-
-    Returns:
-        The holder; :obj:`None` where nobody is, or its lease has run out.
-
-    Raises:
-        StoreError:
-            If the database fails.
+    Raises StoreError where the database fails.
     """
     query = sa.select(leases.c.holder, DatabaseTime() - leases.c.acquired_at).where(
         leases.c.key == key, leases.c.expires_at > DatabaseTime()

@@ -1,4 +1,4 @@
-"""Brings a database to today's schema, once, whoever comes first."""
+"""Brings a database to the schema of this version, once, whichever process comes first."""
 
 from __future__ import annotations
 
@@ -11,28 +11,24 @@ import sqlalchemy as sa
 
 from optuna_ttp._util.exceptions import StoreError
 from optuna_ttp._util.exceptions import StoreVersionError
+from optuna_ttp.store._rules import RULES
 from optuna_ttp.store._schema import HEAD
+from optuna_ttp.store._schema import spectra
 from optuna_ttp.store._schema import VERSION_TABLE
 
 
+MIGRATIONS = Path(__file__).parent / "migrations"
+"""The folder that Alembic reads the revisions from."""
 _version = sa.table(VERSION_TABLE, sa.column("version_num", sa.String(32)))
 # Any number that nobody else takes: the first bytes of "optuna_ttp".
 _ADVISORY_LOCK = 0x6F7074756E615F74
-_LOCK_SECONDS = 600
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Make the tables, or change older ones to what this version knows.
+    """Make the tables, or change those of an older version to what this version knows.
 
     Processes that come at once wait for each other; a database that is up to date is not locked.
-
-    Args:
-        engine:
-            The database.
-
-    Raises:
-        StoreVersionError:
-            If the database was made by a newer version.
+    Raises StoreVersionError where the database has a version that this package does not know.
     """
     with engine.connect() as connection:
         if _current(connection) == HEAD:
@@ -45,16 +41,34 @@ def migrate(engine: sa.Engine) -> None:
 
 
 def _current(connection: sa.Connection) -> str | None:
-    """The revision; nothing for an empty database, the first for one from before revisions."""
-    present = set(sa.inspect(connection).get_table_names())
+    """Return the revision of the database, or None where there is none yet.
+
+    Tables without a revision are those of a migration that was killed (on MySQL, which commits
+    each of them), or of a time before revisions, which this version refuses.
+    """
+    inspector = sa.inspect(connection)
+    present = set(inspector.get_table_names())
     if VERSION_TABLE in present:
         revision = connection.execute(sa.select(_version.c.version_num)).scalar()
         if revision is not None:
             return str(revision)
-    return "0001" if "ttp_spectra" in present else None
+    if spectra.name in present:
+        columns = {column["name"] for column in inspector.get_columns(spectra.name)}
+        if not columns >= set(spectra.c.keys()):
+            raise _unknown_version("tables of no version")
+    return None
+
+
+def _unknown_version(current: str) -> StoreVersionError:
+    return StoreVersionError(
+        f"The store must have a schema up to {HEAD} but got {current}: another version of "
+        "optuna_ttp made it. Update optuna_ttp on this machine, or give the URL of another "
+        "database to compute the spectra anew."
+    )
 
 
 def _upgrade(connection: sa.Connection, current: str | None) -> None:
+    """Run all revisions behind the current one in the connection's transaction."""
     # Alembic takes a moment to import, and an up-to-date store does without it.
     from alembic import command
     from alembic.config import Config
@@ -63,22 +77,16 @@ def _upgrade(connection: sa.Connection, current: str | None) -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     config = Config(attributes={"connection": connection})
     # Alembic reads "%" as the start of a variable.
-    folder = str(Path(__file__).parent / "migrations").replace("%", "%%")
-    config.set_main_option("script_location", folder)
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     if current is not None and current not in known:
-        raise StoreVersionError(
-            f"The store must have a schema up to {HEAD} but got {current}: it was made by a newer "
-            "version of optuna_ttp. Update optuna_ttp on this machine."
-        )
-    if current is not None:
-        command.stamp(config, current)
+        raise _unknown_version(current)
     command.upgrade(config, "head")
 
 
 @contextmanager
 def _locked(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """A transaction that no other process migrates in."""
+    """Open a transaction that no other process migrates in."""
     dialect = engine.dialect.name
     with engine.connect() as connection:
         if dialect == "sqlite":
@@ -97,10 +105,13 @@ def _locked(engine: sa.Engine) -> Iterator[sa.Connection]:
 
 @contextmanager
 def _named_lock(connection: sa.Connection) -> Iterator[None]:
-    # MySQL ends a transaction with every change of a table; a named lock outlives it.
+    """Hold a lock of MySQL, which ends a transaction, but no lock, with a change of a table."""
     name = sa.func.concat("optuna_ttp.", sa.func.database())
-    if not connection.execute(sa.select(sa.func.get_lock(name, _LOCK_SECONDS))).scalar():
-        raise StoreError(f"Another process has been changing the store for {_LOCK_SECONDS} s.")
+    if not connection.execute(sa.select(sa.func.get_lock(name, RULES.lock_seconds))).scalar():
+        raise StoreError(
+            f"Another process has been changing the store's tables for {RULES.lock_seconds} s. "
+            "Open the store again once it has finished, or end that process."
+        )
     try:
         yield
     finally:

@@ -14,22 +14,14 @@ from uuid import uuid4
 from optuna_ttp._util.exceptions import DamagedSpectrumError
 from optuna_ttp._util.exceptions import StoreError
 from optuna_ttp.spectrum import blob
-
-
-# A file is written before the row that names it is committed.
-_GRACE_SECONDS = 3600.0
+from optuna_ttp.store._rules import RULES
 
 
 class ObjectFolder:
-    """Files named by the digest of what is in them, each there as a whole or not at all.
+    """Files named by the digest of their content, each complete or absent.
 
-    Args:
-        path:
-            The folder. It is made, for the user alone, where it is not there.
-
-    Raises:
-        StoreError:
-            If the folder cannot be made.
+    The folder is made, for the user alone, where it does not exist. Raises StoreError where it
+    cannot be made.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -40,20 +32,9 @@ class ObjectFolder:
             raise StoreError(f"Could not make the folder {self._path}: {error}") from error
 
     def write(self, pieces: Iterable[bytes], digest: blob.Digest) -> int:
-        """Write a file.
+        """Write a file and return its bytes; the digest names it once all pieces are made.
 
-        Args:
-            pieces:
-                The content.
-            digest:
-                Knows the name once all pieces were made.
-
-        Returns:
-            How many bytes there were.
-
-        Raises:
-            StoreError:
-                If it cannot be written.
+        Raises StoreError where it cannot be written.
         """
         partial = self._path / f"{uuid4().hex}.partial"
         n_bytes = 0
@@ -67,7 +48,7 @@ class ObjectFolder:
                 os.fsync(file.fileno())
             target = self._file(digest.hexdigest())
             target.parent.mkdir(mode=0o700, exist_ok=True)
-            # Also where it is there: its age is what protects it until the row is committed.
+            # Also where the target exists: its age protects it until the row is committed.
             partial.replace(target)
         except OSError as error:
             raise StoreError(f"Could not write to the folder {self._path}: {error}") from error
@@ -76,25 +57,15 @@ class ObjectFolder:
         return n_bytes
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file.
+        """Open the file of a digest.
 
-        Args:
-            name:
-                The digest of its content.
-
-        Returns:
-            The file.
-
-        Raises:
-            DamagedSpectrumError:
-                If there is none among others.
-            StoreError:
-                If the folder cannot be read, or holds nothing at all.
+        Raises DamagedSpectrumError where this one is missing, StoreError where the folder cannot
+        be read or holds nothing at all.
         """
         try:
             return self._file(name).open("rb")
         except FileNotFoundError as error:
-            # A share that is not mounted looks like this. Nothing is wrong with what it holds.
+            # A share that is not mounted looks like this. Nothing is wrong with its content.
             if next(self._path.glob("??"), None) is None:
                 raise StoreError(
                     f"The arrays lie in an object folder but {self._path} is empty. Mount it, or "
@@ -105,17 +76,12 @@ class ObjectFolder:
         except OSError as error:
             raise StoreError(f"Could not read the folder {self._path}: {error}") from error
 
-    def delete_unused(self, used: set[str], *, grace_seconds: float = _GRACE_SECONDS) -> int:
-        """Delete files that no row names.
+    def delete_unused(
+        self, used: set[str], *, grace_seconds: float = RULES.file_grace_seconds
+    ) -> int:
+        """Delete files that no row names and return their bytes.
 
-        Args:
-            used:
-                Digests of those to keep.
-            grace_seconds:
-                Younger files are kept, too: their rows may be on the way. An hour by default.
-
-        Returns:
-            How many bytes were deleted.
+        Files younger than ``grace_seconds`` stay, too: their rows may not be committed yet.
         """
         n_bytes = 0
         for file in self._files():
@@ -126,10 +92,12 @@ class ObjectFolder:
         return n_bytes
 
     def _files(self) -> Iterator[Path]:
+        """Yield the files that a store wrote here, finished or not."""
         yield from self._path.glob("*.partial")
         yield from (file for file in self._path.glob("??/*") if _is_name(file.name))
 
     def _file(self, name: str) -> Path:
+        """Return where the file of a digest lies."""
         # The name comes from a row, which anybody may have written.
         if not _is_name(name):
             raise DamagedSpectrumError("its file has an impossible name")

@@ -1,4 +1,4 @@
-"""A spectrum as rows: how it gets into the database, out of it, and out of the way."""
+"""A spectrum as rows of the database: writing, reading, deleting, putting aside."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from optuna_ttp.store._stored_spectrum import StoredSpectrum
 
 
 class DamagedRow(Exception):
-    """A row cannot be served. It says why, and which one it is."""
+    """A row of the table of spectra cannot be served, for a reason."""
 
     def __init__(self, row: sa.Row[Any], reason: str) -> None:
         super().__init__(reason)
@@ -39,12 +39,7 @@ class DamagedRow(Exception):
 
 
 def is_leased(key: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
-    """Return the condition that somebody is working on a key.
-
-    Args:
-        key:
-            The key, as a column.
-    """
+    """Return the condition that somebody is working on a key, which is given as a column."""
     alive = sa.select(leases.c.key).where(
         leases.c.key == key, leases.c.expires_at > DatabaseTime()
     )
@@ -59,21 +54,10 @@ def insert(
     folder: ObjectFolder | None,
     threshold: int,
 ) -> None:
-    """Write a spectrum.
+    """Write a spectrum under a key and delete the checkpoints of its computation.
 
-    Args:
-        connection:
-            In a transaction, which makes it one piece.
-        key:
-            Of the row.
-        spectrum:
-            What to store.
-        settings:
-            What it was computed with.
-        folder:
-            For large arrays, or :obj:`None`.
-        threshold:
-            Arrays of so many bytes go to the folder.
+    Arrays of ``threshold`` bytes or more go to the folder, if there is one. The connection's
+    transaction makes it one piece.
     """
     digest = blob.Digest()
     pieces = spectrum.to_pieces(digest)
@@ -105,26 +89,11 @@ def insert(
 
 
 def select(connection: sa.Connection, row: sa.Row[Any], folder: ObjectFolder | None) -> Spectrum:
-    """Read the arrays of a row.
+    """Read the spectrum of a row, in the transaction that read the row.
 
-    Args:
-        connection:
-            In the transaction that read the row.
-        row:
-            Of the table of spectra.
-        folder:
-            For large arrays, or :obj:`None`.
-
-    Returns:
-        The spectrum.
-
-    Raises:
-        DamagedRow:
-            If a bit is not as it was written.
-        FingerprintMismatchError:
-            If the arrays belong to another task.
-        StoreError:
-            If they lie in a folder that this store does not know or cannot read.
+    Raises DamagedRow where a bit differs from what was written, FingerprintMismatchError where the
+    arrays belong to another task, StoreError where they lie in a folder that this store does not
+    know or cannot read.
     """
     try:
         if row.in_folder:
@@ -150,16 +119,9 @@ def select(connection: sa.Connection, row: sa.Row[Any], folder: ObjectFolder | N
 
 
 def delete(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> int:
-    """Delete rows and their arrays. Files in the folder stay until :meth:`SpectrumStore.prune`.
+    """Delete the spectra that fit a condition and return their number.
 
-    Args:
-        connection:
-            In a transaction.
-        condition:
-            Which.
-
-    Returns:
-        How many there were.
+    Files in the object folder stay until :meth:`SpectrumStore.prune`.
     """
     names = connection.execute(sa.select(spectra.c.blob).where(condition)).scalars().all()
     _chunks.delete(connection, names)
@@ -167,25 +129,16 @@ def delete(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> int:
 
 
 def put_aside(connection: sa.Connection, row: sa.Row[Any], reason: str) -> bool:
-    """Move a row where it is never served from. Its arrays stay, for who wants to look.
+    """Move a row to the quarantine, with the reason, and return whether it was still there.
 
-    Args:
-        connection:
-            In a transaction.
-        row:
-            Of the table of spectra.
-        reason:
-            What is wrong.
-
-    Returns:
-        Whether it was still there.
+    Nothing is served from there, but the arrays can be examined.
     """
-    # By its arrays, not by its key: another worker may have replaced it meanwhile.
+    # By its arrays, not by its key: another worker may have replaced the row meanwhile.
     here = sa.and_(spectra.c.key == row.key, spectra.c.blob == row.blob)
     if connection.execute(sa.delete(spectra).where(here)).rowcount != 1:
         return False
-    kept = ("blob", "fingerprint", "name", "settings", "n_bytes")
-    values = {name: getattr(row, name) for name in kept}
+    columns = ("blob", "fingerprint", "name", "settings", "n_bytes")
+    values = {name: getattr(row, name) for name in columns}
     connection.execute(
         sa.insert(quarantine).values(reason=reason, quarantined_at=DatabaseTime(), **values)
     )
@@ -193,22 +146,16 @@ def put_aside(connection: sa.Connection, row: sa.Row[Any], reason: str) -> bool:
 
 
 def listed(row: sa.Row[Any]) -> StoredSpectrum:
-    """Return what a row says of a spectrum.
+    """Return the description of a spectrum in its row.
 
-    Args:
-        row:
-            Of the table of spectra.
-
-    Raises:
-        DamagedSpectrumError:
-            If that is not as it was written.
+    Raises DamagedSpectrumError where it cannot be read.
     """
     values = {field.name: getattr(row, field.name) for field in fields(StoredSpectrum)}
     try:
         for name in ("settings", "provenance"):
-            # What is no object has no items.
+            # A value that is no JSON object has no items.
             values[name] = dict(json.loads(values[name]).items())
-        values["used_at"] = _iso(row.used_at) if row.used_at else None
+        values["used_at"] = _iso(row.used_at)
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         reason = f"its description is damaged ({type(error).__name__})"
         raise DamagedSpectrumError(reason) from error
@@ -217,6 +164,7 @@ def listed(row: sa.Row[Any]) -> StoredSpectrum:
 
 
 def _check_description(row: sa.Row[Any], spectrum: Spectrum) -> None:
+    """Raise DamagedSpectrumError where the row's numbers are not those of its arrays."""
     described = listed(row)
     for name in ("n_samples", "n_outputs", "rank"):
         if getattr(described, name) != getattr(spectrum, name):
@@ -228,6 +176,7 @@ def _iso(seconds: float) -> str:
 
 
 def _checked(stream: blob.Readable, row: sa.Row[Any]) -> Spectrum:
+    """Read the spectrum of a row and compare its checksum."""
     digest = blob.Digest()
     spectrum = Spectrum.from_stream(stream, row.n_bytes, digest)
     if digest.hexdigest() != row.checksum:
@@ -236,7 +185,7 @@ def _checked(stream: blob.Readable, row: sa.Row[Any]) -> Spectrum:
 
 
 def _n_bytes(spectrum: Spectrum) -> int:
-    # What is large.
+    """Return the bytes of the arrays that can be large."""
     validation = spectrum.validation
     features = 0 if validation is None else validation.features.nbytes
     return spectrum.eigenvectors.nbytes + features

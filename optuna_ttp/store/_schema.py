@@ -1,4 +1,4 @@
-"""The store's tables as this version has them. How older ones get there is in ``migrations``."""
+"""The store's tables as this version has them; ``migrations`` holds the steps that lead here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 
-HEAD = "0002"
+HEAD = "0001"
 """The revision that these tables belong to."""
 VERSION_TABLE = "ttp_alembic_version"
+"""The table that holds the database's revision. A study's own is called ``alembic_version``."""
 
 metadata = sa.MetaData()
 
@@ -33,7 +34,7 @@ spectra = sa.Table(
     sa.Column("created_at", sa.String(32), nullable=False),
     sa.Column("checksum", sa.String(64), nullable=False),
     sa.Column("provenance", _LONG_TEXT, nullable=False),
-    # Of the rows in ttp_chunks; of nobody where the arrays lie in the object folder.
+    # Names the rows in ttp_chunks; names none where the arrays lie in the object folder.
     sa.Column("blob", sa.String(32), nullable=False),
     sa.Column("in_folder", sa.Boolean, nullable=False),
     sa.Column("n_bytes", sa.BigInteger, nullable=False),
@@ -73,7 +74,7 @@ learned = sa.Table(
     sa.Column("settings", sa.Text, nullable=False),
     sa.Column("payload", _LONG_TEXT, nullable=False),
     sa.Column("version", sa.Integer, nullable=False),
-    # Tells a change of one's own, whose commit was not answered, from one that says the same.
+    # Tells this worker's change, whose commit was not answered, from an equal one of another.
     sa.Column("writer", sa.String(32), nullable=False),
     sa.Column("updated_at", sa.Double, nullable=False),
 )

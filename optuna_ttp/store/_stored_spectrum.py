@@ -1,4 +1,4 @@
-"""What is stored, without its arrays."""
+"""The description of a stored spectrum, without its arrays."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StoredSpectrum:
-    """A line of :meth:`SpectrumStore.list`.
+    """A line of :meth:`SpectrumStore.list`: a stored spectrum without its arrays.
 
     Attributes:
         key:
-            Names the row: 64 hexadecimal digits.
+            The name of the row, 64 hexadecimal digits.
         fingerprint:
             The task's fingerprint.
         name:
@@ -20,25 +20,23 @@ class StoredSpectrum:
         settings:
             Engine, precision and truncation.
         n_samples:
-            N.
+            The number N of samples.
         n_outputs:
-            C.
+            The number C of outputs.
         rank:
             The number of eigenpairs.
         compute_seconds:
-            What it took to compute.
+            Seconds that the computation took.
         created_at:
-            When, in ISO 8601, UTC.
+            The time of the computation in ISO 8601, UTC.
         n_bytes:
-            Size of the stored arrays.
+            Bytes of the stored arrays.
         used_at:
-            When it was last read, within a minute, in ISO 8601, UTC, by the database's clock.
-            :obj:`None` where no version that writes this down has read it yet.
+            The time it was last read, within a minute, in ISO 8601, UTC, by the database's clock.
         in_folder:
             Whether the arrays lie in the object folder instead of the database.
         provenance:
-            The spectrum's metadata: package, PyTorch, device, precision, engine, and what else
-            it knows. Empty for those that were stored by the first schema.
+            The fields of the spectrum's :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
     """
 
     key: str
@@ -51,6 +49,6 @@ class StoredSpectrum:
     compute_seconds: float
     created_at: str
     n_bytes: int
-    used_at: str | None
+    used_at: str
     in_folder: bool
     provenance: dict[str, Any]

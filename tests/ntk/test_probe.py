@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
 from dataclasses import replace
 from functools import cache
-import io
-import json
 import math
 from typing import Any
 import warnings
@@ -25,6 +22,7 @@ from optuna_ttp.dynamics import Smoothing
 from optuna_ttp.ntk import compute_spectrum
 from optuna_ttp.ntk import probe_linearisation
 from optuna_ttp.prediction import TrainingTimePredictor
+from optuna_ttp.spectrum import blob
 from optuna_ttp.spectrum import Probe
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.task import FineTuningTask
@@ -309,7 +307,7 @@ def test_probe_can_be_turned_off() -> None:
     assert prediction.steps_high > near.steps_high
 
 
-# Archives
+# In a file
 
 
 @cache
@@ -319,7 +317,7 @@ def _whole() -> Spectrum:
     return _spectrum(FineTuningTask(mlp(), (x, y), validation_data=(x[:4] + 0.1, y[:4])))
 
 
-def test_archive_keeps_probe_validation_and_weight_outputs() -> None:
+def test_bytes_keep_probe_validation_and_weight_outputs() -> None:
     one = _whole()
     again = Spectrum.from_bytes(one.to_bytes())
     for part in ("probe", "validation"):
@@ -335,44 +333,15 @@ def test_archive_keeps_probe_validation_and_weight_outputs() -> None:
 
 
 @pytest.mark.parametrize("missing", ["probe", "validation", "weight_outputs"])
-def test_archive_without_a_part(missing: str) -> None:
+def test_bytes_without_a_part(missing: str) -> None:
     changed: dict[str, Any] = {missing: None}
     again = Spectrum.from_bytes(replace(_whole(), **changed).to_bytes())
     for name in ("probe", "validation", "weight_outputs"):
         assert (getattr(again, name) is None) == (name == missing)
 
 
-def _rewritten(
-    one: Spectrum, drop: tuple[str, ...] = (), add: dict[str, Any] | None = None, **header: Any
-) -> bytes:
-    """The archive of format 3 that an earlier version wrote."""
-    head: dict[str, Any] = {
-        "format": 3,
-        "trace": one.trace,
-        "loss": asdict(one.loss),
-        "metadata": asdict(one.metadata),
-        "throughput_device": None,
-    }
-    for newer in ("sketch_width", "seed", "time_error", "n_ritz", "trace_error"):
-        del head["metadata"][newer]
-    parts = {"": one, "validation.": one.validation, "probe.": one.probe}
-    arrays = {
-        f"{prefix}{name}": value
-        for prefix, part in parts.items()
-        for name, value in vars(part).items()
-        if isinstance(value, np.ndarray) and not f"{prefix}{name}".startswith(drop or ("-",))
-    }
-    arrays["header"] = np.frombuffer(json.dumps(head | header).encode(), dtype=np.uint8)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays, **(add or {}))
-    return buffer.getvalue()
-
-
-def test_archive_of_format_1_can_be_read() -> None:
-    old = _rewritten(_whole(), ("weight_outputs", "validation.", "probe."), format=1)
-    one = Spectrum.from_bytes(old)
-    np.testing.assert_array_equal(one.eigenvectors, _whole().eigenvectors)
-    assert (one.weight_outputs, one.validation, one.probe) == (None, None, None)
+def test_a_spectrum_without_its_optional_parts_predicts_what_it_can() -> None:
+    one = replace(_whole(), weight_outputs=None, validation=None, probe=None)
     predictor = TrainingTimePredictor(one, target_fraction=0.6)
     assert predictor.spectrum.probe is None
     assert predictor.predict(0.05, 9).outcome == "converges"
@@ -382,31 +351,12 @@ def test_archive_of_format_1_can_be_read() -> None:
         TrainingTimePredictor(one, target_validation_accuracy=0.9)
 
 
-def test_archive_of_format_2_has_to_be_probed_again() -> None:
-    old = _rewritten(_whole(), ("probe.kernel_ratios", "probe.output_deviations"), format=2)
-    assert Spectrum.from_bytes(old).probe is None
-
-
-@pytest.mark.parametrize("written_as", [0, 4, "2", None])
-def test_archive_of_an_unknown_format_is_refused(written_as: Any) -> None:
-    with pytest.raises(ValueError, match=f"format 3 or older but got {written_as}"):
-        Spectrum.from_bytes(_rewritten(_whole(), format=written_as))
-
-
-@pytest.mark.parametrize(
-    ("drop", "add"),
-    [
-        (("probe.fractions",), {}),
-        (("validation.targets",), {}),
-        ((), {"probe.other": np.zeros(3)}),
-        ((), {"other": np.zeros(3)}),
-        (("eigenvalues",), {}),
-    ],
-    ids=str,
-)
-def test_damaged_archive_is_refused(drop: tuple[str, ...], add: dict[str, Any]) -> None:
+@pytest.mark.parametrize("missing", ["probe.fractions", "validation.targets", "eigenvalues"])
+def test_bytes_without_an_array_are_refused(missing: str) -> None:
+    content = blob.from_bytes(_whole().to_bytes())
+    arrays = {name: array for name, array in content.arrays.items() if name != missing}
     with pytest.raises(ValueError, match="These bytes are no spectrum"):
-        Spectrum.from_bytes(_rewritten(_whole(), drop, add))
+        Spectrum.from_bytes(blob.to_bytes(content.meta, arrays))
 
 
 def test_truncation_keeps_probe_and_weight_outputs() -> None:

@@ -6,9 +6,7 @@ import io
 import os
 from pathlib import Path
 import pickle
-import tracemalloc
 from typing import Any
-import zipfile
 
 from hypothesis import given
 from hypothesis import settings
@@ -23,8 +21,8 @@ from optuna_ttp.spectrum import blob
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import Throughput
 from optuna_ttp.spectrum import Validation
-from optuna_ttp.spectrum._ritz import N_RITZ
-from optuna_ttp.spectrum._spectrum import n_explaining
+from optuna_ttp.spectrum._ritz import RULES
+from optuna_ttp.spectrum._truncation import n_explaining
 from optuna_ttp.task import Loss
 from tests.cases import spectrum
 
@@ -126,13 +124,6 @@ def _single_array() -> bytes:
     return buffer.getvalue()
 
 
-def _foreign_zip() -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("header.npy", b"nothing numpy knows")
-    return buffer.getvalue()
-
-
 @pytest.mark.parametrize(
     "data",
     [
@@ -142,13 +133,7 @@ def _foreign_zip() -> bytes:
         spectrum().to_bytes()[:200],
         spectrum().to_bytes()[:-100],
         _single_array(),
-        _foreign_zip(),
-        _archive(),
         _archive(eigenvalues=np.ones(3)),
-        _archive(header=np.frombuffer(b"{}", dtype=np.uint8)),
-        _archive(header=np.frombuffer(b"[1, 2]", dtype=np.uint8)),
-        _archive(header=np.frombuffer(b"{not json", dtype=np.uint8)),
-        _archive(header=np.array([{"a": 1}], dtype=object)),
         _rewritten({"loss": {"kind": "hinge"}}),
         _rewritten({"loss": 3}),
         _rewritten({"metadata": {"unknown": 1}}),
@@ -161,6 +146,7 @@ def _foreign_zip() -> bytes:
         _rewritten({}, {"weight_outputs": np.zeros((3, 12))}),
         _rewritten({}, {"decay_factors": np.zeros(20)}),
         _rewritten({}, {"probe.fractions": np.zeros(2)}),
+        _rewritten({}, {"probe.other": np.zeros(3)}),
         _rewritten({}, {"validation.features": np.zeros((2, 2))}),
     ],
 )
@@ -177,54 +163,15 @@ def test_file_that_is_no_spectrum_is_refused(tmp_path: Path) -> None:
         Spectrum.load(tmp_path / "missing")
 
 
-def test_spectrum_of_another_format_is_refused() -> None:
-    newer = bytearray(spectrum().to_bytes())
-    n_header = int.from_bytes(newer[10:14], "little")
-    newer[8:10] = (99).to_bytes(2, "little")
-    newer[14:46] = hashlib.sha256(newer[8:14] + newer[46 : 46 + n_header]).digest()
-    with pytest.raises(DamagedSpectrumError, match=r"format 4 or older but got 99.*another ver"):
-        Spectrum.from_bytes(bytes(newer))
-    header = np.frombuffer(b'{"format": 99}', dtype=np.uint8)
-    with pytest.raises(DamagedSpectrumError, match=r"format 3 or older but got 99.*another ver"):
-        Spectrum.from_bytes(_archive(header=header))
-
-
-@pytest.mark.parametrize("written_as", [1, 2, 3])
-def test_spectrum_of_an_older_format_is_read(written_as: int) -> None:
-    path = Path(__file__).parents[1] / "data" / f"spectrum_format_{written_as}.npz"
-    old = Spectrum.load(path)
-    today = spectrum(n_samples=8)
-    with np.load(path) as written:
-        np.testing.assert_allclose(old.eigenvalues, written["eigenvalues"], rtol=1e-9)
-        np.testing.assert_allclose(old.initial_outputs, written["initial_outputs"], rtol=1e-9)
-    # Today's is of another processor, whose single precision rounds in another order.
-    np.testing.assert_allclose(old.eigenvalues, today.eigenvalues, rtol=1e-5)
-    np.testing.assert_allclose(old.initial_outputs, today.initial_outputs, rtol=1e-5)
-    assert (old.rank, old.loss) == (today.rank, today.loss)
-    # What was probed before format 3 is not enough today, and the store probes again.
-    assert (old.probe is not None) == (written_as == 3)
-    _assert_same(old, Spectrum.from_bytes(old.to_bytes()))
-
-
-def test_a_short_archive_cannot_ask_for_much_memory() -> None:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("header.npy", b"\0" * 2**28)
-    assert len(buffer.getvalue()) < 2**19
-    claims = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        claims, {"descr": "<f8", "fortran_order": False, "shape": (2**40,)}
-    )
-    lying = io.BytesIO()
-    with zipfile.ZipFile(lying, "w") as archive:
-        archive.writestr("header.npy", claims.getvalue() + b"\0" * 64)
-    for data in (buffer.getvalue(), lying.getvalue()):
-        tracemalloc.start()
-        with pytest.raises(DamagedSpectrumError, match="no spectrum: ValueError"):
-            Spectrum.from_bytes(data)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 2**23
+@pytest.mark.parametrize("number", [0, 2, 99])
+def test_spectrum_of_another_format_is_refused(number: int) -> None:
+    other = bytearray(spectrum().to_bytes())
+    n_header = int.from_bytes(other[10:14], "little")
+    other[8:10] = number.to_bytes(2, "little")
+    other[14:46] = hashlib.sha256(other[8:14] + other[46 : 46 + n_header]).digest()
+    message = rf"format 1 but got {number}; another version .* Read it with that version, or comp"
+    with pytest.raises(DamagedSpectrumError, match=message):
+        Spectrum.from_bytes(bytes(other))
 
 
 def test_pickled_arrays_are_not_executed() -> None:
@@ -232,9 +179,9 @@ def test_pickled_arrays_are_not_executed() -> None:
         def __reduce__(self) -> Any:
             return pytest.fail, ("The pickle was executed.",)
 
-    header = np.frombuffer(b'{"format": 1}', dtype=np.uint8)
-    with pytest.raises(ValueError, match="no spectrum"):
-        Spectrum.from_bytes(_archive(header=header, targets=np.array([Trap()], dtype=object)))
+    for data in (_archive(targets=np.array([Trap()], dtype=object)), pickle.dumps(Trap())):
+        with pytest.raises(ValueError, match="no spectrum"):
+            Spectrum.from_bytes(data)
 
 
 @given(position=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans())
@@ -277,19 +224,19 @@ def test_truncate_by_trace_keeps_the_fewest_that_explain_it(share: float) -> Non
     cut = whole.truncate(explained_trace=share)
     assert cut.explained_trace >= share - 1e-9
     n_kept = n_explaining(whole.eigenvalues, share * whole.trace)
-    if n_kept + N_RITZ >= whole.rank:
+    if n_kept + RULES.n_pairs >= whole.rank:
         assert cut is whole
         return
     np.testing.assert_array_equal(cut.eigenvalues[:n_kept], whole.eigenvalues[:n_kept])
     # The eigenvalues of this kernel come in threes.
     n_different = len(np.unique(whole.eigenvalues[n_kept:].round(9)))
-    assert cut.rank == n_kept + min(N_RITZ, n_different)
+    assert cut.rank == n_kept + min(RULES.n_pairs, n_different)
 
 
 def test_truncate_by_both_keeps_the_fewer() -> None:
     whole = spectrum()
     by_trace = whole.truncate(explained_trace=0.5).rank
-    assert by_trace == 4 + N_RITZ
+    assert by_trace == 4 + RULES.n_pairs
     cut = whole.truncate(rank=2, explained_trace=0.5)
     np.testing.assert_array_equal(cut.eigenvalues, whole.eigenvalues[:2])
     assert whole.truncate(rank=by_trace - 1, explained_trace=0.5).rank == by_trace - 1

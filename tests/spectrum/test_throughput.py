@@ -73,7 +73,7 @@ def test_every_architecture_can_be_timed(name: str, device: torch.device) -> Non
     one = case(name)
     task = FineTuningTask(one.model, one.data, forward=one.forward)
     throughput = measure_throughput(
-        task, device=device, batch_sizes=(2, 3, 500), seconds_per_size=0.0
+        task, device=device, batch_sizes=(2, 3, 500), seconds_per_batch_size=0.0
     )
     assert throughput.batch_sizes.tolist() == [2, 3, task.n_samples]
     assert (throughput.seconds > 0).all()
@@ -91,14 +91,18 @@ def test_steps_are_timed_in_training_mode_on_the_tasks_own_data() -> None:
 
     task = FineTuningTask(mlp().eval(), vectors(9), forward=forward)
     seen.clear()
-    measure_throughput(task, device=torch.device("cpu"), batch_sizes=(2, 4), seconds_per_size=0.0)
+    measure_throughput(
+        task, device=torch.device("cpu"), batch_sizes=(2, 4), seconds_per_batch_size=0.0
+    )
     # A warm-up, and one step of each that takes longer than it need.
     assert seen == [(True, 2)] * 2 + [(True, 4)]
 
 
-@pytest.mark.parametrize(("seconds_per_size", "sizes"), [(1e-4, [2, 4]), (0.1, [2, 4, 6, 8])])
+@pytest.mark.parametrize(
+    ("seconds_per_batch_size", "sizes"), [(1e-4, [2, 4]), (0.1, [2, 4, 6, 8])]
+)
 def test_long_steps_of_many_samples_are_not_made(
-    seconds_per_size: float, sizes: list[int]
+    seconds_per_batch_size: float, sizes: list[int]
 ) -> None:
     def forward(model: torch.nn.Module, inputs: torch.Tensor) -> Any:
         time.sleep(0.01)
@@ -109,7 +113,7 @@ def test_long_steps_of_many_samples_are_not_made(
         task,
         device=torch.device("cpu"),
         batch_sizes=(2, 4, 6, 8),
-        seconds_per_size=seconds_per_size,
+        seconds_per_batch_size=seconds_per_batch_size,
     )
     assert found.batch_sizes.tolist() == sizes
 
@@ -123,6 +127,8 @@ def test_short_steps_are_timed_again_and_again() -> None:
 
     task = FineTuningTask(mlp().eval(), vectors(9), forward=forward)
     seen.clear()
-    measure_throughput(task, device=torch.device("cpu"), batch_sizes=(2, 4), seconds_per_size=60.0)
+    measure_throughput(
+        task, device=torch.device("cpu"), batch_sizes=(2, 4), seconds_per_batch_size=60.0
+    )
     # No more than fifty times, and a warm-up of both.
     assert seen == [2] * 51 + [4] * 51

@@ -642,7 +642,7 @@ _LOOKS: dict[str, Callable[[FineTuningTask, torch.device], object]] = {
         task, device=device, dtype=torch.float64, max_memory=95_000
     ),
     "measure_throughput": lambda task, device: measure_throughput(
-        task, device=device, seconds_per_size=0.0
+        task, device=device, seconds_per_batch_size=0.0
     ),
 }
 

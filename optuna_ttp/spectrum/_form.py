@@ -1,0 +1,90 @@
+"""A spectrum as a JSON header and named arrays, which is how :mod:`.blob` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from dataclasses import fields
+from typing import Any
+
+from numpy.typing import NDArray
+
+from optuna_ttp.spectrum._metadata import SpectrumMetadata
+from optuna_ttp.spectrum._probe import Probe
+from optuna_ttp.spectrum._throughput import Throughput
+from optuna_ttp.spectrum._validation import Validation
+from optuna_ttp.task import Loss
+
+
+def header_and_arrays(
+    spectrum: Mapping[str, Any], note: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Return what a file holds of a spectrum, given its fields by name, and a note beside it."""
+    throughput = spectrum["throughput"]
+    header: dict[str, Any] = {
+        "trace": spectrum["trace"],
+        "loss": asdict(spectrum["loss"]),
+        "metadata": asdict(spectrum["metadata"]),
+        "throughput_device": None if throughput is None else throughput.device,
+    }
+    if note is not None:
+        header["note"] = dict(note)
+    required = ("eigenvalues", "eigenvectors", "initial_outputs", "targets")
+    arrays: dict[str, NDArray[Any]] = {key: spectrum[key] for key in required}
+    for key in ("weight_outputs", "decay_factors"):
+        if spectrum[key] is not None:
+            arrays[key] = spectrum[key]
+    for prefix in ("validation", "probe"):
+        part = spectrum[prefix]
+        for key, value in (vars(part) if part is not None else {}).items():
+            arrays[f"{prefix}.{key}"] = value
+    if throughput is not None:
+        arrays["throughput_batch_sizes"] = throughput.batch_sizes
+        arrays["throughput_seconds"] = throughput.seconds
+    return header, arrays
+
+
+def spectrum_fields(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
+    """Return a spectrum's fields by name from what a file holds.
+
+    Missing, foreign or unfit parts raise AttributeError, KeyError, TypeError or ValueError.
+    """
+    loss = dict(header["loss"])
+    if loss["class_weights"] is not None:
+        loss["class_weights"] = tuple(loss["class_weights"])
+    throughput = None
+    if header["throughput_device"] is not None:
+        throughput = Throughput(
+            arrays.pop("throughput_batch_sizes"),
+            arrays.pop("throughput_seconds"),
+            _of_kind("str", "throughput_device", header["throughput_device"]),
+        )
+    validation, probe = (_part(name, arrays) for name in ("validation", "probe"))
+    for name in ("eigenvalues", "eigenvectors", "initial_outputs"):
+        if arrays[name].dtype.kind != "f":
+            raise ValueError(f"{name} must be floats but got {arrays[name].dtype}")
+    kinds = {field.name: str(field.type) for field in fields(SpectrumMetadata)}
+    metadata = {k: _of_kind(kinds.get(k, ""), k, v) for k, v in header["metadata"].items()}
+    return {
+        "trace": float(header["trace"]),
+        "validation": Validation(**validation) if validation else None,
+        "probe": Probe(**probe) if probe else None,
+        "loss": Loss(**loss),
+        "throughput": throughput,
+        "metadata": SpectrumMetadata(**metadata),
+        **arrays,
+    }
+
+
+def _part(name: str, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Take the arrays of a part such as ``"probe"`` out of the others, by their names in it."""
+    keys = sorted(key for key in arrays if key.startswith(f"{name}."))
+    return {key.partition(".")[2]: arrays.pop(key) for key in keys}
+
+
+def _of_kind(kind: str, name: str, value: Any) -> Any:
+    """Return the value; raise TypeError where an annotation (a name of a type) does not fit it."""
+    expected: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int)}
+    if not isinstance(value, expected.get(kind, (object,))):
+        raise TypeError(f"{name} must be a {kind} but got {type(value).__name__}")
+    return value

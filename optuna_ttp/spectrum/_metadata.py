@@ -1,0 +1,64 @@
+"""The origin of a spectrum: its task, engine, device and versions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SpectrumMetadata:
+    """The record of how, when and of which task a spectrum was computed.
+
+    Attributes:
+        fingerprint:
+            The :attr:`~optuna_ttp.FineTuningTask.fingerprint` of its task.
+        name:
+            The task's name, for people to read.
+        engine:
+            The engine that contracted the Jacobian.
+        dtype:
+            Precision of the Jacobian.
+        device:
+            The device that it was computed on.
+        n_parameters:
+            The number D of trainable weights.
+        compute_seconds:
+            Wall-clock seconds of the computation, including the timing of training steps.
+        created_at:
+            The time of the computation in ISO 8601, UTC.
+        package_version:
+            Version of this package.
+        torch_version:
+            Version of PyTorch.
+        sketch_width:
+            The length to which each row of the Jacobian was projected, or :obj:`None` where no
+            projection was used.
+        seed:
+            Seed of the projection or of the starting vectors; :obj:`None` where nothing is random.
+        time_error:
+            The relative error that nine out of ten gradient-flow times (to half, a quarter and a
+            tenth of the loss) stay below. A sketch estimates it from its four groups; a refined
+            sketch reports that of the sketch before refinement, an upper bound; the matrix-free
+            engine reports the change due to its last products. :obj:`None` for the exact engine.
+        n_ritz:
+            The number of pairs that are Ritz pairs, see :meth:`Spectrum.truncate`.
+        trace_error:
+            Standard error of the trace over the trace, where the trace is an estimate (the
+            matrix-free engine with more outputs than products). :obj:`None` where it is exact.
+    """
+
+    fingerprint: str
+    name: str
+    engine: str
+    dtype: str
+    device: str
+    n_parameters: int
+    compute_seconds: float
+    created_at: str
+    package_version: str
+    torch_version: str
+    sketch_width: int | None = None
+    seed: int | None = None
+    time_error: float | None = None
+    n_ritz: int = 0
+    trace_error: float | None = None
