@@ -100,14 +100,14 @@ def _decisions() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
 
 
 def _trial(
-    study: optuna.Study, state: TrialState, attributes: dict[str, Any], number: int | None = None
+    number: int, state: TrialState, attributes: dict[str, Any], repeats: int | None
 ) -> FrozenTrial:
     """A trial whose attributes carry its own number, or that of the trial that it repeats."""
-    written = len(study.trials) if number is None else number
+    written = number if repeats is None else repeats
     done = state.is_finished()
     return FrozenTrial(
-        number=len(study.trials),
-        trial_id=len(study.trials),
+        number=number,
+        trial_id=number,
         state=state,
         value=0.5 if state == TrialState.COMPLETE else None,
         values=None,
@@ -131,17 +131,23 @@ def study_with_every_decision() -> tuple[optuna.Study, dict[str, int]]:
     ran despite its prediction), ``"skipped KIND"``, ``"stopped"``, ``"undecided"`` (it has a
     prediction only) and ``"unknown"`` (nothing can be read from it).
     """
-    study = optuna.create_study()
+    trials: list[FrozenTrial] = []
     counts: dict[str, int] = {}
 
-    def add(group: str, attributes: dict[str, Any], number: int | None = None) -> None:
+    def add(group: str, attributes: dict[str, Any], repeats: int | None = None) -> None:
         for state in TrialState:
-            study.add_trial(_trial(study, state, attributes, number))
+            trials.append(_trial(len(trials), state, attributes, repeats))
             counts[group] = counts.get(group, 0) + state.is_finished()
 
     for group, prediction, decision in _decisions():
-        record = {"prediction": prediction, "decision": decision}
-        add(group, {"ttp:record": record, "ttp:curve": _curve()})
+        attributes: dict[str, Any] = {
+            "ttp:record": {"prediction": prediction, "decision": decision}
+        }
+        # Learning from a curve takes time, so few trials have one.
+        override, kind = decision.get("override"), decision.get("kind")
+        if override in (None, "audit") and kind in (None, "chance", "diverges"):
+            attributes["ttp:curve"] = _curve()
+        add(group, attributes)
     prediction = _prediction("converges")
     add("undecided", {"ttp:record": {"prediction": prediction}})
     no_map = {"decision": "run", "reason": "the hyperparameter map does not apply"}
@@ -149,4 +155,6 @@ def study_with_every_decision() -> tuple[optuna.Study, dict[str, int]]:
     add("unknown", {})
     repeated = {"prediction": prediction, "decision": {"decision": "skip", "reason": "because"}}
     add("unknown", {"ttp:record": repeated}, 0)
+    study = optuna.create_study()
+    study.add_trials(trials)
     return study, counts

@@ -27,7 +27,7 @@ from tests.house import tree_of
 # From this floor on Optuna may be imported.
 _OPTUNA_FLOOR = FLOOR_OF["study"]
 _COMPATIBILITY = "optuna_ttp.study._optuna_compat"
-_MOST_FLOORS = 22
+_MOST_FLOORS = 15
 
 
 def _is_on_the_side_of_optuna(module: str) -> bool:
@@ -128,6 +128,52 @@ def test_the_compatibility_module_is_where_they_are_touched() -> None:
     )
 
 
+# What may be called for the value of a module's name: it returns nothing that can be changed.
+_MAKERS_OF_CONSTANTS = {
+    "TypeVar",
+    "ParamSpec",
+    "compile",
+    "exp",
+    "frozenset",
+    "get_logger",
+    "lazy_names",
+    "log",
+    "parametrize",
+    "tuple",
+}
+_CONTAINERS = (ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp)
+
+
+def _mutable_names(module: str) -> Iterator[str]:
+    """Names at the top of a module that hold, or may hold, an object that can be changed.
+
+    A container that is annotated as a ``Mapping`` or ``Sequence`` is a constant: mypy lets nobody
+    write into it. Instances of ``...Rules`` are frozen.
+    """
+    for node in tree_of(module).body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = ", ".join(ast.unparse(target) for target in targets)
+        annotation = "" if isinstance(node, ast.Assign) else ast.unparse(node.annotation)
+        value = node.value
+        if isinstance(value, _CONTAINERS):
+            if names != "__all__" and not annotation.startswith(("Mapping[", "Sequence[")):
+                yield names
+        elif isinstance(value, ast.Call):
+            called = ast.unparse(value.func).split(".")[-1]
+            if called not in _MAKERS_OF_CONSTANTS and not called.endswith("Rules"):
+                yield names
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if _is_on_the_side_of_optuna(m)])
+def test_no_module_from_study_up_holds_what_can_be_changed(module: str) -> None:
+    """What is remembered of a study is in its ``StudyState``."""
+    assert list(_mutable_names(module)) == []
+    globals_written = [n for n in ast.walk(tree_of(module)) if isinstance(n, ast.Global)]
+    assert globals_written == []
+
+
 def _in_fresh_process(code: str) -> Any:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
@@ -159,6 +205,17 @@ def test_importing_sampler_and_pruner_loads_neither_torch_nor_matplotlib() -> No
         "print(json.dumps(sorted(sys.modules)))"
     )
     assert {"matplotlib", "torch"}.isdisjoint(loaded)
+
+
+def test_the_modules_of_study_and_search_do_not_load_torch() -> None:
+    modules = sorted(m for m in MODULES if package_of(m) in ("study", "search", "reporting"))
+    loaded = _in_fresh_process(
+        "import importlib, json, sys\n"
+        f"for module in {modules}:\n"
+        "    importlib.import_module(module)\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    assert "torch" not in loaded
 
 
 @pytest.mark.parametrize("engine", ["exact", "sketch", "matrix_free"])

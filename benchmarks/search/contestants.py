@@ -24,6 +24,7 @@ from benchmarks.search.table import Table
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
+from optuna_ttp.prediction import SearchPredictor
 
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
@@ -98,19 +99,18 @@ def players(
     base, _, variant = contestant.removeprefix("ours (").partition(")")
     if not contestant.startswith("ours (") or base not in SAMPLERS or variant not in _VARIANTS:
         raise ValueError(f"There is no contestant {contestant!r}.")
-    known = predictor()
+    ours = predictor()
+    searching: SearchPredictor = ours
     if variant == ", shuffled":
-        known = ShuffledPredictor.of(known, table, seed)
+        searching = ShuffledPredictor.of(ours, table, seed)
     elif variant == ", c / lr":
-        known = rule_of_thumb(known, table)
+        searching = rule_of_thumb(ours, table)
     elif variant == ", recorded times":
-        known = recorded_times(known, table)
-    return wrapped(known, SAMPLERS[base](seed), table, seed)
+        searching = recorded_times(ours, table)
+    return wrapped(searching, SAMPLERS[base](seed), table, seed)
 
 
-def wrapped(
-    predictor: TrainingTimePredictor, base: BaseSampler, table: Table, seed: int
-) -> Players:
+def wrapped(predictor: SearchPredictor, base: BaseSampler, table: Table, seed: int) -> Players:
     """Wrap a sampler by ours, as the README shows it.
 
     Args:

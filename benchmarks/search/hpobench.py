@@ -1,6 +1,6 @@
 """How good must a prediction be to pay? Ours on HPOBench's tables, with predictors of any error.
 
-A table has no network, so there is no spectrum: the predictor is told the recorded training time
+A table has no network, so there is no spectrum: the predictor is given the recorded time
 of each configuration, times a lognormal error. Trials cannot be stopped under way there, and
 predicted times say nothing about the metric. So this shows what knowing the cost alone is worth,
 and what being wrong about it costs. Configurations are those of multi-layer perceptrons with Adam
@@ -27,7 +27,7 @@ import optuna
 import torch
 
 from benchmarks.environment import environment
-from benchmarks.search.predictors import ToldPredictor
+from benchmarks.search.predictors import GivenTimesPredictor
 from benchmarks.search.replay import replay
 from benchmarks.search.table import Table
 from benchmarks.search.table import Trajectory
@@ -113,7 +113,9 @@ def hpobench(name: str) -> Table:
     return Table(name, "metric", values, trajectories, "maximize", n_epochs=1)
 
 
-def told(table: Table, error: float, seed: int) -> tuple[ToldPredictor, HyperparameterMap]:
+def with_given_times(
+    table: Table, error: float, seed: int
+) -> tuple[GivenTimesPredictor, HyperparameterMap]:
     """Return a predictor of the table's training times, and how it reads trials.
 
     The predictor knows three numbers of a configuration. They only carry which one it is: its
@@ -159,7 +161,7 @@ def told(table: Table, error: float, seed: int) -> tuple[ToldPredictor, Hyperpar
         max_steps=2**50,
     )
     mapping = HyperparameterMap(learning_rate=1e-3, batch_size=1, momentum=place)
-    return ToldPredictor.of(predictor, steps), mapping
+    return GivenTimesPredictor(predictor, steps), mapping
 
 
 def _searched(work: tuple[str, int, list[float]]) -> list[dict[str, Any]]:
@@ -176,7 +178,7 @@ def _searched(work: tuple[str, int, list[float]]) -> list[dict[str, Any]]:
         sampler: optuna.samplers.BaseSampler = optuna.samplers.TPESampler(seed=seed)
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if error is not None:
-            predictor, mapping = told(table, error, seed)
+            predictor, mapping = with_given_times(table, error, seed)
             space = table.search_space
             sampler = TTPSampler(
                 predictor, sampler, hyperparameters=mapping, search_space=space, seed=seed

@@ -14,72 +14,101 @@ from numpy.typing import NDArray
 
 from benchmarks.search.table import Table
 from optuna_ttp import TrainingTimePredictor
+from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import Observation
+from optuna_ttp.dynamics import Target
+from optuna_ttp.prediction import CONVERGES
 from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
-from optuna_ttp.prediction._configurations import Configurations
-from optuna_ttp.prediction._prediction import CONVERGES
+from optuna_ttp.spectrum import Throughput
 
 
 Steps = Callable[
     [NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]
 ]
-# Losses are not told to fall further than so many targets on a logarithmic scale.
+# Losses are not predicted to fall further than so many targets on a logarithmic scale.
 _MOST_TARGETS = 4.0
 # A learning rate that no search gets near.
 _UNLIMITED = 1e6
-# What a predictor that is told its times says about their scatter.
+# What a predictor with given times says about their scatter.
 _LOG_SD = 0.2
 
 
-class ShuffledPredictor(TrainingTimePredictor):
-    """Predicts for each configuration of a grid what ours predicts for another one."""
+class _DerivedPredictor:
+    """Answers what does not depend on predicted times as the predictor that it is derived from."""
 
-    _values: tuple[NDArray[np.float64], ...]
-    _order: NDArray[np.int64]
+    def __init__(self, base: TrainingTimePredictor) -> None:
+        self.base = base
 
-    @classmethod
-    def of(cls, predictor: TrainingTimePredictor, table: Table, seed: int) -> ShuffledPredictor:
-        """Shuffle a predictor.
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the task."""
+        return self.base.fingerprint
 
-        Args:
-            predictor:
-                Ours.
-            table:
-                Has the grid.
-            seed:
-                Of the permutation.
+    @property
+    def setup_seconds(self) -> float:
+        """What the base cost before the first trial, in seconds."""
+        return self.base.setup_seconds
 
-        Returns:
-            A predictor that shares everything else with it.
-        """
-        twin: ShuffledPredictor = _twin(cls, predictor)
-        twin._values = _columns(table)
-        count = math.prod(map(len, twin._values))
-        twin._order = np.random.default_rng(seed).permutation(count)
-        return twin
+    @property
+    def n_samples(self) -> int:
+        """The number of samples that are trained on."""
+        return self.base.n_samples
 
-    def _check_configuration(
-        self,
-        learning_rate: ArrayLike,
-        batch_size: ArrayLike,
-        momentum: ArrayLike,
-        max_steps: ArrayLike,
-    ) -> Configurations:
-        own = super()._check_configuration(learning_rate, batch_size, momentum, max_steps)
-        rate, size, mass = self._other(own.learning_rate, own.batch_size, own.momentum)
-        return replace(own, learning_rate=rate, batch_size=size, momentum=mass)
+    @property
+    def max_steps(self) -> int:
+        """The horizon of predictions, in steps."""
+        return self.base.max_steps
 
-    def depth_after(
-        self,
-        learning_rate: NDArray[np.float64],
-        batch_size: NDArray[np.int64],
-        momentum: NDArray[np.float64],
-        steps: NDArray[np.float64],
-    ) -> NDArray[np.float64]:
-        """Return the depth of the other configuration."""
-        return super().depth_after(*self._other(learning_rate, batch_size, momentum), steps)
+    @property
+    def target(self) -> Target:
+        """What is to be reached."""
+        return self.base.target
+
+    @property
+    def target_depth(self) -> float:
+        """Logarithm of the initial training loss over that at the target."""
+        return self.base.target_depth
+
+    @property
+    def best_depth(self) -> float:
+        """The depth at which the validation loss is predicted to be lowest."""
+        return self.base.best_depth
+
+    @property
+    def initial_loss(self) -> float:
+        """The training loss at the pretrained weights."""
+        return self.base.initial_loss
+
+    @property
+    def initial_loss_sd(self) -> float:
+        """Standard deviation of the losses of single samples."""
+        return self.base.initial_loss_sd
+
+    @property
+    def throughput(self) -> Throughput | None:
+        """Seconds of a training step."""
+        return self.base.throughput
+
+    @property
+    def calibration(self) -> Calibration:
+        """What trials have taught the base."""
+        return self.base.calibration
+
+    @property
+    def observations(self) -> tuple[Observation, ...]:
+        """The trials that the base has learned from."""
+        return self.base.observations
+
+    @property
+    def has_surface(self) -> bool:
+        """Whether the base has a response surface."""
+        return self.base.has_surface
+
+    def seconds_per_step(self, batch_size: ArrayLike) -> NDArray[np.float64]:
+        """Return the seconds of a training step."""
+        return self.base.seconds_per_step(batch_size)
 
     def remaining_steps(
         self,
@@ -87,102 +116,50 @@ class ShuffledPredictor(TrainingTimePredictor):
         configuration: tuple[float, int, float],
         depth: float | None = None,
     ) -> tuple[float, float] | None:
-        """Say nothing: a trial's own curve would tell the truth."""
+        """Return nothing: a trial's own curve would correct what was predicted on purpose."""
         return None
 
     def max_learning_rate(
         self, batch_size: ArrayLike, momentum: ArrayLike = 0.0
     ) -> NDArray[np.float64]:
-        """Say nothing about stability."""
-        return _unlimited(batch_size, momentum)
-
-    def _other(
-        self, rate: NDArray[np.float64], size: NDArray[np.int64], mass: NDArray[np.float64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
-        wanted = (rate, size.astype(np.float64), mass)
-        columns = zip(self._values, wanted, strict=True)
-        places = [_nearest(column, values) for column, values in columns]
-        shape = tuple(map(len, self._values))
-        others = np.unravel_index(self._order[np.ravel_multi_index(places, shape)], shape)
-        rate, sizes, mass = (c[k] for c, k in zip(self._values, others, strict=True))
-        return rate, np.minimum(sizes, self.n_samples).astype(np.int64), mass
+        """Return a limit that no search comes near: nothing is predicted about stability."""
+        shape = np.broadcast_shapes(np.shape(batch_size), np.shape(momentum))
+        return np.full(shape, _UNLIMITED)
 
 
-class ToldPredictor(TrainingTimePredictor):
-    """Predicts the steps that it is told, by a rule or from the recording."""
+class ShuffledPredictor(_DerivedPredictor):
+    """Predicts for each configuration of a grid what ours predicts for another one.
 
-    _steps: Steps
-    _learns: bool
-    _log_factor: float
+    Args:
+        base:
+            Our predictor.
+        values:
+            The values of learning rate, batch size and momentum in the grid.
+        order:
+            The permutation of the grid's places.
+    """
+
+    def __init__(
+        self,
+        base: TrainingTimePredictor,
+        values: tuple[NDArray[np.float64], ...],
+        order: NDArray[np.int64],
+    ) -> None:
+        super().__init__(base)
+        self._values = values
+        self._order = order
 
     @classmethod
-    def of(
-        cls, predictor: TrainingTimePredictor, steps: Steps, *, learns: bool = False
-    ) -> ToldPredictor:
-        """Replace the times of a predictor.
+    def of(cls, predictor: TrainingTimePredictor, table: Table, seed: int) -> ShuffledPredictor:
+        """Shuffle what a predictor says of the table's grid, by a permutation of this seed."""
+        values = _columns(table)
+        count = math.prod(map(len, values))
+        return cls(predictor, values, np.random.default_rng(seed).permutation(count))
 
-        Args:
-            predictor:
-                Ours, for everything else.
-            steps:
-                Of learning rates, batch sizes and momenta to steps to the target; infinite where
-                it is not reached.
-            learns:
-                Whether a common factor is learned from the trials. It is not by default.
-
-        Returns:
-            The predictor.
-        """
-        twin: ToldPredictor = _twin(cls, predictor)
-        twin._steps = steps
-        twin._learns = learns
-        twin._log_factor = 0.0
-        return twin
-
-    def informed(self, observations: Sequence[Observation]) -> TrainingTimePredictor:
-        """Return a predictor that knows more trials, and learns the factor where it is to."""
-        twin = super().informed(observations)
-        if self._learns and twin is not self and isinstance(twin, ToldPredictor):
-            away = np.concatenate([o.observed - o.predicted for o in twin.observations])
-            if np.isfinite(away).any():
-                twin._log_factor = float(np.nanmedian(away))
-        return twin
-
-    def predict(
-        self,
-        learning_rate: ArrayLike,
-        batch_size: ArrayLike,
-        momentum: ArrayLike = 0.0,
-        *,
-        max_steps: ArrayLike | None = None,
-        full_curve: bool = False,
-    ) -> Prediction:
-        """Predict what it is told."""
-        horizon = np.asarray(self.max_steps if max_steps is None else max_steps)
-        # Simulating one step fills in all that the times do not depend on.
-        plain = super().predict(learning_rate, batch_size, momentum, max_steps=1)
-        told = self._told(plain.learning_rate, plain.batch_size, plain.momentum)
-        steps = np.where(told <= horizon, told, np.inf)
-        # As if the loss fell exponentially: every depth takes its share of the time.
-        depth = -math.log(self.depth)
-        levels = np.where(depth * 1.0001 >= DEPTHS, np.log(DEPTHS / depth), np.nan)
-        passages = np.log(np.where(np.isfinite(told), told, np.nan))[..., None] + levels
-        spread = math.exp(1.28 * _LOG_SD)
-        return replace(
-            plain,
-            steps=steps,
-            steps_low=np.maximum(1.0, told / spread),
-            steps_high=told * spread,
-            epochs=steps / np.ceil(self.n_samples / plain.batch_size),
-            seconds=steps * self.seconds_per_step(plain.batch_size),
-            outcomes=np.where(np.isfinite(steps), CONVERGES, NOT_REACHED),
-            p_converges=_below(told, horizon),
-            p_diverges=np.zeros_like(steps),
-            reliable=np.ones(steps.shape, dtype=bool),
-            max_steps=np.broadcast_to(horizon, steps.shape),
-            log_first_passage_times=passages - self._log_factor,
-            expected_log_first_passage_times=passages,
-        )
+    def informed(self, observations: Sequence[Observation]) -> ShuffledPredictor:
+        """Return a shuffled predictor whose base knows more trials."""
+        base = self.base.informed(observations)
+        return self if base is self.base else ShuffledPredictor(base, self._values, self._order)
 
     def estimate(
         self,
@@ -192,13 +169,9 @@ class ToldPredictor(TrainingTimePredictor):
         *,
         max_steps: ArrayLike | None = None,
     ) -> Prediction:
-        """Predict what it is told."""
-        return self.predict(learning_rate, batch_size, momentum, max_steps=max_steps)
-
-    @property
-    def has_surface(self) -> bool:
-        """Nothing is interpolated."""
-        return False
+        """Predict what the base estimates for the other configurations."""
+        others = self._others(learning_rate, batch_size, momentum)
+        return self.base.estimate(*others, max_steps=max_steps)
 
     def score(
         self,
@@ -208,12 +181,128 @@ class ToldPredictor(TrainingTimePredictor):
         *,
         simulate_outside: bool = True,
     ) -> NDArray[np.float64]:
-        """Score by what it is told."""
-        chosen = self._check_configuration(learning_rate, batch_size, momentum, self.max_steps)
-        told = self._told(chosen.learning_rate, chosen.batch_size, chosen.momentum)
-        per_step = self.seconds_per_step(chosen.batch_size)
-        seconds = told * np.where(np.isnan(per_step), 1.0, per_step)
-        return np.where(told <= chosen.max_steps, seconds, np.inf).reshape(chosen.shape)
+        """Return the scores of the other configurations."""
+        others = self._others(learning_rate, batch_size, momentum)
+        return self.base.score(*others, simulate_outside=simulate_outside)
+
+    def depth_after(
+        self,
+        learning_rate: NDArray[np.float64],
+        batch_size: NDArray[np.int64],
+        momentum: NDArray[np.float64],
+        steps: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Return the depths of other configurations; of those of the others, as recorded."""
+        others = self._others(*self._others(learning_rate, batch_size, momentum))
+        return self.base.depth_after(*others, steps)
+
+    def _others(
+        self, learning_rate: ArrayLike, batch_size: ArrayLike, momentum: ArrayLike
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+        """Return the configurations whose predictions are given for these, of one shape."""
+        wanted = (np.asarray(a, dtype=np.float64) for a in (learning_rate, batch_size, momentum))
+        columns = zip(self._values, np.broadcast_arrays(*wanted), strict=True)
+        places = [_nearest(column, values) for column, values in columns]
+        shape = tuple(map(len, self._values))
+        others = np.unravel_index(self._order[np.ravel_multi_index(places, shape)], shape)
+        rate, batch_sizes, momenta = (c[k] for c, k in zip(self._values, others, strict=True))
+        return rate, np.minimum(batch_sizes, self.n_samples).astype(np.int64), momenta
+
+
+class GivenTimesPredictor(_DerivedPredictor):
+    """Predicts the steps that a function gives: a rule of thumb, or what was recorded.
+
+    Args:
+        base:
+            Our predictor, for everything else.
+        steps:
+            From learning rates, batch sizes and momenta to steps to the target; infinite where it
+            is not reached.
+        learns:
+            Whether a common factor is learned from the trials. It is not by default.
+        log_factor:
+            Logarithm of the factor that was learned.
+    """
+
+    def __init__(
+        self,
+        base: TrainingTimePredictor,
+        steps: Steps,
+        *,
+        learns: bool = False,
+        log_factor: float = 0.0,
+    ) -> None:
+        super().__init__(base)
+        self._steps = steps
+        self._learns = learns
+        self._log_factor = log_factor
+
+    @property
+    def has_surface(self) -> bool:
+        """Nothing is interpolated."""
+        return False
+
+    def informed(self, observations: Sequence[Observation]) -> GivenTimesPredictor:
+        """Return a predictor that knows more trials, and learns the factor where it is to."""
+        base = self.base.informed(observations)
+        if base is self.base:
+            return self
+        log_factor = self._log_factor
+        if self._learns:
+            away = np.concatenate([o.observed - o.predicted for o in base.observations])
+            if np.isfinite(away).any():
+                log_factor = float(np.nanmedian(away))
+        return GivenTimesPredictor(base, self._steps, learns=self._learns, log_factor=log_factor)
+
+    def estimate(
+        self,
+        learning_rate: ArrayLike,
+        batch_size: ArrayLike,
+        momentum: ArrayLike = 0.0,
+        *,
+        max_steps: ArrayLike | None = None,
+    ) -> Prediction:
+        """Predict the given times."""
+        horizon = np.asarray(self.max_steps if max_steps is None else max_steps)
+        # Simulating one step fills in all that the times do not depend on.
+        plain = self.base.predict(learning_rate, batch_size, momentum, max_steps=1)
+        given = self._given(plain.learning_rate, plain.batch_size, plain.momentum)
+        steps = np.where(given <= horizon, given, np.inf)
+        # As if the loss fell exponentially: every depth takes its share of the time.
+        depth = -math.log(self.base.depth)
+        levels = np.where(depth * 1.0001 >= DEPTHS, np.log(DEPTHS / depth), np.nan)
+        times = np.log(np.where(np.isfinite(given), given, np.nan))[..., None] + levels
+        spread = math.exp(1.28 * _LOG_SD)
+        return replace(
+            plain,
+            steps=steps,
+            steps_low=np.maximum(1.0, given / spread),
+            steps_high=given * spread,
+            epochs=steps / np.ceil(self.n_samples / plain.batch_size),
+            seconds=steps * self.seconds_per_step(plain.batch_size),
+            outcomes=np.where(np.isfinite(steps), CONVERGES, NOT_REACHED),
+            p_converges=_below(given, horizon),
+            p_diverges=np.zeros_like(steps),
+            reliable=np.ones(steps.shape, dtype=bool),
+            max_steps=np.broadcast_to(horizon, steps.shape),
+            log_first_passage_times=times - self._log_factor,
+            expected_log_first_passage_times=times,
+        )
+
+    def score(
+        self,
+        learning_rate: ArrayLike,
+        batch_size: ArrayLike,
+        momentum: ArrayLike = 0.0,
+        *,
+        simulate_outside: bool = True,
+    ) -> NDArray[np.float64]:
+        """Return the seconds that the given steps take."""
+        one_shape = np.broadcast_arrays(learning_rate, batch_size, momentum)
+        given = self._given(*one_shape)
+        per_step = self.seconds_per_step(one_shape[1])
+        seconds = given * np.where(np.isnan(per_step), 1.0, per_step)
+        return np.asarray(np.where(given <= self.max_steps, seconds, np.inf))
 
     def depth_after(
         self,
@@ -223,32 +312,17 @@ class ToldPredictor(TrainingTimePredictor):
         steps: NDArray[np.float64],
     ) -> NDArray[np.float64]:
         """Return how deep the loss is, as if it fell exponentially."""
-        told = self._told(learning_rate, batch_size, momentum)
-        return np.asarray(-math.log(self.depth) * np.minimum(steps / told, _MOST_TARGETS))
+        given = self._given(learning_rate, batch_size, momentum)
+        return np.asarray(-math.log(self.base.depth) * np.minimum(steps / given, _MOST_TARGETS))
 
-    def remaining_steps(
-        self,
-        running: Observation,
-        configuration: tuple[float, int, float],
-        depth: float | None = None,
-    ) -> tuple[float, float] | None:
-        """Say nothing: it is told times before the first step only."""
-        return None
-
-    def max_learning_rate(
-        self, batch_size: ArrayLike, momentum: ArrayLike = 0.0
+    def _given(
+        self, learning_rate: NDArray[Any], batch_size: NDArray[Any], momentum: NDArray[Any]
     ) -> NDArray[np.float64]:
-        """Say nothing about stability."""
-        return _unlimited(batch_size, momentum)
-
-    def _told(
-        self, rate: NDArray[Any], size: NDArray[Any], mass: NDArray[Any]
-    ) -> NDArray[np.float64]:
-        steps = self._steps(rate, size.astype(np.float64), mass)
+        steps = self._steps(learning_rate, batch_size.astype(np.float64), momentum)
         return np.asarray(np.ceil(steps * math.exp(self._log_factor)))
 
 
-def rule_of_thumb(predictor: TrainingTimePredictor, table: Table) -> ToldPredictor:
+def rule_of_thumb(predictor: TrainingTimePredictor, table: Table) -> GivenTimesPredictor:
     """Return ``T = c / lr`` with the constant that agrees best with our predictions of the grid.
 
     Args:
@@ -265,12 +339,12 @@ def rule_of_thumb(predictor: TrainingTimePredictor, table: Table) -> ToldPredict
     steps = predictor.score(rate, size, mass) / np.where(np.isnan(per_step), 1.0, per_step)
     constants = (steps * rate)[np.isfinite(steps)]
     constant = float(np.median(constants)) if len(constants) else 1.0
-    return ToldPredictor.of(predictor, lambda rate, size, mass: constant / rate, learns=True)
+    return GivenTimesPredictor(predictor, lambda rate, size, mass: constant / rate, learns=True)
 
 
 def recorded_times(
     predictor: TrainingTimePredictor, table: Table, *, log_sd: float = 0.0, seed: int = 0
-) -> ToldPredictor:
+) -> GivenTimesPredictor:
     """Return a predictor that knows the recorded steps to its target, give or take an error.
 
     Args:
@@ -302,24 +376,14 @@ def recorded_times(
             steps[places] = max(1.0, (k - 1 + share) * trajectory.steps_per_epoch)
     errors = np.random.default_rng(seed).normal(0.0, log_sd, shape) if log_sd else np.zeros(shape)
 
-    def told(
+    def disturbed(
         rate: NDArray[np.float64], size: NDArray[np.float64], mass: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         columns = zip(values, (rate, size, mass), strict=True)
         places = tuple(_nearest(column, wanted) for column, wanted in columns)
         return np.asarray(steps[places] * np.exp(errors[places]))
 
-    return ToldPredictor.of(predictor, told)
-
-
-def _twin(cls: Any, predictor: TrainingTimePredictor) -> Any:
-    twin = object.__new__(cls)
-    twin.__dict__.update(predictor.__dict__)
-    return twin
-
-
-def _unlimited(batch_size: ArrayLike, momentum: ArrayLike) -> NDArray[np.float64]:
-    return np.full(np.broadcast_shapes(np.shape(batch_size), np.shape(momentum)), _UNLIMITED)
+    return GivenTimesPredictor(predictor, disturbed)
 
 
 def _columns(table: Table) -> tuple[NDArray[np.float64], ...]:

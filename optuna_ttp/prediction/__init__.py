@@ -8,27 +8,38 @@ from optuna_ttp._util.lazy import lazy_names
 
 
 if TYPE_CHECKING:
+    from optuna_ttp.prediction._prediction import CONVERGES
     from optuna_ttp.prediction._prediction import DIVERGES
     from optuna_ttp.prediction._prediction import NOT_REACHED
     from optuna_ttp.prediction._prediction import Prediction
     from optuna_ttp.prediction._predictor import TrainingTimePredictor
+    from optuna_ttp.prediction._protocol import check_predictor
+    from optuna_ttp.prediction._protocol import SearchPredictor
 
 
 __all__ = [
+    "CONVERGES",
     "DIVERGES",
     "NOT_REACHED",
     "Prediction",
+    "SearchPredictor",
     "TrainingTimePredictor",
+    "check_predictor",
 ]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "_prediction": (
+            "CONVERGES",
             "DIVERGES",
             "NOT_REACHED",
             "Prediction",
         ),
         "_predictor": ("TrainingTimePredictor",),
+        "_protocol": (
+            "SearchPredictor",
+            "check_predictor",
+        ),
     },
 )

@@ -250,6 +250,16 @@ class TrainingTimePredictor(Estimator):
         return self._corrected.path.simulator.spectrum
 
     @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the task."""
+        return self.spectrum.metadata.fingerprint
+
+    @property
+    def setup_seconds(self) -> float:
+        """What the spectrum and the short training runs took together, in seconds."""
+        return self.spectrum.metadata.compute_seconds + self.probe_seconds
+
+    @property
     def smoothing(self) -> Smoothing | None:
         """The smoothing of the watched loss."""
         return self._corrected.path.simulator.smoothing

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from optuna_ttp.reporting._ledger import Report
 from optuna_ttp.reporting._ledger import report
+from optuna_ttp.reporting._report import Report
 
 
 __all__ = [

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 if TYPE_CHECKING:
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
     from optuna_ttp.study import TrialBudget
 
 
@@ -60,7 +60,7 @@ class Forecast:
     @classmethod
     def of(
         cls,
-        predictor: TrainingTimePredictor,
+        predictor: SearchPredictor,
         learning_rate: NDArray[np.float64],
         batch_size: NDArray[np.int64],
         momentum: NDArray[np.float64],

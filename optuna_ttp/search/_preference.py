@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 import math
 
@@ -22,7 +23,7 @@ _SAME = 0.03
 # recorded tasks and parts of their grids, 40 in all (benchmarks/search/parts.py), searches for a
 # time took 2.2, 2.1, 1.9, 1.8 and 1.9 average trials (geometric mean) with 3, 1.5, 0.75, 0.35 and
 # no nats; those for a metric 3.2, 3.1, 3.0, 3.0 and 2.9 with 1, 0.5, 0.25, 0.12 and none.
-_SPREAD_NATS = {"time": 0.35, "metric": 0.1}
+_SPREAD_NATS: Mapping[str, float] = {"time": 0.35, "metric": 0.1}
 _SPREAD = 0.25
 # From the worst to the best by rank.
 _RANK_NATS = 6.0

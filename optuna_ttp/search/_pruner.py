@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 import math
-import threading
 import time
 from typing import Any
 from typing import get_args
@@ -22,6 +21,7 @@ from optuna_ttp._util.checks import check_number
 from optuna_ttp._util.checks import check_seed
 from optuna_ttp.calibration import probability_below
 from optuna_ttp.calibration import Z_90
+from optuna_ttp.prediction import check_predictor
 from optuna_ttp.prediction import DIVERGES
 from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
@@ -43,7 +43,6 @@ from optuna_ttp.study import Learner
 from optuna_ttp.study import map_or_default
 from optuna_ttp.study import n_skipped_in_a_row
 from optuna_ttp.study import observed_curve
-from optuna_ttp.study import PerStudy
 from optuna_ttp.study import predicted_cost
 from optuna_ttp.study import PREDICTION
 from optuna_ttp.study import prediction_entry
@@ -52,6 +51,7 @@ from optuna_ttp.study import RECORD
 from optuna_ttp.study import resolve_for_trial
 from optuna_ttp.study import RUN
 from optuna_ttp.study import SKIP
+from optuna_ttp.study import state_of
 from optuna_ttp.study import STOP
 from optuna_ttp.study import StudyBudget
 from optuna_ttp.study import tell_that_nothing_ran
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from optuna.trial import Trial
 
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
 
 
 Goal = Literal["time", "metric"]
@@ -196,7 +196,7 @@ class TTPPruner(BasePruner):
 
     def __init__(
         self,
-        predictor: TrainingTimePredictor,
+        predictor: SearchPredictor,
         wrapped_pruner: BasePruner | None = None,
         *,
         hyperparameters: HyperparameterMap | None = None,
@@ -215,14 +215,9 @@ class TTPPruner(BasePruner):
         constraint: bool = False,
         seed: int = 0,
     ) -> None:
-        from optuna_ttp.prediction import TrainingTimePredictor
-
         check_kind("shadow", shadow, bool)
         check_kind("constraint", constraint, bool)
-        if not isinstance(predictor, TrainingTimePredictor):
-            raise TypeError(
-                f"predictor must be a TrainingTimePredictor but got {type(predictor).__name__}."
-            )
+        check_predictor(predictor)
         if wrapped_pruner is not None and not isinstance(wrapped_pruner, BasePruner):
             raise TypeError(f"wrapped_pruner must be a pruner but got {wrapped_pruner!r}.")
         if budget is not None and not isinstance(budget, StudyBudget):
@@ -269,18 +264,6 @@ class TTPPruner(BasePruner):
         self._constraint = constraint
         self._seed = check_seed(seed)
         self._told = False
-        # By the trial's number. What is not in here is read from the storage.
-        self._known: PerStudy[dict[int, _Known]] = PerStudy(dict)
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["_lock"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Decide about a trial; where nothing speaks against it, ask the wrapped pruner.
@@ -342,8 +325,9 @@ class TTPPruner(BasePruner):
         return decision
 
     def _decided(self, study: Study, trial: FrozenTrial) -> Decision:
-        with self._lock:
-            known = self._known[study].get(trial.number)
+        state = state_of(study)
+        known_trials = state.part_of(self, _KnownTrials)
+        known = known_trials.get(trial.number)
         if known is None:
             trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
             # The storage knows where another process asked before, as ask-and-tell may do.
@@ -353,11 +337,10 @@ class TTPPruner(BasePruner):
             else:
                 others = [t for t in trials if t.number != trial.number]
                 known = self._decide(study, trial, others)
-            with self._lock:
-                kept = self._known[study]
-                while len(kept) >= _REMEMBERED:
-                    kept.pop(next(iter(kept)))
-                kept[trial.number] = known
+            with state.lock:
+                while len(known_trials) >= _REMEMBERED:
+                    known_trials.pop(next(iter(known_trials)))
+                known_trials[trial.number] = known
         if not known.decision.prune:
             self._follow(study, trial, known)
         return known.decision
@@ -420,7 +403,7 @@ class TTPPruner(BasePruner):
         self,
         study: Study,
         trials: Sequence[FrozenTrial],
-        predictor: TrainingTimePredictor,
+        predictor: SearchPredictor,
         configuration: Configuration,
         prediction: Prediction,
         budget: float,
@@ -455,7 +438,7 @@ class TTPPruner(BasePruner):
         self,
         study: Study,
         trials: Sequence[FrozenTrial],
-        predictor: TrainingTimePredictor,
+        predictor: SearchPredictor,
         configuration: Configuration,
         prediction: Prediction,
     ) -> bool:
@@ -476,7 +459,7 @@ class TTPPruner(BasePruner):
         self,
         study: Study,
         trials: Sequence[FrozenTrial],
-        predictor: TrainingTimePredictor,
+        predictor: SearchPredictor,
         prediction: Prediction,
     ) -> tuple[str, str] | None:
         """Why a trial that would succeed costs too much, likewise."""
@@ -514,7 +497,7 @@ class TTPPruner(BasePruner):
         study: Study,
         trial: FrozenTrial,
         trials: Sequence[FrozenTrial],
-        predictor: TrainingTimePredictor,
+        predictor: SearchPredictor,
         kind: str,
         objection: str,
     ) -> tuple[str, str] | None:
@@ -602,6 +585,10 @@ class _Known:
         return self.record.get(PREDICTION)
 
 
+class _KnownTrials(dict[int, _Known]):
+    """What a pruner knows of a study's trials, by their number; others are in the storage."""
+
+
 def _log_median(prediction: Prediction) -> float:
     """Logarithm of the predicted steps, also beyond the horizon."""
     return 0.5 * float(np.log(prediction.steps_low) + np.log(prediction.steps_high))
@@ -627,7 +614,7 @@ def _progress_of_similar_trials(trials: Sequence[FrozenTrial], kind: str) -> lis
     return reached[::-1]
 
 
-def _cost(prediction: Prediction, predictor: TrainingTimePredictor) -> float:
+def _cost(prediction: Prediction, predictor: SearchPredictor) -> float:
     """Predicted seconds; steps where the time of a step is not known."""
     seconds = float(prediction.seconds)
     return float(prediction.steps) if math.isnan(seconds) else seconds

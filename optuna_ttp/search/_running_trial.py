@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from optuna_ttp.calibration import LossCurve
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
     from optuna_ttp.study import TrialBudget
 
 
@@ -110,7 +110,7 @@ class RunningTrialJudge:
             Trials whose chance is smaller are given up.
     """
 
-    predictor: TrainingTimePredictor
+    predictor: SearchPredictor
     budget: TrialBudget
     timed: bool
     min_chance: float

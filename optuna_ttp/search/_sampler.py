@@ -32,6 +32,7 @@ from optuna.trial import TrialState
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp._util.checks import check_number
 from optuna_ttp._util.checks import check_seed
+from optuna_ttp.prediction import check_predictor
 from optuna_ttp.search._candidates import Candidates
 from optuna_ttp.search._candidates import drawn
 from optuna_ttp.search._forecast import Forecast
@@ -51,11 +52,11 @@ from optuna_ttp.study import Learner
 from optuna_ttp.study import lost_steps
 from optuna_ttp.study import map_or_default
 from optuna_ttp.study import MissingParameterError
-from optuna_ttp.study import PerStudy
 from optuna_ttp.study import PREDICTION
 from optuna_ttp.study import prediction_entry
 from optuna_ttp.study import resolve_for_trial
 from optuna_ttp.study import single_value
+from optuna_ttp.study import state_of
 from optuna_ttp.study import STOP
 from optuna_ttp.study import StudyBudget
 from optuna_ttp.study import TrialBudget
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
     from optuna_ttp.study import Configuration
     from optuna_ttp.study import HyperparameterMap
 
@@ -177,7 +178,7 @@ class TTPSampler(BaseSampler):
 
     def __init__(
         self,
-        predictor: TrainingTimePredictor,
+        predictor: SearchPredictor,
         base_sampler: BaseSampler | None = None,
         *,
         hyperparameters: HyperparameterMap | None = None,
@@ -193,12 +194,7 @@ class TTPSampler(BaseSampler):
         allow_duplicates: bool = False,
         seed: int | None = None,
     ) -> None:
-        from optuna_ttp.prediction import TrainingTimePredictor
-
-        if not isinstance(predictor, TrainingTimePredictor):
-            raise TypeError(
-                f"predictor must be a TrainingTimePredictor but got {type(predictor).__name__}."
-            )
+        check_predictor(predictor)
         if base_sampler is not None and not isinstance(base_sampler, BaseSampler):
             raise TypeError(f"base_sampler must be a sampler but got {base_sampler!r}.")
         if search_space is not None and not isinstance(search_space, Mapping):
@@ -244,9 +240,6 @@ class TTPSampler(BaseSampler):
         self._has_begun = False
         self._rng = np.random.default_rng(seed)
         self._pool_seed = int(self._rng.integers(2**32))
-        self._intersection = PerStudy(partial(IntersectionSearchSpace, include_pruned=True))
-        self._pools: PerStudy[dict[str, _Pool]] = PerStudy(dict)
-        self._seen: PerStudy[_Seen] = PerStudy(_Seen)
 
     def __str__(self) -> str:
         return f"TTPSampler({self._base})"
@@ -439,12 +432,20 @@ class TTPSampler(BaseSampler):
             return {n: d for n, d in self._given_space.items() if not d.single()}
         if not isinstance(innermost_sampler(self._base), _INDEPENDENT):
             return {}
-        space = self._intersection[study].calculate(study, use_cache=True)
+        space = self._intersection(study)
         example = self._example_params(study)
         names = self._map.parameters_read(example)
         if not names or not names <= set(space):
             return {}
         return {name: space[name] for name in sorted(names) if not space[name].single()}
+
+    def _memory(self, study: Study) -> _SamplerMemory:
+        return state_of(study).part_of(self, _SamplerMemory)
+
+    def _intersection(self, study: Study) -> dict[str, BaseDistribution]:
+        """The distributions that all finished trials have in common."""
+        with state_of(study).lock:
+            return self._memory(study).intersection.calculate(study, use_cache=True)
 
     def _example_params(self, study: Study) -> dict[str, Any]:
         states = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -474,16 +475,7 @@ class TTPSampler(BaseSampler):
         own = {name: d for name, d in search_space.items() if name in read and name not in known}
         if not own:
             return None
-        pools = self._pools[study]
-        key = repr((sorted(own.items()), sorted((n, known[n]) for n in read if n in known)))
-        if key not in pools:
-            if len(pools) >= _MOST_POOLS:
-                pools.clear()
-            # The same ones again after the study was put aside.
-            rng = np.random.default_rng(self._pool_seed)
-            params = [{**known, **p} for p in drawn(own, rng)]
-            pools[key] = _Pool(Candidates.of(params, partial(self._resolve, predictor)))
-        pool = pools[key]
+        pool = self._pool(study, predictor, own, {n: known[n] for n in read if n in known}, known)
         if not len(pool.candidates):
             return None
         repeat = self._allow_duplicates or not set(search_space) <= set(own)
@@ -512,6 +504,27 @@ class TTPSampler(BaseSampler):
             n_unknown,
         )
 
+    def _pool(
+        self,
+        study: Study,
+        predictor: SearchPredictor,
+        space: dict[str, BaseDistribution],
+        fixed: dict[str, Any],
+        known: dict[str, Any],
+    ) -> _Pool:
+        """Return the candidates of a search space with these values fixed, the same every time."""
+        key = repr((sorted(space.items()), sorted(fixed.items())))
+        with state_of(study).lock:
+            pools = self._memory(study).pools
+            if key not in pools:
+                if len(pools) >= _MOST_POOLS:
+                    pools.clear()
+                # The same ones again after the study was put aside.
+                rng = np.random.default_rng(self._pool_seed)
+                params = [{**known, **p} for p in drawn(space, rng)]
+                pools[key] = _Pool(Candidates.of(params, partial(self._resolve, predictor)))
+            return pools[key]
+
     def _explores(self, n_before: int) -> bool:
         """Draw whether a trial is left to the base sampler. The design spreads out by itself."""
         drawn_one = self._rng.random() < self._exploration
@@ -521,39 +534,39 @@ class TTPSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, stored: FrozenTrial | None
     ) -> dict[str, Any]:
         """Values that are settled before sampling: fixed, suggested, or the only possible."""
-        found = self._intersection[study].calculate(study, use_cache=True)
-        space = {**found, **(self._given_space or {})}
+        space = {**self._intersection(study), **(self._given_space or {})}
         singles = {n: single_value(d) for n, d in space.items() if d.single()}
         inner = inner_fixed_params(self._base)
         return {**singles, **inner, **fixed_params(study, trial, stored), **trial.params}
 
     def _evidence(
-        self, study: Study, trials: Sequence[FrozenTrial], predictor: TrainingTimePredictor
+        self, study: Study, trials: Sequence[FrozenTrial], predictor: SearchPredictor
     ) -> tuple[Evidence, int]:
         """What was tried and what it gave; and how many trials are about to try something."""
-        seen = self._seen[study]
         sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
         valued = not is_multi_objective(study)
         under_way: list[Configuration] = []
         n_unknown = 0
-        for trial in [trial for trial in trials if trial.number not in seen.numbers]:
-            configuration = self._resolve(predictor, trial.params) if trial.params else None
-            if trial.state != TrialState.RUNNING:
-                value = sign * trial.values[0] if valued and trial.values else _without(trial)
-                seen.add(trial.number, configuration, value if valued else math.nan)
-            elif configuration is None:
-                n_unknown += 1
-            else:
-                under_way.append(configuration)
-        newest = seen.values[-_MOST_VALUES:]
+        with state_of(study).lock:
+            seen = self._memory(study).seen
+            for trial in [trial for trial in trials if trial.number not in seen.numbers]:
+                configuration = self._resolve(predictor, trial.params) if trial.params else None
+                if trial.state != TrialState.RUNNING:
+                    value = sign * trial.values[0] if valued and trial.values else _without(trial)
+                    seen.add(trial.number, configuration, value if valued else math.nan)
+                elif configuration is None:
+                    n_unknown += 1
+                else:
+                    under_way.append(configuration)
+            tried, newest = [*seen.tried, *under_way], seen.values[-_MOST_VALUES:]
         evidence = Evidence(
-            Candidates.resolved([*seen.tried, *under_way]),
+            Candidates.resolved(tried),
             Candidates.resolved([configuration for configuration, _ in newest]),
             np.array([value for _, value in newest], dtype=np.float64),
         )
         return evidence, n_unknown
 
-    def _expected(self, predictor: TrainingTimePredictor, candidates: Candidates) -> Forecast:
+    def _expected(self, predictor: SearchPredictor, candidates: Candidates) -> Forecast:
         return Forecast.of(
             predictor,
             candidates.learning_rate,
@@ -579,7 +592,7 @@ class TTPSampler(BaseSampler):
         return candidate
 
     def _resolve(
-        self, predictor: TrainingTimePredictor, params: Mapping[str, Any]
+        self, predictor: SearchPredictor, params: Mapping[str, Any]
     ) -> Configuration | None:
         try:
             configuration = self._map.resolve(params)
@@ -619,16 +632,25 @@ class _Pool:
 
     def __init__(self, candidates: Candidates) -> None:
         self.candidates = candidates
-        self._last: tuple[TrainingTimePredictor, Forecast] | None = None
+        self._last: tuple[SearchPredictor, Forecast] | None = None
 
     def forecast(
         self,
-        predictor: TrainingTimePredictor,
-        expected: Callable[[TrainingTimePredictor, Candidates], Forecast],
+        predictor: SearchPredictor,
+        expected: Callable[[SearchPredictor, Candidates], Forecast],
     ) -> Forecast:
         if self._last is None or self._last[0] is not predictor:
             self._last = predictor, expected(predictor, self.candidates)
         return self._last[1]
+
+
+class _SamplerMemory:
+    """What a sampler remembers of a study: its search spaces, their candidates, its trials."""
+
+    def __init__(self) -> None:
+        self.intersection = IntersectionSearchSpace(include_pruned=True)
+        self.pools: dict[str, _Pool] = {}
+        self.seen = _Seen()
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,6 @@ from optuna_ttp.study._optuna_compat import has_constraints
 from optuna_ttp.study._optuna_compat import inner_fixed_params
 from optuna_ttp.study._optuna_compat import innermost_sampler
 from optuna_ttp.study._optuna_compat import is_multi_objective
-from optuna_ttp.study._optuna_compat import PerStudy
 from optuna_ttp.study._optuna_compat import single_value
 from optuna_ttp.study._optuna_compat import trials_of
 from optuna_ttp.study._optuna_compat import weighed
@@ -52,6 +51,7 @@ from optuna_ttp.study._records import write_record
 from optuna_ttp.study._reported_curve import learn_from_reports
 from optuna_ttp.study._resolution import resolve_for_trial
 from optuna_ttp.study._study_budget import StudyBudget
+from optuna_ttp.study._study_state import state_of
 from optuna_ttp.study._training_log import as_logged
 from optuna_ttp.study._training_log import TrainingLog
 from optuna_ttp.study._training_log import unclosed
@@ -75,7 +75,6 @@ __all__ = [
     "Learner",
     "Memory",
     "MissingParameterError",
-    "PerStudy",
     "StudyBudget",
     "TrainingLog",
     "TrialBudget",
@@ -108,6 +107,7 @@ __all__ = [
     "recorded",
     "resolve_for_trial",
     "single_value",
+    "state_of",
     "tell_that_nothing_ran",
     "tell_that_skipping_is_wrong",
     "trials_of",

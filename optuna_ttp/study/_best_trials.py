@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
 
 
 # So large a share of the completed trials count as the best ones, and no more than so many: their
@@ -43,9 +43,7 @@ def incumbent(study: Study, trials: Sequence[FrozenTrial]) -> FrozenTrial | None
     return best[0] if best else None
 
 
-def best_depth(
-    study: Study, trials: Sequence[FrozenTrial], predictor: TrainingTimePredictor
-) -> float:
+def best_depth(study: Study, trials: Sequence[FrozenTrial], predictor: SearchPredictor) -> float:
     """Return how far training has to get at least for a value among the best ones.
 
     Args:

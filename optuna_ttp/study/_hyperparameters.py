@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 
 Source = str | float | Callable[[Mapping[str, Any]], float | None]
-_EXAMPLES = {"learning_rate": 0.01, "batch_size": 32, "momentum": 0.9}
+_EXAMPLES: Mapping[str, float] = {"learning_rate": 0.01, "batch_size": 32, "momentum": 0.9}
 
 
 class Configuration(NamedTuple):

@@ -8,6 +8,7 @@ import math
 import time
 from typing import Any
 from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 from optuna.logging import get_logger
@@ -25,7 +26,6 @@ from optuna_ttp.study._hyperparameters import MissingParameterError
 from optuna_ttp.study._observed_trial import InitialLoss
 from optuna_ttp.study._observed_trial import observation_of
 from optuna_ttp.study._optuna_compat import FINISHED
-from optuna_ttp.study._optuna_compat import PerStudy
 from optuna_ttp.study._optuna_compat import trials_of
 from optuna_ttp.study._recorded_curve import recorded
 from optuna_ttp.study._records import CURVE
@@ -33,6 +33,7 @@ from optuna_ttp.study._records import DECISION
 from optuna_ttp.study._records import entry
 from optuna_ttp.study._records import PREDICTION
 from optuna_ttp.study._records import prediction_entry
+from optuna_ttp.study._study_state import state_of
 from optuna_ttp.study._training_log import unclosed
 from optuna_ttp.study._unusable_curve import UnusableCurve
 
@@ -41,15 +42,18 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
 
 
 _logger = get_logger("optuna.ttp.learner")
+_Predictor = TypeVar("_Predictor", bound="SearchPredictor")
 # While fewer trials are finished every one counts; at the most so many are waited for.
 _FEW = 8
 _MOST_NEW = 32
 # So many curves of which none comes down are strange.
 _NONE_FALLS = 5
+# What so many predictors have learned from one study is remembered; sampler and pruner are two.
+_MOST_PREDICTORS = 8
 # Nothing older than the newest so many trials is predicted afterwards.
 _MOST_LATE = 256
 _CHECK = (
@@ -60,7 +64,7 @@ _CHECK = (
 
 def observations_of(
     study: optuna.Study,
-    predictor: TrainingTimePredictor,
+    predictor: SearchPredictor,
     hyperparameters: HyperparameterMap | None = None,
 ) -> list[Observation]:
     """Return what a study's trials tell about a predictor.
@@ -86,7 +90,7 @@ def observations_of(
     return _observations(study, predictor, trials, hyperparameters or HyperparameterMap())
 
 
-def informed_by(study: optuna.Study, predictor: TrainingTimePredictor) -> TrainingTimePredictor:
+def informed_by(study: optuna.Study, predictor: _Predictor) -> _Predictor:
     """Return the predictor as a study's trials have corrected it, steps and seconds.
 
     Args:
@@ -103,11 +107,52 @@ def informed_by(study: optuna.Study, predictor: TrainingTimePredictor) -> Traini
 
 @dataclass(frozen=True)
 class _Learned:
-    """What was learned of a study, and from how many finished trials and how far running ones."""
+    """What a predictor has learned from a study.
 
-    predictor: TrainingTimePredictor
+    Attributes:
+        given:
+            The predictor before it learned. It is kept alive, and recognised by its identity.
+        predictor:
+            The predictor as the trials have corrected it.
+        n_finished:
+            From how many finished trials it has learned.
+        running:
+            The numbers of the running trials it has learned from, and how far they had come.
+    """
+
+    given: SearchPredictor
+    predictor: SearchPredictor
     n_finished: int
     running: tuple[tuple[int, float], ...]
+
+
+class LearnerMemory:
+    """What is remembered of a study's trials and of what was learned from them.
+
+    Attributes:
+        observations:
+            What finished trials tell, by the fingerprint of the task and the number of the trial.
+        starts:
+            How the curves begin that can be used as far as each one tells alone, by the number of
+            the finished trial.
+        warned:
+            What the study was warned of.
+    """
+
+    def __init__(self) -> None:
+        self.observations: dict[str, dict[int, Observation | None]] = {}
+        self.starts: dict[int, CurveStart] = {}
+        self.warned: set[str] = set()
+        self._learned: list[_Learned] = []
+
+    def learned_by(self, predictor: SearchPredictor) -> _Learned | None:
+        """Return what a predictor has learned, :obj:`None` where it has learned nothing yet."""
+        return next((one for one in self._learned if one.given is predictor), None)
+
+    def remember(self, learned: _Learned) -> None:
+        """Remember what a predictor has learned; what it had learned before is forgotten."""
+        others = [one for one in self._learned if one.given is not learned.given]
+        self._learned = [*others, learned][-_MOST_PREDICTORS:]
 
 
 class Learner:
@@ -125,15 +170,11 @@ class Learner:
             Which trial parameter is which hyperparameter.
     """
 
-    def __init__(
-        self, predictor: TrainingTimePredictor, hyperparameters: HyperparameterMap
-    ) -> None:
+    def __init__(self, predictor: SearchPredictor, hyperparameters: HyperparameterMap) -> None:
         self._predictor = predictor
         self._map = hyperparameters
 
-    def informed(
-        self, study: optuna.Study, trials: Sequence[FrozenTrial]
-    ) -> TrainingTimePredictor:
+    def informed(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> SearchPredictor:
         """Return the predictor as a study's trials have corrected it.
 
         Args:
@@ -153,20 +194,23 @@ class Learner:
             under_way = [t for t in trials if t.state not in FINISHED]
         curves = ((t.number, recorded(t)) for t in under_way)
         running = tuple((n, float(c["n_steps"])) for n, c in curves if isinstance(c, dict))
-        # Sampler and pruner of a study mostly have the same predictor: they learn together.
-        kept = _LEARNED[study]
-        last = kept.get(id(self._predictor))
-        if last is not None and (last.n_finished, last.running) == (n_finished, running):
-            return last.predictor
-        told = [*sorted(finished, key=lambda t: t.number)[:n_finished], *under_way]
-        twin = self._predictor.informed(_observations(study, self._predictor, told, self._map))
-        kept[id(self._predictor)] = _Learned(twin, n_finished, running)
-        _tell_of_nothing(study, twin)
-        _tell_of_trust(study, twin.calibration)
-        _tell_of_start(study, twin.calibration)
-        return twin
+        state = state_of(study)
+        # Another thread waits, and then finds what was learned here.
+        with state.lock:
+            # Sampler and pruner of a study mostly have the same predictor: they learn together.
+            memory = state.part(LearnerMemory)
+            last = memory.learned_by(self._predictor)
+            if last is not None and (last.n_finished, last.running) == (n_finished, running):
+                return last.predictor
+            used = [*sorted(finished, key=lambda t: t.number)[:n_finished], *under_way]
+            twin = self._predictor.informed(_observations(study, self._predictor, used, self._map))
+            memory.remember(_Learned(self._predictor, twin, n_finished, running))
+            _tell_of_nothing(study, twin)
+            _tell_of_trust(study, twin.calibration)
+            _tell_of_start(study, twin.calibration)
+            return twin
 
-    def last(self, study: optuna.Study) -> TrainingTimePredictor:
+    def last(self, study: optuna.Study) -> SearchPredictor:
         """Return the predictor as it was last corrected.
 
         Args:
@@ -176,18 +220,8 @@ class Learner:
         Returns:
             The given one where nothing was learned yet.
         """
-        last = _LEARNED[study].get(id(self._predictor))
+        last = state_of(study).part(LearnerMemory).learned_by(self._predictor)
         return self._predictor if last is None else last.predictor
-
-
-# By the fingerprint of the task and the number of a finished trial.
-_OBSERVATIONS: PerStudy[dict[str, dict[int, Observation | None]]] = PerStudy(dict)
-# By the number of a finished trial whose curve can be used, as far as it tells alone.
-_STARTS: PerStudy[dict[int, CurveStart]] = PerStudy(dict)
-# What studies were told of their predictions.
-_TOLD: PerStudy[set[str]] = PerStudy(set)
-# By the identity of a predictor, which what was learned keeps alive.
-_LEARNED: PerStudy[dict[int, _Learned]] = PerStudy(dict)
 
 
 def tell_that_nothing_ran(study: optuna.Study, n_skipped: int, objection: str) -> None:
@@ -205,7 +239,7 @@ def tell_that_nothing_ran(study: optuna.Study, n_skipped: int, objection: str) -
         UnreliablePredictionWarning:
             The first time.
     """
-    told = _TOLD[study]
+    told = state_of(study).part(LearnerMemory).warned
     if "unseen" in told:
         return
     told.add("unseen")
@@ -231,7 +265,7 @@ def tell_that_skipping_is_wrong(study: optuna.Study, count: str) -> None:
         UnreliablePredictionWarning:
             The first time.
     """
-    told = _TOLD[study]
+    told = state_of(study).part(LearnerMemory).warned
     if "refuted" in told:
         return
     told.add("refuted")
@@ -242,10 +276,10 @@ def tell_that_skipping_is_wrong(study: optuna.Study, count: str) -> None:
     )
 
 
-def _tell_of_nothing(study: optuna.Study, predictor: TrainingTimePredictor) -> None:
+def _tell_of_nothing(study: optuna.Study, predictor: SearchPredictor) -> None:
     """Say once that none of several curves has come down: they may be of something else."""
     n_curves = len(predictor.observations)
-    told = _TOLD[study]
+    told = state_of(study).part(LearnerMemory).warned
     if n_curves < _NONE_FALLS or "nothing" in told:
         return
     if any(np.isfinite(one.observed).any() for one in predictor.observations):
@@ -261,7 +295,7 @@ def _tell_of_nothing(study: optuna.Study, predictor: TrainingTimePredictor) -> N
 
 def _tell_of_trust(study: optuna.Study, calibration: Calibration) -> None:
     """Say that predictions are not trusted, at first by a warning, or are again."""
-    told = _TOLD[study]
+    told = state_of(study).part(LearnerMemory).warned
     if calibration.trusted == ("distrust" not in told):
         return
     if calibration.trusted:
@@ -295,7 +329,7 @@ def _tell_of_trust(study: optuna.Study, calibration: Calibration) -> None:
 
 def _tell_of_start(study: optuna.Study, calibration: Calibration) -> None:
     """Say once that the first steps are not as predicted: no trial can be to blame for that."""
-    told = _TOLD[study]
+    told = state_of(study).part(LearnerMemory).warned
     if calibration.starts_as_predicted or "start" in told:
         return
     told.add("start")
@@ -309,11 +343,12 @@ def _tell_of_start(study: optuna.Study, calibration: Calibration) -> None:
 
 def _observations(
     study: optuna.Study,
-    predictor: TrainingTimePredictor,
+    predictor: SearchPredictor,
     trials: Sequence[FrozenTrial],
     mapping: HyperparameterMap,
 ) -> list[Observation]:
-    known = _OBSERVATIONS[study].setdefault(predictor.spectrum.metadata.fingerprint, {})
+    memory = state_of(study).part(LearnerMemory)
+    known = memory.observations.setdefault(predictor.fingerprint, {})
     ordered = sorted(trials, key=lambda t: t.number)
     late = {t.number for t in ordered[-_MOST_LATE:] if t.state in FINISHED}
     observations = {}
@@ -328,7 +363,7 @@ def _observations(
                 known[trial.number] = one
         if one is not None:
             observations[trial.number] = one
-    found = joint_objections(_STARTS[study])
+    found = joint_objections(memory.starts)
     if found:
         number = min(found)
         found[number].tell(study, number)
@@ -338,7 +373,7 @@ def _observations(
 def observation_in(
     study: optuna.Study,
     trial: FrozenTrial,
-    predictor: TrainingTimePredictor,
+    predictor: SearchPredictor,
     hyperparameters: HyperparameterMap | None,
 ) -> Observation | None:
     """Return what a trial of a study tells about a predictor, and say once what cannot be used.
@@ -367,7 +402,7 @@ def observation_in(
         prediction = late
     if prediction is None or prediction.get("ladder") is None:
         return None
-    if prediction["fingerprint"] != predictor.spectrum.metadata.fingerprint:
+    if prediction["fingerprint"] != predictor.fingerprint:
         return None
     if trial.state in FINISHED:
         missing = unclosed(study, trial)
@@ -381,7 +416,7 @@ def observation_in(
         _tell_of_gaps(study, trial)
         start = CurveStart.of(trial, prediction, InitialLoss.of(predictor))
         if start is not None:
-            _STARTS[study][trial.number] = start
+            state_of(study).part(LearnerMemory).starts[trial.number] = start
     return one
 
 
@@ -396,7 +431,7 @@ def _tell_of_gaps(study: optuna.Study, trial: FrozenTrial) -> None:
 
 
 def _late_prediction(
-    trial: FrozenTrial, predictor: TrainingTimePredictor, mapping: HyperparameterMap
+    trial: FrozenTrial, predictor: SearchPredictor, mapping: HyperparameterMap
 ) -> dict[str, Any] | UnusableCurve | None:
     """What would have been predicted for a trial, nothing where it has no curve.
 

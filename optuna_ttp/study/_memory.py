@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from optuna.logging import get_logger
 
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp.calibration import Observation
+from optuna_ttp.prediction import check_predictor
 from optuna_ttp.study._hyperparameters import HyperparameterMap
 from optuna_ttp.study._hyperparameters import map_or_default
 from optuna_ttp.study._learner import observation_in
@@ -18,11 +20,12 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
     from optuna_ttp.store import SpectrumStore
 
 
 _logger = get_logger("optuna.ttp.memory")
+_Predictor = TypeVar("_Predictor", bound="SearchPredictor")
 
 _KIND = "observations"
 # So many of the newest trials are kept: as many as a calibration looks at.
@@ -59,12 +62,12 @@ class Memory:
         check_kind("store", store, SpectrumStore)
         self._store = store
         self._map = map_or_default(hyperparameters)
-        self._predictor: TrainingTimePredictor | None = None
+        self._predictor: SearchPredictor | None = None
 
     def __repr__(self) -> str:
         return f"Memory({self._store!r})"
 
-    def recall(self, predictor: TrainingTimePredictor) -> TrainingTimePredictor:
+    def recall(self, predictor: _Predictor) -> _Predictor:
         """Return the predictor as the trials of earlier studies have corrected it.
 
         Args:
@@ -81,11 +84,9 @@ class Memory:
             TypeError:
                 If ``predictor`` is none.
         """
-        from optuna_ttp.prediction import TrainingTimePredictor
-
-        check_kind("predictor", predictor, TrainingTimePredictor)
+        check_predictor(predictor)
         self._predictor = predictor
-        learned = self._store.get_learned(predictor.spectrum.metadata.fingerprint, _KIND)
+        learned = self._store.get_learned(predictor.fingerprint, _KIND)
         if learned is None:
             return predictor
         read = [_read(values) for _, values in learned.payload]
@@ -119,7 +120,7 @@ class Memory:
             others = [entry for entry in payload or [] if entry[0] != name]
             return [*others, [name, observation.to_json()]][-_MOST:]
 
-        fingerprint = self._predictor.spectrum.metadata.fingerprint
+        fingerprint = self._predictor.fingerprint
         self._store.update_learned(fingerprint, _KIND, merged)
 
 

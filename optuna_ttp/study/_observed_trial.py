@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from optuna_ttp.calibration import LossCurve
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
 
 
 # A first loss so many times the initial one, or so small a part of it, is not the same loss, as
@@ -61,7 +61,7 @@ class InitialLoss:
     sd: float
 
     @classmethod
-    def of(cls, predictor: TrainingTimePredictor) -> InitialLoss:
+    def of(cls, predictor: SearchPredictor) -> InitialLoss:
         """Take it from a predictor.
 
         Args:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
-from typing import Generic
+from typing import cast
 from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,6 @@ from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.samplers import GPSampler
 from optuna.samplers import TPESampler
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
@@ -28,29 +26,28 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _T = TypeVar("_T")
 
 
-class PerStudy(Generic[_T]):
-    """Something for each study, forgotten with the study's storage and when it is pickled.
+# The attribute of a storage object under which we keep what is remembered of its studies.
+_REMEMBERED = "_optuna_ttp_remembered"
 
-    A study's id does not tell studies apart: it is the same in any two in-memory storages.
-    """
 
-    def __init__(self, make: Callable[[], _T]) -> None:
-        self._make = make
-        self._made: WeakKeyDictionary[BaseStorage, dict[int, _T]] = WeakKeyDictionary()
-
-    def __getitem__(self, study: optuna.Study) -> _T:
-        made = self._made.setdefault(study._storage, {})
-        if study._study_id not in made:
-            made[study._study_id] = self._make()
-        return made[study._study_id]
+class _RememberedStudies(dict[int, Any]):
+    """What is remembered of a storage's studies, by their id; a pickled or copied one is empty."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._make,)
+        return type(self), ()
 
 
-def is_same_study(one: optuna.Study, other: optuna.Study) -> bool:
-    """Return whether two objects are the same study of the same storage."""
-    return one._storage is other._storage and one._study_id == other._study_id
+def remembered_for(study: optuna.Study, make: Callable[[], _T]) -> _T:
+    """Return the object that is remembered of a study, made at the first call.
+
+    It is an attribute of the study's storage object. That is the one object that sampler, pruner,
+    training log and report of a study share, it ends when nobody uses the study any more, and no
+    module has to keep a registry of studies. The id alone does not tell studies apart: it is the
+    same in any two in-memory storages.
+    """
+    # Both calls are atomic, so that threads get the same object.
+    studies = vars(study._storage).setdefault(_REMEMBERED, _RememberedStudies())
+    return cast(_T, studies.setdefault(study._study_id, make()))
 
 
 def write_user_attr(study: optuna.Study, trial: FrozenTrial, key: str, value: Any) -> None:

@@ -22,7 +22,7 @@ from optuna_ttp.study._unusable_curve import UnusableCurve
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
 
 
 # How far above the target a curve may end and count as having reached it.
@@ -197,7 +197,7 @@ def progress_to_target(trial: FrozenTrial) -> float:
     return math.log(initial / lowest) / max(math.log(initial / target), 1e-9)
 
 
-def observed_steps(trial: FrozenTrial, predictor: TrainingTimePredictor) -> float:
+def observed_steps(trial: FrozenTrial, predictor: SearchPredictor) -> float:
     """Return the step at which a trial's smoothed training loss was at the predictor's target.
 
     Args:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from optuna_ttp.prediction import Prediction
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
     from optuna_ttp.study._hyperparameters import Configuration
 
 
@@ -59,7 +59,7 @@ def entry(trial: BaseTrial, key: str) -> dict[str, Any] | None:
 
 
 def prediction_entry(
-    predictor: TrainingTimePredictor,
+    predictor: SearchPredictor,
     configuration: Configuration,
     prediction: Prediction,
     *,
@@ -85,8 +85,8 @@ def prediction_entry(
     """
     budget_seconds = budget_steps * float(predictor.seconds_per_step(configuration.batch_size))
     return {
-        "fingerprint": predictor.spectrum.metadata.fingerprint,
-        "spectrum_seconds": predictor.spectrum.metadata.compute_seconds + predictor.probe_seconds,
+        "fingerprint": predictor.fingerprint,
+        "spectrum_seconds": predictor.setup_seconds,
         "initial_loss": predictor.initial_loss,
         "initial_loss_sd": predictor.initial_loss_sd,
         "target": predictor.target.value,

@@ -17,12 +17,12 @@ from optuna.trial import BaseTrial
 
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp.calibration import LossCurve
-from optuna_ttp.study._optuna_compat import is_same_study
 from optuna_ttp.study._recorded_curve import curve_entry
 from optuna_ttp.study._recorded_curve import joined
 from optuna_ttp.study._records import CURVE
 from optuna_ttp.study._records import entry
 from optuna_ttp.study._reported_curve import STEPS_PER_REPORT
+from optuna_ttp.study._study_state import state_of
 from optuna_ttp.study._unusable_curve import UnusableCurve
 
 
@@ -36,10 +36,6 @@ if TYPE_CHECKING:
 _MORE, _FEW = 1.5, 6
 # Nobody takes so many optimiser steps.
 _TOO_MANY = 10**12
-
-
-# All that are alive in this process.
-_LOGS: weakref.WeakSet[TrainingLog] = weakref.WeakSet()
 
 
 class TrainingLog:
@@ -85,13 +81,16 @@ class TrainingLog:
         # What an earlier log of the trial has written, which this one continues.
         self._earlier: dict[str, Any] | None = None
         self._told: set[str] = set()
-        _LOGS.add(self)
+        study = getattr(trial, "study", None)
+        # A fixed trial has no study.
+        if study is not None:
+            state = state_of(study)
+            with state.lock:
+                state.part(_OpenLogs).add(self)
 
-    def is_of(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Whether this is the log of a trial of a study."""
-        own = getattr(self._trial, "study", None)
-        same_number = self._trial.number == trial.number
-        return own is not None and same_number and is_same_study(own, study)
+    def is_of(self, trial: FrozenTrial) -> bool:
+        """Whether this is the log of a trial of the same study."""
+        return self._trial.number == trial.number
 
     @property
     def is_behind(self) -> bool:
@@ -235,6 +234,16 @@ class TrainingLog:
         return float(f"{np.median(np.diff(self._times) / np.diff(self._steps)):.4g}")
 
 
+class _OpenLogs(weakref.WeakSet[TrainingLog]):
+    """The logs of a study's trials that are alive in this process."""
+
+
+def _logs_of(study: optuna.Study, trial: FrozenTrial) -> list[TrainingLog]:
+    state = state_of(study)
+    with state.lock:
+        return [log for log in state.part(_OpenLogs) if log.is_of(trial)]
+
+
 def as_logged(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial:
     """Return a running trial with what its log in this process has recorded meanwhile.
 
@@ -249,8 +258,8 @@ def as_logged(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial:
     Returns:
         The trial itself, or a copy with the newer curve.
     """
-    for log in list(_LOGS):
-        if log.is_of(study, trial) and log.is_much_behind:
+    for log in _logs_of(study, trial):
+        if log.is_much_behind:
             written = log.write()
             if written is not None:
                 trial = copy.copy(trial)
@@ -288,8 +297,8 @@ def unclosed(study: optuna.Study, trial: FrozenTrial) -> UnusableCurve | None:
     Returns:
         Why its curve, or the end of it, is missing; :obj:`None` where it is not.
     """
-    for log in list(_LOGS):
-        if log.is_of(study, trial) and log.is_behind:
+    for log in _logs_of(study, trial):
+        if log.is_behind:
             return unwritten(entry(trial, CURVE))
     return None
 

@@ -13,7 +13,7 @@ from optuna_ttp._util.checks import check_number
 
 
 if TYPE_CHECKING:
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TrialBudget:
             if not value > 0:
                 raise ValueError(f"{name} must be positive but got {value}.")
 
-    def check(self, predictor: TrainingTimePredictor) -> None:
+    def check(self, predictor: SearchPredictor) -> None:
         """Refuse seconds where nobody knows how long a step takes.
 
         Args:
@@ -63,7 +63,7 @@ class TrialBudget:
             )
 
     def steps(
-        self, predictor: TrainingTimePredictor, batch_size: NDArray[np.int64]
+        self, predictor: SearchPredictor, batch_size: NDArray[np.int64]
     ) -> NDArray[np.float64]:
         """Return the limit in optimiser steps.
 

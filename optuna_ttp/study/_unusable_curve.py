@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from optuna.logging import get_logger
 
 from optuna_ttp._util.exceptions import UnusableCurveWarning
 from optuna_ttp._util.warn import warn_caller
-from optuna_ttp.study._optuna_compat import PerStudy
+from optuna_ttp.study._study_state import state_of
 
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 _logger = get_logger("optuna.ttp.training_log")
 # What to do, by the kind of the reason; what is not in here is no mean loss of mini-batches.
-_ADVICE = {
+_ADVICE: Mapping[str, str] = {
     "empty": "Record a loss at every optimiser step, with TrainingLog.step or Trial.report.",
     "finished": "Close the log, or leave its with block, before the trial ends.",
     "gaps": "",
@@ -27,13 +28,15 @@ _ADVICE = {
     "late": "Count the optimiser steps of this trial, from 0 on.",
     "names": "Say what its parameters are called now with HyperparameterMap, where that matters.",
     "samples": "Count optimiser steps, not samples.",
+    "short": "One tells nothing; record more of them, where that matters.",
     "second": "Use one TrainingLog a trial.",
     "steps": "Count the optimiser steps of this trial, from 0 on.",
 }
-_ADVICE["short"] = "One tells nothing; record more of them, where that matters."
 _MEANS = "Log the mean loss of each mini-batch."
-# Kinds of reasons that were already told.
-_TOLD: PerStudy[set[str]] = PerStudy(set)
+
+
+class _WarnedKinds(set[str]):
+    """The kinds of reasons that a study has warned of."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,14 @@ class UnusableCurve:
                 If it is the first.
         """
         text = f"{self.what.format(number)}: {self.reason}."
-        told = set() if study is None else _TOLD[study]
-        if self.kind in told:
-            _logger.debug(text)
-            return
-        told.add(self.kind)
+        if study is not None:
+            state = state_of(study)
+            with state.lock:
+                warned = state.part(_WarnedKinds)
+                if self.kind in warned:
+                    _logger.debug(text)
+                    return
+                warned.add(self.kind)
         advice = _ADVICE.get(self.kind, _MEANS)
         warn_caller(
             f"{text} {advice} ".rstrip() + " Others like it are left out without a warning.",

@@ -36,7 +36,6 @@ Direction = Literal["minimize", "maximize"]
 
 _DIRECTIONS = pytest.mark.parametrize("direction", ["minimize", "maximize"])
 _N_STEPS = 8
-_SPACE: dict[str, BaseDistribution] = {"x": FloatDistribution(0.0, 1.0)}
 
 
 class PrunerTestCase:
@@ -65,13 +64,13 @@ class PrunerTestCase:
     def test_nothing_is_reported_yet(self, pruner: PrunerFactory) -> None:
         """Asking before any report is allowed."""
         study = _study(pruner())
-        answer = study.ask(_SPACE).should_prune()
+        answer = study.ask(_space()).should_prune()
         assert _is_bool(answer)
 
     def test_the_answer_is_a_bool(self, pruner: PrunerFactory) -> None:
         """Nothing else that is true or false. NumPy's will do: Optuna's own pruners return it."""
         study = _study(pruner(), n_good=6)
-        trial = study.ask(_SPACE)
+        trial = study.ask(_space())
         for step in range(_N_STEPS):
             trial.report(100.0, step)
             assert _is_bool(trial.should_prune())
@@ -100,7 +99,7 @@ class PrunerTestCase:
     def test_the_same_reports_get_the_same_answer(self, pruner: PrunerFactory) -> None:
         """Asking twice changes nothing."""
         study = _study(pruner(), n_good=6)
-        trial = study.ask(_SPACE)
+        trial = study.ask(_space())
         for step in range(_N_STEPS):
             trial.report(50.0, step)
             assert trial.should_prune() == trial.should_prune()
@@ -108,7 +107,7 @@ class PrunerTestCase:
     def test_the_trial_is_not_changed(self, pruner: PrunerFactory) -> None:
         """A pruner decides; values, parameters and reports are those of the objective."""
         study = _study(pruner(), n_good=4)
-        trial = study.ask(_SPACE)
+        trial = study.ask(_space())
         trial.report(1.0, 0)
         trial.should_prune()
         before = copy.deepcopy(study.trials[-1])
@@ -122,7 +121,7 @@ class PrunerTestCase:
     def test_reports_that_are_no_numbers(self, pruner: PrunerFactory, value: float) -> None:
         """They are answered, wherever they come."""
         study = _study(pruner(), n_good=4)
-        trial = study.ask(_SPACE)
+        trial = study.ask(_space())
         for step, report in enumerate([1.0, value, 1.0]):
             trial.report(report, step)
             assert _is_bool(trial.should_prune())
@@ -134,16 +133,16 @@ class PrunerTestCase:
         study = _study(pruner())
         for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL):
             value = 0.5 if state == TrialState.COMPLETE else None
-            study.tell(study.ask(_SPACE), value, state)
-        study.ask(_SPACE)
-        trial = study.ask(_SPACE)
+            study.tell(study.ask(_space()), value, state)
+        study.ask(_space())
+        trial = study.ask(_space())
         trial.report(1.0, 0)
         assert _is_bool(trial.should_prune())
 
     def test_steps_that_others_do_not_have(self, pruner: PrunerFactory) -> None:
         """Steps need not be consecutive, nor those of other trials."""
         study = _study(pruner(), n_good=4)
-        trial = study.ask(_SPACE)
+        trial = study.ask(_space())
         for step in (1, 5, 100, 10_000):
             trial.report(1.0, step)
             assert _is_bool(trial.should_prune())
@@ -169,7 +168,7 @@ class PrunerTestCase:
     def test_it_goes_on_after_being_pickled(self, pruner: PrunerFactory) -> None:
         """Studies are pickled, and other processes have a pruner of their own."""
         study = _study(pruner(), n_good=6)
-        trial = study.ask(_SPACE)
+        trial = study.ask(_space())
         trial.report(50.0, 0)
         expected = trial.should_prune()
         study.pruner = pickle.loads(pickle.dumps(study.pruner))
@@ -179,7 +178,7 @@ class PrunerTestCase:
     def test_ask_and_tell_by_number(self, pruner: PrunerFactory) -> None:
         """A trial need not be pruned by whoever asked for it."""
         study = _study(pruner(), n_good=2)
-        trial = study.ask(_SPACE)
+        trial = study.ask(_space())
         trial.report(1.0, 0)
         trial.should_prune()
         study.tell(trial.number, 1.0)
@@ -211,7 +210,10 @@ def _study(pruner: BasePruner, direction: Direction = "minimize", n_good: int = 
         values = dict.fromkeys(range(_N_STEPS), 0.1 * k)
         study.add_trial(
             create_trial(
-                value=0.1 * k, params={"x": 0.5}, distributions=_SPACE, intermediate_values=values
+                value=0.1 * k,
+                params={"x": 0.5},
+                distributions=_space(),
+                intermediate_values=values,
             )
         )
     return study
@@ -219,7 +221,7 @@ def _study(pruner: BasePruner, direction: Direction = "minimize", n_good: int = 
 
 def _run(study: optuna.Study, reports: list[float]) -> int:
     """Run a trial with these reports; return at how many of them it was still running."""
-    trial = study.ask(_SPACE)
+    trial = study.ask(_space())
     for step, value in enumerate(reports):
         trial.report(value, step)
         if trial.should_prune():
@@ -227,3 +229,8 @@ def _run(study: optuna.Study, reports: list[float]) -> int:
             return step
     study.tell(trial, reports[-1])
     return len(reports)
+
+
+def _space() -> dict[str, BaseDistribution]:
+    """Return the search space of every study: one number."""
+    return {"x": FloatDistribution(0.0, 1.0)}

@@ -21,7 +21,7 @@ def test_the_demo_prints_what_happened_and_draws_it(
     assert "read from the store" in printed
     assert "TPE + median pruner: fastest fine-tuning" in printed
     assert "the same, wrapped by optuna_ttp: fastest fine-tuning" in printed
-    assert "Net of the spectrum" in printed
+    assert "s of the spectrum" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

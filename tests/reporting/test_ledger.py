@@ -4,6 +4,7 @@ from datetime import datetime
 from datetime import timedelta
 import json
 import math
+import re
 from typing import Any
 
 import optuna
@@ -187,21 +188,32 @@ def test_the_text_of_a_report() -> None:
     study.add_trial(_line(0, "run", paid=20.0, value=0.25, steps=1234.0))
     study.add_trial(_line(1, "skip", paid=1.0, budget=50.0, steps=None))
     heading, first, second, sums, net = str(report(study)).splitlines()
-    assert heading.split() == [
+    assert re.split(" {2,}", heading) == [
         "trial",
         "state",
-        "predicted",
-        "seconds",
-        "paid",
+        "predicted steps",
+        "predicted s",
+        "paid s",
         "value",
         "decision",
     ]
     assert first.split() == ["0", "COMPLETE", "1,234", "123", "20", "0.25", "run:", "because"]
     assert second.split() == ["1", "PRUNED", "diverges", "-", "1", "-", "skip:", "because"]
-    assert sums == ("2 trials, 1 skipped on their prediction. Paid 21.0 s; avoided about 50.0 s.")
-    assert net == (
-        "Net of the spectrum (3.0 s) and of the predictions (1.0 s): about 46.0 s saved."
+    assert sums == (
+        "2 trials: 1 skipped because of their prediction, 0 stopped while they ran. They took "
+        "21.0 s; skipping and stopping avoided about 50.0 s."
     )
+    assert net == (
+        "After subtracting the 3.0 s of the spectrum and the 1.0 s of the predictions, about "
+        "46.0 s were saved."
+    )
+
+
+def test_a_trial_that_runs_is_reported_without_saying_twice_that_it_was_predicted() -> None:
+    study = _study()
+    _run(study, FAST)
+    line = str(report(study)).splitlines()[1]
+    assert re.search(r"  run: 1\d steps ", line)
 
 
 def test_the_columns_of_a_report_are_aligned() -> None:
@@ -217,6 +229,7 @@ def test_more_can_be_lost_than_saved() -> None:
     study = optuna.create_study()
     study.add_trial(_line(0, "run", paid=20.0, value=1.0))
     assert report(study).saved_seconds == -3.5
+    assert "about 3.5 s were lost." in str(report(study))
 
 
 def test_records_as_dictionaries_hold_what_the_report_holds() -> None:

@@ -88,7 +88,7 @@ def test_a_trial_that_will_miss_its_budget_is_stopped_on_its_own_curve() -> None
     assert ledger.n_stopped == 1
     assert ledger.skipped_by_kind == {"chance": 1}
     assert 0 < ledger.records[-1].avoided_seconds < 100 * 0.002
-    assert "1 stopped under way" in str(ledger)
+    assert "1 stopped while they ran" in str(ledger)
 
 
 def test_the_first_steps_stop_nothing() -> None:

@@ -288,7 +288,7 @@ def test_an_audit_runs_a_share_of_what_was_to_be_skipped() -> None:
     assert ledger.n_wrong == 1
     share, low, high = ledger.wrong_share()
     assert low < share < high
-    assert "ran in spite of their prediction; 1 of them would" in str(ledger)
+    assert "ran despite their prediction; skipping 1 of them would have been wrong" in str(ledger)
 
 
 def test_an_audit_tells_skipping_that_is_wrong() -> None:

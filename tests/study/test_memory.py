@@ -130,7 +130,7 @@ def test_a_memory_without_a_store_is_named(bad: Any) -> None:
 def test_a_memory_of_no_predictor_is_named(tmp_path: Path) -> None:
     memory = Memory(_store(tmp_path))
     with pytest.raises(TypeError, match="predictor must be a TrainingTimePredictor but got"):
-        memory.recall(_growing()[2].spectrum)  # type: ignore[arg-type]
+        memory.recall(_growing()[2].spectrum)  # type: ignore[type-var]
     assert repr(memory).startswith("Memory(SpectrumStore(")
 
 

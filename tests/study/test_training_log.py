@@ -682,7 +682,7 @@ def test_each_kind_of_curve_that_cannot_be_used_is_reported_once_a_study() -> No
     kinds = [w.category for w in told]
     assert kinds == [UnusableCurveWarning] * 2
     assert sorted(optuna_ttp.report(study).unusable) == [0, 1, 2, 3, 4]
-    assert "5 training-loss curves could not be learned from" in str(optuna_ttp.report(study))
+    assert "Nothing could be learned from 5 training-loss curves" in str(optuna_ttp.report(study))
 
 
 def test_one_batch_that_overflows_is_no_divergence() -> None:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     import optuna
 
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
 
 
 def plot_predicted_vs_observed(
-    study: optuna.Study, predictor: TrainingTimePredictor, *, ax: Axes | None = None
+    study: optuna.Study, predictor: SearchPredictor, *, ax: Axes | None = None
 ) -> Axes:
     """Plot predicted against observed steps to the target, one point for each finished trial.
 
