@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from optuna_ttp._util.exceptions import UnusableCurveWarning
     from optuna_ttp.calibration import Calibration
     from optuna_ttp.dynamics import Schedule
+    from optuna_ttp.dynamics import SGD
     from optuna_ttp.dynamics import Smoothing
     from optuna_ttp.ntk import compute_spectrum
     from optuna_ttp.ntk import plan_spectrum
     from optuna_ttp.prediction import Prediction
+    from optuna_ttp.prediction import PredictorSettings
     from optuna_ttp.prediction import TrainingTimePredictor
     from optuna_ttp.reporting import Report
     from optuna_ttp.reporting import report
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "SGD",
     "ApproximationWarning",
     "Calibration",
     "DamagedSpectrumError",
@@ -67,6 +70,7 @@ __all__ = [
     "OptunaTTPError",
     "OptunaTTPWarning",
     "Prediction",
+    "PredictorSettings",
     "Report",
     "Schedule",
     "Smoothing",
@@ -109,6 +113,7 @@ __getattr__, __dir__ = lazy_names(
         ),
         "calibration": ("Calibration",),
         "dynamics": (
+            "SGD",
             "Schedule",
             "Smoothing",
         ),
@@ -118,6 +123,7 @@ __getattr__, __dir__ = lazy_names(
         ),
         "prediction": (
             "Prediction",
+            "PredictorSettings",
             "TrainingTimePredictor",
         ),
         "reporting": (

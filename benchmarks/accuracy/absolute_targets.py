@@ -36,6 +36,7 @@ from benchmarks.accuracy.evaluation import write_points
 from benchmarks.accuracy.record import read
 from benchmarks.accuracy.record import RESULTS
 from benchmarks.environment import environment
+from optuna_ttp import PredictorSettings
 from optuna_ttp import Spectrum
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp.dynamics import Target
@@ -136,7 +137,9 @@ def _points(path: Path, store: str | None, every: int) -> list[Point]:
 def _predictor(spectrum: Spectrum, fraction: float, **settings: Any) -> TrainingTimePredictor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return TrainingTimePredictor(spectrum, target_fraction=fraction, **settings)
+        return TrainingTimePredictor(
+            spectrum, target_fraction=fraction, settings=PredictorSettings(**settings)
+        )
 
 
 def _beside(

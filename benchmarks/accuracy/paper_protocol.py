@@ -39,6 +39,7 @@ from benchmarks.accuracy.record import HORIZON
 from benchmarks.accuracy.record import read
 from benchmarks.accuracy.record import RESULTS
 from benchmarks.environment import environment
+from optuna_ttp import PredictorSettings
 from optuna_ttp import Spectrum
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp.dynamics import Target
@@ -119,9 +120,11 @@ def _predicted(spectrum: Spectrum, method: str, runs: list[Any]) -> NDArray[np.f
             spectrum,
             target_epsilon=0.1,
             max_steps=HORIZON,
-            method=method if method in ("sde", "ode") else "linear",  # type: ignore[arg-type]
-            n_seeds=1,
-            seed=seed,
+            settings=PredictorSettings(
+                method=method if method in ("sde", "ode") else "linear",  # type: ignore[arg-type]
+                n_seeds=1,
+                seed=seed,
+            ),
         )
         curves = predictor.predict(rates, sizes, momenta, full_curve=True)
         return np.array(

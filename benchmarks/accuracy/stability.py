@@ -58,7 +58,7 @@ from optuna_ttp import Spectrum
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import UnreliablePredictionWarning
 from optuna_ttp.dynamics import LinearisedModel
-from optuna_ttp.dynamics import SGD
+from optuna_ttp.dynamics import SGDConfigurations
 from optuna_ttp.dynamics import simulate
 
 
@@ -237,7 +237,7 @@ def simulated_curves(spectrum: Spectrum) -> Curves:
     def run(rate: float, size: int, momentum: float, seed: int, n_steps: int) -> Any:
         found = simulate(
             model,
-            SGD.of(rate, momentum),
+            SGDConfigurations.of(rate, momentum),
             np.array([size]),
             max_steps=np.array([n_steps]),
             full_curves=True,

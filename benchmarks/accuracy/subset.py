@@ -51,6 +51,7 @@ from benchmarks.accuracy.tasks import residual
 from benchmarks.accuracy.tasks import Tuning
 from benchmarks.environment import environment
 from optuna_ttp import compute_spectrum
+from optuna_ttp import PredictorSettings
 from optuna_ttp import Spectrum
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import UnreliablePredictionWarning
@@ -420,7 +421,7 @@ def _predictor(
             target_fraction=fraction,
             n_samples=n_samples,
             max_steps=10 * _MAX_STEPS,
-            kernel_growth=growth,
+            settings=PredictorSettings(kernel_growth=growth),
         )
 
 

@@ -39,6 +39,7 @@ from benchmarks.environment import environment
 from optuna_ttp import compute_spectrum
 from optuna_ttp import demo
 from optuna_ttp import FineTuningTask
+from optuna_ttp import PredictorSettings
 from optuna_ttp import TrainingTimePredictor
 
 
@@ -136,7 +137,9 @@ def _rows(name: str, smoke: bool) -> list[dict[str, Any]]:
     spectrum = compute_spectrum(task, measure_speed=False, show_progress_bar=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        predictor = TrainingTimePredictor(spectrum, target_fraction=_DEEPEST, exact=True)
+        predictor = TrainingTimePredictor(
+            spectrum, target_fraction=_DEEPEST, settings=PredictorSettings(exact=True)
+        )
     rows = []
     grid = itertools.product(_SHARES, (16, 50), (0.0, 0.9), (0, 1))
     for share, size, momentum, seed in [next(grid)] if smoke else grid:

@@ -35,6 +35,7 @@ from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
 from optuna_ttp import HyperparameterMap
 from optuna_ttp import OptunaTTPWarning
+from optuna_ttp import PredictorSettings
 from optuna_ttp import Throughput
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
@@ -157,8 +158,10 @@ def with_given_times(
     predictor = TrainingTimePredictor(
         compute_spectrum(task, measure_speed=False),
         target_fraction=0.15,
-        throughput=Throughput(np.array([1]), np.array([step]), device="cpu"),
         max_steps=2**50,
+        settings=PredictorSettings(
+            throughput=Throughput(np.array([1]), np.array([step]), device="cpu")
+        ),
     )
     mapping = HyperparameterMap(learning_rate=1e-3, batch_size=1, momentum=place)
     return GivenTimesPredictor(predictor, steps), mapping

@@ -62,6 +62,11 @@ class _DerivedPredictor:
         return self.base.max_steps
 
     @property
+    def default_momentum(self) -> float | None:
+        """The momentum of trials that do not give one."""
+        return self.base.default_momentum
+
+    @property
     def target(self) -> Target:
         """What is to be reached."""
         return self.base.target
@@ -120,11 +125,14 @@ class _DerivedPredictor:
         return None
 
     def max_learning_rate(
-        self, batch_size: ArrayLike, momentum: ArrayLike = 0.0
+        self, batch_size: ArrayLike, momentum: ArrayLike | None = None
     ) -> NDArray[np.float64]:
         """Return a limit that no search comes near: nothing is predicted about stability."""
-        shape = np.broadcast_shapes(np.shape(batch_size), np.shape(momentum))
+        shape = np.broadcast_shapes(np.shape(batch_size), np.shape(self._momentum(momentum)))
         return np.full(shape, _UNLIMITED)
+
+    def _momentum(self, momentum: ArrayLike | None) -> ArrayLike:
+        return (self.default_momentum or 0.0) if momentum is None else momentum
 
 
 class ShuffledPredictor(_DerivedPredictor):
@@ -165,24 +173,24 @@ class ShuffledPredictor(_DerivedPredictor):
         self,
         learning_rate: ArrayLike,
         batch_size: ArrayLike,
-        momentum: ArrayLike = 0.0,
+        momentum: ArrayLike | None = None,
         *,
         max_steps: ArrayLike | None = None,
     ) -> Prediction:
         """Predict what the base estimates for the other configurations."""
-        others = self._others(learning_rate, batch_size, momentum)
+        others = self._others(learning_rate, batch_size, self._momentum(momentum))
         return self.base.estimate(*others, max_steps=max_steps)
 
     def score(
         self,
         learning_rate: ArrayLike,
         batch_size: ArrayLike,
-        momentum: ArrayLike = 0.0,
+        momentum: ArrayLike | None = None,
         *,
         simulate_outside: bool = True,
     ) -> NDArray[np.float64]:
         """Return the scores of the other configurations."""
-        others = self._others(learning_rate, batch_size, momentum)
+        others = self._others(learning_rate, batch_size, self._momentum(momentum))
         return self.base.score(*others, simulate_outside=simulate_outside)
 
     def depth_after(
@@ -258,7 +266,7 @@ class GivenTimesPredictor(_DerivedPredictor):
         self,
         learning_rate: ArrayLike,
         batch_size: ArrayLike,
-        momentum: ArrayLike = 0.0,
+        momentum: ArrayLike | None = None,
         *,
         max_steps: ArrayLike | None = None,
     ) -> Prediction:
@@ -293,12 +301,12 @@ class GivenTimesPredictor(_DerivedPredictor):
         self,
         learning_rate: ArrayLike,
         batch_size: ArrayLike,
-        momentum: ArrayLike = 0.0,
+        momentum: ArrayLike | None = None,
         *,
         simulate_outside: bool = True,
     ) -> NDArray[np.float64]:
         """Return the seconds that the given steps take."""
-        one_shape = np.broadcast_arrays(learning_rate, batch_size, momentum)
+        one_shape = np.broadcast_arrays(learning_rate, batch_size, self._momentum(momentum))
         given = self._given(*one_shape)
         per_step = self.seconds_per_step(one_shape[1])
         seconds = given * np.where(np.isnan(per_step), 1.0, per_step)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from optuna_ttp.dynamics._schedule import Schedule
     from optuna_ttp.dynamics._sde import simulate_equation
     from optuna_ttp.dynamics._sgd import SGD
+    from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
     from optuna_ttp.dynamics._simulation import Sampling
     from optuna_ttp.dynamics._simulation import simulate
     from optuna_ttp.dynamics._simulation import Trajectories
@@ -36,6 +37,7 @@ __all__ = [
     "KernelGrowth",
     "LinearisedModel",
     "ResponseSurface",
+    "SGDConfigurations",
     "SampleConvergence",
     "Sampling",
     "Schedule",
@@ -65,6 +67,7 @@ __getattr__, __dir__ = lazy_names(
         "_schedule": ("Schedule",),
         "_sde": ("simulate_equation",),
         "_sgd": ("SGD",),
+        "_sgd_configurations": ("SGDConfigurations",),
         "_simulation": (
             "Sampling",
             "simulate",

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 import torch
 
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
-from optuna_ttp.dynamics._sgd import SGD
+from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
 from optuna_ttp.dynamics._simulation import BLOW_UP
 from optuna_ttp.dynamics._simulation import effective_rates
 from optuna_ttp.dynamics._simulation import Trajectories
@@ -22,7 +22,7 @@ _CHANGE = {"ode": 1.0, "sde": 0.5}
 
 def simulate_equation(
     model: LinearisedModel,
-    sgd: SGD,
+    sgd: SGDConfigurations,
     batch_size: NDArray[np.int64],
     *,
     max_steps: NDArray[np.int64],

@@ -1,122 +1,100 @@
-"""Configurations of the optimiser."""
+"""The optimiser that is simulated."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from dataclasses import field
-from dataclasses import replace
+import math
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import ArrayLike
-from numpy.typing import NDArray
-
-from optuna_ttp.dynamics._schedule import Schedule
+from optuna_ttp._util.checks import check_kind
+from optuna_ttp._util.checks import check_number
+from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
 
 
-@dataclass(frozen=True, eq=False)
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from optuna_ttp.dynamics._schedule import Schedule
+
+
+@dataclass(frozen=True)
 class SGD:
-    """K configurations of :class:`torch.optim.SGD`.
+    """Stochastic gradient descent as :class:`torch.optim.SGD` does it.
 
-    Attributes:
-        learning_rate:
-            Positive, shape ``(K,)``.
+    It holds what all trials of a search share. The learning rate and the batch size are given with
+    each configuration, and the momentum may be.
+
+    Example:
+        >>> predictor = TrainingTimePredictor(
+        ...     spectrum, target_fraction=0.2, optimizer=SGD(momentum=0.9, nesterov=True)
+        ... )
+
+    Args:
         momentum:
-            In [0, 1), shape ``(K,)``.
-        dampening:
-            Shape ``(K,)``.
+            The momentum of configurations and trials that do not give one themselves, in [0, 1).
+            By default it is zero for predictions, and a trial must have one.
         nesterov:
-            Shape ``(K,)``.
+            Whether Nesterov's momentum is used. Off by default.
+        dampening:
+            The dampening of the momentum, in [0, 1). Zero by default.
         weight_decay:
-            Shape ``(K,)``.
-        schedule:
-            The same for all.
+            The L2 weight decay. Zero by default. With learning-rate multipliers the decay of what
+            was learned is approximate, that of the pretrained weights is not.
+
+    Raises:
+        TypeError:
+            If an argument is not of its type.
+        ValueError:
+            If an argument is out of its range, or ``nesterov`` comes with dampening.
     """
 
-    learning_rate: NDArray[np.float64]
-    momentum: NDArray[np.float64]
-    dampening: NDArray[np.float64]
-    nesterov: NDArray[np.bool_]
-    weight_decay: NDArray[np.float64]
-    schedule: Schedule = field(default_factory=Schedule)
+    momentum: float | None = None
+    nesterov: bool = field(default=False, kw_only=True)
+    dampening: float = field(default=0.0, kw_only=True)
+    weight_decay: float = field(default=0.0, kw_only=True)
 
-    @classmethod
-    def of(
-        cls,
+    def __post_init__(self) -> None:
+        check_kind("nesterov", self.nesterov, bool)
+        check_number("dampening", self.dampening)
+        check_number("weight_decay", self.weight_decay)
+        if self.momentum is not None:
+            check_number("momentum", self.momentum)
+            if not 0.0 <= self.momentum < 1.0:
+                raise ValueError(f"momentum must be in [0, 1) but got {self.momentum}.")
+        if not 0.0 <= self.dampening < 1.0:
+            raise ValueError(f"dampening must be in [0, 1) but got {self.dampening}.")
+        if self.nesterov and self.dampening:
+            raise ValueError(
+                f"Nesterov momentum needs zero dampening, as in PyTorch, but got {self.dampening}."
+            )
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
+            raise ValueError(f"weight_decay must not be negative but got {self.weight_decay}.")
+
+    def configurations(
+        self,
         learning_rate: ArrayLike,
-        momentum: ArrayLike = 0.0,
-        *,
-        dampening: ArrayLike = 0.0,
-        nesterov: ArrayLike = False,
-        weight_decay: ArrayLike = 0.0,
+        momentum: ArrayLike,
         schedule: Schedule | None = None,
-    ) -> SGD:
-        """Broadcast settings to K configurations.
+    ) -> SGDConfigurations:
+        """Return K configurations of this optimiser.
 
         Args:
             learning_rate:
-                A number or shape ``(K,)``, like all others.
+                One learning rate, or shape ``(K,)``.
             momentum:
-                Zero by default.
-            dampening:
-                Zero by default.
-            nesterov:
-                Off by default.
-            weight_decay:
-                Zero by default.
+                One momentum, or shape ``(K,)``.
             schedule:
-                Constant by default.
+                The schedule of the learning rate. Constant by default.
 
         Returns:
-            The configurations.
+            The configurations, as :func:`~optuna_ttp.dynamics.simulate` takes them.
         """
-        rate, mass, damp, ahead, decay = np.broadcast_arrays(
-            np.atleast_1d(np.asarray(learning_rate, dtype=np.float64)),
-            np.asarray(momentum, dtype=np.float64),
-            np.asarray(dampening, dtype=np.float64),
-            np.asarray(nesterov, dtype=bool),
-            np.asarray(weight_decay, dtype=np.float64),
+        return SGDConfigurations.of(
+            learning_rate,
+            momentum,
+            dampening=self.dampening,
+            nesterov=bool(self.nesterov),
+            weight_decay=self.weight_decay,
+            schedule=schedule,
         )
-        return cls(rate, mass, damp, ahead, decay, Schedule() if schedule is None else schedule)
-
-    def __len__(self) -> int:
-        return len(self.learning_rate)
-
-    def __getitem__(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> SGD:
-        return replace(
-            self,
-            learning_rate=self.learning_rate[chosen],
-            momentum=self.momentum[chosen],
-            dampening=self.dampening[chosen],
-            nesterov=self.nesterov[chosen],
-            weight_decay=self.weight_decay[chosen],
-        )
-
-    @property
-    def effective_learning_rate(self) -> NDArray[np.float64]:
-        """``eta (1 - d) / (1 - m)`` with dampening ``d``, before any schedule; shape ``(K,)``.
-
-        The step that a constant gradient leads to in the end (Zancato et al., NeurIPS 2020,
-        appendix E, for ``d = 0``). PyTorch ignores the dampening where there is no momentum.
-        """
-        return self.learning_rate * self.gain / (1.0 - self.momentum)
-
-    @property
-    def gain(self) -> NDArray[np.float64]:
-        """What a new gradient is multiplied by: ``1 - d``, or one without momentum; ``(K,)``."""
-        return np.where(self.momentum > 0, 1.0 - self.dampening, 1.0)
-
-    @property
-    def lag(self) -> NDArray[np.float64]:
-        """Steps by which momentum lags behind: ``m / (1 - m)``, Nesterov ``m^2 / (1 - m)``.
-
-        With curvature ``h`` and ``x = eta_e h`` both contract a direction at the rate
-        ``x + (lag + 1/2) x^2 + O(x^3)`` a step: expand the slow root of
-        ``z^2 - (1 + m - eta h) z + m = 0``, and of
-        ``z^2 - (1 + m)(1 - eta h) z + m (1 - eta h) = 0`` for Nesterov's.
-        """
-        return lag(self.momentum, self.nesterov)
-
-
-def lag(momentum: NDArray[np.float64], nesterov: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return :attr:`SGD.lag` of momenta of any shape that ``nesterov`` broadcasts with."""
-    return np.where(nesterov, momentum**2, momentum) / (1.0 - momentum)

@@ -19,8 +19,8 @@ import torch
 
 from optuna_ttp.dynamics._growth import KernelGrowth
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
-from optuna_ttp.dynamics._sgd import lag
-from optuna_ttp.dynamics._sgd import SGD
+from optuna_ttp.dynamics._sgd_configurations import lag
+from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
 from optuna_ttp.dynamics._smoothing import Smoothing
 from optuna_ttp.dynamics._stability import StabilityLimit
 from optuna_ttp.dynamics._target import Target
@@ -120,7 +120,7 @@ class Trajectories:
 
 def simulate(
     model: LinearisedModel,
-    sgd: SGD,
+    sgd: SGDConfigurations,
     batch_size: NDArray[np.int64],
     *,
     max_steps: NDArray[np.int64],
@@ -228,7 +228,7 @@ def simulate(
 
 def strides(
     model: LinearisedModel,
-    sgd: SGD,
+    sgd: SGDConfigurations,
     batch_size: NDArray[np.int64],
     max_steps: NDArray[np.int64],
     growth: KernelGrowth | None = None,
@@ -278,7 +278,9 @@ def strides(
     return (2.0**powers).astype(np.int64)
 
 
-def effective_rates(sgd: SGD, steps_per_epoch: int, n_steps: int) -> NDArray[np.float64]:
+def effective_rates(
+    sgd: SGDConfigurations, steps_per_epoch: int, n_steps: int
+) -> NDArray[np.float64]:
     """The effective learning rate at every step, of shape ``(K, T)``."""
     rates, masses = sgd.schedule.values(sgd.learning_rate, sgd.momentum, steps_per_epoch, n_steps)
     gain = np.where(masses > 0, 1.0 - sgd.dampening[:, None], 1.0)
@@ -310,7 +312,12 @@ class _Plan:
 
     @classmethod
     def of(
-        cls, model: LinearisedModel, sgd: SGD, per_epoch: int, stride: int, n_steps: int
+        cls,
+        model: LinearisedModel,
+        sgd: SGDConfigurations,
+        per_epoch: int,
+        stride: int,
+        n_steps: int,
     ) -> _Plan:
         n_values = 1 if sgd.schedule.is_constant else n_steps * stride
         rates, masses = sgd.schedule.values(sgd.learning_rate, sgd.momentum, per_epoch, n_values)
@@ -367,8 +374,9 @@ def _coarse_optimiser(
     """Learning rate and momentum of the heavy ball whose one step stands for ``s`` steps.
 
     It has the effective learning rate ``s eta_e`` and the lag ``(l - (s - 1) / 2) / s``, which
-    makes ``s`` times the rate of contraction (see :attr:`SGD.lag`) to second order, as long as
-    this lag is not negative. Where a schedule changes them, their means over the ``s`` steps.
+    makes ``s`` times the rate of contraction (see :attr:`SGDConfigurations.lag`) to second order,
+    as long as this lag is not negative. Where a schedule changes them, their means over the ``s``
+    steps.
     """
     effective = rates * gain / (1.0 - masses)
     lags = lag(masses, nesterov)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 import torch
 
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
-from optuna_ttp.dynamics._sgd import SGD
+from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
 
 
 # Of the table of how much of the spectrally expressible noise there is.
@@ -130,7 +130,7 @@ class StabilityLimit:
             return 1.0 / (gain * (1.0 / without + weight_decay / full))
 
     def headroom(
-        self, sgd: SGD, batch_size: NDArray[np.int64], *, replacement: bool = False
+        self, sgd: SGDConfigurations, batch_size: NDArray[np.int64], *, replacement: bool = False
     ) -> NDArray[np.float64]:
         """Return the largest stable learning rates over those of K configurations.
 

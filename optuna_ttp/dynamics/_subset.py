@@ -12,7 +12,7 @@ import torch
 
 from optuna_ttp.dynamics._growth import KernelGrowth
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
-from optuna_ttp.dynamics._sgd import SGD
+from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
 from optuna_ttp.dynamics._simulation import simulate
 from optuna_ttp.dynamics._target import Target
 
@@ -88,7 +88,7 @@ class SampleConvergence:
                     own = replace(target, value=target.value * initial / whole)
                 curves = simulate(
                     part,
-                    SGD.of(rate),
+                    SGDConfigurations.of(rate),
                     np.array([size]),
                     max_steps=np.array([max_steps]),
                     target=own,

@@ -83,6 +83,7 @@ class ResponseSurface:
         levels: NDArray[np.float64],
         *,
         max_steps: int,
+        optimizer: SGD,
         **settings: Any,
     ) -> ResponseSurface:
         """Simulate the nodes.
@@ -96,15 +97,15 @@ class ResponseSurface:
                 Depths on the way, ascending.
             max_steps:
                 Nodes that take longer count as out of reach.
+            optimizer:
+                The optimiser that is simulated.
             settings:
-                ``dampening``, ``nesterov`` and ``weight_decay`` of :meth:`SGD.of`; all others are
-                those of :func:`simulate`.
+                Those of :func:`simulate`.
 
         Returns:
             The surface.
         """
         curvature = max(float(model.curvatures[0]), 1e-30)
-        of_sgd = {k: settings.pop(k) for k in _OF_SGD if k in settings}
         n = model.n_samples
         sizes = np.array([n, *(b for b in reversed(_BATCH_SIZES) if b < 0.7 * n)])
         momenta = np.array(_MOMENTA)
@@ -118,7 +119,7 @@ class ResponseSurface:
         ) -> Trajectories:
             return simulate(
                 model,
-                SGD.of(rate, mass, **of_sgd),
+                optimizer.configurations(rate, mass),
                 size,
                 max_steps=np.ceil(horizon).astype(np.int64),
                 target=target,
@@ -387,9 +388,6 @@ def _depths(
         lowest = [np.nanmin(row) for row in curves.curves["loss"][reached]]
         deepest = float(np.log(initial / np.median(lowest))) if lowest else float(levels[-1])
     return np.append(levels[levels < deepest], deepest)
-
-
-_OF_SGD = ("dampening", "nesterov", "weight_decay")
 
 
 def _patience(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from optuna_ttp.prediction._predictor import TrainingTimePredictor
     from optuna_ttp.prediction._protocol import check_predictor
     from optuna_ttp.prediction._protocol import SearchPredictor
+    from optuna_ttp.prediction._settings import PredictorSettings
 
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "DIVERGES",
     "NOT_REACHED",
     "Prediction",
+    "PredictorSettings",
     "SearchPredictor",
     "TrainingTimePredictor",
     "check_predictor",
@@ -41,5 +43,6 @@ __getattr__, __dir__ = lazy_names(
             "SearchPredictor",
             "check_predictor",
         ),
+        "_settings": ("PredictorSettings",),
     },
 )

@@ -82,7 +82,7 @@ class CorrectedPath:
     @property
     def log_growth(self) -> NDArray[np.float64]:
         """What simulations multiply the kernel by on top of the predicted growth."""
-        if self.path.simulator.method != "linear" or not self.calibration.n_observed:
+        if self.path.simulator.settings.method != "linear" or not self.calibration.n_observed:
             return np.zeros(len(KNOTS))
         return self.calibration.log_growth
 

@@ -91,7 +91,7 @@ class Estimator:
         self,
         learning_rate: ArrayLike,
         batch_size: ArrayLike,
-        momentum: ArrayLike = 0.0,
+        momentum: ArrayLike | None = None,
         *,
         max_steps: ArrayLike | None = None,
     ) -> Prediction:
@@ -106,7 +106,7 @@ class Estimator:
             batch_size:
                 Whole numbers from 1 to N.
             momentum:
-                In [0, 1). Zero by default.
+                In [0, 1). That of the optimiser by default.
             max_steps:
                 The horizon in steps, if another one than the predictor's.
 
@@ -206,7 +206,7 @@ class Estimator:
         self,
         learning_rate: ArrayLike,
         batch_size: ArrayLike,
-        momentum: ArrayLike = 0.0,
+        momentum: ArrayLike | None = None,
         *,
         simulate_outside: bool = True,
     ) -> NDArray[np.float64]:
@@ -222,7 +222,7 @@ class Estimator:
             batch_size:
                 Whole numbers from 1 to N.
             momentum:
-                In [0, 1). Zero by default.
+                In [0, 1). That of the optimiser by default.
             simulate_outside:
                 Turn off where speed matters more. On by default.
 
@@ -259,7 +259,7 @@ class Estimator:
         return np.asarray(seconds).reshape(configurations.shape)
 
     def is_extrapolated(
-        self, learning_rate: ArrayLike, batch_size: ArrayLike, momentum: ArrayLike = 0.0
+        self, learning_rate: ArrayLike, batch_size: ArrayLike, momentum: ArrayLike | None = None
     ) -> NDArray[np.bool_]:
         """Tell where the response surface would have to extrapolate.
 
@@ -269,7 +269,7 @@ class Estimator:
             batch_size:
                 Whole numbers from 1 to N.
             momentum:
-                In [0, 1). Zero by default.
+                In [0, 1). That of the optimiser by default.
 
         Returns:
             The common shape: momentum above 0.995, batches of fewer than four samples, the border
@@ -338,7 +338,7 @@ class Estimator:
         return self.throughput.seconds_per_step(batch_size)
 
     def max_learning_rate(
-        self, batch_size: ArrayLike, momentum: ArrayLike = 0.0
+        self, batch_size: ArrayLike, momentum: ArrayLike | None = None
     ) -> NDArray[np.float64]:
         """Return the largest stable learning rate at the pretrained weights.
 
@@ -346,7 +346,7 @@ class Estimator:
             batch_size:
                 Whole numbers from 1 to N.
             momentum:
-                In [0, 1). Zero by default.
+                In [0, 1). That of the optimiser by default.
 
         Returns:
             Learning rates of the common shape; see
@@ -369,9 +369,11 @@ class Estimator:
         self,
         learning_rate: ArrayLike,
         batch_size: ArrayLike,
-        momentum: ArrayLike,
+        momentum: ArrayLike | None,
         max_steps: ArrayLike,
     ) -> Configurations:
+        if momentum is None:
+            momentum = self._corrected.path.simulator.optimizer.momentum or 0.0
         return Configurations.of(learning_rate, batch_size, momentum, max_steps, self.n_samples)
 
 

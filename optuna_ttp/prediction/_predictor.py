@@ -6,21 +6,15 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import replace
 import math
-from typing import Any
-from typing import get_args
-from typing import Literal
 from typing import TYPE_CHECKING
 import warnings
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from optuna_ttp._util.checks import check_choice
 from optuna_ttp._util.checks import check_count
-from optuna_ttp._util.checks import check_device
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp._util.checks import check_number
-from optuna_ttp._util.checks import check_seed
 from optuna_ttp._util.exceptions import FingerprintMismatchError
 from optuna_ttp._util.exceptions import UnreliablePredictionWarning
 from optuna_ttp.calibration import calibrate
@@ -31,20 +25,17 @@ from optuna_ttp.calibration import Observation
 from optuna_ttp.calibration import prior_scale
 from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import SampleConvergence
-from optuna_ttp.dynamics import Sampling
 from optuna_ttp.dynamics import Schedule
-from optuna_ttp.dynamics import Smoothing
+from optuna_ttp.dynamics import SGD
 from optuna_ttp.prediction._corrected_path import CorrectedPath
 from optuna_ttp.prediction._estimator import Estimator
 from optuna_ttp.prediction._prediction import Prediction
-from optuna_ttp.prediction._simulator import Method
-from optuna_ttp.prediction._simulator import resolve_growth
+from optuna_ttp.prediction._settings import PredictorSettings
 from optuna_ttp.prediction._simulator import Simulator
 from optuna_ttp.prediction._target_path import TargetPath
 from optuna_ttp.prediction._targets import resolve_target
 from optuna_ttp.spectrum import learned_throughput
 from optuna_ttp.spectrum import Spectrum
-from optuna_ttp.spectrum import Throughput
 
 
 if TYPE_CHECKING:
@@ -81,50 +72,20 @@ class TrainingTimePredictor(Estimator):
             The paper's ``T_eps``: the first step at which the training loss is within this share
             of its whole change of its value at the horizon. See
             :class:`~optuna_ttp.dynamics.Target`.
-        max_steps:
-            The horizon: a target that takes more steps is ``"not_reached"``. 10,000 by default.
-        throughput:
-            Seconds per step. What was measured with the spectrum by default.
-        smoothing:
-            Watch the smoothed loss of the mini-batches, as a training log shows it, instead of the
-            loss over all samples: a ``target_loss``, ``target_fraction`` or ``target_epsilon`` is
-            that of this curve. Off by default.
-        dampening:
-            Of :class:`torch.optim.SGD`. Zero by default.
-        nesterov:
-            Of :class:`torch.optim.SGD`. Off by default.
-        weight_decay:
-            L2 weight decay of :class:`torch.optim.SGD`. Zero by default. With learning-rate
-            multipliers the decay of what was learned is approximate, that of the pretrained
-            weights is not.
+        optimizer:
+            The optimiser that trains. ``SGD()`` by default, without momentum, dampening and
+            weight decay.
         schedule:
             A :class:`~optuna_ttp.Schedule`, or a function from the number of steps done to what
             multiplies the learning rate. Constant by default.
-        sampling:
-            ``"shuffle"``, a permutation an epoch (the default), or ``"replacement"``.
+        max_steps:
+            The horizon: a target that takes more steps is ``"not_reached"``. 10,000 by default.
         n_samples:
             The number of samples that will be trained on, where the spectrum is that of a random
             subset. Those of the spectrum by default.
-        method:
-            ``"linear"``, the exact simulation of the linearised model (the default); ``"sde"`` or
-            ``"ode"``, the paper's equation 1 with and without noise, as a baseline.
-        kernel_growth:
-            What the kernel is multiplied by as the loss falls: ``"predicted"`` from the spectrum's
-            probe by :meth:`~optuna_ttp.dynamics.KernelGrowth.from_probe` (the default; it
-            is nothing where the spectrum was not probed, and for the paper's equation),
-            ``"frozen"``, or a :class:`~optuna_ttp.dynamics.KernelGrowth`.
-        n_seeds:
-            Orders of the samples that are simulated; the prediction is their geometric mean. Two
-            by default.
-        seed:
-            Of the first of them.
-        device:
-            Where to simulate. The CPU by default, which is faster for small spectra.
-        exact:
-            Simulate every single step, also of very slow configurations. Off by default: there,
-            several steps are simulated as one (:attr:`Prediction.strides` says how many).
-        calibration:
-            What was learned from observed trials, see :meth:`calibrated`. Nothing by default.
+        settings:
+            What experts may change: smoothing, sampling, seeds, device and more. See
+            :class:`~optuna_ttp.PredictorSettings`.
 
     Raises:
         ValueError:
@@ -145,61 +106,36 @@ class TrainingTimePredictor(Estimator):
         target_validation_loss: float | None = None,
         target_validation_accuracy: float | None = None,
         target_epsilon: float | None = None,
-        max_steps: int = 10_000,
-        throughput: Throughput | None = None,
-        smoothing: Smoothing | None = None,
-        dampening: float = 0.0,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
+        optimizer: SGD | None = None,
         schedule: Schedule | Callable[[int], float] | None = None,
-        sampling: Sampling = "shuffle",
+        max_steps: int = 10_000,
         n_samples: int | None = None,
-        method: Method = "linear",
-        kernel_growth: Literal["predicted", "frozen"] | KernelGrowth = "predicted",
-        n_seeds: int = 2,
-        seed: int = 0,
-        device: str = "cpu",
-        exact: bool = False,
-        calibration: Calibration | None = None,
+        settings: PredictorSettings | None = None,
     ) -> None:
         if not isinstance(spectrum, Spectrum):
             raise TypeError(f"spectrum must be a Spectrum but got {type(spectrum).__name__}.")
-        if smoothing is not None and not isinstance(smoothing, Smoothing):
-            raise TypeError(f"smoothing must be a Smoothing but got {smoothing!r}.")
-        if throughput is not None:
-            check_kind("throughput", throughput, Throughput)
-        if calibration is not None:
-            check_kind("calibration", calibration, Calibration)
-        check_seed(seed)
-        for name, flag in (("nesterov", nesterov), ("exact", exact)):
-            check_kind(name, flag, bool)
-        max_steps, n_seeds = check_count("max_steps", max_steps), check_count("n_seeds", n_seeds)
+        optimizer = SGD() if optimizer is None else optimizer
+        settings = PredictorSettings() if settings is None else settings
+        check_kind("optimizer", optimizer, SGD)
+        check_kind("settings", settings, PredictorSettings)
+        if optimizer.weight_decay and spectrum.weight_outputs is None:
+            raise ValueError(
+                "weight_decay needs a spectrum that knows what the weights contribute to the "
+                "outputs but got one that was computed by an older version. Compute it again."
+            )
+        max_steps = check_count("max_steps", max_steps)
         count = spectrum.n_samples if n_samples is None else check_count("n_samples", n_samples)
         if count < spectrum.n_samples:
             raise ValueError(
                 f"n_samples must be at least {spectrum.n_samples}, the samples of the spectrum, "
                 f"but got {n_samples}. Use task.subset() for fewer."
             )
-        schedule = Schedule.of(schedule)
-        check_choice("sampling", sampling, get_args(Sampling))
-        check_choice("method", method, get_args(Method))
-        growth = resolve_growth(kernel_growth, spectrum, method)
-        sgd = _check_sgd(dampening, nesterov, weight_decay, spectrum)
-        if method != "linear" and smoothing is not None:
-            raise ValueError(f'smoothing belongs to method="linear" but got method={method!r}.')
         simulator = Simulator(
             spectrum=spectrum,
             n_samples=count,
-            smoothing=smoothing,
-            schedule=schedule,
-            sampling=sampling,
-            method=method,
-            kernel_growth=growth,
-            n_seeds=n_seeds,
-            seed=seed,
-            exact=exact,
-            device=str(check_device(device)),
-            sgd=sgd,
+            optimizer=optimizer,
+            schedule=Schedule.of(schedule),
+            settings=settings,
         )
         target = resolve_target(
             {
@@ -217,10 +153,10 @@ class TrainingTimePredictor(Estimator):
             CorrectedPath(
                 path,
                 Calibration.none(prior_scale(spectrum.probe))
-                if calibration is None
-                else calibration,
+                if settings.calibration is None
+                else settings.calibration,
             ),
-            spectrum.throughput if throughput is None else throughput,
+            spectrum.throughput if settings.throughput is None else settings.throughput,
         )
         self.observations: tuple[Observation, ...] = ()
         self.probe_seconds = 0.0
@@ -260,9 +196,14 @@ class TrainingTimePredictor(Estimator):
         return self.spectrum.metadata.compute_seconds + self.probe_seconds
 
     @property
-    def smoothing(self) -> Smoothing | None:
-        """The smoothing of the watched loss."""
-        return self._corrected.path.simulator.smoothing
+    def default_momentum(self) -> float | None:
+        """The momentum of what does not give one, or None where trials must give one."""
+        return self.optimizer.momentum
+
+    @property
+    def optimizer(self) -> SGD:
+        """The optimiser that trains."""
+        return self._corrected.path.simulator.optimizer
 
     @property
     def schedule(self) -> Schedule:
@@ -270,34 +211,14 @@ class TrainingTimePredictor(Estimator):
         return self._corrected.path.simulator.schedule
 
     @property
-    def sampling(self) -> Sampling:
-        """How mini-batches are drawn."""
-        return self._corrected.path.simulator.sampling
-
-    @property
-    def method(self) -> Method:
-        """How training is simulated."""
-        return self._corrected.path.simulator.method
+    def settings(self) -> PredictorSettings:
+        """The settings that were given."""
+        return self._corrected.path.simulator.settings
 
     @property
     def kernel_growth(self) -> KernelGrowth | None:
-        """The predicted growth of the kernel; none where it is frozen."""
+        """The predicted growth of the kernel, or None where it is frozen."""
         return self._corrected.path.simulator.kernel_growth
-
-    @property
-    def n_seeds(self) -> int:
-        """Orders of the samples that are simulated."""
-        return self._corrected.path.simulator.n_seeds
-
-    @property
-    def seed(self) -> int:
-        """The first of their seeds."""
-        return self._corrected.path.simulator.seed
-
-    @property
-    def exact(self) -> bool:
-        """Whether every single step is simulated."""
-        return self._corrected.path.simulator.exact
 
     @property
     def depth(self) -> float:
@@ -455,7 +376,7 @@ class TrainingTimePredictor(Estimator):
         self,
         learning_rate: ArrayLike,
         batch_size: ArrayLike,
-        momentum: ArrayLike = 0.0,
+        momentum: ArrayLike | None = None,
         *,
         max_steps: ArrayLike | None = None,
         full_curve: bool = False,
@@ -468,7 +389,7 @@ class TrainingTimePredictor(Estimator):
             batch_size:
                 Whole numbers from 1 to N.
             momentum:
-                In [0, 1), as in :class:`torch.optim.SGD`. Zero by default.
+                In [0, 1), as in :class:`torch.optim.SGD`. That of the optimiser by default.
             max_steps:
                 The horizon in steps, if another one than the predictor's.
             full_curve:
@@ -494,25 +415,3 @@ def _name(observation: Observation) -> tuple[float, ...]:
     """What tells an observation from others, as far as it survives being stored."""
     seen = np.nansum(observation.observed), np.nansum(observation.predicted)
     return (*(round(float(s), 2) for s in seen), observation.n_steps, observation.lag)
-
-
-def _check_sgd(
-    dampening: float, nesterov: bool, weight_decay: float, spectrum: Spectrum
-) -> dict[str, Any]:
-    """Check the settings of SGD, and return them as arguments of :meth:`SGD.of`."""
-    check_number("dampening", dampening)
-    check_number("weight_decay", weight_decay)
-    if not 0.0 <= dampening < 1.0:
-        raise ValueError(f"dampening must be in [0, 1) but got {dampening}.")
-    if nesterov and dampening:
-        raise ValueError(
-            f"Nesterov momentum needs zero dampening, as in PyTorch, but got {dampening}."
-        )
-    if not (math.isfinite(weight_decay) and weight_decay >= 0.0):
-        raise ValueError(f"weight_decay must not be negative but got {weight_decay}.")
-    if weight_decay and spectrum.weight_outputs is None:
-        raise ValueError(
-            "weight_decay needs a spectrum that knows what the weights contribute to the outputs "
-            "but got one that was computed by an older version. Compute it again."
-        )
-    return {"dampening": dampening, "nesterov": bool(nesterov), "weight_decay": weight_decay}

@@ -47,6 +47,10 @@ class SearchPredictor(Protocol):
         """The horizon of predictions, in optimiser steps."""
 
     @property
+    def default_momentum(self) -> float | None:
+        """The momentum of trials that do not give one, or None where they must give one."""
+
+    @property
     def target(self) -> Target:
         """The quantity that is watched, and the value that it is to reach."""
 
@@ -86,7 +90,7 @@ class SearchPredictor(Protocol):
         self,
         learning_rate: ArrayLike,
         batch_size: ArrayLike,
-        momentum: ArrayLike = 0.0,
+        momentum: ArrayLike | None = None,
         *,
         max_steps: ArrayLike | None = None,
     ) -> Prediction:
@@ -96,7 +100,7 @@ class SearchPredictor(Protocol):
         self,
         learning_rate: ArrayLike,
         batch_size: ArrayLike,
-        momentum: ArrayLike = 0.0,
+        momentum: ArrayLike | None = None,
         *,
         simulate_outside: bool = True,
     ) -> NDArray[np.float64]:
@@ -127,7 +131,7 @@ class SearchPredictor(Protocol):
         """Return the seconds of a training step, of the same shape; NaN where it is not known."""
 
     def max_learning_rate(
-        self, batch_size: ArrayLike, momentum: ArrayLike = 0.0
+        self, batch_size: ArrayLike, momentum: ArrayLike | None = None
     ) -> NDArray[np.float64]:
         """Return the largest stable learning rate, of the common shape."""
 

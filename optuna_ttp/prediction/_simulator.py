@@ -6,29 +6,23 @@ from dataclasses import dataclass
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from optuna_ttp._util.checks import check_choice
 from optuna_ttp.calibration import covariates
 from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
-from optuna_ttp.dynamics import Sampling
 from optuna_ttp.dynamics import Schedule
 from optuna_ttp.dynamics import SGD
 from optuna_ttp.dynamics import simulate
 from optuna_ttp.dynamics import simulate_equation
-from optuna_ttp.dynamics import Smoothing
 from optuna_ttp.dynamics import StabilityLimit
 from optuna_ttp.dynamics import Target
 from optuna_ttp.dynamics import Trajectories
 from optuna_ttp.prediction._configurations import Configurations
+from optuna_ttp.prediction._settings import PredictorSettings
 from optuna_ttp.spectrum import Spectrum
-
-
-Method = Literal["linear", "sde", "ode"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,50 +34,41 @@ class Simulator:
             The Jacobian eigenspectrum of the task.
         n_samples:
             See :class:`~optuna_ttp.TrainingTimePredictor`, like the others.
-        smoothing:
-            Of the watched loss.
+        optimizer:
+            The optimiser that trains.
         schedule:
             Of the learning rate.
-        sampling:
-            Of mini-batches.
-        method:
-            Of simulation.
-        kernel_growth:
-            As predicted; :obj:`None` where the kernel is frozen.
-        n_seeds:
-            Orders of the samples.
-        seed:
-            Of the first of them.
-        exact:
-            Whether every single step is simulated.
-        device:
-            Where.
-        sgd:
-            Further arguments of :meth:`~optuna_ttp.dynamics.SGD.of`.
+        settings:
+            See :class:`~optuna_ttp.PredictorSettings`.
     """
 
     spectrum: Spectrum
     n_samples: int
-    smoothing: Smoothing | None
+    optimizer: SGD
     schedule: Schedule
-    sampling: Sampling
-    method: Method
-    kernel_growth: KernelGrowth | None
-    n_seeds: int
-    seed: int
-    exact: bool
-    device: str
-    sgd: dict[str, Any]
+    settings: PredictorSettings
 
     def __getstate__(self) -> dict[str, Any]:
         # The linearised model is derived from the spectrum, and larger.
-        derived = ("model", "stability_limit")
+        derived = ("model", "stability_limit", "kernel_growth")
         return {k: v for k, v in self.__dict__.items() if k not in derived}
 
     @cached_property
     def model(self) -> LinearisedModel:
         """The linearised model."""
-        return LinearisedModel.from_spectrum(self.spectrum, device=self.device)
+        return LinearisedModel.from_spectrum(self.spectrum, device=self.settings.device)
+
+    @cached_property
+    def kernel_growth(self) -> KernelGrowth | None:
+        """What the kernel is predicted to be multiplied by, or None where it is frozen."""
+        growth, probe = self.settings.kernel_growth, self.spectrum.probe
+        if isinstance(growth, KernelGrowth):
+            return growth
+        if growth == "frozen" or probe is None or self.settings.method != "linear":
+            return None
+        return KernelGrowth.from_probe(
+            probe.fractions, probe.relative_displacements, probe.kernel_ratios
+        )
 
     @cached_property
     def stability_limit(self) -> StabilityLimit:
@@ -131,8 +116,10 @@ class Simulator:
         return self.stability_limit.max_learning_rate(
             size,
             mass,
-            **self.sgd,
-            replacement=self.sampling == "replacement",
+            dampening=self.optimizer.dampening,
+            nesterov=self.optimizer.nesterov,
+            weight_decay=self.optimizer.weight_decay,
+            replacement=self.settings.sampling == "replacement",
         )
 
     def covariates(self, configurations: Configurations) -> NDArray[np.float64]:
@@ -211,40 +198,37 @@ class Simulator:
             full_curve:
                 Go on to the horizon. Off by default.
             n_seeds:
-                :attr:`n_seeds` by default.
+                That of the settings by default.
 
         Returns:
             One simulation a seed.
         """
         size, horizon = configurations.batch_size, configurations.max_steps
-        sgd = SGD.of(
-            configurations.learning_rate,
-            configurations.momentum,
-            schedule=self.schedule,
-            **self.sgd,
+        sgd = self.optimizer.configurations(
+            configurations.learning_rate, configurations.momentum, self.schedule
         )
         # The horizon counts real steps; the simulation's own clock runs a little differently.
         steps = np.maximum(1, np.ceil(margin * horizon)).astype(np.int64)
         sizes = self.simulated_size(size)
         per_epoch = -(-self.n_samples // size)
         full_curve = full_curve or target.settled
-        wanted = self.n_seeds if n_seeds is None else n_seeds
-        if self.method != "linear":
+        wanted = self.settings.n_seeds if n_seeds is None else n_seeds
+        if self.settings.method != "linear":
             return [
                 simulate_equation(
                     self.model,
                     sgd,
                     sizes,
                     max_steps=steps,
-                    method=self.method,
+                    method=self.settings.method,
                     target=target,
                     full_curves=full_curve,
-                    seed=self.seed + k,
+                    seed=self.settings.seed + k,
                     steps_per_epoch=per_epoch,
                 )
                 for k in range(wanted)
             ]
-        noisy = self.sampling == "replacement" or (sizes < self.spectrum.n_samples).any()
+        noisy = self.settings.sampling == "replacement" or (sizes < self.spectrum.n_samples).any()
         return [
             simulate(
                 self.model,
@@ -253,48 +237,13 @@ class Simulator:
                 max_steps=steps,
                 target=target,
                 full_curves=full_curve,
-                exact=self.exact or target.settled,
-                sampling=self.sampling,
-                smoothing=self.smoothing,
+                exact=self.settings.exact or target.settled,
+                sampling=self.settings.sampling,
+                smoothing=self.settings.smoothing,
                 growth=growth,
                 limit=self.own_stability_limit,
-                seed=self.seed + k,
+                seed=self.settings.seed + k,
                 steps_per_epoch=per_epoch,
             )
             for k in range(wanted if noisy else 1)
         ]
-
-
-def resolve_growth(
-    growth: str | KernelGrowth, spectrum: Spectrum, method: Method
-) -> KernelGrowth | None:
-    """Return what the kernel is predicted to be multiplied by.
-
-    Args:
-        growth:
-            As it was asked for.
-        spectrum:
-            May have a probe.
-        method:
-            Of simulation.
-
-    Returns:
-        The growth, or :obj:`None` where there is none.
-
-    Raises:
-        ValueError:
-            If it is neither a growth nor one of the words, or does not go with the method.
-    """
-    if isinstance(growth, KernelGrowth):
-        if method != "linear":
-            raise ValueError(
-                f'kernel_growth belongs to method="linear" but got method={method!r}.'
-            )
-        return growth
-    check_choice("kernel_growth", growth, ("predicted", "frozen"))
-    probe = spectrum.probe
-    if growth == "frozen" or probe is None or method != "linear":
-        return None
-    return KernelGrowth.from_probe(
-        probe.fractions, probe.relative_displacements, probe.kernel_ratios
-    )

@@ -14,7 +14,7 @@ from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.dynamics import ResponseSurface
 from optuna_ttp.dynamics import SampleConvergence
-from optuna_ttp.dynamics import SGD
+from optuna_ttp.dynamics import SGDConfigurations
 from optuna_ttp.dynamics import simulate
 from optuna_ttp.dynamics import Target
 from optuna_ttp.prediction._simulator import Simulator
@@ -62,7 +62,7 @@ class TargetPath:
         size = np.array([self.simulator.spectrum.n_samples])
         curves = simulate(
             self.simulator.model,
-            SGD.of(rate),
+            SGDConfigurations.of(rate),
             size,
             max_steps=np.array([5_000]),
             target=self.target,
@@ -82,7 +82,7 @@ class TargetPath:
         return bool(
             self.simulator.schedule.is_constant
             and not settled
-            and self.simulator.method == "linear"
+            and self.simulator.settings.method == "linear"
         )
 
     @cached_property
@@ -90,19 +90,20 @@ class TargetPath:
         """Times as simulated, for many configurations at once."""
         share = min(_SURFACE_TRACE, self.simulator.spectrum.explained_trace)
         model = LinearisedModel.from_spectrum(
-            self.simulator.spectrum.truncate(explained_trace=share), device=self.simulator.device
+            self.simulator.spectrum.truncate(explained_trace=share),
+            device=self.simulator.settings.device,
         )
         return ResponseSurface.build(
             model,
             self.target,
             DEPTHS,
             max_steps=self.max_steps,
-            sampling=self.simulator.sampling,
-            smoothing=self.simulator.smoothing,
+            optimizer=self.simulator.optimizer,
+            sampling=self.simulator.settings.sampling,
+            smoothing=self.simulator.settings.smoothing,
             growth=self.simulator.kernel_growth,
             limit=self.simulator.own_stability_limit,
-            seed=self.simulator.seed,
-            **self.simulator.sgd,
+            seed=self.simulator.settings.seed,
         )
 
     @cached_property
@@ -112,7 +113,7 @@ class TargetPath:
             self.simulator.model,
             self.target,
             growth=self.simulator.kernel_growth,
-            seed=self.simulator.seed,
+            seed=self.simulator.settings.seed,
         )
 
     @cached_property
@@ -162,7 +163,7 @@ class TargetPath:
         rate = np.array([self.simulator.slow_rate])
         run = simulate(
             self.simulator.model,
-            SGD.of(rate),
+            SGDConfigurations.of(rate),
             np.array([self.simulator.model.n_samples]),
             max_steps=np.array([20_000]),
             target=Target("validation_loss", 1e-12),
@@ -182,7 +183,7 @@ def _slow_first_passage_time(model: LinearisedModel, rate: float, target: Target
     """Steps of full batches to a target."""
     run = simulate(
         model,
-        SGD.of(np.array([rate])),
+        SGDConfigurations.of(np.array([rate])),
         np.array([model.n_samples]),
         max_steps=np.array([5_000]),
         target=target,

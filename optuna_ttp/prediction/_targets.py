@@ -47,9 +47,13 @@ def resolve_target(arguments: dict[str, float | None], simulator: Simulator) -> 
     if name == "target_epsilon":
         if not 0.0 < value < 1.0:
             raise ValueError(f"target_epsilon must be in (0, 1) but got {value}.")
-        return Target("loss" if simulator.smoothing is None else "smoothed_loss", value, True)
-    if "validation" in name and simulator.method != "linear":
-        raise ValueError(f'{name} belongs to method="linear" but got {simulator.method!r}.')
+        return Target(
+            "loss" if simulator.settings.smoothing is None else "smoothed_loss", value, True
+        )
+    if "validation" in name and simulator.settings.method != "linear":
+        raise ValueError(
+            f'{name} belongs to method="linear" but got {simulator.settings.method!r}.'
+        )
     if "validation" in name and simulator.model.validation is None:
         raise ValueError(
             f"{name} needs validation data: FineTuningTask(..., validation_data=...) before "
@@ -81,7 +85,7 @@ def _loss_target(name: str, loss: float, simulator: Simulator) -> Target:
         )
     if kind == "validation":
         return Target("validation_loss", loss)
-    return Target("loss" if simulator.smoothing is None else "smoothed_loss", loss)
+    return Target("loss" if simulator.settings.smoothing is None else "smoothed_loss", loss)
 
 
 def _accuracy_target(name: str, accuracy: float, simulator: Simulator) -> Target:

@@ -249,7 +249,8 @@ class TTPPruner(BasePruner):
                 "constraint=True needs Optuna 5 or newer, whose trials have constraints, but got "
                 f"Optuna {optuna.__version__}."
             )
-        self._map = map_or_default(hyperparameters)
+        mapping = map_or_default(hyperparameters)
+        self._map = mapping.with_default_momentum(predictor.default_momentum)
         self._learner = Learner(predictor, self._map)
         self._wrapped = wrapped_pruner
         self._study_budget = budget

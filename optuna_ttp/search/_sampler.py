@@ -224,7 +224,8 @@ class TTPSampler(BaseSampler):
             raise ValueError(f"exploration must be in [0, 1] but got {exploration}.")
         self._budget = TrialBudget(max_steps, max_epochs, max_seconds)
         self._budget.check(predictor)
-        self._map = map_or_default(hyperparameters)
+        mapping = map_or_default(hyperparameters)
+        self._map = mapping.with_default_momentum(predictor.default_momentum)
         self._learner = Learner(predictor, self._map)
         self._base = TPESampler(seed=seed) if base_sampler is None else base_sampler
         self._given_space = None if search_space is None else dict(search_space)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
+import copy
+import dataclasses
 from dataclasses import dataclass
-from dataclasses import fields
 import inspect
 import math
 from numbers import Real
@@ -67,7 +68,8 @@ class HyperparameterMap:
         batch_size:
             The parameter called ``"batch_size"`` by default.
         momentum:
-            The parameter called ``"momentum"`` by default.
+            The parameter called ``"momentum"`` by default; where a trial has none, the momentum of
+            the predictor's optimiser.
 
     Raises:
         TypeError:
@@ -79,6 +81,9 @@ class HyperparameterMap:
     learning_rate: Source = "learning_rate"
     batch_size: Source = "batch_size"
     momentum: Source = "momentum"
+    _default_momentum: float | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         for field, source in self._sources():
@@ -122,6 +127,8 @@ class HyperparameterMap:
             value, name = _read(field, source, params)
             if name is None:
                 values[field] = value
+            elif self._has_default(field, source):
+                values[field] = self._default_momentum
             else:
                 missing[field] = name
         if any(value is None for value in values.values()):
@@ -157,22 +164,43 @@ class HyperparameterMap:
                 An example of the trial's parameters, for the functions to read.
 
         Returns:
-            Names, also of parameters that the example lacks.
+            Names, also of parameters that the example lacks, unless there is a default for them.
         """
         read: set[str] = set()
-        for _, source in self._sources():
+        for field, source in self._sources():
             if isinstance(source, str):
-                read.add(source)
+                if source in params or not self._has_default(field, source):
+                    read.add(source)
             elif callable(source):
                 read |= _asked(source, params)
         return frozenset(read)
+
+    def with_default_momentum(self, momentum: float | None) -> HyperparameterMap:
+        """Return this map for an optimiser whose momentum is known.
+
+        Args:
+            momentum:
+                The momentum of a trial that lacks the parameter which it would be read from.
+                :obj:`None` means that such a trial is refused.
+
+        Returns:
+            A map that is equal to this one.
+        """
+        twin = copy.copy(self)
+        object.__setattr__(twin, "_default_momentum", momentum)
+        return twin
 
     def _reads_any(self, params: Mapping[str, Any]) -> bool:
         return bool(self.parameters_read(params) & set(params))
 
     def _sources(self) -> Iterator[tuple[str, Source]]:
-        for field in fields(self):
-            yield field.name, getattr(self, field.name)
+        for name in ("learning_rate", "batch_size", "momentum"):
+            yield name, getattr(self, name)
+
+    def _has_default(self, field: str, source: Source) -> bool:
+        return (
+            field == "momentum" and isinstance(source, str) and self._default_momentum is not None
+        )
 
 
 def map_or_default(hyperparameters: HyperparameterMap | None) -> HyperparameterMap:

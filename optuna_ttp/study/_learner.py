@@ -440,6 +440,7 @@ def _late_prediction(
     if entry(trial, CURVE) is None:
         return None
     started = time.perf_counter()
+    mapping = mapping.with_default_momentum(predictor.default_momentum)
     # It may be in a branch of a conditional space; then that was written when it began.
     known = entry(trial, DECISION) is not None
     try:

@@ -28,6 +28,7 @@ from benchmarks.search.table import Table
 from benchmarks.search.table import Trajectory
 from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
+from optuna_ttp import PredictorSettings
 from optuna_ttp import Throughput
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp.study._records import CURVE
@@ -338,7 +339,9 @@ def predictor() -> TrainingTimePredictor:
     return TrainingTimePredictor(
         compute_spectrum(task, measure_speed=False),
         target_fraction=0.5,
-        throughput=Throughput(np.array([8]), np.array([0.5]), device="cpu"),
+        settings=PredictorSettings(
+            throughput=Throughput(np.array([8]), np.array([0.5]), device="cpu")
+        ),
     )
 
 

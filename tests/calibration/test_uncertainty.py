@@ -20,11 +20,13 @@ from optuna_ttp.calibration import stability_sd
 from optuna_ttp.dynamics import Schedule
 from optuna_ttp.dynamics import Smoothing
 from optuna_ttp.prediction import Prediction
+from optuna_ttp.prediction import PredictorSettings
 from optuna_ttp.prediction import TrainingTimePredictor
 from optuna_ttp.spectrum import Probe
 from optuna_ttp.spectrum import Spectrum
 from tests.cases import spectrum
 from tests.observations import slower
+from tests.predictors import predictor_with
 
 
 def _linear(displacement: float | None = None) -> Spectrum:
@@ -38,7 +40,7 @@ def _linear(displacement: float | None = None) -> Spectrum:
 def _predictor(displacement: float | None = None, **arguments: Any) -> TrainingTimePredictor:
     if not any(name.startswith("target") for name in arguments):
         arguments["target_fraction"] = 0.6
-    return TrainingTimePredictor(_linear(displacement), kernel_growth="frozen", **arguments)
+    return predictor_with(_linear(displacement), kernel_growth="frozen", **arguments)
 
 
 def _linear_sd() -> float:
@@ -115,7 +117,9 @@ def test_interval_grows_where_eigenpairs_are_missing() -> None:
     for rank in (21, 9, 7):
         cut = whole.truncate(rank=rank)
         assert (cut.explained_trace < 1.0 - 1e-6) == (rank < 21)
-        predictor = TrainingTimePredictor(cut, target_fraction=0.85, kernel_growth="frozen")
+        predictor = TrainingTimePredictor(
+            cut, target_fraction=0.85, settings=PredictorSettings(kernel_growth="frozen")
+        )
         widths.append(_log_width(predictor.predict(0.0001, 12)))
     # Times are whole steps.
     assert widths[0] + 0.05 < widths[1] < widths[2] - 0.05
@@ -327,7 +331,7 @@ def test_valid_input_is_predicted(
         "exact": exact,
         "max_steps": max_steps,
     }
-    predictor = TrainingTimePredictor(_linear(displacement), **arguments)
+    predictor = predictor_with(_linear(displacement), **arguments)
     rates = 10.0 ** np.array(log_rates)
     prediction = predictor.predict(rates, batch_size, momentum, full_curve=full_curve)
     _assert_consistent(prediction, len(rates), max_steps)
@@ -360,7 +364,7 @@ def test_valid_input_is_predicted_by_the_papers_equation(
         "dampening": dampening,
         "max_steps": max_steps,
     }
-    predictor = TrainingTimePredictor(_linear(), **arguments)
+    predictor = predictor_with(_linear(), **arguments)
     rates = 10.0 ** np.array(log_rates)
     prediction = predictor.predict(rates, batch_size, momentum)
     _assert_consistent(prediction, len(rates), max_steps)

@@ -17,7 +17,7 @@ from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.dynamics import mse_gradient_descent
 from optuna_ttp.dynamics import mse_gradient_flow
-from optuna_ttp.dynamics import SGD
+from optuna_ttp.dynamics import SGDConfigurations
 from optuna_ttp.dynamics import simulate
 from optuna_ttp.dynamics import StabilityLimit
 from optuna_ttp.dynamics import Target
@@ -41,7 +41,7 @@ def _simulate(
     )
     return simulate(
         model,
-        SGD.of(rate, mass),
+        SGDConfigurations.of(rate, mass),
         size.astype(np.int64),
         max_steps=steps.astype(np.int64),
         **settings,
@@ -354,7 +354,7 @@ def _grown(rate: float, momentum: float = 0.0, *, limited: bool = True) -> Any:
     growth = KernelGrowth(np.array([1.0, 0.7, 0.1]), np.array([1.0, 3.0, 10.0]))
     return simulate(
         model,
-        SGD.of([rate * largest], momentum),
+        SGDConfigurations.of([rate * largest], momentum),
         np.array([12]),
         max_steps=np.array([2000]),
         growth=growth,

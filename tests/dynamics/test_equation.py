@@ -14,10 +14,12 @@ from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.dynamics import mse_gradient_flow
 from optuna_ttp.dynamics import Schedule
 from optuna_ttp.dynamics import SGD
+from optuna_ttp.dynamics import SGDConfigurations
 from optuna_ttp.dynamics import simulate_equation
 from optuna_ttp.dynamics import Target
 from optuna_ttp.dynamics import Trajectories
 from optuna_ttp.ntk import compute_spectrum
+from optuna_ttp.prediction import PredictorSettings
 from optuna_ttp.prediction import TrainingTimePredictor
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.task import FineTuningTask
@@ -39,7 +41,12 @@ def _linear(loss: str = "cross_entropy") -> Spectrum:
 
 
 def _solved(
-    model: LinearisedModel, batch_size: int, n_steps: int, method: Any, sgd: SGD, seed: int = 0
+    model: LinearisedModel,
+    batch_size: int,
+    n_steps: int,
+    method: Any,
+    sgd: SGDConfigurations,
+    seed: int = 0,
 ) -> Trajectories:
     return simulate_equation(
         model,
@@ -66,7 +73,7 @@ def test_flow_of_the_mse_is_the_closed_form_with_the_effective_learning_rate(
     one = spectrum("mse")
     effective = 0.05 / float(_double(one).curvatures[0])
     rate = effective * (1.0 - optimiser.get("momentum", 0.0))
-    curves = _solved(_double(one), batch_size, 300, "ode", SGD.of(rate, **optimiser))
+    curves = _solved(_double(one), batch_size, 300, "ode", SGDConfigurations.of(rate, **optimiser))
     np.testing.assert_array_equal(curves.steps[0], np.arange(301))
     closed = mse_gradient_flow(one, effective, np.arange(301))
     np.testing.assert_allclose(curves.curves["loss"][0], closed, rtol=1e-6)
@@ -75,7 +82,9 @@ def test_flow_of_the_mse_is_the_closed_form_with_the_effective_learning_rate(
 def test_dampening_slows_the_flow() -> None:
     one = spectrum("mse")
     effective = 0.05 / float(_double(one).curvatures[0])
-    curves = _solved(_double(one), 12, 50, "ode", SGD.of(effective, 0.5, dampening=0.5))
+    curves = _solved(
+        _double(one), 12, 50, "ode", SGDConfigurations.of(effective, 0.5, dampening=0.5)
+    )
     closed = mse_gradient_flow(one, effective, np.arange(51))
     np.testing.assert_allclose(curves.curves["loss"][0], closed, rtol=1e-6)
 
@@ -84,7 +93,7 @@ def test_dampening_slows_the_flow() -> None:
 def test_flow_is_stable_at_every_learning_rate(relative_rate: float) -> None:
     one = spectrum("mse")
     rate = relative_rate / float(_double(one).curvatures[0])
-    curves = _solved(_double(one), 12, 40, "ode", SGD.of(rate))
+    curves = _solved(_double(one), 12, 40, "ode", SGDConfigurations.of(rate))
     closed = mse_gradient_flow(one, rate, np.arange(41))
     np.testing.assert_allclose(curves.curves["loss"][0], closed, atol=0.02 * closed[0])
     assert (np.diff(curves.curves["loss"][0]) <= 0).all()
@@ -115,7 +124,7 @@ def test_flow_of_the_cross_entropy_is_that_of_a_solver(loss: Loss) -> None:
         atol=1e-11,
     )
     outputs = torch.as_tensor(solution.y.T.reshape(-1, 12, 3))
-    curves = _solved(model, 5, 60, "ode", SGD.of(0.2, 0.5))
+    curves = _solved(model, 5, 60, "ode", SGDConfigurations.of(0.2, 0.5))
     expected = model.loss(outputs).numpy()
     assert expected[-1] < 0.7 * expected[0]
     np.testing.assert_allclose(curves.curves["loss"][0], expected, rtol=1e-4)
@@ -126,7 +135,7 @@ def test_flow_with_a_schedule_is_that_of_the_time_it_makes() -> None:
     one = spectrum("mse")
     rate = 0.05 / float(_double(one).curvatures[0])
     schedule = Schedule.cosine(80, warmup_steps=10)
-    curves = _solved(_double(one), 12, 100, "ode", SGD.of(rate, schedule=schedule))
+    curves = _solved(_double(one), 12, 100, "ode", SGDConfigurations.of(rate, schedule=schedule))
     multipliers = schedule.values(np.ones(1), np.zeros(1), 1, 100)[0][0]
     times = np.concatenate([[0.0], np.cumsum(multipliers)])
     closed = mse_gradient_flow(one, rate, times)
@@ -137,7 +146,7 @@ def test_schedule_that_counts_epochs_counts_those_of_the_batch_size() -> None:
     one = spectrum("mse")
     rate = 0.05 / float(_double(one).curvatures[0])
     schedule = Schedule.step(2, 0.1, every="epoch")
-    curves = _solved(_double(one), 3, 20, "ode", SGD.of(rate, schedule=schedule))
+    curves = _solved(_double(one), 3, 20, "ode", SGDConfigurations.of(rate, schedule=schedule))
     # Twelve samples are four steps an epoch.
     times = np.concatenate([[0.0], np.cumsum(0.1 ** (np.arange(20) // 8))])
     closed = mse_gradient_flow(one, rate, times)
@@ -148,7 +157,7 @@ def test_curve_ends_where_the_target_is_reached() -> None:
     model = _double(spectrum())
     target = Target("loss", 0.8 * float(model.loss(model.initial_outputs[None])))
     settings: dict[str, Any] = {"max_steps": np.array([500, 500]), "method": "ode"}
-    sgd, sizes = SGD.of([0.1, 1e-9]), np.array([12, 12])
+    sgd, sizes = SGDConfigurations.of([0.1, 1e-9]), np.array([12, 12])
     ended = simulate_equation(model, sgd, sizes, target=target, **settings)
     whole = simulate_equation(model, sgd, sizes, target=target, full_curves=True, **settings)
     passages = ended.first_passage_times(target)
@@ -194,7 +203,7 @@ def test_noise_of_a_flat_problem_spreads_as_its_equation_says(
     forces = 2.0 * 10.0 / n_outputs * np.arange(1, n_outputs + 1)
     np.testing.assert_allclose(model.gradient_variances.numpy(), forces**2)
     rates = np.full(n_copies, rate)
-    curves = _solved(model, batch_size, n_steps, "sde", SGD.of(rates, **optimiser))
+    curves = _solved(model, batch_size, n_steps, "sde", SGDConfigurations.of(rates, **optimiser))
     variances = (relative * rate) ** 2 / batch_size * forces**2 * n_steps
     # Each direction adds its mean square over the samples and the outputs to the loss.
     expected = (variances * np.arange(1, n_outputs + 1) ** 2).sum() / n_outputs
@@ -210,7 +219,7 @@ def test_noise_of_divided_steps_is_the_recursion_of_its_variance() -> None:
     # A change of the direction by 3.8 in a step, so in eight parts: by 0.475 in each.
     rate, change = 1.9, 1.9 * 2.0 / n_parts
     rates = np.full(4000, rate)
-    curves = _solved(model, batch_size, n_steps, "sde", SGD.of(rates))
+    curves = _solved(model, batch_size, n_steps, "sde", SGDConfigurations.of(rates))
     noise = (rate / n_parts) ** 2 * (n_parts / batch_size) * 20.0**2
     variance, expected = 0.0, [100.0]
     for _ in range(n_steps):
@@ -225,7 +234,7 @@ def test_noise_of_divided_steps_is_the_recursion_of_its_variance() -> None:
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 def test_full_batches_have_no_noise(loss: str) -> None:
     model = _double(spectrum(loss))
-    sgd = SGD.of([0.02, 0.05], 0.5)
+    sgd = SGDConfigurations.of([0.02, 0.05], 0.5)
     ode, sde = (_solved(model, 12, 50, method, sgd) for method in ("ode", "sde"))
     for quantity in ode.curves:
         np.testing.assert_array_equal(sde.curves[quantity], ode.curves[quantity])
@@ -236,14 +245,14 @@ def test_full_batches_have_no_noise(loss: str) -> None:
 def test_mean_over_the_noise_of_slow_training_is_the_flow() -> None:
     model = _double(spectrum("mse"))
     rate = 0.003 / float(model.curvatures[0])
-    flow = _solved(model, 4, 200, "ode", SGD.of(rate)).curves["loss"][0]
-    noisy = _solved(model, 4, 200, "sde", SGD.of(np.full(300, rate))).curves["loss"]
+    flow = _solved(model, 4, 200, "ode", SGDConfigurations.of(rate)).curves["loss"][0]
+    noisy = _solved(model, 4, 200, "sde", SGDConfigurations.of(np.full(300, rate))).curves["loss"]
     spread = noisy[:, 1:].std(axis=0)
     assert (spread > 0).all()
     error = np.abs(noisy[:, 1:].mean(axis=0) - flow[1:])
     assert (error < 0.005 * flow[1:]).all()
     seeds = [
-        _solved(model, 4, 200, "sde", SGD.of(rate), seed).curves["loss"][0, -1]
+        _solved(model, 4, 200, "sde", SGDConfigurations.of(rate), seed).curves["loss"][0, -1]
         for seed in range(40)
     ]
     assert len(set(seeds)) == 40
@@ -255,7 +264,9 @@ def test_noise_falls_with_the_batch_size_and_the_loss() -> None:
     model = _double(spectrum("mse"))
     rate = 0.02 / float(model.curvatures[0])
     spreads = [
-        _solved(model, size, 10, "sde", SGD.of(np.full(500, rate))).curves["loss"][:, 10].std()
+        _solved(model, size, 10, "sde", SGDConfigurations.of(np.full(500, rate)))
+        .curves["loss"][:, 10]
+        .std()
         for size in (1, 4)
     ]
     assert spreads[0] / spreads[1] == pytest.approx(2.0, rel=0.15)
@@ -265,7 +276,7 @@ def test_loss_that_the_noise_drives_away_counts_as_blown_up() -> None:
     one = spectrum("mse")
     model = _double(one)
     rate = 40.0 / float(model.curvatures[0])
-    curves = _solved(model, 1, 30, "sde", SGD.of([rate, 1e-6]))
+    curves = _solved(model, 1, 30, "sde", SGDConfigurations.of([rate, 1e-6]))
     last = curves.curves["loss"][0][np.isfinite(curves.steps[0])][-1]
     assert not last < 100 * curves.curves["loss"][0, 0]
     assert curves.blown_up.tolist() == [True, False]
@@ -275,10 +286,13 @@ def test_loss_that_the_noise_drives_away_counts_as_blown_up() -> None:
 def test_weight_decay_is_refused(method: Any) -> None:
     model = _double(spectrum())
     with pytest.raises(ValueError, match=r"equation has no weight decay: .* but got 0\.1"):
-        _solved(model, 4, 10, method, SGD.of([0.1, 0.2], weight_decay=[0.0, 0.1]))
+        _solved(model, 4, 10, method, SGDConfigurations.of([0.1, 0.2], weight_decay=[0.0, 0.1]))
     with pytest.raises(ValueError, match="equation has no weight decay"):
         TrainingTimePredictor(
-            _linear(), target_fraction=0.6, method=method, weight_decay=0.1
+            _linear(),
+            target_fraction=0.6,
+            optimizer=SGD(weight_decay=0.1),
+            settings=PredictorSettings(method=method),
         ).predict(0.1, 4)
 
 
@@ -289,7 +303,9 @@ def test_predicted_steps_are_those_of_the_closed_form() -> None:
     one = _linear("mse")
     rate = 0.02 / float(_double(one).curvatures[0])
     closed = mse_gradient_flow(one, rate, np.arange(3000))
-    predictor = TrainingTimePredictor(one, target_fraction=0.6, method="ode")
+    predictor = TrainingTimePredictor(
+        one, target_fraction=0.6, settings=PredictorSettings(method="ode")
+    )
     expected = np.argmax(closed <= 0.6 * closed[0])
     prediction = predictor.predict([rate, 0.1 * rate], [5, 12], [0.0, 0.9])
     np.testing.assert_allclose(prediction.steps, expected, atol=1)
@@ -299,7 +315,9 @@ def test_predicted_steps_are_those_of_the_closed_form() -> None:
 @pytest.mark.parametrize("learning_rate", [0.02, 0.05])
 def test_noise_changes_slow_predictions_little(learning_rate: float) -> None:
     ode, sde = (
-        TrainingTimePredictor(_linear(), method=method, n_seeds=3, target_fraction=0.6)
+        TrainingTimePredictor(
+            _linear(), target_fraction=0.6, settings=PredictorSettings(method=method, n_seeds=3)
+        )
         for method in _METHODS[1:]
     )
     flow = ode.predict(learning_rate, 4).steps.item()
@@ -309,7 +327,9 @@ def test_noise_changes_slow_predictions_little(learning_rate: float) -> None:
 
 @pytest.mark.parametrize("method", ["ode", "sde"])
 def test_accuracy_is_a_target(method: Any) -> None:
-    predictor = TrainingTimePredictor(_linear(), method=method, target_accuracy=0.75, n_seeds=1)
+    predictor = TrainingTimePredictor(
+        _linear(), target_accuracy=0.75, settings=PredictorSettings(method=method, n_seeds=1)
+    )
     prediction = predictor.predict([0.02, 0.1], [4, 12])
     assert (prediction.outcomes == "converges").all()
     shares = prediction.curves["accuracy"]
@@ -334,10 +354,14 @@ def test_validation_targets_are_not_mistaken_for_training_targets(method: Any) -
     model = _double(one).validation
     assert model is not None
     goal = 0.98 * float(model.loss(model.initial_outputs[None]))
-    linear = TrainingTimePredictor(one, target_validation_loss=goal, exact=True)
+    linear = TrainingTimePredictor(
+        one, target_validation_loss=goal, settings=PredictorSettings(exact=True)
+    )
     expected = linear.predict(0.02, 12)
     try:
-        predictor = TrainingTimePredictor(one, target_validation_loss=goal, method=method)
+        predictor = TrainingTimePredictor(
+            one, target_validation_loss=goal, settings=PredictorSettings(method=method)
+        )
     except ValueError:
         return
     actual = predictor.predict(0.02, 12)
@@ -347,7 +371,9 @@ def test_validation_targets_are_not_mistaken_for_training_targets(method: Any) -
 
 def test_flow_and_simulation_agree_on_slow_training() -> None:
     linear, ode = (
-        TrainingTimePredictor(_linear(), target_fraction=0.6, method=method)
+        TrainingTimePredictor(
+            _linear(), target_fraction=0.6, settings=PredictorSettings(method=method)
+        )
         for method in _METHODS[:2]
     )
     expected = linear.predict(0.01, 12, 0.5).steps.item()
@@ -358,7 +384,9 @@ def test_flow_and_simulation_agree_on_slow_training() -> None:
 @pytest.mark.parametrize("method", ["ode", "sde"])
 def test_same_seed_gives_the_same_prediction(method: Any) -> None:
     def predict(seed: int) -> Any:
-        predictor = TrainingTimePredictor(_linear(), target_fraction=0.6, method=method, seed=seed)
+        predictor = TrainingTimePredictor(
+            _linear(), target_fraction=0.6, settings=PredictorSettings(method=method, seed=seed)
+        )
         return predictor.predict([0.05, 0.1], [3, 4], 0.5, max_steps=300)
 
     first, same, other = predict(5), predict(5), predict(6)
@@ -373,7 +401,9 @@ def test_seeds_of_noise_are_averaged() -> None:
     def time(n_seeds: int, seed: int) -> tuple[float, float]:
         """Steps, and the logarithm of the time that they are rounded up from."""
         predictor = TrainingTimePredictor(
-            _linear(), target_fraction=0.5, method="sde", n_seeds=n_seeds, seed=seed
+            _linear(),
+            target_fraction=0.5,
+            settings=PredictorSettings(method="sde", n_seeds=n_seeds, seed=seed),
         )
         prediction = predictor.predict(0.2, 3, 0.5)
         half = np.isclose(DEPTHS, math.log(2.0))
@@ -388,7 +418,9 @@ def test_seeds_of_noise_are_averaged() -> None:
 
 @pytest.mark.parametrize("method", ["ode", "sde"])
 def test_configurations_that_are_all_hopeless_diverge(method: Any) -> None:
-    predictor = TrainingTimePredictor(_linear(), target_fraction=0.6, method=method)
+    predictor = TrainingTimePredictor(
+        _linear(), target_fraction=0.6, settings=PredictorSettings(method=method)
+    )
     limit = predictor.max_learning_rate(4)
     assert predictor.predict(100 * limit, 4).outcome == "diverges"
     mixed = predictor.predict([100 * limit, 0.1 * limit], 4)
@@ -397,9 +429,13 @@ def test_configurations_that_are_all_hopeless_diverge(method: Any) -> None:
 
 @pytest.mark.parametrize("method", ["ode", "sde"])
 def test_epsilon_and_score_work(method: Any) -> None:
-    predictor = TrainingTimePredictor(_linear(), target_epsilon=0.2, method=method, max_steps=100)
+    predictor = TrainingTimePredictor(
+        _linear(), target_epsilon=0.2, max_steps=100, settings=PredictorSettings(method=method)
+    )
     assert 0 < predictor.predict(0.1, 4).steps.item() < 100
-    predictor = TrainingTimePredictor(_linear(), target_fraction=0.6, method=method)
+    predictor = TrainingTimePredictor(
+        _linear(), target_fraction=0.6, settings=PredictorSettings(method=method)
+    )
     slow, fast = predictor.score([0.02, 0.1], 12)
     assert fast < slow < math.inf
 
@@ -407,4 +443,6 @@ def test_epsilon_and_score_work(method: Any) -> None:
 def test_unknown_method_is_refused() -> None:
     method: Any = "euler"
     with pytest.raises(ValueError, match="method must be one of linear, sde, ode but got 'euler'"):
-        TrainingTimePredictor(_linear(), target_fraction=0.5, method=method)
+        TrainingTimePredictor(
+            _linear(), target_fraction=0.5, settings=PredictorSettings(method=method)
+        )

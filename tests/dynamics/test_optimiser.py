@@ -20,12 +20,11 @@ from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.dynamics import mse_gradient_descent
 from optuna_ttp.dynamics import Schedule
-from optuna_ttp.dynamics import SGD
+from optuna_ttp.dynamics import SGDConfigurations
 from optuna_ttp.dynamics import simulate
 from optuna_ttp.dynamics import Target
 from optuna_ttp.dynamics import Trajectories
 from optuna_ttp.ntk import compute_spectrum
-from optuna_ttp.prediction import TrainingTimePredictor
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.task import FineTuningTask
 from optuna_ttp.task import Loss
@@ -33,6 +32,7 @@ from tests.cases import linear_task
 from tests.cases import spectrum
 from tests.models import mlp
 from tests.models import vectors
+from tests.predictors import predictor_with
 
 
 Torch = Callable[[torch.optim.Optimizer], Any]
@@ -150,7 +150,7 @@ def _simulated(
 ) -> Trajectories:
     return simulate(
         model,
-        SGD.of(learning_rate, schedule=schedule, **sgd),
+        SGDConfigurations.of(learning_rate, schedule=schedule, **sgd),
         np.array([batch_size]),
         max_steps=np.array([n_steps]),
         target=target,
@@ -230,11 +230,11 @@ def test_optimisers_simulated_together_equal_each_alone() -> None:
         "weight_decay": [0.0, 0.2, 0.1, 0.0],
     }
     sizes, steps = np.array([5, 5, 5, 12]), np.array([30, 60, 20, 45])
-    together = simulate(model, SGD.of(**settings), sizes, max_steps=steps)
+    together = simulate(model, SGDConfigurations.of(**settings), sizes, max_steps=steps)
     for k in range(4):
         alone = simulate(
             model,
-            SGD.of(**{name: values[k] for name, values in settings.items()}),
+            SGDConfigurations.of(**{name: values[k] for name, values in settings.items()}),
             sizes[k : k + 1],
             max_steps=steps[k : k + 1],
         )
@@ -264,7 +264,7 @@ def test_predicted_steps_are_those_of_real_training(optimiser: str) -> None:
     own = dict(_OPTIMISERS[optimiser])
     losses = _train(linear_task(), _LOSSES["cross-entropy"], 12, 200, **own)
     settings = {k: v for k, v in own.items() if k != "momentum"}
-    predictor = TrainingTimePredictor(_linear(), target_fraction=0.7, exact=True, **settings)
+    predictor = predictor_with(_linear(), target_fraction=0.7, exact=True, **settings)
     expected = int(np.argmax(losses <= 0.7 * losses[0]))
     assert expected > 5
     assert predictor.predict(0.02, 12, own["momentum"]).steps == expected
@@ -586,7 +586,7 @@ def test_multiplier_of_a_frozen_parameter_is_refused() -> None:
 )
 def test_bad_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrainingTimePredictor(_linear(), target_fraction=0.5, **arguments)
+        predictor_with(_linear(), target_fraction=0.5, **arguments)
 
 
 def test_loss_of_the_reference_is_that_of_the_task() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from optuna_ttp.dynamics import Schedule
+from optuna_ttp.prediction import PredictorSettings
 from optuna_ttp.prediction import TrainingTimePredictor
 from optuna_ttp.spectrum import Spectrum
 from tests.cases import spectrum
@@ -262,8 +263,12 @@ def test_predictor_takes_a_function() -> None:
     def halved(steps: int) -> float:
         return 0.5
 
-    plain = TrainingTimePredictor(_linear(), target_fraction=0.6, exact=True)
-    slowed = TrainingTimePredictor(_linear(), target_fraction=0.6, exact=True, schedule=halved)
+    plain = TrainingTimePredictor(
+        _linear(), target_fraction=0.6, settings=PredictorSettings(exact=True)
+    )
+    slowed = TrainingTimePredictor(
+        _linear(), target_fraction=0.6, schedule=halved, settings=PredictorSettings(exact=True)
+    )
     expected = plain.predict(0.05, [5, 12], 0.5)
     actual = slowed.predict(0.1, [5, 12], 0.5)
     np.testing.assert_array_equal(actual.steps, expected.steps)

@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from optuna_ttp.dynamics import LinearisedModel
-from optuna_ttp.dynamics import SGD
+from optuna_ttp.dynamics import SGDConfigurations
 from optuna_ttp.dynamics import simulate
 from optuna_ttp.dynamics import Smoothing
+from optuna_ttp.prediction import PredictorSettings
 from optuna_ttp.prediction import TrainingTimePredictor
 from optuna_ttp.spectrum import Spectrum
 from tests.cases import linear_task
 from tests.cases import spectrum
+from tests.predictors import predictor_with
 
 
 _FILTERS = [
@@ -165,7 +167,7 @@ def test_smoothed_curve_is_that_of_real_mini_batch_losses(
     model = LinearisedModel.from_spectrum(spectrum(), dtype=torch.float64)
     curves = simulate(
         model,
-        SGD.of(0.02, momentum),
+        SGDConfigurations.of(0.02, momentum),
         np.array([batch_size]),
         max_steps=np.array([60]),
         smoothing=smoothing,
@@ -181,7 +183,7 @@ def test_smoothed_curve_is_that_of_real_mini_batch_losses(
 def test_smoothing_of_slow_training_takes_no_coarse_steps() -> None:
     model = LinearisedModel.from_spectrum(spectrum(), dtype=torch.float64)
     settings: dict[str, Any] = {"max_steps": np.array([500])}
-    sgd = SGD.of(1e-5)
+    sgd = SGDConfigurations.of(1e-5)
     assert simulate(model, sgd, np.array([4]), **settings).strides[0] > 1
     smoothed = simulate(
         model, sgd, np.array([4]), smoothing=Smoothing.exponential(0.5), **settings
@@ -194,12 +196,12 @@ def test_curves_smoothed_together_equal_each_alone() -> None:
     smoothing = Smoothing.moving_average(6)
     rates, steps = np.array([0.05, 1e30, 0.02]), np.array([40, 80, 60])
     together = simulate(
-        model, SGD.of(rates), np.full(3, 4), max_steps=steps, smoothing=smoothing
+        model, SGDConfigurations.of(rates), np.full(3, 4), max_steps=steps, smoothing=smoothing
     ).curves["smoothed_loss"]
     for k in range(3):
         alone = simulate(
             model,
-            SGD.of(rates[k]),
+            SGDConfigurations.of(rates[k]),
             np.array([4]),
             max_steps=steps[k : k + 1],
             smoothing=smoothing,
@@ -218,7 +220,9 @@ def test_predicted_curve_and_steps_are_those_of_a_smoothed_training_log(
 ) -> None:
     rate = 0.01 * (1.0 - momentum)
     predictor = TrainingTimePredictor(
-        _linear(), target_fraction=0.6, smoothing=smoothing, n_seeds=1, seed=7
+        _linear(),
+        target_fraction=0.6,
+        settings=PredictorSettings(smoothing=smoothing, n_seeds=1, seed=7),
     )
     prediction = predictor.predict(rate, batch_size, momentum, max_steps=600, full_curve=True)
     logged = smoothing.apply(_batch_losses(batch_size, rate, momentum, 600, 7))
@@ -235,7 +239,9 @@ def test_predicted_curve_and_steps_are_those_of_a_smoothed_training_log(
 
 def test_smoothed_loss_lags_behind() -> None:
     steps = [
-        TrainingTimePredictor(_linear(), target_fraction=0.6, smoothing=smoothing)
+        TrainingTimePredictor(
+            _linear(), target_fraction=0.6, settings=PredictorSettings(smoothing=smoothing)
+        )
         .predict(0.02, 12)
         .steps.item()
         for smoothing in (None, Smoothing.moving_average(10), Smoothing.moving_average(40))
@@ -249,7 +255,9 @@ def test_loss_without_smoothing_has_no_smoothed_curve() -> None:
     prediction = TrainingTimePredictor(_linear(), target_fraction=0.6).predict(0.02, 4)
     assert "smoothed_loss" not in prediction.curves
     with_smoothing = TrainingTimePredictor(
-        _linear(), target_accuracy=0.6, smoothing=Smoothing.moving_average(3)
+        _linear(),
+        target_accuracy=0.6,
+        settings=PredictorSettings(smoothing=Smoothing.moving_average(3)),
     )
     prediction = with_smoothing.predict(0.02, 4)
     assert "smoothed_loss" in prediction.curves
@@ -261,7 +269,7 @@ def test_smoothed_loss_of_a_truncated_spectrum(quantity: str) -> None:
     arguments: dict[str, Any] = {quantity: 0.7, "smoothing": Smoothing.exponential(0.5)}
     cut = _linear().truncate(explained_trace=0.99)
     assert cut.explained_trace < 1.0 - 1e-6
-    prediction = TrainingTimePredictor(cut, max_steps=300, **arguments).predict(0.1, 6)
+    prediction = predictor_with(cut, max_steps=300, **arguments).predict(0.1, 6)
     assert prediction.outcome == "converges"
     assert prediction.steps_high > prediction.steps
 
@@ -270,7 +278,7 @@ def test_smoothed_loss_of_a_truncated_spectrum(quantity: str) -> None:
 def test_smoothed_loss_of_more_samples_than_the_spectrum_has(quantity: str) -> None:
     arguments: dict[str, Any] = {quantity: 0.7, "n_samples": 24}
     smoothed, plain = (
-        TrainingTimePredictor(_linear(), max_steps=2000, smoothing=smoothing, **arguments)
+        predictor_with(_linear(), max_steps=2000, smoothing=smoothing, **arguments)
         for smoothing in (Smoothing.exponential(0.5), None)
     )
     assert plain.predict(0.1, 6).outcome == smoothed.predict(0.1, 6).outcome == "converges"
@@ -283,7 +291,9 @@ def test_smoothed_loss_of_more_samples_than_the_spectrum_has(quantity: str) -> N
 def test_what_is_no_smoothing_is_refused() -> None:
     wrong: Any = 0.9
     with pytest.raises(TypeError, match=r"smoothing must be a Smoothing but got 0.9"):
-        TrainingTimePredictor(_linear(), target_fraction=0.5, smoothing=wrong)
+        TrainingTimePredictor(
+            _linear(), target_fraction=0.5, settings=PredictorSettings(smoothing=wrong)
+        )
 
 
 @pytest.mark.parametrize("method", ["sde", "ode"])
@@ -292,8 +302,7 @@ def test_smoothing_of_the_papers_equation_is_refused(method: Any) -> None:
         TrainingTimePredictor(
             _linear(),
             target_fraction=0.5,
-            method=method,
-            smoothing=Smoothing.exponential(0.9),
+            settings=PredictorSettings(method=method, smoothing=Smoothing.exponential(0.9)),
         )
 
 
@@ -302,7 +311,10 @@ def test_smoothing_of_the_papers_equation_is_refused(method: Any) -> None:
 def test_every_smoothing_gives_a_prediction(weight: float, window: int) -> None:
     for smoothing in (Smoothing.exponential(weight), Smoothing.moving_average(window)):
         predictor = TrainingTimePredictor(
-            _linear(), target_fraction=0.6, smoothing=smoothing, max_steps=400, n_seeds=1
+            _linear(),
+            target_fraction=0.6,
+            max_steps=400,
+            settings=PredictorSettings(smoothing=smoothing, n_seeds=1),
         )
         prediction = predictor.predict(0.05, [4, 12])
         assert (prediction.outcomes == "converges").all()

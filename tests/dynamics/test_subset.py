@@ -18,10 +18,11 @@ from optuna_ttp.dynamics import power_law_modes
 from optuna_ttp.dynamics import restricted
 from optuna_ttp.dynamics import SampleConvergence
 from optuna_ttp.dynamics import Schedule
-from optuna_ttp.dynamics import SGD
+from optuna_ttp.dynamics import SGDConfigurations
 from optuna_ttp.dynamics import simulate
 from optuna_ttp.dynamics import Target
 from optuna_ttp.ntk import compute_spectrum
+from optuna_ttp.prediction import PredictorSettings
 from optuna_ttp.prediction import TrainingTimePredictor
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.task import FineTuningTask
@@ -205,7 +206,11 @@ def test_epochs_of_a_schedule_are_those_of_all_samples() -> None:
     by_epoch, by_step = Schedule.step(3, 0.3, every="epoch"), Schedule.step(3 * 12, 0.3)
     predictions = [
         TrainingTimePredictor(
-            _linear(), target_fraction=0.6, n_samples=96, schedule=schedule, exact=True
+            _linear(),
+            target_fraction=0.6,
+            n_samples=96,
+            schedule=schedule,
+            settings=PredictorSettings(exact=True),
         ).predict(0.01, 8, max_steps=2000)
         for schedule in (by_epoch, by_step)
     ]
@@ -346,7 +351,7 @@ def test_convergence_of_a_validation_target_is_that_of_the_same_target() -> None
             part = restricted(model, torch.randperm(24, generator=generator)[:size])
             curves = simulate(
                 part,
-                SGD.of(rate),
+                SGDConfigurations.of(rate),
                 np.array([size]),
                 max_steps=np.array([500]),
                 target=target,

@@ -18,9 +18,11 @@ from optuna_ttp.calibration import is_reliable
 from optuna_ttp.calibration import linearisation_sd
 from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
+from optuna_ttp.dynamics import SGD
 from optuna_ttp.dynamics import Smoothing
 from optuna_ttp.ntk import compute_spectrum
 from optuna_ttp.ntk import probe_linearisation
+from optuna_ttp.prediction import PredictorSettings
 from optuna_ttp.prediction import TrainingTimePredictor
 from optuna_ttp.spectrum import blob
 from optuna_ttp.spectrum import Probe
@@ -35,6 +37,7 @@ from tests.models import images
 from tests.models import mlp
 from tests.models import separated
 from tests.models import vectors
+from tests.predictors import predictor_with
 
 
 _DEPTHS = [0.85, 0.7, 0.35, 0.15, 0.05]
@@ -52,7 +55,7 @@ def _probe(one: Spectrum) -> Probe:
 def _quiet(one: Spectrum, **arguments: Any) -> TrainingTimePredictor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliablePredictionWarning)
-        return TrainingTimePredictor(one, **arguments)
+        return predictor_with(one, **arguments)
 
 
 # Against brute force
@@ -278,7 +281,11 @@ def test_predictor_takes_growth_from_the_probe_or_from_the_user() -> None:
 def test_papers_equation_knows_no_growth(method: Any) -> None:
     growth = KernelGrowth(np.array([1.0, 0.5]), np.array([1.0, 2.0]))
     with pytest.raises(ValueError, match=r'kernel_growth belongs? to method="linear"'):
-        TrainingTimePredictor(spectrum(), target_fraction=0.6, method=method, kernel_growth=growth)
+        TrainingTimePredictor(
+            spectrum(),
+            target_fraction=0.6,
+            settings=PredictorSettings(method=method, kernel_growth=growth),
+        )
     grown, frozen = (
         _quiet(one, target_fraction=0.6, method=method).predict(0.05, 12)
         for one in (_made_up([0.0, 0.4, 0.8]), replace(spectrum(), probe=None))
@@ -289,7 +296,9 @@ def test_papers_equation_knows_no_growth(method: Any) -> None:
 @pytest.mark.parametrize("growth", ["faster", None, 2.0], ids=str)
 def test_bad_growth_is_refused(growth: Any) -> None:
     with pytest.raises(ValueError, match="kernel_growth must be one of predicted, frozen but"):
-        TrainingTimePredictor(spectrum(), target_fraction=0.6, kernel_growth=growth)
+        TrainingTimePredictor(
+            spectrum(), target_fraction=0.6, settings=PredictorSettings(kernel_growth=growth)
+        )
 
 
 # Without a probe
@@ -346,7 +355,7 @@ def test_a_spectrum_without_its_optional_parts_predicts_what_it_can() -> None:
     assert predictor.spectrum.probe is None
     assert predictor.predict(0.05, 9).outcome == "converges"
     with pytest.raises(ValueError, match=r"computed by an older version. Compute it again"):
-        TrainingTimePredictor(one, target_fraction=0.6, weight_decay=0.1)
+        TrainingTimePredictor(one, target_fraction=0.6, optimizer=SGD(weight_decay=0.1))
     with pytest.raises(ValueError, match="needs validation data"):
         TrainingTimePredictor(one, target_validation_accuracy=0.9)
 
@@ -405,11 +414,11 @@ def test_warning_where_the_weights_have_to_go_far(
     arguments: dict[str, Any] = {"target_fraction": target_fraction}
     if warned:
         with pytest.warns(UnreliablePredictionWarning, match=f"^At {target_fraction:.0%} of the"):
-            predictor = TrainingTimePredictor(one, **arguments)
+            predictor = predictor_with(one, **arguments)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            predictor = TrainingTimePredictor(one, **arguments)
+            predictor = predictor_with(one, **arguments)
     assert predictor.reliable != warned
     prediction = predictor.predict([0.05, 0.1], 12)
     assert prediction.reliable.tolist() == [not warned] * 2
@@ -432,7 +441,7 @@ def test_every_target_has_a_depth(quantity: str, far: float) -> None:
     one = _made_up([0.0, far], [1.0, 0.95])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        predictor = TrainingTimePredictor(one, **arguments)
+        predictor = predictor_with(one, **arguments)
     assert len(caught) == (far > 1.0)
     assert 0.3 < predictor.depth < 0.95
     if quantity != "target_accuracy":
@@ -572,4 +581,4 @@ def test_task_without_loss_is_refused_by_the_predictor() -> None:
     ]
     for target in targets:
         with pytest.raises(ValueError, match="nothing is left to train"):
-            TrainingTimePredictor(probed, **target)
+            predictor_with(probed, **target)

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from optuna_ttp.dynamics import LinearisedModel
-from optuna_ttp.dynamics import SGD
+from optuna_ttp.dynamics import SGDConfigurations
 from optuna_ttp.dynamics import simulate
 from optuna_ttp.dynamics import Smoothing
 from optuna_ttp.dynamics import Target
 from optuna_ttp.ntk import compute_spectrum
 from optuna_ttp.ntk import exact_kernel
+from optuna_ttp.prediction import PredictorSettings
 from optuna_ttp.prediction import TrainingTimePredictor
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import Validation
@@ -31,6 +32,7 @@ from tests.models import cnn
 from tests.models import images
 from tests.models import mlp
 from tests.models import vectors
+from tests.predictors import predictor_with
 
 
 _LOSSES = {
@@ -126,7 +128,7 @@ def test_validation_curves_are_those_of_real_training_of_a_linear_model(
     real = _train(_validated(loss), _LOSSES[loss], batch_size, 60, 0.03, momentum, 3, **settings)
     curves = simulate(
         LinearisedModel.from_spectrum(_spectrum(loss), dtype=torch.float64),
-        SGD.of(0.03, momentum, **settings),
+        SGDConfigurations.of(0.03, momentum, **settings),
         np.array([batch_size]),
         max_steps=np.array([60]),
         full_curves=True,
@@ -230,7 +232,7 @@ def test_training_samples_held_out_are_seen_as_in_training() -> None:
     one = _compute(FineTuningTask(mlp(), (x, y), validation_data=(x, y)))
     curves = simulate(
         LinearisedModel.from_spectrum(one, dtype=torch.float64),
-        SGD.of(0.1, 0.5),
+        SGDConfigurations.of(0.1, 0.5),
         np.array([3]),
         max_steps=np.array([50]),
         full_curves=True,
@@ -273,7 +275,9 @@ def test_validation_loss_is_reached_when_real_training_reaches_it() -> None:
     losses = real["validation_loss"]
     for share in (0.9, 0.5, 0.1):
         goal = losses.min() + share * (losses[0] - losses.min())
-        predictor = TrainingTimePredictor(_spectrum(), target_validation_loss=goal, exact=True)
+        predictor = TrainingTimePredictor(
+            _spectrum(), target_validation_loss=goal, settings=PredictorSettings(exact=True)
+        )
         expected = int(np.argmax(losses <= goal))
         assert predictor.target == Target("validation_loss", goal)
         assert predictor.predict(0.05, 12, 0.5).steps.item() == pytest.approx(expected, abs=1)
@@ -290,7 +294,10 @@ def test_validation_accuracy_is_reached_when_real_training_reaches_it() -> None:
     assert goals
     for goal in goals:
         predictor = TrainingTimePredictor(
-            _spectrum(), target_validation_accuracy=goal, exact=True, max_steps=300
+            _spectrum(),
+            target_validation_accuracy=goal,
+            max_steps=300,
+            settings=PredictorSettings(exact=True),
         )
         expected = int(np.argmax(shares >= goal))
         steps = predictor.predict(0.05, 12, 0.5, full_curve=True).steps.item()
@@ -305,9 +312,9 @@ def test_validation_targets_with_strides_are_close_to_the_exact_ones(batch_size:
     rate = 0.002 / float(model.curvatures[0])
     goal = 0.75 * float(model.validation.loss(model.validation.initial_outputs[None]))  # type: ignore[union-attr]
     exact, coarse = (
-        TrainingTimePredictor(_spectrum(), target_validation_loss=goal, exact=e).predict(
-            rate, batch_size
-        )
+        TrainingTimePredictor(
+            _spectrum(), target_validation_loss=goal, settings=PredictorSettings(exact=e)
+        ).predict(rate, batch_size)
         for e in (True, False)
     )
     assert exact.outcome == "converges"
@@ -317,7 +324,10 @@ def test_validation_targets_with_strides_are_close_to_the_exact_ones(batch_size:
 
 def test_score_ranks_by_validation_targets() -> None:
     predictor = TrainingTimePredictor(
-        _spectrum(), target_validation_loss=0.85, max_steps=1000, n_seeds=1
+        _spectrum(),
+        target_validation_loss=0.85,
+        max_steps=1000,
+        settings=PredictorSettings(n_seeds=1),
     )
     rates = [0.02, 0.05, 0.1]
     scores = predictor.score(rates, 12)
@@ -328,7 +338,7 @@ def test_score_ranks_by_validation_targets() -> None:
 def test_validation_target_without_validation_data_is_refused(name: str) -> None:
     arguments: dict[str, Any] = {name: 0.5}
     with pytest.raises(ValueError, match=f"{name} needs validation data: FineTuningTask"):
-        TrainingTimePredictor(_linear(), **arguments)
+        predictor_with(_linear(), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +359,7 @@ def test_validation_target_without_validation_data_is_refused(name: str) -> None
 )
 def test_bad_validation_targets_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrainingTimePredictor(_spectrum(), **arguments)
+        predictor_with(_spectrum(), **arguments)
 
 
 # Bad validation data
@@ -403,7 +413,9 @@ def test_epsilon_is_reached_when_real_training_reaches_it(
     losses = _train(linear_task(), _LOSSES["cross-entropy"], batch_size, 400, rate, momentum)[
         "loss"
     ]
-    predictor = TrainingTimePredictor(_linear(), target_epsilon=share, max_steps=400, n_seeds=1)
+    predictor = TrainingTimePredictor(
+        _linear(), target_epsilon=share, max_steps=400, settings=PredictorSettings(n_seeds=1)
+    )
     prediction = predictor.predict(rate, batch_size, momentum)
     assert prediction.strides.item() == 1
     # The curve is recorded every 4 %, which smooths the noise of mini-batches.
@@ -412,7 +424,9 @@ def test_epsilon_is_reached_when_real_training_reaches_it(
 
 
 def test_epsilon_of_the_simulated_curve() -> None:
-    predictor = TrainingTimePredictor(_linear(), target_epsilon=0.1, max_steps=500, n_seeds=1)
+    predictor = TrainingTimePredictor(
+        _linear(), target_epsilon=0.1, max_steps=500, settings=PredictorSettings(n_seeds=1)
+    )
     prediction = predictor.predict([0.05, 0.02], [12, 3], max_steps=[500, 150])
     for k, horizon in enumerate((500, 150)):
         known = np.isfinite(prediction.curve_steps[k])
@@ -426,7 +440,10 @@ def test_epsilon_of_the_simulated_curve() -> None:
 def test_epsilon_of_a_smoothed_curve() -> None:
     smoothing = Smoothing.moving_average(8)
     predictor = TrainingTimePredictor(
-        _linear(), target_epsilon=0.1, max_steps=300, smoothing=smoothing, n_seeds=1
+        _linear(),
+        target_epsilon=0.1,
+        max_steps=300,
+        settings=PredictorSettings(smoothing=smoothing, n_seeds=1),
     )
     assert predictor.target == Target("smoothed_loss", 0.1, settled=True)
     prediction = predictor.predict(0.05, 12)

@@ -24,6 +24,7 @@ from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import KNOTS
 from optuna_ttp.calibration import Observation
 from optuna_ttp.prediction import Prediction
+from optuna_ttp.prediction import PredictorSettings
 from optuna_ttp.prediction import TrainingTimePredictor
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import Throughput
@@ -33,6 +34,7 @@ from tests.models import small_predictor
 from tests.models import small_spectrum
 from tests.observations import of_prediction
 from tests.observations import slower
+from tests.predictors import predictor_with
 
 
 def _timed() -> Spectrum:
@@ -43,7 +45,7 @@ def _timed() -> Spectrum:
 def _predictor(**arguments: Any) -> TrainingTimePredictor:
     if not any(k.startswith("target") for k in arguments):
         arguments["target_fraction"] = 0.6
-    return TrainingTimePredictor(_timed(), **arguments)
+    return predictor_with(_timed(), **arguments)
 
 
 # Against real training
@@ -232,7 +234,7 @@ def test_target_accuracy() -> None:
 )
 def test_bad_targets_are_refused(target: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrainingTimePredictor(spectrum(), **target)  # type: ignore[arg-type]
+        predictor_with(spectrum(), **target)
 
 
 def test_target_at_the_initial_loss_is_refused() -> None:
@@ -373,7 +375,9 @@ def test_seconds_are_not_known_without_throughput() -> None:
     assert np.isnan(predictor.predict(0.1, [4, 12]).seconds).all()
     assert np.isnan(predictor.seconds_per_step(4))
     own = Throughput(np.array([1]), np.array([2.0]), device="somewhere")
-    predictor = TrainingTimePredictor(spectrum(), target_fraction=0.6, throughput=own)
+    predictor = TrainingTimePredictor(
+        spectrum(), target_fraction=0.6, settings=PredictorSettings(throughput=own)
+    )
     prediction = predictor.predict(0.1, 4)
     assert prediction.seconds == 2.0 * prediction.steps
 
@@ -609,7 +613,9 @@ def test_horizon_that_is_not_whole_is_refused() -> None:
 @pytest.mark.parametrize("device", ["xyz", "meta", "cuda:77"])
 def test_devices_that_cannot_be_used_are_refused(device: str) -> None:
     with pytest.raises(ValueError, match="device must be one that torch can use here but got"):
-        TrainingTimePredictor(spectrum(), target_fraction=0.5, device=device)
+        TrainingTimePredictor(
+            spectrum(), target_fraction=0.5, settings=PredictorSettings(device=device)
+        )
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_what_a_predictor_lacks_is_named() -> None:
         estimate = score = depth_after = seconds_per_step = max_learning_rate = informed = None
         n_samples = max_steps = target = target_depth = best_depth = calibration = None
         initial_loss = initial_loss_sd = throughput = observations = has_surface = None
-        setup_seconds = 0.0
+        setup_seconds = default_momentum = 0.0
 
     with pytest.raises(
         TypeError,

@@ -193,3 +193,20 @@ def test_a_table_of_the_functions_own_is_no_missing_parameter() -> None:
     mapping = HyperparameterMap(batch_size=lambda p: sizes[p["size"].upper()])
     with pytest.raises(ValueError, match=r"has for batch_size must .* KeyError: 'SMALL'"):
         mapping.resolve({"learning_rate": 0.1, "momentum": 0.0, "size": "small"})
+
+
+def test_the_momentum_of_the_optimiser_counts_where_a_trial_has_none() -> None:
+    plain = HyperparameterMap()
+    mapping = plain.with_default_momentum(0.9)
+    params = {"learning_rate": 0.1, "batch_size": 8}
+    assert mapping.resolve(params) == Configuration(0.1, 8, 0.9)
+    assert mapping.parameters_read(params) == set(params)
+    assert mapping.resolve({**params, "momentum": 0.5}) == Configuration(0.1, 8, 0.5)
+    assert mapping.parameters_read({**params, "momentum": 0.5}) == {*params, "momentum"}
+    assert mapping == plain and mapping.resolve({}) is None
+    with pytest.raises(MissingParameterError):
+        plain.resolve(params)
+    with pytest.raises(MissingParameterError):
+        mapping.resolve({"learning_rate": 0.1})
+    fixed = HyperparameterMap(momentum=0.0).with_default_momentum(0.9)
+    assert fixed.resolve(params) == Configuration(0.1, 8, 0.0)
