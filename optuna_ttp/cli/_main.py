@@ -12,15 +12,7 @@ from optuna_ttp.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments:
-            The command line. That of the process by default.
-
-    Returns:
-        The exit status.
-    """
+    """Run the command with its arguments, those of the process by default; return the status."""
     options = _parser().parse_args(arguments)
     if options.command == "store":
         return _store_command.run(options)
@@ -40,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="optuna-ttp",
         description="Predict fine-tuning time before the first step, inside Optuna.",
@@ -48,29 +41,31 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(
         "demo",
-        help="fine-tune a digits network: one search plain, one with predictions",
+        help="search twice for the fastest fine-tuning: without and with predictions",
         description=(
-            "Pretrains a small network on the digits 0 to 4, then searches learning rate, batch "
-            "size and momentum for fine-tuning it to 5 to 9: once with TPE and the median pruner, "
-            "once with both wrapped, each for the same number of seconds."
+            "Pretrains a small network on the digits 0 to 4, then searches for the learning rate, "
+            "batch size and momentum that fine-tune it fastest to the digits 5 to 9: once with "
+            "TPE and the median pruner, once with both of them wrapped, each for the same number "
+            "of seconds."
         ),
     )
     demo.add_argument(
-        "--seconds", type=_positive, default=40.0, help="budget of each search (default: 40)"
+        "--seconds", type=_positive, default=40.0, help="seconds for each search (default: 40)"
     )
-    demo.add_argument("--seed", type=int, default=0, help="for everything (default: 0)")
+    demo.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     demo.add_argument(
         "--picture",
         type=Path,
         default=Path("optuna-ttp-demo.png"),
-        help="where to draw the result (default: optuna-ttp-demo.png)",
+        help="file to draw the result into (default: optuna-ttp-demo.png)",
     )
-    demo.add_argument("--no-picture", action="store_true", help="do not draw")
+    demo.add_argument("--no-picture", action="store_true", help="do not draw the result")
     _store_command.add_parser(commands)
     return parser
 
 
 def _positive(text: str) -> float:
+    """Return the positive, finite number that a text stands for."""
     try:
         value = float(text)
     except ValueError:

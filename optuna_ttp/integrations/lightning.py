@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 class TrainingLogCallback(Callback):
     """Records the loss that ``training_step`` returns with a :class:`~optuna_ttp.TrainingLog`.
 
-    One loss is recorded for each optimiser step: where gradients are accumulated, the mean over
-    the batches of the step. A ``training_step`` that returns no loss, as with manual optimisation,
-    has to return a dictionary with ``"loss"`` to be recorded.
+    One loss is recorded for each optimiser step; where gradients are accumulated, it is the mean
+    over the batches of the step. With manual optimisation, ``training_step`` has to return a
+    dictionary with the key ``"loss"``.
 
     The curve is written to the trial when fitting ends, also by an exception such as
-    :exc:`optuna.TrialPruned`, and now and then in between.
+    :exc:`optuna.TrialPruned`, and each time the number of recorded losses has doubled.
 
     Example:
         >>> def objective(trial):
@@ -66,7 +66,7 @@ class TrainingLogCallback(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Record the loss once its optimiser step is done."""
+        """Record the loss after its optimiser step."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is not None:
             # The trainer has divided it by the number of batches that it accumulates.
@@ -89,6 +89,6 @@ class TrainingLogCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Write the curve to the trial: that of a pruned one is an observation too."""
+        """Write the curve to the trial, because predictions learn from pruned trials, too."""
         if trainer.is_global_zero:
             self._log.write()

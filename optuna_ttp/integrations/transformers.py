@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 class TrainingLogCallback(TrainerCallback):  # type: ignore[misc]
     """Records what the trainer logs as ``"loss"`` with a :class:`~optuna_ttp.TrainingLog`.
 
-    That is the mean over the optimiser steps since the trainer logged last, so it is recorded for
+    The trainer logs the mean over the optimiser steps since it logged last, so it is recorded for
     the step in the middle of them. Choose a small ``logging_steps``: the curve has no more points
-    than the trainer logs, and its first fall is what tells most. The trainer hides losses that are
-    NaN or infinite unless ``logging_nan_inf_filter=False``.
+    than the trainer logs, and its first part tells most. The trainer hides losses that are NaN or
+    infinite unless ``logging_nan_inf_filter=False``.
 
-    The curve is written to the trial when training ends, at the end of each epoch and after each
-    evaluation, and now and then in between. So a trial that is pruned on an evaluation keeps it.
-    Call :meth:`close` where training may end by another exception.
+    The curve is written to the trial when training ends, at the end of each epoch, after each
+    evaluation, and each time the number of recorded losses has doubled, so that a trial that is
+    pruned after an evaluation has its curve. Call :meth:`close` where training may
+    end by another exception.
 
     Example:
         >>> def objective(trial):
@@ -72,7 +73,7 @@ class TrainingLogCallback(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Record the mean loss since the last time."""
+        """Record the mean loss since the trainer logged last."""
         n_steps = int(state.global_step)
         # Validation losses and the summary at the end come under other names.
         if logs is None or "loss" not in logs or n_steps <= self._n_logged:
@@ -95,7 +96,7 @@ class TrainingLogCallback(TrainerCallback):  # type: ignore[misc]
             self.close()
 
     def close(self) -> None:
-        """Write the curve to the trial. The trainer calls for this itself as training ends."""
+        """Write the curve to the trial. This is done automatically when training ends."""
         self._log.close()
 
     def _write(self, state: Any) -> None:

@@ -7,9 +7,10 @@ Subclass :class:`PrunerTestCase` in a test module and give it a fixture named ``
     ...     def pruner(self, request):
     ...         return request.param  # called without arguments, it makes a new pruner
 
-Override a test with ``pass`` where a pruner is meant to behave otherwise. Optuna's own pruners
-pass, but for :class:`~optuna.pruners.SuccessiveHalvingPruner` with ``min_resource="auto"``: it
-keeps what the first study's trials told for every other one. Needs pytest.
+Override a test with ``pass`` where a pruner is meant to behave differently. Optuna's own pruners
+pass all tests, except :class:`~optuna.pruners.SuccessiveHalvingPruner` with
+``min_resource="auto"``, which uses what it learned from the trials of one study in all others.
+The suite needs pytest.
 """
 
 from __future__ import annotations
@@ -39,36 +40,36 @@ _N_STEPS = 8
 
 
 class PrunerTestCase:
-    """What Optuna and its samplers expect of any pruner.
+    """Tests of what Optuna and its samplers expect of any pruner.
 
-    Reports are whole steps from zero on. Finished trials of a study are good ones unless a test
-    says otherwise.
+    Trials report at the steps 0, 1, 2 and so on. Unless a test says otherwise, the finished trials
+    of a study have good values.
     """
 
     @pytest.fixture
     def pruner(self) -> PrunerFactory:
-        """Make a new pruner. To be overridden.
+        """Return a function that makes a new pruner. Subclasses override this fixture.
 
         Raises:
             NotImplementedError:
-                If it is not.
+                If a subclass does not.
         """
         raise NotImplementedError("Give a fixture `pruner` that returns a function.")
 
     @_DIRECTIONS
     def test_the_first_trial_runs(self, pruner: PrunerFactory, direction: Direction) -> None:
-        """Nothing is known that it could be worse than."""
+        """The first trial is not pruned, because there is none to compare it with."""
         study = _study(pruner(), direction)
         assert _run(study, [1.0 / (step + 1) for step in range(_N_STEPS)]) == _N_STEPS
 
     def test_nothing_is_reported_yet(self, pruner: PrunerFactory) -> None:
-        """Asking before any report is allowed."""
+        """A trial may ask before it has reported anything."""
         study = _study(pruner())
         answer = study.ask(_space()).should_prune()
         assert _is_bool(answer)
 
     def test_the_answer_is_a_bool(self, pruner: PrunerFactory) -> None:
-        """Nothing else that is true or false. NumPy's will do: Optuna's own pruners return it."""
+        """The answer is a bool of Python, or of NumPy, as Optuna's own pruners return it."""
         study = _study(pruner(), n_good=6)
         trial = study.ask(_space())
         for step in range(_N_STEPS):
@@ -97,7 +98,7 @@ class PrunerTestCase:
         assert lengths[0] == lengths[1]
 
     def test_the_same_reports_get_the_same_answer(self, pruner: PrunerFactory) -> None:
-        """Asking twice changes nothing."""
+        """A trial that asks twice without a new report gets the same answer."""
         study = _study(pruner(), n_good=6)
         trial = study.ask(_space())
         for step in range(_N_STEPS):
@@ -105,7 +106,7 @@ class PrunerTestCase:
             assert trial.should_prune() == trial.should_prune()
 
     def test_the_trial_is_not_changed(self, pruner: PrunerFactory) -> None:
-        """A pruner decides; values, parameters and reports are those of the objective."""
+        """A pruner changes neither values nor parameters nor reports of a trial."""
         study = _study(pruner(), n_good=4)
         trial = study.ask(_space())
         trial.report(1.0, 0)
@@ -118,8 +119,8 @@ class PrunerTestCase:
         assert after.state == TrialState.RUNNING
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-    def test_reports_that_are_no_numbers(self, pruner: PrunerFactory, value: float) -> None:
-        """They are answered, wherever they come."""
+    def test_reports_that_are_not_finite(self, pruner: PrunerFactory, value: float) -> None:
+        """A pruner answers after a report that is NaN or infinite, and after the next one."""
         study = _study(pruner(), n_good=4)
         trial = study.ask(_space())
         for step, report in enumerate([1.0, value, 1.0]):
@@ -129,7 +130,7 @@ class PrunerTestCase:
         _run(study, [1.0] * 3)
 
     def test_trials_without_reports(self, pruner: PrunerFactory) -> None:
-        """Finished, pruned, failed and running trials that reported nothing do no harm."""
+        """A pruner answers although other trials, in any state, have reported nothing."""
         study = _study(pruner())
         for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL):
             value = 0.5 if state == TrialState.COMPLETE else None
@@ -140,7 +141,7 @@ class PrunerTestCase:
         assert _is_bool(trial.should_prune())
 
     def test_steps_that_others_do_not_have(self, pruner: PrunerFactory) -> None:
-        """Steps need not be consecutive, nor those of other trials."""
+        """The steps of a trial need not be consecutive, nor the same as those of other trials."""
         study = _study(pruner(), n_good=4)
         trial = study.ask(_space())
         for step in (1, 5, 100, 10_000):
@@ -149,7 +150,7 @@ class PrunerTestCase:
 
     @pytest.mark.parametrize("n_jobs", [1, 2])
     def test_a_study_goes_to_its_end(self, pruner: PrunerFactory, n_jobs: int) -> None:
-        """Every trial is completed or pruned, and some are completed."""
+        """Every trial of a search is completed or pruned, and at least one is completed."""
 
         def objective(trial: optuna.Trial) -> float:
             x = trial.suggest_float("x", 0.0, 1.0)
@@ -166,7 +167,7 @@ class PrunerTestCase:
         assert TrialState.COMPLETE in states
 
     def test_it_goes_on_after_being_pickled(self, pruner: PrunerFactory) -> None:
-        """Studies are pickled, and other processes have a pruner of their own."""
+        """A pruner that was pickled gives the same answer, because studies are pickled."""
         study = _study(pruner(), n_good=6)
         trial = study.ask(_space())
         trial.report(50.0, 0)
@@ -176,7 +177,7 @@ class PrunerTestCase:
 
     @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
     def test_ask_and_tell_by_number(self, pruner: PrunerFactory) -> None:
-        """A trial need not be pruned by whoever asked for it."""
+        """A trial may be told by its number, by code other than that which asked for it."""
         study = _study(pruner(), n_good=2)
         trial = study.ask(_space())
         trial.report(1.0, 0)
@@ -185,7 +186,7 @@ class PrunerTestCase:
         assert study.trials[-1].state == TrialState.COMPLETE
 
     def test_one_pruner_serves_several_studies(self, pruner: PrunerFactory) -> None:
-        """What one study's trials reported is nothing to another's."""
+        """Two studies that share a pruner do not learn from each other's reports."""
         shared = pruner()
         lengths = [
             [_run(study, [float(7 * k % 5)] * _N_STEPS) for k in range(8)]
@@ -201,7 +202,7 @@ def _is_bool(answer: object) -> bool:
 def _study(pruner: BasePruner, direction: Direction = "minimize", n_good: int = 0) -> optuna.Study:
     study = optuna.create_study(
         direction=direction,
-        # Where a pruner draws lots, as Hyperband does for its brackets, by the study's name.
+        # Hyperband chooses the bracket of a trial by the study's name.
         study_name="conformance",
         sampler=optuna.samplers.RandomSampler(seed=0),
         pruner=pruner,
@@ -220,7 +221,7 @@ def _study(pruner: BasePruner, direction: Direction = "minimize", n_good: int = 
 
 
 def _run(study: optuna.Study, reports: list[float]) -> int:
-    """Run a trial with these reports; return at how many of them it was still running."""
+    """Run a trial with these reports and return after how many of them it was pruned."""
     trial = study.ask(_space())
     for step, value in enumerate(reports):
         trial.report(value, step)

@@ -363,7 +363,7 @@ def test_list_and_show(url: str, command: Any) -> None:
 
 def test_verify_tells_what_is_damaged(url: str, command: Any) -> None:
     _fill(url, "ab")
-    assert command("verify") == (0, "2 spectra read, all as they were written.\n")
+    assert command("verify") == (0, "2 spectra read; all of them are as they were written.\n")
     Database(url).write(
         lambda c: c.execute(sa.update(spectra).where(spectra.c.name == "a").values(checksum="0"))
     )
@@ -381,7 +381,7 @@ def test_prune_takes_sizes(url: str, command: Any) -> None:
     store, size = _fill(url, "abc")
     status, text = command("prune", "--max-size", f"{2.5 * size / 1024}K")
     assert status == 0
-    assert "1 spectrum evicted" in text
+    assert "1 spectrum above the size limit" in text
     assert _names(store) == "bc"
     with pytest.raises(SystemExit) as stop:
         command("prune", "--max-size", "many")

@@ -68,7 +68,7 @@ def plot_decisions(study: optuna.Study, *, ax: Axes | None = None) -> Axes:
             )
     ax.set_xscale("log")
     ax.set_yscale("log", base=2)
-    _label_batch_sizes(ax, {size for group in points.values() for _, size in group})
+    _label_batch_sizes(ax, {y for group in points.values() for _, y in group})
     ax.set_xlabel("Effective learning rate")
     ax.set_ylabel("Batch size")
     ax.set_title("What ran and what was skipped")

@@ -1,0 +1,67 @@
+"""What a search of the demo found and what it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import math
+
+import optuna
+
+from optuna_ttp.reporting import report
+from optuna_ttp.study import SKIP
+from optuna_ttp.visualization.matplotlib import best_over_time
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """A finished search.
+
+    Attributes:
+        name:
+            The name that is printed.
+        study:
+            The Optuna study.
+        head_start:
+            Seconds spent before the first trial.
+        seconds:
+            Seconds that the search took, including the head start.
+        budget:
+            Seconds that it should have taken.
+    """
+
+    name: str
+    study: optuna.Study
+    head_start: float
+    seconds: float
+    budget: float
+
+    @property
+    def best(self) -> tuple[float, float]:
+        """The best value within the budget, and after how many seconds it was reached."""
+        times, values = best_over_time(self.study, head_start=self.head_start)
+        within = [(v, t) for t, v in zip(times, values, strict=True) if t <= self.budget]
+        return within[-1] if within else (math.nan, math.nan)
+
+    def seconds_to(self, value: float) -> float:
+        """Return the seconds until the best value was at least as good as this one, or NaN."""
+        times, values = best_over_time(self.study, head_start=self.head_start)
+        return next((t for t, v in zip(times, values, strict=True) if v <= value), math.nan)
+
+    @property
+    def n_reached(self) -> int:
+        """The number of trials that reached the target."""
+        return sum(record.state == "COMPLETE" for record in report(self.study).records)
+
+    @property
+    def wasted_seconds(self) -> float:
+        """Seconds spent on trials that did not reach the target, including skipped ones."""
+        return sum(
+            record.paid_seconds
+            for record in report(self.study).records
+            if record.state != "COMPLETE" and math.isfinite(record.paid_seconds)
+        )
+
+    @property
+    def n_trained(self) -> int:
+        """The number of trials that took at least one step."""
+        return sum(record.decision != SKIP for record in report(self.study).records)
