@@ -14,23 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# A sketch makes four seeds of each; those of PyTorch have 64 bits.
-_SEEDS = 2**62
-
-
 def check_number(name: str, value: Any) -> None:
-    """Refuse what is no number.
-
-    Args:
-        name:
-            Of the argument.
-        value:
-            What was given.
-
-    Raises:
-        TypeError:
-            If it is none.
-    """
+    """Raise TypeError if the value of the argument ``name`` is not a number."""
     if (
         isinstance(value, bool | str)
         or np.ndim(value) != 0
@@ -40,58 +25,23 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_kind(name: str, value: Any, kind: type) -> None:
-    """Refuse what is not of a type.
-
-    Args:
-        name:
-            Of the argument.
-        value:
-            What was given.
-        kind:
-            The type.
-
-    Raises:
-        TypeError:
-            If it is none.
-    """
+    """Raise TypeError if the value of the argument ``name`` is not of a type."""
     if not isinstance(value, (bool, np.bool_) if kind is bool else kind):
         raise TypeError(f"{name} must be a {kind.__name__} but got {value!r}.")
 
 
 def check_seed(seed: Any) -> int:
-    """Refuse what is no seed.
-
-    Args:
-        seed:
-            What was given.
-
-    Returns:
-        The seed; PyTorch takes no integers of NumPy.
-
-    Raises:
-        ValueError:
-            If it is none.
-    """
+    """Return a seed as an int, which PyTorch needs; raise ValueError if it is no seed."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0 but got {seed!r}.")
-    if seed >= _SEEDS:
+    # A sketch makes four seeds of each, and those of PyTorch have 64 bits.
+    if seed >= 2**62:
         raise ValueError(f"seed must be less than 2**62 but got {seed!r}.")
     return int(seed)
 
 
 def check_memory(max_memory: Any) -> None:
-    """Refuse what is no memory budget.
-
-    Args:
-        max_memory:
-            What was given.
-
-    Raises:
-        TypeError:
-            If it is no number.
-        ValueError:
-            If it is not positive and finite.
-    """
+    """Raise TypeError or ValueError if a memory budget is no positive, finite number of bytes."""
     check_bytes(max_memory)
     if not (math.isfinite(max_memory) and max_memory > 0):
         raise ValueError(
@@ -100,16 +50,7 @@ def check_memory(max_memory: Any) -> None:
 
 
 def check_bytes(max_memory: Any) -> None:
-    """Refuse a memory budget that is no number.
-
-    Args:
-        max_memory:
-            What was given.
-
-    Raises:
-        TypeError:
-            If it is none.
-    """
+    """Raise TypeError if a memory budget is not a number."""
     try:
         check_number("max_memory", max_memory)
     except TypeError as error:
@@ -120,21 +61,9 @@ def check_bytes(max_memory: Any) -> None:
 
 
 def check_enough_memory(max_memory: float, minimum: int, what: str, advice: str) -> None:
-    """Refuse a memory budget that something does not fit.
+    """Raise ValueError if a budget is below the ``minimum`` bytes that ``what`` takes.
 
-    Args:
-        max_memory:
-            What was given, in bytes.
-        minimum:
-            What it takes, in bytes.
-        what:
-            What takes it.
-        advice:
-            What to do but giving more.
-
-    Raises:
-        ValueError:
-            If it does not fit.
+    The message ends with the advice, an alternative to a larger budget.
     """
     if not max_memory >= minimum:
         raise ValueError(
@@ -144,49 +73,23 @@ def check_enough_memory(max_memory: float, minimum: int, what: str, advice: str)
 
 
 def check_device(device: Any) -> torch.device:
-    """Refuse what torch cannot use here.
-
-    Args:
-        device:
-            Its name.
-
-    Returns:
-        The device.
-
-    Raises:
-        ValueError:
-            If it is none, or none that holds numbers.
-    """
+    """Return a device by its name; raise ValueError if torch cannot compute on it here."""
     import torch
 
     try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).cpu()
+        usable = torch.device(device)
+        torch.zeros(1, device=usable).cpu()
     # An unknown name, a build without CUDA, a device without numbers, no name at all.
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(
             f"device must be one that torch can use here but got {device!r}: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    return found
+    return usable
 
 
 def check_count(name: str, value: int) -> int:
-    """Refuse what is no positive integer.
-
-    Args:
-        name:
-            Of the argument.
-        value:
-            What was given.
-
-    Returns:
-        The integer.
-
-    Raises:
-        ValueError:
-            If it is none.
-    """
+    """Return the value of the argument ``name`` as an int; raise ValueError unless positive."""
     if not isinstance(value, bool):
         check_number(name, value)
     if isinstance(value, bool) or not 1 <= value <= 2**53 or value != int(value):
@@ -195,23 +98,7 @@ def check_count(name: str, value: int) -> int:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
-    """Refuse what is not one of a few.
-
-    Args:
-        name:
-            Of the argument.
-        value:
-            What was given.
-        choices:
-            The few.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError:
-            If it is none.
-    """
+    """Return the value of the argument ``name``; raise ValueError unless it is a choice."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)} but got {value!r}.")
     return value

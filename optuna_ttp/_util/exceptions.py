@@ -1,7 +1,7 @@
 """Exceptions and warnings of this package, so that users can catch or filter them by class.
 
-Wrong arguments raise :exc:`ValueError` or :exc:`TypeError`; the classes here are for what can only
-be found out later. Every warning derives from :class:`OptunaTTPWarning`.
+Wrong arguments raise :exc:`ValueError` or :exc:`TypeError`; the classes here are for conditions
+that appear only later. Every warning derives from :class:`OptunaTTPWarning`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ class StoreError(OptunaTTPError):
 
 
 class StoreVersionError(StoreError):
-    """The spectrum store was made by a newer version of this package."""
+    """The spectrum store has tables of another version of this package, unknown to this one."""
 
 
 class DamagedSpectrumError(OptunaTTPError, ValueError):
-    """Bytes are no spectrum, not as they were written, or of a newer format."""
+    """Bytes are no spectrum, differ from what was written, or have another version's format."""
 
 
 class LearnedConflictError(StoreError):
-    """Another worker stored what it learned of a task in between."""
+    """Another worker has stored something newer than what was to be replaced."""
 
 
 class FingerprintMismatchError(OptunaTTPError):
-    """A spectrum belongs to another model, data set or loss than the task at hand."""
+    """A spectrum belongs to another model, data set or loss than the given task."""
 
 
 class OptunaTTPWarning(UserWarning):
@@ -44,7 +44,7 @@ class DamagedSpectrumWarning(OptunaTTPWarning):
 
 
 class UnreliablePredictionWarning(OptunaTTPWarning):
-    """Predictions disagree with observed training, or rest on an extrapolation."""
+    """Predictions disagree with observed training, or are an extrapolation."""
 
 
 class UnusableCurveWarning(OptunaTTPWarning):

@@ -15,13 +15,8 @@ def lazy_names(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return ``__getattr__`` and ``__dir__`` of a package whose names are imported on first use.
 
-    So ``import optuna_ttp`` stays quick, and the side of Optuna does not load torch.
-
-    Args:
-        package:
-            Its ``__name__``.
-        modules:
-            The names that it offers, by the module below it that defines them.
+    ``modules`` maps each module below the package to the names that the package offers of it. So
+    ``import optuna_ttp`` stays quick, and sampler and pruner do not load torch.
     """
     home = {name: module for module, names in modules.items() for name in names}
 

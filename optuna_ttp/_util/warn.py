@@ -10,14 +10,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
-    """Warn, from whatever depth of the package, of the line outside of it that called it.
-
-    Args:
-        message:
-            The warning.
-        category:
-            Its class.
-    """
+    """Warn with the line outside of this package that called it, from whatever depth inside."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None:
         name = str(frame.f_globals.get("__name__", ""))

@@ -47,7 +47,8 @@ class SpectrumStore:
     with ``ttp_``, and Optuna's own are not touched.
 
     Every read is checked: a spectrum of which a bit has changed is put aside with a
-    :class:`~optuna_ttp.DamagedSpectrumWarning` and computed again.
+    :class:`~optuna_ttp.DamagedSpectrumWarning` and computed again. Every method raises
+    :exc:`~optuna_ttp.StoreError` if the database fails.
 
     Example:
         >>> with SpectrumStore("sqlite:///ttp.db") as store:
@@ -152,8 +153,6 @@ class SpectrumStore:
         Raises:
             TypeError:
                 If this is no task, or a setting is unknown.
-            StoreError:
-                If the database fails.
         """
         return get_or_compute(self._table, task, self._lease_seconds, instead_of_waiting, settings)
 
@@ -173,8 +172,6 @@ class SpectrumStore:
         Raises:
             FingerprintMismatchError:
                 If the stored arrays belong to another task.
-            StoreError:
-                If the database fails.
         """
         return self._table.get(_fingerprint(task), settings)
 
@@ -193,8 +190,6 @@ class SpectrumStore:
         Raises:
             ValueError:
                 If the spectrum was not computed with these settings.
-            StoreError:
-                If the database fails.
         """
         if not isinstance(spectrum, Spectrum):
             raise TypeError(f"spectrum must be a Spectrum but got {type(spectrum).__name__}.")
@@ -207,10 +202,6 @@ class SpectrumStore:
 
         One whose description cannot be read is left out with a
         :class:`~optuna_ttp.DamagedSpectrumWarning`.
-
-        Raises:
-            StoreError:
-                If the database fails.
         """
         return self._table.list()
 
@@ -223,10 +214,6 @@ class SpectrumStore:
 
         Returns:
             How many there were.
-
-        Raises:
-            StoreError:
-                If the database fails.
         """
         return self._table.delete(_fingerprint(task))
 
@@ -260,10 +247,6 @@ class SpectrumStore:
 
         Returns:
             The JSON value with its version, or :obj:`None` where there is none.
-
-        Raises:
-            StoreError:
-                If the database fails.
         """
         return _learned.get(self._database, fingerprint, kind, dict(settings or {}))
 
@@ -300,8 +283,6 @@ class SpectrumStore:
                 If the payload is not JSON.
             LearnedConflictError:
                 If another worker stored something since that version.
-            StoreError:
-                If the database fails.
         """
         names = dict(settings or {})
         return _learned.put(self._database, fingerprint, kind, names, payload, version)
@@ -338,8 +319,6 @@ class SpectrumStore:
         Raises:
             ValueError:
                 If the merged value is not JSON.
-            StoreError:
-                If the database fails.
         """
         return _learned.update(self._database, fingerprint, kind, dict(settings or {}), merge)
 
@@ -353,10 +332,6 @@ class SpectrumStore:
 
         Returns:
             The numbers of spectra that were checked and the faults of the damaged ones.
-
-        Raises:
-            StoreError:
-                If the database fails.
         """
         return _housekeeping.verify(self._database, self._table.folder, put_aside)
 
@@ -377,8 +352,6 @@ class SpectrumStore:
         Raises:
             ValueError:
                 If the limit is negative.
-            StoreError:
-                If the database fails.
         """
         _check_limit(max_bytes)
         pruning = _housekeeping.prune(self._database, self._table.folder, max_bytes)
@@ -401,8 +374,6 @@ class SpectrumStore:
         Raises:
             KeyError:
                 If there is no spectrum of this key, or only a damaged one.
-            StoreError:
-                If the database fails.
         """
         described = {stored.key: stored for stored in self.list()}[key]
         spectrum = self._table.get_by_key(key)
@@ -427,8 +398,6 @@ class SpectrumStore:
         Raises:
             DamagedSpectrumError:
                 If the file is no spectrum, or one of another version's format.
-            StoreError:
-                If the database fails.
         """
         spectrum = Spectrum.load(path)
         metadata = spectrum.metadata

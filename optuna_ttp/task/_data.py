@@ -1,4 +1,4 @@
-"""Reading the user's data: which samples, in which order, as which tensors."""
+"""Reading the user's data: its samples in a fixed order, as batches of tensors."""
 
 from __future__ import annotations
 
@@ -20,29 +20,19 @@ from torch.utils.data import TensorDataset
 from optuna_ttp._util.exceptions import DataOrderWarning
 from optuna_ttp._util.warn import warn_caller
 from optuna_ttp.task._loss import Loss
-from optuna_ttp.task._tensors import map_tensors
 
 
-# Samples that are read together; part of the fingerprint, because a collate function may pad.
 READ_SIZE = 64
+"""Samples that are read together. The fingerprint depends on it, as a collate function may pad."""
 _LABEL_KEYS = ("labels", "label")
 
 
 def read_data_argument(data: Any) -> tuple[Any, list[int], Callable[[list[Any]], Any]]:
-    """Say which samples the user's argument holds, in which order, and how they are collated.
+    """Return the data set of the user's argument, the indices of its samples, and how it collates.
 
-    Args:
-        data:
-            A map-style data set, a loader over one, or a pair of tensors.
-
-    Returns:
-        The data set, the indices of its samples, and the collate function.
-
-    Raises:
-        TypeError:
-            If the argument is of another kind.
-        ValueError:
-            If it is empty, of unequal lengths, or draws other samples every time.
+    Raises TypeError where the argument is neither a map-style data set, a loader over one nor a
+    pair of tensors, ValueError where it is empty, of unequal lengths, or draws other samples every
+    time.
     """
     if isinstance(data, DataLoader):
         if isinstance(data.dataset, IterableDataset):
@@ -84,7 +74,7 @@ def read_data_argument(data: Any) -> tuple[Any, list[int], Callable[[list[Any]],
 
 
 def _is_item_sequence(data: Sequence[Any]) -> bool:
-    """Tell a list of two (inputs, target) items from a pair of tensors."""
+    """Return whether data are a list of (inputs, target) items, not a pair of tensors."""
     return isinstance(data, list) and isinstance(data[0], tuple | Mapping)
 
 
@@ -94,11 +84,9 @@ def _check_not_empty(n_samples: int) -> None:
 
 
 def _loader_indices(loader: DataLoader[Any]) -> list[int]:
-    """The samples of a loader in a fixed order.
+    """Return the indices of a loader's samples in a fixed order, with a warning if it shuffles.
 
-    Raises:
-        ValueError:
-            If the loader draws other samples each time it is read.
+    Raises ValueError where the loader draws other samples each time it is read.
     """
     _check_not_empty(len(loader.dataset))  # type: ignore[arg-type]
     batch_sampler = loader.batch_sampler
@@ -126,7 +114,7 @@ def _loader_indices(loader: DataLoader[Any]) -> list[int]:
 
 @contextmanager
 def _preserved_generators(*samplers: Any) -> Iterator[None]:
-    """Reading a sampler advances its generator, and with it the order of later training."""
+    """Restore at the end the state of the samplers' generators, which training depends on."""
     owners = [*samplers, *(getattr(s, "sampler", None) for s in samplers)]
     generators = [getattr(owner, "generator", None) for owner in owners]
     states = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
@@ -138,20 +126,10 @@ def _preserved_generators(*samplers: Any) -> Iterator[None]:
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
-    """Split what the collate function made into (inputs, targets).
+    """Split a collated batch into inputs (a tensor, a tuple or a mapping) and targets.
 
-    Args:
-        batch:
-            A sequence (inputs..., targets), or a mapping with the targets under a label key.
-
-    Returns:
-        The inputs (a tensor, a tuple or a mapping) and the targets.
-
-    Raises:
-        TypeError:
-            If the batch is of another kind.
-        ValueError:
-            If a mapping has no label key.
+    Raises TypeError where the batch is neither a sequence (inputs..., targets) nor a mapping,
+    ValueError where a mapping has no label key.
     """
     if isinstance(batch, Mapping):
         for key in _LABEL_KEYS:
@@ -170,24 +148,10 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 
 def check_targets(batches: list[Any], loss: Loss, n_outputs: int) -> NDArray[Any]:
-    """Check the targets against loss and outputs.
+    """Return all targets as one array, after checks against the loss and the C outputs.
 
-    Args:
-        batches:
-            The targets, batch by batch.
-        loss:
-            What they are for.
-        n_outputs:
-            C.
-
-    Returns:
-        Class indices of shape ``(N,)``, or real targets of shape ``(N, C)``.
-
-    Raises:
-        TypeError:
-            If they are of a kind that the loss does not take.
-        ValueError:
-            If their shape or range does not fit.
+    Takes them batch by batch; returns class indices of shape ``(N,)`` or real targets of shape
+    ``(N, C)``. Raises TypeError where their kind, ValueError where their shape or range is wrong.
     """
     if not all(isinstance(t, torch.Tensor) for t in batches):
         raise TypeError(
@@ -213,6 +177,7 @@ def check_targets(batches: list[Any], loss: Loss, n_outputs: int) -> NDArray[Any
 
 
 def _check_labels(targets: torch.Tensor, loss: Loss, n_outputs: int) -> NDArray[np.int64]:
+    """Return class indices as an array, after checks of type, shape, range and weights."""
     if targets.is_floating_point() or targets.dtype == torch.bool or targets.is_complex():
         raise TypeError(
             f"The targets of the cross-entropy must be class indices (integers) but got "
@@ -240,84 +205,11 @@ def _check_labels(targets: torch.Tensor, loss: Loss, n_outputs: int) -> NDArray[
     return labels
 
 
-def check_inputs(inputs: Any, n_read: int) -> None:
-    """Refuse inputs that are complex or not finite.
-
-    Args:
-        inputs:
-            A batch of them.
-        n_read:
-            The number of its first sample.
-
-    Raises:
-        TypeError:
-            If one is complex.
-        ValueError:
-            If one is NaN or infinite.
-    """
-
-    def check(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_complex():
-            raise TypeError(
-                f"The inputs must be real but got {tensor.dtype}. Pass torch.view_as_real of "
-                "them, and torch.view_as_complex in the model or forward=."
-            )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            finite = torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1)
-            place = n_read + int((~finite).nonzero()[0])
-            raise ValueError(
-                f"The inputs must be finite but got NaN or infinity in sample {place}."
-            )
-        return tensor
-
-    map_tensors(inputs, check)
-
-
-def check_numbers(what: str, value: Any) -> None:
-    """Refuse tensors that have a shape but no numbers.
-
-    Args:
-        what:
-            What they are.
-        value:
-            Any nesting of tensors.
-
-    Raises:
-        ValueError:
-            If one is on the meta device.
-    """
-
-    def check(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_meta:
-            raise ValueError(
-                f"{what} must hold numbers but got a tensor on the meta device, which has none. "
-                "Load them first: load_state_dict(..., assign=True), or from_pretrained without "
-                "offloading."
-            )
-        return tensor
-
-    map_tensors(value, check)
-
-
 def collated(collate: Callable[[list[Any]], Any], items: list[Any], first: int) -> Any:
-    """Make a batch.
+    """Return a batch of items, of which ``first`` is the number of the first one.
 
-    Args:
-        collate:
-            Makes it.
-        items:
-            Of the data set.
-        first:
-            The number of the first one.
-
-    Returns:
-        The batch.
-
-    Raises:
-        TypeError:
-            If items cannot be put into one batch because of their types.
-        ValueError:
-            If they cannot because of their shapes.
+    Raises TypeError or ValueError where items do not fit into one batch because of their types or
+    shapes.
     """
     try:
         return collate(items)
@@ -328,28 +220,3 @@ def collated(collate: Callable[[list[Any]], Any], items: list[Any], first: int) 
             "Give all of them inputs and targets of the same types and shapes, or a DataLoader "
             f"whose collate_fn pads them. It says: {(str(error) or kind.__name__).splitlines()[0]}"
         ) from error
-
-
-def describe_inputs(inputs: Any) -> str:
-    """Say of which form inputs are.
-
-    Args:
-        inputs:
-            A batch of them.
-
-    Returns:
-        Shapes, without the axis of samples, and types of all tensors, and the range of integers.
-    """
-    parts: list[str] = []
-
-    def add(tensor: torch.Tensor) -> torch.Tensor:
-        kind = str(tensor.dtype).removeprefix("torch.")
-        if tensor.is_floating_point() or tensor.is_complex() or tensor.numel() == 0:
-            values = kind
-        else:
-            values = f"{kind}, from {int(tensor.min())} to {int(tensor.max())}"
-        parts.append(f"shape {tuple(tensor.shape[1:])} a sample ({values})")
-        return tensor
-
-    map_tensors(inputs, add)
-    return ", ".join(parts) or type(inputs).__name__

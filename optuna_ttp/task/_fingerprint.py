@@ -1,4 +1,4 @@
-"""Hashing of weights, data and code, the same way in every process."""
+"""Hashing of weights, data and code so that every process gets the same digest."""
 
 from __future__ import annotations
 
@@ -20,16 +20,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def hash_tensor(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
-    """Hash a tensor's name, kind, shape and bytes.
-
-    Args:
-        digest:
-            What is added to.
-        name:
-            Tells equal tensors apart.
-        tensor:
-            Any tensor.
-    """
+    """Add a tensor's name, which tells equal ones apart, kind, shape and bytes to a digest."""
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     contiguous = tensor.detach().cpu().contiguous()
     # Byte view, because numpy has no bfloat16.
@@ -37,14 +28,7 @@ def hash_tensor(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
 
 
 def hash_value(digest: hashlib._Hash, value: Any) -> None:
-    """Hash tensors, arrays, containers, code and modules; anything else by its printed form.
-
-    Args:
-        digest:
-            What is added to.
-        value:
-            Anything.
-    """
+    """Add a value to a digest: tensors, containers, code, modules by content, others by repr."""
     if isinstance(value, torch.Tensor):
         hash_tensor(digest, "tensor", value)
     elif isinstance(value, np.ndarray):
@@ -72,20 +56,12 @@ def hash_value(digest: hashlib._Hash, value: Any) -> None:
 
 
 def plain_repr(value: Any) -> str:
-    """Return the printed form without addresses, which differ between processes.
-
-    Args:
-        value:
-            Anything.
-
-    Returns:
-        The text.
-    """
+    """Return the printed form without addresses, which differ between processes."""
     return re.sub(r"0x[0-9a-fA-F]+", "", repr(value))
 
 
 def hash_function(digest: hashlib._Hash, function: Callable[..., Any] | None) -> None:
-    """Hash what a function does, as far as it can be seen, the same way in every process."""
+    """Add a function's name, code, defaults and constant closure values to a digest."""
     if isinstance(function, functools.partial):
         hash_value(digest, ("partial", function.args, function.keywords))
         function = function.func
@@ -105,20 +81,20 @@ def hash_function(digest: hashlib._Hash, function: Callable[..., Any] | None) ->
             except ValueError:
                 # Not assigned yet.
                 continue
-            # What can change without being assigned, such as a list that counts calls, is no
-            # setting.
+            # Mutable values, such as a list that counts calls, are no settings.
             if isinstance(value, (*_PLAIN, tuple, torch.Tensor, torch.nn.Module, FunctionType)):
                 hash_value(digest, value)
 
 
 def hash_module_settings(digest: hashlib._Hash, name: str, module: torch.nn.Module) -> None:
-    """Hash a module's plain attributes, and its code where it is not PyTorch's own."""
+    """Add a module's plain attributes, and its code if it is not PyTorch's own, to a digest."""
     hash_value(digest, (name, _plain_attributes(module)))
     if not type(module).__module__.startswith("torch."):
         hash_function(digest, type(module).forward)
 
 
 def _plain_attributes(value: Any) -> dict[str, Any]:
+    """Return an object's public attributes that are numbers, texts or None."""
     return {
         k: v
         for k, v in getattr(value, "__dict__", {}).items()

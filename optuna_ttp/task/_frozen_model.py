@@ -1,4 +1,4 @@
-"""The user's model as a pure function, borrowed: everything about it is put back afterwards."""
+"""The user's model as a pure function of its inputs and weights, and undoing its side effects."""
 
 from __future__ import annotations
 
@@ -26,16 +26,6 @@ _VECTOR_WIDTH = 16
 class FrozenModel:
     """The outputs as a function of inputs and trainable parameters; see ``FineTuningTask.frozen``.
 
-    Args:
-        model:
-            The user's module, already in the mode to run in.
-        forward:
-            The user's adapter, or :obj:`None`.
-        device:
-            Where to run.
-        dtype:
-            What floating-point tensors are cast to.
-
     Attributes:
         adapter:
             The module that is run: the user's model and adapter in one, with the user's own
@@ -45,7 +35,7 @@ class FrozenModel:
         original_names:
             From the identity of each of the user's parameters to its name in the adapter.
         precision:
-            What outputs are right to: single where a double precision model casts inside.
+            The precision of the outputs: single where a double precision model casts inside.
     """
 
     def __init__(
@@ -74,26 +64,17 @@ class FrozenModel:
             self._state[name] = value
 
     def replace_parameters(self, parameters: dict[str, torch.Tensor]) -> None:
-        """Use other trainable parameters from now on; the user's model is not touched.
-
-        Args:
-            parameters:
-                A tensor for each name in :attr:`parameters`.
-        """
+        """Use other trainable parameters, by the same names; the user's model is not touched."""
         self.parameters = parameters
         self._state.update(parameters)
 
     def try_channels_last(self, inputs: Any) -> None:
         """Lay the weights of two-dimensional convolutions out channels last, if the model can.
 
-        On a CPU that makes convolutions up to twice as fast, and what they give is laid out the
-        same way. A model that counts on another layout, such as one with ``x.view(...)``, stays
-        as it is, and so does one with a convolution that PyTorch cannot differentiate then, see
-        :class:`_Convolutions`.
-
-        Args:
-            inputs:
-                Of two samples or more, to try it with.
+        On a CPU that makes convolutions up to twice as fast, and their outputs are laid out the
+        same way. A model that needs another layout, such as one with ``x.view(...)``, stays as it
+        is, and so does one with a convolution that PyTorch cannot differentiate then, see
+        :class:`_Convolutions`. Two or more samples of inputs are needed to try it.
         """
         before = self._state, self.parameters
         kinds = (torch.nn.Conv2d, torch.nn.ConvTranspose2d)
@@ -107,9 +88,9 @@ class FrozenModel:
             changed[name] = laid_out.requires_grad_(weight.requires_grad)
         if not changed:
             return
-        with _Convolutions() as found, torch.no_grad():
+        with _Convolutions() as convolutions, torch.no_grad():
             self(inputs)
-        if found.is_unsafe or any(
+        if convolutions.is_unsafe or any(
             isinstance(m, kinds[0]) and _overruns(m.weight, m.stride)
             for m in self.adapter.modules()
         ):
@@ -124,28 +105,23 @@ class FrozenModel:
             self._state, self.parameters = before
 
     def find_precision(self, outputs: torch.Tensor) -> None:
-        """Set :attr:`precision` by whether something on the way to outputs was cast.
-
-        Args:
-            outputs:
-                Of this model, with their graph.
-        """
-        open_, seen = [outputs.grad_fn], set[Any]()
-        while open_:
-            node = open_.pop()
-            if node is None or node in seen:
+        """Set :attr:`precision` to single where the outputs' graph casts to a lower one."""
+        to_visit, seen = [outputs.grad_fn], set[Any]()
+        while to_visit:
+            function = to_visit.pop()
+            if function is None or function in seen:
                 continue
-            seen.add(node)
-            if node.name() == "ToCopyBackward0" and self.precision == torch.float64:
+            seen.add(function)
+            if function.name() == "ToCopyBackward0" and self.precision == torch.float64:
                 self.precision = torch.float32
                 return
-            open_.extend(n for n, _ in node.next_functions)
+            to_visit.extend(following for following, _ in function.next_functions)
 
     def __call__(self, inputs: Any) -> torch.Tensor:
         """Return the outputs, of shape ``(batch, C)``, for a batch of inputs."""
         # A copy, because some modules write to their inputs.
-        own = map_tensors(inputs, torch.Tensor.clone)
-        outputs = functional_call(self.adapter, self._state, (own,))
+        copied = map_tensors(inputs, torch.Tensor.clone)
+        outputs = functional_call(self.adapter, self._state, (copied,))
         if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
             kind = outputs.dtype if isinstance(outputs, torch.Tensor) else type(outputs).__name__
             raise TypeError(
@@ -164,11 +140,8 @@ class _Convolutions(TorchDispatchMode):
     kernel, stride, channels, groups and size did). The process dies of that, or goes on with
     damaged memory. Registers of other CPUs are twice as wide.
 
-    Operations are watched, not only modules: the model may call a convolution itself.
-
-    Attributes:
-        is_unsafe:
-            Whether there was one.
+    Operations are watched, not only modules: the model may call a convolution itself. The
+    attribute ``is_unsafe`` tells whether there was one.
     """
 
     def __init__(self) -> None:
@@ -177,29 +150,29 @@ class _Convolutions(TorchDispatchMode):
 
 
 def _watched(
-    self: _Convolutions,
-    func: Any,
-    types: Any,
-    args: tuple[Any, ...] = (),
-    kwargs: Any = None,
+    self: _Convolutions, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
 ) -> Any:
+    """Run an operation and note whether it is an unsafe convolution."""
     if func is torch.ops.aten.convolution.default:
         _, weight, _, stride, _, _, is_transposed, *_ = args
         self.is_unsafe |= not is_transposed and _overruns(weight, stride)
     return func(*args, **(kwargs or {}))
 
 
-# Not in the class's body: what PyTorch finds there it wraps, and the first call of the wrapper
-# imports the compiler, which takes longer than the spectrum of a small network.
+# Not in the class's body: PyTorch wraps it there, and the first call of the wrapper imports the
+# compiler, which takes longer than the spectrum of a small network.
 _Convolutions.__torch_dispatch__ = _watched  # type: ignore[method-assign,assignment]
 
 
 def _overruns(weight: torch.Tensor, stride: Sequence[int]) -> bool:
+    """Return whether a convolution is one of those that :class:`_Convolutions` describes."""
     is_pointwise = weight.ndim == 4 and weight.shape[2:].numel() == 1
     return is_pointwise and max(stride) > 1 and weight.shape[1] < _VECTOR_WIDTH
 
 
 class _Adapter(torch.nn.Module):
+    """The user's model and ``forward`` as one module that takes a batch of inputs."""
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -241,7 +214,7 @@ def preserved_random_state() -> Iterator[None]:
 
 @contextmanager
 def preserved_attributes(model: torch.nn.Module) -> Iterator[None]:
-    """Undo what a forward pass sets: modes, caches, counters, new buffers."""
+    """Undo at the end what a forward pass sets: modes, caches, counters, new buffers."""
     saved = [(vars(m), dict(vars(m)), dict(m._buffers)) for m in model.modules()]
     try:
         yield
@@ -258,13 +231,7 @@ def preserved_attributes(model: torch.nn.Module) -> Iterator[None]:
 def cudnn_for(model: torch.nn.Module, device: torch.device, training: bool) -> Iterator[None]:
     """Make cuDNN compute in full precision, and not at all where it cannot differentiate.
 
-    Args:
-        model:
-            What is going to run.
-        device:
-            Where.
-        training:
-            A training step is to be timed: nothing is changed.
+    Nothing is changed while a training step is timed.
     """
     if device.type != "cuda" or training:
         yield

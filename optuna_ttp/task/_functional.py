@@ -18,23 +18,9 @@ def functional_call(
 ) -> Any:
     """Run a module with other tensors in the place of some of its parameters and buffers.
 
-    As :func:`torch.func.functional_call`, which leaves a module that is registered under two names
-    with the other tensors in the place of its parameters: it takes them for two, and puts back
-    for the second one what it has put in for the first.
-
-    Args:
-        module:
-            The module. It is as before afterwards.
-        state:
-            The tensors, by one of the names of what they stand for; what has several gets them
-            everywhere.
-        args:
-            Of the module.
-        kwargs:
-            Of the module. None by default.
-
-    Returns:
-        What the module returns.
+    ``state`` maps one of the names of each to its tensor, which is used under all of its names.
+    The module is as before afterwards, unlike with :func:`torch.func.functional_call`: that takes
+    a module registered under two names for two, and leaves the second with the other tensors.
     """
     slots: dict[int, list[str]] = {}
     for name, tensor in _slots(module):
@@ -50,7 +36,7 @@ def functional_call(
 
 
 def _slots(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every place that holds a parameter or buffer, once, under the first of its names."""
+    """Yield every place that holds a parameter or buffer once, under the first of its names."""
     for prefix, part in module.named_modules():
         for name, tensor in chain(part._parameters.items(), part._buffers.items()):
             if tensor is not None:

@@ -1,4 +1,4 @@
-"""The training loss: what is supported, and its targets as plain arrays."""
+"""The training loss, its settings, and its targets as plain arrays."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Loss:
         label_smoothing:
             As in :class:`torch.nn.CrossEntropyLoss`. No smoothing by default.
         class_weights:
-            One non-negative weight a class, as ``weight`` of :class:`torch.nn.CrossEntropyLoss`.
-            All classes weigh the same by default.
+            One non-negative weight for each class, as ``weight`` of
+            :class:`torch.nn.CrossEntropyLoss`. All classes weigh the same by default.
 
     Raises:
         ValueError:
@@ -55,7 +55,10 @@ class Loss:
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1) but got {self.label_smoothing}.")
         if self.kind == "mse" and (self.label_smoothing or self.class_weights is not None):
-            raise ValueError("label_smoothing and class_weights belong to the cross-entropy.")
+            raise ValueError(
+                "label_smoothing and class_weights belong to the cross-entropy but got them for "
+                "the mean squared error."
+            )
         if self.class_weights is not None:
             if not all(math.isfinite(w) and w >= 0 for w in self.class_weights):
                 raise ValueError(
@@ -154,7 +157,7 @@ class Loss:
             outputs:
                 Shape ``(N, C)``.
             targets:
-                As for :meth:`soft_targets`.
+                The targets as :meth:`soft_targets` takes them.
 
         Returns:
             Shape ``(N, C)``; see :func:`output_gradients`.
@@ -162,37 +165,25 @@ class Loss:
         import torch
 
         soft_targets, normalisers = self.soft_targets(targets, outputs.shape[1])
-        found = output_gradients(
+        gradients = output_gradients(
             self.kind, *map(torch.as_tensor, (outputs[None], soft_targets, normalisers))
         )
-        return np.asarray(found[0].numpy())
+        return np.asarray(gradients[0].numpy())
 
 
 def output_gradients(
     kind: str, outputs: torch.Tensor, soft_targets: torch.Tensor, normalisers: torch.Tensor
 ) -> torch.Tensor:
-    """Return the gradient of a batch's mean loss with respect to its outputs.
+    """Return the gradient of a batch's mean loss in its outputs, of shape ``(K, B, C)`` like them.
 
     ``(sum_c q_c) softmax(f) - q`` over ``sum n`` for the cross-entropy, ``2 (f - q) / C`` over
-    ``sum n`` for the mean squared error.
-
-    Args:
-        kind:
-            ``"cross_entropy"`` or ``"mse"``.
-        outputs:
-            Shape ``(K, B, C)``.
-        soft_targets:
-            Shape ``(B, C)``.
-        normalisers:
-            Shape ``(B,)``.
-
-    Returns:
-        Shape ``(K, B, C)``.
+    ``sum n`` for the mean squared error, with soft targets q of shape ``(B, C)`` and normalisers n
+    of shape ``(B,)``.
     """
     if kind == "mse":
         gradient = (outputs - soft_targets) * (2.0 / outputs.shape[2])
     else:
         gradient = outputs.softmax(dim=2) * soft_targets.sum(dim=1, keepdim=True) - soft_targets
     total = normalisers.sum()
-    # PyTorch's weighted mean over a batch of weightless samples is 0/0; it moves nothing.
+    # PyTorch's weighted mean over a batch of weightless samples is 0/0; here its gradient is zero.
     return gradient / total if total > 0 else gradient * 0.0

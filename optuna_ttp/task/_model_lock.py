@@ -1,4 +1,4 @@
-"""One thread at a time borrows a model, or one that shares modules with it."""
+"""Locks of models: one thread at a time uses a model, or one that shares modules with it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,9 @@ _NEW = threading.Lock()
 
 @contextmanager
 def locked(model: torch.nn.Module) -> Iterator[None]:
-    """Wait until no other thread has any module of a model, and keep them meanwhile.
+    """Hold the locks of all modules of a model, waiting for threads that have any of them.
 
-    Their hooks, modes and parameters are ours then. A thread that has them may take them again.
-
-    Args:
-        model:
-            Any.
-
-    Yields:
-        Nothing.
+    Their hooks, modes and parameters may be changed meanwhile. A thread may take them again.
     """
     with _NEW:
         locks = {id(m): _LOCKS.setdefault(m, threading.RLock()) for m in model.modules()}

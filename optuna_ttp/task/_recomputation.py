@@ -1,10 +1,9 @@
-"""Layers under ``torch.utils.checkpoint`` as plain calls, while the model is borrowed.
+"""Layers under ``torch.utils.checkpoint`` as plain calls, while a model is frozen.
 
-A checkpointed layer is run again in the backward pass. That comes too late for us: the user's own
+A checkpointed layer is run again in the backward pass. That is too late here: the user's own
 weights are back in their places then, in another precision or at another point. The re-entrant
-form also loses the gradients of all weights unless it is given an input that has one, and refuses
-:func:`torch.autograd.grad`. What a checkpoint returns, and its derivative, are those of a plain
-call, which only takes more memory.
+form also loses the gradients of all weights unless an input has one, and refuses
+:func:`torch.autograd.grad`. A plain call gives the same outputs and derivatives with more memory.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from torch.utils import checkpoint as checkpointing
 
 
 _lock = threading.Lock()
-_n_inside = 0
-# Of a thread that is inside: whether a training step is timed.
+# One entry for each thread that is inside.
+_inside: list[int] = []
+# Whether a training step is timed, of each thread that is inside.
 _local = threading.local()
 # What ``checkpoint`` calls: it is imported by name everywhere, so that replacing it is no use.
 _original_generator: Any = checkpointing._checkpoint_without_reentrant_generator
@@ -34,10 +34,8 @@ _n_settings: int = _original_generator.__code__.co_argcount - 1
 def plain_checkpoints(*, training: bool) -> Iterator[None]:
     """Call checkpointed functions plainly in this thread; other threads are not affected.
 
-    Args:
-        training:
-            A training step is to be timed: they are run once more, without a graph, which takes
-            the time of what the backward pass would compute again.
+    While a training step is timed (``training``), each runs once more without a graph, which takes
+    the time of the recomputation in the backward pass.
     """
     before = dict(vars(_local))
     _enter()
@@ -51,28 +49,28 @@ def plain_checkpoints(*, training: bool) -> Iterator[None]:
 
 
 def _enter() -> None:
-    global _n_inside
+    """Replace the two functions behind ``checkpoint``, unless another thread has done so."""
     owner: Any = checkpointing
     with _lock:
-        _n_inside += 1
-        if _n_inside == 1:
+        _inside.append(threading.get_ident())
+        if len(_inside) == 1:
             owner._checkpoint_without_reentrant_generator = _generator
             owner.CheckpointFunction.apply = _apply
 
 
 def _leave() -> None:
-    global _n_inside
+    """Restore the two functions, unless another thread still needs the replacements."""
     owner: Any = checkpointing
     with _lock:
-        _n_inside -= 1
-        if _n_inside == 0:
+        _inside.pop()
+        if not _inside:
             owner._checkpoint_without_reentrant_generator = _original_generator
-            # What it inherits is found again.
+            # The inherited one is in its place again.
             del owner.CheckpointFunction.apply
 
 
 def _generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
-    """In the place of what ``checkpoint`` advances before and after it calls the function."""
+    """Stand for the generator that ``checkpoint`` advances before and after the function."""
     if not hasattr(_local, "training"):
         return _original_generator(function, *args, **kwargs)  # type: ignore[no-any-return]
     return _around(function, args[_n_settings:], kwargs)
@@ -81,12 +79,13 @@ def _generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Itera
 def _around(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[None]:
+    """Run the function again before ``checkpoint`` calls it, while a step is timed."""
     _run_again(function, args, kwargs)
     yield
 
 
 def _apply(function: Callable[..., Any], preserve: Any, *args: Any) -> Any:
-    """In the place of the re-entrant form."""
+    """Stand for the re-entrant form."""
     if not hasattr(_local, "training"):
         return _original_apply(function, preserve, *args)
     _run_again(function, args, {})
@@ -96,6 +95,7 @@ def _apply(function: Callable[..., Any], preserve: Any, *args: Any) -> Any:
 def _run_again(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
+    """Run the function without a graph where a training step is timed."""
     if _local.training:
         with torch.no_grad():
             function(*args, **kwargs)

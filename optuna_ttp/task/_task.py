@@ -6,26 +6,19 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import contextmanager
-from contextlib import ExitStack
 import copy
 from dataclasses import asdict
-from functools import partial
 import hashlib
 import json
-import math
 from typing import Any
-from typing import SupportsFloat
 
 import numpy as np
 from numpy.typing import NDArray
 import torch
 
 from optuna_ttp._util.checks import check_seed
-from optuna_ttp.task._data import check_inputs
-from optuna_ttp.task._data import check_numbers
 from optuna_ttp.task._data import check_targets
 from optuna_ttp.task._data import collated
-from optuna_ttp.task._data import describe_inputs
 from optuna_ttp.task._data import read_data_argument
 from optuna_ttp.task._data import READ_SIZE
 from optuna_ttp.task._data import split_batch
@@ -40,18 +33,28 @@ from optuna_ttp.task._frozen_model import preserved_attributes
 from optuna_ttp.task._frozen_model import preserved_random_state
 from optuna_ttp.task._loss import Loss
 from optuna_ttp.task._model_lock import locked
+from optuna_ttp.task._output_checks import check_output_shape
+from optuna_ttp.task._output_checks import InputsError
+from optuna_ttp.task._output_checks import naming_inputs
+from optuna_ttp.task._output_checks import refusing_batch_statistics
+from optuna_ttp.task._parameter_checks import check_parameters
+from optuna_ttp.task._parameter_checks import rate_multipliers
+from optuna_ttp.task._parameter_checks import unwrapped
 from optuna_ttp.task._recomputation import plain_checkpoints
 from optuna_ttp.task._tensors import cast
+from optuna_ttp.task._tensors import check_inputs
+from optuna_ttp.task._tensors import check_numbers
+from optuna_ttp.task._tensors import describe_inputs
 from optuna_ttp.task._tensors import map_tensors
 
 
 class FineTuningTask:
     """A pretrained model, the data it is fine-tuned on, and the loss.
 
-    The model is only ever looked at: its mode, gradients, buffers, device and the random state of
-    the process are the same after every call, also after an exception. Batch-norm statistics and
-    dropout are frozen while we look (evaluation mode), as in the paper. All parameters with
-    ``requires_grad`` count as trainable. Threads that look at the same model take turns; none may
+    The model is never changed: its mode, gradients, buffers, device and the random state of the
+    process are the same after every call, also after an exception. It runs in evaluation mode, so
+    that batch-norm statistics and dropout are frozen, as in the paper. All parameters with
+    ``requires_grad`` count as trainable. Threads that use the same model take turns; none may
     train it meanwhile.
 
     Example:
@@ -86,10 +89,10 @@ class FineTuningTask:
             Samples that are not trained on, in any of the forms of ``data``. With them the
             validation loss and accuracy can be predicted. None by default.
         learning_rate_multipliers:
-            From the beginning of parameters' names to what multiplies their learning rate, as
-            parameter groups do: ``{"head.": 10.0}``. The longest beginning counts; one by default.
-            Only the exact engine of :func:`~optuna_ttp.compute_spectrum` knows others than one:
-            ``"auto"`` then takes it, whatever the size.
+            Factors of the learning rate by the beginning of parameters' names, as parameter groups
+            have them: ``{"head.": 10.0}``. The longest fitting beginning counts; one by default.
+            Only the exact engine of :func:`~optuna_ttp.compute_spectrum` supports other factors
+            than one: ``"auto"`` then chooses it, whatever the size.
 
     Raises:
         TypeError:
@@ -113,11 +116,11 @@ class FineTuningTask:
             raise TypeError(f"model must be a torch.nn.Module but got {type(model).__name__}.")
         if forward is not None and not callable(forward):
             raise TypeError(f"forward must be callable but got {forward!r}.")
-        self.model = _unwrap(model)
+        self.model = unwrapped(model)
         self.forward = forward
         self.loss = Loss.from_user(loss)
         self.name = type(self.model).__name__ if name is None else name
-        _check_parameters(self.model)
+        check_parameters(self.model)
         with preserved_random_state():
             self._dataset, self._indices, self._collate = read_data_argument(data)
             self._check_reproducible()
@@ -129,7 +132,7 @@ class FineTuningTask:
                 'of shape (batch, 1). Give it two outputs, one a class, or take loss="mse".'
             )
         self.targets = check_targets(raw_targets, self.loss, self.n_outputs)
-        self.multipliers = _multipliers(self.model, learning_rate_multipliers or {})
+        self.multipliers = rate_multipliers(self.model, learning_rate_multipliers or {})
         self.validation = self._validation_task(validation_data)
 
     def __repr__(self) -> str:
@@ -151,16 +154,16 @@ class FineTuningTask:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, over weights, buffers, data, loss and how outputs are made.
+        """The SHA-256, in hexadecimal, of weights, buffers, data, loss, model and forward's code.
 
-        Computed from the model as it is now: training the model changes it.
+        It is computed from the model as it is now: training the model changes it.
         """
         digest = hashlib.sha256()
         self._hash_model(digest)
         self._hash_weights(digest)
         hash_function(digest, self.forward)
         digest.update(self._data_digest)
-        # Only where they are used, so that older fingerprints stay.
+        # Only where they are used, so that fingerprints without them stay.
         if any(factor != 1.0 for factor in self.multipliers.values()):
             digest.update(json.dumps(self.multipliers, sort_keys=True).encode())
         if self.validation is not None:
@@ -168,11 +171,12 @@ class FineTuningTask:
         return digest.hexdigest()
 
     def part_fingerprints(self) -> dict[str, str]:
-        """Return a SHA-256, in hexadecimal, of each part of what the fingerprint is made of.
+        """Return a SHA-256, in hexadecimal, of each part of the fingerprint.
 
         Returns:
-            By ``"model"`` (its structure and settings, the loss and ``forward``), ``"weights"``
-            (with buffers), ``"data"``, ``"validation_data"`` and ``"learning_rate_multipliers"``.
+            The digests by name: ``"model"`` (its structure and settings, the loss and
+            ``forward``), ``"weights"`` (with buffers), ``"data"``, ``"validation_data"`` and
+            ``"learning_rate_multipliers"``.
         """
         model, weights = hashlib.sha256(), hashlib.sha256()
         self._hash_model(model)
@@ -189,6 +193,7 @@ class FineTuningTask:
         }
 
     def _hash_model(self, digest: hashlib._Hash) -> None:
+        """Add the model's class, structure and settings, and the loss, to a digest."""
         header = {
             "model": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
             "structure": plain_repr(self.model),
@@ -199,6 +204,7 @@ class FineTuningTask:
             hash_module_settings(digest, name, module)
 
     def _hash_weights(self, digest: hashlib._Hash) -> None:
+        """Add all parameters and buffers to a digest."""
         for name, parameter in self.model.named_parameters():
             hash_tensor(digest, f"parameter {name} {parameter.requires_grad}", parameter)
         for name, buffer in self.model.named_buffers():
@@ -211,16 +217,16 @@ class FineTuningTask:
 
         Args:
             n_samples:
-                From 1 to N.
+                The number of samples, from 1 to N.
             seed:
-                Of the draw.
+                The seed of the draw. 0 by default.
 
         Returns:
             A new task.
 
         Raises:
             ValueError:
-                If there are not so many samples, or the seed is none.
+                If the task has fewer samples, or the seed is no whole number of at least 0.
         """
         if (
             isinstance(n_samples, bool)
@@ -247,13 +253,13 @@ class FineTuningTask:
 
         Args:
             batch_size:
-                Samples a batch; the last batch may be smaller.
+                The number of samples in a batch; the last batch may be smaller.
             device:
-                Where the inputs go.
+                The device that the inputs are moved to.
             dtype:
-                What floating-point inputs are cast to.
+                The type that floating-point inputs are cast to.
             start:
-                The first sample to read. The first one of all by default.
+                The number of the first sample to read. 0 by default.
 
         Yields:
             (inputs, targets) as the collate function makes them.
@@ -267,24 +273,26 @@ class FineTuningTask:
     def frozen(
         self, device: torch.device, dtype: torch.dtype = torch.float32, *, training: bool = False
     ) -> Iterator[FrozenModel]:
-        """Borrow the model: copies of its buffers, evaluation mode, random state kept.
+        """Give the model as a pure function, with copies of its parameters and buffers.
 
-        Another thread that wants to borrow it waits.
+        At the end the model and the random state are as before. Other threads that want to use the
+        model wait.
 
         Args:
             device:
-                Where to run.
+                The device to run on.
             dtype:
-                What floating-point parameters and buffers are cast to. Single precision by
-                default.
+                The type that floating-point parameters and buffers are cast to. Single precision
+                by default.
             training:
-                Run in training mode, as a training step does. Only timing needs it.
+                Run in training mode, as a training step does, which only its timing needs. Off by
+                default.
 
         Yields:
             The model as a function of its inputs and trainable parameters.
         """
         if device.type == "cuda":
-            # Before that there is no random state of the device that could be kept.
+            # Before that the device has no random state that could be restored.
             torch.cuda.init()
         with (
             locked(self.model),
@@ -305,6 +313,15 @@ class FineTuningTask:
     ) -> NDArray[np.float64]:
         """Return the outputs of the pretrained model, of shape ``(N, C)``.
 
+        Args:
+            device:
+                The device to run on.
+            dtype:
+                The type that floating-point tensors are cast to. Single precision by default.
+
+        Returns:
+            The outputs in double precision.
+
         Raises:
             ValueError:
                 If an output is NaN or infinite.
@@ -312,10 +329,10 @@ class FineTuningTask:
         with self.frozen(device, dtype) as frozen, torch.no_grad():
             parts: list[torch.Tensor] = []
             for inputs, _ in self.batches(READ_SIZE, device, dtype):
-                with _saying_inputs(inputs):
+                with naming_inputs(inputs):
                     part = frozen(inputs)
                 n_expected = min(READ_SIZE, self.n_samples - READ_SIZE * len(parts))
-                _check_output_shape(part, n_expected, self.n_outputs)
+                check_output_shape(part, n_expected, self.n_outputs)
                 parts.append(part.double().cpu())
             outputs = torch.cat(parts).numpy()
         bad = np.flatnonzero(~np.isfinite(outputs).all(axis=1))
@@ -327,15 +344,18 @@ class FineTuningTask:
         return outputs
 
     def _validation_task(self, data: Any) -> FineTuningTask | None:
+        """Return the validation samples as a task of their own; its errors name the argument."""
         if data is None:
             return None
         try:
             task = FineTuningTask(self.model, data, self.loss, self.forward)
-        except _InputsError as error:
-            own, _ = next(self.batches(READ_SIZE, torch.device("cpu"), torch.get_default_dtype()))
+        except InputsError as error:
+            inputs, _ = next(
+                self.batches(READ_SIZE, torch.device("cpu"), torch.get_default_dtype())
+            )
             raise ValueError(
                 f"validation_data: {error.what}; those of the training data have "
-                f"{describe_inputs(own)}. Bring both into one form. {error.reason}"
+                f"{describe_inputs(inputs)}. Bring both into one form. {error.reason}"
             ) from error
         except (TypeError, ValueError) as error:
             raise type(error)(f"validation_data: {error}") from error
@@ -347,6 +367,7 @@ class FineTuningTask:
         return task
 
     def _check_reproducible(self) -> None:
+        """Raise ValueError where an item of the data differs between two reads."""
         # Augmentation often changes an item with probability one half, so several are read twice.
         for i in self._indices[:: max(1, self.n_samples // 8)][:8]:
             pair = []
@@ -364,6 +385,7 @@ class FineTuningTask:
                 )
 
     def _read_all(self) -> tuple[list[Any], bytes]:
+        """Check and hash all data; return the targets, batch by batch, and the digest."""
         digest = hashlib.sha256()
         targets = []
         n_read = 0
@@ -378,14 +400,15 @@ class FineTuningTask:
         return targets, digest.digest()
 
     def _check_outputs(self) -> int:
+        """Run the model on two samples and return C; raise ValueError where outputs are unfit."""
         first = next(self.model.parameters())
         device = first.device
         with self.frozen(device, torch.float32) as frozen, torch.no_grad():
-            n_probe = min(2, self.n_samples)
-            inputs, _ = next(self.batches(n_probe, device, torch.float32))
-            with _refusing_batch_statistics(self.model), _saying_inputs(inputs):
+            n_tried = min(2, self.n_samples)
+            inputs, _ = next(self.batches(n_tried, device, torch.float32))
+            with refusing_batch_statistics(self.model), naming_inputs(inputs):
                 outputs, again = frozen(inputs), frozen(inputs)
-        _check_output_shape(outputs, n_probe, None)
+        check_output_shape(outputs, n_tried, None)
         if not torch.isfinite(outputs).all():
             raise ValueError("The model's outputs must be finite but got NaN or infinity.")
         deviation = float((outputs - again).abs().max())
@@ -402,166 +425,3 @@ def check_task(task: Any) -> None:
     """Raise TypeError if task is not a :class:`FineTuningTask`."""
     if not isinstance(task, FineTuningTask):
         raise TypeError(f"task must be a FineTuningTask but got {type(task).__name__}.")
-
-
-class _InputsError(ValueError):
-    """The model has raised something of its own.
-
-    Attributes:
-        what:
-            The inputs that it cannot be run on.
-        reason:
-            What it says.
-    """
-
-    def __init__(self, what: str, reason: str) -> None:
-        super().__init__(what, reason)
-        self.what, self.reason = what, reason
-
-    def __str__(self) -> str:
-        return (
-            f"{self.what}. Give inputs in the form, the type and the range that the model "
-            f"expects, or forward= to adapt them. {self.reason}"
-        )
-
-
-@contextmanager
-def _saying_inputs(inputs: Any) -> Iterator[None]:
-    """Say which inputs it was that the model cannot be run on."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (RuntimeError, IndexError) as error:
-        raise _InputsError(
-            f"The model cannot be run on inputs of {describe_inputs(inputs)}",
-            f"The model says: {(str(error) or type(error).__name__).splitlines()[0]}",
-        ) from error
-
-
-@contextmanager
-def _refusing_batch_statistics(model: torch.nn.Module) -> Iterator[None]:
-    """Refuse modules that take statistics of the batch, where they run."""
-    kind = torch.nn.modules.batchnorm._BatchNorm
-    called: list[str] = []
-
-    def refuse(error: Exception | None) -> None:
-        if called:
-            raise ValueError(
-                "The outputs of a sample depend on the other samples of its batch, because the "
-                f"module {called[0]!r} normalises by the batch (track_running_stats=False). "
-                "Neither the empirical NTK nor a prediction is defined for that. Use one with "
-                "running statistics, or torch.nn.GroupNorm."
-            ) from error
-
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            # In evaluation mode those with running statistics use these.
-            if (
-                isinstance(module, kind)
-                and type(module).forward is kind.forward
-                and module.running_mean is None
-            ):
-                hook = partial(_append, called, name)
-                stack.callback(module.register_forward_pre_hook(hook).remove)
-        try:
-            yield
-        except Exception as error:
-            # A batch of one has no statistics.
-            refuse(error)
-            raise
-        refuse(None)
-
-
-def _append(names: list[str], name: str, *_: object) -> None:
-    names.append(name)
-
-
-def _check_output_shape(outputs: torch.Tensor, n_samples: int, n_outputs: int | None) -> None:
-    shape = tuple(outputs.shape)
-    if len(shape) != 2 or shape[0] != n_samples or shape[1] != (n_outputs or shape[1]):
-        raise ValueError(
-            f"The model must give outputs of shape (batch, {n_outputs or 'C'}) but got {shape} "
-            f"for a batch of {n_samples}. Pass forward= to adapt them."
-        )
-
-
-def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
-        model = model.module
-    compiled_from = getattr(model, "_orig_mod", None)
-    return compiled_from if isinstance(compiled_from, torch.nn.Module) else model
-
-
-def _check_parameters(model: torch.nn.Module) -> None:
-    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
-        raise TypeError(
-            "TorchScript modules are not supported, because their weights cannot be exchanged. "
-            "Pass the module that was scripted or traced."
-        )
-    parameters = list(model.named_parameters())
-    lazy = [n for n, p in parameters if isinstance(p, torch.nn.parameter.UninitializedParameter)]
-    if lazy:
-        raise ValueError(
-            f"The model has uninitialised lazy parameters ({', '.join(lazy[:3])}). "
-            "Run one batch through it first."
-        )
-    for name, tensor in (*parameters, *model.named_buffers()):
-        check_numbers(f"The model's weights and buffers ({name!r})", tensor)
-        if tensor.is_inference():
-            raise ValueError(
-                f"The model's weights must take gradients, but {name!r} was made under "
-                "torch.inference_mode(). Make the model outside of it, or load its state_dict "
-                "into one that was."
-            )
-    trainable = [(name, p) for name, p in parameters if p.requires_grad]
-    if not trainable:
-        raise ValueError(
-            f"The model must have a trainable parameter but got {len(parameters)} parameters, "
-            "none with requires_grad=True."
-        )
-    for name, module in model.named_modules():
-        if getattr(module, "scale_grad_by_freq", False) and any(
-            p.requires_grad for p in module.parameters(recurse=False)
-        ):
-            raise ValueError(
-                f"The module {name!r} has scale_grad_by_freq=True: the gradient of a sample "
-                "depends on the other samples of its batch, so that neither the empirical NTK "
-                "nor a prediction is defined. Set it to False, or freeze the module with "
-                "requires_grad_(False)."
-            )
-    for name, parameter in parameters:
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise ValueError(f"The model's weights must be finite but {name!r} is not.")
-        if parameter.is_complex():
-            raise TypeError(f"Complex parameters are not supported but {name!r} is complex.")
-
-
-def _multipliers(model: torch.nn.Module, given: Mapping[str, float]) -> dict[str, float]:
-    """The learning-rate multiplier of each trainable parameter."""
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            "learning_rate_multipliers must be a mapping from names to numbers but got "
-            f"{type(given).__name__}."
-        )
-    for start, factor in given.items():
-        if isinstance(factor, bool | str) or not isinstance(factor, SupportsFloat):
-            raise TypeError(
-                f"learning_rate_multipliers must be numbers but got {factor!r} for {start!r}."
-            )
-        if not (math.isfinite(factor) and factor > 0):
-            raise ValueError(
-                f"learning_rate_multipliers must be positive but got {factor} for {start!r}. "
-                "Use requires_grad_(False) for weights that are not trained."
-            )
-        if not any(name.startswith(start) for name in names):
-            raise ValueError(
-                "learning_rate_multipliers must be given for the beginning of a trainable "
-                f"parameter's name but got {start!r}. Names are like {', '.join(names[:3])}."
-            )
-    multipliers = {}
-    for name in names:
-        fitting = [start for start in given if name.startswith(start)]
-        multipliers[name] = float(given[max(fitting, key=len)]) if fitting else 1.0
-    return multipliers
