@@ -21,7 +21,7 @@ from benchmarks.engine.command import write
 from benchmarks.environment import environment
 from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
-from optuna_ttp.ntk.engines._flow import follow_flow
+from tests.gradient_flow import follow_flow
 
 
 ENGINES = ("sketch", "refined_sketch")

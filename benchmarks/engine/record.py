@@ -47,9 +47,9 @@ from benchmarks.engine.peers_jax import IMPLEMENTATIONS
 from benchmarks.environment import environment
 from optuna_ttp import FineTuningTask
 from optuna_ttp.ntk import plan_spectrum
-from optuna_ttp.ntk.engines._flow import follow_flow
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import SpectrumMetadata
+from tests.gradient_flow import follow_flow
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from benchmarks.engine.networks import problem
 from benchmarks.environment import environment
 from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
-from optuna_ttp.ntk.engines._flow import follow_flow
 from optuna_ttp.spectrum import Spectrum
+from tests.gradient_flow import follow_flow
 
 
 N_SEEDS = 8

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from optuna_ttp.dynamics._growth import KernelGrowth
     from optuna_ttp.dynamics._heavy_ball import first_passage_time
     from optuna_ttp.dynamics._linearised_model import LinearisedModel
+    from optuna_ttp.dynamics._residual_path import PathFollower
+    from optuna_ttp.dynamics._residual_path import ResidualPath
+    from optuna_ttp.dynamics._residual_path import times_to
     from optuna_ttp.dynamics._schedule import Schedule
     from optuna_ttp.dynamics._sde import simulate_equation
     from optuna_ttp.dynamics._sgd import SGD
@@ -36,6 +39,8 @@ __all__ = [
     "SGD",
     "KernelGrowth",
     "LinearisedModel",
+    "PathFollower",
+    "ResidualPath",
     "ResponseSurface",
     "SGDConfigurations",
     "SampleConvergence",
@@ -52,6 +57,7 @@ __all__ = [
     "restricted",
     "simulate",
     "simulate_equation",
+    "times_to",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -64,6 +70,11 @@ __getattr__, __dir__ = lazy_names(
         "_growth": ("KernelGrowth",),
         "_heavy_ball": ("first_passage_time",),
         "_linearised_model": ("LinearisedModel",),
+        "_residual_path": (
+            "PathFollower",
+            "ResidualPath",
+            "times_to",
+        ),
         "_schedule": ("Schedule",),
         "_sde": ("simulate_equation",),
         "_sgd": ("SGD",),

@@ -8,22 +8,22 @@ is ``J = df/dw`` of shape ``(N C, D)`` and the empirical neural tangent kernel
 
 from __future__ import annotations
 
-from optuna_ttp.ntk._checkpoint import KernelCheckpoint
-from optuna_ttp.ntk._choice import resolve_engine
-from optuna_ttp.ntk._choice import widest_sketch
 from optuna_ttp.ntk._compute import compute_spectrum
 from optuna_ttp.ntk._devices import resolve_device
-from optuna_ttp.ntk._eigenpairs import Eigenpairs
-from optuna_ttp.ntk._eigenpairs import eigenpairs
-from optuna_ttp.ntk._kernel import Kernel
 from optuna_ttp.ntk._plan import LayerPlan
 from optuna_ttp.ntk._plan import SpectrumPlan
 from optuna_ttp.ntk._planning import plan_spectrum
 from optuna_ttp.ntk._probe import probe_linearisation
+from optuna_ttp.ntk._processes import by_first
+from optuna_ttp.ntk._processes import check_same_task
+from optuna_ttp.ntk._processes import in_all
+from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
+from optuna_ttp.ntk.engines._choice import resolve_engine
+from optuna_ttp.ntk.engines._choice import widest_sketch
+from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
+from optuna_ttp.ntk.engines._eigenpairs import eigenpairs
 from optuna_ttp.ntk.engines._exact import exact_kernel
-from optuna_ttp.ntk.engines._sharded import by_first
-from optuna_ttp.ntk.engines._sharded import check_same_task
-from optuna_ttp.ntk.engines._sharded import in_all
+from optuna_ttp.ntk.engines._kernel import Kernel
 
 
 __all__ = [

@@ -19,9 +19,6 @@ from optuna_ttp._util.checks import check_seed
 from optuna_ttp._util.exceptions import ApproximationWarning
 from optuna_ttp._util.warn import warn_caller
 from optuna_ttp.ntk._autocast import without_autocast
-from optuna_ttp.ntk._checkpoint import check_checkpoint
-from optuna_ttp.ntk._checkpoint import KernelCheckpoint
-from optuna_ttp.ntk._choice import resolve_engine
 from optuna_ttp.ntk._decomposition import Decomposition
 from optuna_ttp.ntk._decomposition import exact_decomposition
 from optuna_ttp.ntk._decomposition import matrix_free_decomposition
@@ -29,10 +26,13 @@ from optuna_ttp.ntk._decomposition import sketched_decomposition
 from optuna_ttp.ntk._devices import resolve_device
 from optuna_ttp.ntk._devices import resolve_dtype
 from optuna_ttp.ntk._probe import probe_linearisation
-from optuna_ttp.ntk.engines._sharded import by_first
-from optuna_ttp.ntk.engines._sharded import check_same_task
-from optuna_ttp.ntk.engines._sharded import has_group
-from optuna_ttp.ntk.engines._sharded import in_all
+from optuna_ttp.ntk._processes import by_first
+from optuna_ttp.ntk._processes import check_same_task
+from optuna_ttp.ntk._processes import has_group
+from optuna_ttp.ntk._processes import in_all
+from optuna_ttp.ntk.engines._checkpoint import check_checkpoint
+from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
+from optuna_ttp.ntk.engines._choice import resolve_engine
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import measure_throughput
 from optuna_ttp.spectrum import Spectrum

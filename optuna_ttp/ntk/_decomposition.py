@@ -12,16 +12,16 @@ import torch
 
 from optuna_ttp._util.exceptions import ApproximationWarning
 from optuna_ttp._util.warn import warn_caller
-from optuna_ttp.ntk._checkpoint import KernelCheckpoint
-from optuna_ttp.ntk._choice import check_sketch_memory
-from optuna_ttp.ntk._choice import widest_sketch
-from optuna_ttp.ntk._choice import WIDTH
-from optuna_ttp.ntk._eigenpairs import Eigenpairs
-from optuna_ttp.ntk._eigenpairs import eigenpairs
-from optuna_ttp.ntk._eigenpairs import eigenpairs_of_features
+from optuna_ttp.dynamics import PathFollower
+from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
+from optuna_ttp.ntk.engines._choice import check_sketch_memory
+from optuna_ttp.ntk.engines._choice import widest_sketch
+from optuna_ttp.ntk.engines._choice import WIDTH
+from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
+from optuna_ttp.ntk.engines._eigenpairs import eigenpairs
+from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
 from optuna_ttp.ntk.engines._exact import exact_kernel
 from optuna_ttp.ntk.engines._matrix_free import leading_pairs
-from optuna_ttp.ntk.engines._residual_path import PathFollower
 from optuna_ttp.ntk.engines._sketch import refine
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 from optuna_ttp.ntk.engines._sketch_error import sketch_error

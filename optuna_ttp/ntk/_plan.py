@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optuna_ttp.ntk._choice import WIDTH
+from optuna_ttp.ntk.engines._choice import WIDTH
 
 
 @dataclass(frozen=True)

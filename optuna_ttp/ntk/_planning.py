@@ -12,19 +12,13 @@ import torch
 
 from optuna_ttp._util.checks import check_seed
 from optuna_ttp.ntk._autocast import without_autocast
-from optuna_ttp.ntk._choice import check_sketch_memory
-from optuna_ttp.ntk._choice import resolve_engine
-from optuna_ttp.ntk._choice import WIDTH
 from optuna_ttp.ntk._devices import resolve_device
 from optuna_ttp.ntk._devices import resolve_dtype
 from optuna_ttp.ntk._plan import LayerPlan
 from optuna_ttp.ntk._plan import SpectrumPlan
-from optuna_ttp.ntk._prepare import lifting
-from optuna_ttp.ntk._prepare import Preparation
-from optuna_ttp.ntk._prepare import prepare
-from optuna_ttp.ntk._samples import check_singles
-from optuna_ttp.ntk._samples import SampleReader
-from optuna_ttp.ntk.engines._directions import Directions
+from optuna_ttp.ntk.engines._choice import check_sketch_memory
+from optuna_ttp.ntk.engines._choice import resolve_engine
+from optuna_ttp.ntk.engines._choice import WIDTH
 from optuna_ttp.ntk.engines._exact import block_sizes
 from optuna_ttp.ntk.engines._exact import BlockSizes
 from optuna_ttp.ntk.engines._exact import expected_bytes
@@ -34,8 +28,14 @@ from optuna_ttp.ntk.engines._matrix_free import columns_of
 from optuna_ttp.ntk.engines._matrix_free import probes_of
 from optuna_ttp.ntk.engines._matrix_free import sketch_width
 from optuna_ttp.ntk.engines._sketch import Passes
-from optuna_ttp.ntk.layers._layout import GHOST_OVERHEAD
-from optuna_ttp.ntk.layers._layout import TRIANGLE
+from optuna_ttp.ntk.jacobian._directions import Directions
+from optuna_ttp.ntk.jacobian._layout import GHOST_OVERHEAD
+from optuna_ttp.ntk.jacobian._layout import TRIANGLE
+from optuna_ttp.ntk.jacobian._prepare import lifting
+from optuna_ttp.ntk.jacobian._prepare import Preparation
+from optuna_ttp.ntk.jacobian._prepare import prepare
+from optuna_ttp.ntk.jacobian._samples import check_singles
+from optuna_ttp.ntk.jacobian._samples import SampleReader
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.task import check_task
 

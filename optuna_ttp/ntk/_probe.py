@@ -13,7 +13,7 @@ import torch
 
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.ntk._autocast import without_autocast
-from optuna_ttp.ntk.engines._sharded import shared_out
+from optuna_ttp.ntk._processes import shared_out
 from optuna_ttp.spectrum import Probe
 from optuna_ttp.spectrum import Spectrum
 

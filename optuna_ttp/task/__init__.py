@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from optuna_ttp.task._loss import output_gradients
     from optuna_ttp.task._task import check_task
     from optuna_ttp.task._task import FineTuningTask
+    from optuna_ttp.task._tensors import map_tensors
+    from optuna_ttp.task._tensors import tensors_of
 
 
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "Loss",
     "check_task",
     "functional_call",
+    "map_tensors",
     "output_gradients",
+    "tensors_of",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -37,6 +41,10 @@ __getattr__, __dir__ = lazy_names(
         "_task": (
             "check_task",
             "FineTuningTask",
+        ),
+        "_tensors": (
+            "map_tensors",
+            "tensors_of",
         ),
     },
 )

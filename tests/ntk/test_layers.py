@@ -26,16 +26,16 @@ from optuna_ttp.ntk import compute_spectrum
 from optuna_ttp.ntk import exact_kernel
 from optuna_ttp.ntk import plan_spectrum
 from optuna_ttp.ntk import resolve_engine
-from optuna_ttp.ntk.engines._flow import follow_flow
+from optuna_ttp.ntk.jacobian._separable import gathered_terms
+from optuna_ttp.ntk.jacobian._separable import is_separable
+from optuna_ttp.ntk.jacobian._separable import separate
+from optuna_ttp.ntk.jacobian._separable import separated_gram
 from optuna_ttp.ntk.layers._factors import Factors
 from optuna_ttp.ntk.layers._factors import ghost_gram
-from optuna_ttp.ntk.layers._rules import rule_for
-from optuna_ttp.ntk.layers._separable import gathered_terms
-from optuna_ttp.ntk.layers._separable import is_separable
-from optuna_ttp.ntk.layers._separable import separate
-from optuna_ttp.ntk.layers._separable import separated_gram
+from optuna_ttp.ntk.layers._registry import rule_for
 from optuna_ttp.task import FineTuningTask
 from tests.cases import Case
+from tests.gradient_flow import follow_flow
 from tests.models import cnn
 from tests.models import images
 from tests.models import mlp
@@ -1067,13 +1067,13 @@ def test_a_rule_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> No
         assert isinstance(weight, Factors)
         return {**found, "weight": weight.scaled(1.01)}
 
-    monkeypatch.setattr("optuna_ttp.ntk.layers._claims.rule_for", lambda module: wrong)
+    monkeypatch.setattr("optuna_ttp.ntk.jacobian._claims.rule_for", lambda module: wrong)
     _check(Case(mlp(), vectors(6)), derivatives={"0.weight": "vmap", "0.bias": "rule"})
 
 
 def test_products_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from optuna_ttp.ntk import _state
     from optuna_ttp.ntk.engines import _exact
+    from optuna_ttp.ntk.jacobian import _state
 
     right = _state.multiply
 
@@ -1088,7 +1088,7 @@ def test_products_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_gradients_that_become_wrong_later_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The samples that claims were checked on say nothing of the others."""
-    from optuna_ttp.ntk.layers import _claims
+    from optuna_ttp.ntk.jacobian import _claims
 
     right, n_calls = rule_for, [0]
 

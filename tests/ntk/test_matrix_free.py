@@ -18,14 +18,14 @@ from optuna_ttp.ntk import compute_spectrum
 from optuna_ttp.ntk import exact_kernel
 from optuna_ttp.ntk import plan_spectrum
 from optuna_ttp.ntk import resolve_engine
-from optuna_ttp.ntk.engines._directions import Directions
-from optuna_ttp.ntk.engines._flow import follow_flow
 from optuna_ttp.ntk.engines._matrix_free import by_directions
+from optuna_ttp.ntk.jacobian._directions import Directions
 from optuna_ttp.prediction import TrainingTimePredictor
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.store import SpectrumStore
 from optuna_ttp.task import FineTuningTask
 from tests.cases import Case
+from tests.gradient_flow import follow_flow
 from tests.models import cnn
 from tests.models import images
 from tests.models import mlp

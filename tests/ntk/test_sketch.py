@@ -18,14 +18,14 @@ from optuna_ttp.ntk import eigenpairs
 from optuna_ttp.ntk import exact_kernel
 from optuna_ttp.ntk import plan_spectrum
 from optuna_ttp.ntk import resolve_engine
-from optuna_ttp.ntk._eigenpairs import eigenpairs_of_features
-from optuna_ttp.ntk.engines._flow import follow_flow
+from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
 from optuna_ttp.ntk.engines._sketch import refine
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.store import SpectrumStore
 from optuna_ttp.task import FineTuningTask
 from tests.cases import case
+from tests.gradient_flow import follow_flow
 from tests.models import cnn
 from tests.models import images
 from tests.models import mlp
@@ -224,8 +224,8 @@ def test_predicted_times_of_a_sketch(engine: str) -> None:
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 def test_the_error_bar_covers(engine: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nine errors in ten; of 36 at least 26, which chance leaves in 999 cases of 1,000."""
-    from optuna_ttp.ntk import _choice
     from optuna_ttp.ntk import _decomposition
+    from optuna_ttp.ntk.engines import _choice
 
     for module in (_decomposition, _choice):
         monkeypatch.setattr(module, "WIDTH", 512)
@@ -274,8 +274,8 @@ def test_a_spectrum_that_hardly_decays() -> None:
 def test_a_sketch_that_is_not_wide_enough_warns(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from optuna_ttp.ntk import _choice
     from optuna_ttp.ntk import _decomposition
+    from optuna_ttp.ntk.engines import _choice
 
     for module in (_decomposition, _choice):
         monkeypatch.setattr(module, "WIDTH", 16)
@@ -392,7 +392,7 @@ def test_a_budget_that_is_too_small_is_refused() -> None:
 
 
 def test_rows_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from optuna_ttp.ntk import _state
+    from optuna_ttp.ntk.jacobian import _state
 
     right = _state.StateBuilder.finish
 

@@ -2,7 +2,7 @@
 
 One forward and C backward passes give the inputs and output cotangents of all layers. Each layer's
 part of the kernel is then the cheaper of a product of rows, made slice by slice, and a contraction
-of inputs and cotangents; see :mod:`optuna_ttp.ntk.layers._layout` for what is counted. Memory is
+of inputs and cotangents; see :mod:`optuna_ttp.ntk.jacobian._layout` for what is counted. Memory is
 bounded: what is held of a block of samples stays, all later samples are streamed past it.
 """
 
@@ -24,22 +24,22 @@ from optuna_ttp._util.checks import check_bytes
 from optuna_ttp._util.checks import check_enough_memory
 from optuna_ttp._util.checks import check_seed
 from optuna_ttp.ntk._autocast import without_autocast
-from optuna_ttp.ntk._checkpoint import check_checkpoint
-from optuna_ttp.ntk._checkpoint import KernelCheckpoint
-from optuna_ttp.ntk._checkpoint import load_arrays
-from optuna_ttp.ntk._kernel import Kernel
-from optuna_ttp.ntk._prepare import lifting
-from optuna_ttp.ntk._prepare import Preparation
-from optuna_ttp.ntk._prepare import prepare
-from optuna_ttp.ntk._samples import check_singles
-from optuna_ttp.ntk._samples import SampleReader
-from optuna_ttp.ntk._self_check import check_rows
-from optuna_ttp.ntk._state import BlockState
-from optuna_ttp.ntk._state import multiply
-from optuna_ttp.ntk._state import PANEL
-from optuna_ttp.ntk.engines._sharded import check_same_task
+from optuna_ttp.ntk._processes import check_same_task
+from optuna_ttp.ntk._processes import together
+from optuna_ttp.ntk.engines._checkpoint import check_checkpoint
+from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
+from optuna_ttp.ntk.engines._checkpoint import load_arrays
+from optuna_ttp.ntk.engines._kernel import Kernel
+from optuna_ttp.ntk.engines._self_check import check_rows
 from optuna_ttp.ntk.engines._sharded import sharded_kernel
-from optuna_ttp.ntk.engines._sharded import together
+from optuna_ttp.ntk.jacobian._prepare import lifting
+from optuna_ttp.ntk.jacobian._prepare import Preparation
+from optuna_ttp.ntk.jacobian._prepare import prepare
+from optuna_ttp.ntk.jacobian._samples import check_singles
+from optuna_ttp.ntk.jacobian._samples import SampleReader
+from optuna_ttp.ntk.jacobian._state import BlockState
+from optuna_ttp.ntk.jacobian._state import multiply
+from optuna_ttp.ntk.jacobian._state import PANEL
 from optuna_ttp.ntk.layers._factors import CHUNK
 
 

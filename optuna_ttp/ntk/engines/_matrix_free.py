@@ -27,18 +27,18 @@ import torch
 from optuna_ttp._util.checks import check_enough_memory
 from optuna_ttp._util.exceptions import ApproximationWarning
 from optuna_ttp._util.warn import warn_caller
-from optuna_ttp.ntk._choice import check_multipliers
-from optuna_ttp.ntk._eigenpairs import Eigenpairs
-from optuna_ttp.ntk._eigenpairs import eigenpairs_of_features
-from optuna_ttp.ntk._prepare import lifting
-from optuna_ttp.ntk._samples import check_singles
-from optuna_ttp.ntk.engines._directions import Directions
-from optuna_ttp.ntk.engines._residual_path import Path
-from optuna_ttp.ntk.engines._residual_path import PathFollower
+from optuna_ttp.dynamics import PathFollower
+from optuna_ttp.dynamics import ResidualPath
+from optuna_ttp.ntk.engines._choice import check_multipliers
+from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
+from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
 from optuna_ttp.ntk.engines._sketch import N_GROUPS
 from optuna_ttp.ntk.engines._sketch import nystrom
 from optuna_ttp.ntk.engines._sketch import Passes
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
+from optuna_ttp.ntk.jacobian._directions import Directions
+from optuna_ttp.ntk.jacobian._prepare import lifting
+from optuna_ttp.ntk.jacobian._samples import check_singles
 
 
 if TYPE_CHECKING:
@@ -406,7 +406,7 @@ def _krylov(
     basis = torch.linalg.qr(start)[0]
     del start
     images = product(basis)
-    before: Path | None = None
+    before: ResidualPath | None = None
     n_narrow = 0
     for block in range(_MAX_BLOCKS):
         if not torch.isfinite(images).all():

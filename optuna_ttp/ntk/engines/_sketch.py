@@ -22,25 +22,25 @@ from numpy.typing import NDArray
 import torch
 from tqdm import tqdm
 
-from optuna_ttp.ntk._choice import check_multipliers
-from optuna_ttp.ntk._eigenpairs import Eigenpairs
-from optuna_ttp.ntk._prepare import lifting
-from optuna_ttp.ntk._prepare import Preparation
-from optuna_ttp.ntk._prepare import prepare
-from optuna_ttp.ntk._samples import check_singles
-from optuna_ttp.ntk._samples import SampleReader
-from optuna_ttp.ntk._self_check import check_row_norms
-from optuna_ttp.ntk._state import BlockState
-from optuna_ttp.ntk._state import row_products
+from optuna_ttp.ntk.engines._choice import check_multipliers
+from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._projection import Projection
 from optuna_ttp.ntk.engines._projection import SignFold
 from optuna_ttp.ntk.engines._projection import Ternary
+from optuna_ttp.ntk.engines._self_check import check_row_norms
+from optuna_ttp.ntk.jacobian._layout import Layout
+from optuna_ttp.ntk.jacobian._prepare import lifting
+from optuna_ttp.ntk.jacobian._prepare import Preparation
+from optuna_ttp.ntk.jacobian._prepare import prepare
+from optuna_ttp.ntk.jacobian._samples import check_singles
+from optuna_ttp.ntk.jacobian._samples import SampleReader
+from optuna_ttp.ntk.jacobian._separable import Separated
+from optuna_ttp.ntk.jacobian._state import BlockState
+from optuna_ttp.ntk.jacobian._state import row_products
 from optuna_ttp.ntk.layers._factors import chunked_product
 from optuna_ttp.ntk.layers._factors import Factors
 from optuna_ttp.ntk.layers._factors import SCRATCH
-from optuna_ttp.ntk.layers._layout import Layout
-from optuna_ttp.ntk.layers._rules import Contribution
-from optuna_ttp.ntk.layers._separable import Separated
+from optuna_ttp.ntk.layers._rule import Contribution
 
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ class Passes:
         seed:
             Of what gradients are checked on.
         lifts:
-            See :func:`~optuna_ttp.ntk._prepare.lifting`.
+            See :func:`~optuna_ttp.ntk.jacobian._prepare.lifting`.
         show_progress_bar:
             Whether to show one.
     """

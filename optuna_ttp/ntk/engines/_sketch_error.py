@@ -15,9 +15,9 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from optuna_ttp.ntk._eigenpairs import Eigenpairs
-from optuna_ttp.ntk.engines._residual_path import PathFollower
-from optuna_ttp.ntk.engines._residual_path import times_to
+from optuna_ttp.dynamics import PathFollower
+from optuna_ttp.dynamics import times_to
+from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._sketch import N_GROUPS
 
 

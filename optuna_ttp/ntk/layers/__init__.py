@@ -1,3 +1,3 @@
-"""How layers make the gradients of their parameters: the tape, a rule a kind, the check."""
+"""How layers make the gradients of their parameters: a file for each kind of layer, a registry."""
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
-from optuna_ttp.ntk.layers._tree import tensors_of
+from optuna_ttp.task import tensors_of
 
 
 @dataclass(frozen=True, eq=False)

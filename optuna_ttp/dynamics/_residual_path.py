@@ -25,7 +25,7 @@ _FRACTIONS = (0.5, 0.25, 0.1)
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
+class ResidualPath:
     """How far training gets, and where the residual points on the way.
 
     Attributes:
@@ -43,7 +43,7 @@ class Path:
     left: NDArray[np.float64]
     residuals: torch.Tensor
 
-    def time_difference(self, other: Path) -> float:
+    def time_difference(self, other: ResidualPath) -> float:
         """How much longer or shorter the other one takes, relatively.
 
         Args:
@@ -87,7 +87,9 @@ class PathFollower:
         """The gradient of the loss by the initial outputs, of shape ``(N C, 1)``."""
         return self._gradient(self._outputs.flatten())[:, None]
 
-    def follow(self, basis: torch.Tensor, mixing: torch.Tensor, values: torch.Tensor) -> Path:
+    def follow(
+        self, basis: torch.Tensor, mixing: torch.Tensor, values: torch.Tensor
+    ) -> ResidualPath:
         """Train on the kernel ``Q M diag(values) M^T Q^T``.
 
         Args:
@@ -112,7 +114,7 @@ class PathFollower:
         initial = self._loss(start) - self._floor
         gradient = self._gradient(start)
         if not (initial > 0.0 and float(gradient.norm()) > 0.0):
-            return Path(np.zeros(1), np.ones(1), start.new_zeros((len(start), 0)))
+            return ResidualPath(np.zeros(1), np.ones(1), start.new_zeros((len(start), 0)))
         found = [gradient]
         theta = start.new_zeros(mixed.shape[1])
         times, left = [0.0], [1.0]
@@ -135,7 +137,7 @@ class PathFollower:
             found.append(gradient)
         columns = torch.stack(found, 1)
         columns = columns / columns.norm(dim=0).clamp(min=1e-300)
-        return Path(np.array(times), np.array(left), columns)
+        return ResidualPath(np.array(times), np.array(left), columns)
 
     def _loss(self, outputs: torch.Tensor) -> float:
         shaped = outputs.reshape(self._targets.shape)
@@ -148,7 +150,7 @@ class PathFollower:
         return output_gradients(self._kind, shaped, self._targets, self._normalisers).flatten()
 
 
-def times_to(paths: Sequence[Path]) -> NDArray[np.float64]:
+def times_to(paths: Sequence[ResidualPath]) -> NDArray[np.float64]:
     """Return when paths reach the same levels.
 
     Args:
@@ -170,7 +172,7 @@ def times_to(paths: Sequence[Path]) -> NDArray[np.float64]:
     return np.stack([_times(path, levels) for path in paths])
 
 
-def _times(path: Path, levels: NDArray[np.float64]) -> NDArray[np.float64]:
+def _times(path: ResidualPath, levels: NDArray[np.float64]) -> NDArray[np.float64]:
     """When some levels are reached, nearly exponentially between two steps."""
     lowest = np.minimum.accumulate(path.left)
     falling = np.flatnonzero(np.diff(lowest, prepend=np.inf) < 0.0)

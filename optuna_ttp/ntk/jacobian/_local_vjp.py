@@ -10,9 +10,9 @@ from torch.func import vjp
 from torch.func import vmap
 
 from optuna_ttp.ntk.layers._call import Call
-from optuna_ttp.ntk.layers._tree import map_tree
-from optuna_ttp.ntk.layers._tree import tensors_of
 from optuna_ttp.task import functional_call
+from optuna_ttp.task import map_tensors
+from optuna_ttp.task import tensors_of
 
 
 def local_rows(
@@ -81,7 +81,7 @@ def _vectorised(
                 # The module may write to it.
                 return part.clone() if call.is_copied else part
 
-            args, kwargs = map_tree((call.args, call.kwargs), fill)
+            args, kwargs = map_tensors((call.args, call.kwargs), fill, keep_types=True)
             return _run(call, weights, args, kwargs)
 
         _, pull, *_ = vjp(outputs, {name: call.state[name].detach() for name in names})
@@ -112,7 +112,7 @@ def _looped(
             # The module may write to it.
             return part.clone() if call.is_copied else part
 
-        args, kwargs = map_tree((call.args, call.kwargs), pick)
+        args, kwargs = map_tensors((call.args, call.kwargs), pick, keep_types=True)
         weights = {name: call.state[name].detach().requires_grad_() for name in names}
         outputs = _run(call, weights, args, kwargs)
         # Those that this sample's weights do not move have no graph.

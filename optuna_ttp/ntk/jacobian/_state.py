@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from optuna_ttp.ntk.layers._claims import UnclaimedError
+from optuna_ttp.ntk.jacobian._claims import UnclaimedError
+from optuna_ttp.ntk.jacobian._layout import Layout
+from optuna_ttp.ntk.jacobian._separable import gathered_terms
+from optuna_ttp.ntk.jacobian._separable import separate
+from optuna_ttp.ntk.jacobian._separable import Separated
+from optuna_ttp.ntk.jacobian._separable import separated_gram
 from optuna_ttp.ntk.layers._factors import CHUNK
 from optuna_ttp.ntk.layers._factors import Factors
 from optuna_ttp.ntk.layers._factors import ghost_gram
 from optuna_ttp.ntk.layers._factors import sums_device
-from optuna_ttp.ntk.layers._layout import Layout
-from optuna_ttp.ntk.layers._rules import Contribution
-from optuna_ttp.ntk.layers._separable import gathered_terms
-from optuna_ttp.ntk.layers._separable import separate
-from optuna_ttp.ntk.layers._separable import Separated
-from optuna_ttp.ntk.layers._separable import separated_gram
+from optuna_ttp.ntk.layers._rule import Contribution
 
 
 # Rows of the kernel that are multiplied at a time: of the triangle, half a tile is wasted.

@@ -17,8 +17,8 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from optuna_ttp.ntk.layers._call import Call
-from optuna_ttp.ntk.layers._tree import map_tree
-from optuna_ttp.ntk.layers._tree import tensors_of
+from optuna_ttp.task import map_tensors
+from optuna_ttp.task import tensors_of
 
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Tape:
                 return tensor.detach().clone() if name in self._copied else tensor.detach()
 
             # Now, because the module may write to its arguments and put other buffers in place.
-            held_args, held_kwargs = map_tree(args, held), map_tree(dict(kwargs), held)
+            held_args, held_kwargs = map_tensors((args, dict(kwargs)), held, keep_types=True)
             state = {
                 **dict(module.named_parameters(remove_duplicate=False)),
                 **dict(module.named_buffers(remove_duplicate=False)),
@@ -263,7 +263,7 @@ class Tape:
             own = tensor if len(tensor) == 1 else tensor[None]
             return own.expand(self._batch_size, *own.shape[1:])
 
-        return map_tree((args, kwargs), expand)  # type: ignore[no-any-return]
+        return map_tensors((args, kwargs), expand, keep_types=True)  # type: ignore[no-any-return]
 
     def _call(self, name: str, module: torch.nn.Module, begun: _Begun, output: Any) -> Call | None:
         tensors = tensors_of(output)

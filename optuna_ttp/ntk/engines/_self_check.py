@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from optuna_ttp._util.exceptions import JacobianMismatchError
-from optuna_ttp.ntk._kernel import Kernel
-from optuna_ttp.ntk._prepare import Preparation
+from optuna_ttp.ntk.engines._kernel import Kernel
+from optuna_ttp.ntk.jacobian._prepare import Preparation
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optuna_ttp.ntk.layers._claims import FactorShape
+from optuna_ttp.ntk.jacobian._factor_shape import FactorShape
 
 
 if TYPE_CHECKING:

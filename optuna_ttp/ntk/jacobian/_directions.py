@@ -21,7 +21,7 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.attention import SDPBackend
 
 from optuna_ttp._util.exceptions import JacobianMismatchError
-from optuna_ttp.ntk.layers._tape import Gradients
+from optuna_ttp.ntk.jacobian._tape import Gradients
 
 
 if TYPE_CHECKING:

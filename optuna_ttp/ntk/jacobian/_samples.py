@@ -11,17 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 import torch
 
-from optuna_ttp.ntk._state import BlockState
-from optuna_ttp.ntk._state import StateBuilder
-from optuna_ttp.ntk.layers._claims import Claims
-from optuna_ttp.ntk.layers._claims import UnclaimedError
-from optuna_ttp.ntk.layers._layout import Layout
-from optuna_ttp.ntk.layers._rules import Contribution
-from optuna_ttp.ntk.layers._tape import Cotangents
-from optuna_ttp.ntk.layers._tape import Gradients
-from optuna_ttp.ntk.layers._tape import join_classes
-from optuna_ttp.ntk.layers._tape import Recording
-from optuna_ttp.ntk.layers._tape import Tape
+from optuna_ttp.ntk.jacobian._claims import Claims
+from optuna_ttp.ntk.jacobian._claims import UnclaimedError
+from optuna_ttp.ntk.jacobian._layout import Layout
+from optuna_ttp.ntk.jacobian._state import BlockState
+from optuna_ttp.ntk.jacobian._state import StateBuilder
+from optuna_ttp.ntk.jacobian._tape import Cotangents
+from optuna_ttp.ntk.jacobian._tape import Gradients
+from optuna_ttp.ntk.jacobian._tape import join_classes
+from optuna_ttp.ntk.jacobian._tape import Recording
+from optuna_ttp.ntk.jacobian._tape import Tape
+from optuna_ttp.ntk.layers._rule import Contribution
 
 
 if TYPE_CHECKING:

@@ -11,15 +11,15 @@ from typing import TypeVar
 
 import torch
 
-from optuna_ttp.ntk.layers._claims import Claims
-from optuna_ttp.ntk.layers._claims import find_claims
-from optuna_ttp.ntk.layers._claims import UnclaimedError
+from optuna_ttp.ntk.jacobian._claims import Claims
+from optuna_ttp.ntk.jacobian._claims import UnclaimedError
+from optuna_ttp.ntk.jacobian._find_claims import find_claims
+from optuna_ttp.ntk.jacobian._layout import Layout
+from optuna_ttp.ntk.jacobian._layout import make_layout
+from optuna_ttp.ntk.jacobian._separable import is_separable
+from optuna_ttp.ntk.jacobian._tape import Recording
 from optuna_ttp.ntk.layers._factors import Factors
-from optuna_ttp.ntk.layers._layout import Layout
-from optuna_ttp.ntk.layers._layout import make_layout
-from optuna_ttp.ntk.layers._separable import is_separable
-from optuna_ttp.ntk.layers._tape import Recording
-from optuna_ttp.ntk.layers._tree import tensors_of
+from optuna_ttp.task import tensors_of
 
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def prepare(
         seed:
             Of the random directions in which gradients are compared.
         lifts:
-            See :func:`~optuna_ttp.ntk.layers._claims.find_claims`. None by default.
+            See :func:`~optuna_ttp.ntk.jacobian._claims.find_claims`. None by default.
         held:
             Precision that the Jacobian is held in; that it is computed in by default.
 

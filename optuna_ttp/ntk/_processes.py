@@ -1,0 +1,228 @@
+"""Several processes that compute one spectrum: what each does, and how their errors are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import importlib
+from typing import Any
+from typing import cast
+from typing import TYPE_CHECKING
+from typing import TypeVar
+
+import torch.distributed as distributed
+
+from optuna_ttp._util.exceptions import JacobianMismatchError
+from optuna_ttp.ntk.jacobian._claims import UnclaimedError
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
+
+
+_Object = TypeVar("_Object")
+_Item = TypeVar("_Item")
+
+# What one process raises and the others raise with it.
+_KINDS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (ValueError, TypeError, JacobianMismatchError)
+}
+
+
+def _release_default_group() -> None:
+    """Let go of the group that is the default of arguments of PyTorch's own functions.
+
+    ``torch.distributed.nn`` is imported by the compiler, which may first be needed in the middle
+    of a computation. A group that is there by then becomes the default of its functions, outlives
+    ``destroy_process_group``, and with it threads that abort the process if they let go of a
+    tensor while the interpreter ends. Without a group at import the default is :obj:`None`, which
+    means the same.
+    """
+    if not distributed.is_available():
+        return
+    functional = importlib.import_module("torch.distributed.nn.functional")
+    for function in vars(functional).values():
+        defaults = getattr(function, "__defaults__", None) or ()
+        if any(isinstance(d, distributed.ProcessGroup) for d in defaults):
+            function.__defaults__ = tuple(
+                None if isinstance(d, distributed.ProcessGroup) else d for d in defaults
+            )
+
+
+_release_default_group()
+
+
+def has_group() -> bool:
+    """Whether there is a group of processes."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def check_group() -> None:
+    """Refuse to go on where there is no group of processes.
+
+    Raises:
+        ValueError:
+            If there is none.
+    """
+    if not has_group():
+        raise ValueError(
+            "distributed=True needs a group of processes: call "
+            "torch.distributed.init_process_group first, as under torchrun."
+        )
+
+
+def check_same_task(task: FineTuningTask, settings: Mapping[str, object]) -> None:
+    """Refuse, in all processes alike, to go on with tasks or settings that are not the same.
+
+    Args:
+        task:
+            That of this process.
+        settings:
+            What else must be the same.
+
+    Raises:
+        ValueError:
+            If there is no group of processes, or they differ.
+    """
+    check_group()
+    described = {name: repr(value) for name, value in settings.items()}
+    own = {"fingerprint": task.fingerprint, **described}
+    if all(other == own for other in gathered_objects(own)):
+        return
+    # Only now that it is needed: all weights are hashed once more.
+    parts = gathered_objects({**task.part_fingerprints(), **described})
+    different = [
+        (rank, name)
+        for rank, part in enumerate(parts)
+        for name, value in part.items()
+        if value != parts[0][name]
+    ]
+    ranks = sorted({rank for rank, _ in different})
+    names = [name for name in parts[0] if any(name == other for _, other in different)]
+    raise ValueError(
+        "All processes must be given the same task and settings but got different ones: "
+        f"processes {', '.join(map(str, ranks))} differ from process 0 in {', '.join(names)}. "
+        "Load the same weights and data, in the same order, in every process; what is drawn at "
+        "random must be drawn with the same seed."
+    )
+
+
+def gathered_objects(own: _Object) -> list[_Object]:
+    """What each process has, in all of them.
+
+    Raises:
+        RuntimeError:
+            If another one has ended.
+    """
+    found: list[Any] = [None] * distributed.get_world_size()
+    try:
+        distributed.all_gather_object(found, own)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "Another process of the group must have failed or ended, because it no longer answers "
+            f"process {distributed.get_rank()}. Look for the first error among what the others "
+            "have printed, and call compute_spectrum in all of them. The group says: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return found
+
+
+def together(run: Callable[[], _Object]) -> _Object:
+    """Run something that may go wrong in one process only; then it does in all of them.
+
+    Else the others would wait for it.
+
+    Args:
+        run:
+            What to run.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        JacobianMismatchError, TypeError, ValueError:
+            What it raises in any of the processes; :exc:`RuntimeError` in the others for all else.
+    """
+    result: _Object | None = None
+    error: Exception | None = None
+    try:
+        result = run()
+    except Exception as caught:
+        error = caught
+    unclaimed = error.names if isinstance(error, UnclaimedError) else None
+    failures = gathered_objects(
+        None if error is None else (type(error).__name__, str(error), unclaimed)
+    )
+    names = [f[2] for f in failures if f is not None and f[2]]
+    if names:
+        # All look for the same other module.
+        raise UnclaimedError(frozenset().union(*names), "do not run for all samples") from error
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            kind = _KINDS.get(failure[0], RuntimeError)
+            raise kind(f"Process {rank} has failed: {failure[1]}")
+    return cast("_Object", result)
+
+
+def shared_out(run: Callable[[_Item], _Object], items: Sequence[_Item]) -> list[_Object]:
+    """Run something for every item, each in one of the processes.
+
+    Args:
+        run:
+            What to run; it must return what can be pickled.
+        items:
+            As many in all processes.
+
+    Returns:
+        What it returns for each, in all processes.
+
+    Raises:
+        JacobianMismatchError, TypeError, ValueError, RuntimeError:
+            As :func:`together`.
+    """
+    size = distributed.get_world_size()
+    # The first process has the fewest, because some things are for it alone, see by_first().
+    own = items[size - 1 - distributed.get_rank() :: size]
+    parts = gathered_objects(together(lambda: [run(item) for item in own]))
+    return [parts[size - 1 - k % size][k // size] for k in range(len(items))]
+
+
+def in_all(run: Callable[[], _Object], *, distributed: bool) -> _Object:
+    """Run something in every process; what it refuses in one of them is refused in all.
+
+    Args:
+        run:
+            What to run.
+        distributed:
+            Whether there may be other processes.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        JacobianMismatchError, TypeError, ValueError, RuntimeError:
+            As :func:`together`.
+    """
+    return together(run) if distributed and has_group() else run()
+
+
+def by_first(run: Callable[[], _Object]) -> _Object:
+    """Run something in the first process, and give what it returns to all.
+
+    Args:
+        run:
+            What to run; it must return what can be pickled.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        JacobianMismatchError, TypeError, ValueError, RuntimeError:
+            As :func:`together`.
+    """
+    box = [together(lambda: run() if distributed.get_rank() == 0 else None)]
+    distributed.broadcast_object_list(box, src=0)
+    return cast("_Object", box[0])

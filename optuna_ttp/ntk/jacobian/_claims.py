@@ -1,0 +1,182 @@
+"""Which module answers for which parameter, checked against plain automatic differentiation.
+
+A parameter belongs to the layer that owns it, if there is a rule for that layer. Where there is
+none, or the rule's gradient is not the true one (the parameter is used by other code than the
+layer's own, the layer's output has no axis of samples, its inputs were overwritten), the layer is
+differentiated on its own; where that is wrong as well, the module around it, and so on up to the
+whole network, sample by sample, which is right for everything that can be differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from optuna_ttp._util.exceptions import JacobianMismatchError
+from optuna_ttp.ntk.jacobian._factor_shape import FactorShape
+from optuna_ttp.ntk.jacobian._local_vjp import local_rows
+from optuna_ttp.ntk.jacobian._tape import Cotangents
+from optuna_ttp.ntk.jacobian._tape import Recording
+from optuna_ttp.ntk.jacobian._tape import Tape
+from optuna_ttp.ntk.layers._call import Call
+from optuna_ttp.ntk.layers._registry import rule_for
+from optuna_ttp.ntk.layers._rule import Contribution
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FrozenModel
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A module and the parameters it answers for.
+
+    Attributes:
+        module:
+            Its name in the adapter; empty for the whole.
+        kind:
+            ``"rule"``, or a local derivative: ``"vmap"`` for all samples at once, ``"loop"`` for
+            one after the other.
+        parameters:
+            Pairs of the name among the trainable parameters and the name in the module.
+        expand:
+            Its output is shared by all samples and given to each as a copy.
+    """
+
+    module: str
+    kind: str
+    parameters: tuple[tuple[str, str], ...]
+    expand: bool = False
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Who answers for every trainable parameter.
+
+    Attributes:
+        claims:
+            All claims.
+        copied:
+            Modules whose inputs must be copied.
+        unused:
+            Parameters that no output depends on.
+        shapes:
+            Of the factors of each parameter's gradient for one sample; :obj:`None` where it only
+            comes as a row.
+        batched:
+            For the n-th call of a module, which tensors among its arguments have an axis of
+            samples.
+        shared:
+            For the n-th call of a module, whether its output is shared by all samples.
+    """
+
+    claims: tuple[Claim, ...]
+    copied: frozenset[str]
+    unused: tuple[str, ...]
+    shapes: dict[str, FactorShape | None]
+    batched: dict[tuple[str, int], tuple[bool, ...]]
+    shared: dict[tuple[str, int], bool]
+
+    def tape(self, frozen: FrozenModel) -> Tape:
+        """Return a tape that watches the claiming modules."""
+        watched: dict[str, bool] = {}
+        for claim in self.claims:
+            watched[claim.module] = watched.get(claim.module, False) or claim.expand
+        return Tape(frozen, watched, self.copied, self.shared)
+
+    @property
+    def replayed(self) -> tuple[str, ...]:
+        """Modules that are run again to differentiate them."""
+        return tuple(dict.fromkeys(c.module for c in self.claims if c.kind != "rule"))
+
+    def gradients(
+        self, recording: Recording, cotangents: Cotangents
+    ) -> Iterator[tuple[str, Contribution]]:
+        """Yield every contribution to a parameter's gradient; those of one parameter add up.
+
+        Args:
+            recording:
+                Of the tape.
+            cotangents:
+                Of the recording. Emptied on the way, to free their memory.
+        """
+        for module in list(cotangents):
+            calls = zip(recording.calls[module], cotangents.pop(module), strict=True)
+            for n, (call, parts) in enumerate(calls):
+                if not call.is_intact:
+                    raise OverwrittenError(module)
+                for claim in self.claims:
+                    if claim.module == module:
+                        yield from claim_gradients(
+                            claim, call, parts, self.batched.get((module, n))
+                        )
+
+
+class OverwrittenError(JacobianMismatchError):
+    """The inputs of a module were overwritten after the call."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__(
+            f"The inputs of the layer {module!r} were overwritten by a later operation for some "
+            "samples but not for others."
+        )
+        self.module = module
+
+
+class UnclaimedError(JacobianMismatchError):
+    """A layer cannot answer for its parameters for some of the samples.
+
+    Args:
+        names:
+            Of the parameters.
+        reason:
+            What is wrong with the layer.
+    """
+
+    def __init__(self, names: Iterable[str], reason: str) -> None:
+        self.names = frozenset(names)
+        plain = ", ".join(sorted(n.removeprefix("model.") for n in self.names))
+        super().__init__(f"The layers of {plain} {reason}.")
+
+
+def claim_gradients(
+    claim: Claim,
+    call: Call,
+    cotangents: list[list[torch.Tensor]],
+    batched: tuple[bool, ...] | None = None,
+) -> Iterator[tuple[str, Contribution]]:
+    """Yield the gradients that one call contributes to the parameters of one claim.
+
+    Args:
+        claim:
+            The claim.
+        call:
+            A call of its module.
+        cotangents:
+            For each output tensor, one a class.
+        batched:
+            Which tensors among the arguments have an axis of samples, where that is known.
+
+    Raises:
+        JacobianMismatchError:
+            If the outputs of the module have no axis of samples.
+    """
+    if any(len(shape) == 0 or shape[0] != call.batch_size for shape in call.shapes):
+        names = [name for name, _ in claim.parameters]
+        raise UnclaimedError(names, "give outputs that have no axis of samples")
+    if claim.kind == "rule":
+        rule = rule_for(call.module)
+        assert rule is not None
+        found = rule(call, [d.to(call.dtype) for d in cotangents[0]])
+        for name, local in claim.parameters:
+            yield name, found[local]
+        return
+    locals_ = tuple(local for _, local in claim.parameters)
+    loop = claim.kind == "loop"
+    rows = local_rows(call, cotangents, locals_, loop=loop, batched=batched)
+    for name, local in claim.parameters:
+        yield name, rows[local]

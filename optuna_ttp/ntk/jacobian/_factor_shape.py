@@ -1,0 +1,65 @@
+"""Sizes of the factors of a gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import replace
+
+from optuna_ttp.ntk.layers._factors import Factors
+
+
+@dataclass(frozen=True)
+class FactorShape:
+    """Sizes of the factors of one sample's gradient of a weight matrix.
+
+    Attributes:
+        groups:
+            G.
+        width:
+            Outputs ``o`` in a group.
+        positions:
+            ``S``, of all calls together.
+        n_rows:
+            Inputs ``k`` in a group.
+        source_size:
+            Elements of what the inputs are made from.
+        is_table:
+            The inputs are indices.
+        transposed:
+            How the weight is laid out.
+    """
+
+    groups: int
+    width: int
+    positions: int
+    n_rows: int
+    source_size: int
+    is_table: bool
+    transposed: bool
+
+    @classmethod
+    def of(cls, factors: Factors) -> FactorShape:
+        """Return the shape of factors."""
+        groups, _, width, positions, n_rows = factors.shape
+        return cls(
+            groups,
+            width,
+            positions,
+            n_rows,
+            sum(s[0].numel() for s in factors.sources),
+            factors.expand is None,
+            factors.transposed,
+        )
+
+    def plus(self, other: FactorShape | None) -> FactorShape | None:
+        """Return the shape of the factors of a sum; nothing where the two do not fit together."""
+        if other is None or self._layout() != other._layout():
+            return None
+        return replace(
+            self,
+            positions=self.positions + other.positions,
+            source_size=self.source_size + other.source_size,
+        )
+
+    def _layout(self) -> tuple[int, int, int, bool, bool]:
+        return self.groups, self.width, self.n_rows, self.is_table, self.transposed

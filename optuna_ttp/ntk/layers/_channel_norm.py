@@ -1,0 +1,41 @@
+"""The rules of group and instance normalisation: statistics of each sample, a weight a channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+
+from optuna_ttp.ntk.layers._call import Call
+from optuna_ttp.ntk.layers._rule import Contribution
+from optuna_ttp.ntk.layers._rule import scale_and_shift
+
+
+def group_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
+    """Return the gradients of group normalisation."""
+    module: Any = call.module
+
+    def make() -> torch.Tensor:
+        x = call.input[..., None] if call.input.ndim == 2 else call.input
+        return functional.group_norm(x, module.num_groups, None, None, module.eps).flatten(2)
+
+    return _by_channel(call, call.cached("normalised", make), cotangents)
+
+
+def instance_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
+    """Return the gradients of instance normalisation."""
+    module: Any = call.module
+
+    def make() -> torch.Tensor:
+        return functional.instance_norm(call.input, eps=module.eps).flatten(2)
+
+    return _by_channel(call, call.cached("normalised", make), cotangents)
+
+
+def _by_channel(
+    call: Call, normalised: torch.Tensor, cotangents: list[torch.Tensor]
+) -> dict[str, Contribution]:
+    """Return the gradients of one scale and one shift a channel, for inputs ``(B, k, S)``."""
+    parts = [t.reshape(normalised.shape) for t in cotangents]
+    return scale_and_shift(call, normalised, parts, sum_over=(2,))

@@ -1,0 +1,69 @@
+"""The rule of subclasses of convolutions that first change their inputs, as by uneven padding."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch.overrides import TorchFunctionMode
+
+from optuna_ttp._util.exceptions import JacobianMismatchError
+from optuna_ttp.ntk.layers._call import Call
+from optuna_ttp.ntk.layers._convolution import convolution_of
+from optuna_ttp.ntk.layers._rule import Contribution
+from optuna_ttp.task import functional_call
+
+
+def prepared_convolution(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
+    """Return the gradients of a convolution of what the module makes of its inputs."""
+    inputs = call.cached("convolved", partial(_convolved, call))
+    return convolution_of(call, inputs, cotangents, (), "zeros")
+
+
+def _convolved(call: Call) -> torch.Tensor:
+    """Return what a module convolves with its own weight to get its output, padded.
+
+    Raise JacobianMismatchError if the module does anything else.
+    """
+    module: Any = call.module
+    state = {name: tensor.detach() for name, tensor in call.state.items()}
+    with torch.no_grad(), _Convolutions() as seen:
+        output = functional_call(module, state, call.args, call.kwargs)
+    n_axes = len(module.kernel_size)
+    if len(seen.arguments) != 1 or seen.outputs[0] is not output:
+        raise JacobianMismatchError("The output of the module is not that of one convolution.")
+    (arguments,) = seen.arguments
+    if arguments["weight"] is not state["weight"] or isinstance(arguments.get("padding"), str):
+        raise JacobianMismatchError("The module convolves with another weight or padding.")
+    for name in ("stride", "dilation"):
+        if _per_axis(arguments.get(name, 1), n_axes) != _per_axis(getattr(module, name), n_axes):
+            raise JacobianMismatchError(f"The module convolves with another {name}.")
+    padding = _per_axis(arguments.get("padding", 0), n_axes)
+    inputs = functional.pad(arguments["input"], [p for p in reversed(padding) for _ in (0, 1)])
+    return inputs.to(call.dtype)
+
+
+def _per_axis(value: Any, n_axes: int) -> list[int]:
+    """Return a setting of a convolution as one number an axis."""
+    return [value] * n_axes if isinstance(value, int) else list(value)
+
+
+class _Convolutions(TorchFunctionMode):
+    """Records the arguments and outputs of the convolutions that are computed under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: list[dict[str, Any]] = []
+        self.outputs: list[torch.Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (functional.conv1d, functional.conv2d, functional.conv3d):
+            names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+            self.arguments.append({**dict(zip(names, args, strict=False)), **(kwargs or {})})
+            self.outputs.append(result)
+        return result

@@ -1,0 +1,85 @@
+"""What a rule of a layer is, and the steps that several rules share.
+
+A rule knows the mathematics of one kind of layer and nothing of hooks. Index conventions: ``b``
+samples, ``c`` outputs of the network, ``g`` groups, ``o`` outputs of the layer in a group, ``k``
+inputs (fan-in) in a group, ``s`` positions (tokens, pixels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+
+from optuna_ttp.ntk.layers._call import Call
+from optuna_ttp.ntk.layers._factors import Factors
+
+
+Contribution: TypeAlias = "Factors | torch.Tensor"
+"""The gradient of one parameter: factors, or rows of shape ``(B, C, p)``."""
+
+Rule: TypeAlias = Callable[[Call, list[torch.Tensor]], dict[str, Contribution]]
+"""Takes a call and the cotangent of its output for each class; returns the gradients by name."""
+
+
+def trainable_names(call: Call) -> set[str]:
+    """Return the names of the module's tensors that are trained."""
+    return {name for name, tensor in call.state.items() if tensor.requires_grad}
+
+
+def weight_and_bias(
+    call: Call,
+    source: torch.Tensor,
+    expand: Callable[[torch.Tensor], torch.Tensor],
+    cotangents: torch.Tensor,
+    n_rows: int,
+    *,
+    transposed: bool = False,
+) -> dict[str, Contribution]:
+    """Return the gradients of ``y_s = W a_s + b`` for cotangents of shape ``(B, G, C, o, S)``.
+
+    ``expand`` makes the inputs ``a`` of shape ``(B, G, k, S)`` from ``source``, and ``n_rows`` is
+    ``k``. The weight is laid out as ``(G, o, k)``, or as ``(G, k, o)`` with ``transposed``.
+    """
+    contributions: dict[str, Contribution] = {}
+    names = trainable_names(call)
+    if "weight" in names:
+        contributions["weight"] = Factors(
+            (source,), expand, (cotangents,), n_rows, transposed, (call.cache,)
+        )
+    if "bias" in names:
+        # (B, G, C, o) to (B, C, G o)
+        contributions["bias"] = cotangents.sum(-1).transpose(1, 2).flatten(2)
+    return contributions
+
+
+def scale_and_shift(
+    call: Call,
+    normalised: torch.Tensor,
+    cotangents: list[torch.Tensor],
+    *,
+    sum_over: tuple[int, ...],
+) -> dict[str, Contribution]:
+    """Return the gradients of ``y = w x + b`` by element: ``sum_s d_s x_s`` and ``sum_s d_s``.
+
+    ``normalised`` is ``x``, of the shape of each cotangent; ``sum_over`` are the axes of the
+    positions ``s``.
+    """
+
+    def rows(values: list[torch.Tensor]) -> torch.Tensor:
+        sums = [v.sum(sum_over) if sum_over else v for v in values]
+        return torch.stack([s.flatten(1) for s in sums], 1)
+
+    contributions: dict[str, Contribution] = {}
+    names = trainable_names(call)
+    if "weight" in names:
+        contributions["weight"] = rows([d * normalised for d in cotangents])
+    if "bias" in names:
+        contributions["bias"] = rows(cotangents)
+    return contributions
+
+
+def stacked(parts: list[torch.Tensor], axis: int) -> torch.Tensor:
+    """Return the parts along a new axis; a single part is not copied."""
+    return parts[0].unsqueeze(axis) if len(parts) == 1 else torch.stack(parts, axis)

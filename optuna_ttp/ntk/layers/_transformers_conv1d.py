@@ -1,0 +1,19 @@
+"""The rule of the linear layer that the transformers library calls ``Conv1D``."""
+
+from __future__ import annotations
+
+import torch
+
+from optuna_ttp.ntk.layers._call import Call
+from optuna_ttp.ntk.layers._linear import linear
+from optuna_ttp.ntk.layers._rule import Contribution
+
+
+def is_transformers_conv1d(module: torch.nn.Module) -> bool:
+    """Return whether a module is that class, which need not be installed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def transformers_conv1d(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
+    """Return the gradients of a linear layer whose weight is laid out as (inputs, outputs)."""
+    return linear(call, cotangents, transposed=True)
