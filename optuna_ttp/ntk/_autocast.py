@@ -23,13 +23,6 @@ def without_autocast(
 
     Products of rows would be rounded to half precision by it, and a model under it is another one
     than that which is trained in the precision that was asked for.
-
-    Args:
-        function:
-            Any.
-
-    Returns:
-        One of the same signature.
     """
 
     @wraps(function)

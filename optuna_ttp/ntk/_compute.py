@@ -128,7 +128,7 @@ def compute_spectrum(
             If rows differ from what plain automatic differentiation gives.
     """
 
-    def resolved_settings() -> tuple[int, str, torch.dtype, torch.dtype | None, torch.device]:
+    def checked_settings() -> tuple[int, str, torch.dtype, torch.dtype | None, torch.device]:
         check_task(task)
         check_truncation(rank, explained_trace)
         for name, switch in {"measure_speed": measure_speed, "probe": probe}.items():
@@ -143,7 +143,7 @@ def compute_spectrum(
         kind, held = resolve_dtype(dtype, chosen)
         return check_seed(seed), chosen, kind, held, resolve_device(task, device)
 
-    found_settings = in_all(resolved_settings, distributed=distributed)
+    settings_of_all = in_all(checked_settings, distributed=distributed)
     if distributed and has_group():
         settings: dict[str, object] = {
             "engine": engine,
@@ -158,7 +158,7 @@ def compute_spectrum(
         settings["max_memory"] = max_memory if engine == "auto" else None
         # Before anything that only some of the processes might refuse.
         check_same_task(task, settings)
-    seed, engine, kind, held, resolved = found_settings
+    seed, engine, kind, held, resolved = settings_of_all
     started = time.perf_counter()
     fingerprint = task.fingerprint
     initial_outputs = task.initial_outputs(resolved, kind)
@@ -168,19 +168,19 @@ def compute_spectrum(
         "show_progress_bar": show_progress_bar,
         "seed": seed,
     }
-    found = _decomposition(
+    decomposition = _decomposition(
         task, initial_outputs, engine, resolved, kind, checkpoint, distributed, shared, held
     )
-    pairs = found.pairs
+    pairs = decomposition.pairs
     throughput = None
     if measure_speed:
         timed = partial(measure_throughput, task, device=resolved)
         # One that is not slowed down by the others, and the same spectrum for all of them.
         throughput = by_first(timed) if distributed else timed()
     validation = None
-    if found.validation_features is not None and task.validation is not None:
+    if decomposition.validation_features is not None and task.validation is not None:
         validation = Validation(
-            found.validation_features,
+            decomposition.validation_features,
             task.validation.initial_outputs(resolved, kind),
             task.validation.targets,
         )
@@ -203,14 +203,14 @@ def compute_spectrum(
             created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             package_version=__version__,
             torch_version=torch.__version__,
-            sketch_width=found.sketch_width,
+            sketch_width=decomposition.sketch_width,
             seed=None if engine == "exact" else seed,
-            time_error=found.time_error,
-            trace_error=found.trace_error,
-            n_ritz=found.n_ritz,
+            time_error=decomposition.time_error,
+            trace_error=decomposition.trace_error,
+            n_ritz=decomposition.n_ritz,
         ),
-        weight_outputs=found.weight_outputs,
-        decay_factors=found.decay_factors,
+        weight_outputs=decomposition.weight_outputs,
+        decay_factors=decomposition.decay_factors,
         validation=validation,
     )
     if explained_trace is not None:
@@ -225,7 +225,7 @@ def compute_spectrum(
 
 
 def _within_reach(spectrum: Spectrum, explained_trace: float) -> float:
-    """What is asked for, or as much as the leading eigenpairs hold."""
+    """Return the share of the trace that was asked for, or what the leading eigenpairs hold."""
     share = spectrum.explained_trace
     if spectrum.metadata.engine == "matrix_free" and share < explained_trace:
         warn_caller(
@@ -247,6 +247,7 @@ def _decomposition(
     shared: dict[str, Any],
     held: torch.dtype | None,
 ) -> Decomposition:
+    """Decompose the kernel with an engine."""
     if engine == "exact":
         return exact_decomposition(
             task,

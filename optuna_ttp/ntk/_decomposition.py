@@ -16,12 +16,13 @@ from optuna_ttp.dynamics import PathFollower
 from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
 from optuna_ttp.ntk.engines._choice import check_sketch_memory
 from optuna_ttp.ntk.engines._choice import widest_sketch
-from optuna_ttp.ntk.engines._choice import WIDTH
 from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
 from optuna_ttp.ntk.engines._exact import exact_kernel
 from optuna_ttp.ntk.engines._matrix_free import leading_pairs
+from optuna_ttp.ntk.engines._rules import CHOICE
+from optuna_ttp.ntk.engines._rules import SKETCHES
 from optuna_ttp.ntk.engines._sketch import refine
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 from optuna_ttp.ntk.engines._sketch_error import sketch_error
@@ -32,35 +33,15 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
-# By how much the predicted times are likely to be off because of the projection.
-_TIME_ERROR = 0.03
 _NO_ERROR = SketchError(0.0, 0.0)
-# Leading eigenpairs that are refined, and how many more for the sake of the last of these.
-_N_REFINED = 100
-_N_MORE = 50
 
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
     """The leading eigenpairs of the kernel with what else is made of the Jacobian.
 
-    Attributes:
-        pairs:
-            The eigenpairs that are kept.
-        weight_outputs:
-            ``J diag(c) w_0``, of shape ``(N, C)``.
-        decay_factors:
-            As in :class:`~optuna_ttp.Spectrum`.
-        validation_features:
-            As in :class:`~optuna_ttp.spectrum.Validation`.
-        sketch_width:
-            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
-        time_error:
-            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
-        n_ritz:
-            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
-        trace_error:
-            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
+    Fields with names of :class:`~optuna_ttp.Spectrum`, its metadata or its validation part are
+    those.
     """
 
     pairs: Eigenpairs
@@ -86,33 +67,7 @@ def exact_decomposition(
     distributed: bool,
     held: torch.dtype | None,
 ) -> Decomposition:
-    """Decompose the exact kernel.
-
-    Args:
-        task:
-            What is fine-tuned.
-        rank:
-            As for :func:`~optuna_ttp.compute_spectrum`.
-        device:
-            Where.
-        dtype:
-            Precision of the Jacobian.
-        max_memory:
-            Bytes.
-        show_progress_bar:
-            Whether to show one.
-        seed:
-            Of what is checked.
-        checkpoint:
-            For finished blocks, or :obj:`None`.
-        distributed:
-            Share the samples with other processes.
-        held:
-            As for :func:`~optuna_ttp.ntk.exact_kernel`.
-
-    Returns:
-        The decomposition.
-    """
+    """Decompose the exact kernel, see :func:`~optuna_ttp.ntk.exact_kernel`."""
     kernel = exact_kernel(
         task,
         device=device,
@@ -153,18 +108,11 @@ def sketched_decomposition(
     The width is doubled until the times of gradient flow to 50, 25 and 10 % of the initial loss
     have a standard error of at most 3 %, and are off by at most as much on average, see
     :func:`~optuna_ttp.ntk.engines._sketch_error.sketch_error`, or the memory does not allow more;
-    then there is an :exc:`~optuna_ttp.ApproximationWarning`. What is reported is the
-    bar that nine errors in ten are within; with ``refined`` an upper bound of it, that of the
-    sketch before it is refined.
-
-    ``initial_outputs`` are those of the pretrained model, ``(N, C)``; with ``refined`` the leading
-    eigenpairs are refined by two more passes. The other arguments are those of
-    :func:`exact_decomposition`.
-
-    Returns:
-        The decomposition.
+    then there is an :exc:`~optuna_ttp.ApproximationWarning`. What is reported is the bar that nine
+    errors in ten are within. With ``refined`` the leading eigenpairs are refined by two more
+    passes, and the bar is that of the sketch before, an upper bound.
     """
-    width = WIDTH
+    width = CHOICE.sketch_width
     check_sketch_memory(task, torch.empty((), dtype=dtype).element_size(), max_memory)
     widest = widest_sketch(task, str(dtype).removeprefix("torch."), max_memory=max_memory)
     follower = PathFollower(task, initial_outputs)
@@ -183,7 +131,7 @@ def sketched_decomposition(
         error = _NO_ERROR
         if not sketch.is_exact:
             error = sketch_error(follower, features, n_exact, pairs)
-        if error.expected <= _TIME_ERROR or width >= widest:
+        if error.expected <= SKETCHES.time_error or width >= widest:
             break
         width *= 2
     others = sketch.validation_features()
@@ -193,7 +141,7 @@ def sketched_decomposition(
             features,
             pairs,
             others=others,
-            n_refined=_N_REFINED + _N_MORE,
+            n_refined=SKETCHES.n_refined,
             device=device,
             dtype=dtype,
             seed=seed,
@@ -204,7 +152,7 @@ def sketched_decomposition(
         # what is refined was chosen by them (benchmarks/engine/coverage.py: a bar made of them
         # held 64 % of the errors).
         pairs = eigenpairs_of_features(features, trace=sketch.trace)
-    if not error.expected <= _TIME_ERROR:
+    if not error.expected <= SKETCHES.time_error:
         by_what = f"uncertain by {error.bar:.0%}" if np.isfinite(error.bar) else "unknown"
         warn_caller(
             f"The sketch of width {width} leaves predicted times {by_what}. "
@@ -233,14 +181,8 @@ def matrix_free_decomposition(
     show_progress_bar: bool,
     seed: int,
 ) -> Decomposition:
-    """Decompose the kernel by products with it.
-
-    The arguments are those of :func:`exact_decomposition`.
-
-    Returns:
-        The decomposition.
-    """
-    found = leading_pairs(
+    """Decompose the kernel by products with it."""
+    leading = leading_pairs(
         task,
         rank=rank,
         device=device,
@@ -250,19 +192,20 @@ def matrix_free_decomposition(
         seed=seed,
     )
     return Decomposition(
-        found.pairs,
-        found.weight_outputs,
+        leading.pairs,
+        leading.weight_outputs,
         None,
-        found.validation_features,
-        time_error=found.time_error,
-        n_ritz=found.n_ritz,
-        trace_error=found.trace_error,
+        leading.validation_features,
+        time_error=leading.time_error,
+        n_ritz=leading.n_ritz,
+        trace_error=leading.trace_error,
     )
 
 
 def _validation_features(
     features: torch.Tensor, others: torch.Tensor | None, pairs: Eigenpairs
 ) -> NDArray[np.floating[Any]] | None:
+    """Return ``J_v J^T V Lambda^(-1/2)``, ``(N_v C, r)``, from both kinds of samples' features."""
     if others is None:
         return None
     whitened = torch.as_tensor(pairs.eigenvectors / np.sqrt(pairs.eigenvalues)).to(others)

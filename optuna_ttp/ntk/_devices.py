@@ -19,17 +19,9 @@ HELD = {"bfloat16": torch.bfloat16}
 
 
 def resolve_dtype(dtype: str, engine: str) -> tuple[torch.dtype, torch.dtype | None]:
-    """Return what a Jacobian is computed in, and what it is held in where that is not the same.
+    """Return the precision that a Jacobian is computed in, and that it is held in if that differs.
 
-    Args:
-        dtype:
-            ``"float32"``, ``"float64"`` or ``"bfloat16"``.
-        engine:
-            Its name.
-
-    Raises:
-        ValueError:
-            If there is no such precision, or the engine holds no Jacobian.
+    ValueError is raised if there is no such precision, or the engine holds no Jacobian.
     """
     if dtype in HELD:
         if engine != "exact":
@@ -46,18 +38,7 @@ def resolve_dtype(dtype: str, engine: str) -> tuple[torch.dtype, torch.dtype | N
 def resolve_device(task: FineTuningTask, device: str | torch.device | None) -> torch.device:
     """Return where to compute: as asked, else on a GPU where there is one, else with the model.
 
-    Args:
-        task:
-            Knows where the model is.
-        device:
-            What was asked for, or :obj:`None`.
-
-    Returns:
-        A device that works.
-
-    Raises:
-        ValueError:
-            If the device asked for cannot be used here.
+    ValueError is raised if the device that was asked for cannot be used here.
     """
     if device is not None:
         return check_device(device)

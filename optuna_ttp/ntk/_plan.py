@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optuna_ttp.ntk.engines._choice import WIDTH
+from optuna_ttp.ntk.engines._rules import CHOICE
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,17 @@ class SpectrumPlan:
         return "\n".join(lines)
 
     def _of_width(self) -> list[str]:
+        """Return a line on the width of a sketch."""
         if not self.engine.endswith("sketch"):
             return []
+        width = CHOICE.sketch_width
         return [
-            f"  {WIDTH} numbers a row; where predicted times need twice as many, as long again, "
+            f"  {width} numbers a row; where predicted times need twice as many, as long again, "
             "and so on"
         ]
 
     def _of_trace(self) -> list[str]:
+        """Return a line on how the trace is estimated."""
         if not self.trace_seconds:
             return []
         took = _duration(self.trace_seconds)
@@ -119,6 +122,7 @@ class SpectrumPlan:
 
 
 def _duration(seconds: float) -> str:
+    """Return seconds in words."""
     if seconds < 100.0:
         return f"{seconds:.2g} s"
     if seconds < 6000.0:

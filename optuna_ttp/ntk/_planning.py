@@ -18,22 +18,22 @@ from optuna_ttp.ntk._plan import LayerPlan
 from optuna_ttp.ntk._plan import SpectrumPlan
 from optuna_ttp.ntk.engines._choice import check_sketch_memory
 from optuna_ttp.ntk.engines._choice import resolve_engine
-from optuna_ttp.ntk.engines._choice import WIDTH
-from optuna_ttp.ntk.engines._exact import block_sizes
-from optuna_ttp.ntk.engines._exact import BlockSizes
+from optuna_ttp.ntk.engines._exact import choose_grouping
 from optuna_ttp.ntk.engines._exact import expected_bytes
+from optuna_ttp.ntk.engines._exact import Grouping
 from optuna_ttp.ntk.engines._matrix_free import by_directions
 from optuna_ttp.ntk.engines._matrix_free import check_vectors_memory
 from optuna_ttp.ntk.engines._matrix_free import columns_of
 from optuna_ttp.ntk.engines._matrix_free import probes_of
 from optuna_ttp.ntk.engines._matrix_free import sketch_width
-from optuna_ttp.ntk.engines._sketch import Passes
+from optuna_ttp.ntk.engines._passes import Passes
+from optuna_ttp.ntk.engines._rules import CHOICE
+from optuna_ttp.ntk.engines._rules import SKETCHES
 from optuna_ttp.ntk.jacobian._directions import Directions
-from optuna_ttp.ntk.jacobian._layout import GHOST_OVERHEAD
-from optuna_ttp.ntk.jacobian._layout import TRIANGLE
 from optuna_ttp.ntk.jacobian._prepare import lifting
 from optuna_ttp.ntk.jacobian._prepare import Preparation
 from optuna_ttp.ntk.jacobian._prepare import prepare
+from optuna_ttp.ntk.jacobian._rules import LAYOUTS
 from optuna_ttp.ntk.jacobian._samples import check_singles
 from optuna_ttp.ntk.jacobian._samples import SampleReader
 from optuna_ttp.spectrum import check_truncation
@@ -51,8 +51,6 @@ _MATRIX = 1024
 _N_BLOCKS = 2
 # Directions that are timed.
 _N_DIRECTIONS = 4
-# Eigenpairs that a sketch refines.
-_N_REFINED = 150
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class _Estimate:
 
     preparation: Preparation | None
     seconds: float
-    sizes: BlockSizes
+    grouping: Grouping
     n_bytes: int
     trace_seconds: float = 0.0
 
@@ -129,7 +127,7 @@ def plan_spectrum(
         estimate = planner.matrix_free(rank)
     else:
         estimate = planner.sketch(refined=name == "refined_sketch")
-    sizes = estimate.sizes
+    grouping = estimate.grouping
     if estimate.n_bytes > max_memory:
         reason += (
             f"; the peak is above max_memory of {max_memory / 2**20:,.3g} MiB, which limits rows "
@@ -144,10 +142,10 @@ def plan_spectrum(
         seconds=estimate.seconds,
         trace_seconds=estimate.trace_seconds,
         bytes=estimate.n_bytes,
-        batch_size=sizes.batch,
-        block_size=sizes.held,
-        stream_size=sizes.streamed,
-        minimum_bytes=sizes.minimum,
+        batch_size=grouping.batch,
+        block_size=grouping.held,
+        stream_size=grouping.streamed,
+        minimum_bytes=grouping.minimum,
         layers=() if estimate.preparation is None else _layers(task, estimate.preparation),
     )
 
@@ -181,7 +179,7 @@ class _Planner:
             reference = task.initial_outputs(device, dtype)
             with task.frozen(device, dtype) as frozen:
                 check_singles(task, frozen, reference, device, dtype)
-                found = prepare(
+                preparation = prepare(
                     task,
                     frozen,
                     device=device,
@@ -191,25 +189,31 @@ class _Planner:
                     held=held,
                 )
                 setup = clock.seconds()
-                sizes = block_sizes(task, found, dtype, device, self._max_memory)
-                with found.claims.tape(frozen).attached() as tape:
+                grouping = choose_grouping(task, preparation, dtype, device, self._max_memory)
+                with preparation.claims.tape(frozen).attached() as tape:
                     reader = SampleReader(
                         task,
                         frozen,
-                        found.claims,
+                        preparation.claims,
                         tape,
-                        batch_size=min(sizes.batch, self._n_timed),
+                        batch_size=min(grouping.batch, self._n_timed),
                         device=device,
                         dtype=dtype,
                         reference=reference,
                     )
                     seconds = _fastest(
-                        lambda: reader.read(found.layout, 0, self._n_timed), device, 2
+                        lambda: reader.read(preparation.layout, 0, self._n_timed), device, 2
                     )
             total = setup + _exact_seconds(
-                task, found, sizes, seconds / self._n_timed, _flops_per_second(device, dtype)
+                task,
+                preparation,
+                grouping,
+                seconds / self._n_timed,
+                _flops_per_second(device, dtype),
             )
-            return _Estimate(found, total, sizes, expected_bytes(task, found, sizes, dtype))
+            return _Estimate(
+                preparation, total, grouping, expected_bytes(task, preparation, grouping, dtype)
+            )
 
         return lifting(measure)
 
@@ -220,14 +224,14 @@ class _Planner:
         def measure(lifts: Mapping[str, int]) -> _Estimate:
             clock = _Clock(self._device)
             with self._passes(self._task, lifts) as passes:
-                setup, found = clock.seconds(), passes.preparation
-                n_bytes, batch = passes.sketch_bytes(WIDTH), passes.batch_size
+                setup, preparation = clock.seconds(), passes.preparation
+                n_bytes, batch = passes.sketch_bytes(CHOICE.sketch_width), passes.batch_size
             seconds = setup + self._n_read * self._sketched(lifts)
             if refined:
-                seconds += self._n_read * self._multiplied(lifts, _N_REFINED)
-                n_bytes += self._task.n_parameters * _N_REFINED * self._itemsize
-            sizes = BlockSizes(batch, batch, batch, n_bytes, minimum)
-            return _Estimate(found, seconds, sizes, n_bytes)
+                seconds += self._n_read * self._multiplied(lifts, SKETCHES.n_refined)
+                n_bytes += self._task.n_parameters * SKETCHES.n_refined * self._itemsize
+            grouping = Grouping(batch, batch, batch, n_bytes, minimum)
+            return _Estimate(preparation, seconds, grouping, n_bytes)
 
         return lifting(measure)
 
@@ -241,7 +245,7 @@ class _Planner:
         def measure(lifts: Mapping[str, int]) -> _Estimate:
             clock = _Clock(self._device)
             with self._passes(self._task, lifts) as passes:
-                setup, found = clock.seconds(), passes.preparation
+                setup, preparation = clock.seconds(), passes.preparation
                 width = sketch_width(self._n_rows, self._dtype, self._max_memory)
                 sketching, batch = passes.sketch_bytes(width), passes.batch_size
                 making = passes.sketch_bytes(0)
@@ -252,12 +256,16 @@ class _Planner:
             vectors = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
             held = self._task.n_parameters * n_columns * self._itemsize
             # One layer's part is made before it is added.
-            part = max(p.size for p in found.layout.parameters) * n_columns * self._itemsize
+            part = (
+                max(p.n_weights for p in preparation.layout.parameters)
+                * n_columns
+                * self._itemsize
+            )
             multiplying = making + vectors + min(held, self._max_memory // 2) + part
             # The sketch is held about three times when its leading space is taken.
             n_bytes = max(3 * sketching - 2 * making, multiplying)
-            sizes = BlockSizes(batch, batch, batch, n_bytes, minimum)
-            return _Estimate(found, seconds, sizes, n_bytes)
+            grouping = Grouping(batch, batch, batch, n_bytes, minimum)
+            return _Estimate(preparation, seconds, grouping, n_bytes)
 
         return lifting(measure)
 
@@ -280,9 +288,9 @@ class _Planner:
         held = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
         weights = task.n_parameters * directions.n_together * self._itemsize
         n_bytes = held + weights
-        sizes = BlockSizes(1, 1, 1, n_bytes, minimum)
+        grouping = Grouping(1, 1, 1, n_bytes, minimum)
         tracing = probes_of(n_columns) * per_direction
-        return _Estimate(None, total + tracing, sizes, n_bytes, tracing)
+        return _Estimate(None, total + tracing, grouping, n_bytes, tracing)
 
     def _passes(self, task: FineTuningTask, lifts: Mapping[str, int]) -> Passes:
         return Passes(task, self._device, self._dtype, self._seed, lifts, False)
@@ -291,7 +299,9 @@ class _Planner:
         """Seconds of projecting one sample."""
         with self._passes(self._few, lifts) as passes:
             seconds = _fastest(
-                lambda: passes.sketch(WIDTH, "sign_fold", self._seed), self._device, 1
+                lambda: passes.sketch(CHOICE.sketch_width, "sign_fold", self._seed),
+                self._device,
+                1,
             )
         return seconds / self._few_read
 
@@ -315,34 +325,36 @@ class _Planner:
 def _exact_seconds(
     task: FineTuningTask,
     preparation: Preparation,
-    sizes: BlockSizes,
+    grouping: Grouping,
     per_sample: float,
     rate: float,
 ) -> float:
+    """Return the seconds of the exact engine from those of one sample and of a product."""
     n = task.n_samples
     n_held_out = 0 if task.validation is None else task.validation.n_samples
-    starts = range(0, n, sizes.held)
+    starts = range(0, n, grouping.held)
     n_read = sum(n - start + n_held_out for start in starts)
     flops = 0.0
     for p in preparation.layout.parameters:
-        cost = p.flops_per_pair * (GHOST_OVERHEAD if p.method == "ghost" else 1.0)
-        flops += cost * n * (TRIANGLE * n + n_held_out)
+        cost = p.flops_per_pair * (LAYOUTS.ghost_overhead if p.method == "ghost" else 1.0)
+        flops += cost * n * (LAYOUTS.triangle * n + n_held_out)
         if p.method == "panels":
             flops += p.flops_per_sample * n_read
     return n_read * per_sample + flops / rate
 
 
 def _layers(task: FineTuningTask, preparation: Preparation) -> tuple[LayerPlan, ...]:
+    """Return the plan of each parameter."""
     claims = {n: c for c in preparation.claims.claims for n, _ in c.parameters}
     return tuple(
         LayerPlan(
             name=p.name.removeprefix("model."),
-            n_weights=p.size,
+            n_weights=p.n_weights,
             claimed_by=claims[p.name].module.removeprefix("model."),
             derivative=claims[p.name].kind,
             method=p.method,
             flops=task.n_samples
-            * (p.flops_per_sample + TRIANGLE * task.n_samples * p.flops_per_pair),
+            * (p.flops_per_sample + LAYOUTS.triangle * task.n_samples * p.flops_per_pair),
             bytes=p.bytes_per_sample * task.n_samples,
         )
         for p in preparation.layout.parameters
@@ -357,6 +369,7 @@ class _Clock:
         self._wall, self._processor = time.perf_counter(), time.process_time()
 
     def seconds(self) -> float:
+        """Return the seconds until now."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             return time.perf_counter() - self._wall
@@ -366,7 +379,7 @@ class _Clock:
 
 
 def _fastest(function: Callable[[], object], device: torch.device, n_times: int) -> float:
-    """Seconds of the fastest of some calls."""
+    """Return the seconds of the fastest of some calls."""
     seconds = []
     for _ in range(n_times):
         clock = _Clock(device)
@@ -376,5 +389,6 @@ def _fastest(function: Callable[[], object], device: torch.device, n_times: int)
 
 
 def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Return how many operations a second a matrix product makes."""
     matrix = torch.ones((_MATRIX, _MATRIX), dtype=dtype, device=device)
     return 2.0 * _MATRIX**3 / _fastest(lambda: matrix @ matrix, device, 3)

@@ -23,15 +23,32 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FrozenModel
 
 
-# Two passes over the data each. With twice as many, the growth that is predicted between them
-# changes by 1 % on average and 12 % at most, over nine networks of benchmarks/search.
-_FRACTIONS = (0.85, 0.7, 0.35, 0.15, 0.05)
-# Steps of the linearised path after which what is not reached is not looked at.
-_MAX_STEPS = 5_000
-# Outputs that are so close, relatively, to the linearised ones at every point are linear.
-_LINEAR = 1e-3
-# A gradient of which the spectrum may leave so much to be estimated; of others it is computed.
-_MOST_UNSEEN = 1e-2
+@dataclass(frozen=True)
+class ProbeRules:
+    """Where and how closely the linearisation is compared with the network.
+
+    Attributes:
+        fractions:
+            Shares of the reducible loss at which it is compared; each takes two passes over the
+            data. With twice as many, the growth that is predicted between them changes by 1 % on
+            average and 12 % at most, over nine networks of benchmarks/search.
+        max_steps:
+            Steps of the linearised path after which what is not reached is not looked at.
+        linear:
+            Outputs that are so close, relatively, to the linearised ones at every point are
+            linear.
+        max_unseen:
+            The largest share of a gradient that may be estimated because the spectrum does not see
+            it; otherwise it is computed.
+    """
+
+    fractions: tuple[float, ...] = (0.85, 0.7, 0.35, 0.15, 0.05)
+    max_steps: int = 5_000
+    linear: float = 1e-3
+    max_unseen: float = 1e-2
+
+
+RULES = ProbeRules()
 
 
 @without_autocast
@@ -44,35 +61,20 @@ def probe_linearisation(
     batch_size: int = 64,
     distributed: bool = False,
 ) -> Spectrum:
-    """Find out how far the weights have to go to each loss.
+    """Find out how far the weights have to go to each loss; return the spectrum with its probe.
 
-    Gradient flow takes the linearised network to ``theta`` in the coordinates of the kept
+    Gradient flow takes the linearised network to ``theta`` in the coordinates of the spectrum's
     eigenpairs; that is a displacement ``J^T V Lambda^(-1/2) theta`` of the weights, one backward
     pass over the data. A linearisation holds while the weights change little compared with what
     they are (Chizat, Oyallon and Bach, NeurIPS 2019, arXiv 1812.07956). A new head is small, so it
     is the first to change a lot, and with it the kernel; see
-    :meth:`optuna_ttp.dynamics.KernelGrowth.from_probe`. What the network's outputs and its
-    kernel really are at the displaced weights, along the gradient that training follows there,
-    shows how far that holds.
+    :meth:`optuna_ttp.dynamics.KernelGrowth.from_probe`. What the network's outputs and its kernel
+    really are at the displaced weights, along the gradient that training follows there, shows how
+    far that holds.
 
-    Args:
-        task:
-            What is fine-tuned.
-        spectrum:
-            Its spectrum.
-        device:
-            Where to differentiate.
-        dtype:
-            Precision of the network. Single precision by default.
-        batch_size:
-            Samples that go through the network together. 64 by default.
-        distributed:
-            Share the points of the path with the other processes of the default group; all must
-            be given the same task and spectrum. Off by default.
-
-    Returns:
-        The same spectrum with :attr:`~optuna_ttp.Spectrum.probe`; without where the loss is zero
-        already.
+    ``batch_size`` samples go through the network together. With ``distributed``, points of the
+    path are shared with the other processes of the default group. There is no probe where the loss
+    is zero already.
     """
     model = LinearisedModel.from_spectrum(spectrum, dtype=torch.float64)
     initial = float(model.loss(model.initial_outputs[None]))
@@ -88,7 +90,7 @@ def probe_linearisation(
             residuals = model.residuals(expected, model.soft_targets, model.normalisers)[0]
             outputs, after = _displaced(task, frozen, residuals, change, device, dtype, batch_size)
             before, unseen = _squared_gradient(spectrum, residuals.numpy().ravel())
-            if unseen > _MOST_UNSEEN:
+            if unseen > RULES.max_unseen:
                 _, pulled = _pulled(task, frozen, residuals, device, dtype, batch_size)
                 before, unseen = _squared(task, pulled), 0.0
             ratio = after / before if before > 0.0 else 1.0
@@ -100,19 +102,19 @@ def probe_linearisation(
                 away / moved if math.isfinite(away) else math.inf,
                 ratio,
                 # A head of zeros: outputs are linear on the way, the kernel is not.
-                away <= _LINEAR * moved and abs(ratio - 1.0) <= _LINEAR + unseen,
+                away <= RULES.linear * moved and abs(ratio - 1.0) <= RULES.linear + unseen,
             )
 
         path = _path(model)
-        found = shared_out(looked_at, path) if distributed else [looked_at(p) for p in path]
-    if all(point.is_linear for point in found):
+        points = shared_out(looked_at, path) if distributed else [looked_at(p) for p in path]
+    if all(point.is_linear for point in points):
         # However far they go: the kernel is the same everywhere.
-        found = [replace(point, displacement=0.0, ratio=1.0) for point in found]
+        points = [replace(point, displacement=0.0, ratio=1.0) for point in points]
     probe = Probe(
-        np.array([1.0, *(point.fraction for point in found)]),
-        np.array([0.0, *(point.displacement for point in found)]),
-        np.array([0.0, *(point.deviation for point in found)]),
-        np.array([1.0, *(point.ratio for point in found)]),
+        np.array([1.0, *(point.fraction for point in points)]),
+        np.array([0.0, *(point.displacement for point in points)]),
+        np.array([0.0, *(point.deviation for point in points)]),
+        np.array([1.0, *(point.ratio for point in points)]),
     )
     return replace(spectrum, probe=probe)
 
@@ -130,15 +132,15 @@ class _Point:
 
 @torch.inference_mode()
 def _path(model: LinearisedModel) -> list[torch.Tensor]:
-    """States of gradient flow where it first is at the fractions of the initial loss."""
+    """Return the states where gradient flow first is at the fractions of the initial loss."""
     theta = model.features.new_zeros((1, model.rank))
     points: list[torch.Tensor] = []
     initial, floor = float(model.loss(model.initial_outputs[None])), model.loss_floor
-    goals = [floor + f * (initial - floor) for f in _FRACTIONS]
+    goals = [floor + f * (initial - floor) for f in RULES.fractions]
     rate = 0.5 / max(float(model.curvatures[0]), 1e-30)
     flat = model.features.reshape(-1, model.rank)
     outputs = model.initial_outputs[None]
-    for _ in range(_MAX_STEPS):
+    for _ in range(RULES.max_steps):
         if not goals:
             break
         # Outputs are what takes long, and both the gradient and the loss are of them.
@@ -161,7 +163,7 @@ def _displaced(
     dtype: torch.dtype,
     batch_size: int,
 ) -> tuple[torch.Tensor, float]:
-    """The network's own outputs at the displaced weights, and ``u^T J c J^T u`` there."""
+    """Return the network's own outputs at the displaced weights, and ``u^T J c J^T u`` there."""
     start = dict(frozen.parameters)
     frozen.replace_parameters(
         {
@@ -175,16 +177,16 @@ def _displaced(
 
 
 def _squared(task: FineTuningTask, scaled: list[torch.Tensor]) -> float:
-    """``u^T J c J^T u`` from ``c J^T u``; infinite where it overflows."""
+    """Return ``u^T J c J^T u`` from ``c J^T u``; infinite where it overflows."""
     factors = task.multipliers.values()
     total = sum(float(g.double().square().sum()) / c for g, c in zip(scaled, factors, strict=True))
     return total if math.isfinite(total) else math.inf
 
 
 def _squared_gradient(spectrum: Spectrum, residuals: NDArray[np.float64]) -> tuple[float, float]:
-    """``u^T J c J^T u`` at the pretrained weights, and the share of it that is only estimated.
+    """Return ``u^T J c J^T u`` at the pretrained weights, and the share of it that is estimated.
 
-    What the kept eigenvectors do not see is taken to lie evenly among the others.
+    What the spectrum's eigenvectors do not see is taken to lie evenly among the others.
     """
     seen = residuals @ spectrum.eigenvectors
     known = float(np.square(seen) @ spectrum.eigenvalues)
@@ -197,7 +199,7 @@ def _squared_gradient(spectrum: Spectrum, residuals: NDArray[np.float64]) -> tup
 
 
 def _largest(frozen: FrozenModel, change: list[torch.Tensor]) -> float:
-    """Largest ``|w - w_0| / |w_0|`` of a weight matrix."""
+    """Return the largest ``|w - w_0| / |w_0|`` of a weight matrix."""
     changes = [0.0]
     for w, d in zip(frozen.parameters.values(), change, strict=True):
         # Biases and scales are moved by few gradients and often start at zero.
@@ -217,13 +219,13 @@ def _pulled(
     dtype: torch.dtype,
     batch_size: int,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Outputs in double precision, and ``c J^T u`` for weights ``u`` of the outputs."""
+    """Return outputs in double precision, and ``c J^T u`` for weights ``u`` of the outputs."""
     parameters = list(frozen.parameters.values())
     total = [torch.zeros_like(p) for p in parameters]
-    found = []
+    outputs_so_far = []
     for first, (inputs, _) in enumerate(task.batches(batch_size, device, dtype)):
         outputs = frozen(inputs)
-        found.append(outputs.detach().double().cpu())
+        outputs_so_far.append(outputs.detach().double().cpu())
         rows = slice(first * batch_size, first * batch_size + len(outputs))
         parts = torch.autograd.grad(
             outputs,
@@ -235,4 +237,6 @@ def _pulled(
         for whole, part in zip(total, parts, strict=True):
             whole += part if part.layout == torch.strided else part.to_dense()
     factors = task.multipliers.values()
-    return torch.cat(found), [factor * d for factor, d in zip(factors, total, strict=True)]
+    return torch.cat(outputs_so_far), [
+        factor * d for factor, d in zip(factors, total, strict=True)
+    ]

@@ -54,17 +54,12 @@ _release_default_group()
 
 
 def has_group() -> bool:
-    """Whether there is a group of processes."""
+    """Return whether there is a group of processes."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def check_group() -> None:
-    """Refuse to go on where there is no group of processes.
-
-    Raises:
-        ValueError:
-            If there is none.
-    """
+    """Raise ValueError if there is no group of processes."""
     if not has_group():
         raise ValueError(
             "distributed=True needs a group of processes: call "
@@ -73,22 +68,11 @@ def check_group() -> None:
 
 
 def check_same_task(task: FineTuningTask, settings: Mapping[str, object]) -> None:
-    """Refuse, in all processes alike, to go on with tasks or settings that are not the same.
-
-    Args:
-        task:
-            That of this process.
-        settings:
-            What else must be the same.
-
-    Raises:
-        ValueError:
-            If there is no group of processes, or they differ.
-    """
+    """Raise ValueError in all processes if their tasks or settings are not the same."""
     check_group()
     described = {name: repr(value) for name, value in settings.items()}
-    own = {"fingerprint": task.fingerprint, **described}
-    if all(other == own for other in gathered_objects(own)):
+    described_here = {"fingerprint": task.fingerprint, **described}
+    if all(other == described_here for other in gathered_objects(described_here)):
         return
     # Only now that it is needed: all weights are hashed once more.
     parts = gathered_objects({**task.part_fingerprints(), **described})
@@ -108,16 +92,14 @@ def check_same_task(task: FineTuningTask, settings: Mapping[str, object]) -> Non
     )
 
 
-def gathered_objects(own: _Object) -> list[_Object]:
-    """What each process has, in all of them.
+def gathered_objects(here: _Object) -> list[_Object]:
+    """Return what each process has, in all of them.
 
-    Raises:
-        RuntimeError:
-            If another one has ended.
+    RuntimeError is raised if another process has ended.
     """
-    found: list[Any] = [None] * distributed.get_world_size()
+    gathered: list[Any] = [None] * distributed.get_world_size()
     try:
-        distributed.all_gather_object(found, own)
+        distributed.all_gather_object(gathered, here)
     except RuntimeError as error:
         raise RuntimeError(
             "Another process of the group must have failed or ended, because it no longer answers "
@@ -125,24 +107,14 @@ def gathered_objects(own: _Object) -> list[_Object]:
             "have printed, and call compute_spectrum in all of them. The group says: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    return found
+    return gathered
 
 
 def together(run: Callable[[], _Object]) -> _Object:
     """Run something that may go wrong in one process only; then it does in all of them.
 
-    Else the others would wait for it.
-
-    Args:
-        run:
-            What to run.
-
-    Returns:
-        What it returns.
-
-    Raises:
-        JacobianMismatchError, TypeError, ValueError:
-            What it raises in any of the processes; :exc:`RuntimeError` in the others for all else.
+    Else the others would wait for it. What it raises in any of the processes, the others raise as
+    well, as :exc:`RuntimeError` if it is not one of their common errors.
     """
     result: _Object | None = None
     error: Exception | None = None
@@ -168,60 +140,26 @@ def together(run: Callable[[], _Object]) -> _Object:
 
 
 def shared_out(run: Callable[[_Item], _Object], items: Sequence[_Item]) -> list[_Object]:
-    """Run something for every item, each in one of the processes.
+    """Run something for every item, each in one of the processes; return all results in all.
 
-    Args:
-        run:
-            What to run; it must return what can be pickled.
-        items:
-            As many in all processes.
-
-    Returns:
-        What it returns for each, in all processes.
-
-    Raises:
-        JacobianMismatchError, TypeError, ValueError, RuntimeError:
-            As :func:`together`.
+    Results must be what can be pickled. Errors are those of :func:`together`.
     """
-    size = distributed.get_world_size()
+    n_processes = distributed.get_world_size()
     # The first process has the fewest, because some things are for it alone, see by_first().
-    own = items[size - 1 - distributed.get_rank() :: size]
-    parts = gathered_objects(together(lambda: [run(item) for item in own]))
-    return [parts[size - 1 - k % size][k // size] for k in range(len(items))]
+    items_here = items[n_processes - 1 - distributed.get_rank() :: n_processes]
+    parts = gathered_objects(together(lambda: [run(item) for item in items_here]))
+    return [parts[n_processes - 1 - k % n_processes][k // n_processes] for k in range(len(items))]
 
 
 def in_all(run: Callable[[], _Object], *, distributed: bool) -> _Object:
-    """Run something in every process; what it refuses in one of them is refused in all.
-
-    Args:
-        run:
-            What to run.
-        distributed:
-            Whether there may be other processes.
-
-    Returns:
-        What it returns.
-
-    Raises:
-        JacobianMismatchError, TypeError, ValueError, RuntimeError:
-            As :func:`together`.
-    """
+    """Run something in every process; what it raises in one of them is raised in all."""
     return together(run) if distributed and has_group() else run()
 
 
 def by_first(run: Callable[[], _Object]) -> _Object:
-    """Run something in the first process, and give what it returns to all.
+    """Run something in the first process, and give the result, which is pickled, to all.
 
-    Args:
-        run:
-            What to run; it must return what can be pickled.
-
-    Returns:
-        What it returns.
-
-    Raises:
-        JacobianMismatchError, TypeError, ValueError, RuntimeError:
-            As :func:`together`.
+    Errors are those of :func:`together`.
     """
     box = [together(lambda: run() if distributed.get_rank() == 0 else None)]
     distributed.broadcast_object_list(box, src=0)

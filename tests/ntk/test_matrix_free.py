@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 import linecache
 import re
 import subprocess
@@ -18,7 +19,9 @@ from optuna_ttp.ntk import compute_spectrum
 from optuna_ttp.ntk import exact_kernel
 from optuna_ttp.ntk import plan_spectrum
 from optuna_ttp.ntk import resolve_engine
+from optuna_ttp.ntk.engines import _matrix_free
 from optuna_ttp.ntk.engines._matrix_free import by_directions
+from optuna_ttp.ntk.engines._rules import PAIRS
 from optuna_ttp.ntk.jacobian._directions import Directions
 from optuna_ttp.prediction import TrainingTimePredictor
 from optuna_ttp.spectrum import Spectrum
@@ -196,8 +199,8 @@ def test_what_the_residual_sees_reaches_validation_samples() -> None:
 
 
 def test_times_that_have_not_converged_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optuna_ttp.ntk.engines._matrix_free._MAX_NARROW", 0)
-    monkeypatch.setattr("optuna_ttp.ntk.engines._matrix_free._TOLERANCE", 10.0)
+    rules = replace(PAIRS, max_narrow_blocks=0, pair_tolerance=10.0)
+    monkeypatch.setattr(_matrix_free, "PAIRS", rules)
     with pytest.warns(ApproximationWarning, match="leave predicted times of unknown error"):
         found = compute_spectrum(_slowly_decaying("mse"), engine="matrix_free", **SETTINGS)
     assert found.metadata.time_error == float("inf")
@@ -234,7 +237,7 @@ def test_a_share_of_the_trace() -> None:
 def test_warnings_point_to_the_users_line(
     n_outputs: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    monkeypatch.setattr("optuna_ttp.ntk.engines._matrix_free._MAX_BLOCKS", 1)
+    monkeypatch.setattr(_matrix_free, "PAIRS", replace(PAIRS, max_blocks=1))
     task = _few_outputs() if n_outputs == 3 else _many_outputs()
     asked = {"engine": "matrix_free", "rank": 5, "explained_trace": 0.999, **SETTINGS}
     store = SpectrumStore(f"sqlite:///{tmp_path / 'ttp.db'}")
@@ -250,7 +253,7 @@ def test_warnings_point_to_the_users_line(
 
 
 def test_what_has_not_converged_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optuna_ttp.ntk.engines._matrix_free._MAX_BLOCKS", 1)
+    monkeypatch.setattr(_matrix_free, "PAIRS", replace(PAIRS, max_blocks=1))
     with (
         pytest.warns(ApproximationWarning, match="eigenpairs have not converged"),
         pytest.warns(ApproximationWarning, match="leave predicted times of unknown error"),

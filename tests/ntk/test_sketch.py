@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 import linecache
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ import torch
 
 from optuna_ttp import ApproximationWarning
 from optuna_ttp import JacobianMismatchError
+from optuna_ttp.ntk import _decomposition
 from optuna_ttp.ntk import compute_spectrum
 from optuna_ttp.ntk import eigenpairs
 from optuna_ttp.ntk import exact_kernel
 from optuna_ttp.ntk import plan_spectrum
 from optuna_ttp.ntk import resolve_engine
+from optuna_ttp.ntk.engines import _choice
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
+from optuna_ttp.ntk.engines._rules import CHOICE
+from optuna_ttp.ntk.engines._rules import SKETCHES
 from optuna_ttp.ntk.engines._sketch import refine
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 from optuna_ttp.spectrum import Spectrum
@@ -89,7 +94,7 @@ def test_what_a_sketch_keeps_exactly(device: torch.device) -> None:
     assert sketch.trace == pytest.approx(np.trace(exact.gram), rel=1e-10)
     np.testing.assert_allclose(sketch.weight_outputs, exact.weight_outputs, rtol=1e-9, atol=1e-9)
     # The head and the bias: 300, 3 and 100 weights.
-    assert sketch.kept.shape == (42, 403)
+    assert sketch.exact.shape == (42, 403)
     assert [g.shape for g in sketch.groups] == [(42, 512)] * 4
     one, other = (g @ g.T for g in sketch.groups[:2])
     assert relative_error(one.cpu().numpy(), other.cpu().numpy()) > 1e-3
@@ -219,19 +224,19 @@ def test_predicted_times_of_a_sketch(engine: str) -> None:
     assert Spectrum.from_bytes(sketch.to_bytes()).metadata == sketch.metadata
 
 
+def _set_widths(monkeypatch: pytest.MonkeyPatch, first: int, widest: int) -> None:
+    rules = replace(CHOICE, sketch_width=first, max_sketch_width=widest)
+    for module in (_decomposition, _choice):
+        monkeypatch.setattr(module, "CHOICE", rules)
+
+
 @pytest.mark.filterwarnings("ignore::optuna_ttp.ApproximationWarning")
 @pytest.mark.parametrize("engine", ["sketch", "refined_sketch"])
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 def test_the_error_bar_covers(engine: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nine errors in ten; of 36 at least 26, which chance leaves in 999 cases of 1,000."""
-    from optuna_ttp.ntk import _decomposition
-    from optuna_ttp.ntk.engines import _choice
-
-    for module in (_decomposition, _choice):
-        monkeypatch.setattr(module, "WIDTH", 512)
-    monkeypatch.setattr(_choice, "_MAX_WIDTH", 512)
-    monkeypatch.setattr(_decomposition, "_N_REFINED", 15)
-    monkeypatch.setattr(_decomposition, "_N_MORE", 5)
+    _set_widths(monkeypatch, 512, 512)
+    monkeypatch.setattr(_decomposition, "SKETCHES", replace(SKETCHES, n_refined=20))
     x, y = separated(30)
     torch.manual_seed(0)
     model = torch.nn.Sequential(
@@ -274,12 +279,7 @@ def test_a_spectrum_that_hardly_decays() -> None:
 def test_a_sketch_that_is_not_wide_enough_warns(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from optuna_ttp.ntk import _decomposition
-    from optuna_ttp.ntk.engines import _choice
-
-    for module in (_decomposition, _choice):
-        monkeypatch.setattr(module, "WIDTH", 16)
-    monkeypatch.setattr(_choice, "_MAX_WIDTH", 32)
+    _set_widths(monkeypatch, 16, 32)
     with pytest.warns(
         ApproximationWarning, match="The sketch of width 32 leaves predicted times"
     ) as said:

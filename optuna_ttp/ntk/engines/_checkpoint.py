@@ -10,16 +10,7 @@ from numpy.typing import NDArray
 
 
 def check_checkpoint(checkpoint: Any) -> None:
-    """Refuse what keeps no blocks.
-
-    Args:
-        checkpoint:
-            What was given; nothing is fine.
-
-    Raises:
-        TypeError:
-            If it has not the methods of :class:`KernelCheckpoint`.
-    """
+    """Raise TypeError unless it has the methods of :class:`KernelCheckpoint` or is :obj:`None`."""
     methods = [getattr(checkpoint, name, None) for name in ("save_block", "load_block")]
     is_one = all(map(callable, methods)) and not isinstance(checkpoint, type)
     if checkpoint is not None and not is_one:
@@ -32,45 +23,33 @@ def check_checkpoint(checkpoint: Any) -> None:
 def load_arrays(
     checkpoint: KernelCheckpoint, key: tuple[int, int], shapes: list[tuple[int, ...]]
 ) -> list[NDArray[np.floating[Any]]] | None:
-    """Return a block that was saved, where it is one.
+    """Return the arrays of a block that was saved under a key.
 
-    Args:
-        checkpoint:
-            Where it was saved.
-        key:
-            As it was saved.
-        shapes:
-            Of its arrays.
-
-    Returns:
-        The arrays; :obj:`None` where there are none of these shapes, or one is not finite.
-
-    Raises:
-        TypeError:
-            If there is something else.
+    Returns :obj:`None` where there are none of these shapes, or one is not finite. TypeError is
+    raised if the checkpoint returns something else than arrays.
     """
-    found: Any = checkpoint.load_block(key)
-    if found is None:
+    arrays: Any = checkpoint.load_block(key)
+    if arrays is None:
         return None
-    if not isinstance(found, list | tuple) or not all(
-        isinstance(a, np.ndarray) and np.issubdtype(a.dtype, np.floating) for a in found
+    if not isinstance(arrays, list | tuple) or not all(
+        isinstance(a, np.ndarray) and np.issubdtype(a.dtype, np.floating) for a in arrays
     ):
         what = [
             str(a.dtype) if isinstance(a, np.ndarray) else type(a).__name__
-            for a in (found if isinstance(found, list | tuple) else [found])
+            for a in (arrays if isinstance(arrays, list | tuple) else [arrays])
         ]
         raise TypeError(
             "checkpoint.load_block must return the list of floating-point arrays that save_block "
             f"was given, or None, but got {', '.join(what) or 'none'} for the block {key}. Delete "
             "what it keeps, or return None to have the block computed again."
         )
-    if [a.shape for a in found] != shapes or not all(np.isfinite(a).all() for a in found):
+    if [a.shape for a in arrays] != shapes or not all(np.isfinite(a).all() for a in arrays):
         return None
-    return list(found)
+    return list(arrays)
 
 
 class KernelCheckpoint(Protocol):
-    """Keeps finished blocks of the kernel of one task and one set of settings.
+    """Stores finished blocks of the kernel of one task and one set of settings.
 
     A block is only saved when it is complete: interrupting the computation loses at most one.
     Blocks of another size than those that are looked for, and those with what is not finite, are
@@ -78,19 +57,7 @@ class KernelCheckpoint(Protocol):
     """
 
     def save_block(self, key: tuple[int, int], arrays: list[NDArray[np.floating[Any]]]) -> None:
-        """Keep a block.
-
-        Args:
-            key:
-                The first samples of its rows and of its columns.
-            arrays:
-                What it consists of.
-        """
+        """Save the arrays of a block; its key are the first samples of its rows and columns."""
 
     def load_block(self, key: tuple[int, int]) -> list[NDArray[np.floating[Any]]] | None:
-        """Return what was saved under a key, or :obj:`None`.
-
-        Args:
-            key:
-                As it was saved.
-        """
+        """Return the arrays that were saved under a key, or :obj:`None`."""

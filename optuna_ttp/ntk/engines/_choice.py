@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from optuna_ttp._util.checks import check_enough_memory
 from optuna_ttp._util.checks import check_memory
+from optuna_ttp.ntk.engines._rules import CHOICE
 from optuna_ttp.task import check_task
 
 
@@ -14,46 +15,16 @@ if TYPE_CHECKING:
 
 
 ENGINES = ("exact", "sketch", "refined_sketch", "matrix_free")
-# Share of the memory budget that the kernel may take.
-_KERNEL_SHARE = 0.5
-# Bytes of an entry: the sum in double precision and the kernel itself.
-_ENTRY_BYTES = 12
-# Multiplications of the product of all rows, of which the contraction needs a fraction.
-_MAX_PRODUCT = 2e14
-# Numbers a row of the first sketch, and of the widest.
-WIDTH = 4096
-_MAX_WIDTH = 32768
-# Of a row of the narrowest sketch in single precision, and a copy.
-_SKETCH_BYTES = WIDTH * 4 * 2
-# A sketch makes a backward pass for each output of each sample, products a few hundred in all.
-_MAX_OUTPUTS = 500
 
 
 def resolve_engine(
     task: FineTuningTask, engine: str = "auto", *, max_memory: int = 4 * 2**30
 ) -> tuple[str, str]:
-    """Name the engine that ``"auto"`` stands for.
+    """Return the name of the engine that ``"auto"`` stands for, and the reason for it.
 
-    It only depends on N, C, D and the memory budget, not on the machine, so that a spectrum that
-    was stored is found again.
-
-    Args:
-        task:
-            What is fine-tuned.
-        engine:
-            ``"auto"``, the default, or the name of an engine, which stays.
-        max_memory:
-            Bytes. 4 GiB by default.
-
-    Returns:
-        The engine's name, and why it is the one.
-
-    Raises:
-        TypeError:
-            If the task is none, or the memory budget no number.
-        ValueError:
-            If there is no such engine, it does not know the task's learning-rate multipliers, or
-            the memory budget is not positive.
+    The choice only depends on N, C, D and the memory budget in bytes, not on the machine, so that
+    a spectrum that was stored is found again. TypeError or ValueError is raised if an argument is
+    not what it must be, or the engine does not support the task's learning-rate multipliers.
     """
     check_task(task)
     check_memory(max_memory)
@@ -67,32 +38,23 @@ def resolve_engine(
     n_rows = task.n_samples * task.n_outputs
     if any(factor != 1.0 for factor in task.multipliers.values()):
         return "exact", "the only one that knows learning-rate multipliers"
-    if _ENTRY_BYTES * n_rows**2 > _KERNEL_SHARE * max_memory:
+    # An entry takes twelve bytes: its sum in double precision and the entry itself.
+    if 12 * n_rows**2 > CHOICE.kernel_share * max_memory:
         reason = "the kernel would take too much memory"
-    elif float(n_rows) ** 2 * task.n_parameters / 2 > _MAX_PRODUCT:
+    elif float(n_rows) ** 2 * task.n_parameters / 2 > CHOICE.max_product:
         reason = "the product of all rows would take too long"
     else:
         return "exact", "the kernel fits, and its product is affordable"
-    if _SKETCH_BYTES * n_rows > max_memory:
+    # The narrowest sketch in single precision, and a copy.
+    if 2 * 4 * CHOICE.sketch_width * n_rows > max_memory:
         return "matrix_free", f"{reason}, and so would a sketch"
-    if task.n_outputs > _MAX_OUTPUTS:
+    if task.n_outputs > CHOICE.max_outputs:
         return "matrix_free", f"{reason}, and there are too many outputs for a sketch"
     return "sketch", reason
 
 
 def check_multipliers(task: FineTuningTask, engine: str) -> None:
-    """Refuse learning-rate multipliers, which only the exact engine knows.
-
-    Args:
-        task:
-            What is fine-tuned.
-        engine:
-            The name of another engine.
-
-    Raises:
-        ValueError:
-            If one is not one.
-    """
+    """Raise ValueError if a learning-rate multiplier is not one, as only "exact" supports them."""
     for name, factor in task.multipliers.items():
         if factor != 1.0:
             raise ValueError(
@@ -102,47 +64,22 @@ def check_multipliers(task: FineTuningTask, engine: str) -> None:
 
 
 def check_sketch_memory(task: FineTuningTask, itemsize: int, max_memory: float) -> int:
-    """Refuse a memory budget that the narrowest sketch does not fit.
+    """Return the bytes that the narrowest sketch takes; raise ValueError if it does not fit.
 
-    Args:
-        task:
-            What is fine-tuned.
-        itemsize:
-            Bytes of a number.
-        max_memory:
-            Bytes.
-
-    Returns:
-        The smallest budget.
-
-    Raises:
-        ValueError:
-            If it does not fit.
+    ``itemsize`` are the bytes of a number.
     """
     n_rows = task.n_samples * task.n_outputs
     # And a copy.
-    minimum = 2 * n_rows * WIDTH * itemsize
+    minimum = 2 * n_rows * CHOICE.sketch_width * itemsize
     what = f"a sketch of {n_rows} outputs"
     check_enough_memory(max_memory, minimum, what, "or fewer samples")
     return minimum
 
 
 def widest_sketch(task: FineTuningTask, dtype: str, *, max_memory: int = 4 * 2**30) -> int:
-    """Say how wide a sketch may become.
-
-    Args:
-        task:
-            What is fine-tuned.
-        dtype:
-            ``"float32"`` or ``"float64"``.
-        max_memory:
-            Bytes. 4 GiB by default.
-
-    Returns:
-        Numbers a row.
-    """
+    """Return how many numbers a row a sketch may have at most under a memory budget in bytes."""
     row_bytes = 2 * (8 if dtype == "float64" else 4) * task.n_samples * task.n_outputs
-    width = WIDTH
-    while width < _MAX_WIDTH and 2 * width * row_bytes <= max_memory:
+    width = CHOICE.sketch_width
+    while width < CHOICE.max_sketch_width and 2 * width * row_bytes <= max_memory:
         width *= 2
     return width

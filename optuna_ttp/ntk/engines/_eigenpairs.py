@@ -11,10 +11,7 @@ from numpy.typing import NDArray
 import torch
 
 from optuna_ttp.ntk._autocast import without_autocast
-
-
-# Rows that are multiplied in the precision of the matrix.
-_CHUNK = 2**14
+from optuna_ttp.ntk.layers._rules import PRODUCTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,20 +34,11 @@ class Eigenpairs:
 
 @without_autocast
 def eigenpairs(gram: NDArray[Any], *, rank: int | None = None) -> Eigenpairs:
-    """Decompose a kernel matrix in double precision.
+    """Decompose a kernel matrix of shape ``(n, n)`` in double precision.
 
-    Args:
-        gram:
-            Symmetric positive semi-definite, of shape ``(n, n)``.
-        rank:
-            Keep at most so many pairs. All by default.
-
-    Returns:
-        The pairs whose eigenvalue is above the rounding error of the input's precision.
-
-    Raises:
-        ValueError:
-            If the matrix is zero (no trainable parameter moves any output), or not finite.
+    Returns at most ``rank`` pairs, those whose eigenvalue is above the rounding error of the
+    input's precision. ValueError is raised if the matrix is zero (no trainable parameter moves any
+    output), or not finite.
     """
     n = len(gram)
     trace = float(np.trace(gram, dtype=np.float64))
@@ -76,10 +64,10 @@ def eigenpairs(gram: NDArray[Any], *, rank: int | None = None) -> Eigenpairs:
     values, vectors = values[order], vectors[:, order]
     # Rounding in the matrix, or in its decomposition.
     floor = values[0] * max(np.finfo(gram.dtype).eps, n * np.finfo(np.float64).eps)
-    n_kept = int(np.count_nonzero(values > floor))
+    n_pairs = int(np.count_nonzero(values > floor))
     if rank is not None:
-        n_kept = min(n_kept, rank)
-    return Eigenpairs(values[:n_kept].copy(), vectors[:, :n_kept].copy(), trace)
+        n_pairs = min(n_pairs, rank)
+    return Eigenpairs(values[:n_pairs].copy(), vectors[:, :n_pairs].copy(), trace)
 
 
 def eigenpairs_of_features(
@@ -88,25 +76,10 @@ def eigenpairs_of_features(
     rank: int | None = None,
     trace: float | None = None,
 ) -> Eigenpairs:
-    """Decompose ``Z Z^T`` without forming it where ``Z`` has fewer columns than rows.
+    """Decompose ``Z Z^T`` without forming it where ``Z``, ``(n, d)``, has fewer columns than rows.
 
-    ``Z^T Z = V S^2 V^T`` is decomposed instead, and ``Z V S^(-1)`` are the eigenvectors.
-
-    Args:
-        features:
-            ``Z``, of shape ``(n, d)``.
-        rank:
-            As for :func:`eigenpairs`.
-        trace:
-            Of the matrix that ``Z Z^T`` stands for, where it is known better. That of
-            ``Z Z^T`` by default.
-
-    Returns:
-        The pairs.
-
-    Raises:
-        ValueError:
-            As for :func:`eigenpairs`.
+    ``Z^T Z = V S^2 V^T`` is decomposed instead, and ``Z V S^(-1)`` are the eigenvectors. ``trace``
+    is that of the matrix that ``Z Z^T`` stands for, where it is known better.
     """
     n, width = features.shape
     if n <= width:
@@ -123,10 +96,10 @@ def eigenpairs_of_features(
 
 
 def _products(matrix: torch.Tensor) -> NDArray[Any]:
-    """``M^T M``, with sums over many rows in double precision."""
+    """Return ``M^T M``, with sums over many rows in double precision."""
     total: torch.Tensor | None = None
-    for start in range(0, len(matrix), _CHUNK):
-        piece = matrix[start : start + _CHUNK]
+    for start in range(0, len(matrix), PRODUCTS.chunk):
+        piece = matrix[start : start + PRODUCTS.chunk]
         part = (piece.T @ piece).cpu().double()
         total = part if total is None else total.add_(part)
     assert total is not None

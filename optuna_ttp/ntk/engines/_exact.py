@@ -30,6 +30,7 @@ from optuna_ttp.ntk.engines._checkpoint import check_checkpoint
 from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
 from optuna_ttp.ntk.engines._checkpoint import load_arrays
 from optuna_ttp.ntk.engines._kernel import Kernel
+from optuna_ttp.ntk.engines._rules import EXACT
 from optuna_ttp.ntk.engines._self_check import check_rows
 from optuna_ttp.ntk.engines._sharded import sharded_kernel
 from optuna_ttp.ntk.jacobian._prepare import lifting
@@ -39,25 +40,15 @@ from optuna_ttp.ntk.jacobian._samples import check_singles
 from optuna_ttp.ntk.jacobian._samples import SampleReader
 from optuna_ttp.ntk.jacobian._state import BlockState
 from optuna_ttp.ntk.jacobian._state import multiply
-from optuna_ttp.ntk.jacobian._state import PANEL
-from optuna_ttp.ntk.layers._factors import CHUNK
+from optuna_ttp.ntk.layers._rules import PRODUCTS
 
 
 if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
-# Bytes for activations and cotangents of the samples that go through the network together: more
-# of them hardly make it faster.
-_BATCH_BYTES = {"cpu": 200 * 2**20, "cuda": 2**31}
-# Smaller than what the outputs are first computed in, so that samples see other neighbours.
-_MAX_BATCH = 32
-# With a checkpoint the samples are cut in so many blocks, whose products are stored one by one.
-_CHECKPOINT_BLOCKS = 6
-
-
 @dataclass(frozen=True)
-class BlockSizes:
+class Grouping:
     """How samples are grouped.
 
     Attributes:
@@ -95,47 +86,20 @@ def exact_kernel(
 ) -> Kernel:
     """Compute the empirical NTK ``Theta = J J^T`` without ever holding the Jacobian.
 
-    Where what is needed of all samples fits the memory budget, each is differentiated once.
+    Where what is needed of all samples fits ``max_memory`` bytes, each is differentiated once.
     Otherwise, of ``K`` blocks of samples, what is held of block ``k`` stays while the samples
     after it are differentiated again: ``(K + 1) / 2`` passes over the data in all. Validation
-    samples are differentiated once a block.
+    samples are differentiated once a block. The activations of one sample come on top of the
+    budget where nothing else fits.
 
-    Args:
-        task:
-            What is fine-tuned.
-        device:
-            Where to differentiate.
-        dtype:
-            Precision of the Jacobian and the product. Single precision by default.
-        max_memory:
-            Bytes for what is held of the Jacobian and the result. 4 GiB by default. The
-            activations of one sample come on top where nothing else fits.
-        show_progress_bar:
-            Show a progress bar where the standard error stream is a terminal.
-        seed:
-            Of the samples and directions that are compared with plain automatic differentiation.
-        checkpoint:
-            Keeps finished blocks of the kernel, so that an interrupted computation goes on where
-            it stopped. None by default.
-        distributed:
-            Share samples and weights with the other processes of the default group of
-            :mod:`torch.distributed`, all of which must call this with the same task. What a
-            process holds of its samples, and of its weights for all samples, is not limited by
-            ``max_memory``, and there is no checkpoint. Off by default.
-        held:
-            Precision that the Jacobian is held in; products are made of it in single precision.
-            That it is computed in by default.
+    A ``checkpoint`` keeps finished blocks. With ``distributed``, samples and weights are shared
+    with the other processes of the default group of :mod:`torch.distributed`, all of which must
+    call this with the same task; then what a process holds is not limited, and there is no
+    checkpoint. ``held`` is the precision that the Jacobian is held in, ``dtype`` by default.
 
-    Returns:
-        The kernel, that of validation and training samples, and the outputs of the weights.
-
-    Raises:
-        ValueError:
-            If two samples do not fit the memory budget, a gradient is not finite, an output
-            depends on no trainable parameter, a sample's outputs depend on the other samples, or
-            processes were given different tasks; all of them raise then.
-        JacobianMismatchError:
-            If rows differ from what plain automatic differentiation gives.
+    ValueError is raised if two samples do not fit the memory, a gradient is not finite, an output
+    depends on no trainable parameter or on other samples, or processes were given different tasks;
+    JacobianMismatchError if rows differ from those of plain automatic differentiation.
     """
     check_bytes(max_memory)
     check_checkpoint(checkpoint)
@@ -173,21 +137,22 @@ def _kernel(
     lifts: Mapping[str, int],
     held: torch.dtype | None,
 ) -> Kernel:
+    """Compute the kernel with claims that are lifted where layers turned out to be wrong."""
     reference = task.initial_outputs(device, dtype)
     held_out = None if task.validation is None else task.validation.initial_outputs(device, dtype)
     with task.frozen(device, dtype) as frozen:
 
-        def prepared() -> tuple[Preparation, BlockSizes]:
+        def prepared() -> tuple[Preparation, Grouping]:
             check_singles(task, frozen, reference, device, dtype)
-            found = prepare(
+            preparation = prepare(
                 task, frozen, device=device, dtype=dtype, seed=seed, lifts=lifts, held=held
             )
-            return found, block_sizes(task, found, dtype, device, max_memory)
+            return preparation, choose_grouping(task, preparation, dtype, device, max_memory)
 
-        preparation, sizes = together(prepared) if distributed else prepared()
+        preparation, grouping = together(prepared) if distributed else prepared()
         if checkpoint is not None:
-            sizes = _cut(sizes, task.n_samples)
-        blocks = _blocks(task.n_samples, sizes.held)
+            grouping = _cut(grouping, task.n_samples)
+        blocks = _blocks(task.n_samples, grouping.held)
         n_held_out = 0 if task.validation is None else task.validation.n_samples
         n_passes = sum(task.n_samples - b.start + n_held_out for b in blocks)
         with (
@@ -207,7 +172,7 @@ def _kernel(
                     frozen,
                     preparation.claims,
                     tape,
-                    batch_size=sizes.batch,
+                    batch_size=grouping.batch,
                     device=device,
                     dtype=dtype,
                     reference=outputs,
@@ -217,45 +182,28 @@ def _kernel(
             others = None
             if task.validation is not None and held_out is not None:
                 others = reader(task.validation, held_out)
-            own = reader(task, reference)
+            training = reader(task, reference)
             if distributed:
-                kernel = sharded_kernel(task, preparation, own, others, dtype)
+                kernel = sharded_kernel(task, preparation, training, others, dtype)
             else:
-                assembly = _Assembly(task, preparation, own, others, dtype, checkpoint)
+                assembly = _Assembly(task, preparation, training, others, dtype, checkpoint)
                 for block in blocks:
-                    assembly.add_block(block, sizes.streamed)
+                    assembly.add_block(block, grouping.streamed)
                 kernel = assembly.kernel()
         check_rows(task, frozen, preparation, kernel, device=device, dtype=dtype, seed=seed)
     return kernel
 
 
-def block_sizes(
+def choose_grouping(
     task: FineTuningTask,
     preparation: Preparation,
     dtype: torch.dtype,
     device: torch.device,
     max_memory: int,
-) -> BlockSizes:
-    """Choose how many samples are held under a memory budget.
+) -> Grouping:
+    """Choose how many samples are held so that everything fits ``max_memory`` bytes.
 
-    Args:
-        task:
-            What is fine-tuned.
-        preparation:
-            What a sample takes.
-        dtype:
-            Precision of the Jacobian.
-        device:
-            Where.
-        max_memory:
-            Bytes.
-
-    Returns:
-        Sizes that fit.
-
-    Raises:
-        ValueError:
-            If not even two samples fit.
+    ValueError is raised if not even two samples fit.
     """
     itemsize = torch.empty((), dtype=dtype).element_size()
     n_samples, n_outputs = task.n_samples, task.n_outputs
@@ -264,15 +212,16 @@ def block_sizes(
     n_matrices = 2 if preparation.layout.has_multipliers else 1
     results = n_rows * (n_matrices * n_rows + n_held_out) * itemsize
     held, making = preparation.layout.bytes_per_sample, preparation.bytes_per_sample
-    wanted = max(1, min(_MAX_BATCH, -(-n_samples // 2)))
-    at_best = max(1, min(wanted, _BATCH_BYTES.get(device.type, 200 * 2**20) // max(1, making)))
+    wanted = max(1, min(EXACT.max_batch, -(-n_samples // 2)))
+    batch_bytes = EXACT.gpu_batch_bytes if device.type == "cuda" else EXACT.batch_bytes
+    at_best = max(1, min(wanted, batch_bytes // max(1, making)))
 
     def needed(n_held: int, n_streamed: int, batch: int) -> int:
         columns = n_streamed * n_outputs
         # A tile in double precision, and a slice of rows on both sides.
         tile = n_held * n_outputs * columns * 8 * n_matrices
         slices = (n_held + n_streamed) * n_outputs * itemsize
-        slices *= min(CHUNK, max(1, task.n_parameters))
+        slices *= min(PRODUCTS.chunk, max(1, task.n_parameters))
         streamed = 0 if n_held == n_streamed == n_samples else n_streamed
         states = (n_held + streamed) * (held + preparation.layout.scratch_per_sample)
         # The activations of one sample come on top.
@@ -284,7 +233,7 @@ def block_sizes(
     for batch in (at_best, 1):
         if needed(n_samples, n_samples, batch) <= max_memory:
             total = needed(n_samples, n_samples, batch) + making
-            return BlockSizes(batch, n_samples, n_samples, total, minimum)
+            return Grouping(batch, n_samples, n_samples, total, minimum)
     for batch in (at_best, 1):
         n_held = 0
         for candidate in range(1, n_samples + 1):
@@ -296,33 +245,20 @@ def block_sizes(
             streamed = max(1, n_held // 4)
             batch = min(batch, streamed)
             total = needed(n_held, streamed, batch) + making
-            return BlockSizes(batch, n_held, streamed, total, minimum)
+            return Grouping(batch, n_held, streamed, total, minimum)
     raise AssertionError("The smallest sizes fit.")
 
 
 def expected_bytes(
     task: FineTuningTask,
     preparation: Preparation,
-    sizes: BlockSizes,
+    grouping: Grouping,
     dtype: torch.dtype,
 ) -> int:
-    """Say what computing the kernel takes at its peak, on top of the model and the data.
+    """Return the bytes that the kernel takes at its peak, on top of the model and the data.
 
-    :func:`block_sizes` adds up everything that could be held at once, for the budget must not be
-    exceeded. This is what is held at once.
-
-    Args:
-        task:
-            The task.
-        preparation:
-            What a sample takes.
-        sizes:
-            How samples are grouped.
-        dtype:
-            Precision of the Jacobian.
-
-    Returns:
-        Bytes.
+    :func:`choose_grouping` adds up everything that could be held at once, because the budget must
+    not be exceeded. This is what is held at once.
     """
     itemsize = torch.empty((), dtype=dtype).element_size()
     layout, n_outputs = preparation.layout, task.n_outputs
@@ -330,13 +266,15 @@ def expected_bytes(
     n_held_out = 0 if task.validation is None else task.validation.n_samples
     n_rows = task.n_samples * n_outputs
     results = n_rows * itemsize * (n_matrices * n_rows + n_held_out * n_outputs)
-    whole = sizes.held == task.n_samples and n_held_out == 0
-    streamed = 0 if whole else sizes.streamed
-    states = (sizes.held + streamed) * layout.bytes_per_sample
-    reading = sizes.batch * preparation.bytes_per_sample
-    tile = sizes.held * max(sizes.held, streamed) * n_outputs**2 * 8 * n_matrices
-    scratch = (sizes.held + streamed) * layout.scratch_per_sample
-    panel = (sizes.held + streamed) * n_outputs * min(PANEL, task.n_parameters) * itemsize
+    whole = grouping.held == task.n_samples and n_held_out == 0
+    streamed = 0 if whole else grouping.streamed
+    states = (grouping.held + streamed) * layout.bytes_per_sample
+    reading = grouping.batch * preparation.bytes_per_sample
+    tile = grouping.held * max(grouping.held, streamed) * n_outputs**2 * 8 * n_matrices
+    scratch = (grouping.held + streamed) * layout.scratch_per_sample
+    panel = (
+        (grouping.held + streamed) * n_outputs * min(PRODUCTS.panel, task.n_parameters) * itemsize
+    )
     if not any(p.method == "panels" for p in layout.parameters):
         panel = 0
     # Entries of the result take memory only once they are written.
@@ -347,20 +285,21 @@ def expected_bytes(
     return states + before + max(reading, multiplying) + weights
 
 
-def _cut(sizes: BlockSizes, n_samples: int) -> BlockSizes:
-    """Blocks that are small enough to be worth storing one by one."""
-    held = min(sizes.held, max(1, -(-n_samples // _CHECKPOINT_BLOCKS)))
+def _cut(grouping: Grouping, n_samples: int) -> Grouping:
+    """Return blocks that are small enough to be worth storing one by one."""
+    held = min(grouping.held, max(1, -(-n_samples // EXACT.n_checkpoint_blocks)))
     return replace(
-        sizes, batch=min(sizes.batch, held), held=held, streamed=min(sizes.streamed, held)
+        grouping, batch=min(grouping.batch, held), held=held, streamed=min(grouping.streamed, held)
     )
 
 
-def _blocks(n_samples: int, size: int, start: int = 0) -> list[slice]:
-    return [slice(s, min(s + size, n_samples)) for s in range(start, n_samples, size)]
+def _blocks(n_samples: int, block_size: int, start: int = 0) -> list[slice]:
+    """Return the samples from ``start`` on in blocks."""
+    return [slice(s, min(s + block_size, n_samples)) for s in range(start, n_samples, block_size)]
 
 
 class _Assembly:
-    """The kernel while it is put together from blocks."""
+    """Puts the kernel together from blocks of samples."""
 
     def __init__(
         self,
@@ -402,8 +341,8 @@ class _Assembly:
             self._put(block, other, *multiply(self._layout, state, right))
         if self._others is None:
             return
-        size = self._n_held_out if not later and block.start == 0 else streamed
-        for held_out in _blocks(self._n_held_out, min(size, max(1, self._n_samples))):
+        block_size = self._n_held_out if not later and block.start == 0 else streamed
+        for held_out in _blocks(self._n_held_out, min(block_size, max(1, self._n_samples))):
             state = self._state(block) if state is None else state
             left, _ = self._others.read(self._layout, held_out.start, held_out.stop)
             product, _ = multiply(self._layout, left, state)
@@ -415,14 +354,17 @@ class _Assembly:
         return Kernel(self._gram, self._cross, self._inner, self._stretched)
 
     def _state(self, block: slice) -> BlockState:
+        """Differentiate a block of samples."""
         state, inner = self._reader.read(self._layout, block.start, block.stop)
         self._inner[block] = inner
         return state
 
     def _rows(self, samples: slice) -> slice:
+        """Return the rows of the kernel that belong to samples."""
         return slice(samples.start * self._n_outputs, samples.stop * self._n_outputs)
 
     def _matrices(self) -> Iterator[NDArray[Any]]:
+        """Yield the kernel, and its stretched form where there are multipliers."""
         yield self._gram
         if self._stretched is not None:
             yield self._stretched
@@ -430,6 +372,7 @@ class _Assembly:
     def _put(
         self, left: slice, right: slice, product: torch.Tensor, stretched: torch.Tensor | None
     ) -> None:
+        """Write the products of two blocks into the kernel and to the checkpoint."""
         rows, columns = self._rows(left), self._rows(right)
         parts = [p.cpu().numpy() for p in (product, stretched) if p is not None]
         for matrix, part in zip(self._matrices(), parts, strict=True):
@@ -443,6 +386,7 @@ class _Assembly:
             self._checkpoint.save_block((left.start, right.start), arrays)
 
     def _restore(self, left: slice, right: slice) -> bool:
+        """Fill the products of two blocks in from the checkpoint; return whether it had them."""
         if self._checkpoint is None:
             return False
         rows, columns = self._rows(left), self._rows(right)
@@ -460,6 +404,7 @@ class _Assembly:
         return True
 
     def _refuse_infinite(self, state: BlockState, product: torch.Tensor, block: slice) -> None:
+        """Raise ValueError with the sample's number if a gradient is not finite."""
         if torch.isfinite(product.diagonal()).all():
             return
         bad = state.first_not_finite(self._n_outputs)

@@ -1,4 +1,4 @@
-"""Products of Jacobian rows."""
+"""The kernel, which is made of products of Jacobian rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """Products of Jacobian rows.
+    """Products of the rows of the Jacobian ``J``.
 
     With learning-rate multipliers ``c`` of the weights, ``Theta = J diag(c) J^T``: SGD on ``w``
     with the learning rates ``c eta`` is SGD on ``w / sqrt(c)`` with the learning rate ``eta``.

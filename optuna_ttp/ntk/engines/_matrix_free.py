@@ -32,9 +32,10 @@ from optuna_ttp.dynamics import ResidualPath
 from optuna_ttp.ntk.engines._choice import check_multipliers
 from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
-from optuna_ttp.ntk.engines._sketch import N_GROUPS
-from optuna_ttp.ntk.engines._sketch import nystrom
-from optuna_ttp.ntk.engines._sketch import Passes
+from optuna_ttp.ntk.engines._nystrom import nystrom
+from optuna_ttp.ntk.engines._passes import Passes
+from optuna_ttp.ntk.engines._rules import N_GROUPS
+from optuna_ttp.ntk.engines._rules import PAIRS
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 from optuna_ttp.ntk.jacobian._directions import Directions
 from optuna_ttp.ntk.jacobian._prepare import lifting
@@ -43,32 +44,6 @@ from optuna_ttp.ntk.jacobian._samples import check_singles
 
 if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
-
-
-# Leading pairs where neither their number nor a share of the trace is asked for.
-N_PAIRS = 100
-# More columns than pairs, for the sake of the last of these.
-_EXTRA = 1.5
-# Residuals ``|Theta v - lambda v|`` relative to ``lambda`` at which a pair has converged. The
-# eigenvalue is off by about the square of that, relative to the gap behind the block.
-_TOLERANCE = 0.05
-_MAX_BLOCKS = 8
-_MAX_WIDTH = 4096
-# By how much the times of training may change with the last block of products: what is left then
-# is about a tenth of that. Narrow blocks cost a pass each way for few columns, so nearly as much.
-_TIME_ERROR = 0.1
-# And by how much if only the Ritz pairs are kept.
-_CONDENSED_ERROR = 0.01
-_MAX_NARROW = 3
-# Ritz pairs are those of the residuals on the path and of what the kernel makes of them, so many
-# together; the second where the first do not suffice.
-_N_POWERS = (3, 6)
-# Shares of a column that are less count as nothing.
-_ROUNDING = 1e-4
-# Random signs that estimate a trace: a few, or one for so many columns of a block.
-_MIN_PROBES, _PROBE_SHARE = 10, 10
-# Share of the memory budget for the sketch, whose columns are held about three times.
-_SKETCH_SHARE = 0.5 / 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +77,7 @@ class LeadingPairs:
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
+class _AllPairs:
     """Eigenpairs and Ritz pairs, together in descending order."""
 
     values: torch.Tensor
@@ -121,40 +96,18 @@ def leading_pairs(
     show_progress_bar: bool = True,
     seed: int = 0,
 ) -> LeadingPairs:
-    """Compute leading eigenpairs of the kernel of a task.
+    """Compute the leading ``rank`` eigenpairs of the kernel of a task, 100 by default.
 
     Where there are few outputs, rows of the Jacobian are made, used and thrown away, one batch
     after the other. Where there are many, products go through the network one direction at a time.
-
-    Args:
-        task:
-            What is fine-tuned. All learning-rate multipliers must be one.
-        rank:
-            How many leading eigenpairs. 100 by default. Ritz pairs come beside them.
-        device:
-            Where to differentiate.
-        dtype:
-            Precision of the Jacobian. Single precision by default.
-        max_memory:
-            Bytes. 4 GiB by default.
-        show_progress_bar:
-            Show progress bars where the standard error stream is a terminal.
-        seed:
-            Of where it starts, and of what gradients are checked on. Zero by default.
-
-    Returns:
-        The pairs. There is an :exc:`~optuna_ttp.ApproximationWarning` where some have
-        not converged, or the times of gradient flow with the Ritz pairs have not.
-
-    Raises:
-        ValueError:
-            As for :func:`~optuna_ttp.ntk.exact_kernel`, and for multipliers.
-        JacobianMismatchError:
-            If products differ from what plain automatic differentiation gives.
+    Ritz pairs come beside the eigenpairs. There is an :exc:`~optuna_ttp.ApproximationWarning`
+    where some have not converged, or the times of gradient flow with the Ritz pairs have not.
+    Errors are those of :func:`~optuna_ttp.ntk.exact_kernel`; all learning-rate multipliers must be
+    one.
     """
     check_multipliers(task, "matrix_free")
     n_rows = task.n_samples * task.n_outputs
-    n_wanted = min(n_rows, N_PAIRS if rank is None else rank)
+    n_wanted = min(n_rows, PAIRS.n_pairs if rank is None else rank)
     n_columns = columns_of(task, rank)
     check_vectors_memory(task, n_columns, max_memory)
     if by_directions(task, n_columns, dtype, max_memory):
@@ -163,52 +116,23 @@ def leading_pairs(
 
 
 def columns_of(task: FineTuningTask, rank: int | None) -> int:
-    """Return how many vectors a block of products has.
-
-    Args:
-        task:
-            The task.
-        rank:
-            How many pairs are wanted, or :obj:`None`.
-    """
+    """Return how many vectors a block of products has where ``rank`` pairs are wanted."""
     n_rows = task.n_samples * task.n_outputs
-    n_wanted = min(n_rows, N_PAIRS if rank is None else rank)
-    return min(n_rows, n_wanted + max(10, int(_EXTRA * n_wanted)))
+    n_wanted = min(n_rows, PAIRS.n_pairs if rank is None else rank)
+    return min(n_rows, n_wanted + max(10, int(PAIRS.extra_columns * n_wanted)))
 
 
 def sketch_width(n_rows: int, dtype: torch.dtype, max_memory: int) -> int:
-    """Return how wide the sketch is where products start.
-
-    Args:
-        n_rows:
-            N C.
-        dtype:
-            Precision of the Jacobian.
-        max_memory:
-            Bytes.
-    """
+    """Return how wide the sketch is where products start, for ``n_rows`` outputs N C."""
     itemsize = torch.empty((), dtype=dtype).element_size()
-    width = int(_SKETCH_SHARE * max_memory / (n_rows * itemsize))
-    return max(N_GROUPS, min(_MAX_WIDTH, width) // N_GROUPS * N_GROUPS)
+    width = int(PAIRS.sketch_share * max_memory / (n_rows * itemsize))
+    return max(N_GROUPS, min(PAIRS.max_sketch_width, width) // N_GROUPS * N_GROUPS)
 
 
 def check_vectors_memory(task: FineTuningTask, n_columns: int, max_memory: float) -> int:
-    """Refuse a memory budget that a block of vectors and the weights do not fit.
+    """Return the bytes that a block of vectors takes; raise ValueError if they do not fit.
 
-    Args:
-        task:
-            The task.
-        n_columns:
-            Of a block of vectors.
-        max_memory:
-            Bytes.
-
-    Returns:
-        The smallest budget, in single precision.
-
-    Raises:
-        ValueError:
-            If they do not fit.
+    The bytes are in single precision, and those of the weights are added.
     """
     n_rows = task.n_samples * task.n_outputs
     minimum = 4 * (n_rows * n_columns + task.n_parameters)
@@ -224,18 +148,7 @@ def check_vectors_memory(task: FineTuningTask, n_columns: int, max_memory: float
 def by_directions(
     task: FineTuningTask, n_columns: int, dtype: torch.dtype, max_memory: int
 ) -> bool:
-    """Whether there are so many outputs that products go one direction at a time.
-
-    Args:
-        task:
-            The task.
-        n_columns:
-            Of a block of vectors.
-        dtype:
-            Precision of the Jacobian.
-        max_memory:
-            Bytes.
-    """
+    """Return whether there are so many outputs that products go one direction at a time."""
     itemsize = torch.empty((), dtype=dtype).element_size()
     # What rows give of all weights must be held; where it does not fit, they are made again.
     n_groups = -(-2 * task.n_parameters * n_columns * itemsize // max_memory)
@@ -253,6 +166,7 @@ def _by_rows(
     show_progress_bar: bool,
     seed: int,
 ) -> LeadingPairs:
+    """Compute the pairs from products that make rows of the Jacobian, batch by batch."""
     n_rows = task.n_samples * task.n_outputs
     width = sketch_width(n_rows, dtype, max_memory)
     settings: dict[str, Any] = {
@@ -280,15 +194,17 @@ def _by_rows(
             def product(v: torch.Tensor) -> torch.Tensor:
                 return passes.images(v.to(device=device, dtype=dtype), max_memory)[0]
 
-            found = _krylov(product, vectors, n_wanted, follower)
-            values, basis = found.values, found.vectors
+            all_pairs = _krylov(product, vectors, n_wanted, follower)
+            values, basis = all_pairs.values, all_pairs.vectors
             pairs = Eigenpairs(values.numpy(), basis.numpy(), trace)
             features = None
             if task.validation is not None:
                 whitened = (basis / values.sqrt()).to(device=device, dtype=dtype)
-                (images,) = passes.images(whitened, max_memory, own=False, others=True)
+                (images,) = passes.images(whitened, max_memory, training=False, others=True)
                 features = images.to(dtype).numpy()
-        return LeadingPairs(pairs, weight_outputs, features, width, found.n_ritz, found.time_error)
+        return LeadingPairs(
+            pairs, weight_outputs, features, width, all_pairs.n_ritz, all_pairs.time_error
+        )
 
     return lifting(run)
 
@@ -302,6 +218,7 @@ def _by_directions(
     max_memory: int,
     seed: int,
 ) -> LeadingPairs:
+    """Compute the pairs from products that go through the network one direction at a time."""
     generator = torch.Generator().manual_seed(seed)
     n_rows = task.n_samples * task.n_outputs
     reference = task.initial_outputs(device, dtype)
@@ -319,8 +236,8 @@ def _by_directions(
             raise ValueError(
                 "The Jacobian must not be zero: no trainable parameter moves any output."
             )
-        found = _krylov(product, images, n_wanted, PathFollower(task, reference))
-        values, basis = found.values, found.vectors
+        all_pairs = _krylov(product, images, n_wanted, PathFollower(task, reference))
+        values, basis = all_pairs.values, all_pairs.vectors
         trace, trace_error = _estimated_trace(product, values, basis, n_columns, generator)
         weights = [p.detach() for p in frozen.parameters.values()]
         outputs = directions.forward(task, [weights])
@@ -337,20 +254,15 @@ def _by_directions(
         outputs.reshape(task.n_samples, task.n_outputs).numpy(),
         features,
         0,
-        found.n_ritz,
-        found.time_error,
+        all_pairs.n_ritz,
+        all_pairs.time_error,
         trace_error,
     )
 
 
 def probes_of(n_columns: int) -> int:
-    """Return how many vectors of random signs estimate a trace.
-
-    Args:
-        n_columns:
-            Of a block of vectors.
-    """
-    return max(_MIN_PROBES, n_columns // _PROBE_SHARE)
+    """Return how many vectors of random signs estimate a trace beside a block of products."""
+    return max(PAIRS.min_probes, n_columns // PAIRS.columns_a_probe)
 
 
 def _estimated_trace(
@@ -360,11 +272,11 @@ def _estimated_trace(
     n_columns: int,
     generator: torch.Generator,
 ) -> tuple[float, float]:
-    """The trace and its standard error, as a share of it.
+    """Return an estimate of the trace, and its standard error as a share of it.
 
-    The pairs hold their part of the trace; random signs that they do not know estimate that of
-    the rest (Hutch++: Meyer, Musco, Musco and Woodruff, SOSA 2021, arXiv 2010.09649). Those that
-    the products started at would find less of it than there is.
+    The pairs hold their part of the trace; random signs that they do not know estimate that of the
+    rest (Hutch++: Meyer, Musco, Musco and Woodruff, SOSA 2021, arXiv 2010.09649). Those that the
+    products started at would find less of it than there is.
     """
     n_probes = probes_of(n_columns)
     signs = torch.randint(2, (len(basis), n_probes), generator=generator, dtype=torch.float64)
@@ -376,7 +288,7 @@ def _estimated_trace(
 
 
 def _filled(start: torch.Tensor, n_columns: int, seed: int) -> torch.Tensor:
-    """Where the sketch has too few eigenpairs, random vectors beside them."""
+    """Return start vectors, with random ones beside them where the sketch has too few."""
     missing = n_columns - start.shape[1]
     if missing <= 0:
         return start
@@ -390,13 +302,13 @@ def _krylov(
     start: torch.Tensor,
     n_wanted: int,
     follower: PathFollower,
-) -> _Found:
-    """Leading eigenpairs, and Ritz pairs for what the residual sees of the others.
+) -> _AllPairs:
+    """Compute leading eigenpairs, and Ritz pairs for what the residual sees of the others.
 
     The residual is in the block from its start, and what the kernel makes of it in the next one,
-    so that the Ritz values with all of the basis are the nodes of Gauss' quadrature of its
-    spectral measure for no more passes. Where the eigenpairs have
-    converged and the residual's path has not, a few columns more are multiplied.
+    so that the Ritz values with all of the basis are the points of Gauss' quadrature of its
+    spectral measure for no more passes. Where the eigenpairs have converged and the residual's
+    path has not, a few columns more are multiplied.
     """
     residual = follower.residual
     n_columns = start.shape[1]
@@ -408,7 +320,7 @@ def _krylov(
     images = product(basis)
     before: ResidualPath | None = None
     n_narrow = 0
-    for block in range(_MAX_BLOCKS):
+    for block in range(PAIRS.max_blocks):
         if not torch.isfinite(images).all():
             raise ValueError(
                 "The kernel must be finite but overflowed. Scale the inputs, or compute with "
@@ -424,12 +336,12 @@ def _krylov(
         residuals = images @ leading - (basis @ leading) * values[:n_columns]
         # Pairs at the level of rounding errors are dropped in the end.
         floor = float(values[0]) * torch.finfo(torch.float32).eps
-        sizes = residuals[:, :n_wanted].norm(dim=0)
+        norms = residuals[:, :n_wanted].norm(dim=0)
         limits = values[:n_wanted].clamp(min=floor)
-        open_ = sizes > _TOLERANCE * limits
-        worst = float((sizes / limits).max())
+        open_ = norms > PAIRS.pair_tolerance * limits
+        worst = float((norms / limits).max())
         n_left = len(basis) - basis.shape[1]
-        if n_left == 0 or block + 1 == _MAX_BLOCKS:
+        if n_left == 0 or block + 1 == PAIRS.max_blocks:
             break
         others = mixing[:, n_wanted:]
         seen = others @ (others.T @ (basis.T @ path.residuals))
@@ -438,7 +350,7 @@ def _krylov(
         if open_.any():
             # Of all columns, not only of what is open: passes over the data cost more.
             new.append(residuals)
-        elif moved <= _TIME_ERROR or n_narrow == _MAX_NARROW:
+        elif moved <= PAIRS.time_error or n_narrow == PAIRS.max_narrow_blocks:
             break
         else:
             n_narrow += 1
@@ -461,35 +373,39 @@ def _krylov(
             f'up to {worst:.0%} of the eigenvalue. Ask for a smaller rank, or use engine="exact".',
             ApproximationWarning,
         )
-    vectors, kept, _ = nystrom(basis, images, n_wanted)
-    n_kept = int((kept > float(kept[0]) * torch.finfo(torch.float32).eps).sum())
-    kept, vectors = kept[:n_kept], vectors[:, :n_kept]
-    for n_powers in _N_POWERS:
+    vectors, leading_values, _ = nystrom(basis, images, n_wanted)
+    n_leading = int(
+        (leading_values > float(leading_values[0]) * torch.finfo(torch.float32).eps).sum()
+    )
+    leading_values, vectors = leading_values[:n_leading], vectors[:, :n_leading]
+    for n_powers in PAIRS.n_powers:
         ritz, more = _condensed(basis, images, mixing, values, vectors, path.residuals, n_powers)
-        n_ritz = int((ritz > float(kept[0]) * torch.finfo(torch.float32).eps).sum())
-        all_values, order = torch.cat([kept, ritz[:n_ritz]]).sort(descending=True, stable=True)
+        n_ritz = int((ritz > float(leading_values[0]) * torch.finfo(torch.float32).eps).sum())
+        all_values, order = torch.cat([leading_values, ritz[:n_ritz]]).sort(
+            descending=True, stable=True
+        )
         all_vectors = torch.cat([vectors, more[:, :n_ritz]], 1)[:, order]
         identity = torch.eye(len(all_values), dtype=all_values.dtype)
         condensed = follower.follow(all_vectors, identity, all_values).time_difference(path)
-        if condensed <= _CONDENSED_ERROR:
+        if condensed <= PAIRS.condensed_error:
             break
     error = max(moved, condensed)
-    if error > _TIME_ERROR:
+    if error > PAIRS.time_error:
         by_what = f"uncertain by {error:.0%}" if np.isfinite(error) else "of unknown error"
         warn_caller(
-            f"{n_kept} eigenpairs, and {n_ritz} Ritz pairs for what the residual sees of the "
+            f"{n_leading} eigenpairs, and {n_ritz} Ritz pairs for what the residual sees of the "
             f"others, leave predicted times {by_what}. Ask for a larger rank, or use "
             'engine="exact" or "sketch".',
             ApproximationWarning,
         )
-    return _Found(all_values, all_vectors, n_ritz, error)
+    return _AllPairs(all_values, all_vectors, n_ritz, error)
 
 
 def _remainder(columns: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """What a basis does not have of some columns, where that is more than rounding."""
-    sizes = columns.norm(dim=0)
+    """Return what a basis does not have of some columns, where that is more than rounding."""
+    norms = columns.norm(dim=0)
     left = columns - basis @ (basis.T @ columns)
-    return left[:, left.norm(dim=0) > _ROUNDING * sizes]
+    return left[:, left.norm(dim=0) > PAIRS.rounding * norms]
 
 
 def _condensed(
@@ -497,16 +413,16 @@ def _condensed(
     images: torch.Tensor,
     mixing: torch.Tensor,
     values: torch.Tensor,
-    kept: torch.Tensor,
+    leading: torch.Tensor,
     residuals: torch.Tensor,
     n_powers: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ritz pairs, orthogonal to kept eigenvectors, of what residuals see of all others.
+    """Return Ritz pairs, orthogonal to the leading eigenvectors, of what residuals see of others.
 
-    Those of the block Krylov space of the residuals and the other Ritz pairs.
+    They are those of the block Krylov space of the residuals and the other Ritz pairs.
     """
-    n_kept = kept.shape[1]
-    others, rest = mixing[:, n_kept:], values[n_kept:]
+    n_leading = leading.shape[1]
+    others, rest = mixing[:, n_leading:], values[n_leading:]
     if residuals.shape[1] == 0 or len(rest) == 0:
         return values.new_zeros(0), basis.new_zeros((len(basis), 0))
     inside = basis.T @ residuals
@@ -517,14 +433,14 @@ def _condensed(
     # The residual at the start has a part of its own: kept vectors are not quite of this basis.
     coordinates = torch.cat([inside[:, :1], others @ torch.cat(powers, 1)], 1)
     columns = basis @ coordinates
-    columns = columns - kept @ (kept.T @ columns)
-    sizes = columns.norm(dim=0)
-    seen = sizes > _ROUNDING * coordinates.norm(dim=0)
-    columns, coordinates = columns[:, seen] / sizes[seen], coordinates[:, seen] / sizes[seen]
+    columns = columns - leading @ (leading.T @ columns)
+    norms = columns.norm(dim=0)
+    seen = norms > PAIRS.rounding * coordinates.norm(dim=0)
+    columns, coordinates = columns[:, seen] / norms[seen], coordinates[:, seen] / norms[seen]
     squares, axes = torch.linalg.eigh(columns.T @ columns)
-    good = squares > _ROUNDING**2
+    good = squares > PAIRS.rounding**2
     whitening = axes[:, good] / squares[good].sqrt()
     # The kernel takes kept vectors to themselves, to which these are orthogonal.
     inner = whitening.T @ (columns.T @ (images @ coordinates)) @ whitening
-    found, turned = torch.linalg.eigh((inner + inner.T) / 2)
-    return found.flip(0), columns @ (whitening @ turned.flip(1))
+    ritz_values, turned = torch.linalg.eigh((inner + inner.T) / 2)
+    return ritz_values.flip(0), columns @ (whitening @ turned.flip(1))

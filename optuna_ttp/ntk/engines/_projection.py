@@ -13,28 +13,10 @@ class Projection(Protocol):
     """Maps rows of ``p`` weights of a parameter to ``width`` numbers, in G independent ways."""
 
     def add(self, target: torch.Tensor, name: str, rows: torch.Tensor) -> None:
-        """Add the projected rows of a parameter to a sketch.
-
-        Args:
-            target:
-                Shape ``(B, C, G, width)``; changed.
-            name:
-                Of the parameter.
-            rows:
-                Shape ``(B, C, p)``.
-        """
+        """Add the projected rows ``(B, C, p)`` of a parameter to ``(B, C, G, width)``."""
 
     def add_table(self, target: torch.Tensor, name: str, factors: Factors) -> None:
-        """Add the projected gradient of a table that integers index, without its rows.
-
-        Args:
-            target:
-                Shape ``(B, C, G, width)``; changed.
-            name:
-                Of the parameter.
-            factors:
-                Of its gradient.
-        """
+        """Add the projected gradient of a table that integers index, without making its rows."""
 
 
 class SignFold:
@@ -44,23 +26,11 @@ class SignFold:
     neighbours apart; with random signs the inner products are right in expectation all the same.
     One pass over the rows, no matrix. All groups fold alike, so that the rows are read once; with
     signs of their own their errors are uncorrelated nevertheless.
-
-    Args:
-        sizes:
-            Weights of each parameter.
-        width:
-            Numbers a row and group.
-        n_groups:
-            How many.
-        seed:
-            Of signs and shifts.
-        device:
-            Where.
     """
 
     def __init__(
         self,
-        sizes: dict[str, int],
+        n_weights: dict[str, int],
         width: int,
         n_groups: int,
         seed: int,
@@ -70,14 +40,14 @@ class SignFold:
         self._width = width
         self._signs: dict[str, torch.Tensor] = {}
         self._shifts: dict[str, int] = {}
-        for name, size in sizes.items():
-            signs = torch.randint(2, (n_groups, size), generator=generator, dtype=torch.int8)
+        for name, n in n_weights.items():
+            signs = torch.randint(2, (n_groups, n), generator=generator, dtype=torch.int8)
             # A byte each, in whose place those of one parameter are made floats when needed.
             self._signs[name] = (2 * signs - 1).to(device)
             self._shifts[name] = int(torch.randint(width, (), generator=generator))
 
     def add(self, target: torch.Tensor, name: str, rows: torch.Tensor) -> None:
-        """See :meth:`Projection.add`."""
+        """Add rows, see :meth:`Projection.add`."""
         shift, width = self._shifts[name], self._width
         signs = self._signs[name].to(rows.dtype)
         n = rows.shape[-1]
@@ -89,15 +59,15 @@ class SignFold:
             target[..., : some.stop - start].addcmul_(rows[..., some], signs[:, some])
 
     def add_table(self, target: torch.Tensor, name: str, factors: Factors) -> None:
-        """See :meth:`Projection.add_table`."""
+        """Add a table, see :meth:`Projection.add_table`."""
         columns = factors.shape[2]
         signs = self._signs[name].unflatten(1, (-1, columns))
         within = torch.arange(columns, device=target.device)
         for ids, cotangents in zip(factors.sources, factors.cotangents, strict=True):
             where = (ids[..., None] * columns + within + self._shifts[name]) % self._width
-            for group, own in enumerate(signs):
+            for group, of_group in enumerate(signs):
                 # (B, C, S, o)
-                values = cotangents[:, 0].transpose(2, 3) * own[ids][:, None]
+                values = cotangents[:, 0].transpose(2, 3) * of_group[ids][:, None]
                 index = where.flatten(1)[:, None].expand(-1, values.shape[1], -1)
                 target[:, :, group].scatter_add_(2, index, values.flatten(2))
 
@@ -107,16 +77,6 @@ class Ternary:
 
     The projection of the paper (Achlioptas, 2003). It multiplies with a matrix and is slower than
     :class:`SignFold` by orders of magnitude; the matrix is made again, piece by piece, every time.
-
-    Args:
-        width:
-            Numbers a row and group.
-        n_groups:
-            How many.
-        seed:
-            Of the entries.
-        names:
-            Of the parameters.
     """
 
     _PIECE = 2**12
@@ -127,7 +87,7 @@ class Ternary:
         self._numbers = {name: k for k, name in enumerate(names)}
 
     def add(self, target: torch.Tensor, name: str, rows: torch.Tensor) -> None:
-        """See :meth:`Projection.add`."""
+        """Add rows, see :meth:`Projection.add`."""
         for group, seed in enumerate(self._seeds):
             generator = torch.Generator().manual_seed(
                 (seed * 100_003 + self._numbers[name]) % 2**64
@@ -139,5 +99,5 @@ class Ternary:
                 target[:, :, group] += (3.0 / self._width) ** 0.5 * (piece @ entries)
 
     def add_table(self, target: torch.Tensor, name: str, factors: Factors) -> None:
-        """See :meth:`Projection.add_table`."""
+        """Add a table, see :meth:`Projection.add_table`."""
         self.add(target, name, factors.rows())

@@ -10,16 +10,12 @@ import torch
 from optuna_ttp._util.exceptions import JacobianMismatchError
 from optuna_ttp.ntk.engines._kernel import Kernel
 from optuna_ttp.ntk.jacobian._prepare import Preparation
+from optuna_ttp.ntk.jacobian._rules import CHECKS
 
 
 if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
     from optuna_ttp.task import FrozenModel
-
-
-# Relative to the norms of both rows. In a batch of another size units are rounded to the other
-# side of a kink, and models that cast to half precision inside round differently.
-_TOLERANCE = {torch.float32: 5e-3, torch.float64: 1e-6, torch.bfloat16: 2e-2}
 
 
 def check_rows(
@@ -32,30 +28,11 @@ def check_rows(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    """Compare entries of the kernel with products of rows by plain automatic differentiation.
+    """Raise JacobianMismatchError if entries of the kernel are not those of plain reverse mode.
 
     Two random rows are differentiated as they are, a backward pass each through a batch of one,
-    and their products compared with their entries of the kernel.
-
-    Args:
-        task:
-            What was differentiated.
-        frozen:
-            The borrowed model.
-        preparation:
-            Who answered for which parameter.
-        kernel:
-            What is checked.
-        device:
-            Where.
-        dtype:
-            Precision of the Jacobian.
-        seed:
-            Of the choice of rows.
-
-    Raises:
-        JacobianMismatchError:
-            If they differ, with the layer whose gradients differ most.
+    and their products compared with their entries of the kernel. The error names the layer whose
+    gradients differ most.
     """
     rng = np.random.default_rng(seed)
     chosen = [
@@ -73,7 +50,9 @@ def check_rows(
             continue
         if (
             abs(actual - expected)
-            > _TOLERANCE[preparation.layout.held or frozen.precision] * norms[a] * norms[b]
+            > CHECKS.kernel_tolerances[preparation.layout.held or frozen.precision]
+            * norms[a]
+            * norms[b]
         ):
             raise JacobianMismatchError(
                 f"The kernel of sample {chosen[a][0]}, output {chosen[a][1]} and sample "
@@ -92,28 +71,10 @@ def check_row_norms(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    """Compare the squared norm of one random row with plain automatic differentiation.
+    """Raise JacobianMismatchError if the squared norm of a random row is not that of reverse mode.
 
-    Args:
-        task:
-            What is differentiated.
-        frozen:
-            The borrowed model.
-        first:
-            The first sample of the batch. If the random row is of none of its samples, nothing is
-            compared.
-        norms:
-            Squared norms of the batch's rows, of shape ``(B, C)``.
-        device:
-            Where.
-        dtype:
-            Precision of the Jacobian.
-        seed:
-            Of the choice of the row.
-
-    Raises:
-        JacobianMismatchError:
-            If they differ.
+    ``norms`` are the squared norms ``(B, C)`` of a batch whose first sample has the number
+    ``first``. If the random row is of none of its samples, nothing is compared.
     """
     rng = np.random.default_rng(seed)
     n, c = int(rng.integers(task.n_samples)), int(rng.integers(task.n_outputs))
@@ -122,7 +83,10 @@ def check_row_norms(
     row = _plain_row(task, frozen, n, c, device, dtype)
     expected = _product(row, row, dict.fromkeys(row, 1.0))
     actual = float(norms[n - first, c])
-    if np.isfinite(actual) and abs(actual - expected) > _TOLERANCE[frozen.precision] * expected:
+    if (
+        np.isfinite(actual)
+        and abs(actual - expected) > CHECKS.kernel_tolerances[frozen.precision] * expected
+    ):
         raise JacobianMismatchError(
             f"The squared gradient of output {c} of sample {n} must be {expected:.6g}, as plain "
             f"automatic differentiation has it, but got {actual:.6g}."
@@ -137,6 +101,7 @@ def _plain_row(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
+    """Return the gradient of one output of one sample, by parameter, by plain reverse mode."""
     inputs, _ = next(task.batches(1, device, dtype, start=n))
     gradients = torch.autograd.grad(
         frozen(inputs)[0, c],
@@ -153,6 +118,7 @@ def _plain_row(
 def _product(
     one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], multipliers: dict[str, float]
 ) -> float:
+    """Return the product of two rows, in double precision, with the parameters' multipliers."""
     total = 0.0
     for name, g in one.items():
         # A vectorised dot product of single precision loses digits over millions of weights.
@@ -172,26 +138,28 @@ def _culprit(
     device: torch.device,
     dtype: torch.dtype,
 ) -> str:
-    """Say which layer's gradient differs most from the plain one."""
+    """Return a sentence that says which layer's gradient differs most from the plain one."""
     from optuna_ttp.ntk.layers._factors import Factors
 
     n, c = row
-    size = min(4, task.n_samples - n)
-    inputs, _ = next(task.batches(size, device, dtype, start=n))
-    found: dict[str, torch.Tensor] = {}
+    batch_size = min(4, task.n_samples - n)
+    inputs, _ = next(task.batches(batch_size, device, dtype, start=n))
+    by_layer: dict[str, torch.Tensor] = {}
     with preparation.claims.tape(frozen).attached() as tape:
-        recording = tape.record(inputs, size)
+        recording = tape.record(inputs, batch_size)
         direction = torch.zeros_like(recording.outputs)
         direction[:, c] = 1.0
         cotangents = recording.cotangents([direction])
         for name, part in preparation.claims.gradients(recording, cotangents):
             rows = part.rows() if isinstance(part, Factors) else part
-            found[name] = found[name] + rows[0, 0] if name in found else rows[0, 0]
+            by_layer[name] = by_layer[name] + rows[0, 0] if name in by_layer else rows[0, 0]
     away = {
-        name: float((found[name] - g.flatten()).norm() if name in found else g.norm())
+        name: float((by_layer[name] - g.flatten()).norm() if name in by_layer else g.norm())
         for name, g in plain.items()
     }
     worst = max(away, key=lambda name: away[name])
-    if away[worst] <= _TOLERANCE[frozen.precision] * max(float(g.norm()) for g in plain.values()):
+    if away[worst] <= CHECKS.kernel_tolerances[frozen.precision] * max(
+        float(g.norm()) for g in plain.values()
+    ):
         return "The gradients of all layers are right; their products are not."
     return f"The gradient of {worst.removeprefix('model.')!r} differs most."

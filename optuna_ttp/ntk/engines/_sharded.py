@@ -22,11 +22,10 @@ import torch.distributed as distributed
 from optuna_ttp.ntk._processes import gathered_objects
 from optuna_ttp.ntk._processes import together
 from optuna_ttp.ntk.engines._kernel import Kernel
-from optuna_ttp.ntk.jacobian._layout import GHOST_OVERHEAD
 from optuna_ttp.ntk.jacobian._layout import Layout
 from optuna_ttp.ntk.jacobian._layout import ParameterLayout
-from optuna_ttp.ntk.jacobian._layout import TRIANGLE
 from optuna_ttp.ntk.jacobian._prepare import Preparation
+from optuna_ttp.ntk.jacobian._rules import LAYOUTS
 from optuna_ttp.ntk.jacobian._samples import SampleReader
 from optuna_ttp.ntk.jacobian._separable import Separated
 from optuna_ttp.ntk.jacobian._state import BlockState
@@ -47,56 +46,40 @@ def sharded_kernel(
 ) -> Kernel:
     """Compute the kernel together with the other processes of the default group.
 
-    Args:
-        task:
-            What is fine-tuned; the same in all processes.
-        preparation:
-            Claims and layout, which only depend on the task and the seed.
-        reader:
-            Of the training samples.
-        others:
-            Of the validation samples, or :obj:`None`.
-        dtype:
-            Precision of the Jacobian.
-
-    Returns:
-        The whole kernel.
-
-    Raises:
-        ValueError:
-            If there are fewer samples than processes, or batches of different lengths.
+    ``reader`` is of the training samples, ``others`` of the validation samples. ValueError is
+    raised if there are fewer samples than processes, or batches of different lengths.
     """
-    rank, size = distributed.get_rank(), distributed.get_world_size()
-    if task.n_samples < size:
+    rank, n_processes = distributed.get_rank(), distributed.get_world_size()
+    if task.n_samples < n_processes:
         raise ValueError(
-            f"There must be at least one sample for each of the {size} processes but got "
+            f"There must be at least one sample for each of the {n_processes} processes but got "
             f"{task.n_samples}."
         )
     layout, c = preparation.layout, task.n_outputs
-    shares = _shares(task.n_samples, size)
+    shares = _shares(task.n_samples, n_processes)
     inner = np.zeros((task.n_samples, c))
-    own = shares[rank]
-    state, inner[own] = together(lambda: reader.read(layout, own.start, own.stop))
-    pieces = _cut(_pieces(layout, state, task.n_samples, c), size)
+    share = shares[rank]
+    state, inner[share] = together(lambda: reader.read(layout, share.start, share.stop))
+    pieces = _cut(_pieces(layout, state, task.n_samples, c), n_processes)
     whole = _exchanged(state, shares, pieces)
-    own_layout = _layout_of(pieces[rank], layout.held)
-    gram, stretched = multiply(own_layout, whole, whole)
+    layout_here = _layout_of(pieces[rank], layout.held)
+    gram, stretched = multiply(layout_here, whole, whole)
     if layout.has_multipliers and stretched is None:
         # Those of all weights of this process are one.
         stretched = gram.clone()
     cross = None
     if others is not None and task.validation is not None:
         n = task.validation.n_samples
-        if n < size:
+        if n < n_processes:
             # Fewer than processes: each differentiates all of them.
             held_out, _ = together(lambda: others.read(layout, 0, n))
             left = _chosen(held_out, pieces[rank])
         else:
-            parts = _shares(n, size)
+            parts = _shares(n, n_processes)
             some = parts[rank]
             held_out, _ = together(lambda: others.read(layout, some.start, some.stop))
             left = _exchanged(held_out, parts, pieces)
-        cross, _ = multiply(own_layout, left, whole)
+        cross, _ = multiply(layout_here, left, whole)
     kind = np.float64 if dtype == torch.float64 else np.float32
 
     def summed(part: torch.Tensor | None) -> NDArray[Any] | None:
@@ -113,8 +96,9 @@ def sharded_kernel(
     return Kernel(total, summed(cross), outputs.cpu().numpy(), summed(stretched))
 
 
-def _shares(n_samples: int, size: int) -> list[slice]:
-    bounds = [n_samples * k // size for k in range(size + 1)]
+def _shares(n_samples: int, n_processes: int) -> list[slice]:
+    """Return the samples of each process."""
+    bounds = [n_samples * k // n_processes for k in range(n_processes + 1)]
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
@@ -143,8 +127,8 @@ class _Piece:
 
 
 def _pieces(layout: Layout, state: BlockState, n_samples: int, n_outputs: int) -> list[_Piece]:
-    """All weights, none of them cut."""
-    pairs = TRIANGLE * n_samples**2
+    """Return all weights, none of them cut."""
+    pairs = LAYOUTS.triangle * n_samples**2
     column = 2.0 * n_outputs**2 * pairs
     pieces = [
         _Piece(None, multiplier, start, stop, column * (stop - start))
@@ -153,11 +137,11 @@ def _pieces(layout: Layout, state: BlockState, n_samples: int, n_outputs: int) -
     for p in layout.parameters:
         if p.name in layout.offsets:
             continue
-        n_columns = p.size
+        n_columns = p.n_weights
         flops = pairs * p.flops_per_pair
         if p.method in ("ghost", "panels"):
             n_columns = state.factors[p.name].shape[2]
-            flops *= GHOST_OVERHEAD if p.method == "ghost" else 1.0
+            flops *= LAYOUTS.ghost_overhead if p.method == "ghost" else 1.0
             flops += n_samples * p.flops_per_sample
         elif p.method == "separable":
             n_columns = state.separated[p.name].weights.shape[2]
@@ -165,16 +149,16 @@ def _pieces(layout: Layout, state: BlockState, n_samples: int, n_outputs: int) -
     return pieces
 
 
-def _cut(pieces: list[_Piece], size: int) -> list[list[_Piece]]:
-    """A share for each process: the line of pieces is cut where the cost before is one."""
+def _cut(pieces: list[_Piece], n_processes: int) -> list[list[_Piece]]:
+    """Return a share for each process: the line of pieces is cut where the cost before is one."""
     total = sum(p.flops for p in pieces)
-    owned: list[list[_Piece]] = [[] for _ in range(size)]
+    owned: list[list[_Piece]] = [[] for _ in range(n_processes)]
     before = 0.0
     for piece in pieces:
         n = piece.stop - piece.start
         bounds = [
-            min(n, max(0, round(n * (total * k / size - before) / max(piece.flops, 1.0))))
-            for k in range(size + 1)
+            min(n, max(0, round(n * (total * k / n_processes - before) / max(piece.flops, 1.0))))
+            for k in range(n_processes + 1)
         ]
         bounds[0], bounds[-1] = 0, n
         for process, (a, b) in enumerate(pairwise(bounds)):
@@ -188,7 +172,7 @@ def _cut(pieces: list[_Piece], size: int) -> list[list[_Piece]]:
 
 
 def _layout_of(pieces: list[_Piece], held: torch.dtype | None) -> Layout:
-    """How one process holds its pieces."""
+    """Return how one process holds its pieces."""
     sections: list[tuple[int, int, float]] = []
     column = 0
     for p in pieces:
@@ -200,7 +184,7 @@ def _layout_of(pieces: list[_Piece], held: torch.dtype | None) -> Layout:
 
 
 def _tensors(state: BlockState, piece: _Piece) -> list[torch.Tensor]:
-    """What is held of a piece."""
+    """Return what is held of a piece."""
     columns = slice(piece.start, piece.stop)
     if piece.parameter is None:
         return [state.rows[:, columns]]
@@ -217,7 +201,7 @@ def _tensors(state: BlockState, piece: _Piece) -> list[torch.Tensor]:
 def _assembled(
     like: BlockState, n_samples: int, pieces: list[_Piece], tensors: list[list[torch.Tensor]]
 ) -> BlockState:
-    """A state of pieces from what is held of each."""
+    """Return a state of pieces from what is held of each."""
     rows: list[torch.Tensor] = []
     factors: dict[str, Factors] = {}
     matrices: dict[str, torch.Tensor] = {}
@@ -242,31 +226,32 @@ def _assembled(
 
 
 def _chosen(state: BlockState, pieces: list[_Piece]) -> BlockState:
+    """Return the state of some pieces only."""
     return _assembled(state, state.n_samples, pieces, [_tensors(state, p) for p in pieces])
 
 
 def _exchanged(state: BlockState, shares: list[slice], pieces: list[list[_Piece]]) -> BlockState:
-    """The pieces of this process, of the samples of all."""
+    """Return the pieces of this process, of the samples of all."""
     state = _alike(state)
     rank = distributed.get_rank()
     n_samples = [share.stop - share.start for share in shares]
     gathered: list[list[torch.Tensor]] = []
     for owner, some in enumerate(pieces):
         for piece in some:
-            found = [
+            rows = [
                 # Rows are those of all outputs.
                 _gathered(t, n_samples, len(t) // state.n_samples, owner)
                 for t in _tensors(state, piece)
             ]
             if owner == rank:
-                gathered.append([t for t in found if t is not None])
+                gathered.append([t for t in rows if t is not None])
     return _assembled(state, sum(n_samples), pieces[rank], gathered)
 
 
 def _gathered(
     tensor: torch.Tensor, n_samples: Sequence[int], n_rows: int, owner: int
 ) -> torch.Tensor | None:
-    """The rows of all processes, for their owner."""
+    """Return the rows of all processes to their owner, and nothing to the others."""
     most = n_rows * max(n_samples)
     missing = most - len(tensor)
     kind = tensor.dtype
@@ -284,11 +269,9 @@ def _gathered(
 
 
 def _alike(state: BlockState) -> BlockState:
-    """The state in shapes that all processes have.
+    """Return the state in shapes that all processes have.
 
-    Raises:
-        ValueError:
-            If batches have different lengths.
+    ValueError is raised if batches have different lengths.
     """
     shapes = [
         (name, tuple(t.shape[1:]))
@@ -306,6 +289,6 @@ def _alike(state: BlockState) -> BlockState:
     separated = {}
     for name, s in state.separated.items():
         # Some samples may need more terms than others.
-        missing = max(found[name] for _, found in described) - ranks[name]
+        missing = max(ranks_there[name] for _, ranks_there in described) - ranks[name]
         separated[name] = Separated(pad(s.weights, (0, missing)), pad(s.rows, (0, 0, 0, missing)))
     return replace(state, separated=separated)

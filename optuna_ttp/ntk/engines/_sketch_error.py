@@ -18,13 +18,8 @@ import torch
 from optuna_ttp.dynamics import PathFollower
 from optuna_ttp.dynamics import times_to
 from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
-from optuna_ttp.ntk.engines._sketch import N_GROUPS
-
-
-# Directions that are followed: as many as take a second or so.
-_MIN_RANK, _ENTRIES = 200, 10**6
-# Student's t of three degrees of freedom at 90 %.
-_QUANTILE = 2.353
+from optuna_ttp.ntk.engines._rules import N_GROUPS
+from optuna_ttp.ntk.engines._rules import SKETCHES
 
 
 @dataclass(frozen=True)
@@ -46,26 +41,15 @@ class SketchError:
 def sketch_error(
     follower: PathFollower, features: torch.Tensor, n_exact: int, pairs: Eigenpairs
 ) -> SketchError:
-    """Say how far the times that a sketch predicts may be off.
+    """Estimate by how much the times that a sketch predicts may be off.
 
-    Where training does not get to half of the loss, the times are those to shares of what it gets
-    to.
-
-    Args:
-        follower:
-            Of the task.
-        features:
-            ``Z``, of shape ``(N C, e + d)``: what is exact, then four groups of ``d / 4`` columns.
-        n_exact:
-            ``e``.
-        pairs:
-            The eigenpairs of ``Z Z^T``, as many as there are or at least 200 and as many as have
-            a million entries.
-
-    Returns:
-        The error, infinite where no time is known.
+    ``features`` are ``Z`` of shape ``(N C, e + d)``: ``e = n_exact`` exact columns, then four
+    groups of ``d / 4``; ``pairs`` are the eigenpairs of ``Z Z^T``, as many as there are or at
+    least 200 and as many as have a million entries. Where training does not get to half of the
+    loss, the times are those to shares of what it gets to; the error is infinite where no time is
+    known.
     """
-    rank = min(len(pairs.eigenvalues), max(_MIN_RANK, _ENTRIES // len(features)))
+    rank = min(len(pairs.eigenvalues), max(SKETCHES.min_rank, SKETCHES.n_entries // len(features)))
     basis = torch.as_tensor(pairs.eigenvectors[:, :rank])
     values = torch.as_tensor(pairs.eigenvalues[:rank])
     inside = torch.cat(
@@ -80,8 +64,8 @@ def sketch_error(
     for chosen in combinations(range(N_GROUPS), N_GROUPS // 2):
         # Groups are scaled for a mean of four.
         inner = squares[0] + 2.0 * sum(squares[1 + k] for k in chosen)
-        found, mixing = torch.linalg.eigh(inner)
-        halves.append(follower.follow(basis, mixing.flip(1), found.flip(0)))
+        eigenvalues, mixing = torch.linalg.eigh(inner)
+        halves.append(follower.follow(basis, mixing.flip(1), eigenvalues.flip(0)))
     times = times_to([whole, *halves])
     if times.shape[1] == 0:
         return SketchError(float("inf"), float("inf"))
@@ -92,5 +76,5 @@ def sketch_error(
     on_average = np.abs(parts.mean(axis=0) - together) / together
     return SketchError(
         float(np.maximum(chance, on_average).max()),
-        float((_QUANTILE * chance + on_average).max()),
+        float((SKETCHES.error_quantile * chance + on_average).max()),
     )

@@ -1,11 +1,4 @@
-"""Which module answers for which parameter, checked against plain automatic differentiation.
-
-A parameter belongs to the layer that owns it, if there is a rule for that layer. Where there is
-none, or the rule's gradient is not the true one (the parameter is used by other code than the
-layer's own, the layer's output has no axis of samples, its inputs were overwritten), the layer is
-differentiated on its own; where that is wrong as well, the module around it, and so on up to the
-whole network, sample by sample, which is right for everything that can be differentiated.
-"""
+"""Which module answers for which parameter, and the gradients that it makes."""
 
 from __future__ import annotations
 
@@ -33,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Claim:
-    """A module and the parameters it answers for.
+    """A module and the parameters whose gradients it makes.
 
     Attributes:
         module:
@@ -55,7 +48,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Claims:
-    """Who answers for every trainable parameter.
+    """The claims for all trainable parameters, with what was learned of the modules' calls.
 
     Attributes:
         claims:
@@ -90,7 +83,7 @@ class Claims:
 
     @property
     def replayed(self) -> tuple[str, ...]:
-        """Modules that are run again to differentiate them."""
+        """Return the modules that are run again to differentiate them."""
         return tuple(dict.fromkeys(c.module for c in self.claims if c.kind != "rule"))
 
     def gradients(
@@ -98,11 +91,7 @@ class Claims:
     ) -> Iterator[tuple[str, Contribution]]:
         """Yield every contribution to a parameter's gradient; those of one parameter add up.
 
-        Args:
-            recording:
-                Of the tape.
-            cotangents:
-                Of the recording. Emptied on the way, to free their memory.
+        The cotangents of the recording are removed once they are used, to free their memory.
         """
         for module in list(cotangents):
             calls = zip(recording.calls[module], cotangents.pop(module), strict=True)
@@ -117,7 +106,7 @@ class Claims:
 
 
 class OverwrittenError(JacobianMismatchError):
-    """The inputs of a module were overwritten after the call."""
+    """Raised where the inputs of a module were overwritten after the call."""
 
     def __init__(self, module: str) -> None:
         super().__init__(
@@ -128,14 +117,7 @@ class OverwrittenError(JacobianMismatchError):
 
 
 class UnclaimedError(JacobianMismatchError):
-    """A layer cannot answer for its parameters for some of the samples.
-
-    Args:
-        names:
-            Of the parameters.
-        reason:
-            What is wrong with the layer.
-    """
+    """Raised where a layer cannot make gradients of named parameters for some of the samples."""
 
     def __init__(self, names: Iterable[str], reason: str) -> None:
         self.names = frozenset(names)
@@ -151,19 +133,9 @@ def claim_gradients(
 ) -> Iterator[tuple[str, Contribution]]:
     """Yield the gradients that one call contributes to the parameters of one claim.
 
-    Args:
-        claim:
-            The claim.
-        call:
-            A call of its module.
-        cotangents:
-            For each output tensor, one a class.
-        batched:
-            Which tensors among the arguments have an axis of samples, where that is known.
-
-    Raises:
-        JacobianMismatchError:
-            If the outputs of the module have no axis of samples.
+    ``cotangents`` are, for each output tensor of the call, one a class. ``batched`` says which
+    tensors among the arguments have an axis of samples, where that is known. UnclaimedError is
+    raised if the outputs of the module have no axis of samples.
     """
     if any(len(shape) == 0 or shape[0] != call.batch_size for shape in call.shapes):
         names = [name for name, _ in claim.parameters]
@@ -171,9 +143,9 @@ def claim_gradients(
     if claim.kind == "rule":
         rule = rule_for(call.module)
         assert rule is not None
-        found = rule(call, [d.to(call.dtype) for d in cotangents[0]])
+        gradients = rule(call, [d.to(call.dtype) for d in cotangents[0]])
         for name, local in claim.parameters:
-            yield name, found[local]
+            yield name, gradients[local]
         return
     locals_ = tuple(local for _, local in claim.parameters)
     loop = claim.kind == "loop"

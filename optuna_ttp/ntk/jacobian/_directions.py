@@ -21,6 +21,8 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.attention import SDPBackend
 
 from optuna_ttp._util.exceptions import JacobianMismatchError
+from optuna_ttp.ntk.jacobian._rules import CHECKS
+from optuna_ttp.ntk.jacobian._rules import LAYOUTS
 from optuna_ttp.ntk.jacobian._tape import Gradients
 
 
@@ -29,30 +31,13 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FrozenModel
 
 
-_BATCH = 32
-# ``u . (J w)`` and ``(J^T u) . w`` are the same number; relative to the norms of both.
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 _MODES = ("forward", "forward of plain attention", "two backward passes")
 
 
 class Directions:
-    """``J J^T`` of a task without rows of the Jacobian.
+    """Products with the Jacobian ``J`` of a task, without any of its rows.
 
-    Args:
-        task:
-            The task.
-        frozen:
-            The borrowed model.
-        device:
-            Where.
-        dtype:
-            Precision of the Jacobian.
-        max_memory:
-            Bytes for directions in the space of the weights.
-
-    Attributes:
-        n_together:
-            How many directions fit that.
+    ``n_together`` is how many directions in the space of the weights fit ``max_memory`` bytes.
     """
 
     def __init__(
@@ -72,16 +57,11 @@ class Directions:
 
     @property
     def mode(self) -> str:
-        """How Jacobian-vector products are made."""
+        """Return how Jacobian-vector products are made."""
         return _MODES[self._mode]
 
     def images(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Return ``J J^T V``, in double precision.
-
-        Args:
-            vectors:
-                Shape ``(N C, b)``.
-        """
+        """Return ``J J^T V`` for ``V`` of shape ``(N C, b)``, in double precision."""
         parts = [
             self.forward(self._task, self.adjoint(some))
             for some in vectors.split(self.n_together, dim=1)
@@ -89,19 +69,16 @@ class Directions:
         return torch.cat(parts, 1)
 
     def adjoint(self, vectors: torch.Tensor) -> list[list[torch.Tensor]]:
-        """Return ``J^T V``: for each vector a tensor for each trainable parameter.
-
-        Args:
-            vectors:
-                Shape ``(N C, b)``.
-        """
+        """Return ``J^T V`` for ``V`` of shape ``(N C, b)``: lists of a tensor a parameter."""
         parameters = list(self._frozen.parameters.values())
         totals = [[torch.zeros_like(p) for p in parameters] for _ in range(vectors.shape[1])]
         weights = vectors.unflatten(0, (self._task.n_samples, self._task.n_outputs))
-        batches = self._task.batches(_BATCH, self._device, self._dtype)
+        batches = self._task.batches(LAYOUTS.direction_batch, self._device, self._dtype)
         for k, (inputs, _) in enumerate(batches):
             outputs = self._frozen(inputs)
-            some = weights[k * _BATCH : k * _BATCH + len(outputs)].to(outputs)
+            some = weights[
+                k * LAYOUTS.direction_batch : k * LAYOUTS.direction_batch + len(outputs)
+            ].to(outputs)
             for b, total in enumerate(totals):
                 gradients: Gradients = torch.autograd.grad(
                     outputs,
@@ -118,40 +95,39 @@ class Directions:
     def forward(self, task: FineTuningTask, directions: list[list[torch.Tensor]]) -> torch.Tensor:
         """Return ``J W`` of shape ``(N C, b)``, in double precision.
 
-        Args:
-            task:
-                Whose samples: the task's own, or those held out.
-            directions:
-                ``W``: for each of ``b`` directions a tensor for each trainable parameter.
+        The samples are those of ``task``, its own or those held out; ``directions`` are, for each
+        of ``b``, a tensor for each trainable parameter.
         """
         parts = [
             self._batch_forward(inputs, directions)
-            for inputs, _ in task.batches(_BATCH, self._device, self._dtype)
+            for inputs, _ in task.batches(LAYOUTS.direction_batch, self._device, self._dtype)
         ]
         return torch.cat(parts).flatten(0, 1)
 
     def _batch_forward(self, inputs: object, directions: list[list[torch.Tensor]]) -> torch.Tensor:
+        """Return ``J W`` of a batch, ``(B, C, b)``, in the first mode that works."""
         while True:
             try:
                 with _plain_attention(self._mode > 0):
                     if self._mode < 2:
-                        found = self._forward_mode(inputs, directions)
+                        images = self._forward_mode(inputs, directions)
                     else:
-                        found = self._two_backward_passes(inputs, directions)
+                        images = self._two_backward_passes(inputs, directions)
                 if not self._checked:
-                    self._check(inputs, directions[0], found[..., 0])
+                    self._check(inputs, directions[0], images[..., 0])
             except (RuntimeError, NotImplementedError):  # noqa: PERF203
                 if self._mode + 1 == len(_MODES):
                     raise
                 self._mode += 1
             else:
                 self._checked = True
-                return found
+                return images
 
     def _forward_mode(self, inputs: object, directions: list[list[torch.Tensor]]) -> torch.Tensor:
+        """Return ``J W`` of a batch in forward mode."""
         _load_forward_mode()
         before = self._frozen.parameters
-        found = []
+        tangents = []
         try:
             for direction in directions:
                 with forward_ad.dual_level():
@@ -162,32 +138,33 @@ class Directions:
                     self._frozen.replace_parameters(duals)
                     outputs, tangent = forward_ad.unpack_dual(self._frozen(inputs))
                     tangent = torch.zeros_like(outputs) if tangent is None else tangent
-                    found.append(tangent.detach().double().cpu())
+                    tangents.append(tangent.detach().double().cpu())
         finally:
             self._frozen.replace_parameters(before)
-        return torch.stack(found, -1)
+        return torch.stack(tangents, -1)
 
     def _two_backward_passes(
         self, inputs: object, directions: list[list[torch.Tensor]]
     ) -> torch.Tensor:
+        """Return ``J W`` of a batch as the derivative of ``J^T u`` with respect to ``u``."""
         parameters = list(self._frozen.parameters.values())
         outputs = self._frozen(inputs)
         cotangent = torch.zeros_like(outputs, requires_grad=True)
         gradients: Gradients = torch.autograd.grad(
             outputs, parameters, cotangent, create_graph=True, allow_unused=True
         )
-        found = []
+        tangents = []
         for b, direction in enumerate(directions):
             pairs = zip(gradients, direction, strict=True)
             inner = [(g * d).sum() for g, d in pairs if g is not None and g.requires_grad]
             (part,) = torch.autograd.grad(
                 torch.stack(inner).sum(), cotangent, retain_graph=b + 1 < len(directions)
             )
-            found.append(part.double().cpu())
-        return torch.stack(found, -1)
+            tangents.append(part.double().cpu())
+        return torch.stack(tangents, -1)
 
     def _check(self, inputs: object, direction: list[torch.Tensor], image: torch.Tensor) -> None:
-        """Compare a product with what plain reverse mode has for it."""
+        """Raise JacobianMismatchError unless a product is what plain reverse mode has for it."""
         parameters = list(self._frozen.parameters.values())
         outputs = self._frozen(inputs)
         self._frozen.find_precision(outputs)
@@ -201,7 +178,9 @@ class Directions:
         ]
         expected = sum(float((g.double() * d.double()).sum()) for g, d in pairs)
         scale = float(image.square().sum())
-        if abs(scale - expected) > _TOLERANCE[self._frozen.precision] * max(scale, abs(expected)):
+        if abs(scale - expected) > CHECKS.product_tolerances[self._frozen.precision] * max(
+            scale, abs(expected)
+        ):
             raise JacobianMismatchError(
                 f"A product with the Jacobian by {self.mode} must be {expected:.6g} in its own "
                 f"direction, as reverse mode has it, but got {scale:.6g}."
@@ -220,7 +199,7 @@ def _load_forward_mode() -> None:
 
 @contextmanager
 def _plain_attention(on: bool) -> Iterator[None]:
-    """Attention as matrix products, which forward mode can differentiate."""
+    """Compute attention as matrix products, which forward mode can differentiate."""
     if not on:
         yield
         return

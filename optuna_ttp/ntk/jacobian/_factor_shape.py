@@ -52,7 +52,7 @@ class FactorShape:
         )
 
     def plus(self, other: FactorShape | None) -> FactorShape | None:
-        """Return the shape of the factors of a sum; nothing where the two do not fit together."""
+        """Return the shape of the factors of a sum, or :obj:`None` if the two do not fit."""
         if other is None or self._layout() != other._layout():
             return None
         return replace(
@@ -62,4 +62,5 @@ class FactorShape:
         )
 
     def _layout(self) -> tuple[int, int, int, bool, bool]:
+        """Return what must be equal for two factors to be added up."""
         return self.groups, self.width, self.n_rows, self.is_table, self.transposed

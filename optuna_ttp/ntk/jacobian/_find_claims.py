@@ -25,6 +25,7 @@ from optuna_ttp.ntk.jacobian._claims import Claims
 from optuna_ttp.ntk.jacobian._claims import OverwrittenError
 from optuna_ttp.ntk.jacobian._factor_shape import FactorShape
 from optuna_ttp.ntk.jacobian._local_vjp import batched_arguments
+from optuna_ttp.ntk.jacobian._rules import CHECKS
 from optuna_ttp.ntk.layers._factors import Factors
 from optuna_ttp.ntk.layers._registry import rule_for
 
@@ -32,10 +33,6 @@ from optuna_ttp.ntk.layers._registry import rule_for
 if TYPE_CHECKING:
     from optuna_ttp.task import FrozenModel
 
-
-# Relative deviation of a parameter's gradient that is rounding, and the same of all gradients
-# together: some gradients are zero but for rounding.
-_TOLERANCES = {torch.float32: (2e-3, 2e-6), torch.float64: (1e-8, 1e-12)}
 
 _Options = list[list[Claim]]
 _Truth = list[dict[str, "torch.Tensor | None"]]
@@ -48,27 +45,12 @@ def find_claims(
     seed: int,
     lifts: Mapping[str, int] | None = None,
 ) -> Claims:
-    """Find out which modules answer for which parameters, on a few samples.
+    """Find, on a few samples, the innermost modules whose gradients are the true ones.
 
-    Args:
-        frozen:
-            The borrowed model.
-        inputs:
-            A few samples as one batch.
-        batch_size:
-            How many.
-        seed:
-            Of the random directions in which gradients are compared.
-        lifts:
-            How many modules around a parameter's own have to be passed over, because they were
-            found to be wrong for other samples. None by default.
-
-    Returns:
-        Claims whose gradients are the true ones for these samples.
-
-    Raises:
-        JacobianMismatchError:
-            If not even the whole network, sample by sample, gives the true gradients.
+    ``inputs`` are ``batch_size`` samples as one batch, and ``seed`` that of the directions in
+    which gradients are compared. ``lifts`` says, by parameter, how many modules around its layer
+    are passed over because they were wrong for other samples. JacobianMismatchError is raised if
+    not even the whole network, sample by sample, gives the true gradients.
     """
     truth, outputs, directions = _true_gradients(frozen, inputs, seed)
     lifts = lifts or {}
@@ -105,7 +87,7 @@ def find_claims(
 
 
 def _first_level(chain: _Options, n_lifts: int) -> int:
-    """The first option whose module is so many steps further out than the first one."""
+    """Return the first option whose module lies some steps further out than the first one."""
     modules = list(dict.fromkeys(tuple(c.module for c in option) for option in chain))
     if n_lifts >= len(modules):
         return len(chain) - 1
@@ -113,7 +95,7 @@ def _first_level(chain: _Options, n_lifts: int) -> int:
 
 
 def _candidates(frozen: FrozenModel) -> dict[str, _Options]:
-    """For each trainable parameter what to try in turn: lists of claims that add up."""
+    """Return, for each trainable parameter, what to try in turn: lists of claims that add up."""
     owners: dict[str, list[str]] = {n: [] for n in frozen.parameters}
     modules = dict(frozen.adapter.named_modules(remove_duplicate=False))
     local_names: dict[tuple[str, str], str] = {}
@@ -129,7 +111,10 @@ def _candidates(frozen: FrozenModel) -> dict[str, _Options]:
             seen.add((id(module), name))
             owners[name].append(module_name)
             local_names[(module_name, name)] = local
-    return {name: _options(name, own, modules, local_names) for name, own in owners.items()}
+    return {
+        name: _options(name, owners_of_it, modules, local_names)
+        for name, owners_of_it in owners.items()
+    }
 
 
 def _options(
@@ -138,6 +123,7 @@ def _options(
     modules: dict[str, torch.nn.Module],
     local_names: dict[tuple[str, str], str],
 ) -> _Options:
+    """Return the claims to try for one parameter: rule, local derivative, modules around it."""
     pairs = {owner: (name, local_names[(owner, name)]) for owner in owners}
     options: _Options = []
     if all(rule_for(modules[owner]) is not None for owner in owners):
@@ -156,6 +142,7 @@ def _options(
 
 
 def _ancestors(name: str, *, include_self: bool) -> Iterator[str]:
+    """Yield the names of the modules around a module, from the inside to the whole network."""
     if include_self or not name:
         yield name
     while name:
@@ -164,6 +151,7 @@ def _ancestors(name: str, *, include_self: bool) -> Iterator[str]:
 
 
 def _common_ancestor(names: list[str]) -> str:
+    """Return the name of the innermost module that contains all of some modules."""
     split = [n.split(".") for n in names]
     common: list[str] = []
     for parts in zip(*split, strict=False):
@@ -174,7 +162,7 @@ def _common_ancestor(names: list[str]) -> str:
 
 
 def _claims_at(chains: dict[str, _Options], levels: dict[str, int]) -> tuple[Claim, ...]:
-    """Claims of the same module and kind together, so that it is run again only once."""
+    """Return the chosen claims; those of one module and kind are joined, so that it runs once."""
     grouped: dict[tuple[str, str, bool], list[tuple[str, str]]] = {}
     for name, level in levels.items():
         for claim in chains[name][level]:
@@ -189,10 +177,11 @@ def _claims_at(chains: dict[str, _Options], levels: dict[str, int]) -> tuple[Cla
 def _true_gradients(
     frozen: FrozenModel, inputs: Any, seed: int
 ) -> tuple[_Truth, torch.Tensor, torch.Tensor]:
-    """Each sample's gradient in a random direction of the outputs, by plain reverse mode.
+    """Return each sample's gradient in a random direction of the outputs, by plain reverse mode.
 
-    Through the same batch as the tape's: in a batch of another size a unit may be rounded to the
-    other side of a kink.
+    The outputs and the directions, both ``(B, C)``, come with it. All samples go through the
+    network in the same batch as with the tape: in a batch of another size a unit may be rounded to
+    the other side of a kink.
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = frozen.parameters
@@ -220,9 +209,9 @@ def _wrong_parameters(
     outputs: torch.Tensor,
     directions: torch.Tensor,
 ) -> set[str]:
-    """Parameters whose claimed gradient is not the true one, or cannot be had."""
+    """Return the parameters whose claimed gradient is not the true one, or cannot be computed."""
     expanded = {n for c in claims.claims if c.expand for n, _ in c.parameters}
-    found: dict[str, torch.Tensor | None] = {}
+    claimed: dict[str, torch.Tensor | None] = {}
     wrong: set[str] = set()
     with claims.tape(frozen).attached() as tape:
         try:
@@ -248,22 +237,23 @@ def _wrong_parameters(
                         for name, part in claim_gradients(claim, call, parts):
                             shape = FactorShape.of(part) if isinstance(part, Factors) else None
                             rows = part.rows() if isinstance(part, Factors) else part
-                            total = found.get(name)
+                            total = claimed.get(name)
                             if total is not None:
                                 known = claims.shapes[name]
                                 shape = None if known is None else known.plus(shape)
                                 rows = total + rows
-                            claims.shapes[name], found[name] = shape, rows
+                            claims.shapes[name], claimed[name] = shape, rows
                     except Exception:
                         # On parts of its inputs a module may raise anything.
                         wrong |= names
-    return wrong | set(_deviating(found, truth, wrong, frozen.precision))
+    return wrong | set(_deviating(claimed, truth, wrong, frozen.precision))
 
 
 def _deviating(
-    found: dict[str, torch.Tensor | None], truth: _Truth, skip: set[str], precision: torch.dtype
+    claimed: dict[str, torch.Tensor | None], truth: _Truth, skip: set[str], precision: torch.dtype
 ) -> Iterable[str]:
-    relative, absolute = _TOLERANCES[precision]
+    """Yield the parameters whose gradient differs from the true one by more than rounding."""
+    relative, absolute = CHECKS.claim_tolerances[precision]
     for b, gradients in enumerate(map(_dense, truth)):
         norms = {n: float(g.norm()) for n, g in gradients.items()}
         total = math.hypot(*norms.values())
@@ -273,7 +263,7 @@ def _deviating(
         for name, gradient in gradients.items():
             if name in skip:
                 continue
-            rows = found.get(name)
+            rows = claimed.get(name)
             if rows is None:
                 if norms[name] > 0.0:
                     yield name
@@ -284,6 +274,7 @@ def _deviating(
 
 
 def _dense(gradients: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """Return the gradients that there are, sparse ones as dense tensors."""
     return {
         n: g if g.layout == torch.strided else g.to_dense()
         for n, g in gradients.items()
@@ -292,6 +283,7 @@ def _dense(gradients: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two outputs of shape ``(B, C)`` are equal up to rounding."""
     if one.shape != other.shape:
         return False
     return float((one - other).abs().max()) <= 1e-3 * float(other.abs().max()) + 1e-5

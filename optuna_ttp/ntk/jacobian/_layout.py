@@ -8,29 +8,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from optuna_ttp.ntk.jacobian._factor_shape import FactorShape
+from optuna_ttp.ntk.jacobian._rules import LAYOUTS
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-# The ghost form moves more memory a flop than one large matrix product.
-GHOST_OVERHEAD = 1.4
-# Block-lower triangle: this share of all pairs of rows is multiplied.
-TRIANGLE = 0.53
-# Weights from which on a parameter's rows are not held together with those of others.
-_ALONE = 2048
-
-
 @dataclass(frozen=True)
 class ParameterLayout:
-    """What happens to one parameter.
+    """How one parameter's part of the Jacobian is held and multiplied, and what that costs.
 
     Attributes:
         name:
             Among the trainable parameters.
-        size:
-            Its weights.
+        n_weights:
+            How many weights it has.
         multiplier:
             Of its learning rate.
         method:
@@ -49,7 +42,7 @@ class ParameterLayout:
     """
 
     name: str
-    size: int
+    n_weights: int
     multiplier: float
     method: str
     bytes_per_sample: int
@@ -60,7 +53,7 @@ class ParameterLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """What happens to all parameters, and where their rows are.
+    """How all parameters are held, and which columns their rows have.
 
     Attributes:
         parameters:
@@ -84,33 +77,23 @@ class Layout:
 
     @property
     def bytes_per_sample(self) -> int:
-        """What is held for one sample."""
+        """Return the bytes that are held for one sample."""
         return sum(p.bytes_per_sample for p in self.parameters)
 
     @property
-    def flops_per_sample(self) -> float:
-        """Of making rows."""
-        return sum(p.flops_per_sample for p in self.parameters)
-
-    @property
-    def flops_per_pair(self) -> float:
-        """Of the products of two samples."""
-        return sum(p.flops_per_pair for p in self.parameters)
-
-    @property
     def scratch_per_sample(self) -> int:
-        """Bytes for unfolded inputs while a parameter is multiplied."""
+        """Return the bytes for unfolded inputs while a parameter is multiplied."""
         return max((p.scratch_per_sample for p in self.parameters), default=0)
 
     @property
     def has_multipliers(self) -> bool:
-        """Whether a learning-rate multiplier is not one."""
+        """Return whether a learning-rate multiplier is not one."""
         of_sections = any(multiplier != 1.0 for _, _, multiplier in self.sections)
         return of_sections or any(p.multiplier != 1.0 for p in self.parameters)
 
 
 def make_layout(
-    sizes: Mapping[str, int],
+    n_weights: Mapping[str, int],
     multipliers: Mapping[str, float],
     shapes: Mapping[str, FactorShape | None],
     *,
@@ -120,36 +103,18 @@ def make_layout(
     itemsize: int,
     held: torch.dtype | None = None,
 ) -> Layout:
-    """Choose for each parameter the cheapest way.
+    """Choose for each parameter the cheapest way to hold and multiply its part of the Jacobian.
 
-    Multiplying rows takes ``C^2 G o k`` multiplications for a pair of samples, the ghost form
-    ``G (S^2 k + C o S^2 + C^2 o S)``.
-
-    Args:
-        sizes:
-            Weights of each parameter that moves an output.
-        multipliers:
-            Learning-rate multipliers by the same names.
-        shapes:
-            Factors of the gradients; nothing where only rows can be had.
-        separable:
-            Those whose cotangents are products of a channel's weight and a pattern.
-        n_samples:
-            N.
-        n_outputs:
-            C.
-        itemsize:
-            Bytes of an element that is held.
-        held:
-            Precision of what is held, where it is not that of the Jacobian. None by default.
-
-    Returns:
-        The layout.
+    Multiplying rows takes ``C^2 G o k`` multiplications for a pair of samples, the ghost form ``G
+    (S^2 k + C o S^2 + C^2 o S)``. ``sizes`` are the weights of each parameter that moves an
+    output; ``shapes`` are of its factors, :obj:`None` where only rows can be computed;
+    ``separable`` are those whose cotangents are products of a channel's weight and a pattern;
+    ``itemsize`` and ``held`` are the bytes and the precision of what is held.
     """
     parameters = [
         _parameter_layout(
             name,
-            size,
+            n,
             multipliers[name],
             shapes.get(name),
             n_samples,
@@ -157,7 +122,7 @@ def make_layout(
             itemsize,
             name in separable,
         )
-        for name, size in sizes.items()
+        for name, n in n_weights.items()
     ]
     parameters.sort(key=lambda p: (p.method != "rows", p.multiplier))
     offsets: dict[str, int] = {}
@@ -167,7 +132,7 @@ def make_layout(
         if parameter.method != "rows" or _is_alone(parameter, shapes.get(parameter.name)):
             continue
         offsets[parameter.name] = column
-        stop = column + parameter.size
+        stop = column + parameter.n_weights
         if sections and sections[-1][2] == parameter.multiplier:
             sections[-1] = (sections[-1][0], stop, parameter.multiplier)
         else:
@@ -177,13 +142,13 @@ def make_layout(
 
 
 def _is_alone(parameter: ParameterLayout, shape: FactorShape | None) -> bool:
-    """Whether rows are written where they stay by the product that makes them."""
-    return shape is not None and not shape.is_table and parameter.size >= _ALONE
+    """Return whether rows are written where they stay by the product that makes them."""
+    return shape is not None and not shape.is_table and parameter.n_weights >= LAYOUTS.n_alone
 
 
 def _parameter_layout(
     name: str,
-    size: int,
+    n_weights: int,
     multiplier: float,
     shape: FactorShape | None,
     n_samples: int,
@@ -191,10 +156,11 @@ def _parameter_layout(
     itemsize: int,
     separable: bool,
 ) -> ParameterLayout:
-    row_bytes = n_outputs * size * itemsize
-    product = 2.0 * n_outputs**2 * size
+    """Choose how one parameter is held, by the costs of :func:`make_layout`."""
+    row_bytes = n_outputs * n_weights * itemsize
+    product = 2.0 * n_outputs**2 * n_weights
     if shape is None:
-        return ParameterLayout(name, size, multiplier, "rows", row_bytes, 0.0, product)
+        return ParameterLayout(name, n_weights, multiplier, "rows", row_bytes, 0.0, product)
     g, o, s, k = shape.groups, shape.width, shape.positions, shape.n_rows
     factor_bytes = n_outputs * g * o * s * itemsize
     # Indices have eight bytes.
@@ -202,21 +168,25 @@ def _parameter_layout(
     ghost = 2.0 * g * ((0 if shape.is_table else s * s * k) + n_outputs * o * s * (s + n_outputs))
     if s == 1:
         ghost = 2.0 * g * (k + n_outputs**2 * o)
-    making = 0.0 if shape.is_table else 2.0 * n_outputs * size * s
+    making = 0.0 if shape.is_table else 2.0 * n_outputs * n_weights * s
     if shape.is_table:
         if row_bytes <= factor_bytes:
-            return ParameterLayout(name, size, multiplier, "rows", row_bytes, making, product)
-        return ParameterLayout(name, size, multiplier, "ghost", factor_bytes, 0.0, ghost)
+            return ParameterLayout(name, n_weights, multiplier, "rows", row_bytes, making, product)
+        return ParameterLayout(name, n_weights, multiplier, "ghost", factor_bytes, 0.0, ghost)
     # Made in single precision at least.
     unfolded = g * k * s * max(4, itemsize)
     if separable:
         held = g * o * (n_outputs + k) * itemsize
         once = 2.0 * g * o * (k + n_outputs**2)
-        return ParameterLayout(name, size, multiplier, "separable", held, 2.0 * size * s, once)
+        return ParameterLayout(
+            name, n_weights, multiplier, "separable", held, 2.0 * n_weights * s, once
+        )
     # Both halves of the triangle have the same number of pairs.
-    pairs = TRIANGLE * n_samples
-    if GHOST_OVERHEAD * ghost * pairs < product * pairs + making:
-        return ParameterLayout(name, size, multiplier, "ghost", factor_bytes, 0.0, ghost, unfolded)
+    pairs = LAYOUTS.triangle * n_samples
+    if LAYOUTS.ghost_overhead * ghost * pairs < product * pairs + making:
+        return ParameterLayout(
+            name, n_weights, multiplier, "ghost", factor_bytes, 0.0, ghost, unfolded
+        )
     method, held = ("rows", row_bytes) if row_bytes <= factor_bytes else ("panels", factor_bytes)
     scratch = unfolded if method == "panels" else 0
-    return ParameterLayout(name, size, multiplier, method, held, making, product, scratch)
+    return ParameterLayout(name, n_weights, multiplier, method, held, making, product, scratch)

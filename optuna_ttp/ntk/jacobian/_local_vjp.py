@@ -23,24 +23,12 @@ def local_rows(
     loop: bool,
     batched: tuple[bool, ...] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Run a module again for each sample on its own and differentiate it in its cotangents.
+    """Run a module again for each sample alone; return rows ``(B, C, p)`` of the named parameters.
 
-    Args:
-        call:
-            What the module was called with.
-        cotangents:
-            For each output tensor that carries a gradient, one cotangent a class.
-        names:
-            The parameters, by their names in the module.
-        loop:
-            Sample after sample by plain reverse mode, which any module allows. Otherwise all
-            samples at once by :func:`torch.func.vmap`.
-        batched:
-            Which tensors among the arguments are taken apart by samples. Those whose first axis
-            has the length of the batch by default.
-
-    Returns:
-        Rows of shape ``(B, C, p)`` by name.
+    ``cotangents`` are, for each output tensor that carries a gradient, one a class. With ``loop``
+    samples go one after the other in plain reverse mode, which any module allows; otherwise all at
+    once by :func:`torch.func.vmap`. ``batched`` says which tensors among the arguments are taken
+    apart by samples: by default those whose first axis has the length of the batch.
     """
     stacked = [torch.stack(per_class, 1) for per_class in cotangents]
     flags = batched_arguments(call)
@@ -53,12 +41,7 @@ def local_rows(
 
 
 def batched_arguments(call: Call) -> tuple[bool, ...]:
-    """Return which tensors among the arguments have a first axis as long as the batch.
-
-    Args:
-        call:
-            A call.
-    """
+    """Return which tensors among the arguments have a first axis as long as the batch."""
     tensors = tensors_of((call.args, call.kwargs))
     return tuple(t.ndim > 0 and len(t) == call.batch_size for t in tensors)
 
@@ -69,11 +52,14 @@ def _vectorised(
     names: tuple[str, ...],
     batched: tuple[bool, ...],
 ) -> list[torch.Tensor]:
+    """Return rows ``(B, C, ...)`` of each parameter with all samples at once."""
     tensors = tensors_of((call.args, call.kwargs))
 
-    def one_sample(own: list[torch.Tensor], directions: list[torch.Tensor]) -> list[torch.Tensor]:
+    def one_sample(
+        parts: list[torch.Tensor], directions: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
         def outputs(weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-            remaining = iter(own)
+            remaining = iter(parts)
             pick = iter(batched)
 
             def fill(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,12 +74,12 @@ def _vectorised(
         (gradients,) = vmap(pull)(tuple(d[:, None] for d in directions))
         return [gradients[name] for name in names]
 
-    own = [t for t, flag in zip(tensors, batched, strict=True) if flag]
+    parts = [t for t, flag in zip(tensors, batched, strict=True) if flag]
     with warnings.catch_warnings():
         # What has no vectorised derivative is looped over inside: slower, and not to be helped.
         warnings.filterwarnings("ignore", message="There is a performance drop because")
         # Weights of other modules among the arguments would leave a graph.
-        return [r.detach() for r in vmap(one_sample)(own, cotangents)]
+        return [r.detach() for r in vmap(one_sample)(parts, cotangents)]
 
 
 def _looped(
@@ -102,6 +88,7 @@ def _looped(
     names: tuple[str, ...],
     batched: tuple[bool, ...],
 ) -> list[torch.Tensor]:
+    """Return rows ``(B, C, ...)`` of each parameter, one sample after the other."""
     n_classes = cotangents[0].shape[1]
     rows: list[list[torch.Tensor]] = [[] for _ in names]
     for b in range(call.batch_size):
@@ -140,6 +127,7 @@ def _run(
     call: Call, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, ...]:
     # The others are constants here, and what is tied stays one tensor.
+    """Return the outputs that carry gradients, with ``weights`` in place of the module's own."""
     by_identity = {id(t): t.detach() for t in call.state.values()}
     by_identity.update({id(call.state[name]): weight for name, weight in weights.items()})
     state = {n: by_identity[id(t)] for n, t in call.state.items()}

@@ -16,6 +16,7 @@ from optuna_ttp.ntk.jacobian._claims import UnclaimedError
 from optuna_ttp.ntk.jacobian._find_claims import find_claims
 from optuna_ttp.ntk.jacobian._layout import Layout
 from optuna_ttp.ntk.jacobian._layout import make_layout
+from optuna_ttp.ntk.jacobian._rules import CHECKS
 from optuna_ttp.ntk.jacobian._separable import is_separable
 from optuna_ttp.ntk.jacobian._tape import Recording
 from optuna_ttp.ntk.layers._factors import Factors
@@ -27,17 +28,12 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FrozenModel
 
 
-# Samples on which gradients of layers are compared with those of the whole network.
-_N_CHECKED = 3
-# Modules around a layer that are tried; few networks are nested so deeply.
-_MAX_LIFTS = 20
-
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a look at a few samples has shown.
+    """What differentiating a few samples has shown.
 
     Attributes:
         claims:
@@ -63,28 +59,13 @@ def prepare(
     lifts: Mapping[str, int] | None = None,
     held: torch.dtype | None = None,
 ) -> Preparation:
-    """Look at a few samples.
+    """Differentiate a few samples: find claims and layout, and count what a sample takes.
 
-    Args:
-        task:
-            What is fine-tuned.
-        frozen:
-            The borrowed model.
-        device:
-            Where to differentiate.
-        dtype:
-            Precision of the Jacobian.
-        seed:
-            Of the random directions in which gradients are compared.
-        lifts:
-            See :func:`~optuna_ttp.ntk.jacobian._claims.find_claims`. None by default.
-        held:
-            Precision that the Jacobian is held in; that it is computed in by default.
-
-    Returns:
-        Claims, layout and what a sample takes.
+    ``seed`` is that of the random directions in which gradients are compared, ``lifts`` as for
+    :func:`~optuna_ttp.ntk.jacobian._find_claims.find_claims`, and ``held`` the precision that the
+    Jacobian is held in, ``dtype`` by default.
     """
-    n_checked = min(_N_CHECKED, task.n_samples)
+    n_checked = min(CHECKS.n_claim_samples, task.n_samples)
     inputs, _ = next(task.batches(n_checked, device, dtype))
     if device.type == "cpu" and dtype == torch.float32 and n_checked > 1:
         frozen.try_channels_last(inputs)
@@ -120,12 +101,15 @@ def prepare(
 
 
 def _gathered_elements(layout: Layout, claims: Claims, n_outputs: int) -> int:
-    """What a sample needs until its rows are made: cotangents of all outputs, and inputs."""
+    """Return how many elements a sample needs, beside activations, until its rows are made.
+
+    These are cotangents of all outputs, and unfolded inputs.
+    """
     cotangents = unfolded = rows = 0
     for parameter in layout.parameters:
         shape = claims.shapes[parameter.name]
         if shape is None:
-            rows = max(rows, n_outputs * parameter.size)
+            rows = max(rows, n_outputs * parameter.n_weights)
         elif parameter.method in ("rows", "separable") and not shape.is_table:
             positions = shape.groups * shape.positions
             cotangents += n_outputs * shape.width * positions
@@ -135,7 +119,7 @@ def _gathered_elements(layout: Layout, claims: Claims, n_outputs: int) -> int:
 
 
 def _separable(claims: Claims, recording: Recording, seed: int) -> frozenset[str]:
-    """Parameters whose cotangents have the same pattern in two random directions."""
+    """Return the parameters whose cotangents have the same pattern in two random directions."""
     n_outputs = recording.outputs.shape[1]
     if n_outputs == 1:
         return frozenset()
@@ -146,33 +130,23 @@ def _separable(claims: Claims, recording: Recording, seed: int) -> frozenset[str
     for module in claims.replayed:
         cotangents.pop(module, None)
     calls: Counter[str] = Counter()
-    found: set[str] = set()
+    separable: set[str] = set()
     for name, part in claims.gradients(recording, cotangents):
         calls[name] += 1
         if isinstance(part, Factors) and part.shape[3] > 1 and is_separable(part):
-            found.add(name)
-    return frozenset(n for n in found if calls[n] == 1)
+            separable.add(name)
+    return frozenset(n for n in separable if calls[n] == 1)
 
 
 def lifting(run: Callable[[Mapping[str, int]], _Result]) -> _Result:
-    """Run something again as long as a layer turns out not to answer for its parameters.
+    """Run something again as long as a layer turns out to be wrong about its parameters.
 
-    A layer that only some samples reach, such as an expert, is fine for the samples that are
-    looked at first and wrong for others: the module around it answers for it then.
-
-    Args:
-        run:
-            Takes what :func:`prepare` takes as ``lifts``.
-
-    Returns:
-        What it returns.
-
-    Raises:
-        JacobianMismatchError:
-            If no module can answer for the parameters.
+    A layer that only some samples reach, such as an expert, is right for the samples that are
+    looked at first and wrong for others: the module around it answers for it then. ``run`` is
+    given what :func:`prepare` takes as ``lifts``.
     """
     lifts: Counter[str] = Counter()
-    for _ in range(_MAX_LIFTS):
+    for _ in range(CHECKS.max_lifts):
         try:
             return run(lifts)
         except UnclaimedError as error:  # noqa: PERF203

@@ -14,6 +14,7 @@ import torch
 from optuna_ttp.ntk.jacobian._claims import Claims
 from optuna_ttp.ntk.jacobian._claims import UnclaimedError
 from optuna_ttp.ntk.jacobian._layout import Layout
+from optuna_ttp.ntk.jacobian._rules import CHECKS
 from optuna_ttp.ntk.jacobian._state import BlockState
 from optuna_ttp.ntk.jacobian._state import StateBuilder
 from optuna_ttp.ntk.jacobian._tape import Cotangents
@@ -29,32 +30,12 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FrozenModel
 
 
-# What several samples' outputs are compared with one sample's for, evenly spread.
-_N_SINGLES = 8
-
-
 class SampleReader:
-    """Differentiates samples of a task and hands out their states.
+    """Differentiates samples of a task, batch by batch, and returns what is held of them.
 
-    Args:
-        task:
-            The task whose samples are read.
-        frozen:
-            The borrowed model.
-        claims:
-            Who answers for which parameter.
-        tape:
-            Attached to the model, for these claims.
-        batch_size:
-            Samples that go through the network together.
-        device:
-            Where.
-        dtype:
-            Precision of the Jacobian.
-        reference:
-            The outputs ``(N, C)`` as larger batches gave them.
-        advance:
-            Called with the number of rows that were made. Nothing by default.
+    ``claims`` say which module makes which gradient, and ``tape`` is attached to the model for
+    them; ``reference`` are the outputs ``(N, C)`` that larger batches gave; ``advance`` is called
+    with the number of rows that were made.
     """
 
     def __init__(
@@ -87,18 +68,8 @@ class SampleReader:
     ) -> tuple[BlockState, NDArray[np.float64]]:
         """Differentiate a range of samples.
 
-        Args:
-            layout:
-                How each parameter is held.
-            start:
-                The first sample.
-            stop:
-                After the last one.
-            weight_outputs:
-                Whether ``J diag(c) w`` is wanted. By default it is.
-
-        Returns:
-            The state, and ``J diag(c) w`` of shape ``(stop - start, C)``, or zeros.
+        Returns their state, and ``J diag(c) w`` of shape ``(stop - start, C)`` (zeros without
+        ``weight_outputs``).
         """
         n_outputs = self._task.n_outputs
         weights = self._frozen.parameters if weight_outputs else None
@@ -119,7 +90,7 @@ class SampleReader:
     def _gradients(
         self, recording: Recording
     ) -> Iterator[tuple[slice, Iterator[tuple[str, Contribution]]]]:
-        """Gradients class by class, so that only one class's cotangents are held.
+        """Yield gradients class by class, so that only one class's cotangents are held.
 
         Modules that are differentiated on their own run again for that, so they wait for all
         classes.
@@ -149,30 +120,33 @@ class SampleReader:
             yield everything, self._claims.gradients(recording, waiting)
 
     def _recordings(self, start: int, stop: int) -> Iterator[tuple[int, Recording]]:
+        """Yield the first sample of each batch with its recording."""
         for first in range(start, stop, self._batch_size):
-            size = min(self._batch_size, stop - first)
-            batches = self._task.batches(size, self.device, self._dtype, start=first)
+            batch_size = min(self._batch_size, stop - first)
+            batches = self._task.batches(batch_size, self.device, self._dtype, start=first)
             inputs, _ = next(batches)
             # Not held here, so that its activations are gone before the next batch.
-            yield first, self._record(inputs, size, first)
+            yield first, self._record(inputs, batch_size, first)
 
-    def _record(self, inputs: Any, size: int, first: int) -> Recording:
-        recording = self._tape.record(inputs, size)
+    def _record(self, inputs: Any, batch_size: int, first: int) -> Recording:
+        """Record a batch and check its outputs."""
+        recording = self._tape.record(inputs, batch_size)
         check_same_outputs(recording.outputs, self._reference, first)
         return recording
 
     def _check_unused(self, recording: Recording) -> None:
+        """Raise UnclaimedError if a parameter that moved no output before does so here."""
         unused = [self._frozen.parameters[n] for n in self._claims.unused]
         if not unused:
             return
-        found: Gradients = torch.autograd.grad(
+        gradients: Gradients = torch.autograd.grad(
             recording.outputs,
             unused,
             torch.ones_like(recording.outputs),
             retain_graph=True,
             allow_unused=True,
         )
-        late = [n for n, g in zip(self._claims.unused, found, strict=True) if g is not None]
+        late = [n for n, g in zip(self._claims.unused, gradients, strict=True) if g is not None]
         if late:
             raise UnclaimedError(late, "run for some samples but not for others")
 
@@ -184,26 +158,12 @@ def check_singles(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Refuse outputs that a sample does not have on its own.
+    """Raise ValueError if a batch of one has another shape, other outputs, or no gradient.
 
-    Args:
-        task:
-            The task.
-        frozen:
-            The borrowed model.
-        reference:
-            The outputs ``(N, C)`` as larger batches gave them.
-        device:
-            Where.
-        dtype:
-            Precision.
-
-    Raises:
-        ValueError:
-            If a batch of one gives another shape, other outputs, or no gradient.
+    ``reference`` are the outputs ``(N, C)`` that larger batches gave.
     """
     n = task.n_samples
-    for k in sorted({int(i) for i in np.linspace(0, n - 1, min(n, _N_SINGLES))}):
+    for k in sorted({int(i) for i in np.linspace(0, n - 1, min(n, CHECKS.n_single_samples))}):
         inputs, _ = next(task.batches(1, device, dtype, start=k))
         outputs = frozen(inputs)
         if outputs.shape != (1, task.n_outputs):
@@ -220,19 +180,10 @@ def check_singles(
 
 
 def check_same_outputs(outputs: torch.Tensor, reference: NDArray[np.float64], first: int) -> None:
-    """Refuse outputs that depend on which other samples are in the batch.
+    """Raise ValueError if outputs depend on which other samples are in the batch.
 
-    Args:
-        outputs:
-            Of a batch.
-        reference:
-            Those of all samples as batches of other sizes gave them, ``(N, C)``.
-        first:
-            The number of the batch's first sample.
-
-    Raises:
-        ValueError:
-            If they differ.
+    ``outputs`` are of a batch whose first sample has the number ``first``; ``reference`` are those
+    of all samples, ``(N, C)``, from batches of other sizes.
     """
     expected = reference[first : first + len(outputs)]
     scale = float(np.abs(reference).max())

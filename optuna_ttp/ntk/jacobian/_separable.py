@@ -11,21 +11,18 @@ from dataclasses import dataclass
 
 import torch
 
+from optuna_ttp.ntk.jacobian._rules import CHECKS
 from optuna_ttp.ntk.layers._factors import Factors
 from optuna_ttp.ntk.layers._factors import input_side
 from optuna_ttp.ntk.layers._factors import joined
 from optuna_ttp.ntk.layers._factors import outer
-from optuna_ttp.ntk.layers._factors import SCRATCH
 from optuna_ttp.ntk.layers._factors import sums_device
-
-
-# Of a product of few roundings, relative to the largest cotangent of the same output.
-_ROUNDINGS = 64
+from optuna_ttp.ntk.layers._rules import PRODUCTS
 
 
 @dataclass(frozen=True, eq=False)
 class Separated:
-    """``G[n, c, o, :] = sum_r weights[n, c, o, r] rows[n, o, r, :]``.
+    """A gradient as few products, ``G[n, c, o, :] = sum_r weights[n, c, o, r] rows[n, o, r, :]``.
 
     Where cotangents are ``D[n, c, o, s] = u[n, c, o] m[n, o, s]`` there is one term, and the row
     is ``sum_s m[n, o, s] A[n, :, s]``.
@@ -57,26 +54,13 @@ class Separated:
         return sum(parts[1:], parts[0]).flatten(2)
 
     def inner(self, weight: torch.Tensor) -> torch.Tensor:
-        """``sum_{o, k} G[n, c, o, k] W[o, k]``, of shape ``(B, C)``.
-
-        Args:
-            weight:
-                As the layer lays it out.
-        """
+        """Return ``sum_{o, k} G[n, c, o, k] W[o, k]`` for a weight ``W``, of shape ``(B, C)``."""
         matrix = weight.reshape(self.rows.shape[1], -1)
         terms = (self.rows * matrix[:, None]).sum(-1)
         return (self.weights.flatten(2) @ terms.flatten(1)[..., None]).squeeze(2)
 
     def product(self, vectors: torch.Tensor) -> torch.Tensor:
-        """``G^T V``.
-
-        Args:
-            vectors:
-                ``V``, of shape ``(B C, n)``.
-
-        Returns:
-            Shape ``(O k, n)``.
-        """
+        """Return ``G^T V`` of shape ``(O k, n)`` for ``V`` of shape ``(B C, n)``."""
         batch, classes, width, rank = self.weights.shape
         weights = self.weights.permute(0, 2, 3, 1).flatten(1, 2)
         mixed = (weights @ vectors.unflatten(0, (batch, classes))).unflatten(1, (width, rank))
@@ -85,15 +69,7 @@ class Separated:
         return product.flatten(0, 1)
 
     def image(self, matrix: torch.Tensor) -> torch.Tensor:
-        """``G W``.
-
-        Args:
-            matrix:
-                ``W``, of shape ``(O k, n)``.
-
-        Returns:
-            Shape ``(B C, n)``.
-        """
+        """Return ``G W`` of shape ``(B C, n)`` for ``W`` of shape ``(O k, n)``."""
         batch, _, width, rank = self.weights.shape
         rows = self.rows.transpose(0, 1).flatten(1, 2)
         mixed = (rows @ matrix.unflatten(0, (width, -1))).unflatten(1, (batch, rank))
@@ -104,20 +80,10 @@ class Separated:
 def gathered_terms(
     whole: Separated | None, part: Separated, samples: slice, n_samples: int
 ) -> Separated:
-    """Write the terms of some samples into memory for all.
+    """Write the terms of some samples into the memory ``whole`` for all ``n_samples``; return it.
 
-    Args:
-        whole:
-            What was written before; changed. Nothing at first.
-        part:
-            Of some samples, which may have more or fewer terms than those before.
-        samples:
-            Which ones.
-        n_samples:
-            How many there are in all.
-
-    Returns:
-        The memory, of its own where there are more terms than before.
+    ``part`` may have more terms than those before; then the memory is made anew. ``whole`` is
+    :obj:`None` at first.
     """
     n_terms = part.rows.shape[2]
     if whole is None or whole.rows.shape[2] < n_terms:
@@ -135,11 +101,9 @@ def gathered_terms(
 
 
 def is_separable(factors: Factors) -> bool:
-    """Whether the cotangents of all outputs are products of a channel's weight and a pattern.
+    """Return whether all cotangents are products of a channel's weight and a pattern.
 
-    Args:
-        factors:
-            For two or more directions of the outputs.
+    The factors are of two or more directions of the outputs.
     """
     # Where inputs come first in a weight, terms by channel would not lie as the weight does.
     plain = factors.expand is not None and not factors.transposed
@@ -147,59 +111,44 @@ def is_separable(factors: Factors) -> bool:
 
 
 def separate(factors: Factors) -> Separated:
-    """Write a gradient as a sum of few products.
+    """Write a gradient for all outputs as a sum of few products.
 
-    Args:
-        factors:
-            Of the gradient for all outputs.
-
-    Returns:
-        One term where the cotangents allow it. Otherwise as many as there are outputs, which is
-        right for all cotangents.
+    That is one term where the cotangents allow it; otherwise as many as there are outputs, which
+    is right for all cotangents.
     """
     inputs = input_side(factors)
     batch, groups, classes, width = joined(factors.cotangents).shape[:4]
-    found = _split(factors)
-    if found is None:
+    split = _split(factors)
+    if split is None:
         rows = outer(joined(factors.cotangents), inputs).permute(0, 1, 3, 2, 4).flatten(1, 2)
         eye = torch.eye(classes, dtype=rows.dtype, device=rows.device)
         weights = eye[None, :, None].expand(batch, -1, groups * width, -1)
         return Separated(weights, rows)
-    weights, patterns = found
+    weights, patterns = split
     # (B, G, C, o) to (B, C, G o)
     weights = weights.transpose(1, 2).flatten(2)[..., None]
     return Separated(weights, (patterns @ inputs.transpose(2, 3)).flatten(1, 2)[:, :, None])
 
 
 def _split(factors: Factors) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """``u`` of shape ``(B, G, C, o)`` and ``m`` of shape ``(B, G, o, S)``, if there are such."""
+    """Return ``u`` of shape ``(B, G, C, o)`` and ``m`` of shape ``(B, G, o, S)`` if they exist."""
     d = joined(factors.cotangents)
     largest, which = d.square().sum(-1).max(2)
     patterns = torch.take_along_dim(d, which[:, :, None, :, None], 2)
     inner = (d * patterns).sum(-1)
     weights = inner / largest[:, :, None].clamp(min=torch.finfo(d.dtype).tiny)
     away = torch.addcmul(d, weights[..., None], patterns, value=-1.0)
-    tolerance = _ROUNDINGS * torch.finfo(d.dtype).eps * d.abs().amax((3, 4))
+    tolerance = CHECKS.roundings * torch.finfo(d.dtype).eps * d.abs().amax((3, 4))
     same = bool((away.abs_().amax((3, 4)) <= tolerance).all())
     return (weights, patterns[:, :, 0]) if same else None
 
 
 def separated_gram(left: Separated, right: Separated, *, symmetric: bool) -> torch.Tensor:
-    """``sum G_left G_right``, of shape ``(B C, B' C)``, in double precision.
+    """Return ``sum G_left G_right``, of shape ``(B C, B' C)``, in double precision.
 
     ``Theta[n c, m c'] = sum_o u[n, c, o] u[m, c', o] (g[n, o] . g[m, o])``: the rows are
-    multiplied once for all pairs of outputs.
-
-    Args:
-        left:
-            Of ``B`` samples.
-        right:
-            Of ``B'`` samples.
-        symmetric:
-            Both are the same; only the lower triangle is filled, by samples.
-
-    Returns:
-        The products.
+    multiplied once for all pairs of outputs. With ``symmetric`` both sides are the same, and only
+    the lower triangle is filled, by samples.
     """
     n_left, classes, width, rank = left.weights.shape
     n_right, _, _, other_rank = right.weights.shape
@@ -208,7 +157,7 @@ def separated_gram(left: Separated, right: Separated, *, symmetric: bool) -> tor
     # (O, m r', k) and (O, m, r', C)
     columns = right.rows.transpose(0, 1).flatten(1, 2)
     weights = right.weights.permute(2, 0, 3, 1)
-    step = max(1, 4 * SCRATCH // (width * rank * n_right * max(classes, other_rank)))
+    step = max(1, 4 * PRODUCTS.scratch // (width * rank * n_right * max(classes, other_rank)))
     for first in range(0, n_left, step):
         last = min(first + step, n_left)
         seen = last if symmetric else n_right

@@ -15,19 +15,11 @@ from optuna_ttp.ntk.jacobian._separable import gathered_terms
 from optuna_ttp.ntk.jacobian._separable import separate
 from optuna_ttp.ntk.jacobian._separable import Separated
 from optuna_ttp.ntk.jacobian._separable import separated_gram
-from optuna_ttp.ntk.layers._factors import CHUNK
 from optuna_ttp.ntk.layers._factors import Factors
 from optuna_ttp.ntk.layers._factors import ghost_gram
 from optuna_ttp.ntk.layers._factors import sums_device
 from optuna_ttp.ntk.layers._rule import Contribution
-
-
-# Rows of the kernel that are multiplied at a time: of the triangle, half a tile is wasted.
-_N_TILES, _MIN_TILE, _MAX_TILE = 10, 64, 256
-# Columns of rows that are made of factors at a time.
-PANEL = 2**13
-# Columns that are multiplied at a time: what the processor's cache holds of many rows.
-_COLUMNS = 2**12
+from optuna_ttp.ntk.layers._rules import PRODUCTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,20 +61,7 @@ class BlockState:
 
 
 class StateBuilder:
-    """Gathers the gradients of some samples, batch by batch, as the layout holds them.
-
-    Args:
-        layout:
-            How each parameter is held.
-        n_samples:
-            How many samples are going to be added.
-        n_outputs:
-            C.
-        device:
-            Where.
-        dtype:
-            Precision of the Jacobian.
-    """
+    """Gathers the gradients of ``n_samples`` samples, batch by batch, as the layout holds them."""
 
     def __init__(
         self,
@@ -100,7 +79,9 @@ class StateBuilder:
             (n_samples, n_outputs, layout.n_columns), dtype=self._held, device=device
         )
         self._matrices = {
-            p.name: torch.empty((n_samples, n_outputs, p.size), dtype=self._held, device=device)
+            p.name: torch.empty(
+                (n_samples, n_outputs, p.n_weights), dtype=self._held, device=device
+            )
             for p in layout.parameters
             if p.method == "rows" and p.name not in layout.offsets
         }
@@ -127,14 +108,7 @@ class StateBuilder:
         gradients: Iterator[tuple[str, Contribution]],
         classes: slice,
     ) -> None:
-        """Add the gradients of some outputs of the batch.
-
-        Args:
-            gradients:
-                Contributions to each parameter's gradient.
-            classes:
-                Which outputs.
-        """
+        """Add the contributions to each parameter's gradient of some outputs of the batch."""
         gathered: dict[str, Factors] = {}
         for name, contribution in gradients:
             parameter = self._parameters[name]
@@ -152,18 +126,9 @@ class StateBuilder:
             self._put(name, factors, classes)
 
     def end(self, weights: dict[str, torch.Tensor] | None) -> torch.Tensor:
-        """Finish the batch.
+        """Finish the batch; return ``J diag(c) w`` of shape ``(B, C)`` for the parameters ``w``.
 
-        Args:
-            weights:
-                The parameters ``w``, if ``J diag(c) w`` is wanted.
-
-        Returns:
-            ``J diag(c) w`` of shape ``(B, C)``, or zeros.
-
-        Raises:
-            JacobianMismatchError:
-                If a layer did not run for it.
+        Zeros are returned without ``weights``. UnclaimedError is raised if a layer did not run.
         """
         missing = (self._parts.keys() | self._separable) - self._pending.keys()
         if missing:
@@ -200,14 +165,14 @@ class StateBuilder:
     def _inner(
         self, name: str, gradient: Factors | Separated, weights: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """What one parameter contributes to ``J diag(c) w``."""
+        """Return what one parameter contributes to ``J diag(c) w``."""
         # The gradient is scaled by the root of the multiplier, and so is w.
         root = self._parameters[name].multiplier ** 0.5
         inner: torch.Tensor = root * gradient.inner(weights[name].detach()).double().cpu()
         return inner
 
     def _weight_outputs(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the rows of the batch contribute to ``J diag(c) w``."""
+        """Return what the rows of the batch contribute to ``J diag(c) w``."""
         together: list[torch.Tensor] = []
         total = torch.zeros((self._batch.stop - self._batch.start, self._n_outputs))
         for p in self._layout.parameters:
@@ -241,13 +206,14 @@ class StateBuilder:
     def _add_rows(
         self, name: str, rows: torch.Tensor, classes: slice, factor: float = 1.0
     ) -> None:
+        """Add ``factor`` times rows ``(B, c, p)`` to those of some outputs of the batch."""
         self._target(name)[self._batch, classes].add_(rows, alpha=factor)
 
     def _target(self, name: str) -> torch.Tensor:
-        """Where a parameter's rows are held, zero in the batch if nothing was written yet."""
+        """Return where a parameter's rows are held, zero in the batch if nothing was written."""
         if name not in self._matrices:
             offset = self._layout.offsets[name]
-            return self._rows[..., offset : offset + self._parameters[name].size]
+            return self._rows[..., offset : offset + self._parameters[name].n_weights]
         if name not in self._written:
             self._matrices[name][self._batch] = 0.0
             self._written.add(name)
@@ -264,7 +230,7 @@ class StateBuilder:
             whole_part[:, :, classes] = part
 
     def _memory(self, name: str, factors: Factors) -> tuple[torch.Tensor, ...]:
-        """Where the cotangents of all outputs of a batch are gathered."""
+        """Return where the cotangents of all outputs of a batch are gathered."""
         several = len(factors.cotangents[0]) < self._n_samples or self._held != self._dtype
         if name in self._parts and several:
             if name not in self._whole:
@@ -287,11 +253,11 @@ class StateBuilder:
         return tuple(h[: shape[0]] for h, shape in zip(held, shapes, strict=True))
 
     def _keep(self, name: str, factors: Factors) -> None:
-        """Keep the factors of a batch."""
+        """Store the factors of a batch beside those of the batches before."""
         whole, parts = self._whole.get(name), self._parts[name]
         if whole is not None and _same_shapes(whole, factors):
-            for all_, own in zip(whole.sources, factors.sources, strict=True):
-                all_[self._batch] = own
+            for all_, some in zip(whole.sources, factors.sources, strict=True):
+                all_[self._batch] = some
             # Views of the whole, for when a later batch turns out to be of another length.
             sources = tuple(t[self._batch] for t in whole.sources)
             parts.append(replace(factors, sources=sources))
@@ -301,7 +267,7 @@ class StateBuilder:
 
 
 def _empty_like(factors: Factors, n_samples: int, n_outputs: int, dtype: torch.dtype) -> Factors:
-    """Memory for the factors of all outputs of so many samples."""
+    """Return memory for the factors of all outputs of so many samples."""
 
     def memory(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
         kind = dtype if tensor.is_floating_point() else tensor.dtype
@@ -313,7 +279,7 @@ def _empty_like(factors: Factors, n_samples: int, n_outputs: int, dtype: torch.d
 
 
 def _same_shapes(whole: Factors, part: Factors) -> bool:
-    """Whether both are of calls with the same numbers of positions."""
+    """Return whether both are of calls with the same numbers of positions."""
     if len(whole.sources) != len(part.sources):
         return False
     sources = zip(whole.sources, part.sources, strict=True)
@@ -324,7 +290,7 @@ def _same_shapes(whole: Factors, part: Factors) -> bool:
 
 
 def _for_all(cotangent: torch.Tensor, n_outputs: int) -> torch.Tensor:
-    """Memory for the cotangents ``(B, G, C, o, S)`` of all outputs, laid out like those of one."""
+    """Return memory for the cotangents of all outputs, laid out like those of one."""
     batch, groups, _, width, positions = cotangent.shape
     if cotangent.stride(3) != 1 or positions == 1:
         return cotangent.new_empty((batch, groups, n_outputs, width, positions))
@@ -333,20 +299,13 @@ def _for_all(cotangent: torch.Tensor, n_outputs: int) -> torch.Tensor:
 
 
 def row_products(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return ``rows weights``, sums in double precision chunk by chunk.
-
-    Args:
-        rows:
-            Shape ``(B, C, p)``.
-        weights:
-            Shape ``(p,)``.
-
-    Returns:
-        Shape ``(B, C)``.
-    """
+    """Return ``rows weights``, ``(B, C)``, for rows ``(B, C, p)``, in double precision."""
     total: Any = torch.zeros(rows.shape[:-1])
-    for start in range(0, len(weights), CHUNK):
-        part = rows[..., start : start + CHUNK].to(weights.dtype) @ weights[start : start + CHUNK]
+    for start in range(0, len(weights), PRODUCTS.chunk):
+        part = (
+            rows[..., start : start + PRODUCTS.chunk].to(weights.dtype)
+            @ weights[start : start + PRODUCTS.chunk]
+        )
         total = total + part.cpu().double()
     return total  # type: ignore[no-any-return]
 
@@ -354,19 +313,10 @@ def row_products(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 def multiply(
     layout: Layout, left: BlockState, right: BlockState
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``J_left diag(c) J_right^T``, in double precision.
+    """Return ``J_left diag(c) J_right^T`` and ``J_left diag(c)^2 J_right^T``, in double precision.
 
-    Args:
-        layout:
-            Of both.
-        left:
-            Rows of the product.
-        right:
-            Columns. The same object as ``left`` for a block of the diagonal, of which only the
-            lower half is multiplied.
-
-    Returns:
-        The products, and ``J_left diag(c)^2 J_right^T`` where the multipliers are not all one.
+    The second is :obj:`None` where all multipliers are one. Where ``left`` and ``right`` are the
+    same object, only the lower half is multiplied.
     """
     n_outputs = len(left.rows) // left.n_samples
     device = sums_device(left.rows.device)
@@ -397,8 +347,8 @@ def multiply(
             product = ghost_gram(one, other, symmetric=symmetric)
             sums.add_product(product, parameter.multiplier)
             continue
-        panels = one.panels(PANEL)
-        others = panels if symmetric else other.panels(PANEL)
+        panels = one.panels(PRODUCTS.panel)
+        others = panels if symmetric else other.panels(PRODUCTS.panel)
         if symmetric:
             for panel in panels:
                 sums.add(panel, panel, parameter.multiplier)
@@ -417,8 +367,8 @@ def multiply(
 
 def _mirror(matrix: torch.Tensor) -> None:
     """Make the upper triangle that of the lower one, without a second matrix."""
-    for start in range(0, len(matrix), _MAX_TILE):
-        stop = min(start + _MAX_TILE, len(matrix))
+    for start in range(0, len(matrix), PRODUCTS.max_tile):
+        stop = min(start + PRODUCTS.max_tile, len(matrix))
         block = matrix[start:stop, start:stop]
         block.copy_(block.tril() + block.tril(-1).T)
         matrix[start:stop, stop:] = matrix[stop:, start:stop].T
@@ -439,12 +389,14 @@ class _Sums:
         self._dtype = dtype
 
     def add(self, left: torch.Tensor, right: torch.Tensor, multiplier: float) -> None:
-        for column in range(0, left.shape[1], _COLUMNS):
-            columns = slice(column, column + _COLUMNS)
+        """Add ``left right^T``, in pieces that the processor's cache holds."""
+        for column in range(0, left.shape[1], PRODUCTS.columns):
+            columns = slice(column, column + PRODUCTS.columns)
             one, other = (t[:, columns].to(self._dtype) for t in (left, right))
             self._add_chunk(one, other, multiplier)
 
     def add_product(self, product: torch.Tensor, multiplier: float) -> None:
+        """Add a product that is made already."""
         total, stretched = self._matrices
         assert total is not None
         total += product
@@ -454,7 +406,7 @@ class _Sums:
     def _add_chunk(self, left: torch.Tensor, right: torch.Tensor, multiplier: float) -> None:
         total, stretched = self._matrices
         assert total is not None
-        tile = min(_MAX_TILE, max(_MIN_TILE, len(left) // _N_TILES))
+        tile = min(PRODUCTS.max_tile, max(PRODUCTS.min_tile, len(left) // PRODUCTS.n_tiles))
         for start in range(0, len(left), tile):
             rows = slice(start, start + tile)
             columns = slice(0, start + tile if self._symmetric else len(right))

@@ -53,22 +53,12 @@ class Recording:
         batched: bool = False,
         retain_graph: bool = False,
     ) -> Cotangents:
-        """Differentiate the outputs with respect to the outputs of every call.
+        """Differentiate the outputs in the outputs of every call, in each direction ``(B, C)``.
 
-        Samples do not mix, so that one backward pass gives all samples' rows for one direction.
-        The derivative is taken with respect to what layers give, not to parameters: that skips
-        the summed gradients of the weights.
-
-        Args:
-            directions:
-                Weights ``(B, C)`` of the outputs; one backward pass each.
-            batched:
-                All directions in one pass that is vectorised over them. Off by default.
-            retain_graph:
-                More directions follow. Off by default.
-
-        Returns:
-            By module: for each call, for each of its output tensors, one cotangent a direction.
+        Returns by module: for each call, for each of its output tensors, one cotangent a
+        direction. Samples do not mix, so that one backward pass gives all samples' rows for one
+        direction; and because nothing is differentiated in parameters, no gradient of a weight is
+        summed. With ``batched`` one pass is vectorised over all directions.
         """
         edges = [e for calls in self.calls.values() for call in calls for e in call.edges]
         shapes = [s for calls in self.calls.values() for call in calls for s in call.shapes]
@@ -111,16 +101,7 @@ class Recording:
 
 
 def join_classes(gathered: Cotangents, module: str, more: list[list[list[torch.Tensor]]]) -> None:
-    """Append the cotangents of further classes to those of a module.
-
-    Args:
-        gathered:
-            Changed.
-        module:
-            Its name.
-        more:
-            For each call, for each output tensor, one a class.
-    """
+    """Append the cotangents of further classes to those of a module, in ``gathered``."""
     if module not in gathered:
         gathered[module] = more
         return
@@ -132,18 +113,10 @@ def join_classes(gathered: Cotangents, module: str, more: list[list[list[torch.T
 class Tape:
     """Records the calls of chosen modules while the network runs.
 
-    Args:
-        frozen:
-            The borrowed model.
-        watched:
-            From a module's name in :attr:`~optuna_ttp.task.FrozenModel.adapter` to whether
-            an output that is shared by all samples (a position embedding) is to be given to each
-            of them as its own copy.
-        copied:
-            Names of the modules whose inputs are copied, because later operations overwrite them.
-        shared:
-            Whether the output of the n-th call of a module is shared by all samples. What is not
-            known is looked at, and added.
+    ``watched`` maps a module's name to whether an output that is shared by all samples (a position
+    embedding) is given to each of them as its own copy. The inputs of the modules ``copied`` are
+    copied, because later operations overwrite them. ``shared`` says whether the output of the n-th
+    call of a module is shared by all samples; what is not known is looked at, and added.
     """
 
     def __init__(
@@ -179,17 +152,7 @@ class Tape:
             yield self
 
     def record(self, inputs: Any, batch_size: int) -> Recording:
-        """Run the network on a batch and record the calls.
-
-        Args:
-            inputs:
-                As the task reads them.
-            batch_size:
-                B.
-
-        Returns:
-            The outputs and the calls.
-        """
+        """Run the network on a batch as the task reads it; return the outputs and the calls."""
         self._calls = {name: [] for name in self._watched}
         self._n_calls = dict.fromkeys(self._watched, 0)
         self._begun = {name: [] for name in self._watched}
@@ -201,6 +164,8 @@ class Tape:
             self._calls = None
 
     def _pre_hook(self, name: str) -> Callable[..., None]:
+        """Return a hook that notes the arguments of a call."""
+
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._calls is None:
                 return
@@ -220,6 +185,8 @@ class Tape:
         return hook
 
     def _hook(self, name: str, expand: bool) -> Callable[..., Any]:
+        """Return a hook that records a call once its output is known."""
+
         def hook(
             module: torch.nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any
         ) -> Any:
@@ -230,8 +197,8 @@ class Tape:
             key = (name, self._n_calls[name])
             self._n_calls[name] += 1
             if expand and isinstance(output, torch.Tensor) and self._is_shared(key, output):
-                own = output if len(output) == 1 else output[None]
-                output = replaced = own.expand(self._batch_size, *own.shape[1:])
+                with_samples = output if len(output) == 1 else output[None]
+                output = replaced = with_samples.expand(self._batch_size, *with_samples.shape[1:])
                 args, kwargs = self._expanded(begun.args, begun.kwargs)
                 begun = replace(begun, args=args, kwargs=kwargs)
             call = self._call(name, module, begun, output)
@@ -242,7 +209,7 @@ class Tape:
         return hook
 
     def _is_shared(self, key: tuple[str, int], output: torch.Tensor) -> bool:
-        """Whether all samples share an output, as it was when that was first looked at.
+        """Return whether all samples share an output, as it was when that was first looked at.
 
         The length of its first axis may later happen to be that of the batch.
         """
@@ -260,12 +227,13 @@ class Tape:
             if not remaining:
                 return tensor
             remaining.clear()
-            own = tensor if len(tensor) == 1 else tensor[None]
-            return own.expand(self._batch_size, *own.shape[1:])
+            with_samples = tensor if len(tensor) == 1 else tensor[None]
+            return with_samples.expand(self._batch_size, *with_samples.shape[1:])
 
         return map_tensors((args, kwargs), expand, keep_types=True)  # type: ignore[no-any-return]
 
     def _call(self, name: str, module: torch.nn.Module, begun: _Begun, output: Any) -> Call | None:
+        """Return the record of a call, or :obj:`None` where no output carries a gradient."""
         tensors = tensors_of(output)
         positions = tuple(i for i, t in enumerate(tensors) if t.requires_grad)
         if not positions:

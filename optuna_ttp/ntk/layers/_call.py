@@ -62,29 +62,22 @@ class Call:
 
     @property
     def input(self) -> torch.Tensor:
-        """The first tensor among the arguments, in the precision of the parameters."""
+        """Return the first tensor among the arguments, in the precision of the parameters."""
         first = self._tensors[0]
         return first.to(self.dtype) if first.is_floating_point() else first
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Precision of the parameters, which that of activations under autocast may not be."""
+        """Return the precision of the parameters; activations under autocast may differ."""
         return next(t.dtype for t in self.state.values() if t.requires_grad)
 
     @property
     def is_intact(self) -> bool:
-        """Whether neither the module nor a later operation has written to the arguments."""
+        """Return whether neither the module nor later operations have written to the arguments."""
         return tuple(t._version for t in self._tensors) == self.versions
 
     def cached(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return what is made of the inputs, made the first time it is asked for.
-
-        Args:
-            key:
-                Its name.
-            make:
-                Makes it.
-        """
+        """Return what ``make`` returns, which is called the first time that a key is asked for."""
         if key not in self.cache:
             self.cache[key] = make()
         return self.cache[key]

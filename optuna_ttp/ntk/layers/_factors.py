@@ -9,18 +9,12 @@ from dataclasses import replace
 
 import torch
 
-
-# Terms that are summed in the Jacobian's own precision. In single precision the many small
-# products would drown in the sum of those before them: with 22 million weights that took 0.2 %
-# from every entry of the kernel.
-CHUNK = 2**14
-# Elements of what is made on the way: about what a processor's cache holds.
-SCRATCH = 2**20
+from optuna_ttp.ntk.layers._rules import PRODUCTS
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """``G[n, g, c] = D[n, g, c] A[n, g]^T``, the gradient of a weight matrix, not multiplied out.
+    """The gradient of a weight matrix, ``G[n, g, c] = D[n, g, c] A[n, g]^T``, not multiplied out.
 
     For a linear layer ``A`` are its inputs and ``D`` the derivatives of output ``c`` with respect
     to its outputs, at the ``S`` positions (tokens) where the layer is applied: the gradient is
@@ -52,15 +46,10 @@ class Factors:
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """``(G, C, o, S, k)`` with the positions of all calls together."""
+        """Return ``(G, C, o, S, k)`` with the positions of all calls together."""
         _, groups, classes, width, _ = self.cotangents[0].shape
         positions = sum(d.shape[-1] for d in self.cotangents)
         return groups, classes, width, positions, self.n_rows
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all that is held."""
-        return sum(t.numel() * t.element_size() for t in (*self.sources, *self.cotangents))
 
     def scaled(self, factor: float) -> Factors:
         """Return the factors of ``factor`` times the gradient."""
@@ -78,7 +67,7 @@ class Factors:
         )
 
     def fits(self, other: Factors) -> bool:
-        """Whether both are factors of the same layout, so that they can be merged."""
+        """Return whether both are factors of the same layout, so that they can be merged."""
         return (self.n_rows, self.transposed, self.expand is None) == (
             other.n_rows,
             other.transposed,
@@ -114,7 +103,7 @@ class Factors:
         )
 
     def inputs(self) -> list[torch.Tensor]:
-        """Return ``A`` of each source, ``(B, G, k, S)``."""
+        """Return ``A`` of each source, of shape ``(B, G, k, S)``."""
         assert self.expand is not None
         if not self.caches:
             return [self.expand(source) for source in self.sources]
@@ -139,11 +128,9 @@ class Factors:
         return total.permute(order).flatten(2)
 
     def write_rows(self, target: torch.Tensor) -> None:
-        """Write the gradient as :meth:`rows` has it, without a copy where that can be had.
+        """Write the gradient to a contiguous tensor of the shape of :meth:`rows`.
 
-        Args:
-            target:
-                Contiguous, of the shape of :meth:`rows`.
+        It is multiplied right into its place where the layout allows that.
         """
         plain = self.expand is not None and not self.transposed
         if plain and len(self.sources) == 1 and self.shape[0] == 1:
@@ -153,12 +140,7 @@ class Factors:
             target.copy_(self.rows())
 
     def panels(self, n_columns: int) -> Iterator[torch.Tensor]:
-        """Yield the gradient in slices of its columns, ``(B C, at least one)``, in any order.
-
-        Args:
-            n_columns:
-                About so many columns a slice.
-        """
+        """Yield the gradient in slices of about ``n_columns`` columns, ``(B C, columns)``."""
         assert self.expand is not None
         inputs = self.inputs()
         groups, classes, width, _, n_rows = self.shape
@@ -172,12 +154,7 @@ class Factors:
             yield total.transpose(1, 2).reshape(len(total) * classes, -1)
 
     def inner(self, weight: torch.Tensor) -> torch.Tensor:
-        """``sum_{g, o, k} G[n, g, c, o, k] W[g, o, k]``, of shape ``(B, C)``.
-
-        Args:
-            weight:
-                As the layer lays it out.
-        """
+        """Return ``sum_{g, o, k} G[n, g, c, o, k] W[g, o, k]`` for a weight ``W``: ``(B, C)``."""
         outputs = [self._outputs(k, weight) for k in range(len(self.sources))]
         parts = [
             (d.flatten(3) @ y.flatten(2)[..., None]).squeeze(3)
@@ -187,7 +164,7 @@ class Factors:
         return torch.stack(parts).sum((0, 2))
 
     def _outputs(self, k: int, weight: torch.Tensor) -> torch.Tensor:
-        """What the layer gives without its bias in its ``k``-th call, ``(B, G, o, S)``."""
+        """Return what the layer gives without its bias in its ``k``-th call, ``(B, G, o, S)``."""
         groups, _, width, _, n_rows = self.shape
         if self.expand is None:
             looked_up = torch.nn.functional.embedding(self.sources[k], weight)
@@ -198,7 +175,7 @@ class Factors:
         return matrix @ self.expand(self.sources[k])
 
     def _table_rows(self) -> torch.Tensor:
-        """Rows of a table that integers index."""
+        """Return the rows of a table that integers index, ``(B, C, k o)``."""
         first = self.cotangents[0]
         _, classes, width, _, _ = self.shape
         rows = first.new_zeros((len(first), classes, self.n_rows, width))
@@ -209,22 +186,12 @@ class Factors:
 
 
 def ghost_gram(left: Factors, right: Factors, *, symmetric: bool) -> torch.Tensor:
-    """``sum G_left G_right`` without the gradients, of shape ``(B C, B' C)``, in double precision.
+    """Return ``sum G_left G_right`` without the gradients, ``(B C, B' C)``, in double precision.
 
-    ``Theta[n c, m c'] = sum_{s t} (A_n^T A_m)[s, t] (D_nc^T D_mc')[s, t]``: the "ghost" form
+    ``Theta[n c, m c'] = sum_{s t} (A_n^T A_m)[s, t] (D_nc^T D_mc')[s, t]`` is the "ghost" form
     (Goodfellow, 2015, arXiv 1510.01799, for norms; Novak, Sohl-Dickstein and Schoenholz, 2022,
-    arXiv 2206.08720, for kernels). It pays off where there are few positions and wide layers.
-
-    Args:
-        left:
-            Of ``B`` samples.
-        right:
-            Of ``B'`` samples.
-        symmetric:
-            Both are the same; only the lower triangle is filled, by samples.
-
-    Returns:
-        The products.
+    arXiv 2206.08720, for kernels). It pays off where there are few positions and wide layers. With
+    ``symmetric`` both sides are the same, and only the lower triangle is filled, by samples.
     """
     groups, classes, _, positions, _ = left.shape
     other_positions = right.shape[3]
@@ -250,7 +217,7 @@ def ghost_gram(left: Factors, right: Factors, *, symmetric: bool) -> torch.Tenso
             continue
         ar = ar.contiguous()
         al = ar if symmetric else al.contiguous()
-        step = max(1, SCRATCH // (dl[0].numel() // positions * other_positions))
+        step = max(1, PRODUCTS.scratch // (dl[0].numel() // positions * other_positions))
         for n in range(n_left):
             seen = n + 1 if symmetric else n_right
             for first in range(0, seen, step):
@@ -261,7 +228,7 @@ def ghost_gram(left: Factors, right: Factors, *, symmetric: bool) -> torch.Tenso
 
 
 def _input_products(left: Factors, one: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """``A_n^T A_m`` of one sample ``n`` and several ``m``: ``(m, S, S')``."""
+    """Return ``A_n^T A_m`` of one sample ``n`` and several ``m``, of shape ``(m, S, S')``."""
     dtype = left.cotangents[0].dtype
     if left.expand is None:
         return (one[:, None] == others[:, None]).to(dtype)
@@ -270,10 +237,10 @@ def _input_products(left: Factors, one: torch.Tensor, others: torch.Tensor) -> t
 
 
 def _contract(left: torch.Tensor, inputs: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``sum_{o s t} left[c o s] inputs[m s t] right[m c' o t]``, as ``(C, m, C')``."""
+    """Return ``sum_{o s t} left[c o s] inputs[m s t] right[m c' o t]``, as ``(C, m, C')``."""
     classes, width, positions = left.shape
     n_right, other_positions = len(right), right.shape[-1]
-    step = max(1, CHUNK // other_positions)
+    step = max(1, PRODUCTS.chunk // other_positions)
     total: torch.Tensor | None = None
     for start in range(0, width, step):
         some = left[:, start : start + step].reshape(1, -1, positions)
@@ -286,19 +253,14 @@ def _contract(left: torch.Tensor, inputs: torch.Tensor, right: torch.Tensor) -> 
 
 
 def input_side(factors: Factors) -> torch.Tensor:
-    """Return all positions of all calls: indices ``(B, S)``, or inputs ``(B, G, k, S)``.
-
-    Args:
-        factors:
-            Of a gradient.
-    """
+    """Return all positions of all calls: indices ``(B, S)``, or inputs ``(B, G, k, S)``."""
     if factors.expand is None:
         return torch.cat(factors.sources, 1)
     return joined(tuple(factors.inputs()))
 
 
 def _padded(parts: list[Factors]) -> list[Factors]:
-    """Batches of different lengths: positions whose cotangent is zero make them equal."""
+    """Return batches of different lengths as equally long ones; added positions count nothing."""
     joined = [(input_side(p), joined(p.cotangents)) for p in parts]
     longest = max(d.shape[-1] for _, d in joined)
     pad = torch.nn.functional.pad
@@ -314,35 +276,22 @@ def _padded(parts: list[Factors]) -> list[Factors]:
 
 
 def _unchanged(inputs: torch.Tensor) -> torch.Tensor:
+    """Return the inputs: they are made already."""
     return inputs
 
 
 def joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Return the positions of all calls.
-
-    Args:
-        parts:
-            One tensor ``(..., S)`` a call.
-    """
+    """Return the positions of all calls together, from one tensor ``(..., S)`` a call."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def outer(
     cotangent: torch.Tensor, inputs: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Sum ``D A^T`` over positions.
+    """Return ``D A^T`` summed over positions, of shape ``(B, G, C, o, k)``.
 
-    Args:
-        cotangent:
-            Shape ``(B, G, C, o, S)``.
-        inputs:
-            Shape ``(B, G, k, S)``.
-        out:
-            Where to write it, of shape ``(B, G C o, k)``, for one group only. Memory of its own by
-            default.
-
-    Returns:
-        Shape ``(B, G, C, o, k)``.
+    ``cotangent`` is ``D`` of shape ``(B, G, C, o, S)``, ``inputs`` is ``A`` of shape ``(B, G, k,
+    S)``. With one group the product can be written to ``out`` of shape ``(B, C o, k)``.
     """
     batch, groups, classes, width, positions = cotangent.shape
     merged = cotangent.reshape(batch, groups, classes * width, positions)
@@ -354,35 +303,20 @@ def outer(
 
 
 def sums_device(device: torch.device) -> torch.device:
-    """Return where sums in double precision are kept: Apple's devices have none.
-
-    Args:
-        device:
-            Where the Jacobian is.
-
-    Returns:
-        The same device, or the CPU.
-    """
+    """Return where sums in double precision are kept: on the CPU for Apple's devices."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def chunked_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left right^T``, with sums over many columns in double precision.
+    """Return ``left right^T`` of ``(a, K)`` and ``(b, K)``.
 
-    Args:
-        left:
-            Shape ``(a, K)``.
-        right:
-            Shape ``(b, K)``.
-
-    Returns:
-        Shape ``(a, b)``, in double precision where there is more than one chunk.
+    Where there are many columns, parts of it are summed in double precision.
     """
-    if left.shape[1] <= CHUNK:
+    if left.shape[1] <= PRODUCTS.chunk:
         return left @ right.T
     device = sums_device(left.device)
     total = torch.zeros((len(left), len(right)), dtype=torch.float64, device=device)
-    for start in range(0, left.shape[1], CHUNK):
-        part = left[:, start : start + CHUNK] @ right[:, start : start + CHUNK].T
+    for start in range(0, left.shape[1], PRODUCTS.chunk):
+        part = left[:, start : start + PRODUCTS.chunk] @ right[:, start : start + PRODUCTS.chunk].T
         total += part.to(device)
     return total

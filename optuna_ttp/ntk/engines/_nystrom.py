@@ -1,0 +1,36 @@
+"""Nystrom's approximation of a kernel from its products with some vectors."""
+
+from __future__ import annotations
+
+import torch
+
+
+def nystrom(
+    vectors: torch.Tensor, images: torch.Tensor, n_wanted: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return orthonormal eigenvectors ``U`` and eigenvalues of ``Y (V^T Y)^(-1) Y^T``, descending.
+
+    ``V``, ``(n, p)``, has orthonormal columns, and ``Y = Theta V``. They are those of ``L^(-1) Y^T
+    Y L^(-T)`` with ``L L^T = V^T Y``, so that nothing of the size of ``Y`` is held beside what is
+    returned. The third are weights ``W`` with ``U = Y W``, up to rounding. ValueError is raised if
+    the kernel overflowed.
+    """
+    if not torch.isfinite(images).all():
+        raise ValueError(
+            "The kernel must be finite but overflowed. Scale the inputs, or compute with "
+            'dtype="float64".'
+        )
+    inner, squares = vectors.T @ images, images.T @ images
+    inner = (inner + inner.T) / 2
+    # Single precision made the images: smaller shifts would leave the root undefined.
+    shift = 1e-6 * float(torch.linalg.matrix_norm(squares, 2)) ** 0.5
+    identity = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+    root = torch.linalg.cholesky(inner + shift * identity)
+    squares = squares + 2.0 * shift * inner + shift**2 * identity
+    half = torch.linalg.solve_triangular(root, squares, upper=False)
+    small = torch.linalg.solve_triangular(root, half.T, upper=False)
+    values, mixing = torch.linalg.eigh((small + small.T) / 2)
+    values, mixing = values.flip(0)[:n_wanted], mixing.flip(1)[:, :n_wanted]
+    values = values.clamp(min=shift)
+    weights = torch.linalg.solve_triangular(root.T, mixing, upper=True) / values.sqrt()
+    return images @ weights + vectors @ (shift * weights), values - shift, weights
