@@ -21,9 +21,9 @@ from optuna_ttp.ntk.engines._eigenpairs import eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
 from optuna_ttp.ntk.engines._exact import exact_kernel
 from optuna_ttp.ntk.engines._matrix_free import leading_pairs
+from optuna_ttp.ntk.engines._refine import refine
 from optuna_ttp.ntk.engines._rules import CHOICE
 from optuna_ttp.ntk.engines._rules import SKETCHES
-from optuna_ttp.ntk.engines._sketch import refine
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 from optuna_ttp.ntk.engines._sketch_error import sketch_error
 from optuna_ttp.ntk.engines._sketch_error import SketchError

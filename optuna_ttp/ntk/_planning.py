@@ -26,9 +26,9 @@ from optuna_ttp.ntk.engines._matrix_free import check_vectors_memory
 from optuna_ttp.ntk.engines._matrix_free import columns_of
 from optuna_ttp.ntk.engines._matrix_free import probes_of
 from optuna_ttp.ntk.engines._matrix_free import sketch_width
-from optuna_ttp.ntk.engines._passes import Passes
 from optuna_ttp.ntk.engines._rules import CHOICE
 from optuna_ttp.ntk.engines._rules import SKETCHES
+from optuna_ttp.ntk.engines._sketch import Passes
 from optuna_ttp.ntk.jacobian._directions import Directions
 from optuna_ttp.ntk.jacobian._prepare import lifting
 from optuna_ttp.ntk.jacobian._prepare import Preparation

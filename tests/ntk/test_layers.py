@@ -1067,7 +1067,7 @@ def test_a_rule_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> No
         assert isinstance(weight, Factors)
         return {**found, "weight": weight.scaled(1.01)}
 
-    monkeypatch.setattr("optuna_ttp.ntk.jacobian._claims.rule_for", lambda module: wrong)
+    monkeypatch.setattr("optuna_ttp.ntk.jacobian._find_claims.rule_for", lambda module: wrong)
     _check(Case(mlp(), vectors(6)), derivatives={"0.weight": "vmap", "0.bias": "rule"})
 
 
@@ -1088,7 +1088,7 @@ def test_products_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_gradients_that_become_wrong_later_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The samples that claims were checked on say nothing of the others."""
-    from optuna_ttp.ntk.jacobian import _claims
+    from optuna_ttp.ntk.jacobian import _find_claims
 
     right, n_calls = rule_for, [0]
 
@@ -1107,7 +1107,7 @@ def test_gradients_that_become_wrong_later_are_refused(monkeypatch: pytest.Monke
 
         return wrong
 
-    monkeypatch.setattr(_claims, "rule_for", late)
+    monkeypatch.setattr(_find_claims, "rule_for", late)
     with pytest.raises(JacobianMismatchError, match=r"The gradient of '0\.weight' differs most"):
         exact_kernel(FineTuningTask(mlp(), vectors(12)), device=CPU)
 

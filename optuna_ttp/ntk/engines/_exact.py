@@ -190,7 +190,16 @@ def _kernel(
                 for block in blocks:
                     assembly.add_block(block, grouping.streamed)
                 kernel = assembly.kernel()
-        check_rows(task, frozen, preparation, kernel, device=device, dtype=dtype, seed=seed)
+        check_rows(
+            task,
+            frozen,
+            preparation.claims,
+            kernel,
+            held=held,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+        )
     return kernel
 
 

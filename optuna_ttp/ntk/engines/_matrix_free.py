@@ -33,9 +33,9 @@ from optuna_ttp.ntk.engines._choice import check_multipliers
 from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
 from optuna_ttp.ntk.engines._nystrom import nystrom
-from optuna_ttp.ntk.engines._passes import Passes
 from optuna_ttp.ntk.engines._rules import N_GROUPS
 from optuna_ttp.ntk.engines._rules import PAIRS
+from optuna_ttp.ntk.engines._sketch import Passes
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 from optuna_ttp.ntk.jacobian._directions import Directions
 from optuna_ttp.ntk.jacobian._prepare import lifting

@@ -9,7 +9,7 @@ import torch
 
 from optuna_ttp._util.exceptions import JacobianMismatchError
 from optuna_ttp.ntk.engines._kernel import Kernel
-from optuna_ttp.ntk.jacobian._prepare import Preparation
+from optuna_ttp.ntk.jacobian._claims import Claims
 from optuna_ttp.ntk.jacobian._rules import CHECKS
 
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 def check_rows(
     task: FineTuningTask,
     frozen: FrozenModel,
-    preparation: Preparation,
+    claims: Claims,
     kernel: Kernel,
     *,
+    held: torch.dtype | None,
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
@@ -50,15 +51,13 @@ def check_rows(
             continue
         if (
             abs(actual - expected)
-            > CHECKS.kernel_tolerances[preparation.layout.held or frozen.precision]
-            * norms[a]
-            * norms[b]
+            > CHECKS.kernel_tolerances[held or frozen.precision] * norms[a] * norms[b]
         ):
             raise JacobianMismatchError(
                 f"The kernel of sample {chosen[a][0]}, output {chosen[a][1]} and sample "
                 f"{chosen[b][0]}, output {chosen[b][1]} must be {expected:.6g}, as plain "
                 f"automatic differentiation has it, but got {actual:.6g}. "
-                + _culprit(task, frozen, preparation, chosen[a], rows[a], device, dtype)
+                + _culprit(task, frozen, claims, chosen[a], rows[a], device, dtype)
             )
 
 
@@ -132,7 +131,7 @@ def _product(
 def _culprit(
     task: FineTuningTask,
     frozen: FrozenModel,
-    preparation: Preparation,
+    claims: Claims,
     row: tuple[int, int],
     plain: dict[str, torch.Tensor],
     device: torch.device,
@@ -145,12 +144,12 @@ def _culprit(
     batch_size = min(4, task.n_samples - n)
     inputs, _ = next(task.batches(batch_size, device, dtype, start=n))
     by_layer: dict[str, torch.Tensor] = {}
-    with preparation.claims.tape(frozen).attached() as tape:
+    with claims.tape(frozen).attached() as tape:
         recording = tape.record(inputs, batch_size)
         direction = torch.zeros_like(recording.outputs)
         direction[:, c] = 1.0
         cotangents = recording.cotangents([direction])
-        for name, part in preparation.claims.gradients(recording, cotangents):
+        for name, part in claims.gradients(recording, cotangents):
             rows = part.rows() if isinstance(part, Factors) else part
             by_layer[name] = by_layer[name] + rows[0, 0] if name in by_layer else rows[0, 0]
     away = {

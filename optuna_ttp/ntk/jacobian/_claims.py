@@ -16,8 +16,8 @@ from optuna_ttp.ntk.jacobian._tape import Cotangents
 from optuna_ttp.ntk.jacobian._tape import Recording
 from optuna_ttp.ntk.jacobian._tape import Tape
 from optuna_ttp.ntk.layers._call import Call
-from optuna_ttp.ntk.layers._registry import rule_for
 from optuna_ttp.ntk.layers._rule import Contribution
+from optuna_ttp.ntk.layers._rule import Rule
 
 
 if TYPE_CHECKING:
@@ -38,12 +38,15 @@ class Claim:
             Pairs of the name among the trainable parameters and the name in the module.
         expand:
             Its output is shared by all samples and given to each as a copy.
+        rule:
+            Makes the gradients, for the kind ``"rule"``.
     """
 
     module: str
     kind: str
     parameters: tuple[tuple[str, str], ...]
     expand: bool = False
+    rule: Rule | None = None
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,8 @@ def claim_gradients(
         names = [name for name, _ in claim.parameters]
         raise UnclaimedError(names, "give outputs that have no axis of samples")
     if claim.kind == "rule":
-        rule = rule_for(call.module)
-        assert rule is not None
-        gradients = rule(call, [d.to(call.dtype) for d in cotangents[0]])
+        assert claim.rule is not None
+        gradients = claim.rule(call, [d.to(call.dtype) for d in cotangents[0]])
         for name, local in claim.parameters:
             yield name, gradients[local]
         return

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from dataclasses import replace
 import math
 from typing import Any
 from typing import TYPE_CHECKING
@@ -126,9 +127,10 @@ def _options(
     """Return the claims to try for one parameter: rule, local derivative, modules around it."""
     pairs = {owner: (name, local_names[(owner, name)]) for owner in owners}
     options: _Options = []
-    if all(rule_for(modules[owner]) is not None for owner in owners):
+    rules = {owner: rule_for(modules[owner]) for owner in owners}
+    if None not in rules.values():
         for expand in (False, True):
-            options.append([Claim(o, "rule", (pairs[o],), expand) for o in owners])
+            options.append([Claim(o, "rule", (pairs[o],), expand, rules[o]) for o in owners])
     for kind in ("vmap", "loop"):
         options.append([Claim(o, kind, (pairs[o],)) for o in owners])
     above = _common_ancestor(owners)
@@ -163,15 +165,13 @@ def _common_ancestor(names: list[str]) -> str:
 
 def _claims_at(chains: dict[str, _Options], levels: dict[str, int]) -> tuple[Claim, ...]:
     """Return the chosen claims; those of one module and kind are joined, so that it runs once."""
-    grouped: dict[tuple[str, str, bool], list[tuple[str, str]]] = {}
+    joined: dict[tuple[str, str, bool], Claim] = {}
     for name, level in levels.items():
         for claim in chains[name][level]:
             key = (claim.module, claim.kind, claim.expand)
-            grouped.setdefault(key, []).extend(claim.parameters)
-    return tuple(
-        Claim(module, kind, tuple(parameters), expand)
-        for (module, kind, expand), parameters in grouped.items()
-    )
+            before = joined[key].parameters if key in joined else ()
+            joined[key] = replace(joined.get(key, claim), parameters=before + claim.parameters)
+    return tuple(joined.values())
 
 
 def _true_gradients(

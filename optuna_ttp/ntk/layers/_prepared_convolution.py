@@ -11,15 +11,15 @@ from torch.overrides import TorchFunctionMode
 
 from optuna_ttp._util.exceptions import JacobianMismatchError
 from optuna_ttp.ntk.layers._call import Call
-from optuna_ttp.ntk.layers._convolution import convolution_of
 from optuna_ttp.ntk.layers._rule import Contribution
+from optuna_ttp.ntk.layers._rule import convolution_gradients
 from optuna_ttp.task import functional_call
 
 
 def prepared_convolution(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
     """Return the gradients of a convolution of what the module makes of its inputs."""
     inputs = call.cached("convolved", partial(_convolved, call))
-    return convolution_of(call, inputs, cotangents, (), "zeros")
+    return convolution_gradients(call, inputs, cotangents, (), "zeros")
 
 
 def _convolved(call: Call) -> torch.Tensor:

@@ -8,12 +8,15 @@ inputs (fan-in) in a group, ``s`` positions (tokens, pixels).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 from typing import TypeAlias
 
 import torch
 
 from optuna_ttp.ntk.layers._call import Call
 from optuna_ttp.ntk.layers._factors import Factors
+from optuna_ttp.ntk.layers._patches import patches
 
 
 Contribution: TypeAlias = "Factors | torch.Tensor"
@@ -52,6 +55,46 @@ def weight_and_bias(
         # (B, G, C, o) to (B, C, G o)
         contributions["bias"] = cotangents.sum(-1).transpose(1, 2).flatten(2)
     return contributions
+
+
+def linear_gradients(
+    call: Call, cotangents: list[torch.Tensor], *, transposed: bool = False
+) -> dict[str, Contribution]:
+    """Return the gradients of ``y_s = W x_s + b``; with ``transposed`` the weight is ``W^T``."""
+    x = call.input.flatten(1, -2) if call.input.ndim > 2 else call.input[:, None]
+    parts = [d.flatten(1, -2) if d.ndim > 2 else d[:, None] for d in cotangents]
+    d = stacked([p.transpose(1, 2) for p in parts], 1)[:, None]
+    return weight_and_bias(call, x, _tokens, d, x.shape[-1], transposed=transposed)
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """Turn ``(B, S, k)`` into ``(B, 1, k, S)``."""
+    return x.transpose(1, 2)[:, None]
+
+
+def convolution_gradients(
+    call: Call,
+    inputs: torch.Tensor,
+    cotangents: list[torch.Tensor],
+    padding: tuple[int, ...],
+    mode: str,
+) -> dict[str, Contribution]:
+    """Return the gradients of a module that convolves ``inputs``, padded, with its own weight.
+
+    It is a linear layer on patches, for each group of channels.
+    """
+    module: Any = call.module
+    d = stacked([t.flatten(2).unflatten(1, (module.groups, -1)) for t in cotangents], 2)
+    unfold = partial(
+        patches,
+        kernel=module.kernel_size,
+        stride=tuple(module.stride),
+        dilation=module.dilation,
+        padding=padding,
+        mode=mode,
+        groups=module.groups,
+    )
+    return weight_and_bias(call, inputs, unfold, d, call.state["weight"][0].numel())
 
 
 def scale_and_shift(

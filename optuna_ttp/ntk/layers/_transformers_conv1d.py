@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from optuna_ttp.ntk.layers._call import Call
-from optuna_ttp.ntk.layers._linear import linear
 from optuna_ttp.ntk.layers._rule import Contribution
+from optuna_ttp.ntk.layers._rule import linear_gradients
 
 
 def is_transformers_conv1d(module: torch.nn.Module) -> bool:
@@ -16,4 +16,4 @@ def is_transformers_conv1d(module: torch.nn.Module) -> bool:
 
 def transformers_conv1d(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
     """Return the gradients of a linear layer whose weight is laid out as (inputs, outputs)."""
-    return linear(call, cotangents, transposed=True)
+    return linear_gradients(call, cotangents, transposed=True)

@@ -1,0 +1,63 @@
+"""Refining the leading eigenpairs of a sketch by two more passes over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
+from optuna_ttp.ntk.engines._nystrom import nystrom
+from optuna_ttp.ntk.engines._sketch import Passes
+from optuna_ttp.ntk.jacobian._prepare import lifting
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
+
+
+def refine(
+    task: FineTuningTask,
+    features: torch.Tensor,
+    pairs: Eigenpairs,
+    *,
+    n_refined: int,
+    others: torch.Tensor | None = None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    max_memory: int = 4 * 2**30,
+    show_progress_bar: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Replace the leading part of a sketch ``Z``, ``(N C, d)``, by products with the Jacobian.
+
+    For the leading ``n_refined`` eigenvectors ``V`` of the sketch, ``Theta V = J (J^T V)`` is
+    computed in two more passes over the data, and ``Theta V (V^T Theta V)^(-1) (Theta V)^T`` takes
+    the place of the sketch there (Nystrom's method, stabilised as in Tropp, Yurtsever, Udell and
+    Cevher, NeurIPS 2017, arXiv 1706.05736). That is one step of subspace iteration further than a
+    Rayleigh-Ritz projection, for one more pass.
+
+    The validation samples' sketch ``Z_v``, ``others``, is refined alike, for one pass over them:
+    with ``J_v (J^T V)`` the leading part is extended to them, and what is left of the sketch there
+    is what that does not explain. Returns features whose products are the refined kernel, and
+    those of the validation samples. Where ``J^T V`` takes more than ``max_memory`` bytes, more
+    passes are made.
+    """
+    n = min(n_refined, len(pairs.eigenvalues))
+    vectors = torch.as_tensor(pairs.eigenvectors[:, :n], dtype=dtype, device=device)
+
+    def run(lifts: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
+        with Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
+            return passes.images(vectors, max_memory, others=others is not None)
+
+    images, *images_of_others = lifting(run)
+    basis, values, weights = nystrom(vectors.double().cpu(), images)
+    roots = values.sqrt().to(features)
+    basis = basis.to(features)
+    explained = basis.T @ features
+    refined = torch.cat([basis * roots, features - basis @ explained], 1)
+    if others is None:
+        return refined, None
+    extended = (images_of_others[0] @ weights).to(features)
+    return refined, torch.cat([extended * roots, others - extended @ explained], 1)
