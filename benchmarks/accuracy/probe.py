@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy.closed_loop import errors_of
-from benchmarks.accuracy.closed_loop import load_task
+from benchmarks.accuracy.closed_loop_methods import load_task
 from benchmarks.accuracy.evaluation import spectrum_of
 from benchmarks.accuracy.evaluation import update_summary
 from benchmarks.accuracy.record import RESULTS

@@ -35,7 +35,7 @@ from benchmarks.environment import environment
 from benchmarks.search import contestants
 from benchmarks.search.replay import replay
 from benchmarks.search.replay import Search
-from benchmarks.search.summary import read
+from benchmarks.search.searches import read
 from benchmarks.search.summary import summarise
 from benchmarks.search.table import Goal
 from benchmarks.search.table import recorded
