@@ -14,10 +14,12 @@ from optuna_ttp.version import __version__
 
 if TYPE_CHECKING:
     from optuna_ttp._util.exceptions import ApproximationWarning
+    from optuna_ttp._util.exceptions import CallOrderWarning
     from optuna_ttp._util.exceptions import DamagedSpectrumError
     from optuna_ttp._util.exceptions import DamagedSpectrumWarning
     from optuna_ttp._util.exceptions import DataOrderWarning
     from optuna_ttp._util.exceptions import FingerprintMismatchError
+    from optuna_ttp._util.exceptions import GoalWarning
     from optuna_ttp._util.exceptions import JacobianMismatchError
     from optuna_ttp._util.exceptions import LearnedConflictError
     from optuna_ttp._util.exceptions import OptunaTTPError
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
     from optuna_ttp.prediction import TrainingTimePredictor
     from optuna_ttp.reporting import Report
     from optuna_ttp.reporting import report
+    from optuna_ttp.search import BestMetric
+    from optuna_ttp.search import FastestToTarget
+    from optuna_ttp.search import PrunerRules
+    from optuna_ttp.search import SamplerRules
     from optuna_ttp.search import TTPPruner
     from optuna_ttp.search import TTPSampler
     from optuna_ttp.spectrum import Spectrum
@@ -55,13 +61,17 @@ if TYPE_CHECKING:
 __all__ = [
     "SGD",
     "ApproximationWarning",
+    "BestMetric",
     "Calibration",
+    "CallOrderWarning",
     "DamagedSpectrumError",
     "DamagedSpectrumWarning",
     "DataOrderWarning",
     "Decision",
+    "FastestToTarget",
     "FineTuningTask",
     "FingerprintMismatchError",
+    "GoalWarning",
     "HyperparameterMap",
     "JacobianMismatchError",
     "LearnedConflictError",
@@ -71,7 +81,9 @@ __all__ = [
     "OptunaTTPWarning",
     "Prediction",
     "PredictorSettings",
+    "PrunerRules",
     "Report",
+    "SamplerRules",
     "Schedule",
     "Smoothing",
     "Spectrum",
@@ -97,6 +109,8 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "_util.exceptions": (
+            "CallOrderWarning",
+            "GoalWarning",
             "ApproximationWarning",
             "DamagedSpectrumError",
             "DamagedSpectrumWarning",
@@ -131,6 +145,10 @@ __getattr__, __dir__ = lazy_names(
             "report",
         ),
         "search": (
+            "SamplerRules",
+            "PrunerRules",
+            "FastestToTarget",
+            "BestMetric",
             "TTPPruner",
             "TTPSampler",
         ),

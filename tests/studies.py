@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import cache
 import math
 from typing import Any
@@ -16,14 +18,21 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
 from optuna.samplers import GPSampler
 from optuna.storages import BaseStorage
 from optuna.testing.storages import StorageSupplier
 
+from optuna_ttp import BestMetric
+from optuna_ttp import FastestToTarget
+from optuna_ttp import PrunerRules
+from optuna_ttp import SamplerRules
 from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
+from optuna_ttp.search import Goal
 from optuna_ttp.study._learner import informed_by
 from tests.models import small_spectrum
 
@@ -102,6 +111,31 @@ def predicted_seconds(proposed: list[dict[str, Any]]) -> NDArray[np.float64]:
     return np.where(np.isfinite(seconds), seconds, 1e3)
 
 
+_LIMITS = ("max_steps", "max_epochs", "max_seconds", "study_budget")
+
+
+def make_sampler(
+    base: BaseSampler | None = None, *, goal: type[Goal] = FastestToTarget, **arguments: Any
+) -> TTPSampler:
+    """A sampler with the quick predictor; limits of its goal, rules and arguments by name."""
+    limits = _taken(arguments, _LIMITS)
+    rules = SamplerRules(**_taken(arguments, [f.name for f in fields(SamplerRules)]))
+    return TTPSampler(quick_predictor(), goal(**limits), base, rules=rules, **arguments)
+
+
+def make_pruner(
+    wrapped_pruner: BasePruner | None = None, *, goal: type[Goal] = BestMetric, **arguments: Any
+) -> TTPPruner:
+    """A pruner with the quick predictor; limits of its goal, rules and arguments by name."""
+    limits = _taken(arguments, _LIMITS)
+    rules = PrunerRules(**_taken(arguments, [f.name for f in fields(PrunerRules)]))
+    return TTPPruner(quick_predictor(), goal(**limits), wrapped_pruner, rules=rules, **arguments)
+
+
+def _taken(arguments: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: arguments.pop(name) for name in names if name in arguments}
+
+
 def losses(steps_to_target: float, n_steps: int) -> NDArray[np.float64]:
     """An exponential curve from the initial loss that is at the target after so many steps."""
     predictor = quick_predictor()
@@ -162,8 +196,8 @@ def work(storage_url: str, study_name: str, seed: int, n_trials: int) -> None:
     study = optuna.load_study(
         study_name=study_name,
         storage=storage_url,
-        sampler=TTPSampler(quick_predictor(), n_candidates=3, seed=seed),
-        pruner=TTPPruner(quick_predictor(), max_steps=500),
+        sampler=make_sampler(goal=BestMetric, max_steps=500, n_candidates=3, seed=seed),
+        pruner=TTPPruner(quick_predictor()),
     )
     study.optimize(objective, n_trials=n_trials)
 
@@ -174,7 +208,7 @@ def observe_and_predict(storage_url: str, rates: tuple[float, ...]) -> tuple[int
     study = optuna.load_study(
         study_name="shared",
         storage=storage_url,
-        sampler=TTPSampler(predictor, seed=0),
+        sampler=TTPSampler(predictor, BestMetric(), seed=0),
         pruner=TTPPruner(predictor),
     )
     add_observed(study, lambda steps: 2.0 * steps, rates)

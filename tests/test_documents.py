@@ -30,7 +30,7 @@ def test_the_readme_example_runs(
     example = code[0].replace("timeout=60", "n_trials=6")
     assert example != code[0]
     # Six trials of two epochs may all be too slow to tell anything, which a warning names.
-    seeded = example.replace("TTPSampler(predictor)", "TTPSampler(predictor, seed=0)")
+    seeded = example.replace("TTPSampler(predictor, goal)", "TTPSampler(predictor, goal, seed=0)")
     assert seeded != example
     x, y = separated(48)
     model = mlp()

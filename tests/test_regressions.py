@@ -9,6 +9,7 @@ import optuna
 import pytest
 import torch
 
+from optuna_ttp import BestMetric
 from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
 from optuna_ttp import HyperparameterMap
@@ -67,7 +68,7 @@ def test_score_and_predict_agree_on_what_is_reached() -> None:
 def test_trials_that_stop_at_their_target_are_learned_from(with_pruner: bool) -> None:
     predictor = small_predictor()
     study = optuna.create_study(
-        sampler=TTPSampler(predictor, seed=0),
+        sampler=TTPSampler(predictor, BestMetric(), seed=0),
         pruner=TTPPruner(predictor) if with_pruner else optuna.pruners.NopPruner(),
     )
 
@@ -96,7 +97,7 @@ def test_a_study_with_several_objectives_keeps_no_trial_running() -> None:
     predictor = small_predictor()
     study = optuna.create_study(
         directions=["minimize", "minimize"],
-        sampler=TTPSampler(predictor),
+        sampler=TTPSampler(predictor, BestMetric()),
         pruner=TTPPruner(predictor),
     )
     with pytest.raises(ValueError, match="several objectives"):
@@ -105,7 +106,7 @@ def test_a_study_with_several_objectives_keeps_no_trial_running() -> None:
 
 
 def test_names_that_are_not_mapped_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    study = optuna.create_study(pruner=TTPPruner(small_predictor()))
+    study = optuna.create_study(pruner=TTPPruner(small_predictor(), BestMetric()))
     optuna.logging.enable_propagation()
     try:
         with caplog.at_level(logging.WARNING, logger="optuna"):

@@ -21,6 +21,10 @@ from benchmarks.search.predictors import recorded_times
 from benchmarks.search.predictors import rule_of_thumb
 from benchmarks.search.predictors import ShuffledPredictor
 from benchmarks.search.table import Table
+from optuna_ttp import BestMetric
+from optuna_ttp import FastestToTarget
+from optuna_ttp import PrunerRules
+from optuna_ttp import SamplerRules
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
@@ -110,7 +114,14 @@ def players(
     return wrapped(searching, SAMPLERS[base](seed), table, seed)
 
 
-def wrapped(predictor: SearchPredictor, base: BaseSampler, table: Table, seed: int) -> Players:
+def wrapped(
+    predictor: SearchPredictor,
+    base: BaseSampler,
+    table: Table,
+    seed: int,
+    sampler_rules: SamplerRules | None = None,
+    pruner_rules: PrunerRules | None = None,
+) -> Players:
     """Wrap a sampler by ours, as the README shows it.
 
     Args:
@@ -122,26 +133,28 @@ def wrapped(predictor: SearchPredictor, base: BaseSampler, table: Table, seed: i
             What is going to be searched.
         seed:
             Of our sampler.
+        sampler_rules:
+            The sampler's tuned numbers, where they are not as they are by default.
+        pruner_rules:
+            The same of the pruner.
 
     Returns:
         Our sampler and pruner.
     """
     hyperparameters = table.hyperparameters()
+    kind = FastestToTarget if table.goal == "time" else BestMetric
+    goal = kind(max_epochs=table.n_epochs)
     sampler = TTPSampler(
         predictor,
+        goal,
         base,
         hyperparameters=hyperparameters,
         search_space=table.search_space,
-        goal=table.goal,
-        max_epochs=table.n_epochs,
         seed=seed,
+        rules=sampler_rules,
     )
     pruner = TTPPruner(
-        predictor,
-        hyperparameters=hyperparameters,
-        goal=table.goal,
-        max_epochs=table.n_epochs,
-        seed=seed,
+        predictor, goal, hyperparameters=hyperparameters, seed=seed, rules=pruner_rules
     )
     return Players(sampler, pruner, True)
 

@@ -31,7 +31,9 @@ from benchmarks.search.predictors import GivenTimesPredictor
 from benchmarks.search.replay import replay
 from benchmarks.search.table import Table
 from benchmarks.search.table import Trajectory
+from optuna_ttp import BestMetric
 from optuna_ttp import compute_spectrum
+from optuna_ttp import FastestToTarget
 from optuna_ttp import FineTuningTask
 from optuna_ttp import HyperparameterMap
 from optuna_ttp import OptunaTTPWarning
@@ -183,10 +185,16 @@ def _searched(work: tuple[str, int, list[float]]) -> list[dict[str, Any]]:
         if error is not None:
             predictor, mapping = with_given_times(table, error, seed)
             space = table.search_space
+            # The sampler weighs the predicted time alone, the pruner stops nothing for a time.
             sampler = TTPSampler(
-                predictor, sampler, hyperparameters=mapping, search_space=space, seed=seed
+                predictor,
+                FastestToTarget(),
+                sampler,
+                hyperparameters=mapping,
+                search_space=space,
+                seed=seed,
             )
-            pruner = TTPPruner(predictor, hyperparameters=mapping)
+            pruner = TTPPruner(predictor, BestMetric(), hyperparameters=mapping)
         found = replay(table, sampler, pruner, budget_seconds=budget, max_trials=_MOST_TRIALS)
         figures = {
             "oracle_seconds": table.oracle_seconds,

@@ -34,6 +34,8 @@ from benchmarks.search.compare import predictor_of
 from benchmarks.search.compare import RESULTS
 from benchmarks.search.table import recorded
 from benchmarks.search.table import Table
+from optuna_ttp import BestMetric
+from optuna_ttp import SamplerRules
 from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
@@ -92,7 +94,9 @@ def _studied(
         study_name="overhead",
         storage=storage,
         sampler=optuna.samplers.RandomSampler(seed=0),
-        pruner=TTPPruner(predictor, hyperparameters=mapping, max_epochs=table.n_epochs),
+        pruner=TTPPruner(
+            predictor, BestMetric(max_epochs=table.n_epochs), hyperparameters=mapping
+        ),
         direction="minimize",
     )
     rng = np.random.default_rng(0)
@@ -150,13 +154,12 @@ def _choosing(
     ours = optuna.create_study(
         sampler=TTPSampler(
             predictor,
+            BestMetric(max_epochs=table.n_epochs),
             optuna.samplers.TPESampler(seed=0, multivariate=True),
             hyperparameters=mapping,
             search_space=table.search_space,
-            goal="metric",
-            max_epochs=table.n_epochs,
-            exploration=0.0,
             seed=0,
+            rules=SamplerRules(exploration=0.0),
         )
     )
     medians = []

@@ -33,6 +33,7 @@ from benchmarks.search.record import spectrum_samples
 from benchmarks.search.table import TARGET_FRACTION
 from benchmarks.search.tasks import load
 from benchmarks.search.tasks import SearchTask
+from optuna_ttp import BestMetric
 from optuna_ttp import compute_spectrum
 from optuna_ttp import OptunaTTPWarning
 from optuna_ttp import TrainingLog
@@ -154,15 +155,9 @@ def search(task: SearchTask, contestant: str, seed: int, budget: float) -> list[
         predictor = TrainingTimePredictor(
             spectrum, target_fraction=TARGET_FRACTION, n_samples=n_samples
         )
-        sampler = TTPSampler(
-            predictor,
-            sampler,
-            search_space=_search_space(task),
-            goal="metric",
-            max_epochs=n_epochs,
-            seed=seed,
-        )
-        pruner = TTPPruner(predictor, max_epochs=n_epochs)
+        goal = BestMetric(max_epochs=n_epochs)
+        sampler = TTPSampler(predictor, goal, sampler, search_space=_search_space(task), seed=seed)
+        pruner = TTPPruner(predictor, goal)
     study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
     lines: list[Line] = []
     while time.process_time() - started < budget:

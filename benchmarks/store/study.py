@@ -27,6 +27,7 @@ import optuna
 import torch
 
 from benchmarks.environment import environment
+from optuna_ttp import BestMetric
 from optuna_ttp import SpectrumStore
 from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
@@ -124,8 +125,9 @@ def _work(
             show_progress_bar=False,
         )
         predictor = TrainingTimePredictor(spectrum, target_fraction=0.5)
-        sampler = TTPSampler(predictor, base_sampler=sampler)
-        pruner = TTPPruner(predictor, wrapped_pruner=pruner)
+        goal = BestMetric()
+        sampler = TTPSampler(predictor, goal, sampler)
+        pruner = TTPPruner(predictor, goal, pruner)
     study = optuna.load_study(storage=url, study_name="study", sampler=sampler, pruner=pruner)
 
     def objective(trial: optuna.Trial) -> float:

@@ -47,6 +47,14 @@ class UnreliablePredictionWarning(OptunaTTPWarning):
     """Predictions disagree with observed training, or are an extrapolation."""
 
 
+class GoalWarning(OptunaTTPWarning):
+    """A search has no goal, or one that contradicts the study or the other half of the search."""
+
+
+class CallOrderWarning(OptunaTTPWarning):
+    """An objective makes its calls in an order in which nothing can be predicted or skipped."""
+
+
 class UnusableCurveWarning(OptunaTTPWarning):
     """A trial's recorded training loss cannot be learned from."""
 

@@ -19,6 +19,7 @@ from optuna_ttp.demo._search import Search
 from optuna_ttp.demo._training import FineTuning
 from optuna_ttp.demo._training import pretrain
 from optuna_ttp.prediction import TrainingTimePredictor
+from optuna_ttp.search import FastestToTarget
 from optuna_ttp.search import TTPPruner
 from optuna_ttp.search import TTPSampler
 from optuna_ttp.spectrum import Spectrum
@@ -109,8 +110,9 @@ def search(
     pruner: optuna.pruners.BasePruner = optuna.pruners.MedianPruner()
     head_start = 0.0
     if wrapped:
-        sampler = TTPSampler(predictor, sampler, seed=seed)
-        pruner = TTPPruner(predictor, pruner, max_epochs=MAX_EPOCHS)
+        goal = FastestToTarget(max_epochs=MAX_EPOCHS)
+        sampler = TTPSampler(predictor, goal, sampler, seed=seed)
+        pruner = TTPPruner(predictor, goal, pruner)
         head_start = predictor.spectrum.metadata.compute_seconds
     started = time.perf_counter()
     study = optuna.create_study(sampler=sampler, pruner=pruner)

@@ -21,12 +21,8 @@ from optuna.distributions import IntDistribution
 
 
 if TYPE_CHECKING:
+    from optuna_ttp.search._sampler_rules import SamplerRules
     from optuna_ttp.study import Configuration
-
-
-# So many candidates are drawn where the space is not finite, or larger than this.
-_N_DRAWN = 512
-_MOST_ENUMERATED = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +101,9 @@ class Candidates:
         )
 
 
-def drawn(space: Mapping[str, BaseDistribution], rng: np.random.Generator) -> list[dict[str, Any]]:
+def drawn(
+    space: Mapping[str, BaseDistribution], rng: np.random.Generator, rules: SamplerRules
+) -> list[dict[str, Any]]:
     """Return all configurations of a small finite space, or random ones of any other.
 
     Args:
@@ -113,46 +111,50 @@ def drawn(space: Mapping[str, BaseDistribution], rng: np.random.Generator) -> li
             Distributions by name.
         rng:
             Draws.
+        rules:
+            How many.
 
     Returns:
         Parameters of each.
     """
-    values = {name: _values(space[name]) for name in sorted(space)}
+    values = {name: _values(space[name], rules) for name in sorted(space)}
     n = math.prod(math.inf if v is None else len(v) for v in values.values())
-    if n <= _MOST_ENUMERATED:
+    if n <= rules.largest_grid:
         finite = [v or [] for v in values.values()]
         return [dict(zip(values, combination, strict=True)) for combination in product(*finite)]
-    columns = {name: _draw(space[name], rng) for name in sorted(space)}
-    return [{name: column[i] for name, column in columns.items()} for i in range(_N_DRAWN)]
+    columns = {name: _draw(space[name], rng, rules) for name in sorted(space)}
+    return [{name: column[i] for name, column in columns.items()} for i in range(rules.n_drawn)]
 
 
-def _values(distribution: BaseDistribution) -> list[Any] | None:
+def _values(distribution: BaseDistribution, rules: SamplerRules) -> list[Any] | None:
     """All values of a distribution that has not too many."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     if isinstance(distribution, IntDistribution):
         values = range(distribution.low, distribution.high + 1, distribution.step)
-        return list(values) if len(values) <= _MOST_ENUMERATED else None
+        return list(values) if len(values) <= rules.largest_grid else None
     if isinstance(distribution, FloatDistribution) and distribution.step is not None:
         n = round((distribution.high - distribution.low) / distribution.step) + 1
-        if n <= _MOST_ENUMERATED:
+        if n <= rules.largest_grid:
             steps = distribution.low + distribution.step * np.arange(n)
             return [float(v) for v in np.clip(steps, distribution.low, distribution.high)]
     return None
 
 
-def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> list[Any]:
-    values = _values(distribution)
+def _draw(
+    distribution: BaseDistribution, rng: np.random.Generator, rules: SamplerRules
+) -> list[Any]:
+    values = _values(distribution, rules)
     if values is not None and not getattr(distribution, "log", False):
-        return [values[i] for i in rng.integers(len(values), size=_N_DRAWN)]
+        return [values[i] for i in rng.integers(len(values), size=rules.n_drawn)]
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     whole = isinstance(distribution, IntDistribution)
     # Half a step more at both ends, so that the outermost whole numbers are as likely as others.
     low, high = distribution.low - 0.5 * whole, distribution.high + 0.5 * whole
     if distribution.log:
-        points = np.exp(rng.uniform(math.log(low), math.log(high), _N_DRAWN))
+        points = np.exp(rng.uniform(math.log(low), math.log(high), rules.n_drawn))
     else:
-        points = rng.uniform(low, high, _N_DRAWN)
+        points = rng.uniform(low, high, rules.n_drawn)
     if distribution.step is not None and not distribution.log:
         points = distribution.low + distribution.step * np.rint(
             (points - distribution.low) / distribution.step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,16 +11,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from optuna_ttp.prediction import SearchPredictor
-    from optuna_ttp.study import TrialBudget
-
-
-# Standard deviation of the logarithm of a predicted time before trials have told.
-_UNTOLD_SD = math.log(2.0)
-_LEAST_SD = 0.1
-# What is never reached counts as so many times the longest time that is.
-_NEVER = 4.0
-# The least probability of success that is told from none.
-_LEAST_PROBABILITY = 1e-6
+    from optuna_ttp.search._goal import Goal
+    from optuna_ttp.search._sampler_rules import ForecastRules
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +55,8 @@ class Forecast:
         learning_rate: NDArray[np.float64],
         batch_size: NDArray[np.int64],
         momentum: NDArray[np.float64],
-        budget: TrialBudget,
-        *,
-        trains_to_budget: bool,
+        goal: Goal,
+        rules: ForecastRules,
     ) -> Forecast:
         """Look ahead, in microseconds a configuration.
 
@@ -79,10 +69,10 @@ class Forecast:
                 Shape ``(K,)``.
             momentum:
                 Shape ``(K,)``.
-            budget:
-                Of a trial.
-            trains_to_budget:
-                Whether a trial goes on to the end of its budget, instead of up to the target.
+            goal:
+                Of the search.
+            rules:
+                Its tuned numbers.
 
         Returns:
             The forecast.
@@ -94,26 +84,26 @@ class Forecast:
         )
         per_step = predictor.seconds_per_step(batch_size)
         per_step = np.where(np.isnan(per_step), 1.0, per_step)
-        limit = budget.steps(predictor, batch_size)
+        limit = goal.steps(predictor, batch_size)
         horizon = np.where(np.isfinite(limit), limit, predictor.max_steps)
         stability = learning_rate / predictor.max_learning_rate(batch_size, momentum)
         told = predictor.calibration.n_observed >= 3
-        sd = _UNTOLD_SD
+        sd = rules.largest_sd
         if told:
-            sd = float(np.clip(predictor.calibration.log_error, _LEAST_SD, _UNTOLD_SD))
+            sd = float(np.clip(predictor.calibration.log_error, rules.least_sd, rules.largest_sd))
         steps = seconds / per_step
         reached = probability_below(steps, np.full(len(steps), sd), horizon)
         stable = 1.0 - predictor.calibration.failure.probability(stability)
         with np.errstate(divide="ignore"):
             log_seconds = np.log(seconds)
         spent = np.where(np.isfinite(limit), limit, np.inf) * per_step
-        cost = spent if trains_to_budget else np.minimum(seconds, spent)
+        cost = np.minimum(seconds, spent) if goal.is_time else spent
         cost = np.where(np.isfinite(cost), cost, horizon * per_step)
         return cls(
             log_seconds,
             np.log(cost),
             predictor.depth_after(learning_rate, batch_size, momentum, horizon),
-            np.log(np.maximum(reached * stable, _LEAST_PROBABILITY)),
+            np.log(np.maximum(reached * stable, rules.least_probability)),
             stability,
             momentum / (1.0 - momentum) / horizon,
             sd,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Mapping
 from dataclasses import dataclass
 import math
 
@@ -12,37 +11,10 @@ from numpy.typing import NDArray
 
 from optuna_ttp.search._candidates import Candidates
 from optuna_ttp.search._forecast import Forecast
+from optuna_ttp.search._goal import Goal
+from optuna_ttp.search._sampler_rules import PreferenceRules
 from optuna_ttp.search._surrogate import finite
 from optuna_ttp.search._surrogate import Surrogate
-
-
-# Configurations that differ by less than so much in every hyperparameter are the same.
-_SAME = 0.03
-# A spread-out design gives so many nats for being this far, as a share of the space's extent, from
-# all that was tried. Little, because predictions rank well from the first trial on: on the
-# recorded tasks and parts of their grids, 40 in all (benchmarks/search/parts.py), searches for a
-# time took 2.2, 2.1, 1.9, 1.8 and 1.9 average trials (geometric mean) with 3, 1.5, 0.75, 0.35 and
-# no nats; those for a metric 3.2, 3.1, 3.0, 3.0 and 2.9 with 1, 0.5, 0.25, 0.12 and none.
-_SPREAD_NATS: Mapping[str, float] = {"time": 0.35, "metric": 0.1}
-_SPREAD = 0.25
-# From the worst to the best by rank.
-_RANK_NATS = 6.0
-# Below 2 % of its initial value, a training loss says no more about a metric. On the recorded
-# tasks of draw 0 the best metrics lie at predicted depths from 3.3 to 4.6.
-_SATURATED_DEPTH = 4.0
-# A learning rate of so many times the largest stable one halves the odds of a good metric. On the
-# same tasks the best lie at 0.02 to 0.7 times, and above 1.5 times there is none.
-_UNSTEADY = 0.3
-# A momentum that lags behind by a fifth of a trial's steps and more takes so many nats from the
-# odds of a good metric. Among the 30 configurations that rank best without it, momenta of 0.99
-# have values that rank lower by 0.15 on the digits and the first draw of the regression, and as
-# high as others on the other three; searches of the 40 tasks above take 2.9 average trials
-# without it, 2.6 with 0.6 and 2.7 with 1.5 nats.
-_LAG, _LAG_NATS = 0.2, 0.6
-# Of the surrogate: the least number of values.
-_FEWEST_VALUES = 4
-# Values are compared with predictions from so many on; what they weigh before that.
-_PRIOR_VALUES = 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +44,7 @@ class Preference:
         forecast:
             What is expected of them.
         goal:
-            ``"time"`` or ``"metric"``.
+            Of the search.
         best_depth:
             Depth of the training loss behind which a metric does not get better.
         evidence:
@@ -81,17 +53,20 @@ class Preference:
             Gives the forecast of other candidates.
         cooling:
             Exponent of the cost.
+        rules:
+            Its tuned numbers.
     """
 
     def __init__(
         self,
         pool: Candidates,
         forecast: Forecast,
-        goal: str,
+        goal: Goal,
         best_depth: float,
         evidence: Evidence,
         expected: Callable[[Candidates], Forecast],
         cooling: float,
+        rules: PreferenceRules,
     ) -> None:
         from scipy.spatial import cKDTree
 
@@ -102,6 +77,7 @@ class Preference:
         self._evidence = evidence
         self._expected = expected
         self._cooling = cooling
+        self._rules = rules
         self._span = np.maximum(np.ptp(pool.coordinates, axis=0), 1e-9)
         self._sorted = np.sort(self._raw(forecast))
         self._cost = float(np.median(forecast.log_cost))
@@ -109,7 +85,7 @@ class Preference:
         self._surrogate: Surrogate | None = None
         self._scores = self._sorted_scores = np.zeros(0)
         self._tried = cKDTree(evidence.tried.coordinates) if len(evidence.tried) else None
-        if goal == "metric" and len(evidence.known):
+        if not goal.is_time and len(evidence.known):
             self._learn()
 
     def _learn(self) -> None:
@@ -122,12 +98,14 @@ class Preference:
 
             tau = float(np.nan_to_num(kendalltau(merit, -finite(values)).statistic))
             told = min(1.0, max(0.0, 2.0 * tau))
-            self._agreement = (_PRIOR_VALUES + n * told) / (_PRIOR_VALUES + n)
-        if n >= _FEWEST_VALUES:
+            self._agreement = (self._rules.prior_values + n * told) / (
+                self._rules.prior_values + n
+            )
+        if n >= self._rules.fewest_values:
             features = self._features(self.pool, self._forecast)
             mean, sd = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
             x = (self._features(known, forecast) - mean) / sd
-            self._surrogate = Surrogate.fit(x, finite(values), mean, sd)
+            self._surrogate = Surrogate.fit(x, finite(values), mean, sd, self._rules.noise)
             self._scores = self._surrogate.optimistic(features)
             self._sorted_scores = np.sort(self._scores)
 
@@ -148,7 +126,7 @@ class Preference:
         if not len(candidates):
             return np.zeros(0)
         forecast = self._expected(candidates) if forecast is None else forecast
-        if self._goal == "time":
+        if self._goal.is_time:
             merit = self._timed(forecast)
         else:
             merit = self._agreement * self._ranked(forecast)
@@ -157,12 +135,14 @@ class Preference:
                 if candidates is not self.pool:
                     scores = self._surrogate.optimistic(self._features(candidates, forecast))
                 rank = np.searchsorted(self._sorted_scores, scores, side="right")
-                learned = _RANK_NATS * (rank / len(self.pool) - 1.0)
+                learned = self._rules.rank_nats * (rank / len(self.pool) - 1.0)
                 share = self._surrogate.skill
                 merit = (1.0 - share) * merit + 2.0 * share * learned
             # Training that recovers from loss spikes may fit the data, and generalises worse.
-            merit = merit - np.logaddexp(0.0, 2.0 * np.log(forecast.stability / _UNSTEADY))
-            merit = merit - _LAG_NATS * np.minimum(forecast.lag / _LAG, 1.0)
+            merit = merit - np.logaddexp(
+                0.0, 2.0 * np.log(forecast.stability / self._rules.unsteady)
+            )
+            merit = merit - self._rules.lag_nats * np.minimum(forecast.lag / self._rules.lag, 1.0)
             # Cost cooling (Lee et al., 2020): the less is left to spend, the less cost counts.
             merit = merit - self._cooling * (forecast.log_cost - self._cost)
         return merit + forecast.log_success
@@ -180,7 +160,7 @@ class Preference:
         if self._tried is None or not len(candidates):
             return np.zeros(len(candidates), dtype=bool)
         apart, _ = self._tried.query(candidates.coordinates, p=math.inf)
-        return np.asarray(apart < _SAME)
+        return np.asarray(apart < self._rules.same)
 
     def best(self, n: int, *, repeat: bool) -> list[int]:
         """Return the candidates of the pool to try next, spread out, best first.
@@ -208,10 +188,12 @@ class Preference:
         nearest = np.full(len(places), np.inf)
         if len(self._evidence.tried):
             nearest[:] = cKDTree(self._evidence.tried.coordinates / self._span).query(places)[0]
+        rules = self._rules
+        nats = rules.time_spread_nats if self._goal.is_time else rules.metric_spread_nats
         chosen: list[int] = []
         for _ in range(min(n, int(np.isfinite(scores).sum()))):
-            far = np.minimum(nearest / _SPREAD, 1.0)
-            j = int(np.argmax(scores + _SPREAD_NATS[self._goal] * far))
+            far = np.minimum(nearest / rules.spread, 1.0)
+            j = int(np.argmax(scores + nats * far))
             chosen.append(j)
             scores[j] = -math.inf
             nearest[:] = np.minimum(nearest, np.linalg.norm(places - places[j], axis=1))
@@ -226,13 +208,13 @@ class Preference:
         return (best - logs) / forecast.sd
 
     def _raw(self, forecast: Forecast) -> NDArray[np.float64]:
-        if self._goal == "time":
+        if self._goal.is_time:
             return -forecast.log_seconds
-        return np.minimum(forecast.depth, min(self._best_depth, _SATURATED_DEPTH))
+        return np.minimum(forecast.depth, min(self._best_depth, self._rules.saturated_depth))
 
     def _ranked(self, forecast: Forecast) -> NDArray[np.float64]:
         rank = np.searchsorted(self._sorted, self._raw(forecast), side="right")
-        return np.asarray(_RANK_NATS * (rank / len(self.pool) - 1.0))
+        return np.asarray(self._rules.rank_nats * (rank / len(self.pool) - 1.0))
 
     def _features(self, candidates: Candidates, forecast: Forecast) -> NDArray[np.float64]:
         """What a metric depends on: how far training gets, how near instability, how noisy."""

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import math
 import time
 from typing import Any
-from typing import get_args
-from typing import Literal
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +15,6 @@ from optuna.pruners import BasePruner
 from optuna.trial import TrialState
 
 from optuna_ttp._util.checks import check_kind
-from optuna_ttp._util.checks import check_number
 from optuna_ttp._util.checks import check_seed
 from optuna_ttp.calibration import probability_below
 from optuna_ttp.calibration import Z_90
@@ -25,6 +22,8 @@ from optuna_ttp.prediction import check_predictor
 from optuna_ttp.prediction import DIVERGES
 from optuna_ttp.prediction import NOT_REACHED
 from optuna_ttp.prediction import Prediction
+from optuna_ttp.search._goal_of_study import GoalOfHalf
+from optuna_ttp.search._pruner_rules import PrunerRules
 from optuna_ttp.search._running_trial import blown_up
 from optuna_ttp.search._running_trial import RunningTrialJudge
 from optuna_ttp.study import as_logged
@@ -53,10 +52,8 @@ from optuna_ttp.study import RUN
 from optuna_ttp.study import SKIP
 from optuna_ttp.study import state_of
 from optuna_ttp.study import STOP
-from optuna_ttp.study import StudyBudget
 from optuna_ttp.study import tell_that_nothing_ran
 from optuna_ttp.study import tell_that_skipping_is_wrong
-from optuna_ttp.study import TrialBudget
 from optuna_ttp.study import trials_of
 from optuna_ttp.study import write_constraint
 from optuna_ttp.study import write_record
@@ -70,33 +67,20 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
     from optuna_ttp.prediction import SearchPredictor
+    from optuna_ttp.search._goal import Goal
 
-
-Goal = Literal["time", "metric"]
 
 _logger = get_logger("optuna.ttp.pruner")
 
 # The constraint that says by how much a trial is predicted to exceed its budget.
 CONSTRAINT = "ttp_budget"
-# Its bounds, as logarithms.
-_MOST_VIOLATION = 50.0
-# Where the time to the target is searched for and no trial has completed yet, what has a fair
-# chance runs: it may be the only one that gets there.
-_AT_FIRST = 0.2
-# Where so many trials were all skipped, predictions may be to blame.
-_MANY = 5
-# Nothing is skipped for a reason for which so many trials were to be skipped that have reached the
-# target, more than half of the newest that ran nevertheless. After one that got half of the way
-# the next one's turn comes so many times as soon.
-_REFUTED = 2
-_MOST_OF_THE_WAY, _HALF_WAY = 0.9, 0.5
-_MOST_REFUTING = 10
-_SOONER = 3
+# The bounds of its value, which is a logarithm: no storage takes infinity.
+_LARGEST_VIOLATION = 50.0
 # Trials that run in spite of their prediction only because skipping must not go on are stopped
 # once they cannot win any more; those that are to show what skipping costs run to their end.
 _UNWILLING = ("turn", "refuted", "untrusted")
-# As many trials are remembered; others are read from the storage.
-_REMEMBERED = 1024
+# Decisions about so many trials are remembered; others are read from the storage.
+_MOST_REMEMBERED = 1024
 
 
 class TTPPruner(BasePruner):
@@ -104,10 +88,10 @@ class TTPPruner(BasePruner):
 
     **Before the first step** a trial is skipped where training is predicted to diverge; to miss
     the target within the trial's budget; to cost more than a multiple of what the best trial was
-    predicted to cost (``max_cost_ratio``); or not to fit into what is left of the study's budget.
-    With ``goal="metric"`` a trial that is predicted to miss the target runs all the same where its
-    training loss is predicted to get as low as that of any among the best quarter of the completed
-    trials: the target is not what their value depends on.
+    predicted to cost (:class:`~optuna_ttp.PrunerRules`); or not to fit into what is left of the
+    study's budget. With :class:`~optuna_ttp.BestMetric` a trial that is predicted to miss the
+    target runs all the same where its training loss is predicted to get as low as that of any
+    among the best quarter of the completed trials: the target is not what their value depends on.
 
     The decision is made the first time that the objective calls ``trial.should_prune()``: call it
     once the hyperparameters are suggested, before training, or the steps before that call are
@@ -116,14 +100,14 @@ class TTPPruner(BasePruner):
     **During training**, where the objective records its loss with
     :class:`~optuna_ttp.TrainingLog`, the time that is left is predicted from the trial's own
     curve after a fifth of the steps that it may take, and the trial is stopped once its chance to
-    reach the target, or to get as far as those best trials, within its budget is below
-    ``min_chance``; with ``goal="time"`` also once its chance to be faster than the best trial is.
-    A trial is also stopped once its loss has been back where it began for as long as it was below,
-    and for twice the time in which it was predicted to be halved. Two facts, which are no
-    predictions, stop trials whatever is thought of predictions: that the loss has been infinite or
-    NaN for three steps and more; and, with ``goal="time"``, that more time has passed than the
-    fastest trial took, by the seconds of their steps as they were measured, or with the same batch
-    size. Otherwise the wrapped pruner decides.
+    reach the target, or to get as far as those best trials, within its budget is below two per
+    cent; with :class:`~optuna_ttp.FastestToTarget` also once its chance to be faster than the best
+    trial is. A trial is also stopped once its loss has been back where it began for as long as it
+    was below, and for twice the time in which it was predicted to be halved. Two facts, which are
+    no predictions, stop trials whatever is thought of predictions: that the loss has been infinite
+    or NaN for three steps and more; and, with :class:`~optuna_ttp.FastestToTarget`, that more time
+    has passed than the fastest trial took, by the seconds of their steps as they were measured, or
+    with the same batch size. Otherwise the wrapped pruner decides.
 
     Of any ``max_consecutive + 1`` trials in a row one runs at least, whatever is predicted, and
     nothing is skipped while predictions prove worse than a rule of thumb, or while most of the
@@ -137,45 +121,21 @@ class TTPPruner(BasePruner):
         ...     ...
         ...     if trial.should_prune():  # before the first step
         ...         raise optuna.TrialPruned
-        >>> study = optuna.create_study(pruner=TTPPruner(predictor, max_epochs=10))
+        >>> study = optuna.create_study(pruner=TTPPruner(predictor, BestMetric(max_epochs=10)))
 
     Args:
         predictor:
             Predicts the training time of a configuration.
+        goal:
+            What is searched for, and what a trial and the study may take:
+            :class:`~optuna_ttp.BestMetric` or :class:`~optuna_ttp.FastestToTarget`. By default it
+            is that of the study's :class:`~optuna_ttp.TTPSampler`; where neither has one, trials
+            are compared by the study's own values, and a warning says so.
         wrapped_pruner:
-            Any pruner of Optuna, which is asked about trials that are under way. None by default.
+            Any pruner of Optuna, which is asked about running trials. None by default.
         hyperparameters:
             Which trial parameter is which hyperparameter. The parameters ``"learning_rate"``,
             ``"batch_size"`` and ``"momentum"`` by default.
-        max_steps:
-            A trial's budget in optimiser steps. The predictor's horizon by default.
-        max_epochs:
-            A trial's budget in passes over the data. None by default.
-        max_seconds:
-            A trial's budget in seconds of training. None by default.
-        budget:
-            What the whole study may take. No limit by default.
-        goal:
-            ``"time"`` where the objective is the time to the target, ``"metric"`` where it is
-            anything else (the default).
-        tolerance:
-            Skip only what is predicted to take more than so many times the budget, because
-            predictions are not exact. 1.5 by default.
-        min_probability:
-            Skip what reaches the target within that with a smaller probability, before its first
-            step. 0.5 by default: what is more likely to miss it. With ``goal="time"``, as long as
-            no trial has completed, nothing that has a chance of 20 %: it may be the only one.
-        max_cost_ratio:
-            Skip what is predicted to take more than so many times what the best trial was
-            predicted to take. No limit by default.
-        min_chance:
-            Stop trials under way whose chance is smaller. 0.02 by default; zero never does.
-        max_consecutive:
-            After so many skipped trials in a row one runs regardless, so that a study cannot
-            starve. Ten by default.
-        audit:
-            The share of those that were to be skipped which run anyway, drawn at random, so that
-            :func:`~optuna_ttp.report` can tell how often skipping is wrong. None by default.
         shadow:
             Write down what would have been decided, and stop nothing. Off by default. The wrapped
             pruner decides as ever.
@@ -184,7 +144,9 @@ class TTPPruner(BasePruner):
             its predicted steps over its budget, for samplers that heed constraints. Trials above
             zero do not count as feasible. Off by default.
         seed:
-            For the audit.
+            Of the draws that choose trials for the audit. Zero by default.
+        rules:
+            Settings for experts, such as the tolerance and the share of audits.
 
     Raises:
         ValueError:
@@ -197,73 +159,36 @@ class TTPPruner(BasePruner):
     def __init__(
         self,
         predictor: SearchPredictor,
+        goal: Goal | None = None,
         wrapped_pruner: BasePruner | None = None,
         *,
         hyperparameters: HyperparameterMap | None = None,
-        max_steps: int | None = None,
-        max_epochs: float | None = None,
-        max_seconds: float | None = None,
-        budget: StudyBudget | None = None,
-        goal: Goal = "metric",
-        tolerance: float = 1.5,
-        min_probability: float = 0.5,
-        max_cost_ratio: float | None = None,
-        min_chance: float = 0.02,
-        max_consecutive: int = 10,
-        audit: float = 0.0,
         shadow: bool = False,
         constraint: bool = False,
         seed: int = 0,
+        rules: PrunerRules | None = None,
     ) -> None:
         check_kind("shadow", shadow, bool)
         check_kind("constraint", constraint, bool)
         check_predictor(predictor)
         if wrapped_pruner is not None and not isinstance(wrapped_pruner, BasePruner):
             raise TypeError(f"wrapped_pruner must be a pruner but got {wrapped_pruner!r}.")
-        if budget is not None and not isinstance(budget, StudyBudget):
-            raise TypeError(f"budget must be a StudyBudget but got {budget!r}.")
-        if goal not in get_args(Goal):
-            raise ValueError(f"goal must be one of {', '.join(get_args(Goal))} but got {goal!r}.")
-        self._budget = TrialBudget(max_steps, max_epochs, max_seconds)
-        self._budget.check(predictor)
-        check_number("tolerance", tolerance)
-        if not 1 <= tolerance < math.inf:
-            raise ValueError(f"tolerance must be finite and at least 1 but got {tolerance}.")
-        shares = {"min_probability": min_probability, "min_chance": min_chance, "audit": audit}
-        for name, share in shares.items():
-            check_number(name, share)
-            if not 0.0 <= share <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1] but got {share}.")
-        if max_cost_ratio is not None:
-            check_number("max_cost_ratio", max_cost_ratio)
-            if not 1.0 <= max_cost_ratio < math.inf:
-                raise ValueError(
-                    f"max_cost_ratio must be finite and at least 1 but got {max_cost_ratio}."
-                )
-        check_kind("max_consecutive", max_consecutive, int)
-        if max_consecutive < 1:
-            raise ValueError(f"max_consecutive must be at least 1 but got {max_consecutive}.")
-        self._predictor = predictor
         if constraint and not has_constraints():
             raise ValueError(
                 "constraint=True needs Optuna 5 or newer, whose trials have constraints, but got "
                 f"Optuna {optuna.__version__}."
             )
+        rules = PrunerRules() if rules is None else rules
+        check_kind("rules", rules, PrunerRules)
+        self._goal = GoalOfHalf(goal, predictor)
         mapping = map_or_default(hyperparameters)
         self._map = mapping.with_default_momentum(predictor.default_momentum)
         self._learner = Learner(predictor, self._map)
         self._wrapped = wrapped_pruner
-        self._study_budget = budget
-        self._goal = goal
-        self._tolerance = tolerance
-        self._min_probability = min_probability
-        self._max_cost_ratio = max_cost_ratio
-        self._min_chance = min_chance
-        self._max_consecutive = max_consecutive
-        self._audit = audit
         self._shadow = shadow
         self._constraint = constraint
         self._seed = check_seed(seed)
+        self._rules = rules
         self._told = False
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
@@ -339,7 +264,7 @@ class TTPPruner(BasePruner):
                 others = [t for t in trials if t.number != trial.number]
                 known = self._decide(study, trial, others)
             with state.lock:
-                while len(known_trials) >= _REMEMBERED:
+                while len(known_trials) >= _MOST_REMEMBERED:
                     known_trials.pop(next(iter(known_trials)))
                 known_trials[trial.number] = known
         if not known.decision.prune:
@@ -356,12 +281,15 @@ class TTPPruner(BasePruner):
             write_record(study, trial, record)
             return _Known.of(record, self._shadow)
         started = time.perf_counter()
+        goal = self._goal.in_study(study)
         predictor = self._learner.informed(study, trials)
         configuration = configuration.clipped(predictor.n_samples)
-        budget = float(self._budget.steps(predictor, np.array(configuration.batch_size)))
-        horizon = predictor.max_steps if math.isinf(budget) else self._tolerance * budget
+        budget = float(goal.steps(predictor, np.array(configuration.batch_size)))
+        horizon = predictor.max_steps if math.isinf(budget) else self._rules.tolerance * budget
         prediction = predictor.estimate(*configuration, max_steps=max(1, int(horizon)))
-        verdict = self._objection(study, trials, predictor, configuration, prediction, budget)
+        verdict = self._objection(
+            study, goal, trials, predictor, configuration, prediction, budget
+        )
         decision = {"decision": RUN, "reason": f"predicted: {prediction}"}
         if verdict is not None:
             kind, objection = verdict
@@ -403,6 +331,7 @@ class TTPPruner(BasePruner):
     def _objection(
         self,
         study: Study,
+        goal: Goal,
         trials: Sequence[FrozenTrial],
         predictor: SearchPredictor,
         configuration: Configuration,
@@ -414,18 +343,18 @@ class TTPPruner(BasePruner):
             text = str(prediction).removeprefix("diverges: ")
             return "diverges", f"predicted to diverge: {text}"
         horizon = int(prediction.max_steps)
-        if self._is_as_good_as_the_best(study, trials, predictor, configuration, prediction):
-            return self._cost_objection(study, trials, predictor, prediction)
-        least = self._min_probability
-        if self._goal == "time" and incumbent(study, trials) is None:
-            least = min(least, _AT_FIRST)
+        if self._is_as_good_as_the_best(study, goal, trials, predictor, configuration, prediction):
+            return self._cost_objection(study, goal, trials, predictor, prediction)
+        least = self._rules.min_probability
+        if goal.is_time and incumbent(study, trials) is None:
+            least = min(least, self._rules.min_probability_at_first)
         if prediction.outcome == NOT_REACHED and least >= 0.5:
             if math.isinf(budget):
                 return "budget", f"predicted not to reach the target in {horizon:,} steps"
             return (
                 "budget",
                 f"predicted to miss the target by far: not reached in {horizon:,} steps, "
-                f"{self._tolerance:g} times the budget of {budget:,.0f}",
+                f"{self._rules.tolerance:g} times the budget of {budget:,.0f}",
             )
         if float(prediction.p_converges) < least:
             return (
@@ -433,21 +362,22 @@ class TTPPruner(BasePruner):
                 f"predicted to reach the target in {horizon:,} steps with a probability of "
                 f"{float(prediction.p_converges):.0%} only",
             )
-        return self._cost_objection(study, trials, predictor, prediction)
+        return self._cost_objection(study, goal, trials, predictor, prediction)
 
     def _is_as_good_as_the_best(
         self,
         study: Study,
+        goal: Goal,
         trials: Sequence[FrozenTrial],
         predictor: SearchPredictor,
         configuration: Configuration,
         prediction: Prediction,
     ) -> bool:
         """Whether a trial gets to where one of the best ended, short of the target, in time."""
-        if float(prediction.p_diverges) > 1.0 - self._min_probability:
+        if float(prediction.p_diverges) > 1.0 - self._rules.min_probability:
             return False
         # Where the time to the target is searched for, that and nothing short of it counts.
-        if self._goal == "time":
+        if goal.is_time:
             return False
         depth = best_depth(study, trials, predictor)
         if not depth < predictor.target_depth:
@@ -459,31 +389,34 @@ class TTPPruner(BasePruner):
     def _cost_objection(
         self,
         study: Study,
+        goal: Goal,
         trials: Sequence[FrozenTrial],
         predictor: SearchPredictor,
         prediction: Prediction,
     ) -> tuple[str, str] | None:
         """Why a trial that would succeed costs too much, likewise."""
-        seconds = _cost(prediction, predictor)
-        best = None if self._max_cost_ratio is None else incumbent(study, trials)
-        if best is not None and self._max_cost_ratio is not None:
+        seconds = _cost(prediction)
+        best = None if self._rules.max_cost_ratio is None else incumbent(study, trials)
+        if best is not None and self._rules.max_cost_ratio is not None:
             # NaN, where nothing was predicted for it, is not below anything.
             ratio = seconds / predicted_cost(best)
-            if self._probability(prediction, self._max_cost_ratio / ratio) < self._min_probability:
+            if (
+                self._probability(prediction, self._rules.max_cost_ratio / ratio)
+                < self._rules.min_probability
+            ):
                 return (
                     "cost",
                     f"predicted to take {ratio:.3g} times what the best trial, number "
                     f"{best.number}, was predicted to take",
                 )
-        if self._study_budget is not None:
+        budget = goal.study_budget
+        if budget is not None:
             steps = float(np.exp(_log_median(prediction)))
-            if not self._study_budget.fits(trials, seconds, steps):
-                cost = (
-                    f"{seconds:.3g} s" if self._study_budget.in_seconds else f"{steps:.3g} steps"
-                )
+            if not budget.fits(trials, seconds, steps):
+                cost = f"{seconds:.3g} s" if budget.in_seconds else f"{steps:.3g} steps"
                 return (
                     "study_budget",
-                    f"predicted to take {cost}, more than is left of {self._study_budget}",
+                    f"predicted to take {cost}, more than is left of {budget}",
                 )
         return None
 
@@ -505,9 +438,10 @@ class TTPPruner(BasePruner):
         """Why a trial runs in spite of its prediction, as a word and in words."""
         if not predictor.calibration.trusted:
             return "untrusted", f"predictions are {predictor.calibration.fault}"
-        reached = _progress_of_similar_trials(trials, kind)
-        n_reached = sum(gone >= _MOST_OF_THE_WAY for gone in reached)
-        if n_reached >= _REFUTED and 2 * n_reached > len(reached):
+        rules = self._rules
+        reached = _progress_of_similar_trials(trials, kind, rules.most_refuting)
+        n_reached = sum(gone >= rules.nearly_reached for gone in reached)
+        if n_reached >= rules.n_refuting and 2 * n_reached > len(reached):
             count = f"{n_reached} of {len(reached)}"
             tell_that_skipping_is_wrong(study, count)
             return "refuted", f"{count} trials that this was predicted for reached the target"
@@ -515,31 +449,29 @@ class TTPPruner(BasePruner):
             return "shadow", "runs in shadow mode"
         n_skipped = n_skipped_in_a_row(trials)
         # Where the last one that ran in spite of its prediction did well, the next comes sooner.
-        soon = bool(reached) and reached[-1] >= _HALF_WAY
-        if n_skipped >= max(1, self._max_consecutive // (_SOONER if soon else 1)):
-            if _MANY <= n_skipped == len(trials) and not predictor.observations:
+        soon = bool(reached) and reached[-1] >= rules.half_way
+        if n_skipped >= max(1, self._rules.max_consecutive // (rules.sooner if soon else 1)):
+            if rules.n_skipped_to_warn <= n_skipped == len(trials) and not predictor.observations:
                 tell_that_nothing_ran(study, n_skipped, objection)
             return "turn", f"runs after {n_skipped} skipped trials in a row"
         # The same for every process that asks.
-        if np.random.default_rng((self._seed, trial.number)).random() < self._audit:
+        if np.random.default_rng((self._seed, trial.number)).random() < self._rules.audit:
             return "audit", "runs to see whether skipping would have been right"
         return None
 
     def _follow(self, study: Study, trial: FrozenTrial, known: _Known) -> None:
         """Decide again once a trial under way has recorded more of its curve."""
-        if known.prediction is None or self._min_chance == 0.0:
+        if known.prediction is None or self._rules.min_chance == 0.0:
             return
         trial = as_logged(study, trial)
         curve = observed_curve(trial)
         if curve is not None and curve.n_steps <= known.n_steps:
             return
         predictor = self._learner.last(study)
-        stop_reason = blown_up(trial)
+        stop_reason = blown_up(trial, self._rules.running_trial)
         if stop_reason is None and curve is not None and not curve.diverged:
             known.n_steps = curve.n_steps
-            judge = RunningTrialJudge(
-                predictor, self._budget, self._goal == "time", self._min_chance
-            )
+            judge = RunningTrialJudge(predictor, self._goal.in_study(study), self._rules)
             stop_reason = judge.stop_reason(study, trial, known.prediction, curve)
         if stop_reason is None:
             return
@@ -600,7 +532,9 @@ def _log_sd(prediction: Prediction) -> float:
     return max(width / (2.0 * Z_90), 1e-6) if math.isfinite(width) else 1.0
 
 
-def _progress_of_similar_trials(trials: Sequence[FrozenTrial], kind: str) -> list[float]:
+def _progress_of_similar_trials(
+    trials: Sequence[FrozenTrial], kind: str, most: int
+) -> list[float]:
     """How far the newest trials got that ran in spite of this prediction, the target being one."""
     if kind not in ("diverges", "budget"):
         return []
@@ -610,12 +544,12 @@ def _progress_of_similar_trials(trials: Sequence[FrozenTrial], kind: str) -> lis
         if trial.state in FINISHED and "override" in decision and decision.get("kind") == kind:
             gone = progress_to_target(trial)
             reached += [] if math.isnan(gone) else [gone]
-        if len(reached) == _MOST_REFUTING:
+        if len(reached) == most:
             break
     return reached[::-1]
 
 
-def _cost(prediction: Prediction, predictor: SearchPredictor) -> float:
+def _cost(prediction: Prediction) -> float:
     """Predicted seconds; steps where the time of a step is not known."""
     seconds = float(prediction.seconds)
     return float(prediction.steps) if math.isnan(seconds) else seconds
@@ -625,4 +559,4 @@ def _log_ratio(prediction: Prediction, budget: float) -> float:
     """Logarithm of the predicted steps over a budget; no storage takes infinity."""
     steps = float(prediction.steps)
     log_steps = math.log(steps) if math.isfinite(steps) else _log_median(prediction)
-    return float(np.clip(log_steps - math.log(budget), -_MOST_VIOLATION, _MOST_VIOLATION))
+    return float(np.clip(log_steps - math.log(budget), -_LARGEST_VIOLATION, _LARGEST_VIOLATION))

@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import Observation
 from optuna_ttp.calibration import probability_below
+from optuna_ttp.search._pruner_rules import RunningTrialRules
 from optuna_ttp.study import best_depth
 from optuna_ttp.study import entry
 from optuna_ttp.study import incumbent
@@ -35,25 +36,11 @@ if TYPE_CHECKING:
 
     from optuna_ttp.calibration import LossCurve
     from optuna_ttp.prediction import SearchPredictor
-    from optuna_ttp.study import TrialBudget
+    from optuna_ttp.search._goal import Goal
+    from optuna_ttp.search._pruner_rules import PrunerRules
 
 
-# No trial is stopped by its own curve before so large a share of the steps that it may take.
-_EARLIEST = 0.2
-# Nor where it has all but ended: so large a share of them is left, or was too much.
-_NEARLY_DONE = 0.05
-# Training has been thrown back to where it began while its loss is above so much of the initial
-# one, was below, and is probably higher than it was. It is given up for lost after so many times
-# the steps in which it was predicted to be halved, and as many as it took to get there. 32 of the
-# 1,608 recorded runs are (benchmarks/search/parts.py), at 56 % of their epochs; none of them
-# reaches the target all the same, and none is close to the best.
-_NOT_LEARNED = 0.9
-_AMPLE = 2.0
-_ERRORS = 1.0
-_HALVED = math.log(2.0) + 1e-9
-# Steps without a finite loss after which none is to be expected: weights that are NaN stay it, a
-# single loss may be that of a batch that overflowed.
-_SURELY_LOST = 3
+RULES = RunningTrialRules()
 
 
 @dataclass(frozen=True)
@@ -102,18 +89,15 @@ class RunningTrialJudge:
     Attributes:
         predictor:
             As trials have corrected it.
-        budget:
-            Of a trial.
-        timed:
-            Whether the objective is the time to the target.
-        min_chance:
-            Trials whose chance is smaller are given up.
+        goal:
+            Of the search.
+        rules:
+            Of the pruner.
     """
 
     predictor: SearchPredictor
-    budget: TrialBudget
-    timed: bool
-    min_chance: float
+    goal: Goal
+    rules: PrunerRules
 
     def stop_reason(
         self, study: Study, trial: FrozenTrial, prediction: dict[str, Any], curve: LossCurve
@@ -136,8 +120,8 @@ class RunningTrialJudge:
         observation = observation_of(trial, prediction, InitialLoss.of(self.predictor))
         if not isinstance(observation, Observation):
             return None
-        budget = float(self.budget.steps(self.predictor, np.array(prediction["batch_size"])))
-        if abs(budget - curve.n_steps) <= _NEARLY_DONE * budget:
+        budget = float(self.goal.steps(self.predictor, np.array(prediction["batch_size"])))
+        if abs(budget - curve.n_steps) <= self.rules.running_trial.nearly_done * budget:
             # There is nothing to save any more.
             return None
         trials = trials_of(study, (TrialState.COMPLETE,))
@@ -149,11 +133,15 @@ class RunningTrialJudge:
             if stop_reason is not None:
                 return stop_reason
         # The first steps tell little of the last ones.
-        ample = math.isinf(budget) or curve.n_steps >= _EARLIEST * budget
+        ample = math.isinf(budget) or curve.n_steps >= self.rules.running_trial.earliest * budget
         trusted = self.predictor.calibration.trusted
         initial = self.predictor.initial_loss
         passages = observation.predicted, observation.expected
-        if ample and trusted and is_thrown_back(curve, *passages, initial):
+        if (
+            ample
+            and trusted
+            and is_thrown_back(curve, *passages, initial, self.rules.running_trial)
+        ):
             reason = (
                 f"after {curve.n_steps:,.0f} steps its training loss is back where it began, and "
                 "was predicted to be halved in less than half of the steps since it was below"
@@ -183,10 +171,14 @@ class RunningTrialJudge:
                 steps, log_sd = (math.inf, 0.0) if rest is None else rest
                 return StopReason(reason, fastest.measured, min(steps, budget - n_steps), log_sd)
             what += f" ({told})"
-        if rest is None or not math.isfinite(limit) or n_steps < _EARLIEST * limit:
+        if (
+            rest is None
+            or not math.isfinite(limit)
+            or n_steps < self.rules.running_trial.earliest * limit
+        ):
             return None
         chance = _chance(rest, limit - n_steps)
-        if chance >= self.min_chance or not self.predictor.calibration.trusted:
+        if chance >= self.rules.min_chance or not self.predictor.calibration.trusted:
             return None
         reason = (
             f"after {n_steps:,.0f} steps its chance to {what} is {chance:.1%}: about "
@@ -201,7 +193,7 @@ class RunningTrialJudge:
         whether the best ones reach the target.
         """
         target = self.predictor.target_depth
-        depth = target if self.timed else best_depth(study, trials, self.predictor)
+        depth = target if self.goal.is_time else best_depth(study, trials, self.predictor)
         if depth < target:
             return depth, "get as far as the best trials"
         return (depth if math.isinf(depth) else target), "reach the target"
@@ -215,7 +207,7 @@ class RunningTrialJudge:
         """
         best = incumbent(study, trials)
         found: list[_Fastest] = []
-        for trial in trials if self.timed else ():
+        for trial in trials if self.goal.is_time else ():
             of = entry(trial, PREDICTION)
             steps = observed_steps(trial, self.predictor)
             is_best = best is not None and trial.number == best.number
@@ -236,18 +228,20 @@ class RunningTrialJudge:
         return min(found, key=lambda f: (f.steps, f.number), default=None)
 
 
-def blown_up(trial: FrozenTrial) -> StopReason | None:
+def blown_up(trial: FrozenTrial, rules: RunningTrialRules) -> StopReason | None:
     """Tell why a trial is lost whose loss is not finite any more.
 
     Args:
         trial:
             The running trial.
+        rules:
+            The tuned numbers.
 
     Returns:
         Why, or :obj:`None` where it is.
     """
     n_steps = lost_steps(trial)
-    if n_steps < _SURELY_LOST:
+    if n_steps < rules.n_not_finite:
         return None
     reason = f"its training loss has been infinite or NaN for {n_steps:,} steps"
     return StopReason(reason, True, math.nan, 0.0)
@@ -270,6 +264,7 @@ def is_thrown_back(
     predicted: NDArray[np.float64],
     expected: NDArray[np.float64],
     initial_loss: float,
+    rules: RunningTrialRules = RULES,
 ) -> bool:
     """Tell whether training is back where it began, in ample time to be elsewhere.
 
@@ -283,23 +278,25 @@ def is_thrown_back(
             The same as corrected by earlier trials.
         initial_loss:
             At the pretrained weights.
+        rules:
+            The tuned numbers.
 
     Returns:
         Whether it is.
     """
-    start = _NOT_LEARNED * initial_loss
+    start = rules.not_learned * initial_loss
     # Noise alone takes a curve below its start and back.
-    below = np.flatnonzero(curve.losses * np.exp(_ERRORS * curve.errors) < start)
+    below = np.flatnonzero(curve.losses * np.exp(rules.sure_errors * curve.errors) < start)
     if not len(below) or curve.losses[-1] < start or not curve.has_risen:
         return False
-    halved = _halved(predicted, expected)
+    halved = _halved(rules.halved_depth, predicted, expected)
     if halved is None:
         return False
     last = float(curve.steps[below[-1]])
-    return curve.n_steps - last > max(_AMPLE * halved, last)
+    return curve.n_steps - last > max(rules.patience * halved, last)
 
 
-def _halved(*log_steps: NDArray[np.float64]) -> float | None:
+def _halved(depth: float, *log_steps: NDArray[np.float64]) -> float | None:
     """The latest of several predictions of when the loss is halved; None where there is none."""
-    told = [logs[np.isfinite(logs) & (DEPTHS <= _HALVED)] for logs in log_steps]
+    told = [logs[np.isfinite(logs) & (depth >= DEPTHS)] for logs in log_steps]
     return max((math.exp(logs[-1]) for logs in told if len(logs)), default=None)

@@ -10,7 +10,6 @@ from functools import partial
 import math
 import time
 from typing import Any
-from typing import get_args
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,16 +29,17 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from optuna_ttp._util.checks import check_kind
-from optuna_ttp._util.checks import check_number
 from optuna_ttp._util.checks import check_seed
 from optuna_ttp.prediction import check_predictor
 from optuna_ttp.search._candidates import Candidates
 from optuna_ttp.search._candidates import drawn
 from optuna_ttp.search._forecast import Forecast
+from optuna_ttp.search._goal import Goal
+from optuna_ttp.search._goal_of_study import GoalOfHalf
+from optuna_ttp.search._goal_of_study import half_inside
 from optuna_ttp.search._preference import Evidence
 from optuna_ttp.search._preference import Preference
-from optuna_ttp.search._pruner import Goal
-from optuna_ttp.search._pruner import TTPPruner
+from optuna_ttp.search._sampler_rules import SamplerRules
 from optuna_ttp.study import DECISION
 from optuna_ttp.study import entry
 from optuna_ttp.study import fail_trial
@@ -58,8 +58,6 @@ from optuna_ttp.study import resolve_for_trial
 from optuna_ttp.study import single_value
 from optuna_ttp.study import state_of
 from optuna_ttp.study import STOP
-from optuna_ttp.study import StudyBudget
-from optuna_ttp.study import TrialBudget
 from optuna_ttp.study import trials_of
 from optuna_ttp.study import weighed
 from optuna_ttp.study import write_record
@@ -82,14 +80,8 @@ _WEIGHED = (GPSampler, TPESampler)
 _PATIENT = (RandomSampler, TPESampler, GPSampler, CmaEsSampler)
 # Samplers whose independent proposals are random draws that do not depend on each other.
 _INDEPENDENT = (*_PATIENT, NSGAIIISampler, NSGAIISampler, QMCSampler)
-# A prior's weight falls with the number of trials as so many over it (piBO).
-_PRIOR_TRIALS = 30.0
-# Trusted predictions weigh as much at least: their errors are known to do no harm.
-_LEAST_TRUST = 0.3
-# Pools of candidates that are kept: fixed parameters make a space of their own.
+# Pools of candidates that are remembered: fixed parameters make a space of their own.
 _MOST_POOLS = 32
-# The newest so many values are learned from.
-_MOST_VALUES = 100
 # Nats against what was tried before.
 _UNWANTED = 1e6
 
@@ -111,11 +103,12 @@ class TTPSampler(BaseSampler):
     left to the base sampler. So are all once predictions turn out neither to rank the trials that
     ran nor to come close.
 
-    Two questions can be asked. With ``goal="time"``, which configuration is the fastest to the
-    predictor's target: ``m`` is the logarithm of the predicted time, in units of its error. With
-    ``goal="metric"``, which one is best at the end of a trial's budget: ``m`` ranks configurations
-    by the depth that their training loss is predicted to get to by then, up to where the
-    validation loss is predicted to turn; as values come in, a Gaussian process of the values over
+    Two questions can be asked. With :class:`~optuna_ttp.FastestToTarget`, which configuration is
+    the fastest to the predictor's target: ``m`` is the logarithm of the predicted time, in units
+    of its error. With :class:`~optuna_ttp.BestMetric`, which one is best at the end of a trial's
+    budget: ``m`` ranks configurations by the depth that their training loss is predicted to get to
+    by then, up to where the validation loss is predicted to turn; as values come in, a Gaussian
+    process of the values over
     predicted depth, stability and noise takes its place, as far as it proves right. A trial that
     :class:`~optuna_ttp.TTPPruner` stopped, or whose training loss became infinite or NaN, counts
     as one of the worst.
@@ -128,12 +121,17 @@ class TTPSampler(BaseSampler):
 
     Example:
         >>> study = optuna.create_study(
-        ...     sampler=TTPSampler(predictor, base_sampler=TPESampler(seed=1), seed=1)
+        ...     sampler=TTPSampler(predictor, goal, TPESampler(seed=1), seed=1)
         ... )
 
     Args:
         predictor:
             Predicts the training time of a configuration.
+        goal:
+            What is searched for, and what a trial and the study may take:
+            :class:`~optuna_ttp.BestMetric` or :class:`~optuna_ttp.FastestToTarget`. By default it
+            is that of the study's :class:`~optuna_ttp.TTPPruner`; where neither has one, trials
+            are compared by the study's own values, and a warning says so.
         base_sampler:
             Any sampler of Optuna. A :class:`~optuna.samplers.TPESampler` with the same seed by
             default.
@@ -142,32 +140,17 @@ class TTPSampler(BaseSampler):
             ``"batch_size"`` and ``"momentum"`` by default.
         search_space:
             Distributions of the parameters that the map reads, so that they are chosen together
-            from the first trial on. By default they are found from the finished trials.
-        goal:
-            ``"time"`` (the default) or ``"metric"``.
-        max_steps:
-            A trial's budget in optimiser steps. The predictor's horizon by default.
-        max_epochs:
-            A trial's budget in passes over the data. None by default.
-        max_seconds:
-            A trial's budget in seconds of training. None by default.
-        budget:
-            What the whole study may take. No limit by default.
-        n_design_trials:
-            How many trials the design has. Five by default.
-        n_candidates:
-            How many independent proposals to choose from. Eight by default; one leaves the base
-            sampler alone.
-        exploration:
-            The share of trials after the design that are left to the base sampler. 0.1 by
-            default; with one, all trials are.
+            from the first trial on. By default they are taken from the finished trials.
         allow_duplicates:
             Whether a configuration that ran may be proposed again, as makes sense where the
             objective is noisy. Off by default. Where the search space has other parameters, the
             three may be proposed again with other values of those.
         seed:
-            For that share and the design, and for the default base sampler. Where a study goes on
-            with a new sampler, the number of its first trial counts, too.
+            Of the design and of the draws that leave trials to the base sampler, and of the
+            default base sampler. Where a study goes on with a new sampler, the number of its
+            first trial counts, too. Random by default.
+        rules:
+            Settings for experts, such as the length of the design.
 
     Raises:
         ValueError:
@@ -179,64 +162,33 @@ class TTPSampler(BaseSampler):
     def __init__(
         self,
         predictor: SearchPredictor,
+        goal: Goal | None = None,
         base_sampler: BaseSampler | None = None,
         *,
         hyperparameters: HyperparameterMap | None = None,
         search_space: Mapping[str, BaseDistribution] | None = None,
-        goal: Goal = "time",
-        max_steps: int | None = None,
-        max_epochs: float | None = None,
-        max_seconds: float | None = None,
-        budget: StudyBudget | None = None,
-        n_design_trials: int = 5,
-        n_candidates: int = 8,
-        exploration: float = 0.1,
         allow_duplicates: bool = False,
         seed: int | None = None,
+        rules: SamplerRules | None = None,
     ) -> None:
         check_predictor(predictor)
         if base_sampler is not None and not isinstance(base_sampler, BaseSampler):
             raise TypeError(f"base_sampler must be a sampler but got {base_sampler!r}.")
-        if search_space is not None and not isinstance(search_space, Mapping):
-            raise TypeError(
-                f"search_space must map names to distributions but got {search_space!r}."
-            )
-        for name, distribution in (search_space or {}).items():
-            if not isinstance(distribution, BaseDistribution):
-                raise TypeError(
-                    f"search_space must map names to distributions but got {distribution!r} for "
-                    f"{name!r}."
-                )
-        if budget is not None and not isinstance(budget, StudyBudget):
-            raise TypeError(f"budget must be a StudyBudget but got {budget!r}.")
-        if goal not in get_args(Goal):
-            raise ValueError(f"goal must be one of {', '.join(get_args(Goal))} but got {goal!r}.")
-        check_kind("n_design_trials", n_design_trials, int)
-        check_kind("n_candidates", n_candidates, int)
-        check_number("exploration", exploration)
+        _check_space(search_space)
+        check_kind("allow_duplicates", allow_duplicates, bool)
         if seed is not None:
             check_seed(seed)
-        if n_design_trials < 0:
-            raise ValueError(f"n_design_trials must not be negative but got {n_design_trials}.")
-        if n_candidates < 1:
-            raise ValueError(f"n_candidates must be at least 1 but got {n_candidates}.")
-        if not 0.0 <= exploration <= 1.0:
-            raise ValueError(f"exploration must be in [0, 1] but got {exploration}.")
-        self._budget = TrialBudget(max_steps, max_epochs, max_seconds)
-        self._budget.check(predictor)
+        rules = SamplerRules() if rules is None else rules
+        check_kind("rules", rules, SamplerRules)
+        self._goal = GoalOfHalf(goal, predictor)
         mapping = map_or_default(hyperparameters)
         self._map = mapping.with_default_momentum(predictor.default_momentum)
         self._learner = Learner(predictor, self._map)
         self._base = TPESampler(seed=seed) if base_sampler is None else base_sampler
         self._given_space = None if search_space is None else dict(search_space)
-        self._goal = goal
-        self._study_budget = budget
-        self._n_design_trials = n_design_trials
-        self._n_candidates = n_candidates
-        self._exploration = exploration
-        check_kind("allow_duplicates", allow_duplicates, bool)
         self._allow_duplicates = allow_duplicates
         self._seed = seed
+        self._rules = rules
         self._own_base = base_sampler is None
         self._has_begun = False
         self._rng = np.random.default_rng(seed)
@@ -267,7 +219,7 @@ class TTPSampler(BaseSampler):
             ValueError:
                 If the study has several objectives and a :class:`~optuna_ttp.TTPPruner`.
         """
-        if is_multi_objective(study) and isinstance(study.pruner, TTPPruner):
+        if is_multi_objective(study) and half_inside(study.pruner) is not None:
             fail_trial(study, trial)
             raise ValueError(
                 "Optuna does not prune in studies with several objectives, but this one has "
@@ -280,6 +232,7 @@ class TTPSampler(BaseSampler):
                 self._rng = np.random.default_rng((self._seed, trial.number))
                 if self._own_base:
                     self._base = TPESampler(seed=int(self._rng.integers(2**32)))
+        self._goal.in_study(study)
         self._base.before_trial(study, trial)
 
     def infer_relative_search_space(
@@ -323,7 +276,7 @@ class TTPSampler(BaseSampler):
         if preference is None:
             return self._base.sample_relative(study, trial, base_space)
         base = innermost_sampler(self._base)
-        if isinstance(base, _PATIENT) and preference.n_before < self._n_design_trials:
+        if isinstance(base, _PATIENT) and preference.n_before < self._rules.n_design_trials:
             chosen = preference.next_of_design()
             if chosen is not None:
                 return self._complete(study, trial, search_space, chosen)
@@ -343,7 +296,7 @@ class TTPSampler(BaseSampler):
             # Where a parameter is left out, the base sampler is asked once the trial suggests it.
             return relative
         candidates = [
-            self._complete(study, trial, search_space, {}) for _ in range(self._n_candidates)
+            self._complete(study, trial, search_space, {}) for _ in range(self._rules.n_candidates)
         ]
         weights = preference.weigh(candidates)
         _logger.debug(f"Weights of the candidates: {np.round(weights, 3).tolist()}.")
@@ -468,7 +421,7 @@ class TTPSampler(BaseSampler):
             return None
         others = [t for t in trials if t.number != trial.number]
         n_before = sum(t.state != TrialState.FAIL for t in others)
-        if self._n_candidates == 1 or self._explores(n_before):
+        if self._rules.n_candidates == 1 or self._explores(n_before):
             return None
         predictor = self._learner.informed(study, others)
         if not predictor.calibration.trusted:
@@ -481,19 +434,21 @@ class TTPSampler(BaseSampler):
             return None
         repeat = self._allow_duplicates or not set(search_space) <= set(own)
         evidence, n_unknown = self._evidence(study, others, predictor)
-        share = 1.0 if self._study_budget is None else self._study_budget.share_left(others)
+        goal = self._goal.in_study(study)
+        share = 1.0 if goal.study_budget is None else goal.study_budget.share_left(others)
         preference = Preference(
             pool.candidates,
-            pool.forecast(predictor, self._expected),
-            self._goal,
-            predictor.best_depth if self._goal == "metric" else math.inf,
+            pool.forecast(predictor, goal, self._expected),
+            goal,
+            math.inf if goal.is_time else predictor.best_depth,
             evidence,
-            partial(self._expected, predictor),
+            partial(self._expected, goal, predictor),
             share,
+            self._rules.preference,
         )
         trust = predictor.calibration.trust
-        weight = 1.0 if math.isnan(trust) else min(1.0, max(_LEAST_TRUST, trust))
-        weight *= min(1.0, _PRIOR_TRIALS / max(n_before, 1))
+        weight = 1.0 if math.isnan(trust) else min(1.0, max(self._rules.least_trust, trust))
+        weight *= min(1.0, self._rules.prior_trials / max(n_before, 1))
         return _Choice(
             preference,
             partial(self._resolve, predictor),
@@ -522,14 +477,16 @@ class TTPSampler(BaseSampler):
                     pools.clear()
                 # The same ones again after the study was put aside.
                 rng = np.random.default_rng(self._pool_seed)
-                params = [{**known, **p} for p in drawn(space, rng)]
+                params = [{**known, **p} for p in drawn(space, rng, self._rules)]
                 pools[key] = _Pool(Candidates.of(params, partial(self._resolve, predictor)))
             return pools[key]
 
     def _explores(self, n_before: int) -> bool:
         """Draw whether a trial is left to the base sampler. The design spreads out by itself."""
-        drawn_one = self._rng.random() < self._exploration
-        return drawn_one and (n_before >= self._n_design_trials or self._exploration == 1.0)
+        drawn_one = self._rng.random() < self._rules.exploration
+        return drawn_one and (
+            n_before >= self._rules.n_design_trials or self._rules.exploration == 1.0
+        )
 
     def _known_params(
         self, study: Study, trial: FrozenTrial, stored: FrozenTrial | None
@@ -559,7 +516,7 @@ class TTPSampler(BaseSampler):
                     n_unknown += 1
                 else:
                     under_way.append(configuration)
-            tried, newest = [*seen.tried, *under_way], seen.values[-_MOST_VALUES:]
+            tried, newest = [*seen.tried, *under_way], seen.values[-self._rules.n_newest_values :]
         evidence = Evidence(
             Candidates.resolved(tried),
             Candidates.resolved([configuration for configuration, _ in newest]),
@@ -567,14 +524,16 @@ class TTPSampler(BaseSampler):
         )
         return evidence, n_unknown
 
-    def _expected(self, predictor: SearchPredictor, candidates: Candidates) -> Forecast:
+    def _expected(
+        self, goal: Goal, predictor: SearchPredictor, candidates: Candidates
+    ) -> Forecast:
         return Forecast.of(
             predictor,
             candidates.learning_rate,
             candidates.batch_size,
             candidates.momentum,
-            self._budget,
-            trains_to_budget=self._goal == "metric",
+            goal,
+            self._rules.forecast,
         )
 
     def _complete(
@@ -601,6 +560,18 @@ class TTPSampler(BaseSampler):
             # In a branch of a conditional space whose parameters are not known.
             return None
         return None if configuration is None else configuration.clipped(predictor.n_samples)
+
+
+def _check_space(search_space: Any) -> None:
+    """Raise TypeError unless an argument maps names to distributions, or is none."""
+    if search_space is not None and not isinstance(search_space, Mapping):
+        raise TypeError(f"search_space must map names to distributions but got {search_space!r}.")
+    for name, distribution in (search_space or {}).items():
+        if not isinstance(distribution, BaseDistribution):
+            raise TypeError(
+                f"search_space must map names to distributions but got {distribution!r} for "
+                f"{name!r}."
+            )
 
 
 def _without(trial: FrozenTrial) -> float:
@@ -633,16 +604,19 @@ class _Pool:
 
     def __init__(self, candidates: Candidates) -> None:
         self.candidates = candidates
-        self._last: tuple[SearchPredictor, Forecast] | None = None
+        self._last: tuple[SearchPredictor, Goal, Forecast] | None = None
 
     def forecast(
         self,
         predictor: SearchPredictor,
-        expected: Callable[[SearchPredictor, Candidates], Forecast],
+        goal: Goal,
+        expected: Callable[[Goal, SearchPredictor, Candidates], Forecast],
     ) -> Forecast:
-        if self._last is None or self._last[0] is not predictor:
-            self._last = predictor, expected(predictor, self.candidates)
-        return self._last[1]
+        last = self._last
+        if last is None or last[0] is not predictor or last[1] != goal:
+            last = predictor, goal, expected(goal, predictor, self.candidates)
+            self._last = last
+        return last[2]
 
 
 class _SamplerMemory:

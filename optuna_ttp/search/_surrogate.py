@@ -8,10 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-# What counts as noise.
-_NOISE = 0.3
-
-
 @dataclass(frozen=True, eq=False)
 class Surrogate:
     """A Gaussian process of the values over what predictions say of a configuration.
@@ -45,6 +41,7 @@ class Surrogate:
         values: NDArray[np.float64],
         mean: NDArray[np.float64],
         sd: NDArray[np.float64],
+        noise: float,
     ) -> Surrogate:
         """Fit it.
 
@@ -57,6 +54,8 @@ class Surrogate:
                 Of the features as they come, shape ``(F,)``.
             sd:
                 Their standard deviation.
+            noise:
+                Standard deviation of the noise of a value's normal score.
 
         Returns:
             The surrogate.
@@ -67,7 +66,7 @@ class Surrogate:
 
         # Normal scores: a loss that blew up is worst, not a million times worse.
         y = np.asarray(ndtri((rankdata(values) - 0.5) / len(values)), dtype=np.float64)
-        kernel = _kernel(x, x) + _NOISE**2 * np.eye(len(x))
+        kernel = _kernel(x, x) + noise**2 * np.eye(len(x))
         inverse = np.linalg.inv(kernel)
         solved = inverse @ y
         # Left out one at a time (Rasmussen and Williams, 2006, equation 5.12).

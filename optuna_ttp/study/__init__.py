@@ -55,7 +55,6 @@ from optuna_ttp.study._study_state import state_of
 from optuna_ttp.study._training_log import as_logged
 from optuna_ttp.study._training_log import TrainingLog
 from optuna_ttp.study._training_log import unclosed
-from optuna_ttp.study._trial_budget import TrialBudget
 from optuna_ttp.study._unusable_curve import UnusableCurve
 
 
@@ -77,7 +76,6 @@ __all__ = [
     "MissingParameterError",
     "StudyBudget",
     "TrainingLog",
-    "TrialBudget",
     "UnusableCurve",
     "as_logged",
     "best_depth",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 import math
 from typing import TYPE_CHECKING
@@ -25,26 +26,27 @@ if TYPE_CHECKING:
 _logger = get_logger("optuna.ttp.budget")
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
 class StudyBudget:
     """What a whole study may take, and whether another trial is worth starting.
 
     As a callback it stops the study once what is left is less than the quickest trial so far is
-    likely to take. Given to :class:`~optuna_ttp.TTPPruner`, it skips trials that are predicted not
-    to fit into what is left; given to :class:`~optuna_ttp.TTPSampler`, it cools the weight of
-    predicted cost as it is spent.
+    likely to take. As part of the goal of a search it makes :class:`~optuna_ttp.TTPPruner` skip
+    trials that are predicted not to fit into what is left, and :class:`~optuna_ttp.TTPSampler`
+    give less weight to predicted cost the less is left.
 
     Example:
         >>> budget = StudyBudget(seconds=3600)
+        >>> goal = BestMetric(max_epochs=3, study_budget=budget)
         >>> study = optuna.create_study(
-        ...     sampler=TTPSampler(predictor, budget=budget),
-        ...     pruner=TTPPruner(predictor, budget=budget),
+        ...     sampler=TTPSampler(predictor, goal), pruner=TTPPruner(predictor, goal)
         ... )
         >>> study.optimize(objective, callbacks=[budget])
 
     Args:
         seconds:
             Seconds of all trials, added up over the workers. What was spent before the first
-            trial, on a spectrum, is not in them.
+            trial, on a spectrum, does not count.
         steps:
             Optimiser steps of all trials, as far as they are recorded with
             :class:`~optuna_ttp.TrainingLog`.
@@ -52,21 +54,35 @@ class StudyBudget:
     Raises:
         ValueError:
             If not exactly one of them is given, or it is not positive.
+        TypeError:
+            If it is not a number.
     """
 
-    def __init__(self, *, seconds: float | None = None, steps: float | None = None) -> None:
-        if (seconds is None) == (steps is None):
+    seconds: float | None = None
+    steps: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.seconds is None) == (self.steps is None):
             raise ValueError(
-                f"Exactly one of seconds and steps must be given but got {seconds} and {steps}."
+                "Exactly one of seconds and steps must be given but got "
+                f"{self.seconds} and {self.steps}."
             )
-        limit = seconds if seconds is not None else steps
-        assert limit is not None
-        name = "seconds" if seconds is not None else "steps"
+        name, limit = ("seconds", self.seconds) if self.in_seconds else ("steps", self.steps)
         check_number(name, limit)
-        if not limit > 0 or not math.isfinite(limit):
+        if not self.limit > 0 or not math.isfinite(self.limit):
             raise ValueError(f"{name} must be positive and finite but got {limit}.")
-        self.limit = float(limit)
-        self.in_seconds = seconds is not None
+
+    @property
+    def in_seconds(self) -> bool:
+        """Whether the budget is in seconds, and not in steps."""
+        return self.seconds is not None
+
+    @property
+    def limit(self) -> float:
+        """The budget, in seconds or steps."""
+        limit = self.steps if self.seconds is None else self.seconds
+        assert limit is not None
+        return float(limit)
 
     def __repr__(self) -> str:
         return f"StudyBudget({'seconds' if self.in_seconds else 'steps'}={self.limit:g})"

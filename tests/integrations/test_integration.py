@@ -20,8 +20,11 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import pytest
 
+from optuna_ttp import BestMetric
+from optuna_ttp import FastestToTarget
 from optuna_ttp import HyperparameterMap
 from optuna_ttp import report
+from optuna_ttp import SamplerRules
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp.study import DECISION
@@ -71,7 +74,9 @@ def _study(
 ) -> optuna.Study:
     predictor = quick_predictor()
     return optuna.create_study(
-        sampler=TTPSampler(predictor, base, n_candidates=3, seed=0),
+        sampler=TTPSampler(
+            predictor, BestMetric(), base, seed=0, rules=SamplerRules(n_candidates=3)
+        ),
         pruner=TTPPruner(predictor) if pruner is None else pruner,
         **arguments,
     )
@@ -94,7 +99,7 @@ def _check(trials: list[FrozenTrial], n_trials: int) -> None:
 
 @pytest.mark.parametrize("pruner", list(PRUNERS.values()), ids=list(PRUNERS))
 def test_every_pruner_of_optuna_can_be_wrapped(pruner: Callable[[], BasePruner]) -> None:
-    wrapped = TTPPruner(quick_predictor(), wrapped_pruner=pruner())
+    wrapped = TTPPruner(quick_predictor(), BestMetric(), pruner())
     study = _study(samplers.RandomSampler(seed=0), pruner=wrapped)
     study.enqueue_trial(DIVERGING)
     # The threshold stops what is fast, which is what is proposed first.
@@ -212,7 +217,7 @@ def test_a_conditional_space_trains_every_branch(base: Callable[[], BaseSampler]
         momentum=lambda p: p["momentum"] if p["optimizer"] == "sgd" else None
     )
     study = optuna.create_study(
-        sampler=TTPSampler(predictor, base(), hyperparameters=mapping, seed=0),
+        sampler=TTPSampler(predictor, BestMetric(), base(), hyperparameters=mapping, seed=0),
         pruner=TTPPruner(predictor, hyperparameters=mapping),
     )
     study.enqueue_trial({"optimizer": "adam"})
@@ -236,7 +241,7 @@ def test_partially_fixed_trials(base: str, outside: bool) -> None:
         study.sampler = samplers.PartialFixedSampler(fixed, study.sampler)
     else:
         inside = samplers.PartialFixedSampler(fixed, BASES[base]())
-        study.sampler = TTPSampler(quick_predictor(), inside, seed=0)
+        study.sampler = TTPSampler(quick_predictor(), BestMetric(), inside, seed=0)
     study.optimize(objective, n_trials=9)
     _check(study.trials, 9)
     assert {trial.params["batch_size"] for trial in study.trials} == {6}
@@ -319,7 +324,7 @@ def test_several_objectives_with_the_sampler_alone(base: str) -> None:
 
     study = optuna.create_study(
         directions=["minimize", "maximize"],
-        sampler=TTPSampler(quick_predictor(), BASES[base](), seed=0),
+        sampler=TTPSampler(quick_predictor(), FastestToTarget(), BASES[base](), seed=0),
     )
     study.optimize(two, n_trials=10)
     _check(study.trials, 10)
@@ -329,7 +334,7 @@ def test_several_objectives_with_the_sampler_alone(base: str) -> None:
 def test_several_objectives_with_the_pruner_are_refused() -> None:
     study = optuna.create_study(
         directions=["minimize", "maximize"],
-        sampler=TTPSampler(quick_predictor(), seed=0),
+        sampler=TTPSampler(quick_predictor(), BestMetric(), seed=0),
         pruner=TTPPruner(quick_predictor()),
     )
     with pytest.raises(ValueError, match="does not prune in studies with several objectives"):

@@ -12,8 +12,8 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import pytest
 
+from optuna_ttp import FastestToTarget
 from optuna_ttp import report
-from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp.study import DECISION
 from optuna_ttp.study import entry
@@ -26,6 +26,7 @@ from tests.studies import asked
 from tests.studies import DIVERGING
 from tests.studies import FAST
 from tests.studies import HOPELESS
+from tests.studies import make_pruner
 from tests.studies import objective
 from tests.studies import predicted_steps
 from tests.studies import quick_predictor
@@ -37,9 +38,8 @@ START = datetime(2026, 1, 1)
 
 
 def _study(**arguments: Any) -> optuna.Study:
-    predictor = quick_predictor()
     return optuna.create_study(
-        sampler=TTPSampler(predictor, seed=0), pruner=TTPPruner(predictor, **arguments)
+        sampler=TTPSampler(quick_predictor(), seed=0), pruner=make_pruner(**arguments)
     )
 
 
@@ -286,7 +286,7 @@ def test_a_study_with_several_objectives_gets_a_report() -> None:
 
 
 def test_trials_skipped_in_a_row_are_counted_back_to_one_that_ran() -> None:
-    study = _study(max_steps=16, goal="time")
+    study = _study(max_steps=16, goal=FastestToTarget)
     assert n_skipped_in_a_row(study.trials) == 0
     _run(study, SLOW, FAST, SLOW, DIVERGING)
     assert n_skipped_in_a_row(study.trials) == 2

@@ -3,6 +3,8 @@ from __future__ import annotations
 import optuna
 import pytest
 
+from optuna_ttp import FastestToTarget
+from optuna_ttp import SamplerRules
 from optuna_ttp import SGD
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
@@ -25,7 +27,8 @@ def _study(optimizer: SGD, base: optuna.samplers.BaseSampler) -> optuna.Study:
     predictor = TrainingTimePredictor(
         small_spectrum(), target_fraction=0.5, max_steps=60, optimizer=optimizer
     )
-    sampler = TTPSampler(predictor, base, n_candidates=3, exploration=0.0, seed=0)
+    rules = SamplerRules(n_candidates=3, exploration=0.0)
+    sampler = TTPSampler(predictor, FastestToTarget(), base, seed=0, rules=rules)
     return optuna.create_study(sampler=sampler, pruner=TTPPruner(predictor))
 
 

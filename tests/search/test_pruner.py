@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import pytest
 
+from optuna_ttp import BestMetric
 from optuna_ttp import HyperparameterMap
 from optuna_ttp import report
 from optuna_ttp import TrainingLog
@@ -31,6 +32,8 @@ from tests.studies import DIVERGING
 from tests.studies import FAST
 from tests.studies import HOPELESS
 from tests.studies import losses
+from tests.studies import make_pruner
+from tests.studies import make_sampler
 from tests.studies import objective
 from tests.studies import predicted_seconds
 from tests.studies import predicted_steps
@@ -52,7 +55,7 @@ class _Asked(BasePruner):
 
 
 def _pruner(**arguments: Any) -> TTPPruner:
-    return TTPPruner(quick_predictor(), **arguments)
+    return make_pruner(**arguments)
 
 
 def _study(pruner: BasePruner | None = None, **arguments: Any) -> optuna.Study:
@@ -101,7 +104,7 @@ def test_without_a_budget_the_horizon_of_the_predictor_counts() -> None:
     assert _is_skipped(study, HOPELESS)
     assert _decision(study) == ("skip", "predicted not to reach the target in 60 steps")
     far = TrainingTimePredictor(small_spectrum(), target_fraction=0.5, max_steps=200_000)
-    assert not _is_skipped(_study(TTPPruner(far)), HOPELESS)
+    assert not _is_skipped(_study(TTPPruner(far, BestMetric())), HOPELESS)
 
 
 def test_a_budget_beyond_the_horizon_counts_instead_of_it() -> None:
@@ -463,9 +466,9 @@ def test_what_was_to_be_skipped_and_misses_the_target_is_skipped_on() -> None:
 def test_switches_must_be_booleans(name: str) -> None:
     wrong: Any = "no"
     with pytest.raises(TypeError, match=f"{name} must be a bool but got 'no'"):
-        TTPPruner(quick_predictor(), **{name: wrong})
+        make_pruner(**{name: wrong})
     with pytest.raises(TypeError, match="allow_duplicates must be a bool but got 'no'"):
-        TTPSampler(quick_predictor(), allow_duplicates=wrong)
+        make_sampler(allow_duplicates=wrong)
 
 
 def test_predictions_that_rank_the_trials_keep_skipping_also_when_far_off() -> None:
@@ -494,7 +497,7 @@ def test_what_was_observed_moves_the_limit() -> None:
 
 
 def test_the_pruner_works_without_our_sampler_and_with_it() -> None:
-    for sampler in (optuna.samplers.TPESampler(seed=0), TTPSampler(quick_predictor(), seed=0)):
+    for sampler in (optuna.samplers.TPESampler(seed=0), make_sampler(goal=BestMetric, seed=0)):
         study = optuna.create_study(sampler=sampler, pruner=_pruner())
         study.optimize(objective, n_trials=12)
         states = {trial.state for trial in study.trials}
@@ -547,8 +550,8 @@ def test_a_budget_in_seconds_needs_the_time_of_a_step() -> None:
     spectrum = replace(small_spectrum(), throughput=None)
     predictor = TrainingTimePredictor(spectrum, target_fraction=0.5, max_steps=60)
     with pytest.raises(ValueError, match=r"measure_speed=False\. Give max_steps or max_epochs"):
-        TTPPruner(predictor, max_seconds=10.0)
-    study = _study(TTPPruner(predictor, max_epochs=6))
+        TTPPruner(predictor, BestMetric(max_seconds=10.0))
+    study = _study(TTPPruner(predictor, BestMetric(max_epochs=6)))
     assert [_is_skipped(study, SLOW), _is_skipped(study, FAST)] == [True, False]
 
 
@@ -557,7 +560,9 @@ def test_a_batch_has_no_more_samples_than_are_trained_on(size: int, counts_as: i
     """Not than the spectrum has, which may be that of a subset."""
     predictor = TrainingTimePredictor(small_spectrum(), target_fraction=0.5, n_samples=48)
     assert predictor.spectrum.n_samples == 24
-    study = optuna.create_study(sampler=TTPSampler(predictor, seed=0), pruner=TTPPruner(predictor))
+    study = optuna.create_study(
+        sampler=TTPSampler(predictor, BestMetric(), seed=0), pruner=TTPPruner(predictor)
+    )
     study.enqueue_trial({**FAST, "batch_size": size})
     trial = study.ask({**SPACE, "batch_size": IntDistribution(1, 100)})
     trial.should_prune()

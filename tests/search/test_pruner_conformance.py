@@ -21,9 +21,8 @@ from optuna.trial import FrozenTrial
 import pytest
 
 from optuna_ttp import HyperparameterMap
-from optuna_ttp import TTPPruner
 from optuna_ttp.testing import PrunerTestCase
-from tests.studies import quick_predictor
+from tests.studies import make_pruner
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -36,11 +35,11 @@ def _rate(params: Mapping[str, Any]) -> float:
 
 _MAP = HyperparameterMap(learning_rate=_rate, batch_size=8, momentum=0.0)
 _FACTORIES: dict[str, Callable[[], BasePruner]] = {
-    "ttp": lambda: TTPPruner(quick_predictor(), hyperparameters=_MAP),
-    "ttp-passing": lambda: TTPPruner(quick_predictor()),
-    "ttp-median": lambda: TTPPruner(quick_predictor(), MedianPruner(2), hyperparameters=_MAP),
-    "ttp-shadow": lambda: TTPPruner(
-        quick_predictor(), MedianPruner(2), hyperparameters=_MAP, shadow=True, audit=0.5
+    "ttp": lambda: make_pruner(hyperparameters=_MAP),
+    "ttp-passing": lambda: make_pruner(),
+    "ttp-median": lambda: make_pruner(MedianPruner(2), hyperparameters=_MAP),
+    "ttp-shadow": lambda: make_pruner(
+        MedianPruner(2), hyperparameters=_MAP, shadow=True, audit=0.5
     ),
     "nop": NopPruner,
     "median": lambda: MedianPruner(n_startup_trials=2),

@@ -14,11 +14,12 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 import pytest
 
+from optuna_ttp import BestMetric
+from optuna_ttp import FastestToTarget
 from optuna_ttp import learn_from_reports
 from optuna_ttp import report
 from optuna_ttp import TrainingLog
 from optuna_ttp import TTPPruner
-from optuna_ttp import TTPSampler
 from optuna_ttp import UnusableCurveWarning
 from optuna_ttp.study import DECISION
 from optuna_ttp.study import entry
@@ -32,15 +33,15 @@ from tests.studies import DIVERGING
 from tests.studies import FAST
 from tests.studies import HOPELESS
 from tests.studies import losses
+from tests.studies import make_pruner
+from tests.studies import make_sampler
 from tests.studies import quick_predictor
 from tests.studies import SLOW
 from tests.studies import SPACE
 
 
 def _study(**arguments: Any) -> optuna.Study:
-    return optuna.create_study(
-        sampler=RandomSampler(seed=0), pruner=TTPPruner(quick_predictor(), **arguments)
-    )
+    return optuna.create_study(sampler=RandomSampler(seed=0), pruner=make_pruner(**arguments))
 
 
 def _decision(study: optuna.Study, number: int = -1) -> dict[str, Any]:
@@ -113,8 +114,8 @@ def test_where_no_trial_has_completed_none_is_stopped_for_the_target() -> None:
             study.tell(trial, state=TrialState.PRUNED)
         return _train(asked(study, FAST), 2000.0, 100)
 
-    assert steps("time") < 100
-    assert steps("metric") == 100
+    assert steps(FastestToTarget) < 100
+    assert steps(BestMetric) == 100
 
 
 def test_a_trial_that_gets_as_far_as_the_best_runs_although_it_misses_the_target() -> None:
@@ -130,8 +131,8 @@ def test_a_trial_that_gets_as_far_as_the_best_runs_although_it_misses_the_target
         return skipped, _decision(study)["reason"]
 
     # It needs about 40 steps, and 24 are what it may take with the tolerance.
-    assert not decided("metric", 0.3)[0]
-    for goal, depth in (("metric", 0.95), ("time", 0.3)):
+    assert not decided(BestMetric, 0.3)[0]
+    for goal, depth in ((BestMetric, 0.95), (FastestToTarget, 0.3)):
         skipped, reason = decided(goal, depth)
         assert skipped
         assert "predicted to miss the target by far" in reason
@@ -188,8 +189,8 @@ def test_one_that_is_slower_than_the_best_is_stopped_where_time_is_the_goal() ->
         add_observed(study, lambda steps: steps)
         return _train(asked(study, FAST), 400.0, 450)
 
-    assert steps("time") < 100
-    assert steps("metric") == 450
+    assert steps(FastestToTarget) < 100
+    assert steps(BestMetric) == 450
 
 
 def test_it_can_be_turned_off_and_does_nothing_in_the_shadow() -> None:
@@ -200,7 +201,7 @@ def test_it_can_be_turned_off_and_does_nothing_in_the_shadow() -> None:
     assert _decision(study)["override"] == "shadow"
 
 
-@pytest.mark.parametrize("goal", ["metric", "time"])
+@pytest.mark.parametrize("goal", [BestMetric, FastestToTarget])
 def test_a_trial_that_was_thrown_back_is_stopped(goal: Any) -> None:
     study = _study(max_steps=200, goal=goal)
     trial = asked(study, FAST)
@@ -279,7 +280,7 @@ def test_a_batch_that_overflows_stops_nothing() -> None:
 
 def _after_a_fast_one(steps: int, **arguments: Any) -> optuna.Study:
     """A study for a time whose first trial has reached the target after so many steps."""
-    study = _study(max_steps=200, goal="time", **arguments)
+    study = _study(max_steps=200, goal=FastestToTarget, **arguments)
     trial = asked(study, FAST)
     assert not trial.should_prune()
     assert _follow(trial, losses(float(steps), steps + 2)) == steps + 2
@@ -313,7 +314,7 @@ def test_what_runs_to_audit_the_predictions_runs_to_its_end() -> None:
 def test_what_is_faster_is_a_question_of_seconds_as_they_were_measured() -> None:
     def n_steps(seconds: float) -> int:
         """Steps of a trial whose steps take so many seconds, after one of 0.01 s a step."""
-        study = _study(max_steps=400, goal="time", max_consecutive=1)
+        study = _study(max_steps=400, goal=FastestToTarget, max_consecutive=1)
         for k, own in enumerate((0.01, seconds)):
             trial = asked(study, DIVERGING if k else FAST)
             if trial.should_prune():
@@ -339,7 +340,7 @@ def test_a_trial_that_stopped_at_its_target_is_as_fast_as_it_was() -> None:
     # The smoothed loss of noisy batches lags behind what the objective measured.
     curve = losses(33.0, 31)
     curve[2:] *= np.resize([1.6, 0.7], 29)
-    study = _study(max_steps=200, goal="time")
+    study = _study(max_steps=200, goal=FastestToTarget)
     trial = asked(study, FAST)
     assert not trial.should_prune()
     assert _follow(trial, curve) == 31
@@ -351,7 +352,7 @@ def test_a_trial_that_stopped_at_its_target_is_as_fast_as_it_was() -> None:
 
 
 def test_one_that_ended_short_of_its_target_is_no_measure() -> None:
-    study = _study(max_steps=200, goal="time")
+    study = _study(max_steps=200, goal=FastestToTarget)
     trial = asked(study, FAST)
     assert not trial.should_prune()
     assert _follow(trial, losses(37.0, 30)) == 30
@@ -364,10 +365,8 @@ def test_one_that_ended_short_of_its_target_is_no_measure() -> None:
 def test_a_trial_that_was_stopped_counts_as_a_bad_one() -> None:
     def next_rates(decision: str) -> list[float]:
         """What is proposed after our pruner stopped trials of large learning rates, or not."""
-        sampler = TTPSampler(
-            quick_predictor(), search_space=SPACE, goal="metric", max_steps=200, seed=0
-        )
-        pruner = TTPPruner(quick_predictor(), max_steps=200)
+        sampler = make_sampler(goal=BestMetric, search_space=SPACE, max_steps=200, seed=0)
+        pruner = TTPPruner(quick_predictor())
         study = optuna.create_study(sampler=sampler, pruner=pruner)
         for k in range(12):
             large = bool(k % 2)

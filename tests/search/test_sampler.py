@@ -34,6 +34,7 @@ from optuna_ttp.study import MissingParameterError
 from optuna_ttp.study import PREDICTION
 from tests.studies import add_observed
 from tests.studies import FAST
+from tests.studies import make_sampler
 from tests.studies import predicted_seconds
 from tests.studies import predicted_steps
 from tests.studies import proposals
@@ -44,7 +45,7 @@ from tests.studies import suggest
 
 
 def _sampler(base: BaseSampler | None = None, **arguments: Any) -> TTPSampler:
-    return TTPSampler(quick_predictor(), base, **{"n_candidates": 4, "seed": 0, **arguments})
+    return make_sampler(base, **{"n_candidates": 4, "seed": 0, **arguments})
 
 
 def _tpe(seed: int = 1, **arguments: Any) -> TPESampler:
@@ -382,9 +383,9 @@ def test_the_same_seed_gives_the_same_trials(base: Callable[[], BaseSampler]) ->
 
 
 def test_the_default_base_sampler_is_tpe_with_the_same_seed() -> None:
-    ours = _params(TTPSampler(quick_predictor(), exploration=1.0, seed=7), _mixed_space, 15)
+    ours = _params(make_sampler(exploration=1.0, seed=7), _mixed_space, 15)
     assert ours == _params(TPESampler(seed=7), _mixed_space, 15)
-    assert str(TTPSampler(quick_predictor())) == "TTPSampler(TPESampler)"
+    assert str(make_sampler()) == "TTPSampler(TPESampler)"
 
 
 @pytest.mark.parametrize("exploration", [0.0, 0.5, 1.0])
@@ -394,7 +395,7 @@ def test_a_study_that_goes_on_with_a_new_sampler_does_not_repeat_itself(
     def run() -> list[tuple[Any, ...]]:
         study = optuna.create_study()
         for _ in range(3):
-            study.sampler = TTPSampler(quick_predictor(), exploration=exploration, seed=1)
+            study.sampler = make_sampler(exploration=exploration, seed=1)
             study.optimize(lambda trial: abs(suggest(trial)["momentum"] - 0.5), n_trials=7)
         return [tuple(t.params.values()) for t in study.trials]
 
@@ -632,7 +633,7 @@ def test_several_objectives_with_our_pruner_are_refused() -> None:
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TTPSampler(quick_predictor(), **arguments)
+        make_sampler(**arguments)
 
 
 @pytest.mark.parametrize(

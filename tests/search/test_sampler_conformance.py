@@ -12,7 +12,10 @@ from optuna.testing.pytest_samplers import MultiObjectiveSamplerTestCase
 from optuna.testing.pytest_samplers import RelativeSamplerTestCase
 import pytest
 
+from optuna_ttp import BestMetric
+from optuna_ttp import FastestToTarget
 from optuna_ttp import HyperparameterMap
+from optuna_ttp import SamplerRules
 from optuna_ttp import TTPSampler
 from tests.models import small_predictor
 from tests.studies import QuickGPSampler
@@ -28,7 +31,12 @@ def _choosing(base: BaseSampler) -> TTPSampler:
     )
     # Without exploration, the suites' relative proposals always are our own.
     return TTPSampler(
-        small_predictor(), base, hyperparameters=mapping, n_candidates=3, exploration=0.0, seed=0
+        small_predictor(),
+        FastestToTarget(),
+        base,
+        hyperparameters=mapping,
+        seed=0,
+        rules=SamplerRules(n_candidates=3, exploration=0.0),
     )
 
 
@@ -37,7 +45,7 @@ def _is_number(value: object) -> bool:
 
 
 def _passing(base: BaseSampler) -> TTPSampler:
-    return TTPSampler(small_predictor(), base, seed=0)
+    return TTPSampler(small_predictor(), BestMetric(), base, seed=0)
 
 
 def _gp() -> BaseSampler:

@@ -17,17 +17,19 @@ from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 import pytest
 
+from optuna_ttp import BestMetric
 from optuna_ttp import Decision
+from optuna_ttp import FastestToTarget
 from optuna_ttp import report
+from optuna_ttp import SamplerRules
 from optuna_ttp import StudyBudget
 from optuna_ttp import TrainingLog
-from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp.calibration._errors import failure_limit
+from optuna_ttp.search import ForecastRules
 from optuna_ttp.search._forecast import Forecast
 from optuna_ttp.study import DECISION
 from optuna_ttp.study import entry
-from optuna_ttp.study import TrialBudget
 from tests.models import small_predictor
 from tests.studies import add_observed
 from tests.studies import asked
@@ -35,6 +37,8 @@ from tests.studies import DIVERGING
 from tests.studies import FAST
 from tests.studies import HOPELESS
 from tests.studies import losses
+from tests.studies import make_pruner
+from tests.studies import make_sampler
 from tests.studies import predicted_seconds
 from tests.studies import predicted_steps
 from tests.studies import proposals
@@ -52,14 +56,12 @@ GRID: dict[str, BaseDistribution] = {
 
 
 def _study(**arguments: Any) -> optuna.Study:
-    return optuna.create_study(
-        sampler=RandomSampler(seed=0), pruner=TTPPruner(quick_predictor(), **arguments)
-    )
+    return optuna.create_study(sampler=RandomSampler(seed=0), pruner=make_pruner(**arguments))
 
 
 def _sampler(base: BaseSampler | None = None, **arguments: Any) -> TTPSampler:
     options = {"search_space": GRID, "exploration": 0.0, "seed": 0}
-    return TTPSampler(quick_predictor(), base, **{**options, **arguments})
+    return make_sampler(base, **{**options, **arguments})
 
 
 def _on_grid(sampler: BaseSampler, n_trials: int, value: Any = None) -> list[dict[str, Any]]:
@@ -145,7 +147,11 @@ def test_parallel_trials_of_the_design_differ() -> None:
 def test_a_metric_is_sought_where_training_gets_deep_within_the_budget() -> None:
     predictor = small_predictor()
     sampler = TTPSampler(
-        predictor, search_space=GRID, goal="metric", max_epochs=20, exploration=0.0, seed=0
+        predictor,
+        BestMetric(max_epochs=20),
+        search_space=GRID,
+        seed=0,
+        rules=SamplerRules(exploration=0.0),
     )
     params = _on_grid(sampler, 3)
     rates, sizes, momenta = (np.array([p[n] for p in params]) for n in GRID)
@@ -161,13 +167,13 @@ def test_values_teach_where_the_metric_is_good() -> None:
     def best_after(sampler: BaseSampler, n_trials: int) -> float:
         return min(value(p) for p in _on_grid(sampler, n_trials, value))
 
-    found = [best_after(_sampler(goal="metric", max_epochs=20, seed=s), 15) for s in range(4)]
+    found = [best_after(_sampler(goal=BestMetric, max_epochs=20, seed=s), 15) for s in range(4)]
     assert np.median(found) < 0.2
 
 
 def test_maximising_a_metric_mirrors_minimising_it() -> None:
     def run(direction: Any, sign: float) -> list[dict[str, Any]]:
-        sampler = _sampler(TPESampler(seed=0), goal="metric", max_epochs=20)
+        sampler = _sampler(TPESampler(seed=0), goal=BestMetric, max_epochs=20)
         study = optuna.create_study(sampler=sampler, direction=direction)
         for _ in range(12):
             trial = study.ask(GRID)
@@ -180,7 +186,7 @@ def test_maximising_a_metric_mirrors_minimising_it() -> None:
 @pytest.mark.filterwarnings("ignore:Predicted training times were further")
 def test_with_trust_at_zero_it_is_its_base_sampler() -> None:
     def run(sampler: BaseSampler) -> list[dict[str, Any]]:
-        study = optuna.create_study(sampler=TTPSampler(quick_predictor(), seed=0))
+        study = optuna.create_study(sampler=make_sampler(seed=0))
         add_observed(study, lambda steps: 200.0 / steps)
         study.sampler = sampler
         for number in range(14):
@@ -188,23 +194,20 @@ def test_with_trust_at_zero_it_is_its_base_sampler() -> None:
         return [t.params for t in study.trials]
 
     base = TPESampler(seed=3)
-    ours = _sampler(base, goal="metric", max_epochs=20, search_space=None)
+    ours = _sampler(base, goal=BestMetric, max_epochs=20, search_space=None)
     assert run(ours) == run(TPESampler(seed=3))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"goal": "speed"}, "goal must be one of time, metric but got 'speed'"),
         ({"n_design_trials": -1}, "n_design_trials must not be negative but got -1"),
         ({"max_epochs": 0}, "max_epochs must be positive but got 0"),
     ],
 )
 def test_the_sampler_refuses_what_makes_no_sense(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TTPSampler(quick_predictor(), **arguments)
-    with pytest.raises(TypeError, match="budget must be a StudyBudget but got 60"):
-        TTPSampler(quick_predictor(), budget=60)  # type: ignore[arg-type]
+        make_sampler(**arguments)
 
 
 def test_success_is_unlikely_where_trials_did_not_do_as_predicted() -> None:
@@ -215,7 +218,7 @@ def test_success_is_unlikely_where_trials_did_not_do_as_predicted() -> None:
         limit = failure_limit([0.9] * 3, [failed] * 3)
         informed = predictor.calibrated(replace(predictor.calibration, failure=limit))
         one = np.array([float(rate)]), np.array([8]), np.array([0.0])
-        forecast = Forecast.of(informed, *one, TrialBudget(60, None, None), trains_to_budget=False)
+        forecast = Forecast.of(informed, *one, FastestToTarget(max_steps=60), ForecastRules())
         return float(np.exp(forecast.log_success[0]))
 
     assert likely(True) < 0.2
@@ -253,11 +256,11 @@ def test_what_has_a_fair_chance_runs_until_a_trial_has_completed() -> None:
     """It may be the only one that gets to the target."""
     needed = predicted_steps(SLOW)
     budget = {"max_steps": round(0.9 * needed), "tolerance": 1.0}
-    study = _study(**budget, goal="time")
+    study = _study(**budget, goal=FastestToTarget)
     assert not asked(study, SLOW).should_prune()
     assert asked(study, HOPELESS).should_prune()
     # Where a metric is searched for, misses are no end of the search.
-    assert asked(_study(**budget, goal="metric"), SLOW).should_prune()
+    assert asked(_study(**budget, goal=BestMetric), SLOW).should_prune()
     study.tell(asked(study, FAST), predicted_steps(FAST))
     assert asked(study, {**SLOW, "learning_rate": 0.0301}).should_prune()
 
@@ -317,7 +320,7 @@ def test_a_constraint_says_by_how_much_a_budget_is_exceeded() -> None:
 
 
 def test_several_objectives_are_decided_by_asking() -> None:
-    pruner = TTPPruner(quick_predictor(), wrapped_pruner=optuna.pruners.MedianPruner())
+    pruner = make_pruner(optuna.pruners.MedianPruner())
     study = optuna.create_study(directions=["minimize", "maximize"])
     decisions = [pruner.decide(asked(study, params)) for params in (FAST, DIVERGING)]
     assert [d.prune for d in decisions] == [False, True]
@@ -326,7 +329,7 @@ def test_several_objectives_are_decided_by_asking() -> None:
 
 
 def test_asking_asks_the_wrapped_pruner_too() -> None:
-    pruner = TTPPruner(quick_predictor(), wrapped_pruner=optuna.pruners.ThresholdPruner(upper=5.0))
+    pruner = make_pruner(optuna.pruners.ThresholdPruner(upper=5.0))
     study = optuna.create_study(pruner=pruner)
     trial = asked(study, FAST)
     assert not pruner.decide(trial)
@@ -337,7 +340,6 @@ def test_asking_asks_the_wrapped_pruner_too() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"goal": "loss"}, "goal must be one of time, metric but got 'loss'"),
         ({"min_chance": 1.5}, r"min_chance must be in \[0, 1\] but got 1.5"),
         ({"audit": -0.1}, r"audit must be in \[0, 1\] but got -0.1"),
         ({"min_probability": math.nan}, r"min_probability must be in \[0, 1\] but got nan"),
@@ -346,9 +348,7 @@ def test_asking_asks_the_wrapped_pruner_too() -> None:
 )
 def test_the_pruner_refuses_what_makes_no_sense(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TTPPruner(quick_predictor(), **arguments)
-    with pytest.raises(TypeError, match="budget must be a StudyBudget but got 60"):
-        TTPPruner(quick_predictor(), budget=60)  # type: ignore[arg-type]
+        make_pruner(**arguments)
 
 
 # Budgets.
@@ -389,7 +389,7 @@ def test_a_budget_in_steps_counts_what_was_recorded() -> None:
 
 def test_a_trial_that_does_not_fit_into_the_rest_is_skipped() -> None:
     budget = StudyBudget(seconds=1.0)
-    study = _study(budget=budget)
+    study = _study(study_budget=budget)
     study.optimize(_paying(0.97), n_trials=1)
     assert not asked(study, FAST).should_prune()
     assert asked(study, SLOW).should_prune()
@@ -413,7 +413,7 @@ def test_budgets_out_of_range_are_refused(arguments: Any, message: str) -> None:
 def test_cost_counts_for_less_as_the_budget_is_spent() -> None:
     def cost(spent: float) -> float:
         budget = StudyBudget(seconds=100.0)
-        sampler = _sampler(goal="metric", max_epochs=30, budget=budget)
+        sampler = _sampler(goal=BestMetric, max_epochs=30, study_budget=budget)
         study = optuna.create_study(sampler=sampler)
         study.optimize(_paying(spent), n_trials=1)
         trial = study.ask(GRID)

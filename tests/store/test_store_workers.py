@@ -21,6 +21,7 @@ import optuna
 import pytest
 import sqlalchemy as sa
 
+from optuna_ttp import BestMetric
 from optuna_ttp import DamagedSpectrumWarning
 from optuna_ttp import LearnedConflictError
 from optuna_ttp import StoreError
@@ -484,7 +485,9 @@ def test_workers_of_a_grpc_proxy_read_a_spectrum_file(tmp_path: Path) -> None:
         spectrum = Spectrum.load(tmp_path / "task.ttp")
         predictor = TrainingTimePredictor(spectrum, target_fraction=0.7)
         study = optuna.create_study(
-            storage=storage, sampler=TTPSampler(predictor), pruner=TTPPruner(predictor)
+            storage=storage,
+            sampler=TTPSampler(predictor, BestMetric()),
+            pruner=TTPPruner(predictor),
         )
         study.optimize(objective, n_trials=5)
         assert len(study.trials) == 5

@@ -11,6 +11,7 @@ import optuna
 import pytest
 import torch
 
+from optuna_ttp import BestMetric
 from optuna_ttp import compute_spectrum
 from optuna_ttp import FineTuningTask
 from optuna_ttp import FingerprintMismatchError
@@ -37,7 +38,9 @@ def _store(folder: Path) -> SpectrumStore:
 
 
 def _observed_study(memory: Memory, factor: float) -> optuna.Study:
-    study = optuna.create_study(study_name="first", pruner=TTPPruner(quick_predictor()))
+    study = optuna.create_study(
+        study_name="first", pruner=TTPPruner(quick_predictor(), BestMetric())
+    )
     add_observed(study, lambda steps: factor * steps)
     for trial in study.trials:
         memory(study, trial)

@@ -9,6 +9,7 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
+from optuna_ttp import BestMetric
 from optuna_ttp import learn_from_reports
 from optuna_ttp import TrainingLog
 from optuna_ttp import TTPPruner
@@ -28,7 +29,9 @@ from tests.studies import storage
 def _study(store: Any = None) -> optuna.Study:
     predictor = quick_predictor()
     return optuna.create_study(
-        sampler=TTPSampler(predictor, seed=0), pruner=TTPPruner(predictor), storage=store
+        sampler=TTPSampler(predictor, BestMetric(), seed=0),
+        pruner=TTPPruner(predictor),
+        storage=store,
     )
 
 

@@ -12,6 +12,7 @@ import weakref
 import optuna
 import pytest
 
+from optuna_ttp import BestMetric
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp.study import state_of
@@ -80,7 +81,8 @@ def test_threads_get_the_same_state_and_the_same_parts() -> None:
 def test_two_threads_search_with_one_sampler_and_one_pruner() -> None:
     predictor = quick_predictor()
     study = optuna.create_study(
-        sampler=TTPSampler(predictor, seed=0), pruner=TTPPruner(predictor, max_steps=200)
+        sampler=TTPSampler(predictor, BestMetric(max_steps=200), seed=0),
+        pruner=TTPPruner(predictor),
     )
     study.optimize(objective, n_trials=16, n_jobs=2)
     assert {trial.state.name for trial in study.trials} <= {"COMPLETE", "PRUNED"}

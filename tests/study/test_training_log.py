@@ -18,6 +18,8 @@ import pytest
 import torch
 
 import optuna_ttp
+from optuna_ttp import BestMetric
+from optuna_ttp import FastestToTarget
 from optuna_ttp import HyperparameterMap
 from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
@@ -215,7 +217,9 @@ def test_a_curve_copied_from_another_trial_does_not_count() -> None:
 def _study(*, with_pruner: bool = True, store: Any = None) -> optuna.Study:
     predictor = quick_predictor()
     pruner = TTPPruner(predictor) if with_pruner else optuna.pruners.NopPruner()
-    return optuna.create_study(sampler=TTPSampler(predictor, seed=0), pruner=pruner, storage=store)
+    return optuna.create_study(
+        sampler=TTPSampler(predictor, BestMetric(), seed=0), pruner=pruner, storage=store
+    )
 
 
 def _run(study: optuna.Study, values: Any, rate: float = 0.05, **steps: Any) -> optuna.Trial:
@@ -509,7 +513,7 @@ def test_trials_whose_parameters_had_other_names_never_break_a_study(predicted: 
 
     def steered(names: HyperparameterMap) -> dict[str, Any]:
         return {
-            "sampler": TTPSampler(predictor, hyperparameters=names, seed=0),
+            "sampler": TTPSampler(predictor, BestMetric(), hyperparameters=names, seed=0),
             "pruner": TTPPruner(predictor, hyperparameters=names),
         }
 
@@ -751,7 +755,7 @@ def test_curves_that_never_come_down_are_named_once(end: float) -> None:
 
 
 def test_a_sampler_alone_says_that_predictions_are_not_trusted() -> None:
-    study = optuna.create_study(sampler=TTPSampler(quick_predictor(), seed=0))
+    study = optuna.create_study(sampler=TTPSampler(quick_predictor(), FastestToTarget(), seed=0))
     # The faster the prediction, the slower the training.
     with pytest.warns(UnreliablePredictionWarning, match="They steer nothing") as told:
         add_observed(study, lambda steps: 2000.0 / steps)
@@ -780,7 +784,7 @@ def test_trials_that_nothing_was_predicted_for_count_with_what_would_have_been(
     told = float(predictor.predict(0.06, 8, 0.0).steps)
     assert float(learned.predict(0.06, 8, 0.0).steps) == pytest.approx(2.0 * told, rel=0.15)
     # Sampler and pruner learn from them, too.
-    study.sampler, study.pruner = TTPSampler(predictor, seed=0), TTPPruner(predictor)
+    study.sampler, study.pruner = TTPSampler(predictor, BestMetric(), seed=0), TTPPruner(predictor)
     after = asked(study, {**FAST, "learning_rate": 0.06})
     after.should_prune()
     [predicted] = [
@@ -960,7 +964,7 @@ def test_losses_of_small_batches_that_are_too_low_are_named_together() -> None:
     spectrum = optuna_ttp.compute_spectrum(task, engine="exact", measure_speed=False)
     predictor = TrainingTimePredictor(spectrum, target_fraction=0.5, max_steps=2000)
     params = {"learning_rate": 0.2 * float(predictor.max_learning_rate(4)), "batch_size": 4}
-    study = optuna.create_study(sampler=TTPSampler(predictor, seed=0))
+    study = optuna.create_study(sampler=TTPSampler(predictor, BestMetric(), seed=0))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for number in range(6):

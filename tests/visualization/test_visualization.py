@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 import numpy as np
 import optuna
 
+from optuna_ttp import BestMetric
 from optuna_ttp import TrainingLog
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
@@ -20,7 +21,8 @@ from tests.studies import quick_predictor
 def _study() -> optuna.Study:
     predictor = small_predictor()
     study = optuna.create_study(
-        sampler=TTPSampler(predictor, seed=0), pruner=TTPPruner(predictor, max_steps=200)
+        sampler=TTPSampler(predictor, BestMetric(max_steps=200), seed=0),
+        pruner=TTPPruner(predictor),
     )
     for rate in (1e-7, 0.05, 0.2, 1e4):
         study.enqueue_trial({"learning_rate": rate, "batch_size": 8, "momentum": 0.0})

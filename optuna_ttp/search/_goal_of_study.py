@@ -1,0 +1,118 @@
+"""The goal of a study's search: that of the sampler and the pruner, which should be the same."""
+
+from __future__ import annotations
+
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.study import StudyDirection
+
+from optuna_ttp._util.exceptions import GoalWarning
+from optuna_ttp._util.warn import warn_caller
+from optuna_ttp.search._goal import BestMetric
+from optuna_ttp.search._goal import Goal
+from optuna_ttp.study import state_of
+
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+    from optuna_ttp.prediction import SearchPredictor
+
+
+class GoalOfHalf:
+    """The goal that a sampler or a pruner was given, and the one that it follows in a study.
+
+    Sampler and pruner are the two halves of a search. One that was given no goal follows that of
+    the other half of the same study; where neither has one, trials are compared by the study's
+    own values, up to the predictor's horizon.
+
+    Attributes:
+        given: The goal that this half was given, if any.
+    """
+
+    def __init__(self, goal: Goal | None, predictor: SearchPredictor) -> None:
+        if goal is not None:
+            if not isinstance(goal, Goal):
+                raise TypeError(f"goal must be a BestMetric or FastestToTarget but got {goal!r}.")
+            goal.check(predictor)
+        self.given = goal
+        self._predictor = predictor
+
+    def in_study(self, study: Study) -> Goal:
+        """Return the goal of a study's search; warn once where the user should change it."""
+        sampler, pruner = half_inside(study.sampler), half_inside(study.pruner)
+        halves = [half for half in (sampler, pruner) if half is not None]
+        goals = [half.given for half in halves if half.given is not None]
+        goal = self.given if self.given is not None else next(iter(goals), None)
+        self._warn(study, goal, goals)
+        if goal is None:
+            return BestMetric()
+        goal.check(self._predictor)
+        return goal
+
+    def _warn(self, study: Study, goal: Goal | None, goals: list[Goal]) -> None:
+        if goal is None:
+            _warn_once(
+                study,
+                "no goal",
+                "The search has no goal, so trials are compared by the study's own values, up to "
+                f"the predictor's horizon of {self._predictor.max_steps:,} steps. Say what is "
+                "searched for: goal = BestMetric(max_epochs=3), where the objective returns a "
+                "metric, or goal = FastestToTarget(max_epochs=3), where it returns the time to "
+                "the target; then TTPSampler(predictor, goal) and TTPPruner(predictor, goal).",
+            )
+            return
+        other = next((one for one in goals if one != goal), None)
+        if other is not None:
+            _warn_once(
+                study,
+                "different goals",
+                f"TTPSampler and TTPPruner have different goals: {goal} and {other}. Give both "
+                "the same goal, or give it to one of them alone: the other one takes it over.",
+            )
+        maximised = list(study.directions) == [StudyDirection.MAXIMIZE]
+        if goal.is_time and maximised:
+            _warn_once(
+                study,
+                "direction",
+                f"The goal {goal} contradicts the study's direction: a time is never maximised. "
+                "Where the objective returns the time to the target, create the study with "
+                'direction="minimize"; where it returns a metric to be maximised, give the goal '
+                "BestMetric(...).",
+            )
+
+
+class _Warnings(set[str]):
+    """What a study was warned of already."""
+
+
+def _warn_once(study: Study, of: str, message: str) -> None:
+    """Warn of something once in a study, whichever half of the search notices it first."""
+    state = state_of(study)
+    with state.lock:
+        warnings = state.part(_Warnings)
+        if of in warnings:
+            return
+        warnings.add(of)
+    warn_caller(message, GoalWarning)
+
+
+def half_inside(thing: Any) -> GoalOfHalf | None:
+    """Return the goal that a sampler or pruner holds, itself or inside what it wraps.
+
+    Samplers and pruners of any origin keep what they wrap in an attribute, so the attributes are
+    searched for our own, whatever their names are.
+    """
+    to_search, searched = [thing], set()
+    while to_search:
+        one = to_search.pop(0)
+        searched.add(id(one))
+        for value in getattr(one, "__dict__", {}).values():
+            if isinstance(value, GoalOfHalf):
+                return value
+            if isinstance(value, BaseSampler | BasePruner) and id(value) not in searched:
+                to_search.append(value)
+    return None

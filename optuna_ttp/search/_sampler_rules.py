@@ -1,0 +1,151 @@
+"""The tuned numbers of the sampler, each with what it was chosen on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import field
+import math
+
+from optuna_ttp._util.checks import check_kind
+from optuna_ttp._util.checks import check_number
+
+
+@dataclass(frozen=True)
+class ForecastRules:
+    """The tuned numbers behind what is expected of a configuration.
+
+    Attributes:
+        largest_sd: Standard deviation of the logarithm of a predicted time before three trials
+            have shown it, and the largest that they can show. Not ablated yet.
+        least_sd: The least one that they can show. Not ablated yet.
+        least_probability: The least probability of success that is told from none. Not ablated
+            yet.
+    """
+
+    largest_sd: float = math.log(2.0)
+    least_sd: float = 0.1
+    least_probability: float = 1e-6
+
+
+@dataclass(frozen=True)
+class PreferenceRules:
+    """The tuned numbers behind how good a configuration is expected to be.
+
+    The recorded tasks are those of ``benchmarks/search``; ``benchmarks/search/parts.py`` searches
+    40 parts of their grids, and counts the average trials that a search takes.
+
+    Attributes:
+        same: Configurations that differ by less in the logarithms of learning rate, batch size
+            and ``1 / (1 - m)`` are the same. Not ablated yet.
+        time_spread_nats: What a search for a time gives for the distance from all that was tried.
+            Little, because predictions rank well from the first trial on: the 40 searches took
+            2.2, 2.1, 1.9, 1.8 and 1.9 average trials (geometric mean) with 3, 1.5, 0.75, 0.35 and
+            no nats.
+        metric_spread_nats: The same where a metric is searched for: 3.2, 3.1, 3.0, 3.0 and 2.9
+            average trials with 1, 0.5, 0.25, 0.12 and no nats.
+        spread: The distance that gets all of these nats, as a share of the space's extent. Not
+            ablated yet.
+        rank_nats: Nats from the worst to the best by rank. Not ablated yet.
+        saturated_depth: Depth of the training loss (logarithm of the initial over the present
+            one) behind which it says no more about a metric: 2 % of its initial value. On the
+            recorded tasks of draw 0 the best metrics lie at predicted depths from 3.3 to 4.6.
+        unsteady: A learning rate of so many times the largest stable one halves the odds of a
+            good metric. On the same tasks the best metrics lie at 0.02 to 0.7 times, and none
+            above 1.5 times.
+        lag: Momentum that lags behind by so large a share of a trial's steps loses all of
+            ``lag_nats``. Among the 30 configurations that rank best without this rule, momenta of
+            0.99 have values that rank lower by 0.15 on the digits and the first draw of the
+            regression, and as high as others on the other three.
+        lag_nats: What it loses. The 40 searches take 2.9 average trials without it, 2.6 with 0.6
+            and 2.7 with 1.5 nats.
+        fewest_values: From so many values on a Gaussian process of the values is fitted. Not
+            ablated yet.
+        prior_values: How many values the agreement with the first ones counts as much as. Not
+            ablated yet.
+        noise: Standard deviation of the noise of normal scores in that Gaussian process. Not
+            ablated yet.
+    """
+
+    same: float = 0.03
+    time_spread_nats: float = 0.35
+    metric_spread_nats: float = 0.1
+    spread: float = 0.25
+    rank_nats: float = 6.0
+    saturated_depth: float = 4.0
+    unsteady: float = 0.3
+    lag: float = 0.2
+    lag_nats: float = 0.6
+    fewest_values: int = 4
+    prior_values: float = 4.0
+    noise: float = 0.3
+
+
+@dataclass(frozen=True)
+class SamplerRules:
+    """Settings of :class:`~optuna_ttp.TTPSampler` for experts.
+
+    Example:
+        >>> sampler = TTPSampler(predictor, goal, rules=SamplerRules(exploration=0.2))
+
+    Args:
+        n_design_trials:
+            How many trials the design has. Five by default; not ablated yet.
+        n_candidates:
+            How many independent proposals to choose from. Eight by default; one leaves the base
+            sampler alone.
+        exploration:
+            The share of trials after the design that are left to the base sampler. 0.1 by
+            default; with one, all trials are. Not ablated yet.
+        prior_trials:
+            The weight of predictions falls with the number of trials as this over that number
+            (piBO). 30 by default; not ablated yet.
+        least_trust:
+            Predictions that are trusted weigh at least this much: their errors are known to do no
+            harm. 0.3 by default; not ablated yet.
+        n_newest_values:
+            How many of the newest values are learned from. 100 by default, for the time that it
+            takes.
+        n_drawn:
+            How many configurations of a space that is not a small grid are compared. 512 by
+            default, for the time that it takes.
+        largest_grid:
+            Up to how many configurations of a grid are all compared. 2,048 by default, for the
+            time that it takes.
+        preference:
+            The numbers behind how good a configuration is expected to be.
+        forecast:
+            The numbers behind what is expected of a configuration.
+
+    Raises:
+        ValueError:
+            If a setting is out of its range.
+        TypeError:
+            If a setting is of the wrong kind.
+    """
+
+    n_design_trials: int = 5
+    n_candidates: int = 8
+    exploration: float = 0.1
+    prior_trials: float = 30.0
+    least_trust: float = 0.3
+    n_newest_values: int = 100
+    n_drawn: int = 512
+    largest_grid: int = 2048
+    preference: PreferenceRules = field(default_factory=PreferenceRules)
+    forecast: ForecastRules = field(default_factory=ForecastRules)
+
+    def __post_init__(self) -> None:
+        for name in ("n_design_trials", "n_candidates", "n_newest_values", "n_drawn"):
+            check_kind(name, getattr(self, name), int)
+        check_number("exploration", self.exploration)
+        if self.n_design_trials < 0:
+            raise ValueError(
+                f"n_design_trials must not be negative but got {self.n_design_trials}."
+            )
+        for name in ("n_candidates", "n_newest_values", "n_drawn"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 but got {getattr(self, name)}.")
+        if not 0.0 <= self.exploration <= 1.0:
+            raise ValueError(f"exploration must be in [0, 1] but got {self.exploration}.")
+        check_kind("preference", self.preference, PreferenceRules)
+        check_kind("forecast", self.forecast, ForecastRules)
