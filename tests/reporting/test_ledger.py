@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import pytest
 
+from optuna_ttp import BestMetric
 from optuna_ttp import FastestToTarget
 from optuna_ttp import report
 from optuna_ttp import TTPSampler
@@ -310,5 +311,6 @@ def test_a_trial_that_another_pruner_saw_ends_the_row() -> None:
     study = _study(max_steps=16)
     _run(study, SLOW)
     study.pruner = optuna.pruners.NopPruner()
+    study.sampler = TTPSampler(quick_predictor(), BestMetric(), seed=0)
     _run(study, SLOW)
     assert n_skipped_in_a_row(study.trials) == 0
