@@ -10,12 +10,12 @@ import pytest
 
 from optuna_ttp import HyperparameterMap
 from optuna_ttp import TrainingTimePredictor
-from optuna_ttp import TTPPruner
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.study import Learner
 from optuna_ttp.study import trials_of
 from tests.models import small_spectrum
 from tests.studies import add_observed
+from tests.studies import make_pruner
 from tests.studies import quick_predictor
 
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Training begins")
 
 
 def _observed_study() -> optuna.Study:
-    study = optuna.create_study(sampler=RandomSampler(seed=0), pruner=TTPPruner(quick_predictor()))
+    study = optuna.create_study(sampler=RandomSampler(seed=0), pruner=make_pruner())
     add_observed(study, lambda steps: 2.0 * steps)
     return study
 
