@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from optuna_ttp.dynamics import Smoothing
     from optuna_ttp.ntk import compute_spectrum
     from optuna_ttp.ntk import plan_spectrum
+    from optuna_ttp.prediction import Outcome
     from optuna_ttp.prediction import Prediction
     from optuna_ttp.prediction import PredictorSettings
     from optuna_ttp.prediction import TrainingTimePredictor
@@ -79,6 +80,7 @@ __all__ = [
     "Memory",
     "OptunaTTPError",
     "OptunaTTPWarning",
+    "Outcome",
     "Prediction",
     "PredictorSettings",
     "PrunerRules",
@@ -136,6 +138,7 @@ __getattr__, __dir__ = lazy_names(
             "plan_spectrum",
         ),
         "prediction": (
+            "Outcome",
             "Prediction",
             "PredictorSettings",
             "TrainingTimePredictor",

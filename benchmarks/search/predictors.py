@@ -18,8 +18,7 @@ from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import Observation
 from optuna_ttp.dynamics import Target
-from optuna_ttp.prediction import CONVERGES
-from optuna_ttp.prediction import NOT_REACHED
+from optuna_ttp.prediction import Outcome
 from optuna_ttp.prediction import Prediction
 from optuna_ttp.spectrum import Throughput
 
@@ -288,7 +287,9 @@ class GivenTimesPredictor(_DerivedPredictor):
             steps_high=given * spread,
             epochs=steps / np.ceil(self.n_samples / plain.batch_size),
             seconds=steps * self.seconds_per_step(plain.batch_size),
-            outcomes=np.where(np.isfinite(steps), CONVERGES, NOT_REACHED),
+            outcomes=np.where(
+                np.isfinite(steps), Outcome.CONVERGES.value, Outcome.NOT_REACHED.value
+            ),
             p_converges=_below(given, horizon),
             p_diverges=np.zeros_like(steps),
             reliable=np.ones(steps.shape, dtype=bool),

@@ -8,9 +8,7 @@ from optuna_ttp._util.lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from optuna_ttp.prediction._prediction import CONVERGES
-    from optuna_ttp.prediction._prediction import DIVERGES
-    from optuna_ttp.prediction._prediction import NOT_REACHED
+    from optuna_ttp.prediction._outcome import Outcome
     from optuna_ttp.prediction._prediction import Prediction
     from optuna_ttp.prediction._predictor import TrainingTimePredictor
     from optuna_ttp.prediction._protocol import check_predictor
@@ -19,9 +17,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "CONVERGES",
-    "DIVERGES",
-    "NOT_REACHED",
+    "Outcome",
     "Prediction",
     "PredictorSettings",
     "SearchPredictor",
@@ -32,12 +28,8 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "_prediction": (
-            "CONVERGES",
-            "DIVERGES",
-            "NOT_REACHED",
-            "Prediction",
-        ),
+        "_outcome": ("Outcome",),
+        "_prediction": ("Prediction",),
         "_predictor": ("TrainingTimePredictor",),
         "_protocol": (
             "SearchPredictor",

@@ -27,9 +27,7 @@ from optuna_ttp.prediction._configurations import Configurations
 from optuna_ttp.prediction._curves import Curves
 from optuna_ttp.prediction._first_passage_times import FirstPassageTimes
 from optuna_ttp.prediction._first_passage_times import warped
-from optuna_ttp.prediction._prediction import CONVERGES
-from optuna_ttp.prediction._prediction import DIVERGES
-from optuna_ttp.prediction._prediction import NOT_REACHED
+from optuna_ttp.prediction._outcome import Outcome
 from optuna_ttp.prediction._prediction import Prediction
 from optuna_ttp.prediction._target_path import TargetPath
 
@@ -288,8 +286,8 @@ class CorrectedPath:
         p_diverges = np.where(first_passages.blown_up, np.maximum(p_diverges, 0.5), p_diverges)
         p_converges = (1.0 - p_diverges) * probability_below(steps, sd, horizon)
         steps = np.where(late, np.inf, steps)
-        outcomes = np.where(np.isfinite(steps), CONVERGES, NOT_REACHED)
-        outcomes = np.where(first_passages.blown_up | hopeless, DIVERGES, outcomes)
+        outcomes = np.where(np.isfinite(steps), Outcome.CONVERGES.value, Outcome.NOT_REACHED.value)
+        outcomes = np.where(first_passages.blown_up | hopeless, Outcome.DIVERGES.value, outcomes)
         widths = np.exp(self.quantile * sd)
         epochs = steps / np.ceil(self.path.simulator.n_samples / c.batch_size)
         seconds = steps * per_step

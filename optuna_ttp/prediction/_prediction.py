@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_ttp.prediction._outcome import Outcome
 
-CONVERGES = "converges"
-DIVERGES = "diverges"
-NOT_REACHED = "not_reached"
-_IN_WORDS = {CONVERGES: "reach the target", NOT_REACHED: "do not", DIVERGES: "diverge"}
+
+_IN_WORDS = {
+    Outcome.CONVERGES: "reach the target",
+    Outcome.NOT_REACHED: "do not",
+    Outcome.DIVERGES: "diverge",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +111,7 @@ class Prediction:
         return self.curves["loss"]
 
     @property
-    def outcome(self) -> str:
+    def outcome(self) -> Outcome:
         """The outcome of a single configuration.
 
         Raises:
@@ -120,7 +123,23 @@ class Prediction:
                 f"outcome is for a single configuration but got {self.outcomes.size}. "
                 "Use outcomes."
             )
-        return str(self.outcomes.item())
+        return Outcome(str(self.outcomes.item()))
+
+    @property
+    def summary(self) -> str:
+        """A single configuration's prediction in a few words, as in ``13 steps (11 to 14)``.
+
+        Raises:
+            ValueError:
+                If there are several configurations.
+        """
+        unreliable = "" if self.reliable.item() else ", unreliable"
+        if self.outcome == Outcome.DIVERGES:
+            return f"training diverges (probability {self.p_diverges.item():.0%})"
+        if self.outcome == Outcome.NOT_REACHED:
+            return f"more than {self.max_steps.item():,} steps{unreliable}"
+        interval = f"{_in_steps(self.steps_low)} to {_in_steps(self.steps_high)}"
+        return f"{self.steps.item():,.0f} steps ({interval}){unreliable}"
 
     def __len__(self) -> int:
         return int(self.steps.size)
@@ -131,20 +150,20 @@ class Prediction:
             by_kind = dict(zip(kinds, counts, strict=True))
             named = [f"{by_kind[k]} {text}" for k, text in _IN_WORDS.items() if k in by_kind]
             return f"{self.steps.size} configurations: {', '.join(named)}"
-        prior_scale = "" if self.reliable.item() else "; unreliable"
+        unreliable = "" if self.reliable.item() else "; unreliable"
         outcome = self.outcome
-        if outcome == CONVERGES:
+        if outcome == Outcome.CONVERGES:
             text = f"{self.steps.item():,.0f} steps ({self.epochs.item():.3g} epochs"
             if np.isfinite(self.seconds.item()):
                 text += f", {self.seconds.item():.3g} s"
             interval = f"{_in_steps(self.steps_low)} to {_in_steps(self.steps_high)} steps"
-            return f"converges: {text}), 80 % interval {interval}{prior_scale}"
-        if outcome == DIVERGES:
+            return f"converges: {text}), 80 % interval {interval}{unreliable}"
+        if outcome == Outcome.DIVERGES:
             return (
                 f"diverges: the learning rate is {self.stability.item():.3g} times the largest "
                 f"stable one (probability {self.p_diverges.item():.0%})"
             )
-        return f"not reached within {self.max_steps.item():,} steps{prior_scale}"
+        return f"not reached within {self.max_steps.item():,} steps{unreliable}"
 
 
 def _in_steps(steps: NDArray[np.float64]) -> str:

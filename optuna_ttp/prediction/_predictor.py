@@ -159,7 +159,7 @@ class TrainingTimePredictor(Estimator):
             spectrum.throughput if settings.throughput is None else settings.throughput,
         )
         self.observations: tuple[Observation, ...] = ()
-        self.probe_seconds = 0.0
+        self.short_run_seconds = 0.0
         if not self.reliable:
             warnings.warn(
                 f"At {self.depth:.0%} of the initial training loss the network is far from its "
@@ -167,9 +167,9 @@ class TrainingTimePredictor(Estimator):
                 f"{displacement(spectrum.probe, path.fraction):.2g} times what it was, and the "
                 "kernel differs from the predicted one by a factor of "
                 f"{math.exp(kernel_mismatch(spectrum.probe, path.fraction)):.2g}. The "
-                "intervals say so. Twenty real steps correct much of it, predictor.probe(task), "
-                "and so do trials that are recorded with TrainingLog; or choose a target that is "
-                "less deep.",
+                "intervals say so. Twenty real steps, predictor.short_run(task), correct much of "
+                "it, and so do trials that are recorded with TrainingLog; or choose a target that "
+                "is less deep.",
                 UnreliablePredictionWarning,
                 stacklevel=2,
             )
@@ -193,7 +193,7 @@ class TrainingTimePredictor(Estimator):
     @property
     def setup_seconds(self) -> float:
         """What the spectrum and the short training runs took together, in seconds."""
-        return self.spectrum.metadata.compute_seconds + self.probe_seconds
+        return self.spectrum.metadata.compute_seconds + self.short_run_seconds
 
     @property
     def default_momentum(self) -> float | None:
@@ -276,7 +276,7 @@ class TrainingTimePredictor(Estimator):
         )
         return twin
 
-    def probe(
+    def short_run(
         self,
         task: FineTuningTask,
         steps: int = 20,
@@ -292,7 +292,7 @@ class TrainingTimePredictor(Estimator):
 
         Example:
             >>> if not predictor.reliable:
-            ...     predictor = predictor.probe(task)
+            ...     predictor = predictor.short_run(task)
 
         Args:
             task:
@@ -308,8 +308,8 @@ class TrainingTimePredictor(Estimator):
                 Where to train. As :func:`~optuna_ttp.compute_spectrum` by default.
 
         Returns:
-            A predictor that has learned from it. What it took is its :attr:`probe_seconds`, and
-            is charged by the ledger like the spectrum.
+            A predictor that has learned from it. What it took is its
+            :attr:`short_run_seconds`, and is charged by the ledger like the spectrum.
 
         Raises:
             FingerprintMismatchError:
@@ -348,13 +348,14 @@ class TrainingTimePredictor(Estimator):
             what = "rose without bound" if observation.diverged else "fell by less than 5 %"
             do = "a smaller" if observation.diverged else f"more than {steps} steps, or a larger"
             warnings.warn(
-                f"The probe tells nothing: its training loss {what}, with a learning rate of "
-                f"{rate:.3g} and a momentum of {mass:.3g}. Take {do} learning rate.",
+                f"Nothing is learned from the short training run: its loss {what}, with a "
+                f"learning rate of {rate:.3g} and a momentum of {mass:.3g}. Take {do} learning "
+                "rate.",
                 UnreliablePredictionWarning,
                 stacklevel=2,
             )
         twin = self.informed([observation])
-        twin.probe_seconds = self.probe_seconds + seconds
+        twin.short_run_seconds = self.short_run_seconds + seconds
         return twin
 
     def calibrated(self, calibration: Calibration) -> TrainingTimePredictor:

@@ -19,8 +19,7 @@ from optuna_ttp._util.checks import check_seed
 from optuna_ttp.calibration import probability_below
 from optuna_ttp.calibration import Z_90
 from optuna_ttp.prediction import check_predictor
-from optuna_ttp.prediction import DIVERGES
-from optuna_ttp.prediction import NOT_REACHED
+from optuna_ttp.prediction import Outcome
 from optuna_ttp.prediction import Prediction
 from optuna_ttp.search._goal_of_study import GoalOfHalf
 from optuna_ttp.search._pruner_rules import PrunerRules
@@ -290,7 +289,7 @@ class TTPPruner(BasePruner):
         verdict = self._objection(
             study, goal, trials, predictor, configuration, prediction, budget
         )
-        decision = {"decision": RUN, "reason": f"predicted: {prediction}"}
+        decision = {"decision": RUN, "reason": prediction.summary}
         if verdict is not None:
             kind, objection = verdict
             override = self._override(study, trial, trials, predictor, *verdict)
@@ -339,7 +338,7 @@ class TTPPruner(BasePruner):
         budget: float,
     ) -> tuple[str, str] | None:
         """Why a trial should not run, as a word and in words, or :obj:`None`."""
-        if prediction.outcome == DIVERGES:
+        if prediction.outcome == Outcome.DIVERGES:
             text = str(prediction).removeprefix("diverges: ")
             return "diverges", f"predicted to diverge: {text}"
         horizon = int(prediction.max_steps)
@@ -348,7 +347,7 @@ class TTPPruner(BasePruner):
         least = self._rules.min_probability
         if goal.is_time and incumbent(study, trials) is None:
             least = min(least, self._rules.min_probability_at_first)
-        if prediction.outcome == NOT_REACHED and least >= 0.5:
+        if prediction.outcome == Outcome.NOT_REACHED and least >= 0.5:
             if math.isinf(budget):
                 return "budget", f"predicted not to reach the target in {horizon:,} steps"
             return (

@@ -93,7 +93,7 @@ def prediction_entry(
         "learning_rate": configuration.learning_rate,
         "batch_size": configuration.batch_size,
         "momentum": configuration.momentum,
-        "outcome": prediction.outcome,
+        "outcome": prediction.outcome.value,
         "steps": _finite(float(prediction.steps)),
         "seconds": _finite(float(prediction.seconds)),
         "stability": _finite(float(prediction.stability)),

@@ -153,11 +153,15 @@ def test_prediction_in_words() -> None:
         f"{one.steps_high.item():,.0f} steps"
     )
     assert " s)" not in str(TrainingTimePredictor(spectrum(), target_fraction=0.6).predict(0.1, 4))
+    low, high = one.steps_low.item(), one.steps_high.item()
+    assert one.summary == f"{one.steps.item():,.0f} steps ({low:,.0f} to {high:,.0f})"
     assert str(predictor.predict(1e-6, 4)) == "not reached within 10,000 steps"
     limit = predictor.max_learning_rate(4).item()
     assert str(predictor.predict(12 * limit, 4)) == (
         "diverges: the learning rate is 12 times the largest stable one (probability 83%)"
     )
+    assert predictor.predict(1e-6, 4).summary == "more than 10,000 steps"
+    assert predictor.predict(12 * limit, 4).summary == "training diverges (probability 83%)"
     assert str(predictor.predict([0.1, 1e-6, 0.1], 4)) == (
         "3 configurations: 2 reach the target, 1 do not"
     )

@@ -85,17 +85,17 @@ def _growing() -> tuple[torch.nn.Module, FineTuningTask, TrainingTimePredictor]:
         return network, task, TrainingTimePredictor(spectrum, target_fraction=0.2)
 
 
-def test_a_probe_learns_from_real_steps_and_leaves_the_network_alone() -> None:
+def test_a_short_run_learns_from_real_steps_and_leaves_the_network_alone() -> None:
     network, task, predictor = _growing()
     weights = {k: v.clone() for k, v in network.state_dict().items()}
     state = torch.get_rng_state()
-    probed = predictor.probe(task, 30)
+    informed = predictor.short_run(task, 30)
     assert all(torch.equal(v, weights[k]) for k, v in network.state_dict().items())
     assert all(p.grad is None for p in network.parameters())
     assert torch.equal(torch.get_rng_state(), state)
-    assert probed.calibration.n_observed == 1
-    assert probed.probe_seconds > 0.0
-    # Full-batch training of the real network, which the probe has seen the beginning of.
+    assert informed.calibration.n_observed == 1
+    assert informed.short_run_seconds > 0.0
+    # Full-batch training of the real network, which the short run has seen the beginning of.
     optimiser = torch.optim.SGD(network.parameters(), lr=0.3)
     x, y = separated(24)
     goal = predictor.target.value
@@ -108,7 +108,7 @@ def test_a_probe_learns_from_real_steps_and_leaves_the_network_alone() -> None:
         loss.backward()
         optimiser.step()
         steps += 1
-    errors = [abs(float(p.predict(0.3, 24).steps) / steps - 1.0) for p in (predictor, probed)]
+    errors = [abs(float(p.predict(0.3, 24).steps) / steps - 1.0) for p in (predictor, informed)]
     assert errors[1] < max(0.1, errors[0])
 
 
@@ -116,12 +116,14 @@ def test_a_probe_learns_from_real_steps_and_leaves_the_network_alone() -> None:
     ("rate", "message"),
     [(1e-6, "fell by less than 5 %, .* more than 3 steps"), (1e6, "rose without bound")],
 )
-def test_a_probe_that_tells_nothing_says_so(rate: float, message: str) -> None:
+def test_a_short_run_without_progress_says_so(rate: float, message: str) -> None:
     _, task, predictor = _growing()
-    with pytest.warns(UnreliablePredictionWarning, match=f"The probe tells nothing: .*{message}"):
-        probed = predictor.probe(task, 3, learning_rate=rate)
-    assert probed.calibration.n_observed == 0
-    assert probed.probe_seconds > 0.0
+    with pytest.warns(
+        UnreliablePredictionWarning, match=f"Nothing is learned from the short .*{message}"
+    ):
+        informed = predictor.short_run(task, 3, learning_rate=rate)
+    assert informed.calibration.n_observed == 0
+    assert informed.short_run_seconds > 0.0
 
 
 @pytest.mark.parametrize("bad", [None, "sqlite:///x.db", 3])
@@ -137,10 +139,10 @@ def test_a_memory_of_no_predictor_is_named(tmp_path: Path) -> None:
     assert repr(memory).startswith("Memory(SpectrumStore(")
 
 
-def test_a_probe_of_another_task_is_refused() -> None:
+def test_a_short_run_of_another_task_is_refused() -> None:
     _, _, predictor = _growing()
     with pytest.raises(FingerprintMismatchError, match="must be that of the spectrum"):
-        predictor.probe(FineTuningTask(mlp(seed=3), separated(24)))
+        predictor.short_run(FineTuningTask(mlp(seed=3), separated(24)))
 
 
 def test_seconds_are_learned_from_trials_whatever_one_slow_machine_says() -> None:

@@ -1,10 +1,10 @@
-"""What a probe of twenty real steps does for predictions before the first trial.
+"""What a short training run of twenty steps does for predictions before the first trial.
 
 Over the recorded runs of the sentence encoder (or the tasks that are named): mean error of the
-times to 70, 50, 35, 25, 15 and 10 % of the initial loss, without a probe and with one, and what it
-cost. Writes ``probe.json`` and ``probe.md``, and its figure into ``summary.json``.
+times to 70, 50, 35, 25, 15 and 10 % of the initial loss, without the run and with it, and what it
+cost. Writes ``short_run.json`` and ``short_run.md``, and its figure into ``summary.json``.
 
-Run with ``python -m benchmarks.accuracy.probe``.
+Run with ``python -m benchmarks.accuracy.short_run``.
 """
 
 from __future__ import annotations
@@ -47,30 +47,33 @@ def main() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             predictor = TrainingTimePredictor(spectrum, target_fraction=0.1)
-            probed = predictor.probe(load(name).task())
+            informed = predictor.short_run(load(name).task())
         rows.append(
             {
                 "task": name,
                 "without": float(np.nanmean(errors_of(Calibration.none(task.prior_scale), task))),
-                "probed": float(np.nanmean(errors_of(probed.calibration, task))),
-                "seconds": probed.probe_seconds,
+                "informed": float(np.nanmean(errors_of(informed.calibration, task))),
+                "seconds": informed.short_run_seconds,
             }
         )
         print(rows[-1], flush=True)
     where = environment()
     options.output.mkdir(parents=True, exist_ok=True)
     document = {"environment": where, "tasks": rows}
-    (options.output / "probe.json").write_text(json.dumps(document, indent=2) + "\n")
-    own = [row["probed"] for row in rows if row["task"].startswith("minilm")]
-    if own:
-        update_summary(options.output, {"transformer_mape_probe": float(np.mean(own))})
-    lines = ["| | without | after a probe | its seconds |", "| --- | --- | --- | --- |"]
+    (options.output / "short_run.json").write_text(json.dumps(document, indent=2) + "\n")
+    errors = [row["informed"] for row in rows if row["task"].startswith("minilm")]
+    if errors:
+        update_summary(options.output, {"transformer_mape_short_run": float(np.mean(errors))})
+    lines = [
+        "| | without | after a short training run | its seconds |",
+        "| --- | --- | --- | --- |",
+    ]
     lines += [
-        f"| {r['task']} | {r['without']:.1%} | {r['probed']:.1%} | {r['seconds']:.0f} |"
+        f"| {r['task']} | {r['without']:.1%} | {r['informed']:.1%} | {r['seconds']:.0f} |"
         for r in rows
     ]
     lines += ["", f"Measured {where['date']} with `{where['command']}`.", ""]
-    (options.output / "probe.md").write_text("\n".join(lines))
+    (options.output / "short_run.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
 
