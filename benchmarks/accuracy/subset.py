@@ -38,6 +38,7 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy.evaluation import update_summary
+from benchmarks.accuracy.power_laws import power_law_modes
 from benchmarks.accuracy.subset_references import Configuration
 from benchmarks.accuracy.subset_references import FRACTIONS
 from benchmarks.accuracy.subset_references import MAX_STEPS
@@ -50,7 +51,6 @@ from optuna_ttp import PredictorSettings
 from optuna_ttp import Spectrum
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import UnreliablePredictionWarning
-from optuna_ttp.dynamics import power_law_modes
 from optuna_ttp.dynamics import SampleConvergence
 
 

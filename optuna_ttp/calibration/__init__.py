@@ -1,24 +1,21 @@
 """Observed loss curves in; a corrected clock, its uncertainty and a measure of trust out.
 
-The clock's error is mostly one function of the depth, shared by all configurations of a task: the
-kernel grows (or shrinks) as the network is trained, by a factor ``kappa`` that depends on how far
-the loss has come. What is left depends a little on the configuration. Both are learned together,
-from the times at which observed trials passed a first_passages of depths.
+The clock's error is mostly one function ``u`` of the depth, shared by all configurations of a
+task: the logarithm of what the kernel is multiplied by, on top of the growth that a prediction was
+simulated with. What is left depends a little on the configuration. Both are learned together from
+the times at which observed trials first passed a fixed set of loss levels.
 
-``u``, a function of the depth, is the logarithm of what the kernel is multiplied by on top of the
-growth that a prediction was simulated with. Without momentum it divides the time between two
-levels by ``exp(u)``.
-Momentum has to pick up speed first: along the path of the linearised network, with
-``tau`` the intrinsic time, ``l`` the lag ``m / (1 - m)`` and ``K`` the growth, the heavy ball is
-``tau' = sqrt(K) v``, ``l v' = sqrt(K) - v``. Simulated first passage times are turned into
-intrinsic times by this equation with the growth that they were simulated with, and back into
-steps with the corrected one.
+Without momentum ``u`` divides the time between two levels by ``exp(u)``. Momentum has to pick up
+speed first: along the path of the linearised network, with ``tau`` the intrinsic time, ``l`` the
+lag ``m / (1 - m)`` and ``K`` the growth, the heavy ball is ``tau' = sqrt(K) v``,
+``l v' = sqrt(K) - v``. Simulated first passage times are turned into intrinsic times by this
+equation with the growth that they were simulated with, and back into steps with the corrected one.
 
-The logarithms of the times are linearised about the current estimate (Gauss-Newton), and the
-posterior of ``u`` and of the covariates' effects is that of a Bayesian linear regression, in
-closed form; a few rounds suffice. ``u`` has a Gaussian-process prior whose slope in the depth is
-smooth, so that a depth that was never seen is uncertain, not wild. The scale of the errors is
-learned too (conjugate inverse gamma), which makes predictive distributions Student's t.
+The logarithms of the times are linearised about the current estimate (Gauss-Newton); the posterior
+of ``u`` and of the configurations' effects is that of a Bayesian linear regression, in closed
+form. ``u`` has a Gaussian-process prior whose slope is smooth, so that a depth that was never seen
+is uncertain. The scale of the errors is learned too (conjugate inverse gamma), which makes
+predictive distributions Student's t.
 """
 
 from __future__ import annotations

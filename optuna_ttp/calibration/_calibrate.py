@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from optuna_ttp._util.arrays import Booleans
 from optuna_ttp.calibration._calibration import Calibration
 from optuna_ttp.calibration._divergence import DivergenceLimit
-from optuna_ttp.calibration._errors import failure_limit
-from optuna_ttp.calibration._errors import SCALE_WEIGHT
 from optuna_ttp.calibration._first_steps import calm_start
 from optuna_ttp.calibration._held_out import held_out
 from optuna_ttp.calibration._observation import failed
@@ -18,47 +17,41 @@ from optuna_ttp.calibration._observation import Observation
 from optuna_ttp.calibration._paths import corrected
 from optuna_ttp.calibration._prior import prior
 from optuna_ttp.calibration._prior_scale import PriorScale
+from optuna_ttp.calibration._rules import CalibrationRules
+from optuna_ttp.calibration._rules import DivergenceRules
+from optuna_ttp.calibration._rules import RULES
 from optuna_ttp.calibration._trials import Trials
 
 
-# Degrees of freedom with which a trial that does not fit loses its weight.
-_ROBUSTNESS = 4.0
-_ROUNDS = 4
-# Learned from the newest so many trials: enough, and quick.
-_MOST_TRIALS = 128
-# So many are compared with rules that learn from the trials before.
-_MOST_COMPARED = 256
-
-
 def calibrate(
-    observations: Sequence[Observation], prior_scale: PriorScale | None = None
+    observations: Sequence[Observation],
+    prior_scale: PriorScale | None = None,
+    *,
+    rules: CalibrationRules = RULES,
 ) -> Calibration:
-    """Learn from trials.
+    """Return what trials, oldest first, say about a predictor.
 
-    Args:
-        observations:
-            Trials, oldest first. Those of which nothing was seen are left out, and only the newest
-            128 shape the correction.
-        prior_scale:
-            How far the network may be from its linearisation. That of a usual one by default.
-
-    Returns:
-        The posterior, and how good the predictions were that were made before each trial.
+    Trials of which nothing was seen are left out, and only the newest 128 shape the correction.
+    The prior is that of a usual network by default. Also says how good the predictions were that
+    were made before each trial.
     """
     every = [o for o in observations if _n_seen(o) > 0]
-    usable = every[-_MOST_TRIALS:]
+    usable = every[-rules.fit.most_trials :]
     prior_scale = prior_scale or PriorScale()
-    mean, covariance = prior(prior_scale)
-    divergence, failure = _divergence(observations), _failure(observations)
+    diverged = np.array([o.diverged for o in observations], dtype=bool)
+    divergence = _limit(observations, diverged, rules.divergence)
+    failure = _limit(observations, failed(observations, rules.fit.late_factor), rules.failure)
     if not usable:
-        return replace(Calibration.none(prior_scale), divergence=divergence, failure=failure)
-    trials = Trials.of(usable)
+        nothing = Calibration.none(prior_scale, rules)
+        return replace(nothing, divergence=divergence, failure=failure)
+    mean, covariance = prior(prior_scale, rules.growth_prior)
+    trials = Trials.of(usable, rules.errors)
     precision = np.linalg.inv(covariance)
     weights = mean
     importance = np.ones(len(usable))
     scales = expected = prior_scale.scales
-    logs, slopes = corrected(trials.passages, weights)
-    for _ in range(_ROUNDS):
+    logs, slopes = corrected(trials.simulated, weights, rules.growth_prior)
+    for _ in range(rules.fit.n_rounds):
         observed, errors = trials.with_bounds(logs)
         seen = np.isfinite(observed) & np.isfinite(logs)
         inverse = trials.precision(errors, seen, scales)
@@ -69,44 +62,42 @@ def calibrate(
         weights = np.linalg.solve(
             posterior, precision @ mean + np.einsum("np,npw->w", y, weighted)
         )
-        logs, slopes = corrected(trials.passages, weights)
+        logs, slopes = corrected(trials.simulated, weights, rules.growth_prior)
         away = np.where(seen, observed - logs, 0.0)
-        own = np.where(np.isfinite(trials.observed), away, 0.0)
-        squares = trials.ratios(own, errors, seen, scales)
-        importance = (_ROBUSTNESS + 1.0) / (_ROBUSTNESS + squares)
-        scales = trials.scales(own, errors, seen, importance, expected)
+        # The scale of the errors is learned from times that were observed, not from bounds.
+        away = np.where(np.isfinite(trials.observed), away, 0.0)
+        squares = trials.ratios(away, errors, seen, scales)
+        importance = (rules.fit.robustness + 1.0) / (rules.fit.robustness + squares)
+        scales = trials.scales(away, errors, seen, importance, expected)
     return Calibration(
         weights,
         np.linalg.inv(posterior),
         *scales,
-        SCALE_WEIGHT + len(usable),
+        rules.errors.scale_weight + len(usable),
         len(every),
-        *held_out(every[-_MOST_COMPARED:]),
-        calm_start(usable),
+        *held_out(every[-rules.trust.most_compared :], rules),
+        calm_start(usable, rules),
         divergence,
         failure,
+        rules,
     )
 
 
 def _n_seen(observation: Observation) -> int:
+    """Return how many levels a trial with a prediction was seen to pass."""
     if not np.isfinite(observation.predicted).any() or observation.n_steps < 1:
         return 0
     return int(np.isfinite(observation.observed).sum())
 
 
-def _divergence(observations: Sequence[Observation]) -> DivergenceLimit:
-    """A trial diverged, or it passed a level; one that did neither tells nothing."""
-    telling = [o for o in observations if o.diverged or np.isfinite(o.observed).any()]
-    # At the first level the kernel has hardly grown.
-    stability = [o.instability[0] for o in telling]
-    return DivergenceLimit.of(stability, [o.diverged for o in telling])
-
-
-def _failure(observations: Sequence[Observation]) -> DivergenceLimit:
-    late = failed(observations)
-    telling = [
-        (o.instability[0], f)
-        for o, f in zip(observations, late, strict=True)
-        if f or np.isfinite(o.observed).any()
+def _limit(
+    observations: Sequence[Observation], failures: Booleans, rules: DivergenceRules
+) -> DivergenceLimit:
+    """Return from which learning rate on trials fail; only those count that do or pass a level."""
+    counted = [
+        # At the first level the kernel has hardly grown.
+        (o.instability[0], failure)
+        for o, failure in zip(observations, failures, strict=True)
+        if failure or np.isfinite(o.observed).any()
     ]
-    return failure_limit([s for s, _ in telling], [f for _, f in telling])
+    return DivergenceLimit.of([s for s, _ in counted], [f for _, f in counted], rules)

@@ -10,10 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optuna_ttp.calibration._divergence import DivergenceLimit
-from optuna_ttp.calibration._errors import failure_limit
-from optuna_ttp.calibration._errors import LEVEL_SD
-from optuna_ttp.calibration._errors import SCALE_WEIGHT
-from optuna_ttp.calibration._errors import TRIAL_SD
 from optuna_ttp.calibration._errors import wildness
 from optuna_ttp.calibration._first_passages import SimulatedFirstPassages
 from optuna_ttp.calibration._loss_levels import DEPTHS
@@ -23,63 +19,28 @@ from optuna_ttp.calibration._paths import corrected
 from optuna_ttp.calibration._paths import Paths
 from optuna_ttp.calibration._prior import prior
 from optuna_ttp.calibration._prior_scale import PriorScale
+from optuna_ttp.calibration._rules import CalibrationRules
+from optuna_ttp.calibration._rules import RULES
 from optuna_ttp.calibration._trials import Trials
-
-
-# No error of the model explains why a running trial is later than so many standard deviations.
-_UNEXPLAINED = 4.0
-# Compared with trivial rules from so many trials on, and how much better these must be.
-_MIN_OBSERVATIONS = 3
-_MIN_DISTRUST = 5
-_CLEARLY = 0.5
-_MIN_AGREEMENT = 0.2
-# Typical errors below this (a factor 1.65) do no harm, whatever a rule of thumb does; and what is
-# added to the errors of both.
-_HARMLESS_ERROR = 0.5
-_PRIOR_SCALE = 0.2
-# Typical errors above this (a factor e) that are also so much worse than a rule's: three trials
-# are enough. Of the recorded runs in benchmarks/accuracy one order of 200 looks like that after
-# three where the spectrum is right, six of ten where its eigenvectors are shuffled.
-_GROSS_ERROR = 1.0
-_GROSSLY = -1.0
-# One trial that is far off, or trials near the edge of stability alone, say little about all
-# others: the rule's advantage must be above its own standard deviation, and what is compared
-# weigh as much as half a calm trial, where errors are not gross. Without these two the right
-# spectrum of the residual net in benchmarks/accuracy was distrusted after five trials in 24 of 100
-# orders, with them in six, and in no search of benchmarks/search (40 looked at), where shuffled
-# predictions are found out nearly as often.
-_LEAST_ADVANTAGE = 1.05
-_LEAST_COMPARED = 0.5
-# Or as much as this: of five trials one pair at most may be in order (by chance in 4 %).
-_BACKWARDS = -0.75
-
-
-# A correction of the first steps, where the spectrum is exact, that is too large for its own: as a
-# logarithm, and in standard deviations.
-_START = 0.4
-_START_OFF = 0.25
-_START_ERRORS = 3.0
-_START_CALM = 0.25
-_START_GROSSLY = math.log(4.0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
-    """What observed trials say about a predictor. Nothing, by default.
+    """What observed trials say about a predictor.
 
     Attributes:
         weights:
             Posterior mean of ``u`` at :data:`KNOTS` and of the covariates' effects, ``(W,)``.
         covariance:
-            Its covariance, ``(W, W)``.
+            Posterior covariance of the weights, ``(W, W)``.
         scale:
-            Scale of the errors' variance; one before anything is observed.
+            Scale of the errors' variance. One by default.
         instability_scale:
-            Scale of the variance that comes with instability, likewise.
+            Scale of the variance that comes with instability. One by default.
         degrees_of_freedom:
-            Of the predictive Student's t.
+            Those of the predictive Student's t. Two by default.
         n_observed:
-            The number of trials behind it.
+            The number of trials that were learned from. Zero by default.
         rank_agreement:
             Kendall's tau of times as predicted before each trial and as observed; NaN for fewer
             than two trials.
@@ -87,7 +48,7 @@ class Calibration:
             Root mean square of log(observed / predicted before the trial), where trials near the
             edge of stability weigh less; NaN for no trials.
         baseline_error:
-            The same of the better of two rules without a spectrum, ``c / eta_e`` and
+            The same error of the better of two rules without a spectrum, ``c / eta_e`` and
             ``c / eta_e + m / (1 - m)``, with ``c`` from the trials before; NaN for fewer than two.
         compared_error:
             :attr:`log_error` over those trials that the rules can be compared on.
@@ -103,13 +64,15 @@ class Calibration:
         failure:
             From which learning rate on trials do not do as predicted: they diverge, or take more
             than twice as long.
+        rules:
+            The tuned numbers that it was learned with. Those of the package by default.
     """
 
     weights: NDArray[np.float64]
     covariance: NDArray[np.float64]
     scale: float = 1.0
     instability_scale: float = 1.0
-    degrees_of_freedom: float = SCALE_WEIGHT
+    degrees_of_freedom: float = RULES.errors.scale_weight
     n_observed: int = 0
     rank_agreement: float = math.nan
     log_error: float = math.nan
@@ -119,22 +82,37 @@ class Calibration:
     superiority: float = 0.0
     calm_start: float = math.nan
     divergence: DivergenceLimit = field(default_factory=DivergenceLimit.of)
-    failure: DivergenceLimit = field(default_factory=failure_limit)
+    failure: DivergenceLimit = field(
+        default_factory=lambda: DivergenceLimit.of(rules=RULES.failure)
+    )
+    rules: CalibrationRules = RULES
 
     @classmethod
-    def none(cls, prior_scale: PriorScale | None = None) -> Calibration:
-        """Return what is known before any trial. The simulation stands as it is.
+    def none(
+        cls, prior_scale: PriorScale | None = None, rules: CalibrationRules = RULES
+    ) -> Calibration:
+        """Return what is known before any trial: simulated times are not corrected.
 
         Args:
             prior_scale:
                 How far the network may be from its linearisation. That of a usual one by default.
+            rules:
+                The tuned numbers to learn with. Those of the package by default.
 
         Returns:
             The calibration.
         """
         prior_scale = prior_scale or PriorScale()
-        _, covariance = prior(prior_scale)
-        return cls(np.zeros(len(covariance)), covariance, *prior_scale.scales)
+        _, covariance = prior(prior_scale, rules.growth_prior)
+        return cls(
+            np.zeros(len(covariance)),
+            covariance,
+            *prior_scale.scales,
+            degrees_of_freedom=rules.errors.scale_weight,
+            divergence=DivergenceLimit.of(rules=rules.divergence),
+            failure=DivergenceLimit.of(rules=rules.failure),
+            rules=rules,
+        )
 
     def __repr__(self) -> str:
         return f"Calibration({self})"
@@ -155,7 +133,7 @@ class Calibration:
             text += f", Kendall's tau {self.rank_agreement:.2f}"
         if not self.starts_as_predicted:
             text += f"; training begins {self.start_factor:.2g} times as fast as predicted"
-        return text + ("" if self.trusted else "; not trusted, so that they steer nothing")
+        return text + ("" if self.trusted else "; not trusted, so that they are ignored")
 
     @property
     def log_growth(self) -> NDArray[np.float64]:
@@ -164,49 +142,49 @@ class Calibration:
 
     @property
     def log_growth_sd(self) -> NDArray[np.float64]:
-        """Its standard deviation, shape ``(M,)``."""
+        """Standard deviation of :attr:`log_growth`, shape ``(M,)``."""
         return np.sqrt(np.diag(self.covariance)[: len(KNOTS)])
 
     @property
     def trust(self) -> float:
         """Share of the better trivial rule's squared error that predictions avoid, at most one.
 
-        Held out: every trial was predicted before it was learned from. Negative where the rule is
-        better. Trials near the edge of stability, where no spectrum tells much, weigh less. Errors
-        of 20 % are added to both sides, so that it does not hang on a hair. NaN for fewer than
-        three trials.
+        Every trial was predicted before it was learned from. Negative where the rule is better.
+        Trials near the edge of stability, about which no spectrum says much, weigh less. Errors of
+        20 % are added to both sides, so that small errors do not decide. NaN for fewer than three
+        trials.
         """
-        if self.n_observed < _MIN_OBSERVATIONS or math.isnan(self.baseline_error):
+        rules = self.rules.trust
+        if self.n_observed < rules.min_observations or math.isnan(self.baseline_error):
             return math.nan
-        prior_scale = _PRIOR_SCALE**2
-        return 1.0 - (self.compared_error**2 + prior_scale) / (
-            self.baseline_error**2 + prior_scale
-        )
+        added = rules.added_error**2
+        return 1.0 - (self.compared_error**2 + added) / (self.baseline_error**2 + added)
 
     @property
     def trusted(self) -> bool:
-        """Whether predictions may steer a search.
+        """Whether predictions may decide about trials of a search.
 
         They may not where they are off by more than a factor 1.65 and a trivial rule's squared
         error is less, or less than twice as much, where they are off by more than a factor e or
         do not rank the trials (Kendall's tau below 0.2). Five trials must say so, or three that
         are off by more than e and have twice the rule's squared error; and surely: that they are
         off by e and unranked, or ranked backwards (a tau of at most -0.75), or by a difference
-        above its own standard deviation. The last two not on the word of one trial, nor of trials
-        near the edge of stability alone.
+        above its own standard deviation. The last two do not count where one trial, or trials near
+        the edge of stability alone, say so.
         """
-        gross = self.log_error > _GROSS_ERROR
-        unranked = self.rank_agreement < _MIN_AGREEMENT
-        calm = self.n_compared >= _LEAST_COMPARED
-        sure = calm and self.superiority >= _LEAST_ADVANTAGE
-        if gross and (unranked or sure) and self.trust < _GROSSLY:
+        rules = self.rules.trust
+        gross = self.log_error > rules.gross_error
+        unranked = self.rank_agreement < rules.min_agreement
+        calm = self.n_compared >= rules.least_compared
+        sure = calm and self.superiority >= rules.least_superiority
+        if gross and (unranked or sure) and self.trust < rules.gross_trust:
             return False
-        if self.n_observed < _MIN_DISTRUST or not self.log_error > _HARMLESS_ERROR:
+        if self.n_observed < rules.min_distrust or not self.log_error > rules.harmless_error:
             return True
-        backwards = calm and self.rank_agreement <= _BACKWARDS
+        backwards = calm and self.rank_agreement <= rules.backwards
         if not (sure or backwards or (gross and unranked)):
             return True
-        return not self.trust < (_CLEARLY if unranked or gross else 0.0)
+        return not self.trust < (rules.clear_trust if unranked or gross else 0.0)
 
     @property
     def fault(self) -> str:
@@ -226,54 +204,58 @@ class Calibration:
 
     @property
     def starts_as_predicted(self) -> bool:
-        """Whether that is so, as far as three trials or more can tell.
+        """Whether :attr:`start_factor` is close to one, as far as three trials or more show.
 
         Not where it is more than half as much again, or two thirds, and three standard deviations
         away, predictions were typically off by more than 28 %, and trials far from the edge of
-        stability say so, too, if it is less than four times: fast ones say little about theirs.
+        stability say so, too, if it is less than four times: fast trials say little about it.
         With the right spectra of the recorded runs in benchmarks/accuracy it was never more than
         1.42 times away after one, three or five trials; with those of shuffled eigenvectors and
         other data sets, as far as predictions were still trusted, mostly 1.2 to 1.8 times.
         """
+        rules = self.rules.first_steps
         away = abs(float(self.log_growth[0]))
-        known = away > _START_ERRORS * float(self.log_growth_sd[0])
-        off = self.n_observed >= _MIN_OBSERVATIONS and self.log_error > _START_OFF
-        # Not on the word of large steps alone.
-        calm = self.calm_start * math.copysign(1.0, float(self.log_growth[0])) > _START_CALM
-        return not (off and away > _START and known and (calm or away > _START_GROSSLY))
+        known = away > rules.deviation_sds * float(self.log_growth_sd[0])
+        enough = self.n_observed >= self.rules.trust.min_observations
+        # Not where large steps alone say so.
+        calm = self.calm_start * math.copysign(1.0, float(self.log_growth[0]))
+        shown = calm > rules.calm_deviation or away > rules.gross_deviation
+        off = away > rules.deviation and known and shown
+        return not (enough and self.log_error > rules.least_error and off)
 
     def correct(
-        self, passages: SimulatedFirstPassages
+        self, simulated: SimulatedFirstPassages
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Correct predicted times.
+        """Return the corrected times of K configurations at P loss levels.
 
         Args:
-            passages:
-                As simulated.
+            simulated:
+                Their simulated times.
 
         Returns:
             Logarithms of the corrected times and their standard deviation, both ``(K, P)``.
         """
-        logs, slopes = corrected(passages, self.weights)
+        errors = self.rules.errors
+        logs, slopes = corrected(simulated, self.weights, self.rules.growth_prior)
         known = np.nan_to_num(slopes)
         variance = np.einsum("kpv,vw,kpw->kp", known, self.covariance, known)
-        own = self.scale * (TRIAL_SD**2 + LEVEL_SD**2)
-        wild = self.instability_scale * wildness(passages.instability) ** 2
-        return logs, np.sqrt(variance + own + wild)
+        calm = self.scale * (errors.trial_sd**2 + errors.level_sd**2)
+        wild = self.instability_scale * wildness(simulated.instability, errors) ** 2
+        return logs, np.sqrt(variance + calm + wild)
 
     def remaining(
         self, running: Observation, depths: NDArray[np.float64], log_steps: NDArray[np.float64]
     ) -> tuple[float, float]:
-        """Return how long a running trial still takes to the last level, given its own curve.
+        """Return how long a running trial still takes to the last level, given its curve so far.
 
         Its errors so far are taken for the error common to its levels, as far as they are larger
-        than what single levels scatter by; what is left of the way is stretched by what of it is
-        expected to last until the target. A trial that is later than can be explained is taken to
-        lose as many steps again.
+        than what single levels scatter by; the remaining time is stretched by the part of this
+        error that is expected to last until the target. A trial that is later than can be
+        explained is taken to lose as many steps again.
 
         Args:
             running:
-                What was predicted for it and seen of it so far.
+                What was predicted for the trial and seen of it so far.
             depths:
                 Loss levels, ascending, for this trial alone, shape ``(P,)``: the first ones
                 are :data:`DEPTHS`, the last is the target.
@@ -297,7 +279,7 @@ class Calibration:
         goal, spread = float(logs[0, -1]), float(sd[0, -1])
         if not math.isfinite(goal):
             return math.inf, spread
-        stacked = Trials.of([running])
+        stacked = Trials.of([running], self.rules.errors)
         # A level that should have been passed by now has not been: it is later.
         observed, errors = stacked.with_bounds(logs[:, : len(DEPTHS)])
         known = np.flatnonzero(np.isfinite(observed[0]) & np.isfinite(logs[0, : len(DEPTHS)]))
@@ -322,9 +304,9 @@ class Calibration:
         there = float((ahead @ inverse) @ away)
         total_steps = expected * math.exp(error) + left * math.exp(there)
         late = float(away[j])
-        if late > _UNEXPLAINED * sd[0, j]:
-            # So late is nothing that the model knows of. What has cost so many steps will cost as
-            # many again, but no more than a pace of the trial's own would.
+        if late > self.rules.errors.unexplained_sds * sd[0, j]:
+            # No error that the model knows of explains this. Whatever has cost so many steps will
+            # cost as many again, but no more than if the whole trial went at this pace.
             lost = min(passed - expected, left * math.expm1(late))
             total_steps = max(total_steps, passed + left + lost)
         rest = total_steps - running.n_steps
@@ -332,14 +314,14 @@ class Calibration:
         total = max(spread**2 - float(common[j, j]) + shrunk, (0.5 * spread) ** 2)
         return max(rest, 1.0), math.sqrt(total)
 
-    def expected(self, passages: SimulatedFirstPassages) -> NDArray[np.float64]:
-        """Correct predicted times without their deviation: for many at once.
+    def expected(self, simulated: SimulatedFirstPassages) -> NDArray[np.float64]:
+        """Return corrected times without their deviation, which is quick for many configurations.
 
         Args:
-            passages:
-                As simulated.
+            simulated:
+                Their simulated times.
 
         Returns:
             Logarithms of the corrected times, ``(K, P)``.
         """
-        return np.log(Paths.of(passages, self.weights).times()[0])
+        return np.log(Paths.of(simulated, self.weights, self.rules.growth_prior).times()[0])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+
+from optuna_ttp._util.arrays import Floats
+from optuna_ttp._util.arrays import Integers
 
 
 # Loss levels: the training loss over the initial one, and its negative logarithm.
@@ -19,15 +21,10 @@ KNOTS = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0])
 N_COVARIATES = 2
 
 
-def deepest(rows: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the deepest level that is known.
+def deepest(rows: Floats) -> Integers:
+    """Return the place of the deepest level with a value that is not NaN, -1 where none has one.
 
-    Args:
-        rows:
-            Values at the levels in the last axis, NaN where unknown.
-
-    Returns:
-        Its place, -1 where none is; the shape without the last axis.
+    The levels are in the last axis of the rows, which the result does not have.
     """
     known = np.isfinite(rows)
     last = known.shape[-1] - 1 - known[..., ::-1].argmax(axis=-1)

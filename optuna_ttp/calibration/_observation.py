@@ -8,70 +8,51 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from optuna_ttp._util.arrays import Booleans
+from optuna_ttp._util.arrays import Floats
 from optuna_ttp.calibration._loss_levels import deepest
 from optuna_ttp.calibration._loss_levels import DEPTHS
 from optuna_ttp.calibration._loss_levels import KNOTS
 from optuna_ttp.calibration._loss_levels import N_COVARIATES
-
-
-# So many times later than expected is too late.
-_TWICE = 2.0
+from optuna_ttp.calibration._rules import RULES
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Observation:
-    """What was predicted for a trial before it ran, and what was seen of it.
+    """What was predicted for a trial before it ran, and what was seen of it."""
 
-    Attributes:
-        predicted:
-            Logarithm of the predicted step at each of :data:`DEPTHS`, as simulated; NaN behind
-            the end of the simulation. Shape ``(P,)``.
-        expected:
-            The same as corrected by what had been learned then.
-        growth:
-            Logarithm of the correction of the kernel that it was simulated with, at
-            :data:`KNOTS`, shape ``(M,)``.
-        covariates:
-            Of the configuration, shape ``(F,)``; see :func:`covariates`.
-        instability:
-            Learning rate over the largest stable one, times what the kernel was predicted to have
-            grown by, at each of :data:`DEPTHS`, shape ``(P,)``.
-        effective_learning_rate:
-            ``eta / (1 - m)``.
-        lag:
-            Steps by which momentum lags behind.
-        observed:
-            Logarithm of the step at which each of :data:`DEPTHS` was passed; NaN where not seen.
-        errors:
-            Its standard error.
-        n_steps:
-            Steps that the trial has taken.
-        diverged:
-            Whether its loss became infinite or NaN, or stayed where a spike had left it.
-        batch_size:
-            Of the configuration; zero where it is not known.
-        seconds_per_step:
-            Median over its steps; NaN where it was not measured.
-        lost:
-            Steps that it probably lost in loss spikes.
-    """
-
-    predicted: NDArray[np.float64]
-    expected: NDArray[np.float64]
-    growth: NDArray[np.float64]
-    covariates: NDArray[np.float64]
-    instability: NDArray[np.float64]
+    predicted: Floats
+    """Logarithm of the predicted step at each of :data:`DEPTHS`, as simulated; NaN behind the end
+    of the simulation. Shape ``(P,)``."""
+    expected: Floats
+    """The same as corrected by what had been learned then."""
+    growth: Floats
+    """Logarithm of the correction of the kernel that it was simulated with, at :data:`KNOTS`,
+    shape ``(M,)``."""
+    covariates: Floats
+    """Of the configuration, shape ``(F,)``; see :func:`covariates`."""
+    instability: Floats
+    """Learning rate over the largest stable one, times what the kernel was predicted to have grown
+    by, at each of :data:`DEPTHS`, shape ``(P,)``."""
     effective_learning_rate: float
+    """``eta / (1 - m)``."""
     lag: float
-    observed: NDArray[np.float64]
-    errors: NDArray[np.float64]
+    """Steps by which momentum lags behind."""
+    observed: Floats
+    """Logarithm of the step at which each of :data:`DEPTHS` was passed; NaN where not seen."""
+    errors: Floats
+    """Its standard error."""
     n_steps: float
+    """Steps that the trial has taken."""
     diverged: bool = False
+    """Whether its loss became infinite or NaN, or stayed where a spike had left it."""
     batch_size: int = 0
+    """Of the configuration; zero where it is not known."""
     seconds_per_step: float = math.nan
+    """Median over its steps; NaN where it was not measured."""
     lost: float = 0.0
+    """Steps that it probably lost in loss spikes."""
 
     def __repr__(self) -> str:
         passed = int(np.isfinite(self.observed).sum())
@@ -82,7 +63,7 @@ class Observation:
 
     @property
     def bound(self) -> float:
-        """Logarithm of the steps in which its next level was not passed.
+        """Logarithm of the steps in which the trial did not pass its next level.
 
         Minus infinity where it diverged: nobody knows how late a trial would have been that never
         came back.
@@ -97,41 +78,27 @@ class Observation:
     def from_json(cls, values: dict[str, Any]) -> Observation:
         """Read what :meth:`to_json` returned.
 
-        Args:
-            values:
-                The plain values.
-
-        Returns:
-            The observation.
-
-        Raises:
-            ValueError:
-                If they are no observation, or one of another version of this package.
+        A :class:`ValueError` says that the values are no observation, or one of another version of
+        this package.
         """
-        sizes = {"growth": len(KNOTS), "covariates": N_COVARIATES}
+        lengths = {"growth": len(KNOTS), "covariates": N_COVARIATES}
         try:
             read = {
                 name: _unplain(values.get(name, 0.0) if name == "lost" else values[name])
                 for name in cls.__dataclass_fields__
             }
             for name, value in read.items():
-                if isinstance(value, np.ndarray) and len(value) != sizes.get(name, len(DEPTHS)):
+                if isinstance(value, np.ndarray) and len(value) != lengths.get(name, len(DEPTHS)):
                     raise ValueError(f"{name} has {len(value)} values")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"These values are no observation: {error}.") from error
         return cls(**read)
 
 
-def failed(observations: Sequence[Observation]) -> NDArray[np.bool_]:
-    """Tell which trials diverged, or missed their next loss level in twice the expected time.
-
-    Args:
-        observations:
-            The trials.
-
-    Returns:
-        Shape ``(n,)``.
-    """
+def failed(
+    observations: Sequence[Observation], late_factor: float = RULES.fit.late_factor
+) -> Booleans:
+    """Tell which of n trials diverged, or missed their next level by a factor of its time."""
     if not observations:
         return np.zeros(0, dtype=bool)
     following = deepest(np.array([o.observed for o in observations])) + 1
@@ -139,11 +106,12 @@ def failed(observations: Sequence[Observation]) -> NDArray[np.bool_]:
     expected = np.full((len(observations), len(DEPTHS) + 1), np.nan)
     expected[:, :-1] = [o.expected for o in observations]
     bounds = np.array([o.bound for o in observations])
-    late = bounds - expected[np.arange(len(expected)), following] > math.log(_TWICE)
+    late = bounds - expected[np.arange(len(expected)), following] > math.log(late_factor)
     return np.asarray(late | np.array([o.diverged for o in observations]))
 
 
 def _plain(value: Any) -> Any:
+    """Return a value, or the values of an array, as JSON has them; NaN as :obj:`None`."""
     if isinstance(value, np.ndarray):
         return [_plain(v) for v in value]
     if isinstance(value, float | np.floating):
@@ -152,6 +120,7 @@ def _plain(value: Any) -> Any:
 
 
 def _unplain(value: Any) -> Any:
+    """Return the value, or the array, that :func:`_plain` made plain."""
     if isinstance(value, list):
         return np.array([math.nan if v is None else v for v in value], dtype=np.float64)
     return math.nan if value is None else value

@@ -7,19 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PriorScale:
-    """How far a network may be from its linearisation, before any trial.
-
-    Attributes:
-        growth:
-            Factor of the prior standard deviation of the kernel's growth.
-        scatter:
-            Factor of what sets a trial apart from the others, as far as is known: the standard
-            deviations of its logarithmic times, of what instability adds to them, and of the
-            effects of its configuration. That of a usual pretrained network by default.
-    """
+    """How far a network may be from its linearisation, before any trial."""
 
     growth: float = 1.0
+    """Factor of the prior standard deviation of the kernel's growth."""
     scatter: float = 1.5
+    """Factor of what sets a trial apart from the others, as far as is known: the standard
+    deviations of its logarithmic times, of what instability adds to them, and of the effects of
+    its configuration. That of a usual pretrained network by default."""
 
     @property
     def scales(self) -> tuple[float, float]:

@@ -7,46 +7,40 @@ from dataclasses import dataclass
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
+from optuna_ttp._util.arrays import Booleans
+from optuna_ttp._util.arrays import Floats
 from optuna_ttp.calibration._errors import catapult
-from optuna_ttp.calibration._errors import LEVEL_SD
-from optuna_ttp.calibration._errors import SCALE_WEIGHT
-from optuna_ttp.calibration._errors import TRIAL_SD
 from optuna_ttp.calibration._errors import wildness
 from optuna_ttp.calibration._first_passages import SimulatedFirstPassages
 from optuna_ttp.calibration._loss_levels import deepest
 from optuna_ttp.calibration._loss_levels import DEPTHS
 from optuna_ttp.calibration._observation import Observation
-
-
-_TRIAL_LENGTH = 0.7
-# A trial that went on without reaching its next level tells that it is later, within this error.
-_CENSORED_ERROR = 0.15
+from optuna_ttp.calibration._rules import ErrorRules
 
 
 @dataclass(frozen=True, eq=False)
 class Trials:
-    """The observations, stacked."""
+    """The observations of n trials, stacked."""
 
-    passages: SimulatedFirstPassages
-    observed: NDArray[np.float64]
-    errors: NDArray[np.float64]
-    bound: NDArray[np.float64]
-    delay: NDArray[np.float64]
-    told: NDArray[np.bool_]
+    simulated: SimulatedFirstPassages
+    """Their simulated times, which go on behind the end of a simulation as they were going."""
+    observed: Floats
+    """Logarithms of observed times, ``(n, P)``; NaN where not seen, or not predicted."""
+    errors: Floats
+    """Their standard errors, ``(n, P)``."""
+    bound: Floats
+    """See :attr:`Observation.bound`, ``(n,)``."""
+    delay: Floats
+    """Logarithm of the share of a trial's steps that it lost in loss spikes, ``(n,)``."""
+    predicted: Booleans
+    """Which levels were within the simulation, ``(n, P)``."""
+    rules: ErrorRules
+    """Of the errors."""
 
     @classmethod
-    def of(cls, observations: Sequence[Observation]) -> Trials:
-        """Stack observations.
-
-        Args:
-            observations:
-                Of each of which something was predicted.
-
-        Returns:
-            The trials.
-        """
+    def of(cls, observations: Sequence[Observation], rules: ErrorRules) -> Trials:
+        """Stack observations of trials for each of which something was predicted."""
         return cls(
             SimulatedFirstPassages(
                 DEPTHS[None, :],
@@ -56,7 +50,7 @@ class Trials:
                 np.array([o.instability for o in observations]),
                 np.array([o.lag for o in observations]),
             ),
-            # What nothing was predicted for, behind the target, tells nothing.
+            # Times behind the target, where nothing was predicted, cannot be compared.
             np.array(
                 [np.where(np.isfinite(o.predicted), o.observed, np.nan) for o in observations]
             ),
@@ -64,86 +58,87 @@ class Trials:
             np.array([o.bound for o in observations]),
             np.array([math.log(o.n_steps / max(o.n_steps - o.lost, 1.0)) for o in observations]),
             np.isfinite([o.predicted for o in observations]),
+            rules,
         )
 
-    def with_bounds(
-        self, logs: NDArray[np.float64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Observed times and errors; where a trial has not got as far as expected, its end."""
+    def with_bounds(self, logs: Floats) -> tuple[Floats, Floats]:
+        """Return observed logarithmic times and their errors, both ``(n, P)``, given the expected.
+
+        Where a trial should have passed its next level by its end, that end is a bound of its
+        time.
+        """
         observed, errors = self.observed.copy(), self.errors.copy()
         last = deepest(observed)
         rows = np.flatnonzero(last + 1 < observed.shape[1])
         following = last[rows] + 1
-        late = self.told[rows, following] & (logs[rows, following] < self.bound[rows])
+        late = self.predicted[rows, following] & (logs[rows, following] < self.bound[rows])
         rows, following = rows[late], following[late]
         observed[rows, following] = self.bound[rows]
         # A spike may have delayed it by any part of that, as far as one is to be expected.
         away = self.bound[rows] - logs[rows, following]
-        spike = np.minimum(catapult(self.passages.instability[rows]), 1.0)
+        spike = np.minimum(catapult(self.simulated.instability[rows], self.rules), 1.0)
         errors[rows, following] = np.hypot(
-            _CENSORED_ERROR, np.maximum(spike * away, self.delay[rows])
+            self.rules.censored_error, np.maximum(spike * away, self.delay[rows])
         )
         return observed, errors
 
-    def precision(
-        self,
-        errors: NDArray[np.float64],
-        seen: NDArray[np.bool_],
-        scales: tuple[float, float],
-    ) -> NDArray[np.float64]:
-        """Inverse covariance of the errors of each trial; zero where nothing was seen."""
+    def precision(self, errors: Floats, seen: Booleans, scales: tuple[float, float]) -> Floats:
+        """Return the inverse covariance ``(n, P, P)`` of each trial's errors; zero if not seen."""
         both = seen[:, :, None] & seen[:, None, :]
         common = self.common(scales)
-        own = np.where(seen, np.nan_to_num(errors) ** 2 + scales[0] * LEVEL_SD**2, 1.0)
-        covariance = np.where(both, common, 0.0) + own[:, :, None] * np.eye(len(DEPTHS))
+        level_variance = np.nan_to_num(errors) ** 2 + scales[0] * self.rules.level_sd**2
+        apart = np.where(seen, level_variance, 1.0)
+        covariance = np.where(both, common, 0.0) + apart[:, :, None] * np.eye(len(DEPTHS))
         return np.where(both, np.linalg.inv(covariance), 0.0)
 
-    def common(self, scales: tuple[float, float]) -> NDArray[np.float64]:
-        """Covariance of what the levels of a trial have in common, ``(n, P, P)``."""
-        apart = (DEPTHS[:, None] - DEPTHS[None, :]) / _TRIAL_LENGTH
-        wild = wildness(self.passages.instability)
+    def common(self, scales: tuple[float, float]) -> Floats:
+        """Return the covariance of what the levels of a trial have in common, ``(n, P, P)``."""
+        rules = self.rules
+        apart = (DEPTHS[:, None] - DEPTHS[None, :]) / rules.trial_length
+        wild = wildness(self.simulated.instability, rules)
         # What comes with instability stays with the trial from then on.
         lasting = np.minimum(wild[:, :, None], wild[:, None, :]) ** 2
-        return np.asarray(scales[0] * TRIAL_SD**2 * np.exp(-0.5 * apart**2) + scales[1] * lasting)
+        calm = scales[0] * rules.trial_sd**2 * np.exp(-0.5 * apart**2)
+        return np.asarray(calm + scales[1] * lasting)
 
     def ratios(
-        self,
-        away: NDArray[np.float64],
-        errors: NDArray[np.float64],
-        seen: NDArray[np.bool_],
-        scales: tuple[float, float],
-    ) -> NDArray[np.float64]:
-        """Mean squared error of each trial over what is expected of it, ``(n,)``."""
-        calm = scales[0] * (TRIAL_SD**2 + LEVEL_SD**2)
-        wild = scales[1] * wildness(self.passages.instability) ** 2
+        self, away: Floats, errors: Floats, seen: Booleans, scales: tuple[float, float]
+    ) -> Floats:
+        """Return the mean squared error of each trial over what is expected of it, ``(n,)``."""
+        calm, wild = self._variances(scales)
         whole = wild + calm + np.nan_to_num(errors) ** 2
         share = seen / np.maximum(seen.sum(axis=1), 1)[:, None]
         return np.asarray((share * away**2 / whole).sum(axis=1))
 
     def scales(
         self,
-        away: NDArray[np.float64],
-        errors: NDArray[np.float64],
-        seen: NDArray[np.bool_],
-        importance: NDArray[np.float64],
+        away: Floats,
+        errors: Floats,
+        seen: Booleans,
+        importance: Floats,
         expected: tuple[float, float],
     ) -> tuple[float, float]:
-        """Scales of the errors' variances: of calm trials, and of what instability adds."""
-        wild = expected[1] * wildness(self.passages.instability) ** 2
-        calm = expected[0] * (TRIAL_SD**2 + LEVEL_SD**2)
+        """Return scales of the errors' variances: of calm trials, and of what instability adds."""
+        calm, wild = self._variances(expected)
         whole = wild + calm + np.nan_to_num(errors) ** 2
         share = seen / np.maximum(seen.sum(axis=1), 1)[:, None]
         # A trial counts for the one or the other by what its errors are expected to come from.
         unstable = (share * wild / whole).sum(axis=1)
         ratio = self.ratios(away, errors, seen, expected)
         stable = importance * (1.0 - unstable)
-        one = (SCALE_WEIGHT + (stable * ratio).sum()) / (SCALE_WEIGHT + stable.sum())
-        two = (SCALE_WEIGHT + (unstable * ratio).sum()) / (SCALE_WEIGHT + unstable.sum())
+        weight = self.rules.scale_weight
+        one = (weight + (stable * ratio).sum()) / (weight + stable.sum())
+        two = (weight + (unstable * ratio).sum()) / (weight + unstable.sum())
         return expected[0] * float(one), expected[1] * float(two)
 
+    def _variances(self, scales: tuple[float, float]) -> tuple[float, Floats]:
+        """Return the variance of a calm trial's errors, and what instability adds, ``(n, P)``."""
+        calm = scales[0] * (self.rules.trial_sd**2 + self.rules.level_sd**2)
+        return calm, scales[1] * wildness(self.simulated.instability, self.rules) ** 2
 
-def _extended(log_steps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Go on behind the end of a simulation as it was going."""
+
+def _extended(log_steps: Floats) -> Floats:
+    """Return logarithmic times ``(P,)`` that go on behind a simulation's end as they went."""
     known = np.flatnonzero(np.isfinite(log_steps))
     last = known[-1]
     slope = 0.5

@@ -2,84 +2,84 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
+from optuna_ttp._util.arrays import Floats
+from optuna_ttp._util.arrays import Integers
 from optuna_ttp.calibration._prior_scale import PriorScale
 from optuna_ttp.spectrum import Probe
 
 
 # The 90 % quantile of the standard normal distribution.
 Z_90 = 1.2816
-# Standard deviation of the logarithm of a predicted time: at the start, for every factor e that
-# the loss falls, without any probe, and for every factor e of the kernel's mismatch. The first
-# draw of every network in benchmarks/accuracy chose them, by the score of 80 % intervals (Gneiting
-# and Raftery, 2007, equation 43); displacement and deviation added nothing. The other draws test
-# them.
-_SHALLOW_SD = 0.05
-_DEPTH_SD = 0.02
-_UNKNOWN_SD = 0.5
-_MISMATCH_SD = 0.3
-_MOST_SD = 2.0
-# Depths at which the probe is asked how wrong a kernel is, and how far configurations may differ;
-# and what the one and the other say.
-_NEAR, _FAR = 0.5, 0.25
-_LEAST_GROWTH, _GROWTH_PRIOR_SCALE = 0.7, 1.5
-_LEAST_SCATTER = 0.5
-_MOST_DEVIATION = 16.0
-# A weight matrix that changes by as much as it was has left its linearisation; so have outputs
-# that are as far off as they moved, and a kernel of three times the predicted one, or a third.
-_UNRELIABLE_DISPLACEMENT = 1.0
-_UNRELIABLE_DEVIATION = 1.0
-_UNRELIABLE_MISMATCH = math.log(3.0)
+
+
+@dataclass(frozen=True)
+class UncertaintyRules:
+    """How sure a predicted time is before any trial, and when linearisation is unreliable.
+
+    The standard deviations were chosen on the first draw of every network in benchmarks/accuracy,
+    by the score of 80 % intervals (Gneiting and Raftery, 2007, equation 43), where displacement
+    and deviation added nothing; the scales of the prior on the same draws, by the likelihood of
+    held-out times after one, three and ten trials. The other draws test them.
+    """
+
+    shallow_sd: float = 0.05
+    """Standard deviation of the logarithm of a predicted time at the start."""
+    depth_sd: float = 0.02
+    """What every factor e that the loss falls adds to it."""
+    unknown_sd: float = 0.5
+    """That of linearisation where there is no probe."""
+    mismatch_sd: float = 0.3
+    """That of linearisation for every factor e of the kernel's mismatch."""
+    most_sd: float = 2.0
+    """Its largest value, and the largest mismatch that scales the prior."""
+    mismatch_fraction: float = 0.5
+    """Share of the initial loss at which the probe is asked how wrong a kernel is."""
+    deviation_fraction: float = 0.25
+    """Share of the initial loss at which it is asked how far configurations may differ."""
+    least_growth: float = 0.7
+    """Scale of the growth's prior without any mismatch."""
+    growth_mismatch: float = 1.5
+    """What a mismatch adds to it, where the outputs are as predicted."""
+    least_scatter: float = 0.5
+    """Scale of the scatter's prior without any deviation, whose square root is added."""
+    most_deviation: float = 16.0
+    """Largest deviation that scales the prior."""
+    unreliable_displacement: float = 1.0
+    """A weight matrix that changes by as much as it was has left its linearisation."""
+    unreliable_deviation: float = 1.0
+    """So have outputs that are as far off as they moved."""
+    unreliable_mismatch: float = math.log(3.0)
+    """So has a kernel of three times the predicted one, or a third."""
+
+
+RULES = UncertaintyRules()
 
 
 def displacement(probe: Probe | None, fraction: float) -> float:
-    """Return the largest relative displacement of a weight matrix on the way to a depth.
+    """Return ``|w - w_0| / |w_0|`` of the weight matrix that changes most on the way to a depth.
 
-    Args:
-        probe:
-            Of the spectrum, or :obj:`None`.
-        fraction:
-            Depth: the training loss over the initial one.
-
-    Returns:
-        ``|w - w_0| / |w_0|``; beyond the deepest point of the probe that of the deepest point.
-        NaN without a probe.
+    The depth is given as the fraction of the initial training loss; beyond the deepest point of
+    the probe the displacement is that of the deepest point. NaN without a probe.
     """
     return math.nan if probe is None else _at(probe, probe.relative_displacements, fraction)
 
 
 def deviation(probe: Probe | None, fraction: float) -> float:
-    """Return how far the outputs are from the linearised ones at a depth.
-
-    Args:
-        probe:
-            Of the spectrum, or :obj:`None`.
-        fraction:
-            Depth: the training loss over the initial one.
-
-    Returns:
-        ``|f - f_lin| / |f_lin - f_0|``, likewise.
-    """
+    """Return ``|f - f_lin| / |f_lin - f_0|`` of the outputs at a fraction of the initial loss."""
     return math.nan if probe is None else _at(probe, probe.output_deviations, fraction)
 
 
 def kernel_mismatch(probe: Probe | None, fraction: float) -> float:
     """Return by how much the kernel seen at a depth differs from the one that is predicted.
 
-    Args:
-        probe:
-            Of the spectrum, or :obj:`None`.
-        fraction:
-            Depth: the training loss over the initial one.
-
-    Returns:
-        ``|log(ratio / kappa)|`` of the probe's kernel ratio and of ``kappa = (1 + rho^2)^2``, the
-        two estimates behind :meth:`~optuna_ttp.dynamics.KernelGrowth.from_probe`, interpolated
-        likewise.
+    ``|log(ratio / kappa)|`` of the probe's kernel ratio and of ``kappa = (1 + rho^2)^2``, the two
+    estimates behind :meth:`~optuna_ttp.dynamics.KernelGrowth.from_probe`, at a fraction of the
+    initial loss. NaN without a probe.
     """
     if probe is None:
         return math.nan
@@ -89,8 +89,8 @@ def kernel_mismatch(probe: Probe | None, fraction: float) -> float:
     return _at(probe, np.nan_to_num(mismatch, nan=np.inf, posinf=np.inf), fraction)
 
 
-def _at(probe: Probe, values: NDArray[np.float64], fraction: float) -> float:
-    """Interpolate in the logarithm of the loss."""
+def _at(probe: Probe, values: Floats, fraction: float) -> float:
+    """Interpolate values of a probe in the logarithm of the loss."""
     depths = -np.log(probe.fractions)
     wanted = -np.log(max(fraction, 1e-12))
     if np.isnan(wanted):
@@ -100,100 +100,65 @@ def _at(probe: Probe, values: NDArray[np.float64], fraction: float) -> float:
     return float(np.interp(wanted, depths, values))
 
 
-def is_reliable(probe: Probe | None, fraction: float) -> bool:
-    """Tell whether the network is still close to its linearisation at a depth.
+def is_reliable(probe: Probe | None, fraction: float, rules: UncertaintyRules = RULES) -> bool:
+    """Tell whether the network is still close to its linearisation at a fraction of the loss.
 
-    Args:
-        probe:
-            Of the spectrum, or :obj:`None`: then nothing speaks against it.
-        fraction:
-            Depth: the training loss over the initial one.
-
-    Returns:
-        Whether no weight matrix has to change by as much as it was, the outputs at the changed
-        weights are closer to the linearised ones than these are to the initial ones, and the
-        kernel there is within a factor of three of the predicted one.
+    That is: no weight matrix has to change by as much as it was, the outputs at the changed
+    weights are closer to the linearised ones than these are to the initial ones, and the kernel
+    there is within a factor of three of the predicted one. True without a probe.
     """
     return not (
-        displacement(probe, fraction) >= _UNRELIABLE_DISPLACEMENT
-        or deviation(probe, fraction) >= _UNRELIABLE_DEVIATION
-        or kernel_mismatch(probe, fraction) >= _UNRELIABLE_MISMATCH
+        displacement(probe, fraction) >= rules.unreliable_displacement
+        or deviation(probe, fraction) >= rules.unreliable_deviation
+        or kernel_mismatch(probe, fraction) >= rules.unreliable_mismatch
     )
 
 
-def linearisation_sd(probe: Probe | None, fraction: float) -> float:
+def linearisation_sd(
+    probe: Probe | None, fraction: float, rules: UncertaintyRules = RULES
+) -> float:
     """Return the standard deviation of the logarithm of a time that comes from linearisation.
 
-    Args:
-        probe:
-            Of the spectrum, or :obj:`None`.
-        fraction:
-            Depth: the training loss over the initial one.
-
-    Returns:
-        It grows with the depth and with :func:`kernel_mismatch`, up to about 2.
+    It grows with the depth and with :func:`kernel_mismatch`, up to about 2.
     """
     depth = -np.log(np.clip(fraction, 1e-3, 1.0)) if np.isfinite(fraction) else 1.0
-    near = _SHALLOW_SD + _DEPTH_SD * float(depth)
+    near = rules.shallow_sd + rules.depth_sd * float(depth)
     mismatch = kernel_mismatch(probe, fraction)
-    far = _UNKNOWN_SD if math.isnan(mismatch) else min(_MISMATCH_SD * mismatch, _MOST_SD)
+    far = min(rules.mismatch_sd * mismatch, rules.most_sd)
+    far = rules.unknown_sd if math.isnan(mismatch) else far
     return math.hypot(near, far)
 
 
-def prior_scale(probe: Probe | None) -> PriorScale:
+def prior_scale(probe: Probe | None, rules: UncertaintyRules = RULES) -> PriorScale:
     """Return what a probe says about the errors that trials will show.
 
     The further the outputs are from the linearised ones, the more the configurations differ. A
     kernel that differs from the predicted one is wrong for all of them alike; but where the
     outputs are further off than they moved, the probe was not on the path that training takes.
-    The first draws of the networks in benchmarks/accuracy chose the constants, by the likelihood
-    of held-out times after one, three and ten trials; the other draws test them.
-
-    Args:
-        probe:
-            Of the spectrum, or :obj:`None`.
-
-    Returns:
-        That of a usual pretrained network without a probe.
+    Without a probe the scale is that of a usual pretrained network.
     """
     if probe is None:
         return PriorScale()
-    off = min(deviation(probe, _FAR), _MOST_DEVIATION)
-    mismatch = min(kernel_mismatch(probe, _NEAR), _MOST_SD)
-    growth = _LEAST_GROWTH + _GROWTH_PRIOR_SCALE * mismatch / (1.0 + off**2)
-    return PriorScale(growth, _LEAST_SCATTER + math.sqrt(off))
+    off = min(deviation(probe, rules.deviation_fraction), rules.most_deviation)
+    mismatch = min(kernel_mismatch(probe, rules.mismatch_fraction), rules.most_sd)
+    growth = rules.least_growth + rules.growth_mismatch * mismatch / (1.0 + off**2)
+    return PriorScale(growth, rules.least_scatter + math.sqrt(off))
 
 
-def stability_sd(stability: NDArray[np.float64]) -> NDArray[np.float64]:
+def stability_sd(stability: Floats) -> Floats:
     """Return what the nearness of the stability limit adds to the standard deviation.
 
-    Real training near the limit was 20 to 30 % slower than its linear simulation.
-
-    Args:
-        stability:
-            Learning rate over the largest stable one, any shape.
-
-    Returns:
-        Zero up to half the limit, 0.25 at the limit.
+    Of learning rates over the largest stable one, any shape: zero up to half the limit, 0.25 at
+    the limit. Real training near the limit was 20 to 30 % slower than its linear simulation.
     """
     return np.clip(0.5 * (stability - 0.5), 0.0, 1.0)
 
 
-def probability_below(
-    steps: NDArray[np.float64], sd: NDArray[np.float64], horizon: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Return how likely a log-normal time is at most the horizon.
+def probability_below(steps: Floats, sd: Floats, horizon: Integers) -> Floats:
+    """Return how likely log-normal times are at most the horizons, all of one shape.
 
-    Args:
-        steps:
-            Its median, infinite where the target is not reached.
-        sd:
-            Standard deviation of its logarithm.
-        horizon:
-            Steps.
-
-    Returns:
-        Probabilities of the same shape; zero where the median is infinite.
+    ``steps`` are the medians, infinite (probability zero) where the target is not reached; ``sd``
+    are the standard deviations of the logarithms.
     """
     from scipy.special import ndtr
 

@@ -1,7 +1,4 @@
-"""How the loss falls: a spectrum and hyperparameters in, trajectories out.
-
-Knows neither Optuna nor databases.
-"""
+"""How the loss falls: a spectrum and hyperparameters in, trajectories out."""
 
 from __future__ import annotations
 
@@ -11,8 +8,6 @@ from optuna_ttp._util.lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from optuna_ttp.dynamics._closed_form import mse_gradient_descent
-    from optuna_ttp.dynamics._closed_form import mse_gradient_flow
     from optuna_ttp.dynamics._growth import KernelGrowth
     from optuna_ttp.dynamics._heavy_ball import first_passage_time
     from optuna_ttp.dynamics._linearised_model import LinearisedModel
@@ -25,14 +20,12 @@ if TYPE_CHECKING:
     from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
     from optuna_ttp.dynamics._simulation import Sampling
     from optuna_ttp.dynamics._simulation import simulate
-    from optuna_ttp.dynamics._simulation import Trajectories
     from optuna_ttp.dynamics._smoothing import Smoothing
     from optuna_ttp.dynamics._stability import StabilityLimit
-    from optuna_ttp.dynamics._subset import power_law_modes
-    from optuna_ttp.dynamics._subset import restricted
     from optuna_ttp.dynamics._subset import SampleConvergence
     from optuna_ttp.dynamics._surface import ResponseSurface
     from optuna_ttp.dynamics._target import Target
+    from optuna_ttp.dynamics._trajectories import Trajectories
 
 
 __all__ = [
@@ -51,10 +44,6 @@ __all__ = [
     "Target",
     "Trajectories",
     "first_passage_time",
-    "mse_gradient_descent",
-    "mse_gradient_flow",
-    "power_law_modes",
-    "restricted",
     "simulate",
     "simulate_equation",
     "times_to",
@@ -63,10 +52,6 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "_closed_form": (
-            "mse_gradient_descent",
-            "mse_gradient_flow",
-        ),
         "_growth": ("KernelGrowth",),
         "_heavy_ball": ("first_passage_time",),
         "_linearised_model": ("LinearisedModel",),
@@ -79,19 +64,12 @@ __getattr__, __dir__ = lazy_names(
         "_sde": ("simulate_equation",),
         "_sgd": ("SGD",),
         "_sgd_configurations": ("SGDConfigurations",),
-        "_simulation": (
-            "Sampling",
-            "simulate",
-            "Trajectories",
-        ),
+        "_simulation": ("Sampling", "simulate"),
         "_smoothing": ("Smoothing",),
         "_stability": ("StabilityLimit",),
-        "_subset": (
-            "power_law_modes",
-            "restricted",
-            "SampleConvergence",
-        ),
+        "_subset": ("SampleConvergence",),
         "_surface": ("ResponseSurface",),
         "_target": ("Target",),
+        "_trajectories": ("Trajectories",),
     },
 )

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+import math
 
 import numpy as np
-from numpy.typing import NDArray
+
+from optuna_ttp._util.arrays import Floats
 
 
-# By how much, as a logarithm, the kernel at the displaced weights may differ from what their
-# displacement says. Chosen on the first draw of each network in benchmarks/accuracy.
-_MOST_DISAGREEMENT = np.log(3.0)
+@dataclass(frozen=True)
+class GrowthRules:
+    """How the two estimates of a kernel's growth are joined."""
+
+    most_disagreement: float = math.log(3.0)
+    """Most that the kernel at the displaced weights may differ, as a logarithm, from what the
+    displacement says. Chosen on the first draw of each network in benchmarks/accuracy."""
+
+
+RULES = GrowthRules()
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,83 +27,63 @@ class KernelGrowth:
     """A factor ``kappa(l)`` on the kernel as a function of the loss ``l``, for all configurations.
 
     The network's kernel is taken to be ``kappa(l) Theta``: its directions stay, its speed changes.
-
-    Attributes:
-        fractions:
-            Training loss over the initial one, descending from 1, shape ``(P,)``.
-        factors:
-            ``kappa`` there, positive. Constant beyond the ends, log-log-linear in between.
     """
 
-    fractions: NDArray[np.float64]
-    factors: NDArray[np.float64]
+    fractions: Floats
+    """Training loss over the initial one, descending from 1, shape ``(P,)``."""
+    factors: Floats
+    """``kappa`` there, positive. Constant beyond the ends, log-log-linear in between."""
 
     @classmethod
     def from_probe(
         cls,
-        fractions: NDArray[np.float64],
-        relative_displacements: NDArray[np.float64],
-        kernel_ratios: NDArray[np.float64],
+        fractions: Floats,
+        relative_displacements: Floats,
+        kernel_ratios: Floats,
+        rules: GrowthRules = RULES,
     ) -> KernelGrowth:
-        """Predict the growth from how far the weights have to go and what the kernel is there.
+        """Predict the growth at loss fractions ``(P,)`` as the geometric mean of two estimates.
 
-        Two estimates, neither of which holds for all networks; their geometric mean is taken.
+        Neither of them holds for all networks.
 
-        From the displacement alone: a head ``W`` on features ``phi`` has the kernel ``|phi|^2``
-        from its own weights and one proportional to ``|W|^2`` from the weights below it. Where
-        training moves the head by ``rho |W_0|``, at a right angle to its random start, ``|W|^2``
-        grows by ``1 + rho^2``, and so do, in a balanced network, the features along the same
-        directions: ``(1 + rho^2)^2``.
+        From the displacement ``rho`` of the head alone: a head ``W`` on features ``phi`` has the
+        kernel ``|phi|^2`` from its own weights and one proportional to ``|W|^2`` from the weights
+        below it. Where training moves the head by ``rho |W_0|``, at a right angle to its random
+        start, ``|W|^2`` grows by ``1 + rho^2``, and so do, in a balanced network, the features
+        along the same directions: ``(1 + rho^2)^2``.
 
         From the network at the displaced weights: ``|J(w)^T u|^2 / |J(w_0)^T u|^2`` along the
         gradient ``u`` that training follows there. It also sees what happens below the head, but
         it overshoots there, because training follows the curved network and goes less far than
         the linearised path. So it is taken for at most three times the first one, or a third.
 
-        A heuristic of this package, not of the paper; what it is worth, and each of the two
-        alone, stands in ``benchmarks/accuracy``.
-
-        Args:
-            fractions:
-                Training loss over the initial one, descending from 1, shape ``(P,)``.
-            relative_displacements:
-                ``rho`` there on the path of the frozen kernel, shape ``(P,)``.
-            kernel_ratios:
-                The ratio there, shape ``(P,)``. Where one of both is not finite nothing is
-                predicted.
-
-        Returns:
-            The growth.
+        A heuristic of this package, not of the paper; ``benchmarks/accuracy`` measures it and each
+        of the two estimates alone. Points where one of both is not finite are left out.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             head = 2.0 * np.log1p(relative_displacements**2)
-            rest = np.clip(np.log(kernel_ratios) - head, -_MOST_DISAGREEMENT, _MOST_DISAGREEMENT)
-            logs = head + 0.5 * rest
+            most = rules.most_disagreement
+            logs = head + 0.5 * np.clip(np.log(kernel_ratios) - head, -most, most)
         known = np.isfinite(logs)
         return cls(fractions[known], np.exp(logs[known]))
 
-    def at(self, fraction: NDArray[np.float64]) -> NDArray[np.float64]:
+    def at(self, fraction: Floats) -> Floats:
         """Return ``kappa`` at losses over the initial one, of any shape."""
         with np.errstate(divide="ignore", invalid="ignore"):
             wanted = -np.log(np.maximum(fraction, 1e-300))
         logs = np.interp(wanted, -np.log(self.fractions), np.log(self.factors))
         return np.exp(logs)
 
-    def times(self, depths: NDArray[np.float64], log_factors: NDArray[np.float64]) -> KernelGrowth:
-        """Return this growth times another one.
+    def times(self, depths: Floats, log_factors: Floats) -> KernelGrowth:
+        """Return the product of this growth and another one, at the points of both.
 
-        Args:
-            depths:
-                ``log(1 / fraction)`` where the other is given, ascending from 0, shape ``(M,)``.
-            log_factors:
-                Logarithm of the other there, shape ``(M,)``. Constant beyond the end.
-
-        Returns:
-            The product, at the points of both.
+        The other one's logarithms ``(M,)`` are given at depths ``log(1 / fraction)``, ascending
+        from 0; it is constant beyond them.
         """
-        own = -np.log(self.fractions)
-        every = np.union1d(own, depths)
-        logs = np.interp(every, own, np.log(self.factors)) + np.interp(every, depths, log_factors)
+        depths_here = -np.log(self.fractions)
+        every = np.union1d(depths_here, depths)
+        logs = np.interp(every, depths_here, np.log(self.factors))
+        logs = logs + np.interp(every, depths, log_factors)
         return KernelGrowth(np.exp(-every), np.exp(logs))
 
     @classmethod

@@ -1,47 +1,32 @@
-"""How long a heavy ball takes for a way."""
+"""How long a heavy ball takes for a distance."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+
+from optuna_ttp._util.arrays import Floats
 
 
 _NEWTON_STEPS = 6
 
 
-def first_passage_time(
-    way: NDArray[np.float64],
-    root: NDArray[np.float64],
-    speed: NDArray[np.float64],
-    lag: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Return the time that a heavy ball takes for a way whose gradient is constant.
+def first_passage_time(distance: Floats, root: Floats, speed: Floats, lag: Floats) -> Floats:
+    """Return the steps ``(K,)`` that a heavy ball takes for a distance under a constant gradient.
 
-    Solves ``root (root t - lag (root - speed) (1 - exp(-t / lag))) = way``, the way of ``lag x'' +
-    x' = root^2`` with ``x'(0) = root speed``, by Newton's method, from the side on which it cannot
-    overshoot: Polyak's heavy ball (1964) in continuous time.
-
-    Args:
-        way:
-            In units of the effective learning rate times steps, positive, shape ``(K,)``.
-        root:
-            Square root of the final speed, positive, shape ``(K,)``.
-        speed:
-            Speed at the start over ``root``, shape ``(K,)``.
-        lag:
-            ``m / (1 - m)`` steps, positive, shape ``(K,)``.
-
-    Returns:
-        Steps, shape ``(K,)``.
+    Solves ``root (root t - lag (root - speed) (1 - exp(-t / lag))) = distance``, the distance of
+    ``lag x'' + x' = root^2`` with ``x'(0) = root speed``, by Newton's method, from the side on
+    which it cannot overshoot: Polyak's heavy ball (1964) in continuous time. All arguments are
+    positive and of shape ``(K,)``: the distance in units of the effective learning rate times
+    steps, the root of the final speed, the speed at the start over ``root``, and the lag
+    ``m / (1 - m)`` in steps.
     """
-    late = way / root**2 + lag
-    t = np.where(
-        speed < root, np.minimum(late, np.sqrt(2.0 * lag * way) / root + way / root**2), 0.0
-    )
-    t = np.where(speed < root, np.maximum(t, 1e-12), way / np.maximum(root * speed, 1e-300))
+    late = distance / root**2 + lag
+    early = np.sqrt(2.0 * lag * distance) / root + distance / root**2
+    t = np.where(speed < root, np.minimum(late, early), 0.0)
+    t = np.where(speed < root, np.maximum(t, 1e-12), distance / np.maximum(root * speed, 1e-300))
     for _ in range(_NEWTON_STEPS):
         # One minus the decay, exactly where it is tiny.
         settled = -np.expm1(-t / lag)
-        away = root * (root * t - lag * (root - speed) * settled) - way
+        away = root * (root * t - lag * (root - speed) * settled) - distance
         t = np.maximum(t - away / (root * (speed + (root - speed) * settled)), 1e-3 * t)
     return t

@@ -1,8 +1,9 @@
-"""The network, linearised at its pretrained weights, on the kept eigen-directions."""
+"""The network, linearised at its pretrained weights, on the eigen-directions of a spectrum."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 import math
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 import torch
 
+from optuna_ttp._util.arrays import Floats
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.task import Loss
 from optuna_ttp.task import output_gradients
@@ -20,42 +22,31 @@ from optuna_ttp.task import output_gradients
 class LinearisedModel:
     """``f(theta) = f_0 + Psi theta`` with ``Psi = V Lambda^(1/2)``, starting at ``theta = 0``.
 
-    ``Psi Psi^T`` is the kernel on its kept eigenpairs, so that gradient descent on ``theta`` moves
-    the outputs as gradient descent on the weights of the linearised network does. The state has
-    the rank r as its dimension instead of the number of weights.
-
-    Attributes:
-        features:
-            ``Psi``, of shape ``(N, C, r)``.
-        initial_outputs:
-            ``f_0``, of shape ``(N, C)``.
-        soft_targets:
-            ``q`` of :class:`~optuna_ttp.Loss`, of shape ``(N, C)``.
-        normalisers:
-            ``n`` of :class:`~optuna_ttp.Loss`, of shape ``(N,)``.
-        labels:
-            The class to be predicted, of shape ``(N,)``, or :obj:`None` for a single real target.
-        kind:
-            ``"cross_entropy"`` or ``"mse"``.
-        pull:
-            The pretrained weights in the coordinates of ``theta``, ``Lambda^(-1/2) V^T J w_0``, of
-            shape ``(r,)``: where weight decay pulls from. :obj:`None` where it is not known.
-        validation:
-            The same model on the validation samples, or :obj:`None`.
-        decay_factors:
-            What weight decay of ``theta`` is multiplied by, of shape ``(r,)``; see
-            :class:`~optuna_ttp.Spectrum`. :obj:`None` for one.
+    ``Psi Psi^T`` is the kernel on the eigenpairs of the spectrum, so that gradient descent on
+    ``theta`` moves the outputs as gradient descent on the weights of the linearised network does.
+    The state has the rank r as its dimension instead of the number of weights.
     """
 
     features: torch.Tensor
+    """``Psi``, of shape ``(N, C, r)``."""
     initial_outputs: torch.Tensor
+    """``f_0``, of shape ``(N, C)``."""
     soft_targets: torch.Tensor
+    """``q`` of :class:`~optuna_ttp.Loss`, of shape ``(N, C)``."""
     normalisers: torch.Tensor
+    """``n`` of :class:`~optuna_ttp.Loss`, of shape ``(N,)``."""
     labels: torch.Tensor | None
+    """The class to be predicted, of shape ``(N,)``, or :obj:`None` for a single real target."""
     kind: str
+    """``"cross_entropy"`` or ``"mse"``."""
     pull: torch.Tensor | None = None
+    """The pretrained weights in the coordinates of ``theta``, ``Lambda^(-1/2) V^T J w_0``, of
+    shape ``(r,)``: where weight decay pulls from. :obj:`None` where it is not known."""
     validation: LinearisedModel | None = None
+    """The same model on the validation samples, or :obj:`None`."""
     decay_factors: torch.Tensor | None = None
+    """What weight decay of ``theta`` is multiplied by, of shape ``(r,)``; see
+    :class:`~optuna_ttp.Spectrum`. :obj:`None` for one."""
 
     @classmethod
     def from_spectrum(
@@ -65,64 +56,37 @@ class LinearisedModel:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> LinearisedModel:
-        """Build the model from a spectrum.
-
-        Args:
-            spectrum:
-                The eigenpairs, initial outputs and targets.
-            device:
-                Where to simulate. The CPU by default.
-            dtype:
-                Precision of the simulation. Single precision by default.
-
-        Returns:
-            The linearised model.
-        """
+        """Build the model of a spectrum's samples, and that of its validation samples if any."""
         vectors = np.asarray(spectrum.eigenvectors, dtype=np.float64)
         roots = np.sqrt(spectrum.eigenvalues)
-        pull = None
+
+        def model(psi: NDArray[Any], outputs: Floats, targets: NDArray[Any]) -> LinearisedModel:
+            return cls._of_samples(psi, outputs, targets, spectrum.loss, device, dtype)
+
+        whole = model(vectors * roots, spectrum.initial_outputs, spectrum.targets)
         if spectrum.weight_outputs is not None:
             pull = torch.as_tensor(spectrum.weight_outputs.ravel() @ vectors / roots)
-            pull = pull.to(device, dtype)
-        decay = None
+            whole = replace(whole, pull=pull.to(device, dtype))
         if spectrum.decay_factors is not None:
             decay = torch.as_tensor(spectrum.decay_factors).to(device, dtype)
-        validation = None
+            whole = replace(whole, decay_factors=decay)
         if spectrum.validation is not None:
             held_out = spectrum.validation
-            validation = cls._of_samples(
-                held_out.features,
-                held_out.initial_outputs,
-                held_out.targets,
-                spectrum.loss,
-                device,
-                dtype,
-            )
-        return cls._of_samples(
-            vectors * roots,
-            spectrum.initial_outputs,
-            spectrum.targets,
-            spectrum.loss,
-            device,
-            dtype,
-            pull,
-            validation,
-            decay,
-        )
+            part = model(held_out.features, held_out.initial_outputs, held_out.targets)
+            whole = replace(whole, validation=part)
+        return whole
 
     @classmethod
     def _of_samples(
         cls,
         psi: NDArray[Any],
-        initial_outputs: NDArray[np.float64],
+        initial_outputs: Floats,
         targets: NDArray[Any],
         loss: Loss,
         device: torch.device | str,
         dtype: torch.dtype,
-        pull: torch.Tensor | None = None,
-        validation: LinearisedModel | None = None,
-        decay_factors: torch.Tensor | None = None,
     ) -> LinearisedModel:
+        """Build the model of samples with features ``psi`` of shape ``(N C, r)``."""
         n_samples, n_outputs = initial_outputs.shape
         soft_targets, normalisers = loss.soft_targets(targets, n_outputs)
         labels = None
@@ -141,9 +105,18 @@ class LinearisedModel:
             normalisers=tensor(normalisers),
             labels=labels,
             kind=loss.kind,
-            pull=pull,
-            validation=validation,
-            decay_factors=decay_factors,
+        )
+
+    def restricted(self, samples: torch.Tensor) -> LinearisedModel:
+        """Return the model of the samples with these indices, in the same coordinates."""
+        samples = samples.to(self.features.device)
+        return replace(
+            self,
+            features=self.features[samples],
+            initial_outputs=self.initial_outputs[samples],
+            soft_targets=self.soft_targets[samples],
+            normalisers=self.normalisers[samples],
+            labels=None if self.labels is None else self.labels[samples],
         )
 
     @property
@@ -168,33 +141,14 @@ class LinearisedModel:
     def batch_loss(
         self, outputs: torch.Tensor, soft_targets: torch.Tensor, normalisers: torch.Tensor
     ) -> torch.Tensor:
-        """Return the mean loss of a batch.
+        """Return the mean loss ``(K,)`` of a batch with outputs ``(K, B, C)``.
 
-        Args:
-            outputs:
-                Shape ``(K, B, C)``.
-            soft_targets:
-                Shape ``(B, C)``.
-            normalisers:
-                Shape ``(B,)``.
-
-        Returns:
-            Shape ``(K,)``.
+        The soft targets are of shape ``(B, C)``, the normalisers of shape ``(B,)``.
         """
         return self.sample_losses(outputs, soft_targets).sum(dim=1) / normalisers.sum()
 
     def sample_losses(self, outputs: torch.Tensor, soft_targets: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each sample of a batch, before it is normalised.
-
-        Args:
-            outputs:
-                Shape ``(K, B, C)``.
-            soft_targets:
-                Shape ``(B, C)``.
-
-        Returns:
-            Shape ``(K, B)``.
-        """
+        """Return the loss ``(K, B)`` of each sample of a batch, before it is normalised."""
         if self.kind == "mse":
             return (outputs - soft_targets).square().mean(dim=2)
         return -(soft_targets * outputs.log_softmax(dim=2)).sum(dim=2)
@@ -221,19 +175,7 @@ class LinearisedModel:
     def residuals(
         self, outputs: torch.Tensor, soft_targets: torch.Tensor, normalisers: torch.Tensor
     ) -> torch.Tensor:
-        """Return the gradient of a batch's mean loss with respect to its outputs.
-
-        Args:
-            outputs:
-                Shape ``(K, B, C)``.
-            soft_targets:
-                Shape ``(B, C)``.
-            normalisers:
-                Shape ``(B,)``.
-
-        Returns:
-            Shape ``(K, B, C)``; see :func:`optuna_ttp.task.output_gradients`.
-        """
+        """Return the gradient ``(K, B, C)`` of a batch's mean loss with respect to its outputs."""
         return output_gradients(self.kind, outputs, soft_targets, normalisers)
 
     def gradient(self, theta: torch.Tensor) -> torch.Tensor:
@@ -262,22 +204,15 @@ class LinearisedModel:
         return self.sample_gradients.var(dim=0, correction=0)
 
     @cached_property
-    def curvatures(self) -> NDArray[np.float64]:
+    def curvatures(self) -> Floats:
         """:meth:`curvatures_at` the start, descending, ``(r,)``."""
         return self.curvatures_at(self.initial_outputs)
 
-    def curvatures_at(self, outputs: torch.Tensor) -> NDArray[np.float64]:
-        """Return the eigenvalues of the Hessian of the training loss, descending, ``(r,)``.
+    def curvatures_at(self, outputs: torch.Tensor) -> Floats:
+        """Return the eigenvalues ``(r,)``, descending, of the Hessian at outputs ``(N, C)``.
 
         ``H = Z^T Z / sum_i n_i`` with ``Z`` of :meth:`rooted_features`: the Hessian of the
         linearised model's training loss, the generalised Gauss-Newton matrix of the network.
-
-        Args:
-            outputs:
-                Where on the way, shape ``(N, C)``.
-
-        Returns:
-            Eigenvalues.
         """
         flat = self.rooted_features(outputs).reshape(-1, self.rank).double()
         hessian = flat.T @ flat / self.normalisers.sum().double()
@@ -288,19 +223,12 @@ class LinearisedModel:
         """Return ``Z`` with ``Z_i^T Z_i = Psi_i^T S_i Psi_i``, of shape ``(N, C, r)``.
 
         ``S_i = (sum_c q_ic)(diag(p) - p p^T)`` for the cross-entropy and ``S_i = (2 / C) I`` for
-        the mean squared error is the Hessian of a sample's loss with respect to its outputs.
-
-        Args:
-            outputs:
-                Where on the way, shape ``(N, C)``.
-
-        Returns:
-            The features, times the root of ``S_i``.
+        the mean squared error is the Hessian of a sample's loss at its outputs, shape ``(N, C)``.
         """
         if self.kind == "mse":
             return self.features * math.sqrt(2.0 / self.features.shape[1])
         p = outputs.softmax(dim=1)
         centred = self.features - torch.einsum("nc,ncr->nr", p, self.features)[:, None, :]
-        mass = self.soft_targets.sum(dim=1)[:, None]
-        rooted: torch.Tensor = centred * (p * mass).sqrt()[:, :, None]
+        total = self.soft_targets.sum(dim=1)[:, None]
+        rooted: torch.Tensor = centred * (p * total).sqrt()[:, :, None]
         return rooted

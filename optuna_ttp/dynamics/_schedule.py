@@ -1,4 +1,4 @@
-"""Learning rates that change along the way."""
+"""Learning rates that change during training."""
 
 from __future__ import annotations
 
@@ -126,12 +126,7 @@ class Schedule:
 
     @classmethod
     def cosine(
-        cls,
-        total_steps: int,
-        *,
-        final: float = 0.0,
-        warmup_steps: int = 0,
-        every: Every = "step",
+        cls, total_steps: int, *, final: float = 0.0, warmup_steps: int = 0, every: Every = "step"
     ) -> Schedule:
         """Lower the learning rate along half a cosine, after a linear warm-up if one is wanted.
 
@@ -192,7 +187,7 @@ class Schedule:
 
     @classmethod
     def from_torch(cls, factory: Callable[[Any], Any], *, every: Every = "step") -> Schedule:
-        """Do what a scheduler of PyTorch does.
+        """Return a schedule that does what a scheduler of PyTorch does.
 
         Example:
             >>> from torch.optim.lr_scheduler import ExponentialLR
@@ -249,21 +244,21 @@ class Schedule:
             function = (lambda t: 1.0) if self.function is None else self.function
             multiplier = np.array([_multiplier(function, t) for t in range(n_changes)])
             rates = learning_rate[:, None] * multiplier
-            masses = np.repeat(momentum[:, None], n_changes, axis=1)
+            momenta = np.repeat(momentum[:, None], n_changes, axis=1)
         else:
             pairs = [
                 _scheduled(self.factory, r, m, n_changes)
                 for r, m in zip(learning_rate, momentum, strict=True)
             ]
             rates = np.array([rate for rate, _ in pairs])
-            masses = np.array([mass for _, mass in pairs])
-        _refuse(rates, (rates >= 0) & np.isfinite(rates), "learning rate", "not negative")
-        _refuse(masses, (masses >= 0) & (masses < 1), "momentum", "in [0, 1)")
+            momenta = np.array([m for _, m in pairs])
+        _check_values(rates, (rates >= 0) & np.isfinite(rates), "learning rate", "not negative")
+        _check_values(momenta, (momenta >= 0) & (momenta < 1), "momentum", "in [0, 1)")
         if self.every == "epoch":
-            rates, masses = (
-                np.repeat(a, steps_per_epoch, axis=1)[:, :n_steps] for a in (rates, masses)
+            rates, momenta = (
+                np.repeat(a, steps_per_epoch, axis=1)[:, :n_steps] for a in (rates, momenta)
             )
-        return rates, masses
+        return rates, momenta
 
 
 def _multiplier(function: Callable[[int], float], t: int) -> float:
@@ -274,13 +269,13 @@ def _multiplier(function: Callable[[int], float], t: int) -> float:
 
 
 def _scheduled(
-    factory: Callable[[Any], Any], rate: float, mass: float, n_changes: int
+    factory: Callable[[Any], Any], rate: float, momentum: float, n_changes: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Let a scheduler of PyTorch run on an optimiser of one weight."""
+    """Run a scheduler of PyTorch on an optimiser of one weight; return rates and momenta."""
     import torch
 
     weight = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.SGD([weight], lr=rate, momentum=mass)
+    optimizer = torch.optim.SGD([weight], lr=rate, momentum=momentum)
     scheduler = factory(optimizer)
     if not hasattr(scheduler, "step") or isinstance(
         scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau
@@ -296,7 +291,7 @@ def _scheduled(
     if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR):
         last = scheduler.total_steps - 1
     with warnings.catch_warnings():
-        # We never call optimizer.step().
+        # The optimiser never takes a step.
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         for t in range(n_changes):
             values[:, t] = float(group["lr"]), float(group["momentum"])
@@ -310,7 +305,10 @@ def _check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a positive integer but got {value!r}.")
 
 
-def _refuse(values: NDArray[np.float64], good: NDArray[np.bool_], what: str, demand: str) -> None:
+def _check_values(
+    values: NDArray[np.float64], good: NDArray[np.bool_], what: str, demand: str
+) -> None:
+    """Raise an error that names the first step, of those in the last axis, with a bad value."""
     if not good.all():
         step = int(np.argmin(good.all(axis=0)))
         raise ValueError(

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 import torch
 
+from optuna_ttp._util.arrays import Integers
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
+from optuna_ttp.dynamics._plan import effective_rates
+from optuna_ttp.dynamics._plan import RULES
 from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
-from optuna_ttp.dynamics._simulation import BLOW_UP
-from optuna_ttp.dynamics._simulation import effective_rates
-from optuna_ttp.dynamics._simulation import Trajectories
 from optuna_ttp.dynamics._target import Target
+from optuna_ttp.dynamics._trajectories import Record
+from optuna_ttp.dynamics._trajectories import Trajectories
 
 
 # Largest change of the steepest direction in one step of the integrator.
@@ -23,52 +24,28 @@ _CHANGE = {"ode": 1.0, "sde": 0.5}
 def simulate_equation(
     model: LinearisedModel,
     sgd: SGDConfigurations,
-    batch_size: NDArray[np.int64],
+    batch_size: Integers,
     *,
-    max_steps: NDArray[np.int64],
+    max_steps: Integers,
     method: Literal["ode", "sde"],
     target: Target | None = None,
     full_curves: bool = False,
     seed: int = 0,
-    steps_per_epoch: NDArray[np.int64] | None = None,
+    steps_per_epoch: Integers | None = None,
 ) -> Trajectories:
     """Integrate equation 1 of Zancato et al., NeurIPS 2020, for K configurations.
 
     ``df = -eta_e Theta grad_f L dt + (eta_e / sqrt(B)) J Sigma^(1/2) dn`` with the effective
-    learning rate ``eta_e = eta / (1 - m)``, in the coordinates ``theta`` of the kept
+    learning rate ``eta_e = eta / (1 - m)``, in the coordinates ``theta`` of the spectrum's
     eigen-directions. ``Sigma`` is diagonal there, estimated once at the start and then rescaled by
     ``|grad_f L_t|^2 / |grad_f L_0|^2`` (its section 4). One optimiser step is one unit of time.
     Without noise (``"ode"``, and full batches) the fourth-order Runge-Kutta method, with noise
-    Euler-Maruyama; each optimiser step is divided until the steepest direction changes by at most
-    1, respectively 0.5, in a step of the integrator.
+    (``"sde"``) Euler-Maruyama; each optimiser step is divided until the steepest direction changes
+    by at most 1, respectively 0.5, in a step of the integrator.
 
-    Args:
-        model:
-            The linearised model.
-        sgd:
-            The K configurations. Nesterov's variant is the same as heavy ball here.
-        batch_size:
-            Shape ``(K,)``.
-        max_steps:
-            Optimiser steps after which a curve ends, of shape ``(K,)``.
-        method:
-            Without (``"ode"``) or with noise (``"sde"``).
-        target:
-            A curve ends where it reaches this. By default all run to their last step.
-        full_curves:
-            Go on behind the target. Off by default.
-        seed:
-            For the noise.
-        steps_per_epoch:
-            Of schedules that advance with the epoch, shape ``(K,)``. Those of the model's samples
-            by default.
-
-    Returns:
-        The training-loss and accuracy curves, recorded at every step.
-
-    Raises:
-        ValueError:
-            If weight decay is asked for, which the equation does not know.
+    Arguments are those of :func:`simulate`; Nesterov's variant is the same as heavy ball here, and
+    weight decay, which the equation does not know, raises a :class:`ValueError`. Training loss and
+    accuracy are recorded at every step.
     """
     if sgd.weight_decay.any():
         raise ValueError(
@@ -82,13 +59,13 @@ def simulate_equation(
     if steps_per_epoch is None:
         steps_per_epoch = -(-model.n_samples // batch_size)
     for per_epoch in np.unique(steps_per_epoch):
-        own = np.flatnonzero(steps_per_epoch == per_epoch)
-        effective[own] = effective_rates(sgd[own], int(per_epoch), n_steps)
+        alike = np.flatnonzero(steps_per_epoch == per_epoch)
+        effective[alike] = effective_rates(sgd[alike], int(per_epoch), n_steps)
     noisy = (batch_size < model.n_samples) & (method == "sde")
     change = _CHANGE[method]
     parts = np.maximum(1, np.ceil(effective.max(axis=1) * curvature / change)).astype(np.int64)
     parts = 2 ** np.ceil(np.log2(parts)).astype(np.int64)
-    records: list[list[tuple[float, ...]]] = [[] for _ in range(n_configurations)]
+    records: list[Record] = [[] for _ in range(n_configurations)]
     generator = torch.Generator().manual_seed(seed)
     for n_parts, with_noise in sorted(set(zip(parts, noisy, strict=True))):
         members = np.flatnonzero((parts == n_parts) & (noisy == with_noise))
@@ -102,30 +79,25 @@ def simulate_equation(
             [records[k] for k in members],
             generator,
         )
-    padded = np.full((3, n_configurations, max(map(len, records), default=0)), np.nan)
-    for k, record in enumerate(records):
-        padded[:, k, : len(record)] = np.array(record).T
-    curves = {"loss": padded[1]}
-    if model.labels is not None:
-        curves["accuracy"] = padded[2]
-    return Trajectories(
-        padded[0],
-        curves,
-        np.array([not r[-1][1] <= BLOW_UP * r[0][1] for r in records], dtype=bool),
-        np.ones(n_configurations, dtype=np.int64),
-    )
+    blown_up = np.array([not r[-1][1] <= RULES.blow_up * r[0][1] for r in records], dtype=bool)
+    one = np.ones(n_configurations, dtype=np.int64)
+    curves = Trajectories.of_records(records, ["loss", "accuracy"], blown_up, one)
+    if model.labels is None:
+        del curves.curves["accuracy"]
+    return curves
 
 
 def _integrate(
     model: LinearisedModel,
     effective: torch.Tensor,
     batch_size: torch.Tensor | None,
-    max_steps: NDArray[np.int64],
+    max_steps: Integers,
     n_parts: int,
     target: Target | None,
-    records: list[list[tuple[float, ...]]],
+    records: list[Record],
     generator: torch.Generator,
 ) -> None:
+    """Integrate configurations whose steps are divided alike; append to their records."""
     theta = model.features.new_zeros((len(records), model.rank))
     active = np.arange(len(records))
     initial = float(model.loss(model.initial_outputs[None]))
@@ -138,7 +110,7 @@ def _integrate(
             shares = model.accuracy(outputs).cpu().numpy()
         for k, loss, share in zip(active, losses, shares, strict=True):
             records[k].append((float(step), float(loss), float(share)))
-        done = (step >= max_steps[active]) | ~(losses <= BLOW_UP * initial)
+        done = (step >= max_steps[active]) | ~(losses <= RULES.blow_up * initial)
         if target is not None:
             done |= target.reached(losses if target.is_loss else shares)
         if done.all():
@@ -161,6 +133,7 @@ def _integrate(
 
 
 def _runge_kutta(model: LinearisedModel, theta: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
+    """Return the states ``(K, r)`` after one step of the fourth-order Runge-Kutta method."""
     first = model.gradient(theta)
     second = model.gradient(theta - 0.5 * rate * first)
     third = model.gradient(theta - 0.5 * rate * second)
@@ -169,6 +142,6 @@ def _runge_kutta(model: LinearisedModel, theta: torch.Tensor, rate: torch.Tensor
 
 
 def _residual_norms(model: LinearisedModel, theta: torch.Tensor) -> torch.Tensor:
-    """``|grad_f L|`` of K states, of shape ``(K,)``."""
+    """Return ``|grad_f L|`` of K states ``(K, r)``, of shape ``(K,)``."""
     residuals = model.residuals(model.outputs(theta), model.soft_targets, model.normalisers)
     return residuals.square().sum(dim=(1, 2)).sqrt()

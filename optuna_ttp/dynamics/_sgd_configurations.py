@@ -8,35 +8,22 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike
-from numpy.typing import NDArray
 
+from optuna_ttp._util.arrays import Booleans
+from optuna_ttp._util.arrays import Floats
+from optuna_ttp._util.arrays import Integers
 from optuna_ttp.dynamics._schedule import Schedule
 
 
 @dataclass(frozen=True, eq=False)
 class SGDConfigurations:
-    """K configurations of :class:`torch.optim.SGD`.
+    """K configurations of :class:`torch.optim.SGD`: arrays of shape ``(K,)``, and a schedule."""
 
-    Attributes:
-        learning_rate:
-            Positive, shape ``(K,)``.
-        momentum:
-            In [0, 1), shape ``(K,)``.
-        dampening:
-            Shape ``(K,)``.
-        nesterov:
-            Shape ``(K,)``.
-        weight_decay:
-            Shape ``(K,)``.
-        schedule:
-            The same for all.
-    """
-
-    learning_rate: NDArray[np.float64]
-    momentum: NDArray[np.float64]
-    dampening: NDArray[np.float64]
-    nesterov: NDArray[np.bool_]
-    weight_decay: NDArray[np.float64]
+    learning_rate: Floats
+    momentum: Floats
+    dampening: Floats
+    nesterov: Booleans
+    weight_decay: Floats
     schedule: Schedule = field(default_factory=Schedule)
 
     @classmethod
@@ -50,38 +37,20 @@ class SGDConfigurations:
         weight_decay: ArrayLike = 0.0,
         schedule: Schedule | None = None,
     ) -> SGDConfigurations:
-        """Broadcast settings to K configurations.
-
-        Args:
-            learning_rate:
-                A number or shape ``(K,)``, like all others.
-            momentum:
-                Zero by default.
-            dampening:
-                Zero by default.
-            nesterov:
-                Off by default.
-            weight_decay:
-                Zero by default.
-            schedule:
-                Constant by default.
-
-        Returns:
-            The configurations.
-        """
-        rate, mass, damp, ahead, decay = np.broadcast_arrays(
+        """Broadcast settings, each a number or of shape ``(K,)``, to K configurations."""
+        rate, momenta, damp, ahead, decay = np.broadcast_arrays(
             np.atleast_1d(np.asarray(learning_rate, dtype=np.float64)),
             np.asarray(momentum, dtype=np.float64),
             np.asarray(dampening, dtype=np.float64),
             np.asarray(nesterov, dtype=bool),
             np.asarray(weight_decay, dtype=np.float64),
         )
-        return cls(rate, mass, damp, ahead, decay, Schedule() if schedule is None else schedule)
+        return cls(rate, momenta, damp, ahead, decay, Schedule() if schedule is None else schedule)
 
     def __len__(self) -> int:
         return len(self.learning_rate)
 
-    def __getitem__(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> SGDConfigurations:
+    def __getitem__(self, chosen: Integers | Booleans) -> SGDConfigurations:
         return replace(
             self,
             learning_rate=self.learning_rate[chosen],
@@ -92,7 +61,7 @@ class SGDConfigurations:
         )
 
     @property
-    def effective_learning_rate(self) -> NDArray[np.float64]:
+    def effective_learning_rate(self) -> Floats:
         """``eta (1 - d) / (1 - m)`` with dampening ``d``, before any schedule; shape ``(K,)``.
 
         The step that a constant gradient leads to in the end (Zancato et al., NeurIPS 2020,
@@ -101,12 +70,12 @@ class SGDConfigurations:
         return self.learning_rate * self.gain / (1.0 - self.momentum)
 
     @property
-    def gain(self) -> NDArray[np.float64]:
+    def gain(self) -> Floats:
         """What a new gradient is multiplied by: ``1 - d``, or one without momentum; ``(K,)``."""
         return np.where(self.momentum > 0, 1.0 - self.dampening, 1.0)
 
     @property
-    def lag(self) -> NDArray[np.float64]:
+    def lag(self) -> Floats:
         """Steps by which momentum lags behind: ``m / (1 - m)``, Nesterov ``m^2 / (1 - m)``.
 
         With curvature ``h`` and ``x = eta_e h`` both contract a direction at the rate
@@ -117,6 +86,6 @@ class SGDConfigurations:
         return lag(self.momentum, self.nesterov)
 
 
-def lag(momentum: NDArray[np.float64], nesterov: NDArray[np.bool_]) -> NDArray[np.float64]:
+def lag(momentum: Floats, nesterov: Booleans) -> Floats:
     """Return :attr:`SGDConfigurations.lag` of momenta that ``nesterov`` broadcasts with."""
     return np.where(nesterov, momentum**2, momentum) / (1.0 - momentum)

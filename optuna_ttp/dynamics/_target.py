@@ -1,4 +1,4 @@
-"""What counts as done."""
+"""The target of training: a value that a loss or an accuracy has to reach."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+
+from optuna_ttp._util.arrays import Booleans
+from optuna_ttp._util.arrays import Floats
 
 
 Quantity = Literal["loss", "accuracy", "smoothed_loss", "validation_loss", "validation_accuracy"]
@@ -14,67 +16,45 @@ Quantity = Literal["loss", "accuracy", "smoothed_loss", "validation_loss", "vali
 
 @dataclass(frozen=True)
 class Target:
-    """Bring a quantity to a value, or to within a share of where it ends.
-
-    Attributes:
-        quantity:
-            What is watched. A loss is to fall to the value, an accuracy to rise to it.
-        value:
-            The value to reach. Where ``settled`` is set, the share of the whole change.
-        settled:
-            The training time ``T_eps`` of the paper: the first step at which the quantity is
-            within ``eps = value * |L_0 - L_T|`` of its own value at the last step ``T`` of the
-            curve (Zancato et al., NeurIPS 2020, algorithm 1; what its epsilon is a percentage of
-            the paper does not say). Off by default.
-    """
+    """A value that a quantity has to reach, or how close it has to come to its last value."""
 
     quantity: Quantity
+    """What is watched. A loss is to fall to the value, an accuracy to rise to it."""
     value: float
+    """The value to reach. Where ``settled`` is set, the share of the whole change."""
     settled: bool = False
+    """The training time ``T_eps`` of the paper: the first step at which the quantity is within
+    ``eps = value * |L_0 - L_T|`` of its own value at the last step ``T`` of the curve (Zancato et
+    al., NeurIPS 2020, algorithm 1; what its epsilon is a percentage of the paper does not say).
+    Off by default."""
 
     @property
     def is_loss(self) -> bool:
         """Whether the quantity is to fall."""
         return self.quantity.endswith("loss")
 
-    def reached(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def reached(self, values: Floats) -> Booleans:
         """Tell where values of the quantity, of any shape, have reached the target.
 
-        Of a target that depends on the end of the curve nothing can be told.
+        It is nowhere known to be reached where the target depends on the end of the curve.
         """
         if self.settled:
             return np.zeros(np.shape(values), dtype=bool)
         with np.errstate(invalid="ignore"):
             return values <= self.value if self.is_loss else values >= self.value
 
-    def first_passage(self, steps: NDArray[np.float64], values: NDArray[np.float64]) -> float:
-        """Return the first step at which a curve is at its target.
+    def first_passage(self, steps: Floats, values: Floats) -> float:
+        """Return the first whole step at which a curve ``(T,)`` is at its target.
 
-        Args:
-            steps:
-                Ascending, of shape ``(T,)``.
-            values:
-                Of shape ``(T,)``; NaN where nothing is known.
-
-        Returns:
-            The step, :meth:`crossing` rounded up; infinity where the target is not reached.
+        This is :meth:`crossing`, rounded up; infinity where the target is not reached.
         """
         return float(np.ceil(self.crossing(steps, values) - 1e-9))
 
-    def crossing(self, steps: NDArray[np.float64], values: NDArray[np.float64]) -> float:
-        """Return when a curve is at its target, as a real number.
+    def crossing(self, steps: Floats, values: Floats) -> float:
+        """Return when a curve is at its target, in steps as a real number, or infinity.
 
-        Between two points of the curve the quantity (the logarithm of a loss) is interpolated
-        linearly in the step.
-
-        Args:
-            steps:
-                Ascending, of shape ``(T,)``.
-            values:
-                Of shape ``(T,)``; NaN where nothing is known.
-
-        Returns:
-            The time in steps; infinity where the target is not reached.
+        Steps ``(T,)`` ascend, values ``(T,)`` are NaN where they are unknown. Between two points
+        of the curve the quantity (the logarithm of a loss) is interpolated linearly in the step.
         """
         if self.settled:
             return self._settling(steps, values)
@@ -92,7 +72,8 @@ class Target:
         share = (goal - before) / (after - before) if after != before else 1.0
         return float(steps[last - 1] + share * (steps[last] - steps[last - 1]))
 
-    def _settling(self, steps: NDArray[np.float64], values: NDArray[np.float64]) -> float:
+    def _settling(self, steps: Floats, values: Floats) -> float:
+        """Return ``T_eps`` of the class."""
         known = np.flatnonzero(np.isfinite(values))
         if len(known) < 2:
             return float("inf")

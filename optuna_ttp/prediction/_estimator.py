@@ -134,7 +134,7 @@ class Estimator:
         depths, logs = (
             (DEPTHS[-1:], np.full((len(configurations), 1), np.nan))
             if surface is None
-            else (surface.depths, surface.passages(*places))
+            else (surface.depths, surface.log_first_passage_times(*places))
         )
         first_passages = FirstPassageTimes.interpolated(depths, logs, hopeless)
         if len(simulated):
@@ -186,7 +186,7 @@ class Estimator:
         surface = self._corrected.path.surface
         if surface.steps(*self._places(one))[1].any():
             return None
-        first_passages = surface.passages(*self._places(one))[0]
+        first_passages = surface.log_first_passage_times(*self._places(one))[0]
         aim = surface.depths[-1] if depth is None else min(depth, surface.depths[-1])
         passed = np.isfinite(first_passages)
         goal = (

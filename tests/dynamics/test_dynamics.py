@@ -15,8 +15,6 @@ import torch
 
 from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
-from optuna_ttp.dynamics import mse_gradient_descent
-from optuna_ttp.dynamics import mse_gradient_flow
 from optuna_ttp.dynamics import SGDConfigurations
 from optuna_ttp.dynamics import simulate
 from optuna_ttp.dynamics import StabilityLimit
@@ -26,6 +24,8 @@ from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.task import Loss
 from tests.cases import linear_task
 from tests.cases import spectrum
+from tests.closed_forms import mse_gradient_descent
+from tests.closed_forms import mse_gradient_flow
 
 
 def _simulate(

@@ -11,7 +11,6 @@ import torch
 
 from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.dynamics import LinearisedModel
-from optuna_ttp.dynamics import mse_gradient_flow
 from optuna_ttp.dynamics import Schedule
 from optuna_ttp.dynamics import SGD
 from optuna_ttp.dynamics import SGDConfigurations
@@ -26,6 +25,7 @@ from optuna_ttp.task import FineTuningTask
 from optuna_ttp.task import Loss
 from tests.cases import linear_task
 from tests.cases import spectrum
+from tests.closed_forms import mse_gradient_flow
 
 
 _METHODS: list[Any] = ["linear", "ode", "sde"]

@@ -18,7 +18,6 @@ import torch
 
 from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
-from optuna_ttp.dynamics import mse_gradient_descent
 from optuna_ttp.dynamics import Schedule
 from optuna_ttp.dynamics import SGDConfigurations
 from optuna_ttp.dynamics import simulate
@@ -30,6 +29,7 @@ from optuna_ttp.task import FineTuningTask
 from optuna_ttp.task import Loss
 from tests.cases import linear_task
 from tests.cases import spectrum
+from tests.closed_forms import mse_gradient_descent
 from tests.models import mlp
 from tests.models import vectors
 from tests.predictors import predictor_with

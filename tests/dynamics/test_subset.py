@@ -14,8 +14,6 @@ import pytest
 import torch
 
 from optuna_ttp.dynamics import LinearisedModel
-from optuna_ttp.dynamics import power_law_modes
-from optuna_ttp.dynamics import restricted
 from optuna_ttp.dynamics import SampleConvergence
 from optuna_ttp.dynamics import Schedule
 from optuna_ttp.dynamics import SGDConfigurations
@@ -348,7 +346,7 @@ def test_convergence_of_a_validation_target_is_that_of_the_same_target() -> None
     for k, size in enumerate(measured.n_samples):
         logs = []
         for _ in range(1 if size == 24 else 4):
-            part = restricted(model, torch.randperm(24, generator=generator)[:size])
+            part = model.restricted(torch.randperm(24, generator=generator)[:size])
             curves = simulate(
                 part,
                 SGDConfigurations.of(rate),
@@ -363,7 +361,7 @@ def test_convergence_of_a_validation_target_is_that_of_the_same_target() -> None
 def test_restricted_model_is_the_model_of_the_samples() -> None:
     model = LinearisedModel.from_spectrum(spectrum(), dtype=torch.float64)
     chosen = torch.tensor([7, 2, 11])
-    part = restricted(model, chosen)
+    part = model.restricted(chosen)
     theta = torch.randn(2, model.rank, generator=torch.Generator().manual_seed(0)).double()
     outputs = model.outputs(theta)[:, chosen]
     np.testing.assert_allclose(part.outputs(theta), outputs, rtol=1e-12)
@@ -371,75 +369,3 @@ def test_restricted_model_is_the_model_of_the_samples() -> None:
     expected = [float(torch.nn.functional.cross_entropy(o, labels)) for o in outputs]
     np.testing.assert_allclose(part.loss(outputs), expected)
     assert part.n_samples == 3
-
-
-# Power laws of the paper
-
-
-def _modes(rank: int, slope: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    k = np.arange(1, rank + 1, dtype=np.float64)
-    return 7.0 * k**-slope, k**-1.5
-
-
-@given(
-    rank=st.integers(4, 300),
-    slope=st.floats(0.3, 3),
-    n_samples=st.integers(1, 500),
-    multiple=st.integers(1, 5),
-)
-@settings(max_examples=50)
-def test_power_law_of_eigenvalues_is_continued(
-    rank: int, slope: float, n_samples: int, multiple: int
-) -> None:
-    values, projections = _modes(rank, slope)
-    total = multiple * n_samples
-    more, shares = power_law_modes(
-        values * n_samples,
-        projections,
-        float(projections.sum()) * 1.2,
-        n_samples,
-        total,
-        alpha=0.0,
-    )
-    k = np.arange(1, rank * multiple + 1)
-    assert len(more) == len(shares) == rank * multiple
-    np.testing.assert_allclose(more, 7.0 * k**-slope * total, rtol=1e-6)
-    # All of the residual, the part that the subset's modes do not hold included.
-    assert shares.sum() == pytest.approx(projections.sum() * 1.2 * multiple, rel=1e-6) or (
-        # Nothing follows that could hold it.
-        rank <= 100 and multiple == 1
-    )
-
-
-def test_modes_of_the_same_samples_are_themselves() -> None:
-    values, projections = _modes(60, 1.3)
-    more, shares = power_law_modes(values, projections, float(projections.sum()), 20, 20)
-    np.testing.assert_allclose(more, values, rtol=1e-9)
-    np.testing.assert_allclose(shares, projections, rtol=1e-9)
-
-
-def test_eigenvalues_of_more_samples_fall_more_steeply() -> None:
-    values, projections = _modes(60, 1.3)
-    more, _ = power_law_modes(values, projections, 10.0, 20, 80, alpha=0.2)
-    k = np.arange(1, 241)
-    # s + alpha (1 - N_0 / N), of eigenvalues over the number of samples.
-    np.testing.assert_allclose(more / 80, values[0] / 20 * k ** -(1.3 + 0.2 * 0.75), rtol=1e-9)
-
-
-def test_projections_are_kept_and_continued_without_a_jump() -> None:
-    values, projections = _modes(150, 1.3)
-    squared_norm = float(np.sum(np.arange(1, 601.0) ** -1.5))
-    more, shares = power_law_modes(values, projections, squared_norm, 20, 80, kept=100)
-    assert len(more) == len(shares) == 600
-    np.testing.assert_allclose(shares[:100], 4 * projections[:100])
-    assert shares.sum() == pytest.approx(4 * squared_norm)
-    assert (np.diff(shares[100:]) <= 0).all()
-    assert shares[100] == pytest.approx(shares[99], rel=0.25)
-    assert (np.diff(more) <= 0).all()
-
-
-def test_modes_that_hold_everything_have_nothing_to_continue() -> None:
-    values, projections = _modes(20, 1.3)
-    more, shares = power_law_modes(values, projections, float(projections.sum()), 20, 80)
-    assert len(more) == len(shares) == 80
-    assert shares.sum() == pytest.approx(4 * projections.sum())

@@ -25,7 +25,8 @@ from optuna_ttp import SamplerRules
 from optuna_ttp import StudyBudget
 from optuna_ttp import TrainingLog
 from optuna_ttp import TTPSampler
-from optuna_ttp.calibration._errors import failure_limit
+from optuna_ttp.calibration._divergence import DivergenceLimit
+from optuna_ttp.calibration._rules import RULES
 from optuna_ttp.search import ForecastRules
 from optuna_ttp.search._forecast import Forecast
 from optuna_ttp.study import DECISION
@@ -215,7 +216,7 @@ def test_success_is_unlikely_where_trials_did_not_do_as_predicted() -> None:
     rate = 0.9 * predictor.max_learning_rate(8, 0.0)
 
     def likely(failed: bool) -> float:
-        limit = failure_limit([0.9] * 3, [failed] * 3)
+        limit = DivergenceLimit.of([0.9] * 3, [failed] * 3, RULES.failure)
         informed = predictor.calibrated(replace(predictor.calibration, failure=limit))
         one = np.array([float(rate)]), np.array([8]), np.array([0.0])
         forecast = Forecast.of(informed, *one, FastestToTarget(max_steps=60), ForecastRules())
