@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-
-from optuna_ttp._util.arrays import Floats
-from optuna_ttp._util.arrays import Integers
+from numpy.typing import NDArray
 
 
 # Loss levels: the training loss over the initial one, and its negative logarithm.
@@ -21,7 +19,7 @@ KNOTS = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0, 6.0])
 N_COVARIATES = 2
 
 
-def deepest(rows: Floats) -> Integers:
+def deepest(rows: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return the place of the deepest level with a value that is not NaN, -1 where none has one.
 
     The levels are in the last axis of the rows, which the result does not have.
