@@ -14,8 +14,8 @@ from tests.house import tree_of
 
 _TOP = ROOT.parent
 _MOST_LINES_OF_A_FILE = 500
-_MOST_LINES = 29_100
-_MOST_CONSTANTS = 215
+_MOST_LINES = 28_847
+_MOST_CONSTANTS = 120
 _FILES = sorted(
     str(path.relative_to(_TOP))
     for folder in ("optuna_ttp", "tests", "benchmarks")
@@ -23,7 +23,6 @@ _FILES = sorted(
 )
 # Files that are still being split.
 _NOT_YET = {
-    "optuna_ttp/dynamics/_simulation.py",
     "optuna_ttp/search/_pruner.py",
     "optuna_ttp/search/_sampler.py",
     "tests/calibration/test_calibration.py",
