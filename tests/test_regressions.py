@@ -17,8 +17,7 @@ from optuna_ttp import TrainingLog
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
-from optuna_ttp.study import entry
-from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import prediction_of
 from tests.models import mlp
 from tests.models import separated
 from tests.models import small_predictor
@@ -86,11 +85,11 @@ def test_trials_that_stop_at_their_target_are_learned_from(with_pruner: bool) ->
 
     study.optimize(objective, n_trials=6)
     last = study.trials[-1]
-    told = entry(last, PREDICTION)
+    told = prediction_of(last)
     assert told is not None
     p = last.params
     plain = predictor.predict(p["learning_rate"], p["batch_size"], p["momentum"])
-    assert told["steps"] / float(plain.steps) == pytest.approx(3.0, rel=0.15)
+    assert told.steps / float(plain.steps) == pytest.approx(3.0, rel=0.15)
 
 
 def test_a_study_with_several_objectives_keeps_no_trial_running() -> None:

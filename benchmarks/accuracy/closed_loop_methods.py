@@ -23,7 +23,7 @@ from optuna_ttp.calibration import prior_scale
 from optuna_ttp.calibration import PriorScale
 from optuna_ttp.calibration import SimulatedFirstPassages
 from optuna_ttp.dynamics import Target
-from optuna_ttp.study._observed_trial import broke_down
+from optuna_ttp.study import broke_down
 
 
 TARGETS = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1)

@@ -24,8 +24,8 @@ from benchmarks.environment import environment
 from optuna_ttp import demo
 from optuna_ttp.prediction import TrainingTimePredictor
 from optuna_ttp.reporting import report
+from optuna_ttp.study import Action
 from optuna_ttp.study import observed_steps
-from optuna_ttp.study import SKIP
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def _figures(
     ratios = []
     for record in ledger.records:
         observed = observed_steps(search.study.trials[record.number], predictor)
-        if record.decision != SKIP and math.isfinite(observed) and observed > 0:
+        if record.decision != Action.SKIP and math.isfinite(observed) and observed > 0:
             ratios.append(abs(math.log(record.predicted_steps / observed)))
     finite = [r for r in ratios if math.isfinite(r)]
     return {

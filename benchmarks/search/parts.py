@@ -36,7 +36,7 @@ from benchmarks.search.table import recorded
 from benchmarks.search.table import Table
 from optuna_ttp import OptunaTTPWarning
 from optuna_ttp.calibration import LossCurve
-from optuna_ttp.search._running_trial import is_thrown_back
+from optuna_ttp.study import is_thrown_back
 
 
 _SHARE = 0.7

@@ -28,6 +28,7 @@ from optuna_ttp.calibration._loss_curve import LossCurve
 from optuna_ttp.calibration._loss_levels import DEPTHS
 from optuna_ttp.calibration._loss_levels import FRACTIONS
 from optuna_ttp.calibration._loss_levels import KNOTS
+from optuna_ttp.calibration._loss_levels import N_COVARIATES
 from optuna_ttp.calibration._observation import Observation
 from optuna_ttp.calibration._prior_scale import PriorScale
 from optuna_ttp.calibration._uncertainty import displacement
@@ -44,6 +45,7 @@ __all__ = [
     "DEPTHS",
     "FRACTIONS",
     "KNOTS",
+    "N_COVARIATES",
     "Z_90",
     "Calibration",
     "LossCurve",

@@ -10,8 +10,8 @@ import numpy as np
 import optuna
 
 from optuna_ttp.reporting import report
+from optuna_ttp.study import Action
 from optuna_ttp.study import observed_steps
-from optuna_ttp.study import SKIP
 from optuna_ttp.visualization.matplotlib import label_plainly
 from optuna_ttp.visualization.matplotlib import plot_decisions
 from optuna_ttp.visualization.matplotlib import plot_predicted_vs_observed
@@ -56,7 +56,7 @@ def _print_predictions(study: optuna.Study, predictor: TrainingTimePredictor) ->
     rows = []
     for record in report(study).records:
         observed = observed_steps(study.trials[record.number], predictor)
-        if record.decision != SKIP and math.isfinite(observed):
+        if record.decision != Action.SKIP and math.isfinite(observed):
             rows.append((record, observed))
     print(
         f"{'trial':>7} {'learning rate':>13} {'batch size':>10} {'momentum':>9} "
@@ -90,7 +90,7 @@ def _print_predictions(study: optuna.Study, predictor: TrainingTimePredictor) ->
 
 def _print_skipped(ledger: Report) -> None:
     """Print the first few skipped trials with their reasons."""
-    skipped = [record for record in ledger.records if record.decision == SKIP]
+    skipped = [record for record in ledger.records if record.decision == Action.SKIP]
     for record in skipped[:8]:
         print(f"  trial {record.number}: {record.reason}")
     if len(skipped) > 8:

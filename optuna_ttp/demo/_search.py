@@ -8,7 +8,7 @@ import math
 import optuna
 
 from optuna_ttp.reporting import report
-from optuna_ttp.study import SKIP
+from optuna_ttp.study import Action
 from optuna_ttp.visualization.matplotlib import best_over_time
 
 
@@ -64,4 +64,4 @@ class Search:
     @property
     def n_trained(self) -> int:
         """The number of trials that took at least one step."""
-        return sum(record.decision != SKIP for record in report(self.study).records)
+        return sum(record.decision != Action.SKIP for record in report(self.study).records)

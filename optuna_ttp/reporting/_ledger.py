@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
@@ -16,15 +14,15 @@ from optuna_ttp.calibration import Observation
 from optuna_ttp.reporting._ledger_line import LedgerLine
 from optuna_ttp.reporting._ledger_line import TypicalCost
 from optuna_ttp.reporting._report import Report
+from optuna_ttp.study import curve_of
+from optuna_ttp.study import CurveRecord
 from optuna_ttp.study import CurveStart
-from optuna_ttp.study import DECISION
-from optuna_ttp.study import entry
+from optuna_ttp.study import decision_of
 from optuna_ttp.study import FINISHED
 from optuna_ttp.study import InitialLoss
 from optuna_ttp.study import joint_objections
 from optuna_ttp.study import observation_of
-from optuna_ttp.study import PREDICTION
-from optuna_ttp.study import recorded
+from optuna_ttp.study import prediction_of
 from optuna_ttp.study import unclosed
 from optuna_ttp.study import UnusableCurve
 
@@ -52,9 +50,9 @@ def report(study: optuna.Study) -> Report:
     trials = sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number)
     typical = TypicalCost.of(trials)
     spectra = {
-        p["fingerprint"]: p["spectrum_seconds"]
-        for p in (entry(trial, PREDICTION) for trial in trials)
-        if p is not None
+        prediction.fingerprint: prediction.spectrum_seconds
+        for prediction in map(prediction_of, trials)
+        if prediction is not None
     }
     best = _best(study, trials)
     lines = tuple(LedgerLine.of(trial, typical, best) for trial in trials)
@@ -71,24 +69,23 @@ def _learned(study: optuna.Study, trials: list[FrozenTrial]) -> tuple[Calibratio
     unusable: dict[int, str] = {}
     newest = ""
     for trial in trials:
-        prediction = entry(trial, PREDICTION) or {}
-        curve: Observation | UnusableCurve | dict[str, Any] | None
-        if prediction.get("ladder") is None:
-            curve = recorded(trial)
+        prediction, record = prediction_of(trial), curve_of(trial)
+        observation: Observation | UnusableCurve | None = None
+        if prediction is None or prediction.first_passages is None:
+            observation = record if isinstance(record, UnusableCurve) else None
         else:
-            initial = InitialLoss(prediction["initial_loss"], prediction["initial_loss_sd"])
-            curve = observation_of(trial, prediction, initial)
-            newest = prediction["fingerprint"]
+            initial = InitialLoss(prediction.initial_loss, prediction.initial_loss_sd)
+            observation = observation_of(trial, prediction, initial)
+            newest = prediction.fingerprint
+            if isinstance(observation, Observation):
+                observations.setdefault(newest, {})[trial.number] = observation
+                if isinstance(record, CurveRecord) and trial.state in FINISHED:
+                    starts[trial.number] = CurveStart.of(record, prediction, initial)
         missing = unclosed(study, trial) if trial.state in FINISHED else None
         if missing is not None:
             unusable[trial.number] = missing.reason
-        if isinstance(curve, UnusableCurve):
-            unusable[trial.number] = curve.reason
-        elif isinstance(curve, Observation):
-            observations.setdefault(newest, {})[trial.number] = curve
-            start = CurveStart.of(trial, prediction, initial)
-            if start is not None and trial.state in FINISHED:
-                starts[trial.number] = start
+        if isinstance(observation, UnusableCurve):
+            unusable[trial.number] = observation.reason
     objections = joint_objections(starts)
     unusable |= {number: one.reason for number, one in objections.items()}
     usable = [o for n, o in observations.get(newest, {}).items() if n not in objections]
@@ -102,7 +99,8 @@ def _best(study: optuna.Study, trials: list[FrozenTrial]) -> int | None:
     predicted, so there is none.
     """
     done = [t for t in trials if t.state == TrialState.COMPLETE and t.values]
-    willing = any("override" not in (entry(t, DECISION) or {}) for t in done)
+    decisions = map(decision_of, done)
+    willing = any(decision is None or decision.override is None for decision in decisions)
     if len(study.directions) > 1 or not willing:
         return None
     sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from optuna.trial import TrialState
 
-from optuna_ttp.study import DECISION
-from optuna_ttp.study import entry
-from optuna_ttp.study import or_nan
+from optuna_ttp.study import Action
+from optuna_ttp.study import decision_of
+from optuna_ttp.study import DecisionRecord
 from optuna_ttp.study import paid_seconds
-from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import prediction_of
+from optuna_ttp.study import PredictionRecord
 from optuna_ttp.study import progress_to_target
-from optuna_ttp.study import SKIP
-from optuna_ttp.study import STOP
 
 
 if TYPE_CHECKING:
@@ -91,27 +90,28 @@ class LedgerLine:
     @classmethod
     def of(cls, trial: FrozenTrial, typical: TypicalCost, best: int | None) -> LedgerLine:
         """Read a trial. ``best`` is the number of the best trial, if there is one."""
-        prediction = entry(trial, PREDICTION) or {}
-        decision = entry(trial, DECISION) or {}
+        prediction, decision = prediction_of(trial), decision_of(trial)
         avoided, avoided_sd = typical.avoided(prediction, decision)
         values = trial.values or []
+        objection = None if decision is None else decision.objection
+        override = None if decision is None else decision.override
         return cls(
             number=trial.number,
             state=trial.state.name,
             params=dict(trial.params),
-            outcome=prediction.get("outcome"),
-            predicted_steps=or_nan(prediction.get("steps")),
-            predicted_seconds=or_nan(prediction.get("seconds")),
-            decision=decision.get("decision"),
-            kind=decision.get("kind"),
-            override=decision.get("override"),
-            reason=decision.get("reason", ""),
+            outcome=None if prediction is None else prediction.outcome.value,
+            predicted_steps=math.nan if prediction is None else prediction.steps,
+            predicted_seconds=math.nan if prediction is None else prediction.seconds,
+            decision=None if decision is None else decision.action.value,
+            kind=None if objection is None else objection.value,
+            override=None if override is None else override.value,
+            reason="" if decision is None else decision.reason,
             paid_seconds=paid_seconds(trial),
             avoided_seconds=avoided,
             avoided_sd=avoided_sd,
-            prediction_seconds=float(prediction.get("prediction_seconds", 0.0)),
+            prediction_seconds=0.0 if prediction is None else prediction.prediction_seconds,
             value=values[0] if len(values) == 1 else math.nan,
-            was_wrong=_was_wrong(trial, best) if decision.get("override") else None,
+            was_wrong=None if override is None else _was_wrong(trial, best),
         )
 
 
@@ -141,13 +141,13 @@ class TypicalCost:
         seconds, shares = [], []
         for trial in trials:
             paid = paid_seconds(trial)
-            decision = (entry(trial, DECISION) or {}).get("decision")
-            if decision == SKIP or not math.isfinite(paid):
+            prediction, decision = prediction_of(trial), decision_of(trial)
+            is_skipped = decision is not None and decision.action == Action.SKIP
+            if is_skipped or not math.isfinite(paid):
                 continue
             seconds.append(paid)
-            budget = (entry(trial, PREDICTION) or {}).get("budget_seconds")
-            if budget:
-                shares.append(min(1.0, paid / budget))
+            if prediction is not None and prediction.budget_seconds > 0.0:
+                shares.append(min(1.0, paid / prediction.budget_seconds))
         return cls(
             sum(seconds) / len(seconds) if seconds else math.nan,
             sum(shares) / len(shares) if shares else 1.0,
@@ -155,17 +155,18 @@ class TypicalCost:
             float(np.std(shares, ddof=1)) if len(shares) > 1 else math.nan,
         )
 
-    def avoided(self, prediction: dict[str, Any], decision: dict[str, Any]) -> tuple[float, float]:
+    def avoided(
+        self, prediction: PredictionRecord | None, decision: DecisionRecord | None
+    ) -> tuple[float, float]:
         """Return the seconds that a decision avoided, and their standard deviation."""
-        if decision.get("decision") == STOP:
-            seconds = or_nan(decision.get("seconds_left"))
-            return seconds, seconds * float(decision.get("log_sd", 0.0))
-        if decision.get("decision") != SKIP:
+        if decision is None or decision.action == Action.RUN:
             return 0.0, 0.0
+        if decision.action == Action.STOP:
+            return decision.seconds_left, decision.seconds_left * decision.log_sd
         # Few trials use up their budget: wrapped pruners and the objective end them early.
-        budget = prediction.get("budget_seconds")
-        if budget is None:
+        if prediction is None or math.isnan(prediction.budget_seconds):
             return self.seconds, self.seconds_sd
+        budget = prediction.budget_seconds
         return self.share * budget, self.share_sd * budget
 
 

@@ -11,8 +11,7 @@ from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna_ttp.calibration import Calibration
-from optuna_ttp.study import SKIP
-from optuna_ttp.study import STOP
+from optuna_ttp.study import Action
 
 
 if TYPE_CHECKING:
@@ -53,17 +52,19 @@ class Report:
     @property
     def n_skipped(self) -> int:
         """The number of trials that were skipped because of their prediction."""
-        return sum(record.decision == SKIP for record in self.records)
+        return sum(record.decision == Action.SKIP for record in self.records)
 
     @property
     def n_stopped(self) -> int:
         """The number of trials that were stopped while they ran, because of their loss curve."""
-        return sum(record.decision == STOP for record in self.records)
+        return sum(record.decision == Action.STOP for record in self.records)
 
     @property
     def skipped_by_kind(self) -> dict[str, int]:
         """The number of trials that were skipped or stopped, by the kind of reason."""
-        kinds = [r.kind or "other" for r in self.records if r.decision in (SKIP, STOP)]
+        kinds = [
+            r.kind or "other" for r in self.records if r.decision in (Action.SKIP, Action.STOP)
+        ]
         return dict(sorted(Counter(kinds).items()))
 
     @property
@@ -119,7 +120,9 @@ class Report:
 
     @property
     def _n_ran(self) -> int:
-        return sum(r.decision != SKIP and math.isfinite(r.paid_seconds) for r in self.records)
+        return sum(
+            r.decision != Action.SKIP and math.isfinite(r.paid_seconds) for r in self.records
+        )
 
     @property
     def paid_seconds(self) -> float:

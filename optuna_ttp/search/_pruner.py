@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace
 import math
 import time
-from typing import Any
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,12 +25,13 @@ from optuna_ttp.search._goal_of_study import GoalOfHalf
 from optuna_ttp.search._pruner_rules import PrunerRules
 from optuna_ttp.search._running_trial import blown_up
 from optuna_ttp.search._running_trial import RunningTrialJudge
+from optuna_ttp.study import Action
 from optuna_ttp.study import as_logged
 from optuna_ttp.study import best_depth
 from optuna_ttp.study import Configuration
-from optuna_ttp.study import DECISION
 from optuna_ttp.study import Decision
-from optuna_ttp.study import entry
+from optuna_ttp.study import decision_of
+from optuna_ttp.study import DecisionRecord
 from optuna_ttp.study import FINISHED
 from optuna_ttp.study import frozen
 from optuna_ttp.study import has_constraints
@@ -40,20 +41,19 @@ from optuna_ttp.study import is_multi_objective
 from optuna_ttp.study import Learner
 from optuna_ttp.study import map_or_default
 from optuna_ttp.study import n_skipped_in_a_row
+from optuna_ttp.study import Objection
 from optuna_ttp.study import observed_curve
-from optuna_ttp.study import predicted_cost
-from optuna_ttp.study import PREDICTION
-from optuna_ttp.study import prediction_entry
+from optuna_ttp.study import Override
+from optuna_ttp.study import prediction_of
+from optuna_ttp.study import PredictionRecord
 from optuna_ttp.study import progress_to_target
-from optuna_ttp.study import RECORD
+from optuna_ttp.study import record_of
 from optuna_ttp.study import resolve_for_trial
-from optuna_ttp.study import RUN
-from optuna_ttp.study import SKIP
 from optuna_ttp.study import state_of
-from optuna_ttp.study import STOP
-from optuna_ttp.study import tell_that_nothing_ran
-from optuna_ttp.study import tell_that_skipping_is_wrong
+from optuna_ttp.study import TrialRecord
 from optuna_ttp.study import trials_of
+from optuna_ttp.study import warn_that_nothing_ran
+from optuna_ttp.study import warn_that_skipping_is_wrong
 from optuna_ttp.study import write_constraint
 from optuna_ttp.study import write_record
 
@@ -77,7 +77,7 @@ CONSTRAINT = "ttp_budget"
 _LARGEST_VIOLATION = 50.0
 # Trials that run in spite of their prediction only because skipping must not go on are stopped
 # once they cannot win any more; those that are to show what skipping costs run to their end.
-_UNWILLING = ("turn", "refuted", "untrusted")
+_UNWILLING = (Override.TURN, Override.REFUTED, Override.UNTRUSTED)
 # Decisions about so many trials are remembered; others are read from the storage.
 _MOST_REMEMBERED = 1024
 
@@ -257,8 +257,9 @@ class TTPPruner(BasePruner):
             trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
             # The storage knows where another process asked before, as ask-and-tell may do.
             stored = next((t for t in trials if t.number == trial.number), None)
-            if stored is not None and entry(stored, DECISION) is not None:
-                known = _Known.of(stored.user_attrs[RECORD], self._shadow)
+            record = None if stored is None else record_of(stored)
+            if record is not None and record.decision is not None:
+                known = _Known.of(record.prediction, record.decision, self._shadow)
             else:
                 others = [t for t in trials if t.number != trial.number]
                 known = self._decide(study, trial, others)
@@ -276,9 +277,9 @@ class TTPPruner(BasePruner):
         if configuration is None:
             self._say_that_nothing_applies(trial)
             reason = "no prediction: the hyperparameter map does not apply to this trial"
-            record = {"trial": trial.number, DECISION: {"decision": RUN, "reason": reason}}
-            write_record(study, trial, record)
-            return _Known.of(record, self._shadow)
+            decision = DecisionRecord(Action.RUN, reason)
+            write_record(study, trial, TrialRecord(trial.number, None, decision))
+            return _Known.of(None, decision, self._shadow)
         started = time.perf_counter()
         goal = self._goal.in_study(study)
         predictor = self._learner.informed(study, trials)
@@ -289,33 +290,39 @@ class TTPPruner(BasePruner):
         verdict = self._objection(
             study, goal, trials, predictor, configuration, prediction, budget
         )
-        decision = {"decision": RUN, "reason": prediction.summary}
-        if verdict is not None:
-            kind, objection = verdict
-            override = self._override(study, trial, trials, predictor, *verdict)
-            if override is None:
-                decision = {"decision": SKIP, "reason": objection}
-                _logger.info(f"Trial {trial.number} is skipped: {objection}.")
-            else:
-                decision["override"], text = override
-                decision["reason"] = f"{text}, although {objection}"
-            decision["kind"] = kind
-        record = {
-            "trial": trial.number,
-            PREDICTION: prediction_entry(
-                predictor,
-                configuration,
-                prediction,
-                budget_steps=budget,
-                prediction_seconds=time.perf_counter() - started,
-            ),
-            DECISION: decision,
-        }
-        write_record(study, trial, record)
+        if verdict is None:
+            decision = DecisionRecord(Action.RUN, prediction.summary)
+        else:
+            decision = self._decision_despite(verdict, study, trial, trials, predictor)
+        record = PredictionRecord.of(
+            predictor,
+            configuration,
+            prediction,
+            budget_steps=budget,
+            prediction_seconds=time.perf_counter() - started,
+        )
+        write_record(study, trial, TrialRecord(trial.number, record, decision))
         if self._constraint:
             violation = _log_ratio(prediction, horizon)
             write_constraint(study, trial, CONSTRAINT, violation)
-        return _Known.of(record, self._shadow)
+        return _Known.of(record, decision, self._shadow)
+
+    def _decision_despite(
+        self,
+        verdict: tuple[Objection, str],
+        study: Study,
+        trial: FrozenTrial,
+        trials: Sequence[FrozenTrial],
+        predictor: SearchPredictor,
+    ) -> DecisionRecord:
+        """Skip a trial that something speaks against, unless there is a reason to run it."""
+        objection, reason = verdict
+        override = self._override(study, trial, trials, predictor, objection, reason)
+        if override is None:
+            _logger.info(f"Trial {trial.number} is skipped: {reason}.")
+            return DecisionRecord(Action.SKIP, reason, objection)
+        kind, why = override
+        return DecisionRecord(Action.RUN, f"{why}, although {reason}", objection, kind)
 
     def _say_that_nothing_applies(self, trial: FrozenTrial) -> None:
         if self._map == HyperparameterMap() and trial.params and not self._told:
@@ -336,11 +343,11 @@ class TTPPruner(BasePruner):
         configuration: Configuration,
         prediction: Prediction,
         budget: float,
-    ) -> tuple[str, str] | None:
+    ) -> tuple[Objection, str] | None:
         """Why a trial should not run, as a word and in words, or :obj:`None`."""
         if prediction.outcome == Outcome.DIVERGES:
             text = str(prediction).removeprefix("diverges: ")
-            return "diverges", f"predicted to diverge: {text}"
+            return Objection.DIVERGES, f"predicted to diverge: {text}"
         horizon = int(prediction.max_steps)
         if self._is_as_good_as_the_best(study, goal, trials, predictor, configuration, prediction):
             return self._cost_objection(study, goal, trials, predictor, prediction)
@@ -349,15 +356,15 @@ class TTPPruner(BasePruner):
             least = min(least, self._rules.min_probability_at_first)
         if prediction.outcome == Outcome.NOT_REACHED and least >= 0.5:
             if math.isinf(budget):
-                return "budget", f"predicted not to reach the target in {horizon:,} steps"
+                return Objection.BUDGET, f"predicted not to reach the target in {horizon:,} steps"
             return (
-                "budget",
+                Objection.BUDGET,
                 f"predicted to miss the target by far: not reached in {horizon:,} steps, "
                 f"{self._rules.tolerance:g} times the budget of {budget:,.0f}",
             )
         if float(prediction.p_converges) < least:
             return (
-                "budget",
+                Objection.BUDGET,
                 f"predicted to reach the target in {horizon:,} steps with a probability of "
                 f"{float(prediction.p_converges):.0%} only",
             )
@@ -392,19 +399,20 @@ class TTPPruner(BasePruner):
         trials: Sequence[FrozenTrial],
         predictor: SearchPredictor,
         prediction: Prediction,
-    ) -> tuple[str, str] | None:
+    ) -> tuple[Objection, str] | None:
         """Why a trial that would succeed costs too much, likewise."""
         seconds = _cost(prediction)
         best = None if self._rules.max_cost_ratio is None else incumbent(study, trials)
         if best is not None and self._rules.max_cost_ratio is not None:
             # NaN, where nothing was predicted for it, is not below anything.
-            ratio = seconds / predicted_cost(best)
+            of_best = prediction_of(best)
+            ratio = seconds / (math.nan if of_best is None else of_best.cost)
             if (
                 self._probability(prediction, self._rules.max_cost_ratio / ratio)
                 < self._rules.min_probability
             ):
                 return (
-                    "cost",
+                    Objection.COST,
                     f"predicted to take {ratio:.3g} times what the best trial, number "
                     f"{best.number}, was predicted to take",
                 )
@@ -414,7 +422,7 @@ class TTPPruner(BasePruner):
             if not budget.fits(trials, seconds, steps):
                 cost = f"{seconds:.3g} s" if budget.in_seconds else f"{steps:.3g} steps"
                 return (
-                    "study_budget",
+                    Objection.STUDY_BUDGET,
                     f"predicted to take {cost}, more than is left of {budget}",
                 )
         return None
@@ -431,31 +439,32 @@ class TTPPruner(BasePruner):
         trial: FrozenTrial,
         trials: Sequence[FrozenTrial],
         predictor: SearchPredictor,
-        kind: str,
-        objection: str,
-    ) -> tuple[str, str] | None:
+        objection: Objection,
+        reason: str,
+    ) -> tuple[Override, str] | None:
         """Why a trial runs in spite of its prediction, as a word and in words."""
         if not predictor.calibration.trusted:
-            return "untrusted", f"predictions are {predictor.calibration.fault}"
+            return Override.UNTRUSTED, f"predictions are {predictor.calibration.fault}"
         rules = self._rules
-        reached = _progress_of_similar_trials(trials, kind, rules.most_refuting)
+        reached = _progress_of_similar_trials(trials, objection, rules.most_refuting)
         n_reached = sum(gone >= rules.nearly_reached for gone in reached)
         if n_reached >= rules.n_refuting and 2 * n_reached > len(reached):
             count = f"{n_reached} of {len(reached)}"
-            tell_that_skipping_is_wrong(study, count)
-            return "refuted", f"{count} trials that this was predicted for reached the target"
+            warn_that_skipping_is_wrong(study, count)
+            reason = f"{count} trials that this was predicted for reached the target"
+            return Override.REFUTED, reason
         if self._shadow:
-            return "shadow", "runs in shadow mode"
+            return Override.SHADOW, "runs in shadow mode"
         n_skipped = n_skipped_in_a_row(trials)
         # Where the last one that ran in spite of its prediction did well, the next comes sooner.
         soon = bool(reached) and reached[-1] >= rules.half_way
         if n_skipped >= max(1, self._rules.max_consecutive // (rules.sooner if soon else 1)):
             if rules.n_skipped_to_warn <= n_skipped == len(trials) and not predictor.observations:
-                tell_that_nothing_ran(study, n_skipped, objection)
-            return "turn", f"runs after {n_skipped} skipped trials in a row"
+                warn_that_nothing_ran(study, n_skipped, reason)
+            return Override.TURN, f"runs after {n_skipped} skipped trials in a row"
         # The same for every process that asks.
         if np.random.default_rng((self._seed, trial.number)).random() < self._rules.audit:
-            return "audit", "runs to see whether skipping would have been right"
+            return Override.AUDIT, "runs to see whether skipping would have been right"
         return None
 
     def _follow(self, study: Study, trial: FrozenTrial, known: _Known) -> None:
@@ -474,47 +483,46 @@ class TTPPruner(BasePruner):
             stop_reason = judge.stop_reason(study, trial, known.prediction, curve)
         if stop_reason is None:
             return
-        decision = dict(known.record[DECISION])
-        override = decision.get("override")
-        if override is not None and not (stop_reason.sure and override in _UNWILLING):
+        decision = known.record
+        may_stop = stop_reason.sure and decision.override in _UNWILLING
+        if decision.override is not None and not may_stop:
             return  # It runs although its prediction is bad: to its end.
         # What it runs in spite of stays known: whether that was right is seen by its curve.
-        decision.setdefault("kind", "chance")
+        decision = replace(decision, objection=decision.objection or Objection.CHANCE)
         if self._shadow:
-            decision |= {"override": "shadow"}
-            decision["reason"] = f"runs in shadow mode, although {stop_reason.reason}"
+            reason = f"runs in shadow mode, although {stop_reason.reason}"
+            decision = replace(decision, override=Override.SHADOW, reason=reason)
         else:
-            decision |= {
-                "decision": STOP,
-                "reason": stop_reason.reason,
-                "log_sd": stop_reason.log_sd,
-            }
-            per_step = float(predictor.seconds_per_step(known.prediction["batch_size"]))
+            per_step = float(predictor.seconds_per_step(known.prediction.batch_size))
             seconds = float(max(stop_reason.steps_left, 0.0) * per_step)
-            decision["seconds_left"] = seconds if math.isfinite(seconds) else None
+            decision = replace(
+                decision,
+                action=Action.STOP,
+                reason=stop_reason.reason,
+                log_sd=stop_reason.log_sd,
+                seconds_left=seconds if math.isfinite(seconds) else math.nan,
+            )
             known.decision = Decision(True, stop_reason.reason)
             _logger.info(f"Trial {trial.number} is stopped: {stop_reason.reason}.")
-        known.record = {**known.record, DECISION: decision}
-        write_record(study, trial, known.record)
+        known.record = decision
+        write_record(study, trial, TrialRecord(trial.number, known.prediction, decision))
 
 
 @dataclass
 class _Known:
-    """What is known of a trial: what is written down, what it came to, how much was seen."""
+    """What is known of a trial: what was predicted and decided, and how much of it was seen."""
 
-    record: dict[str, Any]
+    prediction: PredictionRecord | None
+    record: DecisionRecord
     decision: Decision
     n_steps: float = 0.0
 
     @classmethod
-    def of(cls, record: dict[str, Any], shadow: bool) -> _Known:
-        decision = record[DECISION]
-        prune = decision["decision"] in (SKIP, STOP) and not shadow
-        return cls(record, Decision(prune, decision["reason"]))
-
-    @property
-    def prediction(self) -> dict[str, Any] | None:
-        return self.record.get(PREDICTION)
+    def of(
+        cls, prediction: PredictionRecord | None, record: DecisionRecord, shadow: bool
+    ) -> _Known:
+        prune = record.action != Action.RUN and not shadow
+        return cls(prediction, record, Decision(prune, record.reason))
 
 
 class _KnownTrials(dict[int, _Known]):
@@ -532,15 +540,15 @@ def _log_sd(prediction: Prediction) -> float:
 
 
 def _progress_of_similar_trials(
-    trials: Sequence[FrozenTrial], kind: str, most: int
+    trials: Sequence[FrozenTrial], objection: Objection, most: int
 ) -> list[float]:
     """How far the newest trials got that ran in spite of this prediction, the target being one."""
-    if kind not in ("diverges", "budget"):
+    if objection not in (Objection.DIVERGES, Objection.BUDGET):
         return []
     reached: list[float] = []
     for trial in sorted(trials, key=lambda t: t.number, reverse=True):
-        decision = entry(trial, DECISION) or {}
-        if trial.state in FINISHED and "override" in decision and decision.get("kind") == kind:
+        decision = decision_of(trial) if trial.state in FINISHED else None
+        if decision is not None and decision.override and decision.objection == objection:
             gone = progress_to_target(trial)
             reached += [] if math.isnan(gone) else [gone]
         if len(reached) == most:

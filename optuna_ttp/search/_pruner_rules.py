@@ -8,15 +8,12 @@ import math
 
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp._util.checks import check_number
+from optuna_ttp.study import BrokenTrainingRules
 
 
 @dataclass(frozen=True)
 class RunningTrialRules:
     """The tuned numbers behind whether a running trial still has a chance.
-
-    ``benchmarks/search/parts.py`` counts the recorded runs whose loss goes back to where it began
-    as the four last rules say: 32 of 1,608, at 56 % of their epochs; none of them reaches the
-    target all the same, and none is close to the best.
 
     Attributes:
         earliest: No trial is stopped by its own curve before so large a share of the steps that
@@ -25,20 +22,13 @@ class RunningTrialRules:
             too much: there is nothing to save any more. Not ablated yet.
         n_not_finite: Steps without a finite loss after which none is to be expected: weights that
             are NaN stay it, a single loss may be that of a batch that overflowed.
-        not_learned: The loss is back where it began while it is above so much of the initial one.
-        sure_errors: So many standard errors below that it certainly was below.
-        halved_depth: Depth of the loss level whose predicted time the wait is measured in: that
-            of half the initial loss.
-        patience: The wait, in times of that predicted time.
+        broken_training: When the loss is back where it began and will not come down.
     """
 
     earliest: float = 0.2
     nearly_done: float = 0.05
     n_not_finite: int = 3
-    not_learned: float = 0.9
-    sure_errors: float = 1.0
-    halved_depth: float = math.log(2.0) + 1e-9
-    patience: float = 2.0
+    broken_training: BrokenTrainingRules = field(default_factory=BrokenTrainingRules)
 
 
 @dataclass(frozen=True)

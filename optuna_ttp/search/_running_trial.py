@@ -5,27 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 import math
-from typing import Any
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from optuna.trial import TrialState
 
-from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import Observation
 from optuna_ttp.calibration import probability_below
-from optuna_ttp.search._pruner_rules import RunningTrialRules
 from optuna_ttp.study import best_depth
-from optuna_ttp.study import entry
 from optuna_ttp.study import incumbent
 from optuna_ttp.study import InitialLoss
+from optuna_ttp.study import is_thrown_back
 from optuna_ttp.study import lost_steps
 from optuna_ttp.study import measured_seconds
 from optuna_ttp.study import observation_of
 from optuna_ttp.study import observed_curve
 from optuna_ttp.study import observed_steps
-from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import prediction_of
 from optuna_ttp.study import progress_to_target
 from optuna_ttp.study import trials_of
 
@@ -38,9 +34,8 @@ if TYPE_CHECKING:
     from optuna_ttp.prediction import SearchPredictor
     from optuna_ttp.search._goal import Goal
     from optuna_ttp.search._pruner_rules import PrunerRules
-
-
-RULES = RunningTrialRules()
+    from optuna_ttp.search._pruner_rules import RunningTrialRules
+    from optuna_ttp.study import PredictionRecord
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ class RunningTrialJudge:
     rules: PrunerRules
 
     def stop_reason(
-        self, study: Study, trial: FrozenTrial, prediction: dict[str, Any], curve: LossCurve
+        self, study: Study, trial: FrozenTrial, prediction: PredictionRecord, curve: LossCurve
     ) -> StopReason | None:
         """Tell why a trial has no chance.
 
@@ -120,7 +115,7 @@ class RunningTrialJudge:
         observation = observation_of(trial, prediction, InitialLoss.of(self.predictor))
         if not isinstance(observation, Observation):
             return None
-        budget = float(self.goal.steps(self.predictor, np.array(prediction["batch_size"])))
+        budget = float(self.goal.steps(self.predictor, np.array(prediction.batch_size)))
         if abs(budget - curve.n_steps) <= self.rules.running_trial.nearly_done * budget:
             # There is nothing to save any more.
             return None
@@ -140,7 +135,7 @@ class RunningTrialJudge:
         if (
             ample
             and trusted
-            and is_thrown_back(curve, *passages, initial, self.rules.running_trial)
+            and is_thrown_back(curve, *passages, initial, self.rules.running_trial.broken_training)
         ):
             reason = (
                 f"after {curve.n_steps:,.0f} steps its training loss is back where it began, and "
@@ -152,7 +147,7 @@ class RunningTrialJudge:
     def _too_late(
         self,
         running: Observation,
-        prediction: dict[str, Any],
+        prediction: PredictionRecord,
         goal: tuple[float, str],
         budget: float,
         fastest: _Fastest | None,
@@ -161,7 +156,7 @@ class RunningTrialJudge:
         depth, aim = goal
         n_steps, limit = running.n_steps, budget
         what = f"{aim} within its budget of {budget:,.0f} steps"
-        rest = self.predictor.remaining_steps(running, _configuration(prediction), depth)
+        rest = self.predictor.remaining_steps(running, prediction.configuration, depth)
         if fastest is not None and fastest.steps < limit:
             limit = fastest.steps
             what = f"be faster than trial {fastest.number}, the fastest"
@@ -208,7 +203,7 @@ class RunningTrialJudge:
         best = incumbent(study, trials)
         found: list[_Fastest] = []
         for trial in trials if self.goal.is_time else ():
-            of = entry(trial, PREDICTION)
+            of = prediction_of(trial)
             steps = observed_steps(trial, self.predictor)
             is_best = best is not None and trial.number == best.number
             if is_best and math.isinf(steps) and progress_to_target(trial) >= 1.0:
@@ -217,7 +212,7 @@ class RunningTrialJudge:
                 steps = steps if curve is None else curve.n_steps
             if of is None or not math.isfinite(steps):
                 continue
-            sizes = np.array([of["batch_size"], running.batch_size])
+            sizes = np.array([of.batch_size, running.batch_size])
             told = self.predictor.seconds_per_step(sizes)
             ratio, measured = float(told[0] / told[1]), bool(sizes[0] == sizes[1])
             seconds = measured_seconds(trial), running.seconds_per_step
@@ -253,50 +248,3 @@ def _chance(rest: tuple[float, float], left: float) -> float:
         return 0.0
     steps, sd = np.array([max(rest[0], 1.0)]), np.array([rest[1]])
     return float(probability_below(steps, sd, np.array([left]))[0])
-
-
-def _configuration(prediction: dict[str, Any]) -> tuple[float, int, float]:
-    return prediction["learning_rate"], prediction["batch_size"], prediction["momentum"]
-
-
-def is_thrown_back(
-    curve: LossCurve,
-    predicted: NDArray[np.float64],
-    expected: NDArray[np.float64],
-    initial_loss: float,
-    rules: RunningTrialRules = RULES,
-) -> bool:
-    """Tell whether training is back where it began, in ample time to be elsewhere.
-
-    Args:
-        curve:
-            Of the training loss so far.
-        predicted:
-            Logarithms of the predicted steps to :data:`~optuna_ttp.calibration.DEPTHS`, as
-            simulated, shape ``(P,)``.
-        expected:
-            The same as corrected by earlier trials.
-        initial_loss:
-            At the pretrained weights.
-        rules:
-            The tuned numbers.
-
-    Returns:
-        Whether it is.
-    """
-    start = rules.not_learned * initial_loss
-    # Noise alone takes a curve below its start and back.
-    below = np.flatnonzero(curve.losses * np.exp(rules.sure_errors * curve.errors) < start)
-    if not len(below) or curve.losses[-1] < start or not curve.has_risen:
-        return False
-    halved = _halved(rules.halved_depth, predicted, expected)
-    if halved is None:
-        return False
-    last = float(curve.steps[below[-1]])
-    return curve.n_steps - last > max(rules.patience * halved, last)
-
-
-def _halved(depth: float, *log_steps: NDArray[np.float64]) -> float | None:
-    """The latest of several predictions of when the loss is halved; None where there is none."""
-    told = [logs[np.isfinite(logs) & (depth >= DEPTHS)] for logs in log_steps]
-    return max((math.exp(logs[-1]) for logs in told if len(logs)), default=None)

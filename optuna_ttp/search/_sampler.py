@@ -40,8 +40,8 @@ from optuna_ttp.search._goal_of_study import half_inside
 from optuna_ttp.search._preference import Evidence
 from optuna_ttp.search._preference import Preference
 from optuna_ttp.search._sampler_rules import SamplerRules
-from optuna_ttp.study import DECISION
-from optuna_ttp.study import entry
+from optuna_ttp.study import Action
+from optuna_ttp.study import decision_of
 from optuna_ttp.study import fail_trial
 from optuna_ttp.study import FINISHED
 from optuna_ttp.study import fixed_params
@@ -52,12 +52,12 @@ from optuna_ttp.study import Learner
 from optuna_ttp.study import lost_steps
 from optuna_ttp.study import map_or_default
 from optuna_ttp.study import MissingParameterError
-from optuna_ttp.study import PREDICTION
-from optuna_ttp.study import prediction_entry
+from optuna_ttp.study import prediction_of
+from optuna_ttp.study import PredictionRecord
 from optuna_ttp.study import resolve_for_trial
 from optuna_ttp.study import single_value
 from optuna_ttp.study import state_of
-from optuna_ttp.study import STOP
+from optuna_ttp.study import TrialRecord
 from optuna_ttp.study import trials_of
 from optuna_ttp.study import weighed
 from optuna_ttp.study import write_record
@@ -350,7 +350,7 @@ class TTPSampler(BaseSampler):
                 If the map reads a parameter that no trial of the study has.
         """
         try:
-            if state != TrialState.FAIL and entry(trial, PREDICTION) is None:
+            if state != TrialState.FAIL and prediction_of(trial) is None:
                 try:
                     self._record_prediction(study, trial)
                 except MissingParameterError:
@@ -371,14 +371,14 @@ class TTPSampler(BaseSampler):
         predictor = self._learner.informed(study, others)
         configuration = configuration.clipped(predictor.n_samples)
         prediction = predictor.estimate(*configuration)
-        made = prediction_entry(
+        made = PredictionRecord.of(
             predictor,
             configuration,
             prediction,
             budget_steps=math.inf,
             prediction_seconds=time.perf_counter() - started,
         )
-        write_record(study, trial, {"trial": trial.number, PREDICTION: made})
+        write_record(study, trial, TrialRecord(trial.number, made))
 
     def _own_space(self, study: Study) -> dict[str, BaseDistribution]:
         """The distributions of the parameters that the map reads, where all are known."""
@@ -578,7 +578,8 @@ def _without(trial: FrozenTrial) -> float:
     """What a trial without a value counts as: it failed, or nobody knows."""
     if trial.state != TrialState.PRUNED:
         return math.nan
-    if (entry(trial, DECISION) or {}).get("decision") == STOP:
+    decision = decision_of(trial)
+    if decision is not None and decision.action == Action.STOP:
         return math.inf
     return math.inf if lost_steps(trial) else math.nan
 

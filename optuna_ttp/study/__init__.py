@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from optuna_ttp.study._best_trials import best_depth
 from optuna_ttp.study._best_trials import incumbent
-from optuna_ttp.study._curve_start import CurveStart
-from optuna_ttp.study._curve_start import joint_objections
+from optuna_ttp.study._broken_training import broke_down
+from optuna_ttp.study._broken_training import BrokenTrainingRules
+from optuna_ttp.study._broken_training import is_thrown_back
+from optuna_ttp.study._curve_objections import CurveStart
+from optuna_ttp.study._curve_objections import InitialLoss
+from optuna_ttp.study._curve_objections import joint_objections
+from optuna_ttp.study._curve_record import curve_of
+from optuna_ttp.study._curve_record import CurveRecord
+from optuna_ttp.study._curve_record import lost_steps
+from optuna_ttp.study._curve_record import measured_seconds
+from optuna_ttp.study._curve_record import observed_curve
 from optuna_ttp.study._decision import Decision
+from optuna_ttp.study._decision_record import Action
+from optuna_ttp.study._decision_record import DecisionRecord
+from optuna_ttp.study._decision_record import Objection
+from optuna_ttp.study._decision_record import Override
 from optuna_ttp.study._hyperparameters import Configuration
 from optuna_ttp.study._hyperparameters import HyperparameterMap
 from optuna_ttp.study._hyperparameters import map_or_default
 from optuna_ttp.study._hyperparameters import MissingParameterError
 from optuna_ttp.study._learner import Learner
-from optuna_ttp.study._learner import tell_that_nothing_ran
-from optuna_ttp.study._learner import tell_that_skipping_is_wrong
 from optuna_ttp.study._memory import Memory
-from optuna_ttp.study._observed_trial import InitialLoss
 from optuna_ttp.study._observed_trial import observation_of
+from optuna_ttp.study._observed_trial import observed_steps
+from optuna_ttp.study._observed_trial import progress_to_target
 from optuna_ttp.study._optuna_compat import fail_trial
 from optuna_ttp.study._optuna_compat import FINISHED
 from optuna_ttp.study._optuna_compat import fixed_params
@@ -29,57 +41,54 @@ from optuna_ttp.study._optuna_compat import single_value
 from optuna_ttp.study._optuna_compat import trials_of
 from optuna_ttp.study._optuna_compat import weighed
 from optuna_ttp.study._optuna_compat import write_constraint
-from optuna_ttp.study._recorded_curve import lost_steps
-from optuna_ttp.study._recorded_curve import measured_seconds
-from optuna_ttp.study._recorded_curve import observed_curve
-from optuna_ttp.study._recorded_curve import observed_steps
-from optuna_ttp.study._recorded_curve import progress_to_target
-from optuna_ttp.study._recorded_curve import recorded
-from optuna_ttp.study._records import DECISION
-from optuna_ttp.study._records import entry
-from optuna_ttp.study._records import n_skipped_in_a_row
-from optuna_ttp.study._records import or_nan
-from optuna_ttp.study._records import paid_seconds
-from optuna_ttp.study._records import predicted_cost
-from optuna_ttp.study._records import PREDICTION
-from optuna_ttp.study._records import prediction_entry
-from optuna_ttp.study._records import RECORD
-from optuna_ttp.study._records import RUN
-from optuna_ttp.study._records import SKIP
-from optuna_ttp.study._records import STOP
-from optuna_ttp.study._records import write_record
+from optuna_ttp.study._prediction_record import FirstPassageRecord
+from optuna_ttp.study._prediction_record import PredictionRecord
 from optuna_ttp.study._reported_curve import learn_from_reports
 from optuna_ttp.study._resolution import resolve_for_trial
 from optuna_ttp.study._study_budget import StudyBudget
 from optuna_ttp.study._study_state import state_of
+from optuna_ttp.study._study_warnings import warn_that_nothing_ran
+from optuna_ttp.study._study_warnings import warn_that_skipping_is_wrong
 from optuna_ttp.study._training_log import as_logged
 from optuna_ttp.study._training_log import TrainingLog
 from optuna_ttp.study._training_log import unclosed
+from optuna_ttp.study._trial_record import decision_of
+from optuna_ttp.study._trial_record import n_skipped_in_a_row
+from optuna_ttp.study._trial_record import paid_seconds
+from optuna_ttp.study._trial_record import prediction_of
+from optuna_ttp.study._trial_record import record_of
+from optuna_ttp.study._trial_record import TrialRecord
+from optuna_ttp.study._trial_record import write_record
 from optuna_ttp.study._unusable_curve import UnusableCurve
 
 
 __all__ = [
-    "DECISION",
     "FINISHED",
-    "PREDICTION",
-    "RECORD",
-    "RUN",
-    "SKIP",
-    "STOP",
+    "Action",
+    "BrokenTrainingRules",
     "Configuration",
+    "CurveRecord",
     "CurveStart",
     "Decision",
+    "DecisionRecord",
+    "FirstPassageRecord",
     "HyperparameterMap",
     "InitialLoss",
     "Learner",
     "Memory",
     "MissingParameterError",
+    "Objection",
+    "Override",
+    "PredictionRecord",
     "StudyBudget",
     "TrainingLog",
+    "TrialRecord",
     "UnusableCurve",
     "as_logged",
     "best_depth",
-    "entry",
+    "broke_down",
+    "curve_of",
+    "decision_of",
     "fail_trial",
     "fixed_params",
     "frozen",
@@ -88,6 +97,7 @@ __all__ = [
     "inner_fixed_params",
     "innermost_sampler",
     "is_multi_objective",
+    "is_thrown_back",
     "joint_objections",
     "learn_from_reports",
     "lost_steps",
@@ -97,19 +107,17 @@ __all__ = [
     "observation_of",
     "observed_curve",
     "observed_steps",
-    "or_nan",
     "paid_seconds",
-    "predicted_cost",
-    "prediction_entry",
+    "prediction_of",
     "progress_to_target",
-    "recorded",
+    "record_of",
     "resolve_for_trial",
     "single_value",
     "state_of",
-    "tell_that_nothing_ran",
-    "tell_that_skipping_is_wrong",
     "trials_of",
     "unclosed",
+    "warn_that_nothing_ran",
+    "warn_that_skipping_is_wrong",
     "weighed",
     "write_constraint",
     "write_record",

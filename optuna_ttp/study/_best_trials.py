@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from optuna_ttp.study._curve_objections import InitialLoss
 from optuna_ttp.study._observed_trial import final_loss
-from optuna_ttp.study._observed_trial import InitialLoss
 from optuna_ttp.study._optuna_compat import is_multi_objective
 
 

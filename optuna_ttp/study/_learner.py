@@ -6,35 +6,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 import math
 import time
-from typing import Any
 from typing import TYPE_CHECKING
 from typing import TypeVar
 
-import numpy as np
-from optuna.logging import get_logger
 from optuna.trial import TrialState
 
-from optuna_ttp._util.exceptions import UnreliablePredictionWarning
-from optuna_ttp._util.exceptions import UnusableCurveWarning
-from optuna_ttp._util.warn import warn_caller
-from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import Observation
-from optuna_ttp.study._curve_start import CurveStart
-from optuna_ttp.study._curve_start import joint_objections
+from optuna_ttp.study._curve_objections import CurveStart
+from optuna_ttp.study._curve_objections import InitialLoss
+from optuna_ttp.study._curve_objections import joint_objections
+from optuna_ttp.study._curve_record import curve_attribute
+from optuna_ttp.study._curve_record import curve_of
+from optuna_ttp.study._curve_record import CurveRecord
 from optuna_ttp.study._hyperparameters import HyperparameterMap
 from optuna_ttp.study._hyperparameters import MissingParameterError
-from optuna_ttp.study._observed_trial import InitialLoss
 from optuna_ttp.study._observed_trial import observation_of
 from optuna_ttp.study._optuna_compat import FINISHED
 from optuna_ttp.study._optuna_compat import trials_of
-from optuna_ttp.study._recorded_curve import recorded
-from optuna_ttp.study._records import CURVE
-from optuna_ttp.study._records import DECISION
-from optuna_ttp.study._records import entry
-from optuna_ttp.study._records import PREDICTION
-from optuna_ttp.study._records import prediction_entry
+from optuna_ttp.study._prediction_record import PredictionRecord
 from optuna_ttp.study._study_state import state_of
+from optuna_ttp.study._study_warnings import warn_of_curve
+from optuna_ttp.study._study_warnings import warn_of_predictions
 from optuna_ttp.study._training_log import unclosed
+from optuna_ttp.study._trial_record import decision_of
+from optuna_ttp.study._trial_record import prediction_of
 from optuna_ttp.study._unusable_curve import UnusableCurve
 
 
@@ -45,21 +40,14 @@ if TYPE_CHECKING:
     from optuna_ttp.prediction import SearchPredictor
 
 
-_logger = get_logger("optuna.ttp.learner")
 _Predictor = TypeVar("_Predictor", bound="SearchPredictor")
 # While fewer trials are finished every one counts; at the most so many are waited for.
 _FEW = 8
 _MOST_NEW = 32
-# So many curves of which none comes down are strange.
-_NONE_FALLS = 5
 # What so many predictors have learned from one study is remembered; sampler and pruner are two.
 _MOST_PREDICTORS = 8
 # Nothing older than the newest so many trials is predicted afterwards.
 _MOST_LATE = 256
-_CHECK = (
-    "Check that steps are optimiser steps and losses means over the mini-batch "
-    "(steps_per_report?), and that the spectrum is that of this network, these data and this loss."
-)
 
 
 def observations_of(
@@ -135,14 +123,11 @@ class LearnerMemory:
         starts:
             How the curves begin that can be used as far as each one tells alone, by the number of
             the finished trial.
-        warned:
-            What the study was warned of.
     """
 
     def __init__(self) -> None:
         self.observations: dict[str, dict[int, Observation | None]] = {}
         self.starts: dict[int, CurveStart] = {}
-        self.warned: set[str] = set()
         self._learned: list[_Learned] = []
 
     def learned_by(self, predictor: SearchPredictor) -> _Learned | None:
@@ -192,8 +177,12 @@ class Learner:
         under_way: list[FrozenTrial] = []
         if n_finished < _FEW:
             under_way = [t for t in trials if t.state not in FINISHED]
-        curves = ((t.number, recorded(t)) for t in under_way)
-        running = tuple((n, float(c["n_steps"])) for n, c in curves if isinstance(c, dict))
+        curves = ((t.number, curve_of(t)) for t in under_way)
+        running = tuple(
+            (n, float(record.curve.n_steps))
+            for n, record in curves
+            if isinstance(record, CurveRecord)
+        )
         state = state_of(study)
         # Another thread waits, and then finds what was learned here.
         with state.lock:
@@ -205,9 +194,7 @@ class Learner:
             used = [*sorted(finished, key=lambda t: t.number)[:n_finished], *under_way]
             twin = self._predictor.informed(_observations(study, self._predictor, used, self._map))
             memory.remember(_Learned(self._predictor, twin, n_finished, running))
-            _tell_of_nothing(study, twin)
-            _tell_of_trust(study, twin.calibration)
-            _tell_of_start(study, twin.calibration)
+            warn_of_predictions(study, twin)
             return twin
 
     def last(self, study: optuna.Study) -> SearchPredictor:
@@ -222,123 +209,6 @@ class Learner:
         """
         last = state_of(study).part(LearnerMemory).learned_by(self._predictor)
         return self._predictor if last is None else last.predictor
-
-
-def tell_that_nothing_ran(study: optuna.Study, n_skipped: int, objection: str) -> None:
-    """Say once that every trial was skipped, and none has shown whether predictions are right.
-
-    Args:
-        study:
-            The study.
-        n_skipped:
-            How many.
-        objection:
-            Why the next one should be, too.
-
-    Warns:
-        UnreliablePredictionWarning:
-            The first time.
-    """
-    told = state_of(study).part(LearnerMemory).warned
-    if "unseen" in told:
-        return
-    told.add("unseen")
-    warn_caller(
-        f"All {n_skipped} trials so far were skipped, so that nobody knows yet whether "
-        f"predictions are right. The next one runs, although {objection}. Check that the target "
-        "and the budget can be reached, that the search space holds good learning rates, and that "
-        "the spectrum is that of this network, these data and this loss.",
-        UnreliablePredictionWarning,
-    )
-
-
-def tell_that_skipping_is_wrong(study: optuna.Study, count: str) -> None:
-    """Say once that trials which were to be skipped reach the target.
-
-    Args:
-        study:
-            The study.
-        count:
-            How many of how many.
-
-    Warns:
-        UnreliablePredictionWarning:
-            The first time.
-    """
-    told = state_of(study).part(LearnerMemory).warned
-    if "refuted" in told:
-        return
-    told.add("refuted")
-    warn_caller(
-        f"{count} trials that ran although they were predicted to miss the target, or to diverge, "
-        f"reached it, or nearly. Nothing is skipped for that reason until that changes. {_CHECK}",
-        UnreliablePredictionWarning,
-    )
-
-
-def _tell_of_nothing(study: optuna.Study, predictor: SearchPredictor) -> None:
-    """Say once that none of several curves has come down: they may be of something else."""
-    n_curves = len(predictor.observations)
-    told = state_of(study).part(LearnerMemory).warned
-    if n_curves < _NONE_FALLS or "nothing" in told:
-        return
-    if any(np.isfinite(one.observed).any() for one in predictor.observations):
-        return
-    told.add("nothing")
-    warn_caller(
-        f"None of the training-loss curves of {n_curves} trials has come down by 5 %, so that "
-        "nothing is learned from them but that they were slow. Check that what is recorded is the "
-        "training loss, as a mean over the mini-batch, and neither a metric nor a constant.",
-        UnusableCurveWarning,
-    )
-
-
-def _tell_of_trust(study: optuna.Study, calibration: Calibration) -> None:
-    """Say that predictions are not trusted, at first by a warning, or are again."""
-    told = state_of(study).part(LearnerMemory).warned
-    if calibration.trusted == ("distrust" not in told):
-        return
-    if calibration.trusted:
-        told.remove("distrust")
-        _logger.info(f"Predictions are trusted again: {calibration}.")
-        return
-    told.add("distrust")
-    if calibration.trust < 0.0:
-        found = (
-            "were further from the observed ones (typically by a factor "
-            f"{math.exp(calibration.compared_error):.2f}) than those of `c / effective learning "
-            "rate`, learned from the same trials (a factor "
-            f"{math.exp(calibration.baseline_error):.2f}, {calibration.n_observed} trials)"
-        )
-    else:
-        found = (
-            f"were typically off by a factor {math.exp(calibration.log_error):.2f} and do not "
-            f"rank the trials (Kendall's tau {calibration.rank_agreement:.2f}, "
-            f"{calibration.n_observed} trials)"
-        )
-    text = (
-        f"Predicted training times {found}. They steer nothing until that changes: nothing is "
-        f"skipped, and the base sampler decides. {_CHECK}"
-    )
-    if "warned" in told:
-        _logger.info(text)
-        return
-    told.add("warned")
-    warn_caller(text, UnreliablePredictionWarning)
-
-
-def _tell_of_start(study: optuna.Study, calibration: Calibration) -> None:
-    """Say once that the first steps are not as predicted: no trial can be to blame for that."""
-    told = state_of(study).part(LearnerMemory).warned
-    if calibration.starts_as_predicted or "start" in told:
-        return
-    told.add("start")
-    warn_caller(
-        f"Training begins {calibration.start_factor:.2g} times as fast as predicted "
-        f"({calibration.n_observed} trials), in its first steps, where the network is still the "
-        f"pretrained one. {_CHECK} Predictions are corrected by what is learned.",
-        UnreliablePredictionWarning,
-    )
 
 
 def _observations(
@@ -366,7 +236,7 @@ def _observations(
     found = joint_objections(memory.starts)
     if found:
         number = min(found)
-        found[number].tell(study, number)
+        warn_of_curve(study, number, found[number])
     return [one for number, one in observations.items() if number not in found]
 
 
@@ -393,56 +263,55 @@ def observation_in(
         The observation, or :obj:`None` where the trial has no prediction for this task or no
         usable curve.
     """
-    prediction = entry(trial, PREDICTION)
+    prediction = prediction_of(trial)
     if prediction is None and hyperparameters is not None:
         late = _late_prediction(trial, predictor, hyperparameters)
         if isinstance(late, UnusableCurve):
-            late.tell(study, trial.number)
+            warn_of_curve(study, trial.number, late)
             return None
         prediction = late
-    if prediction is None or prediction.get("ladder") is None:
+    if prediction is None or prediction.first_passages is None:
         return None
-    if prediction["fingerprint"] != predictor.fingerprint:
+    if prediction.fingerprint != predictor.fingerprint:
         return None
     if trial.state in FINISHED:
         missing = unclosed(study, trial)
         if missing is not None:
-            missing.tell(study, trial.number)
+            warn_of_curve(study, trial.number, missing)
     one = observation_of(trial, prediction, InitialLoss.of(predictor))
     if isinstance(one, UnusableCurve):
-        one.tell(study, trial.number)
+        warn_of_curve(study, trial.number, one)
         return None
     if one is not None and trial.state in FINISHED:
-        _tell_of_gaps(study, trial)
-        start = CurveStart.of(trial, prediction, InitialLoss.of(predictor))
-        if start is not None:
-            state_of(study).part(LearnerMemory).starts[trial.number] = start
+        record = curve_of(trial)
+        assert isinstance(record, CurveRecord)
+        _warn_of_gaps(study, trial.number, record.curve.n_gaps)
+        start = CurveStart.of(record, prediction, InitialLoss.of(predictor))
+        state_of(study).part(LearnerMemory).starts[trial.number] = start
     return one
 
 
-def _tell_of_gaps(study: optuna.Study, trial: FrozenTrial) -> None:
-    value = recorded(trial)
-    n_gaps = value["n_gaps"] if isinstance(value, dict) else 0
+def _warn_of_gaps(study: optuna.Study, number: int, n_gaps: int) -> None:
+    """Warn that losses of a trial are left out, if there are any."""
     if n_gaps:
         some = "A loss of trial {} is" if n_gaps == 1 else f"{n_gaps:,} losses of trial {{}} are"
         reason = "NaN or infinite, while training went on"
-        gaps = UnusableCurve("gaps", reason, f"{some} left out")
-        gaps.tell(study, trial.number)
+        warn_of_curve(study, number, UnusableCurve("gaps", reason, f"{some} left out"))
 
 
 def _late_prediction(
     trial: FrozenTrial, predictor: SearchPredictor, mapping: HyperparameterMap
-) -> dict[str, Any] | UnusableCurve | None:
+) -> PredictionRecord | UnusableCurve | None:
     """What would have been predicted for a trial, nothing where it has no curve.
 
     It is that of the given predictor, which has not learned from the trial.
     """
-    if entry(trial, CURVE) is None:
+    if curve_attribute(trial) is None:
         return None
     started = time.perf_counter()
     mapping = mapping.with_default_momentum(predictor.default_momentum)
     # It may be in a branch of a conditional space; then that was written when it began.
-    known = entry(trial, DECISION) is not None
+    known = decision_of(trial) is not None
     try:
         configuration = mapping.resolve(trial.params)
         if configuration is None:
@@ -455,7 +324,7 @@ def _late_prediction(
     except (TypeError, ValueError):
         # Its objective may have failed for just that.
         return None
-    return prediction_entry(
+    return PredictionRecord.of(
         predictor,
         configuration,
         prediction,

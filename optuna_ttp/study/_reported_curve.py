@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-import math
-from typing import Any
 from typing import TYPE_CHECKING
 
-import numpy as np
 from optuna.trial import BaseTrial
 
 from optuna_ttp._util.checks import check_count
 from optuna_ttp._util.checks import check_kind
-from optuna_ttp.calibration import LossCurve
-from optuna_ttp.study._records import CURVE
-from optuna_ttp.study._records import entry
+from optuna_ttp.study._attributes import CURVE
+from optuna_ttp.study._curve_record import curve_attribute
+from optuna_ttp.study._curve_record import ReportedCurveRecord
+from optuna_ttp.study._curve_record import stored_curve
 
 
 if TYPE_CHECKING:
     import optuna
-
-
-# The entry's keys in the attribute of a trial's curve.
-STEPS_PER_REPORT = "steps_per_report"
-_AVERAGED = "averaged"
 
 
 def learn_from_reports(
@@ -64,42 +55,8 @@ def learn_from_reports(
         raise TypeError(f"trial must be the trial of the objective but got {trial!r}.")
     per_report = check_count("steps_per_report", steps_per_report)
     check_kind("averaged", averaged, bool)
-    logged = entry(trial, CURVE)
-    if logged is not None and STEPS_PER_REPORT not in logged:
+    stored = stored_curve(curve_attribute(trial))
+    if stored is not None and not isinstance(stored, ReportedCurveRecord):
         return  # A TrainingLog knows every step.
-    value = {
-        "trial": trial.number,
-        STEPS_PER_REPORT: per_report,
-        _AVERAGED: averaged,
-    }
-    trial.set_user_attr(CURVE, value)
-
-
-def curve_of_reports(
-    setting: Mapping[str, Any], values: Mapping[int, float]
-) -> tuple[LossCurve, float]:
-    """Return the curve that a trial has reported.
-
-    Args:
-        setting:
-            As :func:`learn_from_reports` wrote it.
-        values:
-            What was reported, by number; one at least.
-
-    Returns:
-        The curve, and the first value that is finite; NaN where none is.
-
-    Raises:
-        ValueError:
-            If a value or a number is negative.
-    """
-    per_report = int(setting[STEPS_PER_REPORT])
-    numbers = sorted(values)
-    # A mean over steps is that of their middle.
-    ahead = 0.5 * (per_report - 1) if setting[_AVERAGED] else float(per_report)
-    steps = [n * per_report + ahead for n in numbers]
-    losses = np.array([math.nan if values[n] is None else float(values[n]) for n in numbers])
-    curve = LossCurve.of(losses, np.array(steps))
-    finite = losses[np.isfinite(losses)]
-    done = int((numbers[-1] + 1) * per_report)
-    return replace(curve, n_steps=done), float(finite[0]) if len(finite) else math.nan
+    record = ReportedCurveRecord(per_report, averaged)
+    trial.set_user_attr(CURVE, {"trial": trial.number, **record.to_json()})

@@ -12,10 +12,10 @@ from optuna.logging import get_logger
 from optuna.trial import TrialState
 
 from optuna_ttp._util.checks import check_number
+from optuna_ttp.study._curve_record import observed_curve
 from optuna_ttp.study._optuna_compat import FINISHED
 from optuna_ttp.study._optuna_compat import trials_of
-from optuna_ttp.study._recorded_curve import observed_curve
-from optuna_ttp.study._records import paid_seconds
+from optuna_ttp.study._trial_record import paid_seconds
 
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from types import TracebackType
 from typing import Any
@@ -16,13 +17,13 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import BaseTrial
 
 from optuna_ttp._util.checks import check_kind
-from optuna_ttp.calibration import LossCurve
-from optuna_ttp.study._recorded_curve import curve_entry
-from optuna_ttp.study._recorded_curve import joined
-from optuna_ttp.study._records import CURVE
-from optuna_ttp.study._records import entry
-from optuna_ttp.study._reported_curve import STEPS_PER_REPORT
+from optuna_ttp.study._attributes import CURVE
+from optuna_ttp.study._curve_record import curve_attribute
+from optuna_ttp.study._curve_record import CurveRecord
+from optuna_ttp.study._curve_record import stored_curve
+from optuna_ttp.study._curve_record import StoredCurve
 from optuna_ttp.study._study_state import state_of
+from optuna_ttp.study._study_warnings import warn_of_curve
 from optuna_ttp.study._unusable_curve import UnusableCurve
 
 
@@ -79,8 +80,8 @@ class TrainingLog:
         self._unusable: UnusableCurve | None = None
         self._written: dict[str, Any] | None = None
         # What an earlier log of the trial has written, which this one continues.
-        self._earlier: dict[str, Any] | None = None
-        self._told: set[str] = set()
+        self._earlier: CurveRecord | None = None
+        self._warned_kinds: set[str] = set()
         study = getattr(trial, "study", None)
         # A fixed trial has no study.
         if study is not None:
@@ -175,63 +176,60 @@ class TrainingLog:
         """
         if self._unusable is None and not self._losses:
             return None
-        written = entry(self._trial, CURVE)
-        if written is not None and written != self._written and not self._continues(written):
+        stored = curve_attribute(self._trial)
+        if stored != self._written and not self._continues(stored_curve(stored)):
             return None
-        value: dict[str, Any]
-        if self._unusable is not None:
-            value = {"unusable": self._unusable.reason, "kind": self._unusable.kind}
-        else:
-            curve = LossCurve.of(self._losses, self._steps)
-            finite = np.array(self._losses)[np.isfinite(self._losses)]
-            value = curve_entry(curve, float(finite[0]) if len(finite) else float("nan"))
-            if self._earlier is not None:
-                value = joined(self._earlier, value)
-            value["seconds_per_step"] = self._seconds_per_step()
-        self._written = {"trial": self._trial.number, **value}
+        self._written = {"trial": self._trial.number, **self._record().to_json()}
         try:
             self._trial.set_user_attr(CURVE, self._written)
             self._n_written = len(self._losses)
         except UpdateFinishedTrialError:
-            self._tell(unwritten(written))
+            self._warn(unwritten(stored_curve(stored)))
             return None
         return self._written
 
-    def _continues(self, written: dict[str, Any]) -> bool:
-        """Whether this log goes on where another one of the trial ended; if not, say so."""
+    def _record(self) -> CurveRecord | UnusableCurve:
+        """Return what is to be stored."""
+        if self._unusable is not None:
+            return self._unusable
+        record = CurveRecord.of(self._losses, self._steps, self._seconds_per_step())
+        return record if self._earlier is None else self._earlier.followed_by(record)
+
+    def _continues(self, stored: StoredCurve | None) -> bool:
+        """Return whether this log goes on where another one of the trial ended; warn if not."""
         # Another log of the trial may have had nothing to say.
-        if STEPS_PER_REPORT in written or written.get("kind") in ("empty", "short"):
+        is_empty = isinstance(stored, UnusableCurve) and stored.kind in ("empty", "short")
+        if is_empty or not isinstance(stored, CurveRecord | UnusableCurve):
             return True
-        if "steps" in written and self._steps and self._steps[0] >= written["n_steps"]:
-            self._earlier = written
-            return True
+        first = ""
+        if isinstance(stored, CurveRecord):
+            if self._steps and self._steps[0] >= stored.curve.n_steps:
+                self._earlier = stored
+                return True
+            first = f" after {stored.curve.n_steps:,} steps"
         begin = f" at step {self._steps[0]:,}" if self._steps else ""
-        first = f" after {written['n_steps']:,} steps" if "n_steps" in written else ""
         reason = f"it begins{begin}{first} of the first one, whose curve is kept"
-        self._tell(
-            UnusableCurve(
-                "second", reason, "The curve of a second TrainingLog of trial {} is left out"
-            )
-        )
+        what = "The curve of a second TrainingLog of trial {} is left out"
+        self._warn(UnusableCurve("second", reason, what))
         return False
 
     def _refuse(self, kind: str, reason: str) -> None:
         """Leave the curve out, and say so once."""
         if self._unusable is None:
             self._unusable = UnusableCurve(kind, reason)
-            self._tell(self._unusable)
+            self._warn(self._unusable)
 
-    def _tell(self, what: UnusableCurve) -> None:
-        if what.kind not in self._told:
-            self._told.add(what.kind)
+    def _warn(self, what: UnusableCurve) -> None:
+        if what.kind not in self._warned_kinds:
+            self._warned_kinds.add(what.kind)
             study = getattr(self._trial, "study", None)
-            what.tell(study, self._trial.number)
+            warn_of_curve(study, self._trial.number, what)
 
-    def _seconds_per_step(self) -> float | None:
+    def _seconds_per_step(self) -> float:
         """The median over the steps: pauses for validation or another process do not count."""
         if not self._measure_speed or len(self._times) < 3:
-            return None
-        return float(f"{np.median(np.diff(self._times) / np.diff(self._steps)):.4g}")
+            return math.nan
+        return float(np.median(np.diff(self._times) / np.diff(self._steps)))
 
 
 class _OpenLogs(weakref.WeakSet[TrainingLog]):
@@ -267,17 +265,9 @@ def as_logged(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial:
     return trial
 
 
-def unwritten(written: dict[str, Any] | None) -> UnusableCurve:
-    """Return what is to be said of a curve that was not written before its trial ended.
-
-    Args:
-        written:
-            What was, if anything.
-
-    Returns:
-        Why it, or its end, is left out.
-    """
-    n_steps = 0 if written is None else written.get("n_steps", 0)
+def unwritten(stored: StoredCurve | None) -> UnusableCurve:
+    """Return why a curve, or its end behind what is stored, is missing: its trial has ended."""
+    n_steps = stored.curve.n_steps if isinstance(stored, CurveRecord) else 0
     if not n_steps:
         return UnusableCurve("finished", "the trial ended before it was written")
     reason = f"the trial ended before it was written, behind step {n_steps:,}"
@@ -286,20 +276,13 @@ def unwritten(written: dict[str, Any] | None) -> UnusableCurve:
 
 
 def unclosed(study: optuna.Study, trial: FrozenTrial) -> UnusableCurve | None:
-    """Return what is to be said of a finished trial whose log is still open in this process.
+    """Return why the curve of a finished trial, or its end, is missing.
 
-    Args:
-        study:
-            The study.
-        trial:
-            One of its finished trials.
-
-    Returns:
-        Why its curve, or the end of it, is missing; :obj:`None` where it is not.
+    That is so if the trial's log is still open in this process; :obj:`None` if nothing is missing.
     """
     for log in _logs_of(study, trial):
         if log.is_behind:
-            return unwritten(entry(trial, CURVE))
+            return unwritten(stored_curve(curve_attribute(trial)))
     return None
 
 

@@ -31,7 +31,7 @@ from optuna_ttp import FineTuningTask
 from optuna_ttp import PredictorSettings
 from optuna_ttp import Throughput
 from optuna_ttp import TrainingTimePredictor
-from optuna_ttp.study._records import CURVE
+from optuna_ttp.study._attributes import CURVE
 
 
 def _nothing() -> float:

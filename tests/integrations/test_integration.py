@@ -27,11 +27,10 @@ from optuna_ttp import report
 from optuna_ttp import SamplerRules
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
-from optuna_ttp.study import DECISION
-from optuna_ttp.study import entry
+from optuna_ttp.study import decision_of
 from optuna_ttp.study import observed_curve
 from optuna_ttp.study import paid_seconds
-from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import prediction_of
 from tests.studies import asked
 from tests.studies import DIVERGING
 from tests.studies import FAST
@@ -87,12 +86,12 @@ def _check(trials: list[FrozenTrial], n_trials: int) -> None:
     assert len(trials) == n_trials
     for trial in trials:
         assert trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-        assert entry(trial, PREDICTION) is not None
+        assert prediction_of(trial) is not None
         assert paid_seconds(trial) >= 0.0
         json.dumps(trial.user_attrs, allow_nan=False)
-        decision = entry(trial, DECISION)
+        decision = decision_of(trial)
         if decision is not None:
-            skipped = decision["decision"] == "skip"
+            skipped = decision.action == "skip"
             assert skipped == (observed_curve(trial) is None)
             assert skipped <= (trial.state == TrialState.PRUNED)
 
@@ -166,7 +165,7 @@ def test_ask_and_tell() -> None:
         skipped = trial.should_prune()
         assert trial.should_prune() == skipped
         study.tell(trial, None if skipped else 1.0, TrialState.PRUNED if skipped else None)
-    assert all(entry(trial, DECISION) is not None for trial in study.trials)
+    assert all(decision_of(trial) is not None for trial in study.trials)
     assert all(paid_seconds(trial) >= 0.0 for trial in study.trials)
 
 
@@ -177,8 +176,8 @@ def test_ask_and_tell_by_number_in_another_process() -> None:
         study.tell(number, 1.0)
         [trial] = optuna.load_study(study_name=study.study_name, storage=store).trials
     assert trial.state == TrialState.COMPLETE
-    prediction = entry(trial, PREDICTION)
-    assert prediction is not None and prediction["outcome"] == "converges"
+    prediction = prediction_of(trial)
+    assert prediction is not None and prediction.outcome == "converges"
 
 
 def test_enqueued_trials_are_predicted_and_decided_like_others() -> None:
@@ -187,8 +186,8 @@ def test_enqueued_trials_are_predicted_and_decided_like_others() -> None:
         study.enqueue_trial(params)
     study.optimize(objective, n_trials=4)
     assert [trial.params for trial in study.trials] == [FAST, DIVERGING, SLOW, HOPELESS]
-    decisions = [entry(trial, DECISION) for trial in study.trials]
-    assert [d["decision"] for d in decisions if d is not None] == ["run", "skip", "run", "skip"]
+    decisions = [decision_of(trial) for trial in study.trials]
+    assert [d.action for d in decisions if d is not None] == ["run", "skip", "run", "skip"]
 
 
 def test_enqueued_trials_may_fix_some_parameters_only() -> None:
@@ -225,9 +224,9 @@ def test_a_conditional_space_trains_every_branch(base: Callable[[], BaseSampler]
     study.optimize(branches, n_trials=10)
     adam = [trial for trial in study.trials if trial.params["optimizer"] == "adam"]
     assert all(trial.state == TrialState.COMPLETE for trial in adam)
-    assert all(entry(trial, PREDICTION) is None for trial in adam)
+    assert all(prediction_of(trial) is None for trial in adam)
     sgd = [trial for trial in study.trials if trial.params["optimizer"] == "sgd"]
-    assert all(entry(trial, PREDICTION) is not None for trial in sgd)
+    assert all(prediction_of(trial) is not None for trial in sgd)
     assert study.trials[1].state == TrialState.PRUNED
 
 

@@ -17,7 +17,7 @@ import torch
 
 from optuna_ttp import UnusableCurveWarning
 from optuna_ttp.study import observed_curve
-from optuna_ttp.study._records import CURVE
+from optuna_ttp.study._attributes import CURVE
 from tests.models import mlp
 from tests.models import separated
 

@@ -16,12 +16,11 @@ from optuna_ttp import BestMetric
 from optuna_ttp import FastestToTarget
 from optuna_ttp import report
 from optuna_ttp import TTPSampler
-from optuna_ttp.study import DECISION
-from optuna_ttp.study import entry
+from optuna_ttp.study import decision_of
 from optuna_ttp.study import n_skipped_in_a_row
-from optuna_ttp.study import PREDICTION
-from optuna_ttp.study import RECORD
-from optuna_ttp.study._records import PAID
+from optuna_ttp.study import prediction_of
+from optuna_ttp.study._attributes import PAID
+from optuna_ttp.study._attributes import RECORD
 from tests.every_decision import study_with_every_decision
 from tests.studies import asked
 from tests.studies import DIVERGING
@@ -67,6 +66,9 @@ def _line(
         made = {
             "fingerprint": fingerprint,
             "spectrum_seconds": {"a": 3.0, "b": 4.0}[fingerprint],
+            "learning_rate": 0.1,
+            "batch_size": 8,
+            "momentum": 0.0,
             "outcome": "diverges" if steps is None else "converges",
             "steps": steps,
             "seconds": None if steps is None else 0.1 * steps,
@@ -74,7 +76,7 @@ def _line(
             "prediction_seconds": 0.5,
         }
         decided = {"decision": decision, "reason": "because"}
-        attributes[RECORD] = {"trial": number, PREDICTION: made, DECISION: decided}
+        attributes[RECORD] = {"trial": number, "prediction": made, "decision": decided}
     return FrozenTrial(
         number=number,
         trial_id=number,
@@ -95,31 +97,31 @@ def test_every_trial_has_a_prediction_a_decision_and_a_price() -> None:
     study = _study()
     trials = _run(study, FAST, SLOW, DIVERGING, HOPELESS)
     assert [t.state.name for t in trials] == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
-    predictions = [entry(trial, PREDICTION) for trial in trials]
-    outcomes = [p["outcome"] for p in predictions if p is not None]
+    predictions = [prediction_of(trial) for trial in trials]
+    outcomes = [p.outcome for p in predictions if p is not None]
     assert outcomes == ["converges", "converges", "diverges", "not_reached"]
-    decisions = [entry(trial, DECISION) for trial in trials]
-    assert [d["decision"] for d in decisions if d is not None] == ["run", "run", "skip", "skip"]
+    decisions = [decision_of(trial) for trial in trials]
+    assert [d.action for d in decisions if d is not None] == ["run", "run", "skip", "skip"]
     paid = [record.paid_seconds for record in report(study).records]
     assert paid == [t.duration.total_seconds() for t in trials if t.duration is not None]
 
 
 def test_a_prediction_says_for_what_and_from_what_it_was_made() -> None:
     [trial] = _run(_study(max_steps=40), {**FAST, "momentum": 0.5})
-    prediction = entry(trial, PREDICTION)
+    prediction = prediction_of(trial)
     predictor = quick_predictor()
     expected = predictor.estimate(0.1, 8, 0.5)
     assert prediction is not None
-    assert (prediction["learning_rate"], prediction["batch_size"], prediction["momentum"]) == (
+    assert (prediction.learning_rate, prediction.batch_size, prediction.momentum) == (
         (0.1, 8, 0.5)
     )
-    assert prediction["fingerprint"] == predictor.spectrum.metadata.fingerprint
-    assert prediction["target"] == predictor.target.value
-    assert prediction["steps"] == float(expected.steps)
-    assert prediction["seconds"] == pytest.approx(float(expected.seconds))
+    assert prediction.fingerprint == predictor.spectrum.metadata.fingerprint
+    assert prediction.target == predictor.target.value
+    assert prediction.steps == float(expected.steps)
+    assert prediction.seconds == pytest.approx(float(expected.seconds))
     per_step = float(predictor.seconds_per_step(8))
-    assert prediction["budget_seconds"] == pytest.approx(40 * per_step)
-    assert prediction["prediction_seconds"] > 0
+    assert prediction.budget_seconds == pytest.approx(40 * per_step)
+    assert prediction.prediction_seconds > 0
 
 
 def test_all_attributes_are_strict_json() -> None:
@@ -132,12 +134,12 @@ def test_all_attributes_are_strict_json() -> None:
 
 def test_the_reason_of_a_skipped_trial_is_in_words() -> None:
     diverging, slow = _run(_study(max_steps=16), DIVERGING, SLOW)
-    decision = entry(diverging, DECISION)
+    decision = decision_of(diverging)
     assert decision is not None
-    assert decision["reason"].startswith("predicted to diverge: the learning rate is ")
-    decision = entry(slow, DECISION)
+    assert decision.reason.startswith("predicted to diverge: the learning rate is ")
+    decision = decision_of(slow)
     assert decision is not None
-    assert decision["reason"] == (
+    assert decision.reason == (
         "predicted to miss the target by far: not reached in 24 steps, 1.5 times the budget of 16"
     )
 
@@ -148,7 +150,7 @@ def test_a_retried_trial_starts_with_a_clean_page() -> None:
     # As Optuna's retry callback does it: the attributes of the other trial come along.
     study.enqueue_trial(FAST, user_attrs=skipped.user_attrs)
     running = study.ask(SPACE)
-    assert entry(study.trials[1], DECISION) is None
+    assert decision_of(study.trials[1]) is None
     assert not running.should_prune()
     study.tell(running, 0.0)
     record = report(study).records[1]

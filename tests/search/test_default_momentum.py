@@ -9,9 +9,8 @@ from optuna_ttp import SGD
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
-from optuna_ttp.study import entry
 from optuna_ttp.study import MissingParameterError
-from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import prediction_of
 from tests.models import small_spectrum
 
 
@@ -39,9 +38,9 @@ def test_trials_without_a_momentum_have_that_of_the_optimiser(
     study = _study(SGD(momentum=0.9), base(seed=0))
     study.optimize(_objective, n_trials=6)
     for trial in study.trials:
-        prediction = entry(trial, PREDICTION)
+        prediction = prediction_of(trial)
         assert prediction is not None
-        assert prediction["momentum"] == 0.9
+        assert prediction.momentum == 0.9
 
 
 def test_trials_without_a_momentum_are_refused_where_no_optimiser_gives_one() -> None:

@@ -23,8 +23,7 @@ from optuna_ttp import StudyBudget
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp.search import Goal
-from optuna_ttp.study import entry
-from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import prediction_of
 from tests.studies import asked
 from tests.studies import FAST
 from tests.studies import quick_predictor
@@ -33,9 +32,9 @@ from tests.studies import quick_predictor
 def _is_limited_to(study: optuna.Study, max_steps: float) -> bool:
     """Whether the pruner of a study has the goal with this limit."""
     asked(study, FAST).should_prune()
-    prediction = entry(study.trials[-1], PREDICTION)
+    prediction = prediction_of(study.trials[-1])
     assert prediction is not None
-    return bool(prediction["budget_steps"] == max_steps)
+    return bool(prediction.budget_steps == max_steps)
 
 
 def _study(

@@ -21,10 +21,9 @@ from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp import UnreliablePredictionWarning
-from optuna_ttp.study import DECISION
-from optuna_ttp.study import entry
+from optuna_ttp.study import decision_of
 from optuna_ttp.study import MissingParameterError
-from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import prediction_of
 from tests.models import small_spectrum
 from tests.studies import add_observed
 from tests.studies import asked
@@ -74,9 +73,9 @@ def _is_skipped(study: optuna.Study, params: dict[str, Any]) -> bool:
 
 
 def _decision(study: optuna.Study, number: int = -1) -> tuple[str, str]:
-    decision = entry(study.trials[number], DECISION)
+    decision = decision_of(study.trials[number])
     assert decision is not None
-    return decision["decision"], decision["reason"]
+    return decision.action, decision.reason
 
 
 @pytest.mark.parametrize(
@@ -265,7 +264,7 @@ def test_a_search_space_without_hyperparameters_runs() -> None:
         "run",
         "no prediction: the hyperparameter map does not apply to this trial",
     )
-    assert entry(study.trials[0], PREDICTION) is None
+    assert prediction_of(study.trials[0]) is None
 
 
 def _report_and_ask(trial: optuna.Trial) -> float:
@@ -286,10 +285,10 @@ def test_a_trial_for_which_a_function_says_none_runs() -> None:
 def test_a_batch_above_the_number_of_samples_is_a_full_batch() -> None:
     study = _study(hyperparameters=HyperparameterMap(batch_size=4096))
     assert not _is_skipped(study, FAST)
-    prediction = entry(study.trials[0], PREDICTION)
+    prediction = prediction_of(study.trials[0])
     assert prediction is not None
-    assert prediction["batch_size"] == 24
-    assert prediction["steps"] == float(quick_predictor().estimate(0.1, 24, 0.0).steps)
+    assert prediction.batch_size == 24
+    assert prediction.steps == float(quick_predictor().estimate(0.1, 24, 0.0).steps)
 
 
 def test_functions_and_fixed_values_reach_the_prediction() -> None:
@@ -304,9 +303,9 @@ def test_functions_and_fixed_values_reach_the_prediction() -> None:
         return float(trial.should_prune())
 
     study.optimize(train, n_trials=1)
-    prediction = entry(study.trials[0], PREDICTION)
+    prediction = prediction_of(study.trials[0])
     assert prediction is not None
-    values = [prediction[name] for name in ("learning_rate", "batch_size", "momentum")]
+    values = list(prediction.configuration)
     assert values == [0.1, 4, 0.5]
 
 
@@ -502,7 +501,7 @@ def test_the_pruner_works_without_our_sampler_and_with_it() -> None:
         study.optimize(objective, n_trials=12)
         states = {trial.state for trial in study.trials}
         assert states <= {TrialState.COMPLETE, TrialState.PRUNED}
-        assert all(entry(trial, DECISION) is not None for trial in study.trials)
+        assert all(decision_of(trial) is not None for trial in study.trials)
 
 
 def test_several_objectives_are_refused() -> None:
@@ -566,5 +565,5 @@ def test_a_batch_has_no_more_samples_than_are_trained_on(size: int, counts_as: i
     study.enqueue_trial({**FAST, "batch_size": size})
     trial = study.ask({**SPACE, "batch_size": IntDistribution(1, 100)})
     trial.should_prune()
-    prediction = entry(study.trials[0], PREDICTION)
-    assert prediction is not None and prediction["batch_size"] == counts_as
+    prediction = prediction_of(study.trials[0])
+    assert prediction is not None and prediction.batch_size == counts_as

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 import math
 import time
 from typing import Any
@@ -21,12 +22,12 @@ from optuna_ttp import report
 from optuna_ttp import TrainingLog
 from optuna_ttp import TTPPruner
 from optuna_ttp import UnusableCurveWarning
-from optuna_ttp.study import DECISION
-from optuna_ttp.study import entry
+from optuna_ttp.study import Action
+from optuna_ttp.study import decision_of
+from optuna_ttp.study import DecisionRecord
 from optuna_ttp.study import observed_steps
-from optuna_ttp.study import RECORD
-from optuna_ttp.study import RUN
-from optuna_ttp.study import STOP
+from optuna_ttp.study import record_of
+from optuna_ttp.study._attributes import RECORD
 from tests.studies import add_observed
 from tests.studies import asked
 from tests.studies import DIVERGING
@@ -44,8 +45,8 @@ def _study(**arguments: Any) -> optuna.Study:
     return optuna.create_study(sampler=RandomSampler(seed=0), pruner=make_pruner(**arguments))
 
 
-def _decision(study: optuna.Study, number: int = -1) -> dict[str, Any]:
-    decision = entry(study.trials[number], DECISION)
+def _decision(study: optuna.Study, number: int = -1) -> DecisionRecord:
+    decision = decision_of(study.trials[number])
     assert decision is not None
     return decision
 
@@ -80,8 +81,8 @@ def test_a_trial_that_will_miss_its_budget_is_stopped_on_its_own_curve() -> None
     trial = asked(study, FAST)
     assert _train(trial, 2000.0, 100) < 100
     decision = _decision(study)
-    assert (decision["decision"], decision["kind"]) == ("stop", "chance")
-    assert "its chance to reach the target within its budget of 100 steps is" in decision["reason"]
+    assert (decision.action, decision.objection) == ("stop", "chance")
+    assert "its chance to reach the target within its budget of 100 steps is" in decision.reason
     # It stands.
     assert trial.should_prune()
     study.tell(trial, state=TrialState.PRUNED)
@@ -128,7 +129,7 @@ def test_a_trial_that_gets_as_far_as_the_best_runs_although_it_misses_the_target
                 log.step(loss)
         study.tell(trial, 1.0)
         skipped = asked(study, SLOW).should_prune()
-        return skipped, _decision(study)["reason"]
+        return skipped, _decision(study).reason
 
     # It needs about 40 steps, and 24 are what it may take with the tolerance.
     assert not decided(BestMetric, 0.3)[0]
@@ -159,7 +160,7 @@ def test_a_trial_that_cannot_get_as_far_as_the_best_is_stopped() -> None:
                 log.step(loss)
         study.tell(trial, rate)
     assert _train(asked(study, {**FAST, "learning_rate": 0.11}), 1e4, 100) < 100
-    assert "its chance to get as far as the best trials within" in _decision(study)["reason"]
+    assert "its chance to get as far as the best trials within" in _decision(study).reason
 
 
 def test_a_trial_that_has_spent_its_budget_is_left_to_end() -> None:
@@ -198,7 +199,7 @@ def test_it_can_be_turned_off_and_does_nothing_in_the_shadow() -> None:
         study = _study(max_steps=100, **arguments)
         add_observed(study, lambda steps: steps)
         assert _train(asked(study, FAST), 2000.0, 100) == 100
-    assert _decision(study)["override"] == "shadow"
+    assert _decision(study).override == "shadow"
 
 
 @pytest.mark.parametrize("goal", [BestMetric, FastestToTarget])
@@ -209,9 +210,9 @@ def test_a_trial_that_was_thrown_back_is_stopped(goal: Any) -> None:
     # No trial has completed: this does not depend on what others got to.
     assert 40 <= _follow(trial, _thrown_back(200)) < 100
     decision = _decision(study)
-    assert (decision["decision"], decision["kind"]) == ("stop", "chance")
-    assert "its training loss is back where it began" in decision["reason"]
-    assert decision["seconds_left"] > 0
+    assert (decision.action, decision.objection) == ("stop", "chance")
+    assert "its training loss is back where it began" in decision.reason
+    assert decision.seconds_left > 0
 
 
 def test_one_that_recovers_and_one_that_comes_down_slowly_are_not() -> None:
@@ -248,7 +249,7 @@ def test_a_loss_that_stays_infinite_stops_a_trial() -> None:
     trial = asked(study, FAST)
     assert not trial.should_prune()
     assert 20 < _follow(trial, curve) < 40
-    assert "its training loss has been infinite or NaN for" in _decision(study)["reason"]
+    assert "its training loss has been infinite or NaN for" in _decision(study).reason
 
 
 @pytest.mark.parametrize("reports", [False, True])
@@ -294,14 +295,14 @@ def test_what_runs_because_it_is_its_turn_ends_when_it_cannot_win(params: Any) -
     assert asked(study, params).should_prune()
     trial = asked(study, params)
     assert not trial.should_prune()
-    kind = _decision(study)["kind"]
+    kind = _decision(study).objection
     assert 12 <= _train(trial, 1e5, 200) < 40
     decision = _decision(study)
-    assert decision["reason"].startswith("after ")
-    assert "it can no longer be faster than trial 0, the fastest (" in decision["reason"]
-    assert (decision["decision"], decision["override"]) == ("stop", "turn")
+    assert decision.reason.startswith("after ")
+    assert "it can no longer be faster than trial 0, the fastest (" in decision.reason
+    assert (decision.action, decision.override) == ("stop", "turn")
     # What it ran in spite of is still known.
-    assert decision["kind"] == kind
+    assert decision.objection == kind
 
 
 def test_what_runs_to_audit_the_predictions_runs_to_its_end() -> None:
@@ -363,7 +364,7 @@ def test_one_that_ended_short_of_its_target_is_no_measure() -> None:
 
 
 def test_a_trial_that_was_stopped_counts_as_a_bad_one() -> None:
-    def next_rates(decision: str) -> list[float]:
+    def next_rates(action: Action) -> list[float]:
         """What is proposed after our pruner stopped trials of large learning rates, or not."""
         sampler = make_sampler(goal=BestMetric, search_space=SPACE, max_steps=200, seed=0)
         pruner = TTPPruner(quick_predictor())
@@ -373,10 +374,11 @@ def test_a_trial_that_was_stopped_counts_as_a_bad_one() -> None:
             rate = (0.2 if large else 0.05) * (1.0 + 0.02 * k)
             trial = asked(study, {**FAST, "learning_rate": rate})
             assert not trial.should_prune()
-            record = dict(study.trials[-1].user_attrs[RECORD])
-            record[DECISION] = {"decision": decision, "reason": ""}
-            trial.set_user_attr(RECORD, record)
+            record = record_of(study.trials[-1])
+            assert record is not None
+            written = replace(record, decision=DecisionRecord(action, ""))
+            trial.set_user_attr(RECORD, written.to_json())
             study.tell(trial, None if large else 1.0 + 0.01 * k, TrialState(2 if large else 1))
         return [study.ask(SPACE).params["learning_rate"] for _ in range(10)]
 
-    assert np.median(next_rates(STOP)) < 0.7 * np.median(next_rates(RUN))
+    assert np.median(next_rates(Action.STOP)) < 0.7 * np.median(next_rates(Action.RUN))

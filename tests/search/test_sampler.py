@@ -29,9 +29,8 @@ import pytest
 from optuna_ttp import HyperparameterMap
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
-from optuna_ttp.study import entry
 from optuna_ttp.study import MissingParameterError
-from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import prediction_of
 from tests.studies import add_observed
 from tests.studies import FAST
 from tests.studies import make_sampler
@@ -520,7 +519,7 @@ def test_only_one_branch_of_a_conditional_space_may_have_a_prediction() -> None:
         study.optimize(objective, n_trials=15)
         assert {t.params["optimizer"] for t in study.trials} == {"adam", "sgd"}
         for trial in study.trials:
-            predicted = entry(trial, PREDICTION) is not None
+            predicted = prediction_of(trial) is not None
             assert predicted == (trial.params["optimizer"] == "sgd")
 
 
@@ -562,7 +561,7 @@ def test_a_trial_pruned_before_it_suggested_all_is_no_error() -> None:
     study = optuna.create_study(sampler=_sampler())
     study.optimize(objective, n_trials=3)
     assert [t.state for t in study.trials] == [TrialState.PRUNED] * 3
-    assert all(entry(trial, PREDICTION) is None for trial in study.trials)
+    assert all(prediction_of(trial) is None for trial in study.trials)
 
 
 def test_a_failed_trial_is_no_error_of_the_map() -> None:
@@ -597,19 +596,19 @@ def test_batches_above_the_number_of_samples_are_full_batches() -> None:
     study = optuna.create_study(sampler=_sampler(RandomSampler(seed=1)))
     study.optimize(objective, n_trials=10)
     for trial in study.trials:
-        prediction = entry(trial, PREDICTION)
+        prediction = prediction_of(trial)
         assert prediction is not None
-        assert prediction["batch_size"] == min(24, trial.params["batch_size"])
+        assert prediction.batch_size == min(24, trial.params["batch_size"])
 
 
 def test_without_our_pruner_the_prediction_is_written_down_afterwards() -> None:
     study = optuna.create_study(sampler=_sampler())
     study.enqueue_trial(FAST)
     study.optimize(lambda trial: suggest(trial)["momentum"], n_trials=1)
-    prediction = entry(study.trials[0], PREDICTION)
+    prediction = prediction_of(study.trials[0])
     assert prediction is not None
-    assert prediction["outcome"] == "converges"
-    assert prediction["steps"] == predicted_steps(FAST)
+    assert prediction.outcome == "converges"
+    assert prediction.steps == predicted_steps(FAST)
 
 
 def test_several_objectives_with_our_pruner_are_refused() -> None:

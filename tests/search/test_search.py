@@ -29,8 +29,8 @@ from optuna_ttp.calibration._divergence import DivergenceLimit
 from optuna_ttp.calibration._rules import RULES
 from optuna_ttp.search import ForecastRules
 from optuna_ttp.search._forecast import Forecast
-from optuna_ttp.study import DECISION
-from optuna_ttp.study import entry
+from optuna_ttp.study import decision_of
+from optuna_ttp.study import DecisionRecord
 from tests.models import small_predictor
 from tests.studies import add_observed
 from tests.studies import asked
@@ -73,8 +73,8 @@ def _on_grid(sampler: BaseSampler, n_trials: int, value: Any = None) -> list[dic
     return [trial.params for trial in study.trials]
 
 
-def _decision(study: optuna.Study, number: int = -1) -> dict[str, Any]:
-    decision = entry(study.trials[number], DECISION)
+def _decision(study: optuna.Study, number: int = -1) -> DecisionRecord:
+    decision = decision_of(study.trials[number])
     assert decision is not None
     return decision
 
@@ -236,8 +236,8 @@ def test_what_costs_several_times_the_best_trial_is_skipped() -> None:
     study.tell(first, 1.0)
     slow = asked(study, SLOW)
     assert slow.should_prune()
-    assert _decision(study)["kind"] == "cost"
-    assert "times what the best trial, number 0, was predicted" in _decision(study)["reason"]
+    assert _decision(study).objection == "cost"
+    assert "times what the best trial, number 0, was predicted" in _decision(study).reason
     study.tell(slow, state=TrialState.PRUNED)
     assert not asked(study, {**FAST, "learning_rate": 0.08}).should_prune()
 
@@ -250,7 +250,7 @@ def test_a_smaller_probability_may_be_enough() -> None:
     generous = {"max_steps": round(1.2 * needed), "tolerance": 1.0}
     study = _study(**generous, min_probability=0.95)
     assert asked(study, SLOW).should_prune()
-    assert "with a probability of" in _decision(study)["reason"]
+    assert "with a probability of" in _decision(study).reason
 
 
 def test_what_has_a_fair_chance_runs_until_a_trial_has_completed() -> None:
@@ -272,9 +272,9 @@ def test_shadow_writes_down_and_stops_nothing() -> None:
         trial = asked(study, params)
         assert not trial.should_prune()
         study.tell(trial, 1.0)
-    overrides = [_decision(study, k).get("override") for k in range(3)]
+    overrides = [_decision(study, k).override for k in range(3)]
     assert overrides == ["shadow", "shadow", None]
-    assert "although predicted to diverge" in _decision(study, 0)["reason"]
+    assert "although predicted to diverge" in _decision(study, 0).reason
 
 
 def test_an_audit_runs_a_share_of_what_was_to_be_skipped() -> None:
@@ -394,7 +394,7 @@ def test_a_trial_that_does_not_fit_into_the_rest_is_skipped() -> None:
     study.optimize(_paying(0.97), n_trials=1)
     assert not asked(study, FAST).should_prune()
     assert asked(study, SLOW).should_prune()
-    assert _decision(study)["kind"] == "study_budget"
+    assert _decision(study).objection == "study_budget"
 
 
 @pytest.mark.parametrize(

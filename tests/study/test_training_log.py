@@ -27,12 +27,14 @@ from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp import UnreliablePredictionWarning
 from optuna_ttp import UnusableCurveWarning
+from optuna_ttp.study import curve_of
+from optuna_ttp.study import CurveRecord
 from optuna_ttp.study import InitialLoss
 from optuna_ttp.study import observed_curve
 from optuna_ttp.study import observed_steps
+from optuna_ttp.study._attributes import CURVE
 from optuna_ttp.study._learner import informed_by
 from optuna_ttp.study._learner import observations_of
-from optuna_ttp.study._records import CURVE
 from tests.models import small_spectrum
 from tests.models import vectors
 from tests.studies import add_observed
@@ -542,12 +544,12 @@ def test_trials_whose_parameters_had_other_names_never_break_a_study(predicted: 
 def test_one_easy_or_hard_mini_batch_at_first_is_not_another_loss(ratio: float) -> None:
     values = losses(30.0, 60)
     values[0] *= ratio
-    value = _recorded(values).user_attrs[CURVE]
+    record = curve_of(_recorded(values))
+    assert isinstance(record, CurveRecord)
     mean = quick_predictor().initial_loss
-    of = {"batch_size": 2, "stability": 0.1}
     # Where the losses of single samples differ by as much as they are, it may be luck.
-    assert InitialLoss(mean, mean).objection(value, of) is None
-    assert InitialLoss(mean, 0.1 * mean).objection(value, of) is not None
+    assert InitialLoss(mean, mean).objection(record, 2, stability=0.1) is None
+    assert InitialLoss(mean, 0.1 * mean).objection(record, 2, stability=0.1) is not None
 
 
 @pytest.mark.parametrize("share", [2, 4, 16])
@@ -757,9 +759,9 @@ def test_curves_that_never_come_down_are_named_once(end: float) -> None:
 def test_a_sampler_alone_says_that_predictions_are_not_trusted() -> None:
     study = optuna.create_study(sampler=TTPSampler(quick_predictor(), FastestToTarget(), seed=0))
     # The faster the prediction, the slower the training.
-    with pytest.warns(UnreliablePredictionWarning, match="They steer nothing") as told:
+    with pytest.warns(UnreliablePredictionWarning, match="Predictions are ignored") as told:
         add_observed(study, lambda steps: 2000.0 / steps)
-    assert len([w for w in told if "They steer nothing" in str(w.message)]) == 1
+    assert len([w for w in told if "Predictions are ignored" in str(w.message)]) == 1
 
 
 # Trials for which nothing was predicted before they ran

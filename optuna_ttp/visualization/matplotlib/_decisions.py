@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 from typing import TYPE_CHECKING
 
-from optuna_ttp.study import DECISION
-from optuna_ttp.study import entry
-from optuna_ttp.study import PREDICTION
-from optuna_ttp.study import SKIP
-from optuna_ttp.study import STOP
+from optuna_ttp.prediction import Outcome
+from optuna_ttp.study import Action
+from optuna_ttp.study import decision_of
+from optuna_ttp.study import DecisionRecord
+from optuna_ttp.study import Objection
+from optuna_ttp.study import prediction_of
+from optuna_ttp.study import PredictionRecord
 from optuna_ttp.study import trials_of
 from optuna_ttp.visualization.matplotlib._axes import resolve_axes
 
@@ -91,21 +92,22 @@ def _points_by_group(study: optuna.Study) -> defaultdict[str, list[tuple[float, 
     """Return effective learning rate and batch size of the study's trials by their label."""
     points: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     for trial in trials_of(study):
-        prediction = entry(trial, PREDICTION)
+        prediction = prediction_of(trial)
         if prediction is not None:
-            effective = prediction["learning_rate"] / (1 - prediction["momentum"])
-            label = _label(prediction, entry(trial, DECISION))
-            points[label].append((effective, prediction["batch_size"]))
+            effective = prediction.learning_rate / (1 - prediction.momentum)
+            label = _label(prediction, decision_of(trial))
+            points[label].append((effective, prediction.batch_size))
     return points
 
 
-def _label(prediction: dict[str, Any], decision: dict[str, Any] | None) -> str:
+def _label(prediction: PredictionRecord, decision: DecisionRecord | None) -> str:
     """Return the label of the group that a trial with a prediction belongs to."""
     if decision is None:
         return "no decision"
-    if decision["decision"] == STOP:
+    if decision.action == Action.STOP:
         return "stopped while it ran"
-    if decision["decision"] == SKIP:
-        diverges = "diverges" in (decision.get("kind"), prediction["outcome"])
+    if decision.action == Action.SKIP:
+        diverges = prediction.outcome == Outcome.DIVERGES
+        diverges = diverges or decision.objection == Objection.DIVERGES
         return "skipped: diverges" if diverges else "skipped: too slow"
-    return "ran" if decision.get("override") is None else "ran despite its prediction"
+    return "ran" if decision.override is None else "ran despite its prediction"

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_ttp.study import entry
 from optuna_ttp.study import observed_steps
-from optuna_ttp.study import PREDICTION
+from optuna_ttp.study import prediction_of
 from optuna_ttp.study import trials_of
 from optuna_ttp.visualization.matplotlib._axes import label_plainly
 from optuna_ttp.visualization.matplotlib._axes import resolve_axes
@@ -51,9 +50,9 @@ def plot_predicted_vs_observed(
     ax = resolve_axes(ax)
     points = []
     for trial in trials_of(study):
-        prediction = entry(trial, PREDICTION)
-        if prediction is not None and prediction["steps"] is not None:
-            points.append((prediction["steps"], observed_steps(trial, predictor)))
+        prediction = prediction_of(trial)
+        if prediction is not None and np.isfinite(prediction.steps):
+            points.append((prediction.steps, observed_steps(trial, predictor)))
     predicted, observed = np.array(points, dtype=float).reshape(-1, 2).T
     shown = np.isfinite(observed) & (observed > 0)
     ax.set_xscale("log")

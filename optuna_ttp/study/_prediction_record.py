@@ -1,0 +1,268 @@
+"""What is written on a trial of the prediction that was made for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import math
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optuna_ttp.calibration import DEPTHS
+from optuna_ttp.calibration import KNOTS
+from optuna_ttp.calibration import N_COVARIATES
+from optuna_ttp.prediction import Outcome
+from optuna_ttp.study._attributes import count
+from optuna_ttp.study._attributes import MALFORMED
+from optuna_ttp.study._attributes import mapping
+from optuna_ttp.study._attributes import number
+from optuna_ttp.study._attributes import numbers
+from optuna_ttp.study._attributes import or_none
+from optuna_ttp.study._attributes import positive
+from optuna_ttp.study._attributes import text
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.prediction import Prediction
+    from optuna_ttp.prediction import SearchPredictor
+    from optuna_ttp.study._hyperparameters import Configuration
+
+
+# Logarithms of numbers of steps and of the growth of the kernel are nowhere near this.
+_LARGEST_LOGARITHM = 300.0
+
+
+@dataclass(frozen=True)
+class FirstPassageRecord:
+    """The predicted first passage times, as a calibration needs them once the trial has run.
+
+    Attributes:
+        predicted:
+            Logarithms of the predicted steps to each of ``DEPTHS``, as simulated; NaN below the
+            target. Shape ``(P,)``.
+        expected:
+            The same as corrected by earlier trials, shape ``(P,)``.
+        growth:
+            Logarithms of the kernel's correction that was simulated with, at ``KNOTS``, ``(M,)``.
+        covariates:
+            The configuration's covariates, shape ``(F,)``.
+        instability:
+            Learning rate over the largest stable one at each of ``DEPTHS``, shape ``(P,)``.
+    """
+
+    predicted: tuple[float, ...]
+    expected: tuple[float, ...]
+    growth: tuple[float, ...]
+    covariates: tuple[float, ...]
+    instability: tuple[float, ...]
+
+    @classmethod
+    def of(cls, prediction: Prediction) -> FirstPassageRecord:
+        """Take them from a prediction, rounded to what is stored."""
+        return cls(
+            _rounded(prediction.log_first_passage_times),
+            _rounded(prediction.expected_log_first_passage_times),
+            _rounded(prediction.log_growth),
+            _rounded(prediction.covariates),
+            _rounded(prediction.instability, "{:.5g}"),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values that are stored."""
+        return {name: list(map(or_none, values)) for name, values in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Any) -> FirstPassageRecord:
+        """Read what :meth:`to_json` returned; raise one of ``MALFORMED`` if that is impossible."""
+        record = cls(**{name: numbers(mapping(values)[name]) for name in cls.__annotations__})
+        lengths = {name: len(value) for name, value in vars(record).items()}
+        n_levels = len(DEPTHS)
+        shapes = {"predicted": n_levels, "expected": n_levels, "instability": n_levels}
+        shapes |= {"growth": len(KNOTS), "covariates": N_COVARIATES}
+        if lengths != shapes:
+            raise ValueError(f"{shapes} values were expected but got {lengths}.")
+        logarithms = (*record.predicted, *record.expected, *record.growth)
+        if any(abs(value) > _LARGEST_LOGARITHM for value in logarithms):
+            raise ValueError("A logarithm is too large.")
+        if any(value < 0.0 for value in record.instability):
+            raise ValueError("The instability must not be negative.")
+        return record
+
+
+@dataclass(frozen=True)
+class PredictionRecord:
+    """What was predicted for a trial. Numbers that are not known are NaN.
+
+    Attributes:
+        fingerprint:
+            The fingerprint of the task; empty if unknown.
+        spectrum_seconds:
+            Seconds that the spectrum behind the prediction took to compute.
+        initial_loss:
+            Training loss of the task at the pretrained weights.
+        initial_loss_sd:
+            Standard deviation of the losses of single samples there.
+        target:
+            The target's value.
+        learning_rate:
+            The trial's learning rate.
+        batch_size:
+            Its batch size, at most the number of samples.
+        momentum:
+            Its momentum.
+        outcome:
+            The predicted outcome.
+        steps:
+            Predicted optimiser steps to the target; NaN if it is not reached.
+        seconds:
+            The same in seconds.
+        stability:
+            Learning rate over the largest stable one.
+        budget_steps:
+            Steps that the trial may take; NaN if it has no budget.
+        budget_seconds:
+            The same in seconds.
+        max_steps:
+            The horizon of the prediction, in steps.
+        prediction_seconds:
+            Seconds that the prediction took.
+        first_passages:
+            What a calibration needs; :obj:`None` if it was not written.
+    """
+
+    fingerprint: str
+    spectrum_seconds: float
+    initial_loss: float
+    initial_loss_sd: float
+    target: float
+    learning_rate: float
+    batch_size: int
+    momentum: float
+    outcome: Outcome
+    steps: float
+    seconds: float
+    stability: float
+    budget_steps: float
+    budget_seconds: float
+    max_steps: float
+    prediction_seconds: float
+    first_passages: FirstPassageRecord | None
+
+    @classmethod
+    def of(
+        cls,
+        predictor: SearchPredictor,
+        configuration: Configuration,
+        prediction: Prediction,
+        *,
+        budget_steps: float,
+        prediction_seconds: float,
+    ) -> PredictionRecord:
+        """Take down a prediction for a trial that may take so many steps, or infinitely many."""
+        budget_seconds = budget_steps * float(predictor.seconds_per_step(configuration.batch_size))
+        return cls(
+            fingerprint=predictor.fingerprint,
+            spectrum_seconds=predictor.setup_seconds,
+            initial_loss=predictor.initial_loss,
+            initial_loss_sd=predictor.initial_loss_sd,
+            target=predictor.target.value,
+            learning_rate=configuration.learning_rate,
+            batch_size=configuration.batch_size,
+            momentum=configuration.momentum,
+            outcome=prediction.outcome,
+            steps=_or_nan(float(prediction.steps)),
+            seconds=_or_nan(float(prediction.seconds)),
+            stability=_or_nan(float(prediction.stability)),
+            budget_steps=_or_nan(budget_steps),
+            budget_seconds=_or_nan(budget_seconds),
+            max_steps=_or_nan(float(prediction.max_steps)),
+            prediction_seconds=prediction_seconds,
+            first_passages=FirstPassageRecord.of(prediction),
+        )
+
+    @property
+    def configuration(self) -> tuple[float, int, float]:
+        """Learning rate, batch size and momentum."""
+        return self.learning_rate, self.batch_size, self.momentum
+
+    @property
+    def cost(self) -> float:
+        """Predicted seconds, steps if the time of a step is not known; NaN if nothing finite."""
+        return self.steps if math.isnan(self.seconds) else self.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values that are stored, under the names that version 0.1.0 gave them."""
+        values = {
+            name: or_none(value) if isinstance(value, float) else value
+            for name, value in vars(self).items()
+            if name != "first_passages"
+        }
+        values["outcome"] = self.outcome.value
+        if self.first_passages is not None:
+            values["ladder"] = self.first_passages.to_json()
+        return values
+
+    @classmethod
+    def from_json(cls, values: Any) -> PredictionRecord | None:
+        """Read what :meth:`to_json` returned; :obj:`None` if the values are no prediction.
+
+        Numbers may be missing, but not the configuration, nor what a calibration needs if it has
+        anything of it.
+        """
+        try:
+            values = mapping(values)
+            stored = values.get("ladder")
+            record = cls(
+                fingerprint=text(values.get("fingerprint", "")),
+                spectrum_seconds=_or_zero(values.get("spectrum_seconds")),
+                initial_loss=number(values.get("initial_loss")),
+                initial_loss_sd=number(values.get("initial_loss_sd")),
+                target=number(values.get("target")),
+                learning_rate=positive(values["learning_rate"]),
+                batch_size=_batch_size(values["batch_size"]),
+                momentum=number(values["momentum"]),
+                outcome=Outcome(values["outcome"]),
+                steps=number(values.get("steps")),
+                seconds=number(values.get("seconds")),
+                stability=number(values.get("stability")),
+                budget_steps=number(values.get("budget_steps")),
+                budget_seconds=number(values.get("budget_seconds")),
+                max_steps=number(values.get("max_steps")),
+                prediction_seconds=_or_zero(values.get("prediction_seconds")),
+                first_passages=None if stored is None else FirstPassageRecord.from_json(stored),
+            )
+        except MALFORMED:
+            return None
+        return record if record.is_possible() else None
+
+    def is_possible(self) -> bool:
+        """Return whether the numbers are in their ranges, so that they can be computed with."""
+        if self.first_passages is not None and math.isnan(
+            self.initial_loss + self.initial_loss_sd
+        ):
+            return False
+        # What is unknown, and NaN, is neither below nor above anything.
+        impossible = self.initial_loss <= 0.0 or self.initial_loss_sd < 0.0 or self.target <= 0.0
+        return 0.0 <= self.momentum < 1.0 and not impossible
+
+
+def _rounded(values: NDArray[np.float64], digits: str = "{:.4f}") -> tuple[float, ...]:
+    return tuple(float(digits.format(v)) if math.isfinite(v) else math.nan for v in values)
+
+
+def _or_nan(value: float) -> float:
+    return value if math.isfinite(value) else math.nan
+
+
+def _or_zero(value: Any) -> float:
+    result = number(value)
+    return 0.0 if math.isnan(result) else result
+
+
+def _batch_size(value: Any) -> int:
+    result = count(value)
+    if not 1 <= result < 2**31:
+        raise ValueError(f"A batch size was expected but got {value!r}.")
+    return result

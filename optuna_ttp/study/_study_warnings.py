@@ -1,0 +1,174 @@
+"""What a study is warned of, each kind once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from optuna.logging import get_logger
+
+from optuna_ttp._util.exceptions import UnreliablePredictionWarning
+from optuna_ttp._util.exceptions import UnusableCurveWarning
+from optuna_ttp._util.warn import warn_caller
+from optuna_ttp.study._study_state import state_of
+
+
+if TYPE_CHECKING:
+    import optuna
+
+    from optuna_ttp.calibration import Calibration
+    from optuna_ttp.prediction import SearchPredictor
+    from optuna_ttp.study._unusable_curve import UnusableCurve
+
+
+_logger = get_logger("optuna.ttp.warnings")
+# What to do, by the kind of the reason; what is not in here is no mean loss of mini-batches.
+_ADVICE: Mapping[str, str] = {
+    "empty": "Record a loss at every optimiser step, with TrainingLog.step or Trial.report.",
+    "finished": "Close the log, or leave its with block, before the trial ends.",
+    "gaps": "",
+    "infinite": "",
+    "jump": "Count the optimiser steps of this trial, from 0 on.",
+    "late": "Count the optimiser steps of this trial, from 0 on.",
+    "names": "Say what its parameters are called now with HyperparameterMap, where that matters.",
+    "samples": "Count optimiser steps, not samples.",
+    "short": "One tells nothing; record more of them, where that matters.",
+    "second": "Use one TrainingLog a trial.",
+    "steps": "Count the optimiser steps of this trial, from 0 on.",
+}
+_MEAN_LOSS = "Log the mean loss of each mini-batch."
+_CHECK = (
+    "Check that steps are optimiser steps and losses means over the mini-batch "
+    "(steps_per_report?), and that the spectrum is that of this network, these data and this loss."
+)
+# So many curves of which none comes down are strange. Not ablated yet.
+_NONE_FALLS = 5
+
+
+class _Warned(set[str]):
+    """What a study was warned of: kinds of unusable curves, and names of the warnings below."""
+
+
+def warn_of_curve(study: optuna.Study | None, number: int, unusable: UnusableCurve) -> None:
+    """Warn that a trial's curve is left out, if it is the first of its kind in the study.
+
+    Others are logged for debugging. The study is :obj:`None` for a trial outside of one.
+    """
+    text = f"{unusable.what.format(number)}: {unusable.reason}."
+    if study is not None and not _is_first(study, f"curve: {unusable.kind}"):
+        _logger.debug(text)
+        return
+    advice = _ADVICE.get(unusable.kind, _MEAN_LOSS)
+    warn_caller(
+        f"{text} {advice} ".rstrip() + " Others like it are left out without a warning.",
+        UnusableCurveWarning,
+    )
+
+
+def warn_that_nothing_ran(study: optuna.Study, n_skipped: int, reason: str) -> None:
+    """Warn once that every trial was skipped, and none has shown whether predictions are right.
+
+    The reason is why the next one should be skipped, too.
+    """
+    if not _is_first(study, "nothing ran"):
+        return
+    warn_caller(
+        f"All {n_skipped} trials so far were skipped, so that nobody knows yet whether "
+        f"predictions are right. The next one runs, although {reason}. Check that the target "
+        "and the budget can be reached, that the search space holds good learning rates, and that "
+        "the spectrum is that of this network, these data and this loss.",
+        UnreliablePredictionWarning,
+    )
+
+
+def warn_that_skipping_is_wrong(study: optuna.Study, count: str) -> None:
+    """Warn once that so many trials reached the target although they were to be skipped."""
+    if not _is_first(study, "refuted"):
+        return
+    warn_caller(
+        f"{count} trials that ran although they were predicted to miss the target, or to diverge, "
+        "reached it, or nearly. No trial is skipped for that reason until such trials miss the "
+        f"target again. {_CHECK}",
+        UnreliablePredictionWarning,
+    )
+
+
+def warn_of_predictions(study: optuna.Study, predictor: SearchPredictor) -> None:
+    """Warn of what a predictor has learned that speaks against its predictions or the curves."""
+    _warn_that_no_loss_falls(study, predictor)
+    _warn_of_distrust(study, predictor.calibration)
+    _warn_of_first_steps(study, predictor.calibration)
+
+
+def _is_first(study: optuna.Study, warning: str) -> bool:
+    """Return whether a study was not warned of something yet, and note that it is now."""
+    state = state_of(study)
+    with state.lock:
+        warned = state.part(_Warned)
+        is_first = warning not in warned
+        warned.add(warning)
+    return is_first
+
+
+def _warn_that_no_loss_falls(study: optuna.Study, predictor: SearchPredictor) -> None:
+    """Warn once that none of several curves has come down: they may be of something else."""
+    n_curves = len(predictor.observations)
+    if n_curves < _NONE_FALLS:
+        return
+    if any(np.isfinite(one.observed).any() for one in predictor.observations):
+        return
+    if not _is_first(study, "no loss falls"):
+        return
+    warn_caller(
+        f"None of the training-loss curves of {n_curves} trials has come down by 5 %, so that "
+        "nothing is learned from them but that they were slow. Check that what is recorded is the "
+        "training loss, as a mean over the mini-batch, and neither a metric nor a constant.",
+        UnusableCurveWarning,
+    )
+
+
+def _warn_of_distrust(study: optuna.Study, calibration: Calibration) -> None:
+    """Say that predictions are not trusted, at first by a warning, or are trusted again."""
+    if calibration.trusted:
+        warned = state_of(study).part(_Warned)
+        if "distrust" in warned:
+            warned.discard("distrust")
+            _logger.info(f"Predictions are trusted again: {calibration}.")
+        return
+    if not _is_first(study, "distrust"):
+        return
+    if calibration.trust < 0.0:
+        errors = (
+            "were further from the observed ones (typically by a factor "
+            f"{math.exp(calibration.compared_error):.2f}) than those of `c / effective learning "
+            "rate`, learned from the same trials (a factor "
+            f"{math.exp(calibration.baseline_error):.2f}, {calibration.n_observed} trials)"
+        )
+    else:
+        errors = (
+            f"were typically off by a factor {math.exp(calibration.log_error):.2f} and do not "
+            f"rank the trials (Kendall's tau {calibration.rank_agreement:.2f}, "
+            f"{calibration.n_observed} trials)"
+        )
+    text = (
+        f"Predicted training times {errors}. Predictions are ignored until they become accurate "
+        f"again: no trial is skipped, and the base sampler decides. {_CHECK}"
+    )
+    if _is_first(study, "ever distrusted"):
+        warn_caller(text, UnreliablePredictionWarning)
+    else:
+        _logger.info(text)
+
+
+def _warn_of_first_steps(study: optuna.Study, calibration: Calibration) -> None:
+    """Warn once that the first steps are not as predicted: no trial can be to blame for that."""
+    if calibration.starts_as_predicted or not _is_first(study, "first steps"):
+        return
+    warn_caller(
+        f"Training begins {calibration.start_factor:.2g} times as fast as predicted "
+        f"({calibration.n_observed} trials), in its first steps, where the network is still the "
+        f"pretrained one. {_CHECK} Predictions are corrected by what is learned.",
+        UnreliablePredictionWarning,
+    )
