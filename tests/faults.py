@@ -35,6 +35,7 @@ from optuna_ttp import StoreError
 from optuna_ttp.store import _migrate
 from optuna_ttp.store import SpectrumStore
 from optuna_ttp.task import FineTuningTask
+from tests.cases import spectrum
 from tests.servers import PostgreSQL
 
 
@@ -63,8 +64,8 @@ def open_store(url: str, **options: Any) -> SpectrumStore:
 
 def digest(store: SpectrumStore, seed: int) -> str | None:
     """What tells whether two workers got the same numbers."""
-    spectrum = store.get(task(seed))
-    return None if spectrum is None else hashlib.sha256(spectrum.to_bytes()).hexdigest()
+    computed = store.get(task(seed))
+    return None if computed is None else hashlib.sha256(computed.to_bytes()).hexdigest()
 
 
 def get_or_compute(url: str, seed: int) -> str:
@@ -73,10 +74,10 @@ def get_or_compute(url: str, seed: int) -> str:
     They hold the second and the duration of the computation: what was computed twice differs.
     """
     torch.set_num_threads(1)
-    spectrum = open_store(url).get_or_compute(
+    computed = open_store(url).get_or_compute(
         task(seed), measure_speed=False, probe=False, show_progress_bar=False
     )
-    return hashlib.sha256(spectrum.to_bytes()).hexdigest()
+    return hashlib.sha256(computed.to_bytes()).hexdigest()
 
 
 class Worker:
@@ -130,22 +131,39 @@ def _answer(answers: Queue[Any], work: Callable[..., Any], arguments: tuple[Any,
         answers.put((False, error))
 
 
-def open_at_once(url: str, n_processes: int, migrations: Path | None = None) -> list[int]:
-    """Open a store in several processes at the same moment and return how many spectra each lists.
+def at_once(n_processes: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Do something in several processes, which wait for each other first; return the results.
 
-    With a folder of migrations they are of a version 2 that has these.
+    The work gets the barrier that it must wait at, and the arguments.
     """
     start = _processes.Barrier(n_processes)
-    workers = [Worker(_open, url, start, migrations) for _ in range(n_processes)]
+    workers = [Worker(work, start, *arguments) for _ in range(n_processes)]
     return [worker.result() for worker in workers]
 
 
-def _open(url: str, start: Barrier, migrations: Path | None) -> int:
+def open_and_count(start: Barrier, url: str, migrations: Path | None = None) -> int:
+    """Open a store and return how many spectra it lists.
+
+    With a folder of migrations this process is of a version 2 that has them.
+    """
     if migrations is not None:
         module: Any = _migrate
         module.MIGRATIONS, module.HEAD = migrations, "0002"
     start.wait(_PATIENCE)
     return len(open_store(url).list())
+
+
+def compute_three_ranks(start: Barrier, url: str) -> int:
+    """Compute three spectra of a task, store a fourth, and return how many are listed."""
+    torch.set_num_threads(1)
+    one = task(0, n_samples=5)
+    settings: dict[str, Any] = {"measure_speed": False, "probe": False}
+    start.wait(_PATIENCE)
+    store = open_store(url)
+    for rank in (1, 2, 3):
+        store.get_or_compute(one, rank=rank, show_progress_bar=False, **settings)
+        store.put(spectrum())
+    return len(store.list())
 
 
 def check(url: str, seeds: list[int]) -> None:
@@ -193,13 +211,13 @@ def write(url: str, seed: int, n_times: int) -> str:
     torch.set_num_threads(1)
     from optuna_ttp.ntk import compute_spectrum
 
-    spectrum = compute_spectrum(
+    computed = compute_spectrum(
         task(seed), measure_speed=False, probe=False, show_progress_bar=False
     )
     store = open_store(url)
     for _ in range(n_times):
-        store.put(spectrum, overwrite=True)
-    return hashlib.sha256(spectrum.to_bytes()).hexdigest()
+        store.put(computed, overwrite=True)
+    return hashlib.sha256(computed.to_bytes()).hexdigest()
 
 
 def kill_writer(url: str, seed: int, generator: random.Random, seconds: float) -> dict[str, Any]:

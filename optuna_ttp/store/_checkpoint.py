@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -40,21 +41,27 @@ class Checkpoint:
 
         Raises ValueError where the name is empty or too long, StoreError where the database fails.
         """
-        if not 0 < len(name) <= 255:
-            raise ValueError(f"name must have 1 to 255 characters but got {len(name)}.")
+        self.save_blocks({name: array})
+
+    def save_blocks(self, blocks: Mapping[str, NDArray[Any]]) -> None:
+        """Store several arrays by their names, as :meth:`save_block` does, all or none of them."""
+        for name in blocks:
+            if not 0 < len(name) <= 255:
+                raise ValueError(f"name must have 1 to 255 characters but got {len(name)}.")
 
         def work(connection: sa.Connection) -> None:
-            _delete(connection, *self._is(name))
-            blob_name = uuid4().hex
-            pieces = blob.write({"name": name}, {"block": np.asarray(array)})
-            n_bytes = _chunks.insert(connection, blob_name, pieces)
-            row = {"key": self._key, "name": name, "blob": blob_name, "n_bytes": n_bytes}
-            connection.execute(sa.insert(checkpoints).values(saved_at=DatabaseTime(), **row))
+            for name, array in blocks.items():
+                _delete(connection, *self._is(name))
+                blob_name = uuid4().hex
+                pieces = blob.write({"name": name}, {"block": np.asarray(array)})
+                n_bytes = _chunks.insert(connection, blob_name, pieces)
+                row = {"key": self._key, "name": name, "blob": blob_name, "n_bytes": n_bytes}
+                connection.execute(sa.insert(checkpoints).values(saved_at=DatabaseTime(), **row))
 
         try:
             self._database.write(work)
         except sa.exc.IntegrityError:
-            # A worker that was believed dead saved the same block.
+            # A worker that was believed dead saved the same blocks.
             return
 
     def load_block(self, name: str) -> NDArray[Any] | None:

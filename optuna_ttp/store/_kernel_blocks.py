@@ -21,10 +21,8 @@ class KernelBlocks:
 
     def save_block(self, key: tuple[int, int], arrays: list[NDArray[np.floating[Any]]]) -> None:
         """Store the arrays of the block whose rows and columns begin at two samples."""
-        for place, array in enumerate(arrays):
-            self._checkpoint.save_block(_name(key, place), array)
-        # Written last: without it the block is not complete.
-        self._checkpoint.save_block(_name(key, "count"), np.array([len(arrays)]))
+        blocks = {_name(key, place): array for place, array in enumerate(arrays)}
+        self._checkpoint.save_blocks({**blocks, _name(key, "count"): np.array([len(arrays)])})
 
     def load_block(self, key: tuple[int, int]) -> list[NDArray[np.floating[Any]]] | None:
         """Return the arrays of a block, or None where it is not complete."""

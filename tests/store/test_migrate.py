@@ -167,7 +167,7 @@ def test_a_creation_that_fails_leaves_nothing(
 
 @pytest.mark.slow
 def test_processes_make_the_tables_once(any_url: str) -> None:
-    assert faults.open_at_once(any_url, 3) == [0] * 3
+    assert faults.at_once(3, faults.open_and_count, any_url) == [0] * 3
     assert len(_execute(any_url, f"SELECT * FROM {VERSION_TABLE}")) == 1
 
 
@@ -275,6 +275,6 @@ def _fail_at(patch: pytest.MonkeyPatch, beginning: str) -> None:
 @pytest.mark.slow
 def test_processes_migrate_a_store_once(any_url: str, version_2: Path) -> None:
     SpectrumStore(any_url).put(spectrum())
-    assert faults.open_at_once(any_url, 3, version_2) == [1] * 3
+    assert faults.at_once(3, faults.open_and_count, any_url, version_2) == [1] * 3
     assert _notes(any_url) == {"a note on Linear"}
     assert _execute(any_url, f"SELECT version_num FROM {VERSION_TABLE}") == [("0002",)]
