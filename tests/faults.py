@@ -41,7 +41,13 @@ from tests.servers import PostgreSQL
 
 # A clean parent that has imported everything and opened nothing: workers start at once.
 _processes: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-_processes.set_forkserver_preload(["tests.faults"])
+_processes.set_forkserver_preload(
+    [
+        "tests.faults",
+        *("alembic.command", "alembic.config", "alembic.script"),
+        *("optuna_ttp.ntk._compute", "sqlalchemy.dialects.postgresql.psycopg"),
+    ]
+)
 _LEASE = 1.0
 _PATIENCE = 120.0
 

@@ -32,8 +32,10 @@ def find(name: str, *patterns: str) -> Path | None:
     on_path = shutil.which(name)
     if on_path is not None:
         return Path(on_path)
-    found = [path for pattern in patterns for path in Path("/").glob(pattern)]
-    return max(found, key=lambda path: [int(p) for p in path.parts if p.isdigit()], default=None)
+    installed = [path for pattern in patterns for path in Path("/").glob(pattern)]
+    return max(
+        installed, key=lambda path: [int(p) for p in path.parts if p.isdigit()], default=None
+    )
 
 
 def free_port() -> int:
@@ -58,11 +60,18 @@ def _identity(user: pwd.struct_passwd | None) -> dict[str, Any]:
     return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
+def _memory_folder() -> str | None:
+    """A folder in memory with room for the databases of the tests, if there is one."""
+    folder = "/dev/shm"
+    has_room = Path(folder).is_dir() and shutil.disk_usage(folder).free > 4 * 2**30
+    return folder if has_room else None
+
+
 class PostgreSQL:
     """A server with a data folder of its own.
 
     Without ``durable`` it does not wait for the disk, which loses nothing when the server alone is
-    killed.
+    killed, and its folder is in memory where there is room.
     """
 
     def __init__(self, *, durable: bool = False) -> None:
@@ -71,7 +80,8 @@ class PostgreSQL:
             raise FileNotFoundError("PostgreSQL's initdb is neither on the path nor in /usr/lib.")
         self._binaries = initdb.parent
         self._user = _ordinary_user("postgres")
-        self.folder = Path(tempfile.mkdtemp(prefix="ttp-postgresql-"))
+        place = None if durable else _memory_folder()
+        self.folder = Path(tempfile.mkdtemp(prefix="ttp-postgresql-", dir=place))
         self._password = secrets.token_hex(8)
         self.port = free_port()
         (self.folder / "password").write_text(self._password)
