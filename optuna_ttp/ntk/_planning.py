@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 import time
 from typing import TYPE_CHECKING
 
@@ -388,7 +389,8 @@ def _fastest(function: Callable[[], object], device: torch.device, n_times: int)
     return min(seconds)
 
 
+@cache
 def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Return how many operations a second a matrix product makes."""
+    """Return how many operations a second a matrix product makes, timed once a process."""
     matrix = torch.ones((_MATRIX, _MATRIX), dtype=dtype, device=device)
     return 2.0 * _MATRIX**3 / _fastest(lambda: matrix @ matrix, device, 3)

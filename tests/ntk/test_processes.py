@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,6 +10,7 @@ import json
 from pathlib import Path
 import subprocess
 import sys
+import traceback
 from typing import Any
 
 import numpy as np
@@ -115,12 +117,12 @@ def _process(rank: int, folder: str) -> None:
             np.savez(f"{folder}/{name}-{rank}.npz", **arrays)
 
 
-def test_four_processes_give_the_kernel_of_one(tmp_path: Path) -> None:
-    _run_together(_process, _N_PROCESSES, tmp_path)
+def test_four_processes_give_the_kernel_of_one(scenarios: Path) -> None:
+    folder = _results(scenarios, "kernels")
     for name, make in TASKS.items():
         whole = exact_kernel(make(), device=CPU, held=HELD.get(name))
         for rank in range(_N_PROCESSES):
-            with np.load(tmp_path / f"{name}-{rank}.npz") as found:
+            with np.load(folder / f"{name}-{rank}.npz") as found:
                 assert set(found) == {k for k, v in vars(whole).items() if v is not None}
                 for key in found:
                     assert relative_error(found[key], getattr(whole, key)) < 1e-6
@@ -222,23 +224,11 @@ def _process_of_two(rank: int, folder: str) -> None:
     Path(f"{folder}/found-{rank}.json").write_text(json.dumps(found))
 
 
-def _run_together(target: Any, n_processes: int, folder: Path) -> None:
-    context: Any = torch.multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=target, args=(rank, str(folder))) for rank in range(n_processes)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=240)
-        assert process.exitcode == 0
-
-
-def test_processes_that_differ_are_refused_by_all_of_them(tmp_path: Path) -> None:
-    _run_together(_process_of_two, 2, tmp_path)
+def test_processes_that_differ_are_refused_by_all_of_them(scenarios: Path) -> None:
+    folder = _results(scenarios, "different")
     expected = {f"kernel {n}" for n in DIFFERENT if n not in OF_SPECTRA}
     expected |= {f"spectrum {n}" for n in DIFFERENT}
-    errors = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(2)]
+    errors = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
     assert errors[0] == errors[1]
     assert set(errors[0]) == expected
     for case, message in errors[0].items():
@@ -247,7 +237,7 @@ def test_processes_that_differ_are_refused_by_all_of_them(tmp_path: Path) -> Non
     # What goes wrong for the samples of one process only is known to the other one.
     whole = exact_kernel(_one_sided(), device=CPU)
     for rank in range(2):
-        assert relative_error(np.load(tmp_path / f"experts-{rank}.npy"), whole.gram) < 1e-6
+        assert relative_error(np.load(folder / f"experts-{rank}.npy"), whole.gram) < 1e-6
 
 
 def _storing(rank: int, folder: str) -> None:
@@ -259,14 +249,14 @@ def _storing(rank: int, folder: str) -> None:
             np.save(f"{folder}/{run}-{rank}.npy", found.eigenvalues)
 
 
-def test_processes_that_compute_together_store_once_and_do_not_wait(tmp_path: Path) -> None:
-    _run_together(_storing, 2, tmp_path)
+def test_processes_that_compute_together_store_once_and_do_not_wait(scenarios: Path) -> None:
+    folder = _results(scenarios, "storing")
     whole = compute_spectrum(_multipliers(), engine="exact", measure_speed=False, probe=False)
     for run in range(2):
         for rank in range(2):
-            found = np.load(tmp_path / f"{run}-{rank}.npy")
+            found = np.load(folder / f"{run}-{rank}.npy")
             np.testing.assert_allclose(found, whole.eigenvalues, rtol=1e-5, atol=1e-6)
-    store = SpectrumStore(f"sqlite:///{tmp_path}/ttp.db")
+    store = SpectrumStore(f"sqlite:///{folder}/ttp.db")
     assert store.get(_multipliers(), engine="exact") is not None
 
 
@@ -279,12 +269,12 @@ def _sharing(rank: int, folder: str) -> None:
         np.savez(f"{folder}/{rank}.npz", **arrays)
 
 
-def test_processes_share_the_probe_and_have_the_same_times(tmp_path: Path) -> None:
-    _run_together(_sharing, 2, tmp_path)
+def test_processes_share_the_probe_and_have_the_same_times(scenarios: Path) -> None:
+    folder = _results(scenarios, "sharing")
     whole = compute_spectrum(_multipliers(), engine="exact", measure_speed=False)
     assert whole.probe is not None
     assert len(whole.probe.fractions) > 3
-    with np.load(tmp_path / "0.npz") as first, np.load(tmp_path / "1.npz") as second:
+    with np.load(folder / "0.npz") as first, np.load(folder / "1.npz") as second:
         for name, expected in vars(whole.probe).items():
             np.testing.assert_allclose(first[name], expected, rtol=2e-3, atol=1e-5)
         for name in first:
@@ -317,9 +307,9 @@ def _completing(rank: int, folder: str) -> None:
     Path(f"{folder}/refused-{rank}.json").write_text(json.dumps(refused))
 
 
-def test_processes_complete_a_stored_spectrum_together(tmp_path: Path) -> None:
-    _run_together(_completing, 2, tmp_path)
-    with np.load(tmp_path / "0.npz") as first, np.load(tmp_path / "1.npz") as second:
+def test_processes_complete_a_stored_spectrum_together(scenarios: Path) -> None:
+    folder = _results(scenarios, "completing")
+    with np.load(folder / "0.npz") as first, np.load(folder / "1.npz") as second:
         for name in first:
             np.testing.assert_array_equal(first[name], second[name])
     expected = {
@@ -329,7 +319,7 @@ def test_processes_complete_a_stored_spectrum_together(tmp_path: Path) -> None:
         "device": "bogus",
     }
     for rank in range(2):
-        refused = json.loads((tmp_path / f"refused-{rank}.json").read_text())
+        refused = json.loads((folder / f"refused-{rank}.json").read_text())
         assert set(refused) == set(expected)
         for name, message in expected.items():
             assert message in refused[name]
@@ -347,12 +337,59 @@ def _one_failing(rank: int, folder: str) -> None:
             Path(f"{folder}/found-{rank}.txt").write_text(found)
 
 
-def test_a_process_that_fails_alone_is_told_of_by_the_others(tmp_path: Path) -> None:
-    _run_together(_one_failing, 2, tmp_path)
-    waiting, failing = ((tmp_path / f"found-{rank}.txt").read_text() for rank in range(2))
+def test_a_process_that_fails_alone_is_told_of_by_the_others(scenarios: Path) -> None:
+    folder = _results(scenarios, "failing")
+    waiting, failing = ((folder / f"found-{rank}.txt").read_text() for rank in range(2))
     assert failing.startswith("ValueError: The inputs must be finite")
     assert waiting.startswith("RuntimeError: Another process of the group must have failed")
     assert "Look for the first error among what the others have printed" in waiting
+
+
+# What the processes do, one after the other, and how many of them take part: starting a process
+# takes longer than any of this. The last one leaves the others without an answer.
+_SCENARIOS: dict[str, tuple[Callable[[int, str], None], int]] = {
+    "kernels": (_process, _N_PROCESSES),
+    "different": (_process_of_two, 2),
+    "storing": (_storing, 2),
+    "sharing": (_sharing, 2),
+    "completing": (_completing, 2),
+    "failing": (_one_failing, 2),
+}
+
+
+def _run_scenarios(rank: int, folder: str) -> None:
+    for name, (run, n_processes) in _SCENARIOS.items():
+        if rank >= n_processes:
+            continue
+        try:
+            run(rank, f"{folder}/{name}")
+        except Exception:
+            Path(f"{folder}/{name}/error-{rank}.txt").write_text(traceback.format_exc())
+
+
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the processes have left what each scenario gave, by its name."""
+    folder = tmp_path_factory.mktemp("processes")
+    for name in _SCENARIOS:
+        (folder / name).mkdir()
+    context: Any = torch.multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_run_scenarios, args=(rank, str(folder)))
+        for rank in range(_N_PROCESSES)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=480)
+        assert process.exitcode == 0
+    return folder
+
+
+def _results(scenarios: Path, name: str) -> Path:
+    errors = [path.read_text() for path in sorted((scenarios / name).glob("error-*.txt"))]
+    assert not errors, "\n".join(errors)
+    return scenarios / name
 
 
 _THREADS = """
