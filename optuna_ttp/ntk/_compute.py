@@ -19,9 +19,7 @@ from optuna_ttp._util.checks import check_seed
 from optuna_ttp._util.exceptions import ApproximationWarning
 from optuna_ttp._util.warn import warn_caller
 from optuna_ttp.ntk._autocast import without_autocast
-from optuna_ttp.ntk._decomposition import Decomposition
 from optuna_ttp.ntk._decomposition import exact_decomposition
-from optuna_ttp.ntk._decomposition import matrix_free_decomposition
 from optuna_ttp.ntk._decomposition import sketched_decomposition
 from optuna_ttp.ntk._devices import resolve_device
 from optuna_ttp.ntk._devices import resolve_dtype
@@ -33,6 +31,8 @@ from optuna_ttp.ntk._processes import in_all
 from optuna_ttp.ntk.engines._checkpoint import check_checkpoint
 from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
 from optuna_ttp.ntk.engines._choice import resolve_engine
+from optuna_ttp.ntk.engines._eigenpairs import Decomposition
+from optuna_ttp.ntk.engines._matrix_free import leading_pairs
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import measure_throughput
 from optuna_ttp.spectrum import Spectrum
@@ -261,7 +261,7 @@ def _decomposition(
     if distributed:
         raise ValueError(f'distributed=True needs the engine "exact" but got {engine!r}.')
     if engine == "matrix_free":
-        return matrix_free_decomposition(task, device=device, dtype=dtype, **shared)
+        return leading_pairs(task, device=device, dtype=dtype, **shared)
     return sketched_decomposition(
         task,
         initial_outputs,

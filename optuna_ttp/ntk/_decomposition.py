@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -16,11 +15,11 @@ from optuna_ttp.dynamics import PathFollower
 from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
 from optuna_ttp.ntk.engines._choice import check_sketch_memory
 from optuna_ttp.ntk.engines._choice import widest_sketch
+from optuna_ttp.ntk.engines._eigenpairs import Decomposition
 from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
 from optuna_ttp.ntk.engines._exact import exact_kernel
-from optuna_ttp.ntk.engines._matrix_free import leading_pairs
 from optuna_ttp.ntk.engines._refine import refine
 from optuna_ttp.ntk.engines._rules import CHOICE
 from optuna_ttp.ntk.engines._rules import SKETCHES
@@ -34,24 +33,6 @@ if TYPE_CHECKING:
 
 
 _NO_ERROR = SketchError(0.0, 0.0)
-
-
-@dataclass(frozen=True, eq=False)
-class Decomposition:
-    """The leading eigenpairs of the kernel with what else is made of the Jacobian.
-
-    Fields with names of :class:`~optuna_ttp.Spectrum`, its metadata or its validation part are
-    those.
-    """
-
-    pairs: Eigenpairs
-    weight_outputs: NDArray[np.float64]
-    decay_factors: NDArray[np.float64] | None
-    validation_features: NDArray[np.floating[Any]] | None
-    sketch_width: int | None = None
-    time_error: float | None = None
-    n_ritz: int = 0
-    trace_error: float | None = None
 
 
 def exact_decomposition(
@@ -88,7 +69,7 @@ def exact_decomposition(
     if kernel.cross is not None:
         whitened = pairs.eigenvectors / np.sqrt(pairs.eigenvalues)
         features = (kernel.cross @ whitened).astype(kernel.cross.dtype)
-    return Decomposition(pairs, kernel.weight_outputs, decay_factors, features)
+    return Decomposition(pairs, kernel.weight_outputs, features, decay_factors)
 
 
 def sketched_decomposition(
@@ -164,41 +145,9 @@ def sketched_decomposition(
     return Decomposition(
         pairs,
         sketch.weight_outputs,
-        None,
         _validation_features(features, others, pairs),
-        width,
-        error.bar,
-    )
-
-
-def matrix_free_decomposition(
-    task: FineTuningTask,
-    *,
-    rank: int | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_memory: int,
-    show_progress_bar: bool,
-    seed: int,
-) -> Decomposition:
-    """Decompose the kernel by products with it."""
-    leading = leading_pairs(
-        task,
-        rank=rank,
-        device=device,
-        dtype=dtype,
-        max_memory=max_memory,
-        show_progress_bar=show_progress_bar,
-        seed=seed,
-    )
-    return Decomposition(
-        leading.pairs,
-        leading.weight_outputs,
-        None,
-        leading.validation_features,
-        time_error=leading.time_error,
-        n_ritz=leading.n_ritz,
-        trace_error=leading.trace_error,
+        sketch_width=width,
+        time_error=error.bar,
     )
 
 

@@ -9,24 +9,13 @@ from optuna_ttp.ntk.engines._rules import CHOICE
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one parameter.
+    """How the gradients of one parameter are made and multiplied.
 
-    Attributes:
-        name:
-            Of the parameter.
-        n_weights:
-            Its size.
-        claimed_by:
-            The module that answers for it; empty for the whole network.
-        derivative:
-            ``"rule"``, ``"vmap"`` or ``"loop"``: by the rule of the layer, or by differentiating
-            the module for all samples at once, or one after the other.
-        method:
-            ``"rows"``, ``"panels"``, ``"ghost"`` or ``"separable"``: how products are made.
-        flops:
-            Of making rows and multiplying them.
-        bytes:
-            Held for all samples.
+    ``claimed_by`` is the module that answers for it, empty for the whole network; ``derivative``
+    is ``"rule"``, or ``"vmap"`` or ``"loop"`` where the module is differentiated for all samples
+    at once, or one after the other; ``method`` is ``"rows"``, ``"panels"``, ``"ghost"`` or
+    ``"separable"``. ``flops`` are those of making rows and multiplying them, ``bytes`` are held
+    for all samples.
     """
 
     name: str
@@ -42,33 +31,12 @@ class LayerPlan:
 class SpectrumPlan:
     """How a spectrum is going to be computed; printing it shows a table.
 
-    Attributes:
-        engine:
-            The engine's name.
-        reason:
-            Why this one.
-        n_samples:
-            N.
-        n_outputs:
-            C.
-        n_parameters:
-            D.
-        seconds:
-            Estimated wall-clock seconds of the Jacobian and the kernel.
-        trace_seconds:
-            Those of them in which the trace is estimated; zero where it is exact.
-        bytes:
-            Estimated peak of memory on top of the model and the data.
-        batch_size:
-            Samples that go through the network together.
-        block_size:
-            Samples whose part of the Jacobian is held; N where everything fits.
-        stream_size:
-            Samples that are streamed past a block.
-        minimum_bytes:
-            The smallest ``max_memory`` with which it can be computed.
-        layers:
-            Parameter by parameter.
+    ``seconds`` are the estimated wall-clock seconds of the Jacobian and the kernel,
+    ``trace_seconds`` those of them in which the trace is estimated (zero where it is exact),
+    ``bytes`` the estimated peak of memory on top of the model and the data, and ``minimum_bytes``
+    the smallest ``max_memory`` that suffices. ``batch_size`` samples go through the network
+    together, the Jacobian of ``block_size`` is held, and ``stream_size`` are streamed past a
+    block.
     """
 
     engine: str

@@ -300,7 +300,7 @@ class _Planner:
         """Seconds of projecting one sample."""
         with self._passes(self._few, lifts) as passes:
             seconds = _fastest(
-                lambda: passes.sketch(CHOICE.sketch_width, "sign_fold", self._seed),
+                lambda: passes.sketch(CHOICE.sketch_width, self._seed),
                 self._device,
                 1,
             )

@@ -18,18 +18,32 @@ from optuna_ttp.ntk.layers._rules import PRODUCTS
 class Eigenpairs:
     """The largest eigenpairs of a symmetric positive semi-definite matrix.
 
-    Attributes:
-        eigenvalues:
-            Shape ``(r,)``, positive, in descending order.
-        eigenvectors:
-            Shape ``(N C, r)``, orthonormal columns.
-        trace:
-            The trace of the whole matrix, the dropped eigenvalues included.
+    The ``r`` eigenvalues are positive and descend, eigenvectors are orthonormal columns of shape
+    ``(N C, r)``, and the trace is that of the whole matrix, the dropped eigenvalues included.
     """
 
     eigenvalues: NDArray[np.float64]
     eigenvectors: NDArray[np.float64]
     trace: float
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """The leading eigenpairs of the kernel with what else an engine makes of the Jacobian.
+
+    ``weight_outputs`` are ``J diag(c) w_0``, of shape ``(N, C)``, and ``validation_features``
+    ``J_v J^T V Lambda^(-1/2)``, of shape ``(N_v C, r)``, where there are validation samples. The
+    other fields have the names of :class:`~optuna_ttp.Spectrum` and of its metadata.
+    """
+
+    pairs: Eigenpairs
+    weight_outputs: NDArray[np.float64]
+    validation_features: NDArray[np.floating[Any]] | None
+    decay_factors: NDArray[np.float64] | None = None
+    sketch_width: int | None = None
+    time_error: float | None = None
+    trace_error: float | None = None
+    n_ritz: int = 0
 
 
 @without_autocast

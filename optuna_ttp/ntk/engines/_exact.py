@@ -49,19 +49,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Grouping:
-    """How samples are grouped.
+    """How samples are grouped under a memory budget.
 
-    Attributes:
-        batch:
-            Go through the network together.
-        held:
-            Their part of the Jacobian is held; all samples where it fits.
-        streamed:
-            Are multiplied with those that are held at a time.
-        n_bytes:
-            What that takes at its peak.
-        minimum:
-            The smallest memory budget that can be kept.
+    ``batch`` samples go through the network together; the Jacobian of ``held`` samples is held,
+    and they are multiplied with ``streamed`` others at a time. That takes ``n_bytes`` at its peak;
+    ``minimum`` is the smallest budget that can be kept.
     """
 
     batch: int

@@ -21,7 +21,6 @@ from typing import Any
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 import torch
 
 from optuna_ttp._util.checks import check_enough_memory
@@ -30,6 +29,7 @@ from optuna_ttp._util.warn import warn_caller
 from optuna_ttp.dynamics import PathFollower
 from optuna_ttp.dynamics import ResidualPath
 from optuna_ttp.ntk.engines._choice import check_multipliers
+from optuna_ttp.ntk.engines._eigenpairs import Decomposition
 from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
 from optuna_ttp.ntk.engines._nystrom import nystrom
@@ -44,36 +44,6 @@ from optuna_ttp.ntk.jacobian._samples import check_singles
 
 if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
-
-
-@dataclass(frozen=True, eq=False)
-class LeadingPairs:
-    """Leading eigenpairs with what else is made of the Jacobian.
-
-    Attributes:
-        pairs:
-            The eigenpairs.
-        weight_outputs:
-            ``J w_0``, of shape ``(N, C)``.
-        validation_features:
-            ``J_v J^T V Lambda^(-1/2)``, of shape ``(N_v C, r)``; nothing without any.
-        width:
-            Of the sketch at the start.
-        n_ritz:
-            How many of the pairs are Ritz pairs.
-        time_error:
-            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
-        trace_error:
-            As in :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
-    """
-
-    pairs: Eigenpairs
-    weight_outputs: NDArray[np.float64]
-    validation_features: NDArray[np.floating[Any]] | None
-    width: int
-    n_ritz: int
-    time_error: float
-    trace_error: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +65,7 @@ def leading_pairs(
     max_memory: int = 4 * 2**30,
     show_progress_bar: bool = True,
     seed: int = 0,
-) -> LeadingPairs:
+) -> Decomposition:
     """Compute the leading ``rank`` eigenpairs of the kernel of a task, 100 by default.
 
     Where there are few outputs, rows of the Jacobian are made, used and thrown away, one batch
@@ -165,7 +135,7 @@ def _by_rows(
     max_memory: int,
     show_progress_bar: bool,
     seed: int,
-) -> LeadingPairs:
+) -> Decomposition:
     """Compute the pairs from products that make rows of the Jacobian, batch by batch."""
     n_rows = task.n_samples * task.n_outputs
     width = sketch_width(n_rows, dtype, max_memory)
@@ -188,7 +158,7 @@ def _by_rows(
     del start
     follower = PathFollower(task, task.initial_outputs(device, dtype))
 
-    def run(lifts: Mapping[str, int]) -> LeadingPairs:
+    def run(lifts: Mapping[str, int]) -> Decomposition:
         with Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
 
             def product(v: torch.Tensor) -> torch.Tensor:
@@ -202,8 +172,12 @@ def _by_rows(
                 whitened = (basis / values.sqrt()).to(device=device, dtype=dtype)
                 (images,) = passes.images(whitened, max_memory, training=False, others=True)
                 features = images.to(dtype).numpy()
-        return LeadingPairs(
-            pairs, weight_outputs, features, width, all_pairs.n_ritz, all_pairs.time_error
+        return Decomposition(
+            pairs,
+            weight_outputs,
+            features,
+            time_error=all_pairs.time_error,
+            n_ritz=all_pairs.n_ritz,
         )
 
     return lifting(run)
@@ -217,7 +191,7 @@ def _by_directions(
     dtype: torch.dtype,
     max_memory: int,
     seed: int,
-) -> LeadingPairs:
+) -> Decomposition:
     """Compute the pairs from products that go through the network one direction at a time."""
     generator = torch.Generator().manual_seed(seed)
     n_rows = task.n_samples * task.n_outputs
@@ -249,14 +223,13 @@ def _by_directions(
                 for some in whitened.split(directions.n_together, dim=1)
             ]
             features = torch.cat(parts, 1).to(dtype).numpy()
-    return LeadingPairs(
+    return Decomposition(
         Eigenpairs(values.numpy(), basis.numpy(), trace),
         outputs.reshape(task.n_samples, task.n_outputs).numpy(),
         features,
-        0,
-        all_pairs.n_ritz,
-        all_pairs.time_error,
-        trace_error,
+        time_error=all_pairs.time_error,
+        trace_error=trace_error,
+        n_ritz=all_pairs.n_ritz,
     )
 
 

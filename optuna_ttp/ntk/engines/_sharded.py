@@ -106,17 +106,8 @@ def _shares(n_samples: int, n_processes: int) -> list[slice]:
 class _Piece:
     """Some weights of one parameter, or some of the columns that are held together.
 
-    Attributes:
-        parameter:
-            Nothing for columns that are held together.
-        multiplier:
-            Of the learning rate.
-        start:
-            The first column; output of the layer for factors; channel for what is separable.
-        stop:
-            After the last one.
-        flops:
-            Of all products.
+    From ``start`` to ``stop`` are columns, outputs of the layer for factors, or channels for what
+    is separable. ``flops`` are those of all products.
     """
 
     parameter: ParameterLayout | None

@@ -9,6 +9,7 @@ stay exact. Four independent groups of columns give an error bar: each is right 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -25,7 +26,6 @@ from tqdm import tqdm
 from optuna_ttp.ntk.engines._choice import check_multipliers
 from optuna_ttp.ntk.engines._projection import Projection
 from optuna_ttp.ntk.engines._projection import SignFold
-from optuna_ttp.ntk.engines._projection import Ternary
 from optuna_ttp.ntk.engines._rules import N_GROUPS
 from optuna_ttp.ntk.engines._rules import SKETCHES
 from optuna_ttp.ntk.engines._self_check import check_row_norms
@@ -53,20 +53,10 @@ if TYPE_CHECKING:
 class Sketch:
     """A projected Jacobian.
 
-    Attributes:
-        kept:
-            Columns that are exact, of shape ``(N C, e)``.
-        groups:
-            Four independent projections, each of shape ``(N C, d / 4)`` with the scale of the
-            Jacobian.
-        validation:
-            The same five for the validation samples; empty without any.
-        weight_outputs:
-            ``J diag(c) w_0``, exact, of shape ``(N, C)``.
-        trace:
-            The trace of the kernel, exact.
-        is_exact:
-            All columns are kept: the groups are zero.
+    Columns that are ``exact``, of shape ``(N C, e)``, four independent ``groups`` of shape ``(N C,
+    d / 4)`` with the scale of the Jacobian, and the same five for the validation samples, if there
+    are any. ``weight_outputs`` are ``J w_0`` of shape ``(N, C)``; they and the trace are exact.
+    With ``is_exact`` the groups are zero.
     """
 
     exact: torch.Tensor
@@ -94,7 +84,7 @@ def sketch_jacobian(
     task: FineTuningTask,
     *,
     width: int,
-    projection: str = "sign_fold",
+    projection: Callable[..., Projection] = SignFold,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -102,19 +92,17 @@ def sketch_jacobian(
 ) -> Sketch:
     """Project the Jacobian of a task to rows of ``width`` numbers, a quarter for each group.
 
-    ``projection`` is ``"sign_fold"`` or ``"ternary"``, the paper's. All learning-rate multipliers
+    All learning-rate multipliers
     must be one. Errors are those of :func:`~optuna_ttp.ntk.exact_kernel`; ValueError also for a
     projection that is not known or a width that is not a positive multiple of four.
     """
-    if projection not in ("sign_fold", "ternary"):
-        raise ValueError(f'projection must be "sign_fold" or "ternary" but got {projection!r}.')
     check_multipliers(task, "sketch")
     if width < N_GROUPS or width % N_GROUPS:
         raise ValueError(f"width must be a positive multiple of {N_GROUPS} but got {width!r}.")
 
     def run(lifts: Mapping[str, int]) -> Sketch:
         with Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
-            return passes.sketch(width, projection, seed)
+            return passes.sketch(width, seed, projection)
 
     return lifting(run)
 
@@ -186,17 +174,15 @@ class Passes:
         weights = 2 * task.n_parameters * itemsize + N_GROUPS * sum(projected.values())
         return rows + self._batch_size * held + 2 * PRODUCTS.scratch * itemsize + weights
 
-    def sketch(self, width: int, projection: str, seed: int) -> Sketch:
+    def sketch(
+        self, width: int, seed: int, projection: Callable[..., Projection] = SignFold
+    ) -> Sketch:
         """Project the Jacobian to rows of ``width`` numbers."""
         task = self._task
         n_weights = {p.name: p.n_weights for p in self._layout.parameters}
         exact, projected = _split(n_weights, width)
         group_width = width // N_GROUPS
-        folded: Projection = (
-            Ternary(group_width, N_GROUPS, seed, list(projected))
-            if projection == "ternary"
-            else SignFold(projected, group_width, N_GROUPS, seed, self._device)
-        )
+        folded = projection(projected, group_width, N_GROUPS, seed, self._device)
         total = task.n_samples + (0 if task.validation is None else task.validation.n_samples)
         with self._bar(total) as bar:
             training, inner, trace = self._project(

@@ -26,12 +26,8 @@ from optuna_ttp.ntk.engines._rules import SKETCHES
 class SketchError:
     """Relative errors of the times to half, a quarter and a tenth of the reducible loss.
 
-    Attributes:
-        expected:
-            The standard error, or what the projection does on average; the largest of the three
-            times.
-        bar:
-            What nine errors in ten are within, for the largest of the three times.
+    For the largest of the three, ``expected`` is the standard error, or what the projection does
+    on average, and ``bar`` is what nine errors in ten are within.
     """
 
     expected: float

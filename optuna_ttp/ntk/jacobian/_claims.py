@@ -28,18 +28,10 @@ if TYPE_CHECKING:
 class Claim:
     """A module and the parameters whose gradients it makes.
 
-    Attributes:
-        module:
-            Its name in the adapter; empty for the whole.
-        kind:
-            ``"rule"``, or a local derivative: ``"vmap"`` for all samples at once, ``"loop"`` for
-            one after the other.
-        parameters:
-            Pairs of the name among the trainable parameters and the name in the module.
-        expand:
-            Its output is shared by all samples and given to each as a copy.
-        rule:
-            Makes the gradients, for the kind ``"rule"``.
+    ``module`` is its name in the adapter, empty for the whole network. ``kind`` is ``"rule"``, or
+    a local derivative: ``"vmap"`` for all samples at once, ``"loop"`` for one after the other.
+    ``parameters`` are pairs of the name among the trainable parameters and the name in the module.
+    With ``expand`` the output is shared by all samples and given to each as a copy.
     """
 
     module: str
@@ -53,21 +45,11 @@ class Claim:
 class Claims:
     """The claims for all trainable parameters, with what was learned of the modules' calls.
 
-    Attributes:
-        claims:
-            All claims.
-        copied:
-            Modules whose inputs must be copied.
-        unused:
-            Parameters that no output depends on.
-        shapes:
-            Of the factors of each parameter's gradient for one sample; :obj:`None` where it only
-            comes as a row.
-        batched:
-            For the n-th call of a module, which tensors among its arguments have an axis of
-            samples.
-        shared:
-            For the n-th call of a module, whether its output is shared by all samples.
+    Inputs of the modules ``copied`` must be copied; no output depends on the parameters
+    ``unused``. ``shapes`` are of the factors of each parameter's gradient for one sample,
+    :obj:`None` where it only comes as a row. For the n-th call of a module, ``batched`` says which
+    tensors among its arguments have an axis of samples, and ``shared`` whether all samples share
+    its output.
     """
 
     claims: tuple[Claim, ...]

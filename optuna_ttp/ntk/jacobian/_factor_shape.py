@@ -10,23 +10,10 @@ from optuna_ttp.ntk.layers._factors import Factors
 
 @dataclass(frozen=True)
 class FactorShape:
-    """Sizes of the factors of one sample's gradient of a weight matrix.
+    """Sizes of the factors of one sample's gradient of a weight matrix, with the names of Factors.
 
-    Attributes:
-        groups:
-            G.
-        width:
-            Outputs ``o`` in a group.
-        positions:
-            ``S``, of all calls together.
-        n_rows:
-            Inputs ``k`` in a group.
-        source_size:
-            Elements of what the inputs are made from.
-        is_table:
-            The inputs are indices.
-        transposed:
-            How the weight is laid out.
+    ``source_size`` counts the elements of what the inputs are made from; with ``is_table`` these
+    are indices.
     """
 
     groups: int

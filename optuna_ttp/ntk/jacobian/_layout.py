@@ -19,26 +19,12 @@ if TYPE_CHECKING:
 class ParameterLayout:
     """How one parameter's part of the Jacobian is held and multiplied, and what that costs.
 
-    Attributes:
-        name:
-            Among the trainable parameters.
-        n_weights:
-            How many weights it has.
-        multiplier:
-            Of its learning rate.
-        method:
-            ``"rows"``: rows of the Jacobian are held and multiplied. ``"panels"``: inputs and
-            cotangents are held, and rows are made from them slice by slice when multiplied.
-            ``"ghost"``: the kernel is contracted from inputs and cotangents without rows.
-            ``"separable"``: cotangents are products of a channel's weight and a pattern.
-        bytes_per_sample:
-            What is held.
-        flops_per_sample:
-            Of making rows.
-        flops_per_pair:
-            Of the product, of two samples.
-        scratch_per_sample:
-            Bytes for unfolded inputs while it is multiplied.
+    The method is ``"rows"``, which are held and multiplied; ``"panels"``, where inputs and
+    cotangents are held, and rows made from them slice by slice when they are multiplied;
+    ``"ghost"``, where the kernel is contracted from inputs and cotangents without rows; or
+    ``"separable"``, where cotangents are products of a channel's weight and a pattern. Flops for a
+    sample are those of making rows, for a pair those of the product; scratch is for unfolded
+    inputs while it is multiplied.
     """
 
     name: str
@@ -55,18 +41,10 @@ class ParameterLayout:
 class Layout:
     """How all parameters are held, and which columns their rows have.
 
-    Attributes:
-        parameters:
-            Those that are held as rows come first, by multiplier.
-        n_columns:
-            Columns of the rows that are held together.
-        offsets:
-            First column of each parameter whose rows are held together with those of others.
-            Large ones are held on their own.
-        sections:
-            Ranges of columns of the same multiplier, as (start, stop, multiplier).
-        held:
-            Precision of what is held; that of the Jacobian by default.
+    Parameters that are held as rows come first, by multiplier. ``offsets`` are the first columns
+    of those whose rows are held together with those of others; large ones are held on their own.
+    ``sections`` are ranges of columns of one multiplier, as (start, stop, multiplier). ``held`` is
+    the precision of what is held, that of the Jacobian by default.
     """
 
     parameters: tuple[ParameterLayout, ...]

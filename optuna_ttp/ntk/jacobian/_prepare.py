@@ -33,16 +33,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Preparation:
-    """What differentiating a few samples has shown.
-
-    Attributes:
-        claims:
-            Who answers for which parameter.
-        layout:
-            How each parameter is held.
-        bytes_per_sample:
-            Activations, cotangents and rows of one sample while it is differentiated.
-    """
+    """Claims and layout, and the bytes that a sample takes while it is differentiated."""
 
     claims: Claims
     layout: Layout

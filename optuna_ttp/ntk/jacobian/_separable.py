@@ -25,13 +25,8 @@ class Separated:
     """A gradient as few products, ``G[n, c, o, :] = sum_r weights[n, c, o, r] rows[n, o, r, :]``.
 
     Where cotangents are ``D[n, c, o, s] = u[n, c, o] m[n, o, s]`` there is one term, and the row
-    is ``sum_s m[n, o, s] A[n, :, s]``.
-
-    Attributes:
-        weights:
-            Shape ``(B, C, O, R)`` with the channels ``O = G o`` of all groups.
-        rows:
-            Shape ``(B, O, R, k)``.
+    is ``sum_s m[n, o, s] A[n, :, s]``. The shapes are ``(B, C, O, R)``, with the channels ``O = G
+    o`` of all groups, and ``(B, O, R, k)``.
     """
 
     weights: torch.Tensor

@@ -24,19 +24,10 @@ from optuna_ttp.ntk.layers._rules import PRODUCTS
 
 @dataclass(frozen=True, eq=False)
 class BlockState:
-    """The Jacobian of some samples: rows for some parameters, factors for the others.
+    """The Jacobian of ``n`` samples: rows for some parameters, factors for the others.
 
-    Attributes:
-        n_samples:
-            How many samples.
-        rows:
-            Shape ``(n C, columns of the layout)``.
-        factors:
-            By parameter.
-        matrices:
-            Rows of large parameters, each of shape ``(n C, p)``.
-        separated:
-            By parameter.
+    ``rows``, of shape ``(n C, columns of the layout)``, are those of small parameters together;
+    ``matrices`` are by parameter those of large ones, each of shape ``(n C, p)``.
     """
 
     n_samples: int

@@ -34,14 +34,7 @@ Cotangents: TypeAlias = "dict[str, list[list[list[torch.Tensor]]]]"
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """One batch that went through the network.
-
-    Attributes:
-        outputs:
-            Shape ``(B, C)``, with their graph.
-        calls:
-            The calls of each watched module, by its name, in order.
-    """
+    """One batch: outputs ``(B, C)`` with their graph, and by module its calls, in order."""
 
     outputs: torch.Tensor
     calls: dict[str, list[Call]]

@@ -18,30 +18,13 @@ from optuna_ttp.task import tensors_of
 class Call:
     """A call of a module for a batch of ``B`` samples.
 
-    Attributes:
-        module:
-            The module.
-        batch_size:
-            B.
-        args:
-            Positional arguments, detached.
-        kwargs:
-            Keyword arguments, detached.
-        state:
-            The module's parameters and buffers before the call, by their names in the module.
-        positions:
-            Which of the tensors in its output carry a gradient.
-        edges:
-            Where their gradients flow, captured at once: an activation that works in place would
-            otherwise change what is differentiated.
-        shapes:
-            Their shapes.
-        versions:
-            How often each tensor of the arguments had been written to before the call.
-        is_copied:
-            Arguments are copies, because the module or a later operation writes to them.
-        cache:
-            What rules make of the inputs alone, so that it is made once for all classes.
+    Arguments are detached, and copies with ``is_copied``, because the module or a later operation
+    writes to them; ``versions`` says how often each of their tensors had been written to before
+    the call. ``state`` are the module's parameters and buffers before the call. ``positions`` says
+    which of the tensors in the output carry a gradient, ``shapes`` and ``edges`` their shapes and
+    where their gradients flow: captured at once, because an activation that works in place would
+    otherwise change what is differentiated. ``cache`` holds what rules make of the inputs alone,
+    so that it is made once for all classes.
     """
 
     module: torch.nn.Module

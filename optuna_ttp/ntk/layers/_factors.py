@@ -21,20 +21,11 @@ class Factors:
     ``sum_s D[:, s] A[:, s]^T``. A convolution is one on unfolded inputs, with ``g`` its groups
     (Rochette, Manoel and Tramel, 2019, arXiv 1912.06015).
 
-    Attributes:
-        sources:
-            What ``A`` is made from, one tensor ``(B, ...)`` a call of the layer.
-        expand:
-            Makes ``A`` of shape ``(B, G, k, S)`` from a source; :obj:`None` for a table that the
-            sources index, where ``A`` is one-hot.
-        cotangents:
-            ``D`` of shape ``(B, G, C, o, S)`` for each source.
-        n_rows:
-            ``k``.
-        transposed:
-            The weight is laid out as ``(G, k, o)``, not ``(G, o, k)``.
-        caches:
-            Where ``A`` of each source is kept once it is made. None by default.
+    There is one of ``sources``, ``cotangents`` and ``caches`` a call of the layer. ``expand``
+    makes ``A`` of shape ``(B, G, k, S)`` from a source ``(B, ...)``, and a cache holds it once it
+    is made; without it the source indexes a table, and ``A`` is one-hot. Cotangents are ``D``, of
+    shape ``(B, G, C, o, S)``, and ``n_rows`` is ``k``. With ``transposed`` the weight is laid out
+    as ``(G, k, o)``, not ``(G, o, k)``.
     """
 
     sources: tuple[torch.Tensor, ...]

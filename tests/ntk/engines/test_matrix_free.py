@@ -390,7 +390,7 @@ model = torch.nn.Sequential(
     torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
     torch.nn.Flatten(),
     torch.nn.PReLU(),
-    torch.nn.Linear(12, 160),
+    torch.nn.Linear(12, 40),
 )
 task = FineTuningTask(model, (torch.randn(6, 3, 4), torch.arange(6)))
 with warnings.catch_warnings(record=True) as caught:
