@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 import math
 
 import numpy as np
@@ -37,8 +38,14 @@ def first_passages(steps_to_one: float, log_growth: Growth = unchanged) -> NDArr
         steps_to_one: T.
         log_growth: Logarithm of ``kappa`` as a function of the depth.
     """
+    return math.log(steps_to_one) + _log_relative_times(log_growth)
+
+
+@cache
+def _log_relative_times(log_growth: Growth) -> NDArray[np.float64]:
+    """Logarithms of :func:`first_passages` where T is one."""
     grid = np.linspace(0.0, 1.01 * DEPTHS[-1], 20_001)
-    pace = steps_to_one * (1.0 + 0.6 * grid) * np.exp(-log_growth(grid))
+    pace = (1.0 + 0.6 * grid) * np.exp(-log_growth(grid))
     times = np.concatenate([[0.0], np.cumsum(0.5 * (pace[1:] + pace[:-1]) * np.diff(grid))])
     return np.asarray(np.log(np.interp(DEPTHS, grid, times)))
 
@@ -96,6 +103,27 @@ def observation(
         n_steps=float(np.exp(np.nanmax(observed))) if n_steps is None else n_steps,
         diverged=diverged,
     )
+
+
+def trials_of(
+    log_growth: Growth, count: int, *, seed: int = 0, deepest: float = DEEP, scatter: float = 0.0
+) -> list[Observation]:
+    """Several trials of such a network, of random configurations."""
+    rng = np.random.default_rng(seed)
+    return [
+        observation(
+            log_growth,
+            # Slow enough for the lag of momentum not to matter: the simulated times have none.
+            learning_rate=10.0 ** rng.uniform(-4, -2.5),
+            batch_size=int(rng.choice([8, 16, 64])),
+            momentum=float(rng.choice([0.0, 0.5])),
+            stability=float(rng.uniform(0.01, 0.1)),
+            deepest=deepest,
+            error=float(rng.normal(0.0, scatter)) if scatter else 0.0,
+            rng=rng,
+        )
+        for _ in range(count)
+    ]
 
 
 def of_prediction(prediction: Prediction, log_factor: float) -> Observation:

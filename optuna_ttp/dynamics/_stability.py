@@ -164,7 +164,8 @@ class StabilityLimit:
 def _expressible(curvatures: Floats, u: Floats) -> Floats:
     """Return ``F(u)`` of the class, shape ``(P,)``, for noise that is spectrally expressible."""
     shares = curvatures[curvatures > 0] / curvatures[0]
-    return np.array([(x * shares / (1.0 - x * shares)).sum() for x in u])
+    x = u[:, None] * shares
+    return np.asarray((x / (1.0 - x)).sum(axis=1))
 
 
 def _noise_shares(model: LinearisedModel, rules: StabilityRules) -> Floats:

@@ -156,7 +156,7 @@ def test_standard_errors_cover_four_fifths(tau: float, n_steps: int, noise: floa
 
 
 @pytest.mark.parametrize("depth", [0.1, 0.3])
-def test_noise_does_not_make_shallow_passages_early(depth: float) -> None:
+def test_noise_does_not_make_first_passages_of_shallow_levels_early(depth: float) -> None:
     rng = np.random.default_rng(0)
     t = np.arange(4000.0)
     away = []
@@ -247,7 +247,7 @@ def test_a_curve_may_end_before_it_begins(bad: float) -> None:
     assert np.isnan(times).all() and np.isnan(errors).all()
 
 
-def test_one_loss_is_no_passage() -> None:
+def test_one_loss_is_no_first_passage() -> None:
     curve = LossCurve.of([1.0])
     assert curve.steps.tolist() == [0.0] and curve.losses.tolist() == [1.0]
     times, errors = curve.log_first_passage_times(np.array([0.9, 0.5]))

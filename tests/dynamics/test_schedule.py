@@ -55,11 +55,11 @@ def _values(
     learning_rate: float = 0.3,
     momentum: float = 0.9,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    rates, masses = schedule.values(
+    rates, momenta = schedule.values(
         np.array([learning_rate]), np.array([momentum]), steps_per_epoch, n_steps
     )
-    assert rates.shape == masses.shape == (1, n_steps)
-    return rates[0], masses[0]
+    assert rates.shape == momenta.shape == (1, n_steps)
+    return rates[0], momenta[0]
 
 
 def _sequential(sgd: torch.optim.Optimizer) -> lr_scheduler.SequentialLR:
@@ -176,25 +176,25 @@ def test_cosine_keeps_its_final_value() -> None:
 def test_training_beyond_one_cycle_keeps_its_last_learning_rate(strategy: str) -> None:
     schedule = Schedule.one_cycle(20, anneal_strategy=strategy)
     within, momenta = _values(schedule, 20)
-    rates, masses = _values(schedule, 33)
+    rates, momenta = _values(schedule, 33)
     np.testing.assert_array_equal(rates[:20], within)
     np.testing.assert_allclose(rates[20:], within[-1])
-    np.testing.assert_allclose(masses[20:], momenta[-1])
+    np.testing.assert_allclose(momenta[20:], momenta[-1])
 
 
-def test_every_configuration_has_its_own_values() -> None:
-    rates, masses = np.array([0.1, 0.5]), np.array([0.0, 0.8])
+def test_every_configuration_has_other_values() -> None:
+    rates, momenta = np.array([0.1, 0.5]), np.array([0.0, 0.8])
     for schedule in (
         Schedule.cosine(9),
         Schedule.one_cycle(9, cycle_momentum=False),
         Schedule.from_torch(lambda s: lr_scheduler.ExponentialLR(s, 0.9)),
     ):
-        together = schedule.values(rates, masses, 4, 9)
+        together = schedule.values(rates, momenta, 4, 9)
         for k in range(2):
-            alone = _values(schedule, 9, 4, rates[k], masses[k])
+            alone = _values(schedule, 9, 4, rates[k], momenta[k])
             for values, wanted in zip(together, alone, strict=True):
                 np.testing.assert_array_equal(values[k], wanted)
-        np.testing.assert_array_equal(together[1], np.repeat(masses[:, None], 9, axis=1))
+        np.testing.assert_array_equal(together[1], np.repeat(momenta[:, None], 9, axis=1))
 
 
 def test_values_draw_no_random_number_and_warn_of_nothing() -> None:
@@ -378,7 +378,7 @@ def test_torch_scheduler_itself_is_no_schedule() -> None:
         TrainingTimePredictor(_linear(), target_fraction=0.5, schedule=scheduler)
 
 
-def test_error_of_the_users_own_function_is_passed_on() -> None:
+def test_error_of_a_users_function_is_passed_on() -> None:
     def broken(steps: int) -> float:
         if steps == 3:
             raise ValueError("no table for step 3")

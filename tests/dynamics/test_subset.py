@@ -62,16 +62,16 @@ def test_subset_is_the_task_of_some_of_its_samples() -> None:
     assert task.fingerprint == linear_task(n_samples=20).fingerprint
 
 
-@given(sizes=st.tuples(st.integers(1, 20), st.integers(1, 20)), seed=st.integers(0, 5))
+@given(counts=st.tuples(st.integers(1, 20), st.integers(1, 20)), seed=st.integers(0, 5))
 @settings(max_examples=20)
-def test_subsets_of_a_seed_are_nested(sizes: tuple[int, int], seed: int) -> None:
+def test_subsets_of_a_seed_are_nested(counts: tuple[int, int], seed: int) -> None:
     task = _task_of_numbers()
-    small, large = (_numbers(task.subset(n, seed=seed)) for n in sorted(sizes))
-    assert (len(small), len(large)) == tuple(sorted(sizes))
+    small, large = (_numbers(task.subset(n, seed=seed)) for n in sorted(counts))
+    assert (len(small), len(large)) == tuple(sorted(counts))
     assert set(small) <= set(large)
     assert sorted(small) == small
-    assert _numbers(task.subset(sizes[0], seed=seed)) == (
-        small if sizes[0] == len(small) else large
+    assert _numbers(task.subset(counts[0], seed=seed)) == (
+        small if counts[0] == len(small) else large
     )
 
 
@@ -174,29 +174,35 @@ def test_uncertainty_grows_with_the_number_of_samples() -> None:
     assert widths[-1] > widths[0]
 
 
+def _first_losses(predictor: TrainingTimePredictor, batch_size: int) -> NDArray[np.float64]:
+    return predictor.predict(1e-3, batch_size, full_curve=True).curve_losses[:2]
+
+
+@cache
+def _first_losses_alone(batch_size: int) -> NDArray[np.float64]:
+    """Of the twelve samples that the predictor knows."""
+    predictor = TrainingTimePredictor(_linear(), target_fraction=0.6, max_steps=2)
+    return _first_losses(predictor, batch_size)
+
+
 @given(n_samples=st.integers(12, 10**6), share=st.floats(0, 1))
 @settings(max_examples=40)
 def test_batches_stand_for_batches_with_as_much_noise(n_samples: int, share: float) -> None:
     """A batch of all samples has none, one of a single sample is as noisy as can be."""
-    size = max(1, round(share * n_samples))
+    batch_size = max(1, round(share * n_samples))
     larger = TrainingTimePredictor(
         _linear(), target_fraction=0.6, n_samples=n_samples, max_steps=2
     )
-    own = TrainingTimePredictor(_linear(), target_fraction=0.6, max_steps=2)
-
-    def first_losses(predictor: TrainingTimePredictor, batch_size: int) -> NDArray[np.float64]:
-        return predictor.predict(1e-3, batch_size, full_curve=True).curve_losses[:2]
-
-    actual = first_losses(larger, size)
-    gamma = (n_samples - size) / ((n_samples - 1) * size)
+    actual = _first_losses(larger, batch_size)
+    gamma = (n_samples - batch_size) / ((n_samples - 1) * batch_size)
     # gamma = (12 - b) / (11 b) of a batch of b of the twelve samples.
     wanted = 12.0 / (1.0 + 11.0 * gamma)
     candidates = {max(1, math.floor(wanted)), math.ceil(wanted)}
-    assert any(np.array_equal(actual, first_losses(own, b)) for b in candidates)
-    if size == n_samples:
-        np.testing.assert_array_equal(actual, first_losses(own, 12))
-    if size == 1:
-        np.testing.assert_array_equal(actual, first_losses(own, 1))
+    assert any(np.array_equal(actual, _first_losses_alone(b)) for b in candidates)
+    if batch_size == n_samples:
+        np.testing.assert_array_equal(actual, _first_losses_alone(12))
+    if batch_size == 1:
+        np.testing.assert_array_equal(actual, _first_losses_alone(1))
 
 
 def test_epochs_of_a_schedule_are_those_of_all_samples() -> None:
@@ -312,19 +318,19 @@ def test_convergence_is_measured_on_restricted_kernels() -> None:
     np.testing.assert_array_equal(measured.n_samples, [5, 10, 20, 40])
     generator = torch.Generator().manual_seed(3)
     rate = 0.5 / float(model.curvatures[0])
-    for k, size in enumerate(measured.n_samples):
+    for k, n_chosen in enumerate(measured.n_samples):
         logs = []
-        for _ in range(1 if size == 40 else 4):
-            chosen = torch.randperm(40, generator=generator)[:size].numpy()
+        for _ in range(1 if n_chosen == 40 else 4):
+            chosen = torch.randperm(40, generator=generator)[:n_chosen].numpy()
             kernel = torch.einsum(
                 "ncr,mdr->ncmd", model.features[chosen], model.features[chosen]
-            ).reshape(3 * size, 3 * size)
+            ).reshape(3 * n_chosen, 3 * n_chosen)
             outputs = model.initial_outputs[chosen].reshape(-1)
             wanted = model.soft_targets[chosen].reshape(-1)
             start = float((outputs - wanted).square().mean())
             n_steps = 0
             while float((outputs - wanted).square().mean()) > 0.6 * start and n_steps < 10_000:
-                outputs = outputs - rate * kernel @ (outputs - wanted) * 2.0 / (3 * size)
+                outputs = outputs - rate * kernel @ (outputs - wanted) * 2.0 / (3 * n_chosen)
                 n_steps += 1
             logs.append(math.log(rate * n_steps))
         assert measured.log_times[k] == pytest.approx(np.mean(logs), abs=0.1)
@@ -343,29 +349,16 @@ def test_convergence_of_a_validation_target_is_that_of_the_same_target() -> None
     measured = SampleConvergence.measure(model, target, seed=0, max_steps=500)
     generator = torch.Generator().manual_seed(0)
     rate = 0.5 / float(model.curvatures[0])
-    for k, size in enumerate(measured.n_samples):
+    for k, n_chosen in enumerate(measured.n_samples):
         logs = []
-        for _ in range(1 if size == 24 else 4):
-            part = model.restricted(torch.randperm(24, generator=generator)[:size])
+        for _ in range(1 if n_chosen == 24 else 4):
+            part = model.restricted(torch.randperm(24, generator=generator)[:n_chosen])
             curves = simulate(
                 part,
                 SGDConfigurations.of(rate),
-                np.array([size]),
+                np.array([n_chosen]),
                 max_steps=np.array([500]),
                 target=target,
             )
             logs.append(math.log(rate * max(1.0, curves.first_passage_times(target)[0])))
         assert measured.log_times[k] == pytest.approx(np.mean(logs), abs=1e-9)
-
-
-def test_restricted_model_is_the_model_of_the_samples() -> None:
-    model = LinearisedModel.from_spectrum(spectrum(), dtype=torch.float64)
-    chosen = torch.tensor([7, 2, 11])
-    part = model.restricted(chosen)
-    theta = torch.randn(2, model.rank, generator=torch.Generator().manual_seed(0)).double()
-    outputs = model.outputs(theta)[:, chosen]
-    np.testing.assert_allclose(part.outputs(theta), outputs, rtol=1e-12)
-    labels = torch.as_tensor(spectrum().targets[chosen.numpy()])
-    expected = [float(torch.nn.functional.cross_entropy(o, labels)) for o in outputs]
-    np.testing.assert_allclose(part.loss(outputs), expected)
-    assert part.n_samples == 3

@@ -157,13 +157,13 @@ def test_curve_ends_where_the_target_is_reached() -> None:
     model = _double(spectrum())
     target = Target("loss", 0.8 * float(model.loss(model.initial_outputs[None])))
     settings: dict[str, Any] = {"max_steps": np.array([500, 500]), "method": "ode"}
-    sgd, sizes = SGDConfigurations.of([0.1, 1e-9]), np.array([12, 12])
-    ended = simulate_equation(model, sgd, sizes, target=target, **settings)
-    whole = simulate_equation(model, sgd, sizes, target=target, full_curves=True, **settings)
-    passages = ended.first_passage_times(target)
-    np.testing.assert_array_equal(passages, whole.first_passage_times(target))
-    assert passages[0] == np.nanmax(ended.steps[0]) < 500
-    assert passages[1] == math.inf
+    sgd, batch_sizes = SGDConfigurations.of([0.1, 1e-9]), np.array([12, 12])
+    ended = simulate_equation(model, sgd, batch_sizes, target=target, **settings)
+    whole = simulate_equation(model, sgd, batch_sizes, target=target, full_curves=True, **settings)
+    times = ended.first_passage_times(target)
+    np.testing.assert_array_equal(times, whole.first_passage_times(target))
+    assert times[0] == np.nanmax(ended.steps[0]) < 500
+    assert times[1] == math.inf
     assert not np.isnan(whole.steps).any()
 
 
@@ -264,10 +264,10 @@ def test_noise_falls_with_the_batch_size_and_the_loss() -> None:
     model = _double(spectrum("mse"))
     rate = 0.02 / float(model.curvatures[0])
     spreads = [
-        _solved(model, size, 10, "sde", SGDConfigurations.of(np.full(500, rate)))
+        _solved(model, batch_size, 10, "sde", SGDConfigurations.of(np.full(500, rate)))
         .curves["loss"][:, 10]
         .std()
-        for size in (1, 4)
+        for batch_size in (1, 4)
     ]
     assert spreads[0] / spreads[1] == pytest.approx(2.0, rel=0.15)
 

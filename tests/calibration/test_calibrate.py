@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 import numpy as np
 from numpy.typing import NDArray
 import pytest
-from scipy.stats import kendalltau
 from scipy.stats import t as student
 
 from optuna_ttp.calibration import calibrate
@@ -23,6 +22,7 @@ from tests.observations import DEEP
 from tests.observations import first_passages
 from tests.observations import Growth
 from tests.observations import observation
+from tests.observations import trials_of
 from tests.observations import unchanged
 
 
@@ -43,26 +43,6 @@ def _shrinks_and_grows(depth: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 GROWTHS = [unchanged, _grows, _shrinks_and_grows]
-
-
-def _trials(
-    log_growth: Growth, count: int, *, seed: int = 0, deepest: float = DEEP, scatter: float = 0.0
-) -> list[Observation]:
-    rng = np.random.default_rng(seed)
-    return [
-        observation(
-            log_growth,
-            # Slow enough for the lag of momentum not to matter: the simulated times have none.
-            learning_rate=10.0 ** rng.uniform(-4, -2.5),
-            batch_size=int(rng.choice([8, 16, 64])),
-            momentum=float(rng.choice([0.0, 0.5])),
-            stability=float(rng.uniform(0.01, 0.1)),
-            deepest=deepest,
-            error=float(rng.normal(0.0, scatter)) if scatter else 0.0,
-            rng=rng,
-        )
-        for _ in range(count)
-    ]
 
 
 def _corrected(calibration: Calibration, trial: Observation) -> tuple[NDArray[np.float64], ...]:
@@ -99,7 +79,7 @@ def test_without_observations_nothing_is_corrected() -> None:
 
 
 def test_unusable_trials_are_left_out() -> None:
-    good = _trials(_grows, 3)
+    good = trials_of(_grows, 3)
     nothing = np.full(len(DEPTHS), np.nan)
     unusable = [
         replace(good[0], observed=nothing),
@@ -121,7 +101,7 @@ def test_unusable_trials_are_left_out() -> None:
 @pytest.mark.parametrize("log_growth", GROWTHS)
 @pytest.mark.parametrize("count", [1, 3, 10])
 def test_a_known_growth_is_recovered_within_its_band(log_growth: Growth, count: int) -> None:
-    calibration = calibrate(_trials(log_growth, count))
+    calibration = calibrate(trials_of(log_growth, count))
     truth = log_growth(KNOTS)
     away = (calibration.log_growth - truth)[SEEN] / calibration.log_growth_sd[SEEN]
     assert np.abs(away).max() < 3.0
@@ -132,7 +112,7 @@ def test_a_known_growth_is_recovered_within_its_band(log_growth: Growth, count: 
 
 @pytest.mark.parametrize("log_growth", [*GROWTHS, _slower])
 def test_what_was_learned_predicts_the_next_trial(log_growth: Growth) -> None:
-    calibration = calibrate(_trials(log_growth, 6))
+    calibration = calibrate(trials_of(log_growth, 6))
     # More momentum than in any trial is expected to be slower than predicted.
     for momentum, error in ((0.0, 0.08), (0.5, 0.08), (0.9, 0.25)):
         trial = observation(log_growth, momentum=momentum, learning_rate=1e-4, batch_size=8)
@@ -146,7 +126,7 @@ def test_what_was_learned_predicts_the_next_trial(log_growth: Growth) -> None:
 def test_a_constant_factor_is_learned_from_trials_that_agree(factor: float) -> None:
     trials = [
         replace(trial, observed=trial.predicted + math.log(factor), n_steps=1e9, diverged=True)
-        for trial in _trials(unchanged, 6)
+        for trial in trials_of(unchanged, 6)
     ]
     logs, sds = _corrected(calibrate(trials), trials[0])
     one = np.searchsorted(DEPTHS, 1.0)
@@ -160,16 +140,16 @@ def test_a_correction_moves_from_the_prior_to_the_data() -> None:
     for n in (1, 2, 5, 50):
         logs, _ = _corrected(calibrate([observation(_grows)] * n), observation())
         at_one.append(float(np.interp(1.0, DEPTHS, logs)))
-    told = float(np.interp(1.0, DEPTHS, observation().predicted))
+    predicted = float(np.interp(1.0, DEPTHS, observation().predicted))
     truth = float(np.interp(1.0, DEPTHS, observation(_grows).observed))
     away = np.abs(np.array(at_one) - truth)
-    assert away[0] < 0.2 * abs(told - truth)
+    assert away[0] < 0.2 * abs(predicted - truth)
     assert away[-1] < 0.02
     assert (np.diff(away) <= 0.01).all()
 
 
 def test_unseen_depths_are_less_sure() -> None:
-    shallow = calibrate(_trials(_grows, 6, deepest=1.0))
+    shallow = calibrate(trials_of(_grows, 6, deepest=1.0))
     sds = shallow.log_growth_sd
     assert sds[KNOTS <= 0.75].max() < 0.15
     assert (np.diff(sds[KNOTS >= 1.0]) > 0).all()
@@ -178,7 +158,7 @@ def test_unseen_depths_are_less_sure() -> None:
     assert np.abs(shallow.log_growth).max() < 2 * math.log(20.0)
     assert sds[-1] <= calibrate([]).log_growth_sd[-1]
     _, seen_sds = _corrected(shallow, observation())
-    _, known_sds = _corrected(calibrate(_trials(_grows, 6)), observation())
+    _, known_sds = _corrected(calibrate(trials_of(_grows, 6)), observation())
     deep = np.searchsorted(DEPTHS, 2.5)
     assert seen_sds[deep] > 2 * known_sds[deep]
 
@@ -186,7 +166,7 @@ def test_unseen_depths_are_less_sure() -> None:
 @given(order=st.permutations(range(7)))
 @settings(max_examples=15)
 def test_the_order_of_trials_does_not_change_what_is_learned(order: list[int]) -> None:
-    trials = _trials(_shrinks_and_grows, 7)
+    trials = trials_of(_shrinks_and_grows, 7)
     trials[3] = replace(trials[3], n_steps=1e3 * trials[3].n_steps)
     first, other = calibrate(trials), calibrate([trials[i] for i in order])
     np.testing.assert_allclose(other.weights, first.weights, atol=1e-6)
@@ -199,7 +179,7 @@ def test_the_order_of_trials_does_not_change_what_is_learned(order: list[int]) -
 @given(shift=st.floats(-5, 5))
 @settings(max_examples=15)
 def test_the_unit_of_time_does_not_matter(shift: float) -> None:
-    trials = _trials(_grows, 4)
+    trials = trials_of(_grows, 4)
     shifted = [
         replace(
             t,
@@ -218,7 +198,7 @@ def test_the_unit_of_time_does_not_matter(shift: float) -> None:
 
 
 def test_a_correction_that_was_simulated_with_counts_from_there() -> None:
-    plain = _trials(_grows, 5)
+    plain = trials_of(_grows, 5)
     half = 0.5 * _grows(KNOTS)
     # Simulated with half of the growth: what is predicted is between.
     partly = [
@@ -272,31 +252,31 @@ def test_instability_alone_makes_slow_what_is_near_the_limit() -> None:
 
 
 @pytest.mark.parametrize(("patience", "later"), [(3.0, 0.03), (20.0, 0.1)])
-def test_a_trial_that_never_reached_its_next_rung_makes_predictions_later(
+def test_a_trial_that_never_reached_its_next_level_makes_predictions_later(
     patience: float, later: float
 ) -> None:
-    trials = _trials(unchanged, 2, deepest=1.0)
+    trials = trials_of(unchanged, 2, deepest=1.0)
     short = observation(deepest=1.0)
     stuck = replace(short, n_steps=patience * short.n_steps)
     deep = np.searchsorted(DEPTHS, 1.5)
     before = _corrected(calibrate([*trials, short]), short)[0]
     after, _ = _corrected(calibrate([*trials, stuck]), short)
     assert after[deep] > before[deep] + later
-    # It tells nothing of what came before.
+    # It says nothing about what came before.
     one = np.searchsorted(DEPTHS, 0.8)
     assert after[one] == pytest.approx(before[one], abs=0.1)
 
 
-def test_a_trial_that_stopped_before_its_next_rung_was_due_tells_nothing_of_it() -> None:
+def test_a_trial_that_stopped_before_its_next_level_was_due_says_nothing_about_it() -> None:
     short = observation(deepest=1.0)
-    trials = _trials(unchanged, 3, deepest=1.0)
+    trials = trials_of(unchanged, 3, deepest=1.0)
     first = calibrate([*trials, short])
     longer = calibrate([*trials, replace(short, n_steps=1.02 * short.n_steps)])
     np.testing.assert_allclose(longer.weights, first.weights, atol=1e-9)
 
 
 def test_a_trial_that_diverged_does_not_make_predictions_later() -> None:
-    trials = _trials(unchanged, 2, deepest=1.0)
+    trials = trials_of(unchanged, 2, deepest=1.0)
     short = observation(deepest=1.0)
     diverged = replace(short, n_steps=20.0 * short.n_steps, diverged=True)
     np.testing.assert_allclose(
@@ -306,7 +286,7 @@ def test_a_trial_that_diverged_does_not_make_predictions_later() -> None:
 
 @pytest.mark.parametrize("stability", [0.05, 0.5])
 def test_what_was_lost_in_a_spike_does_not_make_predictions_later(stability: float) -> None:
-    trials = _trials(unchanged, 2, deepest=1.0)
+    trials = trials_of(unchanged, 2, deepest=1.0)
     short = observation(deepest=1.0, stability=stability)
     stuck = replace(short, n_steps=50.0 * short.n_steps, lost=49.0 * short.n_steps)
     deep = np.searchsorted(DEPTHS, 1.5)
@@ -316,7 +296,7 @@ def test_what_was_lost_in_a_spike_does_not_make_predictions_later(stability: flo
 
 
 def test_a_trial_near_the_limit_that_got_stuck_tells_less_than_a_calm_one() -> None:
-    trials = _trials(unchanged, 2, deepest=1.0)
+    trials = trials_of(unchanged, 2, deepest=1.0)
     calm = observation(deepest=1.0)
     later = []
     for stability in (0.05, 0.6):
@@ -329,15 +309,15 @@ def test_a_trial_near_the_limit_that_got_stuck_tells_less_than_a_calm_one() -> N
     assert later[1] < 0.2 * later[0]
 
 
-# PriorScale
+# The prior scale
 
 
-def test_what_a_probe_doubts_is_learned_faster_and_less_sure() -> None:
+def test_what_a_probe_finds_uncertain_is_learned_faster_and_less_sure() -> None:
     trial = observation(_grows, deepest=2.0)
     deep = np.searchsorted(DEPTHS, 1.5)
     sure = calibrate([trial], PriorScale(growth=0.3))
-    doubtful = calibrate([trial], PriorScale(growth=3.0))
-    assert np.interp(1.0, KNOTS, doubtful.log_growth) > np.interp(1.0, KNOTS, sure.log_growth)
+    unsure = calibrate([trial], PriorScale(growth=3.0))
+    assert np.interp(1.0, KNOTS, unsure.log_growth) > np.interp(1.0, KNOTS, sure.log_growth)
     wide, narrow = (
         _corrected(calibrate([trial], PriorScale(scatter=s)), trial)[1][deep] for s in (4.0, 0.6)
     )
@@ -349,7 +329,7 @@ def test_what_a_probe_doubts_is_learned_faster_and_less_sure() -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 1.3])
 def test_what_a_trial_scatters_by_at_first_is_not_the_pace_of_the_rest(factor: float) -> None:
-    calibration = calibrate(_trials(unchanged, 6))
+    calibration = calibrate(trials_of(unchanged, 6))
     whole = observation(stability=0.05)
     early = np.searchsorted(DEPTHS, 0.2)
     observed = np.where(np.arange(len(DEPTHS)) < early, whole.predicted + math.log(factor), np.nan)
@@ -366,8 +346,8 @@ def test_what_a_trial_scatters_by_at_first_is_not_the_pace_of_the_rest(factor: f
     assert rest == pytest.approx(math.exp(logs[-1]) - running.n_steps, rel=0.15)
 
 
-def test_a_spike_at_the_start_is_no_pace_of_its_own() -> None:
-    calibration = calibrate(_trials(unchanged, 6))
+def test_a_spike_at_the_start_does_not_slow_the_rest() -> None:
+    calibration = calibrate(trials_of(unchanged, 6))
     # Its first level was due after six steps, and nothing was passed by step two hundred.
     trial = observation()
     stuck = replace(trial, observed=np.full(len(DEPTHS), np.nan), n_steps=200.0)
@@ -384,7 +364,7 @@ def test_a_spike_at_the_start_is_no_pace_of_its_own() -> None:
 
 @pytest.mark.parametrize("factor", [0.1, 10.0])
 def test_one_trial_that_does_not_fit_hardly_moves_six_that_do(factor: float) -> None:
-    good = _trials(_grows, 6)
+    good = trials_of(_grows, 6)
     wrong = observation(_grows, error=math.log(factor), diverged=True)
     logs, sds = _corrected(calibrate(good), good[0])
     moved, _ = _corrected(calibrate([*good, wrong]), good[0])
@@ -394,7 +374,7 @@ def test_one_trial_that_does_not_fit_hardly_moves_six_that_do(factor: float) -> 
 
 
 def test_a_thousand_trials_are_learned_from() -> None:
-    trials = _trials(_grows, 250) * 4
+    trials = trials_of(_grows, 250) * 4
     calibration = calibrate(trials)
     assert calibration.n_observed == 1000
     assert np.isfinite(calibration.weights).all() and np.isfinite(calibration.covariance).all()
@@ -416,12 +396,14 @@ def test_whatever_trials_show_the_correction_is_finite(seed: int, count: int) ->
             diverged=bool(rng.integers(2)),
         )
         end = rng.choice(DEPTHS)
-        told = np.where(end >= DEPTHS, trial.predicted, np.nan)
-        told[0] = trial.predicted[0]
+        predicted = np.where(end >= DEPTHS, trial.predicted, np.nan)
+        predicted[0] = trial.predicted[0]
         observed = np.where(rng.random(len(DEPTHS)) < 0.7, trial.observed, np.nan)
         n_steps = 10.0 ** rng.uniform(0, 6)
         trials.append(
-            replace(trial, predicted=told, expected=told, observed=observed, n_steps=n_steps)
+            replace(
+                trial, predicted=predicted, expected=predicted, observed=observed, n_steps=n_steps
+            )
         )
     calibration = calibrate(trials)
     assert np.isfinite(calibration.weights).all()
@@ -446,175 +428,12 @@ def test_intervals_cover_four_fifths_of_the_next_trials(
 ) -> None:
     inside = []
     for seed in range(40):
-        calibration = calibrate(_trials(_grows, count, seed=seed, scatter=scatter))
+        calibration = calibrate(trials_of(_grows, count, seed=seed, scatter=scatter))
         wide = float(student.ppf(0.9, calibration.degrees_of_freedom))
-        for trial in _trials(_grows, 3, seed=1000 + seed, scatter=scatter):
+        for trial in trials_of(_grows, 3, seed=1000 + seed, scatter=scatter):
             logs, sds = _corrected(calibration, trial)
             seen = np.isfinite(trial.observed) & (DEPTHS > 0.2)
             inside.append((np.abs(trial.observed - logs) < wide * sds)[seen])
     # Trials at a tenth of the stability limit are expected to scatter by six percent. It takes a
     # few that do not to learn that they do not.
     assert 0.7 < np.concatenate(inside).mean() < most
-
-
-# Trust
-
-
-@given(order=st.permutations(range(6)), error=st.floats(-2, 2))
-@settings(max_examples=20)
-def test_rank_agreement_is_kendalls_tau(order: list[int], error: float) -> None:
-    rates = 0.01 * 1.5 ** np.array(order)
-    trials = []
-    for k, rate in enumerate(rates):
-        told = observation(learning_rate=0.01 * 1.5**k).predicted
-        trials.append(observation(learning_rate=rate, error=error, expected=told))
-    expected = kendalltau(range(6), order).statistic
-    assert calibrate(trials).rank_agreement == pytest.approx(expected)
-
-
-def test_equal_predictions_rank_nothing() -> None:
-    told = observation().predicted
-    trials = [observation(learning_rate=0.01 * 1.5**k, expected=told) for k in range(5)]
-    assert calibrate(trials).rank_agreement == 0.0
-
-
-def test_a_depth_predicted_out_of_reach_is_a_large_error_and_the_last_in_rank() -> None:
-    never = np.full(len(DEPTHS), np.nan)
-    good = [observation(learning_rate=0.01 * 1.5**k) for k in range(4)]
-    slowest = observation(learning_rate=0.001, expected=never)
-    fastest = observation(learning_rate=1.0, expected=never)
-    assert calibrate([*good, slowest]).rank_agreement == pytest.approx(1.0)
-    assert calibrate([*good, fastest]).rank_agreement < 1.0
-    assert calibrate([*good, slowest]).log_error > 1.0
-    assert calibrate(good).log_error == pytest.approx(0.0, abs=1e-9)
-
-
-def test_the_error_is_of_what_was_told_before_each_trial() -> None:
-    errors = np.log([0.5, 1.0, 2.0, 4.0])
-    trials = [observation(error=e) for e in errors]
-    expected = math.sqrt(float(np.square(errors).mean()))
-    assert calibrate(trials).log_error == pytest.approx(expected)
-    # Told better, it is smaller, whatever was simulated.
-    told = [replace(t, expected=t.observed + 0.1) for t in trials]
-    assert calibrate(told).log_error == pytest.approx(0.1)
-
-
-def _varied(count: int, seed: int) -> list[Observation]:
-    """Trials whose time is not only that of their learning rate: the rules of thumb miss it."""
-    rng = np.random.default_rng(seed)
-    return [
-        observation(
-            learning_rate=10.0 ** rng.uniform(-3, -1),
-            momentum=float(rng.choice([0.0, 0.9])),
-            log_pace=float(rng.normal(0, 0.7)),
-            rng=rng,
-        )
-        for _ in range(count)
-    ]
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("count", [5, 8])
-def test_good_predictions_gain_trust(seed: int, count: int) -> None:
-    calibration = calibrate(_varied(count, seed))
-    assert calibration.trust > 0.2
-    assert calibration.trusted
-    assert calibration.log_error < calibration.baseline_error
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("count", [5, 8])
-def test_shuffled_predictions_lose_trust(seed: int, count: int) -> None:
-    trials = _trials(unchanged, count, seed=seed)
-    told = [trials[(k + 1) % count].predicted for k in range(count)]
-    shuffled = [replace(t, predicted=p, expected=p) for t, p in zip(trials, told, strict=True)]
-    calibration = calibrate(shuffled)
-    assert calibration.trust < 0.0
-    assert not calibration.trusted
-    assert calibration.baseline_error < calibration.log_error
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_two_trials_prove_nothing(count: int) -> None:
-    wrong = [observation(error=e) for e in (3.0, -3.0)[:count]]
-    calibration = calibrate(wrong)
-    assert math.isnan(calibration.trust)
-    assert calibration.trusted
-
-
-@pytest.mark.parametrize("error", [0.05, 0.1])
-def test_close_predictions_are_trusted_also_where_a_rule_of_thumb_is_perfect(
-    error: float,
-) -> None:
-    # All trials are scaled copies of one another: c / eta_e is exact.
-    trials = [observation(learning_rate=0.01 * 1.5**k, error=0.0) for k in range(8)]
-    told = [replace(t, expected=t.predicted + error * (-1) ** k) for k, t in enumerate(trials)]
-    calibration = calibrate(told)
-    assert calibration.baseline_error < 1e-6
-    assert calibration.log_error == pytest.approx(error)
-    assert calibration.trusted
-
-
-def test_three_trials_are_enough_where_predictions_are_grossly_wrong() -> None:
-    """Off by a factor of a hundred, in turns, while `c / eta_e` is exact."""
-    right = [observation(learning_rate=0.01 * 1.5**k) for k in range(3)]
-    wrong = [replace(t, expected=t.predicted + 4.6 * (-1) ** k) for k, t in enumerate(right)]
-    assert calibrate(right).trusted
-    assert calibrate(wrong[:2]).trusted
-    assert not calibrate(wrong).trusted
-
-
-def test_off_by_more_than_a_factor_e_predictions_must_do_much_better_than_a_rule() -> None:
-    trials = _varied(12, 0)
-    off = []
-    for size in (0.2, 2.0):
-        told = [replace(t, expected=t.observed + size * (-1) ** k) for k, t in enumerate(trials)]
-        off.append(calibrate(told))
-    assert off[0].trusted
-    assert not off[1].trusted
-    assert off[1].trust < 0.5
-
-
-def test_a_trial_near_the_edge_of_stability_says_less_about_the_predictions() -> None:
-    calm = _varied(6, 0)
-    errors = []
-    for stability in (0.05, 1.5):
-        late = observation(learning_rate=0.02, stability=stability)
-        trials = [*calm, replace(late, expected=late.observed - 1.5)]
-        errors.append(calibrate(trials).log_error)
-    assert errors[0] == pytest.approx(1.5 / math.sqrt(7), rel=0.05)
-    assert errors[1] < 0.6 * errors[0]
-
-
-def test_one_trial_that_is_far_off_does_not_condemn_the_others() -> None:
-    right = [observation(learning_rate=0.01 * 1.5**k) for k in range(6)]
-    one = [*right[:5], replace(right[5], expected=right[5].predicted + 4.0)]
-    every = [replace(t, expected=t.predicted + 4.0 * (-1) ** k) for k, t in enumerate(right)]
-    assert calibrate(one).trust < -1.0
-    assert calibrate(one).trusted
-    assert not calibrate(every).trusted
-
-
-def test_trials_near_the_edge_of_stability_alone_condemn_no_predictions() -> None:
-    trusted = []
-    for stability in (0.05, 1.5):
-        trials = [observation(learning_rate=0.01 * 1.5**k, stability=stability) for k in range(6)]
-        wrong = [replace(t, expected=t.observed + 2.0 * (-1) ** k) for k, t in enumerate(trials)]
-        trusted.append(calibrate(wrong).trusted)
-    assert trusted == [False, True]
-
-
-def test_predictions_that_rank_nothing_are_distrusted_also_where_the_rule_does_no_better() -> None:
-    trials = [observation(learning_rate=0.01 * 2.5**k) for k in range(8)]
-    # What was seen of each is that of another one, whatever the learning rate.
-    others = [trials[k] for k in (5, 2, 7, 0, 6, 3, 1, 4)]
-    mixed = [
-        replace(trial, observed=other.observed, errors=other.errors)
-        for trial, other in zip(trials, others, strict=True)
-    ]
-    calibration = calibrate(mixed)
-    assert -0.75 < calibration.rank_agreement < 0.2
-    assert calibration.log_error > 1.0
-    assert calibration.superiority < 1.05
-    assert not calibration.trusted
-    assert calibration.fault == "far off and in no order"
