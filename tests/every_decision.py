@@ -129,7 +129,7 @@ def study_with_every_decision() -> tuple[optuna.Study, dict[str, int]]:
 
     Each decision is written on a trial of each state. The groups are ``"ran"``, ``"despite"`` (it
     ran despite its prediction), ``"skipped KIND"``, ``"stopped"``, ``"undecided"`` (it has a
-    prediction only) and ``"unknown"`` (nothing can be read from it).
+    prediction only) and ``"unknown"`` (no prediction can be read from it). Some are malformed.
     """
     trials: list[FrozenTrial] = []
     counts: dict[str, int] = {}
@@ -155,6 +155,17 @@ def study_with_every_decision() -> tuple[optuna.Study, dict[str, int]]:
     add("unknown", {})
     repeated = {"prediction": prediction, "decision": {"decision": "skip", "reason": "because"}}
     add("unknown", {"ttp:record": repeated}, 0)
+    run = {"decision": "run", "reason": "the reason in words"}
+    for malformed in ({"momentum": [[1]]}, {"momentum": 1.0}, {"learning_rate": None}):
+        add("unknown", {"ttp:record": {"prediction": {**prediction, **malformed}}})
+    no_objects: tuple[Any, ...] = ("text", 3, [], None)
+    for made in no_objects:
+        add("unknown", {"ttp:record": {"prediction": made, "decision": run}})
+        add("undecided", {"ttp:record": {"prediction": prediction, "decision": made}})
+    add("unknown", {"ttp:record": "text", "ttp:curve": "text"})
+    damaged = {**prediction, "ladder": 1}
+    add("unknown", {"ttp:record": {"prediction": damaged, "decision": run}})
+    add("ran", {"ttp:record": {"prediction": prediction, "decision": run}, "ttp:curve": {"n": 1}})
     study = optuna.create_study()
     study.add_trials(trials)
     return study, counts

@@ -23,7 +23,7 @@ _DOCUMENTS = [
 ]
 # Words that are meant, with the reason: by file and word.
 _MEANT = {
-    ("reporting/_ledger.py", "ladder"): "a key of the records that version 0.1.0 wrote",
+    ("study/_prediction_record.py", "ladder"): "a key of the records that version 0.1.0 wrote",
 }
 
 

@@ -80,7 +80,7 @@ def test_steps_of_trials_with_every_decision_are_drawn_where_some_were_predicted
         trial
         for trial in study.trials
         if trial.state.is_finished()
-        and "ttp:curve" in trial.user_attrs
+        and "losses" in trial.user_attrs.get("ttp:curve", {})
         and trial.user_attrs["ttp:record"]["prediction"]["outcome"] == "converges"
     ]
     assert len(np.asarray(points.get_xydata())) == len(expected) > 0
