@@ -103,8 +103,8 @@ def test_verify_tells_what_is_damaged(url: str, command: Any) -> None:
 
 
 def test_prune_takes_sizes(url: str, command: Any) -> None:
-    store, size = fill(url, "abc")
-    status, text = command("prune", "--max-size", f"{2.5 * size / 1024}K")
+    store, n_bytes = fill(url, "abc")
+    status, text = command("prune", "--max-size", f"{2.5 * n_bytes / 1024}K")
     assert status == 0
     assert "1 spectrum above the size limit" in text
     assert names_of(store) == "bc"

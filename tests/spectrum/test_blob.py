@@ -25,13 +25,13 @@ _DTYPES = st.sampled_from(["<f2", "<f4", "<f8", ">f8", "?", "<i1", "<i4", ">i8",
 @settings(max_examples=200)
 def test_arrays_come_back_as_they_were(array: Any, fortran: bool) -> None:
     written = np.asarray(array, order="F" if fortran else "C")
-    found = blob.from_bytes(blob.to_bytes({"a": 1}, {"x": written, "y": np.zeros(0)}))
-    assert found.meta == {"a": 1}
-    assert set(found.arrays) == {"x", "y"}
-    np.testing.assert_array_equal(found.arrays["x"], array)
-    assert found.arrays["x"].dtype == array.dtype.newbyteorder("<")
-    assert found.arrays["x"].shape == array.shape
-    assert found.arrays["x"].flags.writeable
+    actual = blob.from_bytes(blob.to_bytes({"a": 1}, {"x": written, "y": np.zeros(0)}))
+    assert actual.meta == {"a": 1}
+    assert set(actual.arrays) == {"x", "y"}
+    np.testing.assert_array_equal(actual.arrays["x"], array)
+    assert actual.arrays["x"].dtype == array.dtype.newbyteorder("<")
+    assert actual.arrays["x"].shape == array.shape
+    assert actual.arrays["x"].flags.writeable
 
 
 @pytest.mark.parametrize(
@@ -50,10 +50,10 @@ def test_large_arrays_are_cut_into_chunks(array: Any) -> None:
     pieces = list(blob.write({}, {"x": array}))
     assert len(pieces) == 1 + -(-array.nbytes // blob.CHUNK)
     assert max(map(len, pieces)) <= blob.FRAME
-    found = blob.read(blob.Pieces(pieces), sum(map(len, pieces))).arrays["x"]
-    np.testing.assert_array_equal(found, array)
+    actual = blob.read(blob.Pieces(pieces), sum(map(len, pieces))).arrays["x"]
+    np.testing.assert_array_equal(actual, array)
     if not array.flags.c_contiguous:
-        assert found.flags.f_contiguous == array.flags.f_contiguous
+        assert actual.flags.f_contiguous == array.flags.f_contiguous
 
 
 def test_what_shrinks_is_compressed_and_what_does_not_is_not() -> None:
@@ -103,9 +103,9 @@ def test_meta_data_are_read_alone() -> None:
 
 def test_pieces_of_any_length_are_one_stream() -> None:
     data = bytes(range(200))
-    for size in (1, 3, 7, 200):
+    for n_bytes in (1, 3, 7, 200):
         stream = blob.Pieces([data[:5], b"", data[5:6], data[6:150], data[150:]])
-        read = b"".join(iter(lambda s=stream, n=size: bytes(s.read(n)), b""))  # type: ignore[misc]
+        read = b"".join(iter(lambda s=stream, n=n_bytes: bytes(s.read(n)), b""))  # type: ignore[misc]
         assert read == data
 
 

@@ -29,7 +29,7 @@ def test_ritz_pairs_share_the_moments_of_the_residual(
     assert eigenvalues[-1] * (1 - 1e-9) <= values[-1]
     assert values[0] <= eigenvalues[0] * (1 + 1e-9)
     np.testing.assert_allclose(mixing.T @ mixing, np.eye(len(values)), atol=1e-9)
-    # Gauss' quadrature with k nodes is exact up to the power 2 k - 1.
+    # Gauss' quadrature with k abscissae is exact up to the power 2 k - 1.
     weights = np.square(residual @ mixing)
     for power in range(2 * len(values)):
         expected = residual**2 @ eigenvalues**power
@@ -43,8 +43,8 @@ def test_as_many_ritz_pairs_as_there_are_eigenvalues_lose_nothing() -> None:
     np.testing.assert_allclose(values, [4.0, 2.0, 0.5])
     for time in (0.1, 1.0, 10.0):
         expected = residual**2 @ np.exp(-2 * eigenvalues * time)
-        found = np.square(residual @ mixing) @ np.exp(-2 * values * time)
-        np.testing.assert_allclose(found, expected, rtol=1e-9)
+        actual = np.square(residual @ mixing) @ np.exp(-2 * values * time)
+        np.testing.assert_allclose(actual, expected, rtol=1e-9)
 
 
 def test_what_the_residual_does_not_see_needs_no_pair() -> None:

@@ -223,14 +223,14 @@ def test_truncate_by_trace_keeps_the_fewest_that_explain_it(share: float) -> Non
     whole = spectrum()
     cut = whole.truncate(explained_trace=share)
     assert cut.explained_trace >= share - 1e-9
-    n_kept = n_explaining(whole.eigenvalues, share * whole.trace)
-    if n_kept + RULES.n_pairs >= whole.rank:
+    n_leading = n_explaining(whole.eigenvalues, share * whole.trace)
+    if n_leading + RULES.n_pairs >= whole.rank:
         assert cut is whole
         return
-    np.testing.assert_array_equal(cut.eigenvalues[:n_kept], whole.eigenvalues[:n_kept])
+    np.testing.assert_array_equal(cut.eigenvalues[:n_leading], whole.eigenvalues[:n_leading])
     # The eigenvalues of this kernel come in threes.
-    n_different = len(np.unique(whole.eigenvalues[n_kept:].round(9)))
-    assert cut.rank == n_kept + min(RULES.n_pairs, n_different)
+    n_different = len(np.unique(whole.eigenvalues[n_leading:].round(9)))
+    assert cut.rank == n_leading + min(RULES.n_pairs, n_different)
 
 
 def test_truncate_by_both_keeps_the_fewer() -> None:
@@ -243,7 +243,7 @@ def test_truncate_by_both_keeps_the_fewer() -> None:
     assert whole.truncate(rank=20, explained_trace=0.5).rank == by_trace
 
 
-def test_truncate_cannot_explain_more_than_is_kept() -> None:
+def test_truncate_cannot_explain_more_than_the_spectrum_holds() -> None:
     cut = spectrum().truncate(rank=2)
     with pytest.raises(ValueError, match=r"explained_trace must be at most 0\.\d+, what this"):
         cut.truncate(explained_trace=0.999)

@@ -20,9 +20,9 @@ from tests.models import vectors
 
 def test_interpolation_and_the_slope_beyond() -> None:
     throughput = Throughput(np.array([8, 32, 64]), np.array([1.0, 2.0, 4.0]), device="cpu")
-    sizes = [[1, 8, 20], [32, 48, 96]]
+    batch_sizes = [[1, 8, 20], [32, 48, 96]]
     expected = [[1.0, 1.0, 1.5], [2.0, 3.0, 6.0]]
-    np.testing.assert_allclose(throughput.seconds_per_step(sizes), expected)
+    np.testing.assert_allclose(throughput.seconds_per_step(batch_sizes), expected)
     assert throughput.seconds_per_step(20).shape == ()
     one = Throughput(np.array([8]), np.array([3.0]), device="cpu")
     np.testing.assert_array_equal(one.seconds_per_step([1, 8, 1000]), [3.0, 3.0, 3.0])
@@ -30,15 +30,19 @@ def test_interpolation_and_the_slope_beyond() -> None:
 
 @st.composite
 def throughputs(draw: st.DrawFn) -> Throughput:
-    sizes = sorted(draw(st.sets(st.integers(1, 1000), min_size=1, max_size=6)))
-    n = len(sizes)
+    batch_sizes = sorted(draw(st.sets(st.integers(1, 1000), min_size=1, max_size=6)))
+    n = len(batch_sizes)
     seconds = sorted(draw(st.lists(st.floats(1e-6, 1e3), min_size=n, max_size=n)))
-    return Throughput(np.array(sizes), np.array(seconds), device="cpu")
+    return Throughput(np.array(batch_sizes), np.array(seconds), device="cpu")
 
 
-@given(throughput=throughputs(), sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=9))
-def test_larger_batches_never_take_less_time(throughput: Throughput, sizes: list[int]) -> None:
-    seconds = throughput.seconds_per_step(np.sort(sizes))
+@given(
+    throughput=throughputs(), batch_sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=9)
+)
+def test_larger_batches_never_take_less_time(
+    throughput: Throughput, batch_sizes: list[int]
+) -> None:
+    seconds = throughput.seconds_per_step(np.sort(batch_sizes))
     assert (seconds > 0).all()
     assert (np.diff(seconds) >= -1e-12 * seconds[:-1]).all()
     np.testing.assert_allclose(
@@ -47,7 +51,7 @@ def test_larger_batches_never_take_less_time(throughput: Throughput, sizes: list
 
 
 @pytest.mark.parametrize(
-    ("sizes", "seconds", "message"),
+    ("batch_sizes", "seconds", "message"),
     [
         ([], [], "same length of at least one but got 0 and 0"),
         ([1, 2], [1.0], "same length of at least one but got 2 and 1"),
@@ -62,10 +66,10 @@ def test_larger_batches_never_take_less_time(throughput: Throughput, sizes: list
     ],
 )
 def test_bad_measurements_are_refused(
-    sizes: list[int], seconds: list[float], message: str
+    batch_sizes: list[int], seconds: list[float], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Throughput(np.array(sizes), np.array(seconds), device="cpu")
+        Throughput(np.array(batch_sizes), np.array(seconds), device="cpu")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -80,7 +84,7 @@ def test_every_architecture_can_be_timed(name: str, device: torch.device) -> Non
     assert throughput.device == str(device)
 
 
-def test_steps_are_timed_in_training_mode_on_the_tasks_own_data() -> None:
+def test_steps_are_timed_in_training_mode_on_the_data_of_the_task() -> None:
     seen: list[tuple[bool, int]] = []
     x, _ = vectors(9)
 
@@ -99,23 +103,23 @@ def test_steps_are_timed_in_training_mode_on_the_tasks_own_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds_per_batch_size", "sizes"), [(1e-4, [2, 4]), (0.1, [2, 4, 6, 8])]
+    ("seconds_per_batch_size", "batch_sizes"), [(1e-4, [2, 4]), (0.1, [2, 4, 6, 8])]
 )
 def test_long_steps_of_many_samples_are_not_made(
-    seconds_per_batch_size: float, sizes: list[int]
+    seconds_per_batch_size: float, batch_sizes: list[int]
 ) -> None:
     def forward(model: torch.nn.Module, inputs: torch.Tensor) -> Any:
         time.sleep(0.01)
         return model(inputs)
 
     task = FineTuningTask(mlp().eval(), vectors(9), forward=forward)
-    found = measure_throughput(
+    actual = measure_throughput(
         task,
         device=torch.device("cpu"),
         batch_sizes=(2, 4, 6, 8),
         seconds_per_batch_size=seconds_per_batch_size,
     )
-    assert found.batch_sizes.tolist() == sizes
+    assert actual.batch_sizes.tolist() == batch_sizes
 
 
 def test_short_steps_are_timed_again_and_again() -> None:

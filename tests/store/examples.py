@@ -87,7 +87,7 @@ def named(name: str) -> Spectrum:
 
 
 def fill(url: str, names: str) -> tuple[SpectrumStore, int]:
-    """Store spectra of one size, last used in the order of their names; the size, too."""
+    """Store spectra of one length, last used in the order of their names; the length, too."""
     store = SpectrumStore(url)
     for name in names:
         store.put(named(name), dtype="float64")
@@ -98,8 +98,8 @@ def fill(url: str, names: str) -> tuple[SpectrumStore, int]:
             connection.execute(named.values(used_at=float(moment)))
 
     Database(url).write(use)
-    sizes = {stored.n_bytes for stored in store.list()}
-    return store, max(sizes)
+    lengths = {stored.n_bytes for stored in store.list()}
+    return store, max(lengths)
 
 
 def names_of(store: SpectrumStore) -> str:

@@ -15,7 +15,7 @@ from optuna_ttp.store import SpectrumStore
 from tests.cases import spectrum
 
 
-def test_blocks_are_kept_until_the_spectrum_is_stored(any_url: str) -> None:
+def test_blocks_stay_until_the_spectrum_is_stored(any_url: str) -> None:
     store = SpectrumStore(any_url)
     block = np.arange(12.0).reshape(3, 4).T
     checkpoint = store.checkpoint(spectrum().metadata.fingerprint, dtype="float64")
@@ -24,9 +24,9 @@ def test_blocks_are_kept_until_the_spectrum_is_stored(any_url: str) -> None:
     checkpoint.save_block("gram/1", np.zeros((700, 700), dtype=np.float32))
     checkpoint.save_block("gram/1", np.ones((700, 700), dtype=np.float32))
     successor = SpectrumStore(any_url).checkpoint(spectrum().metadata.fingerprint, dtype="float64")
-    found = successor.load_block("gram/0")
-    assert found is not None
-    np.testing.assert_array_equal(found, block)
+    loaded = successor.load_block("gram/0")
+    assert loaded is not None
+    np.testing.assert_array_equal(loaded, block)
     newer = successor.load_block("gram/1")
     assert newer is not None
     assert newer.dtype == np.float32
@@ -60,8 +60,8 @@ def test_blocks_of_two_that_both_believe_to_be_the_owner_leave_nothing_behind(
         list(pool.map(save, range(3)))
     store = SpectrumStore(any_url)
     assert store.verify().is_clean
-    found = store.checkpoint("f" * 64).load_block("gram/0")
-    assert found is None or len(set(found)) == 1
+    loaded = store.checkpoint("f" * 64).load_block("gram/0")
+    assert loaded is None or len(set(loaded)) == 1
 
 
 def test_a_damaged_block_is_computed_again(tmp_path: Path) -> None:

@@ -72,9 +72,9 @@ def test_a_sketch_is_filed_under_its_seed_and_the_width_that_memory_allows() -> 
     assert (first.metadata.seed, other.metadata.seed) == (0, 1)
     assert len(store.list()) == 2
     assert_equal(store.get_or_compute(task, seed=1, **settings), other)
-    found = store.get(task, engine="sketch", seed=1)
-    assert found is not None
-    assert_equal(found, other)
+    loaded = store.get(task, engine="sketch", seed=1)
+    assert loaded is not None
+    assert_equal(loaded, other)
     # 60 rows of 4096 numbers, twice: no wider sketch fits.
     narrow = store.get_or_compute(task, max_memory=60 * 4096 * 4 * 2, **settings)
     assert len(store.list()) == 3
@@ -125,13 +125,13 @@ def test_defaults_and_numpy_numbers_name_the_same_spectrum() -> None:
         "seed": 0,
     }
     first = store.get_or_compute(task, **spelled, **QUICK)
-    found = store.get(task)
-    assert found is not None
-    assert_equal(found, first)
+    loaded = store.get(task)
+    assert loaded is not None
+    assert_equal(loaded, first)
     cut = store.get_or_compute(task, rank=np.int64(3), explained_trace=np.float64(1.0), **QUICK)
-    found = store.get(task, rank=3, explained_trace=1)
-    assert found is not None
-    assert_equal(found, cut)
+    loaded = store.get(task, rank=3, explained_trace=1)
+    assert loaded is not None
+    assert_equal(loaded, cut)
 
 
 def test_a_misspelt_setting_is_refused_also_where_a_spectrum_is_stored() -> None:

@@ -30,7 +30,7 @@ def test_database_file_is_private(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="File permissions of POSIX.")
-def test_permissions_of_a_file_that_is_there_are_the_users_own(tmp_path: Path) -> None:
+def test_permissions_of_an_existing_file_stay(tmp_path: Path) -> None:
     path = tmp_path / "ttp.db"
     path.touch(mode=0o640)
     path.chmod(0o640)

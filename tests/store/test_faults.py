@@ -76,7 +76,7 @@ def test_two_that_race_leave_one_row(any_url: str) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Nothing is forked here.")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_uses_connections_of_its_own(any_url: str) -> None:
+def test_a_forked_process_opens_new_connections(any_url: str) -> None:
     store = SpectrumStore(any_url)
     store.put_learned("f" * 64, "seen", 0)
     context = multiprocessing.get_context("fork")
@@ -87,10 +87,10 @@ def test_a_forked_process_uses_connections_of_its_own(any_url: str) -> None:
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0] * 3
-    found = store.get_learned("f" * 64, "seen")
-    assert found is not None
+    loaded = store.get_learned("f" * 64, "seen")
+    assert loaded is not None
     # Also of those that say the same, none is lost.
-    assert (found.payload, found.version) == (40, 41)
+    assert (loaded.payload, loaded.version) == (40, 41)
 
 
 def _count(store: SpectrumStore) -> None:

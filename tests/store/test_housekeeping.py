@@ -19,13 +19,13 @@ from tests.store.examples import names_of
 
 
 def test_the_least_recently_used_make_way(any_url: str) -> None:
-    store, size = fill(any_url, "abcd")
+    store, n_bytes = fill(any_url, "abcd")
     # Reading is using.
     assert store.get(named("a").metadata.fingerprint, dtype="float64") is not None
-    assert store.prune(max_bytes=4 * size).n_evicted == 0
-    pruning = store.prune(max_bytes=2 * size)
+    assert store.prune(max_bytes=4 * n_bytes).n_evicted == 0
+    pruning = store.prune(max_bytes=2 * n_bytes)
     assert pruning.n_evicted == 2
-    assert pruning.n_bytes_left <= 2 * size
+    assert pruning.n_bytes_left <= 2 * n_bytes
     assert names_of(store) == "ad"
     assert store.verify().is_clean
     assert store.prune(max_bytes=0).n_bytes_left == 0
@@ -44,8 +44,8 @@ def test_what_somebody_works_on_is_not_evicted(any_url: str) -> None:
 
 
 def test_a_store_with_a_limit_keeps_to_it(any_url: str) -> None:
-    _, size = fill(any_url, "abc")
-    store = SpectrumStore(any_url, max_bytes=2 * size + size // 2)
+    _, n_bytes = fill(any_url, "abc")
+    store = SpectrumStore(any_url, max_bytes=2 * n_bytes + n_bytes // 2)
     store.put(named("d"), dtype="float64")
     assert names_of(store) == "cd"
     # The newest stays even where it alone is too large.

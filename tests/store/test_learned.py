@@ -21,10 +21,10 @@ def test_learned_values_come_back_with_their_version(any_url: str) -> None:
     payload = {"trials": [[1, 0.5], [2, None]], "name": "Über"}
     assert store.get_learned("f" * 64, "observations") is None
     assert store.put_learned("f" * 64, "observations", payload) == 1
-    found = store.get_learned("f" * 64, "observations")
-    assert found is not None
-    assert (found.payload, found.version) == (payload, 1)
-    assert found.updated_at.startswith("20")
+    loaded = store.get_learned("f" * 64, "observations")
+    assert loaded is not None
+    assert (loaded.payload, loaded.version) == (payload, 1)
+    assert loaded.updated_at.startswith("20")
     assert store.put_learned("f" * 64, "observations", [], version=1) == 2
     for other in (
         store.get_learned("e" * 64, "observations"),
@@ -41,9 +41,9 @@ def test_learned_values_are_not_overwritten_unseen(any_url: str, version: int) -
     store.put_learned("f" * 64, "observations", "second", version=1)
     with pytest.raises(LearnedConflictError, match=rf"version {version} to be replaced"):
         store.put_learned("f" * 64, "observations", "mine", version=version)
-    found = store.get_learned("f" * 64, "observations")
-    assert found is not None
-    assert found.payload == "second"
+    loaded = store.get_learned("f" * 64, "observations")
+    assert loaded is not None
+    assert loaded.payload == "second"
 
 
 def _with(mine: list[int], old: list[list[int]] | None) -> list[list[int]]:
@@ -62,10 +62,10 @@ def test_no_merge_is_lost(any_url: str) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    found = SpectrumStore(any_url).get_learned("f" * 64, "seen")
-    assert found is not None
-    assert sorted(found.payload) == [[w, i] for w in range(4) for i in range(8)]
-    assert found.version == 32
+    loaded = SpectrumStore(any_url).get_learned("f" * 64, "seen")
+    assert loaded is not None
+    assert sorted(loaded.payload) == [[w, i] for w in range(4) for i in range(8)]
+    assert loaded.version == 32
 
 
 @pytest.mark.parametrize("payload", [float("nan"), {"a": {1, 2}}, [np.float32(1)], b"bytes"])

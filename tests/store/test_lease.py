@@ -7,10 +7,13 @@ import threading
 import time
 
 import pytest
+import sqlalchemy as sa
 
 from optuna_ttp.store import _lease
 from optuna_ttp.store import SpectrumStore
 from optuna_ttp.store._database import Database
+from optuna_ttp.store._schema import DatabaseTime
+from optuna_ttp.store._schema import leases
 from tests.store.examples import end_leases
 from tests.store.examples import holders
 from tests.store.examples import QUICK
@@ -59,9 +62,9 @@ def test_only_one_takes_over(any_url: str) -> None:
     taken: list[bool] = []
 
     def take() -> None:
-        own = Database(any_url)
+        database = Database(any_url)
         start.wait()
-        taken.append(_lease.acquire(own, "a", 60.0) is not None)
+        taken.append(_lease.acquire(database, "a", 60.0) is not None)
 
     threads = [threading.Thread(target=take) for _ in range(6)]
     for thread in threads:
@@ -92,9 +95,9 @@ def test_an_owner_that_lost_its_lease_says_so_and_releases_nothing(
     assert lease is not None
     logging.getLogger("optuna").addHandler(caplog.handler)
     with lease:
-        end_leases(any_url)
-        successor = _lease.acquire(database, "a", 60.0)
-        assert successor is not None
+        # In one statement: the owner's next sign of life must not come between two.
+        taken_over = {"owner": "successor", "expires_at": DatabaseTime() + 60.0}
+        database.write(lambda c: c.execute(sa.update(leases).values(taken_over)))
         deadline = time.monotonic() + 30
         while "Another worker has taken over" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -43,9 +43,9 @@ def test_large_arrays_go_to_the_folder(any_url: str, folder: Path) -> None:
     np.testing.assert_array_equal(Spectrum.load(file).eigenvalues, named("a").eigenvalues)
     reader = SpectrumStore(any_url, object_folder=folder)
     for name, settings in (("a", {}), ("b", {"rank": 1})):
-        found = reader.get(named(name).metadata.fingerprint, dtype="float64", **settings)
-        assert found is not None
-        assert found.metadata.name == name
+        loaded = reader.get(named(name).metadata.fingerprint, dtype="float64", **settings)
+        assert loaded is not None
+        assert loaded.metadata.name == name
     with pytest.raises(StoreError, match=r"lie in an object folder. Open the store with obj"):
         SpectrumStore(any_url).get(named("a").metadata.fingerprint, dtype="float64")
     assert reader.verify().is_clean

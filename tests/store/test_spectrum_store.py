@@ -52,9 +52,9 @@ def test_put_keeps_what_is_there() -> None:
     later = replace(original, metadata=replace(original.metadata, name="later"))
     store.put(original)
     store.put(later)
-    found = store.get(original.metadata.fingerprint)
-    assert found is not None
-    assert_equal(found, original)
+    loaded = store.get(original.metadata.fingerprint)
+    assert loaded is not None
+    assert_equal(loaded, original)
 
 
 @pytest.mark.parametrize("method", ["get", "put"])

@@ -146,7 +146,7 @@ class _Buckets:
         return len(self._batches)
 
 
-def test_loader_with_a_batch_sampler_of_its_own() -> None:
+def test_loader_with_a_custom_batch_sampler() -> None:
     loader = DataLoader(TensorDataset(*vectors()), batch_sampler=_Buckets([[3, 1], [2], [0, 7]]))
     _assert_reads_in_order(loader, [3, 1, 2, 0, 7])
 

@@ -201,8 +201,8 @@ def test_fingerprint_stays_while_forward_counts_its_calls() -> None:
 
 def constants_of_any_order(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """A set of strings, whose order depends on the process, among the function's constants."""
-    kept = {k: v for k, v in inputs.items() if k in {"input_ids", "attention_mask", "a", "b"}}
-    outputs: torch.Tensor = model(**kept).logits
+    arguments = {k: v for k, v in inputs.items() if k in {"input_ids", "attention_mask", "a", "b"}}
+    outputs: torch.Tensor = model(**arguments).logits
     return outputs
 
 
