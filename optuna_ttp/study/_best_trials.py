@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 import math
 from typing import TYPE_CHECKING
 
@@ -21,24 +22,26 @@ if TYPE_CHECKING:
     from optuna_ttp.prediction import SearchPredictor
 
 
-# So large a share of the completed trials count as the best ones, and no more than so many: their
-# curves are read for every decision.
-_BEST = 0.25
-_MOST = 16
+@dataclass(frozen=True)
+class BestTrialsRules:
+    """Which completed trials count as the best ones.
+
+    Attributes:
+        share:
+            This share of the completed trials. Not ablated yet.
+        most:
+            At most so many, because their curves are read for every decision.
+    """
+
+    share: float = 0.25
+    most: int = 16
+
+
+RULES = BestTrialsRules()
 
 
 def incumbent(study: Study, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    """Return the best completed trial.
-
-    Args:
-        study:
-            The study.
-        trials:
-            Its trials.
-
-    Returns:
-        The trial, or :obj:`None` where none has completed or there are several objectives.
-    """
+    """Return the best completed trial, if one has completed and there is a single objective."""
     best = _ranked(study, trials)
     return best[0] if best else None
 
@@ -46,21 +49,12 @@ def incumbent(study: Study, trials: Sequence[FrozenTrial]) -> FrozenTrial | None
 def best_depth(study: Study, trials: Sequence[FrozenTrial], predictor: SearchPredictor) -> float:
     """Return how far training has to get at least for a value among the best ones.
 
-    Args:
-        study:
-            The study.
-        trials:
-            Its trials.
-        predictor:
-            Knows the initial training loss.
-
-    Returns:
-        The logarithm of the initial training loss over the last one of that trial among the best
-        quarter of the completed ones, of 16 at most, that got least far; infinity where no curve
-        tells.
+    That is the logarithm of the initial training loss over the last one of that trial among the
+    best that got least far; infinity if none of them has a curve. The predictor knows the initial
+    training loss.
     """
     ranked = _ranked(study, trials)
-    best = ranked[: min(_MOST, math.ceil(_BEST * len(ranked)))]
+    best = ranked[: min(RULES.most, math.ceil(RULES.share * len(ranked)))]
     initial = InitialLoss.of(predictor)
     losses = [loss for t in best if not math.isnan(loss := final_loss(t, initial))]
     if not losses:
@@ -69,6 +63,7 @@ def best_depth(study: Study, trials: Sequence[FrozenTrial], predictor: SearchPre
 
 
 def _ranked(study: Study, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the completed trials, best first."""
     if is_multi_objective(study):
         return []
     sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0

@@ -41,13 +41,34 @@ if TYPE_CHECKING:
 
 
 _Predictor = TypeVar("_Predictor", bound="SearchPredictor")
-# While fewer trials are finished every one counts; at the most so many are waited for.
-_FEW = 8
-_MOST_NEW = 32
-# What so many predictors have learned from one study is remembered; sampler and pruner are two.
-_MOST_PREDICTORS = 8
-# Nothing older than the newest so many trials is predicted afterwards.
-_MOST_LATE = 256
+
+
+@dataclass(frozen=True)
+class LearnerRules:
+    """How often a predictor learns from a study, and from what.
+
+    Attributes:
+        n_every:
+            While fewer trials are finished, the predictor learns from every one, and from what
+            running ones have recorded. Not ablated yet.
+        most_awaited:
+            It learns anew after so many further trials at the latest, so that its cost does not
+            grow with the study (``benchmarks/search/overhead.py``).
+        most_predicted_late:
+            Of finished trials without a prediction only the newest so many are predicted
+            afterwards. Not ablated yet.
+        most_predictors:
+            What so many predictors have learned from one study is remembered. Sampler and pruner
+            have two at most.
+    """
+
+    n_every: int = 8
+    most_awaited: int = 32
+    most_predicted_late: int = 256
+    most_predictors: int = 8
+
+
+RULES = LearnerRules()
 
 
 def observations_of(
@@ -55,41 +76,20 @@ def observations_of(
     predictor: SearchPredictor,
     hyperparameters: HyperparameterMap | None = None,
 ) -> list[Observation]:
-    """Return what a study's trials tell about a predictor.
+    """Return what a study's trials tell about a predictor, one observation for each trial.
 
-    Finished, pruned, failed and running trials alike, in the order of their numbers, as far as
-    they have a usable curve and no prediction for another task. Finished ones for which nothing
-    was predicted before they ran, as where their process was killed or another sampler began the
-    study, are predicted now, by the predictor as it is. What cannot be used is reported once.
-
-    Args:
-        study:
-            The study.
-        predictor:
-            Knows the task. Predictions for another one are left out.
-        hyperparameters:
-            Which trial parameter is which hyperparameter. The parameters ``"learning_rate"``,
-            ``"batch_size"`` and ``"momentum"`` by default.
-
-    Returns:
-        One observation a trial.
+    Finished, pruned, failed and running trials count alike, in the order of their numbers, if
+    they have a usable curve and no prediction for another task. A finished trial for which nothing
+    was predicted before it ran, because its process was killed or another sampler began the
+    study, is predicted now, by the predictor as it is. The study is warned once of each kind of
+    curve that cannot be used. By default the parameters have the names of the hyperparameters.
     """
     trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
     return _observations(study, predictor, trials, hyperparameters or HyperparameterMap())
 
 
 def informed_by(study: optuna.Study, predictor: _Predictor) -> _Predictor:
-    """Return the predictor as a study's trials have corrected it, steps and seconds.
-
-    Args:
-        study:
-            The study.
-        predictor:
-            The predictor.
-
-    Returns:
-        A predictor that shares everything else with this one.
-    """
+    """Return the predictor as a study's trials have corrected its steps and its seconds."""
     return predictor.informed(observations_of(study, predictor))
 
 
@@ -137,7 +137,7 @@ class LearnerMemory:
     def remember(self, learned: _Learned) -> None:
         """Remember what a predictor has learned; what it had learned before is forgotten."""
         others = [one for one in self._learned if one.given is not learned.given]
-        self._learned = [*others, learned][-_MOST_PREDICTORS:]
+        self._learned = [*others, learned][-RULES.most_predictors :]
 
 
 class Learner:
@@ -145,14 +145,8 @@ class Learner:
 
     Every finished trial counts at first, and while there are fewer than eight also what running
     ones have recorded. Later it learns anew from every second trial, every fourth, and so on up to
-    every thirty-second. It depends on the trials alone when that is, so that a study which was put
+    every thirty-second. When it learns depends on the trials alone, so that a study which was put
     aside goes on as it would have.
-
-    Args:
-        predictor:
-            The predictor.
-        hyperparameters:
-            Which trial parameter is which hyperparameter.
     """
 
     def __init__(self, predictor: SearchPredictor, hyperparameters: HyperparameterMap) -> None:
@@ -160,24 +154,14 @@ class Learner:
         self._map = hyperparameters
 
     def informed(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> SearchPredictor:
-        """Return the predictor as a study's trials have corrected it.
-
-        Args:
-            study:
-                The study.
-            trials:
-                Its finished and running trials, as they were just read.
-
-        Returns:
-            A predictor that shares everything else with the given one.
-        """
+        """Return the predictor as a study's trials, finished and running, have corrected it."""
         finished = [trial for trial in trials if trial.state in FINISHED]
-        step = min(2 ** max(0, (len(finished) // _FEW).bit_length() - 1), _MOST_NEW)
-        n_finished = len(finished) - len(finished) % step
-        under_way: list[FrozenTrial] = []
-        if n_finished < _FEW:
-            under_way = [t for t in trials if t.state not in FINISHED]
-        curves = ((t.number, curve_of(t)) for t in under_way)
+        doublings = max(0, (len(finished) // RULES.n_every).bit_length() - 1)
+        n_finished = len(finished) - len(finished) % min(2**doublings, RULES.most_awaited)
+        running_trials: list[FrozenTrial] = []
+        if n_finished < RULES.n_every:
+            running_trials = [t for t in trials if t.state not in FINISHED]
+        curves = ((t.number, curve_of(t)) for t in running_trials)
         running = tuple(
             (n, float(record.curve.n_steps))
             for n, record in curves
@@ -191,22 +175,15 @@ class Learner:
             last = memory.learned_by(self._predictor)
             if last is not None and (last.n_finished, last.running) == (n_finished, running):
                 return last.predictor
-            used = [*sorted(finished, key=lambda t: t.number)[:n_finished], *under_way]
-            twin = self._predictor.informed(_observations(study, self._predictor, used, self._map))
-            memory.remember(_Learned(self._predictor, twin, n_finished, running))
-            warn_of_predictions(study, twin)
-            return twin
+            used = [*sorted(finished, key=lambda t: t.number)[:n_finished], *running_trials]
+            observations = _observations(study, self._predictor, used, self._map)
+            informed = self._predictor.informed(observations)
+            memory.remember(_Learned(self._predictor, informed, n_finished, running))
+            warn_of_predictions(study, informed)
+            return informed
 
     def last(self, study: optuna.Study) -> SearchPredictor:
-        """Return the predictor as it was last corrected.
-
-        Args:
-            study:
-                The study.
-
-        Returns:
-            The given one where nothing was learned yet.
-        """
+        """Return the predictor as it was last corrected, or as it was given."""
         last = state_of(study).part(LearnerMemory).learned_by(self._predictor)
         return self._predictor if last is None else last.predictor
 
@@ -217,10 +194,11 @@ def _observations(
     trials: Sequence[FrozenTrial],
     mapping: HyperparameterMap,
 ) -> list[Observation]:
+    """Return what these trials tell, apart from curves that only several together give away."""
     memory = state_of(study).part(LearnerMemory)
     known = memory.observations.setdefault(predictor.fingerprint, {})
     ordered = sorted(trials, key=lambda t: t.number)
-    late = {t.number for t in ordered[-_MOST_LATE:] if t.state in FINISHED}
+    late = {t.number for t in ordered[-RULES.most_predicted_late :] if t.state in FINISHED}
     observations = {}
     for trial in ordered:
         if trial.number in known:
@@ -233,11 +211,11 @@ def _observations(
                 known[trial.number] = one
         if one is not None:
             observations[trial.number] = one
-    found = joint_objections(memory.starts)
-    if found:
-        number = min(found)
-        warn_of_curve(study, number, found[number])
-    return [one for number, one in observations.items() if number not in found]
+    objections = joint_objections(memory.starts)
+    if objections:
+        number = min(objections)
+        warn_of_curve(study, number, objections[number])
+    return [one for number, one in observations.items() if number not in objections]
 
 
 def observation_in(
@@ -246,22 +224,10 @@ def observation_in(
     predictor: SearchPredictor,
     hyperparameters: HyperparameterMap | None,
 ) -> Observation | None:
-    """Return what a trial of a study tells about a predictor, and say once what cannot be used.
+    """Return what a trial of a study tells about a predictor, and warn of what cannot be used.
 
-    Args:
-        study:
-            The study.
-        trial:
-            The trial.
-        predictor:
-            Knows the task.
-        hyperparameters:
-            To predict what was not predicted before the trial ran. Nothing is, where there are
-            none.
-
-    Returns:
-        The observation, or :obj:`None` where the trial has no prediction for this task or no
-        usable curve.
+    It is :obj:`None` if the trial has no prediction for the predictor's task, or no usable curve.
+    With ``hyperparameters`` a trial without a prediction is predicted now.
     """
     prediction = prediction_of(trial)
     if prediction is None and hyperparameters is not None:
@@ -302,27 +268,28 @@ def _warn_of_gaps(study: optuna.Study, number: int, n_gaps: int) -> None:
 def _late_prediction(
     trial: FrozenTrial, predictor: SearchPredictor, mapping: HyperparameterMap
 ) -> PredictionRecord | UnusableCurve | None:
-    """What would have been predicted for a trial, nothing where it has no curve.
+    """Return what would have been predicted for a trial that has a curve.
 
-    It is that of the given predictor, which has not learned from the trial.
+    The given predictor has not learned from the trial. Return why it cannot predict, or
+    :obj:`None` if there is nothing to say.
     """
     if curve_attribute(trial) is None:
         return None
     started = time.perf_counter()
     mapping = mapping.with_default_momentum(predictor.default_momentum)
-    # It may be in a branch of a conditional space; then that was written when it began.
-    known = decision_of(trial) is not None
+    # In a branch of a conditional space that has no prediction, a decision was written.
+    is_decided = decision_of(trial) is not None
     try:
         configuration = mapping.resolve(trial.params)
         if configuration is None:
-            nameless = mapping == HyperparameterMap() and trial.params and not known
+            nameless = mapping == HyperparameterMap() and trial.params and not is_decided
             return _nameless(trial) if nameless else None
         configuration = configuration.clipped(predictor.n_samples)
         prediction = predictor.estimate(*configuration)
     except MissingParameterError:
-        return None if known else _nameless(trial)
+        return None if is_decided else _nameless(trial)
     except (TypeError, ValueError):
-        # Its objective may have failed for just that.
+        # Its objective may have failed because of the same values.
         return None
     return PredictionRecord.of(
         predictor,
@@ -334,6 +301,7 @@ def _late_prediction(
 
 
 def _nameless(trial: FrozenTrial) -> UnusableCurve:
+    """Return that the hyperparameters of a trial are not among its parameters."""
     names = ", ".join(map(repr, sorted(trial.params)))
     return UnusableCurve(
         "names",

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 
-# Points at which the Gaussian process' acquisition function is weighed.
+# Points at which the Gaussian process' acquisition function is weighed. Not ablated yet.
 _N_POINTS = 512
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _T = TypeVar("_T")
@@ -45,9 +45,13 @@ def remembered_for(study: optuna.Study, make: Callable[[], _T]) -> _T:
     module has to keep a registry of studies. The id alone does not tell studies apart: it is the
     same in any two in-memory storages.
     """
-    # Both calls are atomic, so that threads get the same object.
-    studies = vars(study._storage).setdefault(_REMEMBERED, _RememberedStudies())
-    return cast(_T, studies.setdefault(study._study_id, make()))
+    studies = vars(study._storage).get(_REMEMBERED)
+    # Setting a default is atomic, so that threads get the same objects.
+    if studies is None:
+        studies = vars(study._storage).setdefault(_REMEMBERED, _RememberedStudies())
+    if study._study_id not in studies:
+        studies.setdefault(study._study_id, make())
+    return cast(_T, studies[study._study_id])
 
 
 def write_user_attr(study: optuna.Study, trial: FrozenTrial, key: str, value: Any) -> None:
@@ -71,7 +75,7 @@ def frozen(trial: optuna.trial.Trial) -> FrozenTrial:
 
 
 def fail_trial(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Mark a trial as failed that cannot even begin, so that it does not stay running for ever."""
+    """Mark a trial that cannot begin as failed, so that it does not stay running for ever."""
     study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
@@ -93,10 +97,7 @@ def fixed_params(
 ) -> dict[str, Any]:
     """Return what an enqueued trial, or a sampler around the one in use, has fixed.
 
-    Args:
-        study: The study.
-        trial: The running trial.
-        stored: The same as it was just read from the storage, where it was.
+    ``stored`` is the running trial as it was just read from the storage, if it was.
     """
     fixed = inner_fixed_params(study.sampler)
     attributes = trial.system_attrs if stored is None else stored.system_attrs
@@ -143,16 +144,10 @@ def weighed(
     """Call a sampler with something added to its acquisition function, in one pass.
 
     The sampler scores its own candidates, draws no more than once, and itself tells other workers
-    what it chose, as their constant liar needs it.
-
-    Args:
-        base: The sampler. It is used through a copy, because threads may share it.
-        weigh: Adds to the logarithm of how good candidates are.
-        propose: Gives up to so many further candidates, of all or of some of the parameters.
-        call: Calls it.
-
-    Returns:
-        What the call returns.
+    what it chose, as their constant liar needs it. It is used through a copy, because threads may
+    share it. ``weigh`` gives what to add to the logarithm of how good candidates are; ``propose``
+    gives up to so many further candidates, with all or some of the parameters. Return what
+    ``call`` returns for the copy.
     """
     mixin = _WeighedTPE if isinstance(base, TPESampler) else _WeighedGP
     copied: Any = object.__new__(_mixed(mixin, type(base)))
@@ -166,10 +161,13 @@ def weighed(
 
 @lru_cache
 def _mixed(mixin: type, base: type) -> type:
+    """Return the class of a sampler that is weighed; made once for each class of sampler."""
     return type(f"Weighed{base.__name__}", (mixin, base), {})
 
 
 class _WeighedTPE:
+    """A TPE sampler whose candidates are weighed, and are joined by proposed ones."""
+
     _weigh: Weigh
     _propose: Callable[[int], list[dict[str, Any]]]
 
@@ -204,6 +202,8 @@ class _WeighedTPE:
 
 
 class _WeighedGP:
+    """A Gaussian-process sampler that also weighs random points with its own best one."""
+
     _weigh: Weigh
     _propose: Callable[[int], list[dict[str, Any]]]
 

@@ -22,22 +22,11 @@ if TYPE_CHECKING:
 def resolve_for_trial(
     mapping: HyperparameterMap, study: Study, trial: FrozenTrial
 ) -> Configuration | None:
-    """Return a trial's hyperparameters, telling a conditional parameter from a wrong name.
+    """Return a trial's hyperparameters, with its parameters suggested.
 
-    Args:
-        mapping:
-            The map.
-        study:
-            The study.
-        trial:
-            The trial, with its parameters suggested.
-
-    Returns:
-        The hyperparameters, or :obj:`None` where the map does not apply to this trial.
-
-    Raises:
-        ValueError:
-            If the map reads a parameter that no trial of the study has.
+    It is :obj:`None` if the map does not apply to the trial, because a parameter that it reads
+    belongs to another branch of a conditional space. Raise ValueError if no trial of the study has
+    that parameter: its name is wrong.
     """
     try:
         return mapping.resolve(trial.params)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import dataclass
 import math
 import time
 from types import TracebackType
@@ -32,11 +33,30 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
-# Whoever asks about a running trial gets what was recorded once that is so many times as much as
-# was written, and not after a few losses only.
-_MORE, _FEW = 1.5, 6
-# Nobody takes so many optimiser steps.
-_TOO_MANY = 10**12
+@dataclass(frozen=True)
+class TrainingLogRules:
+    """When a log writes its curve to the trial.
+
+    Attributes:
+        first_write:
+            After so many losses it is written for the first time, then after twice as many each
+            time: what is written as training goes on survives a killed process.
+        more:
+            If somebody asks about the running trial, it is written once so many times as many
+            losses were recorded as are written. Not ablated yet.
+        few:
+            But not before so many times this many. Not ablated yet.
+        most_steps:
+            Nobody takes so many optimiser steps: larger numbers are no steps.
+    """
+
+    first_write: int = 32
+    more: float = 1.5
+    few: int = 6
+    most_steps: int = 10**12
+
+
+RULES = TrainingLogRules()
 
 
 class TrainingLog:
@@ -75,7 +95,7 @@ class TrainingLog:
         self._losses: list[float] = []
         self._steps: list[int] = []
         self._times: list[float] = []
-        self._next_write = 32
+        self._next_write = RULES.first_write
         self._n_written = 0
         self._unusable: UnusableCurve | None = None
         self._written: dict[str, Any] | None = None
@@ -100,8 +120,9 @@ class TrainingLog:
 
     @property
     def is_much_behind(self) -> bool:
-        """Whether half as many were recorded as are written, and some more."""
-        return self.is_behind and len(self._losses) >= _MORE * max(self._n_written, _FEW)
+        """Whether many more losses were recorded than are written."""
+        enough = RULES.more * max(self._n_written, RULES.few)
+        return self.is_behind and len(self._losses) >= enough
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -214,19 +235,20 @@ class TrainingLog:
         return False
 
     def _refuse(self, kind: str, reason: str) -> None:
-        """Leave the curve out, and say so once."""
+        """Leave the curve out, and warn once."""
         if self._unusable is None:
             self._unusable = UnusableCurve(kind, reason)
             self._warn(self._unusable)
 
     def _warn(self, what: UnusableCurve) -> None:
+        """Warn of something, once for this log."""
         if what.kind not in self._warned_kinds:
             self._warned_kinds.add(what.kind)
             study = getattr(self._trial, "study", None)
             warn_of_curve(study, self._trial.number, what)
 
     def _seconds_per_step(self) -> float:
-        """The median over the steps: pauses for validation or another process do not count."""
+        """Return the median over the steps, which pauses for validation do not change."""
         if not self._measure_speed or len(self._times) < 3:
             return math.nan
         return float(np.median(np.diff(self._times) / np.diff(self._steps)))
@@ -237,6 +259,7 @@ class _OpenLogs(weakref.WeakSet[TrainingLog]):
 
 
 def _logs_of(study: optuna.Study, trial: FrozenTrial) -> list[TrainingLog]:
+    """Return the logs of a trial that are alive in this process."""
     state = state_of(study)
     with state.lock:
         return [log for log in state.part(_OpenLogs) if log.is_of(trial)]
@@ -245,16 +268,8 @@ def _logs_of(study: optuna.Study, trial: FrozenTrial) -> list[TrainingLog]:
 def as_logged(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial:
     """Return a running trial with what its log in this process has recorded meanwhile.
 
-    The log is written where it has become half as long again.
-
-    Args:
-        study:
-            The study.
-        trial:
-            As the storage has it.
-
-    Returns:
-        The trial itself, or a copy with the newer curve.
+    That is the trial itself, as the storage has it, or a copy with the newer curve. The log is
+    written to the storage if it has become half as long again.
     """
     for log in _logs_of(study, trial):
         if log.is_much_behind:
@@ -287,7 +302,7 @@ def unclosed(study: optuna.Study, trial: FrozenTrial) -> UnusableCurve | None:
 
 
 def _number(loss: Any) -> float:
-    """The loss as a number. A tensor that requires gradients warns when converted, not here."""
+    """Return the loss as a number, without the warning of a tensor that requires gradients."""
     item = getattr(loss, "item", None)
     try:
         if isinstance(loss, bool | str | bytes):
@@ -303,7 +318,7 @@ def _number(loss: Any) -> float:
 
 
 def _place(step: Any) -> int | None:
-    """The number of steps; none where there are not so many, or not a whole number of them."""
+    """Return the number of steps, None if it is not whole or impossible."""
     plain = step.item() if getattr(step, "shape", None) == () else step
     if isinstance(plain, float):
         if not plain.is_integer():
@@ -311,4 +326,4 @@ def _place(step: Any) -> int | None:
         plain = int(plain)
     if isinstance(plain, bool) or not isinstance(plain, int | np.integer):
         raise TypeError(f"step must be a whole number of optimiser steps but got {step!r}.")
-    return int(plain) if 0 <= plain < _TOO_MANY else None
+    return int(plain) if 0 <= plain < RULES.most_steps else None
