@@ -320,12 +320,12 @@ def update_summary(folder: Path, figures_to_keep: dict[str, float]) -> None:
 
 
 def geometric_mean_over_seeds(
-    passage: Callable[[int], NDArray[np.float64]], n_seeds: int
+    times_of_seed: Callable[[int], NDArray[np.float64]], n_seeds: int
 ) -> NDArray[np.float64]:
     """Return the geometric mean of times over seeds; infinite where most seeds do not get there.
 
     Args:
-        passage:
+        times_of_seed:
             From a seed to times of any shape.
         n_seeds:
             How many seeds.
@@ -333,7 +333,7 @@ def geometric_mean_over_seeds(
     Returns:
         Times of that shape.
     """
-    times = np.array([passage(seed) for seed in range(n_seeds)])
+    times = np.array([times_of_seed(seed) for seed in range(n_seeds)])
     finite = np.isfinite(times)
     logs = np.where(finite, np.log(np.where(finite, np.maximum(times, 1e-9), 1.0)), 0.0)
     mean = np.exp(logs.sum(axis=0) / np.maximum(finite.sum(axis=0), 1))

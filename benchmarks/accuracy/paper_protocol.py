@@ -115,7 +115,7 @@ def _predicted(spectrum: Spectrum, method: str, runs: list[Any]) -> NDArray[np.f
     if method == "noiseless":
         sizes = [spectrum.n_samples] * len(runs)
 
-    def passage(seed: int) -> NDArray[np.float64]:
+    def times_of_seed(seed: int) -> NDArray[np.float64]:
         predictor = TrainingTimePredictor(
             spectrum,
             target_epsilon=0.1,
@@ -135,7 +135,7 @@ def _predicted(spectrum: Spectrum, method: str, runs: list[Any]) -> NDArray[np.f
         )
 
     noisy = method in ("linear", "sde") and min(sizes) < spectrum.n_samples
-    return geometric_mean_over_seeds(passage, _N_SEEDS if noisy else 1)
+    return geometric_mean_over_seeds(times_of_seed, _N_SEEDS if noisy else 1)
 
 
 def _write(points: dict[str, list[Point]], n_short: int, output: Path) -> None:

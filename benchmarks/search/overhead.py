@@ -74,7 +74,7 @@ def main() -> None:
     document = {"environment": environment(), **figures}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "overhead.json").write_text(json.dumps(document, indent=2) + "\n")
-    text = _told(document)
+    text = _text(document)
     (options.output / "overhead.md").write_text(text)
     print(text)
 
@@ -177,7 +177,7 @@ def _choosing(
     }
 
 
-def _told(document: dict[str, Any]) -> str:
+def _text(document: dict[str, Any]) -> str:
     where = document["environment"]
     updates = ", ".join(f"{ms:.0f} ms after {n:,}" for n, ms in document["update_ms"].items())
     return "\n".join(

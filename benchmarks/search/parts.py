@@ -5,8 +5,8 @@ are more than two. With the whole grids there are forty, whose searches are coun
 trials, the setup aside. Adds a line a search to ``results/parts.csv`` under a label, replacing
 those of the same one, and writes the means of all labels to ``results/parts.md``.
 
-Also counts the recorded runs that are thrown back to where they began, as our pruner sees them
-epoch by epoch, and what becomes of them: ``results/setbacks.json``.
+Also counts the recorded runs whose loss rises back to where it began, as our pruner sees them
+epoch by epoch, and what becomes of them: ``results/risen_runs.json``.
 
 Run with ``python -m benchmarks.search.parts LABEL`` (ten minutes).
 """
@@ -73,9 +73,9 @@ def main() -> None:
             print(f"{name}, {goal}", flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
     _keep(options.output, options.label, rows)
-    figures = setbacks(names, options.recordings)
+    figures = risen_runs(names, options.recordings)
     text = json.dumps({**figures, "environment": environment()}, indent=2)
-    (options.output / "setbacks.json").write_text(text + "\n")
+    (options.output / "risen_runs.json").write_text(text + "\n")
 
 
 def part_of(whole: Table, k: int) -> Table:
@@ -129,9 +129,9 @@ def searches(part: Table, recordings: Path, k: int, n_seeds: int) -> list[dict[s
     rows = []
     for seed in range(n_seeds):
         ours = contestants.players(contestants.OURS[0], part, seed, lambda: predictor)
-        found = replay(part, ours.sampler, ours.pruner, budget_seconds=budget, logged=True)
-        trials = min(found.seconds_to_close, budget) / part.mean_seconds
-        winners, pruned = found.winners()
+        search = replay(part, ours.sampler, ours.pruner, budget_seconds=budget, logged=True)
+        trials = min(search.seconds_to_close, budget) / part.mean_seconds
+        winners, pruned = search.winners()
         rows.append(
             {
                 "goal": part.goal,
@@ -146,8 +146,8 @@ def searches(part: Table, recordings: Path, k: int, n_seeds: int) -> list[dict[s
     return rows
 
 
-def setbacks(names: list[str], recordings: Path) -> dict[str, Any]:
-    """Count the recorded runs that are thrown back, and what becomes of them.
+def risen_runs(names: list[str], recordings: Path) -> dict[str, Any]:
+    """Count the recorded runs whose loss rises back to its start, and what becomes of them.
 
     Args:
         names:
@@ -165,15 +165,22 @@ def setbacks(names: list[str], recordings: Path) -> dict[str, Any]:
         predictor, _ = predictor_of(name, recordings)
         for places, run in table.trajectories.items():
             n_runs += 1
-            rate, size, mass = (v[i] for v, i in zip(table.values.values(), places, strict=True))
-            told = predictor.estimate(rate, min(int(size), predictor.n_samples), mass)
+            rate, batch_size, momentum = (
+                v[i] for v, i in zip(table.values.values(), places, strict=True)
+            )
+            predicted = predictor.estimate(
+                rate, min(int(batch_size), predictor.n_samples), momentum
+            )
             epochs = len(run.seconds)
             for k in range(max(1, int(np.ceil(_EARLIEST * epochs))), epochs):
                 losses: NDArray[np.float64] = np.concatenate(run.batch_losses[:k])
                 if not np.isfinite(losses).all():
                     break
-                passages = told.log_first_passage_times, told.expected_log_first_passage_times
-                if is_thrown_back(LossCurve.of(losses), *passages, run.training_losses[0]):
+                times = (
+                    predicted.log_first_passage_times,
+                    predicted.expected_log_first_passage_times,
+                )
+                if is_thrown_back(LossCurve.of(losses), *times, run.training_losses[0]):
                     shares.append(k / epochs)
                     n_reached += bool(np.nanmin(run.training_losses[k:]) <= predictor.target.value)
                     n_close += table.is_close(run.value)

@@ -137,7 +137,7 @@ def search(task: SearchTask, contestant: str, seed: int, budget: float) -> list[
         seed:
             Of the sampler.
         budget:
-            In seconds of processor time. A trial that is under way then is not counted.
+            In seconds of processor time. A trial that still runs then is not counted.
 
     Returns:
         A line a trial.
@@ -188,7 +188,7 @@ def _train(task: SearchTask, trial: optuna.Trial, *, logged: bool) -> tuple[int,
     """The objective as a user writes it: epochs trained, and the last validation accuracy."""
     rates = task.grid.learning_rates
     rate = trial.suggest_float("learning_rate", rates[0], rates[-1], log=True)
-    size = trial.suggest_categorical("batch_size", task.grid.batch_sizes)
+    batch_size = trial.suggest_categorical("batch_size", task.grid.batch_sizes)
     momentum = trial.suggest_float("momentum", 0.0, 0.99)
     if trial.should_prune():
         return 0, math.nan
@@ -198,7 +198,7 @@ def _train(task: SearchTask, trial: optuna.Trial, *, logged: bool) -> tuple[int,
     log = TrainingLog(trial) if logged else None
     accuracy = math.nan
     for k in range(task.grid.n_epochs):
-        for loss in epoch(model, task, optimiser, size, generator):
+        for loss in epoch(model, task, optimiser, batch_size, generator):
             if log is not None:
                 log.step(loss)
             if not math.isfinite(loss):
