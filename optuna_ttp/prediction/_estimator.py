@@ -1,389 +1,395 @@
-"""What sampler and pruner ask: many configurations at once, from the response surface."""
+"""Times as trials have corrected them, from the simulation or from the response surface."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from dataclasses import replace
+from functools import cached_property
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from numpy.typing import NDArray
 
 from optuna_ttp.calibration import Calibration
+from optuna_ttp.calibration import covariates
 from optuna_ttp.calibration import DEPTHS
+from optuna_ttp.calibration import displacement
+from optuna_ttp.calibration import is_reliable
+from optuna_ttp.calibration import kernel_mismatch
 from optuna_ttp.calibration import KNOTS
+from optuna_ttp.calibration import linearisation_sd
 from optuna_ttp.calibration import Observation
+from optuna_ttp.calibration import probability_below
+from optuna_ttp.calibration import SimulatedFirstPassages
+from optuna_ttp.calibration import stability_sd
+from optuna_ttp.calibration import Z_90
+from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import ResponseSurface
-from optuna_ttp.dynamics import Target
+from optuna_ttp.dynamics import Trajectories
 from optuna_ttp.prediction._configurations import Configurations
-from optuna_ttp.prediction._corrected_path import CorrectedPath
-from optuna_ttp.prediction._curves import Curves
 from optuna_ttp.prediction._first_passage_times import FirstPassageTimes
+from optuna_ttp.prediction._outcome import Outcome
 from optuna_ttp.prediction._prediction import Prediction
+from optuna_ttp.prediction._rules import RULES
+from optuna_ttp.prediction._simulator import Simulator
 from optuna_ttp.spectrum import Throughput
 
 
-# Simulations without corrections go on for up to so many times the horizon, as a logarithm.
-_MOST_SLACK = 3.0
-# What the surface gave up is simulated for so many times as long.
-_PATIENT = 20.0
-
-
+@dataclass(frozen=True, eq=False)
 class Estimator:
-    """The part of :class:`~optuna_ttp.TrainingTimePredictor` that a search uses.
+    """Corrects simulated times by what trials have taught, and answers many configurations.
 
-    Args:
-        path:
-            What is predicted, as trials have corrected it.
+    Attributes:
+        simulator:
+            What simulates training, without corrections.
+        calibration:
+            What trials have taught.
         throughput:
-            Seconds per step; :obj:`None` where they were not measured.
+            Seconds per step, or None where they were not measured.
     """
 
-    def __init__(self, path: CorrectedPath, throughput: Throughput | None) -> None:
-        self._corrected = path
-        self.throughput = throughput
+    simulator: Simulator
+    calibration: Calibration
+    throughput: Throughput | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "surface"}
 
     @property
-    def calibration(self) -> Calibration:
-        """What was learned from observed trials."""
-        return self._corrected.calibration
+    def reliable(self) -> bool:
+        """Whether the network stays close to its linearisation on the way to the target.
 
-    @property
-    def target(self) -> Target:
-        """What is to be reached."""
-        return self._corrected.path.target
-
-    @property
-    def target_depth(self) -> float:
-        """Logarithm of the initial training loss over that at the target.
-
-        Of the linearised path where the target is not a training loss; NaN where it depends on the
-        end of the curve.
+        Once trials were observed, they tell whether it is known how the kernel grows.
         """
-        return -math.log(max(self._corrected.path.fraction, 1e-300))
+        unknown = math.isnan(self.simulator.excess_fraction)
+        fraction = self.simulator.loss_fraction
+        if not self.calibration.n_observed:
+            return unknown or is_reliable(self.simulator.spectrum.probe, fraction)
+        depth = -math.log(max(fraction, 1e-12))
+        sd = np.interp(depth, KNOTS, self.calibration.log_growth_sd)
+        return bool(unknown or (sd < RULES.unreliable_sd and self.calibration.trusted))
 
     @property
-    def max_steps(self) -> int:
-        """The horizon."""
-        return self._corrected.path.max_steps
+    def log_growth(self) -> NDArray[np.float64]:
+        """Logarithm of what trials multiply the predicted growth by, at :data:`KNOTS`."""
+        if self.simulator.settings.method != "linear" or not self.calibration.n_observed:
+            return np.zeros(len(KNOTS))
+        return self.calibration.log_growth
 
     @property
-    def n_samples(self) -> int:
-        """The number of samples that will be trained on."""
-        return self._corrected.path.simulator.n_samples
+    def growth(self) -> KernelGrowth | None:
+        """What simulations multiply the kernel by: the predicted growth, corrected by trials."""
+        predicted = self.simulator.kernel_growth
+        if not self.log_growth.any():
+            return predicted
+        uncorrected = KernelGrowth.none() if predicted is None else predicted
+        return uncorrected.times(KNOTS, self.log_growth)
 
-    @property
-    def initial_loss(self) -> float:
-        """The training loss at the pretrained weights."""
-        return self._corrected.path.simulator.initial_loss
+    @cached_property
+    def surface(self) -> ResponseSurface:
+        """The response surface, its times corrected by what trials have taught."""
+        if not self.calibration.n_observed:
+            return self.simulator.surface
+        simulator = self.simulator
 
-    @property
-    def initial_loss_sd(self) -> float:
-        """Standard deviation of the losses of single samples at the pretrained weights."""
-        return self._corrected.path.simulator.initial_loss_sd
-
-    @property
-    def has_surface(self) -> bool:
-        """Whether times are a function of learning rate, batch size and momentum alone."""
-        return self._corrected.path.has_surface
-
-    def estimate(
-        self,
-        learning_rate: ArrayLike,
-        batch_size: ArrayLike,
-        momentum: ArrayLike | None = None,
-        *,
-        max_steps: ArrayLike | None = None,
-    ) -> Prediction:
-        """Predict as :meth:`predict` does, but from the response surface, and without curves.
-
-        A prediction takes milliseconds once the surface is built, see :meth:`score`. What the
-        surface would have to extrapolate is simulated. This is what sampler and pruner use.
-
-        Args:
-            learning_rate:
-                Positive.
-            batch_size:
-                Whole numbers from 1 to N.
-            momentum:
-                In [0, 1). That of the optimiser by default.
-            max_steps:
-                The horizon in steps, if another one than the predictor's.
-
-        Returns:
-            Steps, epochs, seconds, interval and outcome; the curves are empty.
-
-        Raises:
-            ValueError:
-                If a hyperparameter is out of its range.
-        """
-        configurations = self._check_configuration(
-            learning_rate, batch_size, momentum, self.max_steps if max_steps is None else max_steps
-        )
-        hopeless = self._corrected.is_hopeless(configurations)
-        surface = self._corrected.path.surface if self.has_surface else None
-        places = self._places(configurations)
-        steps, outside = _scored(surface, *places)
-        # The surface ends at the predictor's horizon, and where it gave up.
-        longest = configurations.max_steps
-        if surface is not None:
-            patience = surface.patience(places[0], places[2])
-            outside |= ~np.isfinite(steps) & (longest > np.minimum(patience, self.max_steps))
-            longest = np.minimum(longest, np.ceil(_PATIENT * patience).astype(np.int64))
-        simulated = np.flatnonzero(outside & ~hopeless)
-        depths, logs = (
-            (DEPTHS[-1:], np.full((len(configurations), 1), np.nan))
-            if surface is None
-            else (surface.depths, surface.log_first_passage_times(*places))
-        )
-        first_passages = FirstPassageTimes.interpolated(depths, logs, hopeless)
-        if len(simulated):
-            # As the surface is: without what trials have corrected, which comes afterwards.
-            plain = replace(self._corrected, calibration=Calibration.none())
-            slack = math.exp(float(np.clip(self._corrected.log_growth.max(), 0.0, _MOST_SLACK)))
-            chosen = configurations.rows(simulated)
-            further = np.ceil(slack * longest[simulated]).astype(np.int64)
-            runs = plain.simulated(replace(chosen, max_steps=further), n_seeds=1)
-            own = FirstPassageTimes.of(
-                runs, self.target, self.initial_loss, len(configurations), simulated
-            )
-            first_passages = first_passages.updated(own, simulated)
-        return self._corrected.predicted(
-            configurations,
-            first_passages,
-            Curves.none(len(configurations)),
-            self.seconds_per_step(configurations.batch_size),
-            np.zeros(len(KNOTS)),
-        )
-
-    def remaining_steps(
-        self,
-        running: Observation,
-        configuration: tuple[float, int, float],
-        depth: float | None = None,
-    ) -> tuple[float, float] | None:
-        """Return how long a running trial still takes, given its own curve.
-
-        See :meth:`~optuna_ttp.Calibration.remaining`.
-
-        Args:
-            running:
-                What was predicted for it by :meth:`estimate`, and seen of it so far.
-            configuration:
-                Its learning rate, batch size and momentum.
-            depth:
-                Where to: the logarithm of the initial training loss over another one on the way to
-                the target. The target by default.
-
-        Returns:
-            Steps from the last one that was seen, and the standard deviation of their logarithm;
-            :obj:`None` where the response surface does not know.
-        """
-        one_rate, one_size, one_mass = ([value] for value in configuration)
-        one = self._check_configuration(one_rate, one_size, one_mass, self.max_steps)
-        if not self.has_surface:
-            return None
-        surface = self._corrected.path.surface
-        if surface.steps(*self._places(one))[1].any():
-            return None
-        first_passages = surface.log_first_passage_times(*self._places(one))[0]
-        aim = surface.depths[-1] if depth is None else min(depth, surface.depths[-1])
-        passed = np.isfinite(first_passages)
-        goal = (
-            np.interp(aim, surface.depths[passed], first_passages[passed])
-            if passed.any()
-            else np.nan
-        )
-        if not np.isfinite(goal) or surface.depths[passed][-1] < aim - 1e-9:
-            return None
-        if not np.isfinite(running.predicted).any():
-            return None
-        depths = np.append(DEPTHS, np.inf).clip(max=aim)
-        steps = np.interp(depths, surface.depths[passed], first_passages[passed])
-        return self.calibration.remaining(running, depths, steps)
-
-    def score(
-        self,
-        learning_rate: ArrayLike,
-        batch_size: ArrayLike,
-        momentum: ArrayLike | None = None,
-        *,
-        simulate_outside: bool = True,
-    ) -> NDArray[np.float64]:
-        """Return approximate seconds to the target for many configurations, in microseconds each.
-
-        For ranking candidates: interpolated in a response surface, which is built by simulation
-        when it is first needed (seconds), from the eigenpairs that hold 95 % of the trace. What
-        the surface would have to extrapolate (see :meth:`is_extrapolated`) is simulated instead.
-
-        Args:
-            learning_rate:
-                Positive.
-            batch_size:
-                Whole numbers from 1 to N.
-            momentum:
-                In [0, 1). That of the optimiser by default.
-            simulate_outside:
-                Turn off where speed matters more. On by default.
-
-        Returns:
-            Seconds (steps where the time of a step is not known) of the common shape; infinite
-            where the target is out of reach or training is predicted to diverge.
-
-        Raises:
-            ValueError:
-                If a hyperparameter is out of its range.
-        """
-        configurations = self._check_configuration(
-            learning_rate, batch_size, momentum, self.max_steps
-        )
-        hopeless = self._corrected.is_hopeless(configurations)
-        surface = self._corrected.surface if self.has_surface else None
-        steps, outside = _scored(surface, *self._places(configurations))
-        outside &= ~hopeless
-        if simulate_outside and outside.any():
-            chosen = configurations.rows(np.flatnonzero(outside))
-            runs = self._corrected.simulated(chosen, n_seeds=1)
-            first_passages = FirstPassageTimes.of(
-                runs, self.target, self.initial_loss, len(chosen), np.arange(len(chosen))
-            )
-            logs = first_passages.log_steps
-            if self.calibration.n_observed:
-                logs, _ = self._corrected.corrected(
-                    chosen, first_passages, self._corrected.log_growth
+        def correct(
+            logs: NDArray[np.float64],
+            learning_rate: NDArray[np.float64],
+            noise: NDArray[np.float64],
+            momentum: NDArray[np.float64],
+            depths: NDArray[np.float64],
+        ) -> NDArray[np.float64]:
+            batch_size = simulator.n_samples / (1.0 + noise * (simulator.n_samples - 1))
+            step = learning_rate / (1.0 - momentum) * float(simulator.model.curvatures[0])
+            stability = learning_rate / simulator.max_learning_rate(batch_size, momentum)
+            return self.calibration.expected(
+                SimulatedFirstPassages(
+                    depths,
+                    logs,
+                    np.zeros((1, len(KNOTS))),
+                    covariates(step, noise),
+                    simulator.instability(depths, stability),
+                    momentum / (1.0 - momentum),
                 )
-            steps[outside] = np.ceil(np.exp(np.nan_to_num(logs[:, -1], nan=np.inf)) - 1e-9)
-        steps = np.where(hopeless | (steps > configurations.max_steps), np.inf, steps)
-        per_step = self.seconds_per_step(configurations.batch_size)
-        seconds = steps * np.where(np.isnan(per_step), 1.0, per_step)
-        return np.asarray(seconds).reshape(configurations.shape)
+            )
 
-    def is_extrapolated(
-        self, learning_rate: ArrayLike, batch_size: ArrayLike, momentum: ArrayLike | None = None
-    ) -> NDArray[np.bool_]:
-        """Tell where the response surface would have to extrapolate.
-
-        Args:
-            learning_rate:
-                Positive.
-            batch_size:
-                Whole numbers from 1 to N.
-            momentum:
-                In [0, 1). That of the optimiser by default.
-
-        Returns:
-            The common shape: momentum above 0.995, batches of fewer than four samples, the border
-            of what reaches the target, and everything where the learning rate follows a schedule
-            or the target depends on the end of the curve.
-        """
-        configurations = self._check_configuration(
-            learning_rate, batch_size, momentum, self.max_steps
-        )
-        surface = self._corrected.path.surface if self.has_surface else None
-        return _scored(surface, *self._places(configurations))[1].reshape(configurations.shape)
-
-    def depth_after(
-        self,
-        learning_rate: NDArray[np.float64],
-        batch_size: NDArray[np.int64],
-        momentum: NDArray[np.float64],
-        steps: NDArray[np.float64],
-    ) -> NDArray[np.float64]:
-        """Return how deep the training loss is after some steps, from the response surface.
-
-        Args:
-            learning_rate:
-                Shape ``(K,)``.
-            batch_size:
-                Shape ``(K,)``.
-            momentum:
-                Shape ``(K,)``.
-            steps:
-                Shape ``(K,)``.
-
-        Returns:
-            Logarithms of the initial loss over the loss, shape ``(K,)``. Behind the target the
-            loss is taken to go on falling as fast in the logarithm of the steps; where it stays
-            above a level it is taken to be at the last one that was passed. Zero where training is
-            predicted to diverge, or nothing is known.
-        """
-        if not self.has_surface:
-            return np.zeros(len(learning_rate))
-        configurations = self._check_configuration(
-            learning_rate, batch_size, momentum, self.max_steps
-        )
-        return self._corrected.surface.depth_after(*self._places(configurations), steps)
-
-    @property
-    def best_depth(self) -> float:
-        """Depth at which the validation loss is predicted to be lowest.
-
-        That of slow full-batch training of the linearised network; infinite without validation
-        data, or where more training always helps within 20,000 steps.
-        """
-        return self._corrected.path.best_depth
+        return simulator.surface.retimed(correct)
 
     def seconds_per_step(self, batch_size: ArrayLike) -> NDArray[np.float64]:
-        """Return the seconds of a training step; NaN where they were not measured.
-
-        Args:
-            batch_size:
-                Any shape.
-
-        Returns:
-            The same shape.
-        """
+        """Return the seconds of a training step, of the same shape; NaN if not measured."""
         if self.throughput is None:
             return np.full(np.shape(batch_size), np.nan)
         return self.throughput.seconds_per_step(batch_size)
 
-    def max_learning_rate(
-        self, batch_size: ArrayLike, momentum: ArrayLike | None = None
-    ) -> NDArray[np.float64]:
-        """Return the largest stable learning rate at the pretrained weights.
-
-        Args:
-            batch_size:
-                Whole numbers from 1 to N.
-            momentum:
-                In [0, 1). That of the optimiser by default.
-
-        Returns:
-            Learning rates of the common shape; see
-            :class:`optuna_ttp.dynamics.StabilityLimit`.
-        """
-        configurations = self._check_configuration(1.0, batch_size, momentum, self.max_steps)
-        largest = self._corrected.path.simulator.largest(
+    def stability(self, configurations: Configurations) -> NDArray[np.float64]:
+        """Return learning rates over the largest stable ones, shape ``(K,)``."""
+        return configurations.learning_rate / self.simulator.max_learning_rate(
             configurations.batch_size, configurations.momentum
         )
-        return largest.reshape(configurations.shape)
+
+    def is_hopeless(self, configurations: Configurations) -> NDArray[np.bool_]:
+        """Tell which configurations blow up for sure, shape ``(K,)``."""
+        return self.stability(configurations) > RULES.hopeless_stability
+
+    def predict(self, configurations: Configurations, *, full_curve: bool) -> Prediction:
+        """Simulate configurations, on request to the horizon, and correct their times."""
+        # Nobody needs the curve of a configuration that blows up, so it is not simulated.
+        rows = np.flatnonzero(~self.is_hopeless(configurations))
+        runs = self._simulated(configurations.rows(rows), full_curve=full_curve)
+        times = self._times(runs).placed(len(configurations), rows)
+        return self._prediction(configurations, times, self.log_growth)
+
+    def estimate(self, configurations: Configurations) -> Prediction:
+        """Predict from the response surface; what it does not know is simulated."""
+        hopeless = self.is_hopeless(configurations)
+        surface = self.simulator.surface if self.simulator.has_surface else None
+        places = self._places(configurations)
+        depths, logs = DEPTHS[-1:], np.full((len(configurations), 1), np.nan)
+        steps, outside = _steps_on(surface, places)
+        longest = configurations.max_steps
+        if surface is not None:
+            depths, logs = surface.depths, surface.log_first_passage_times(*places)
+            # The surface ends at the predictor's horizon, and where it gave up.
+            patience = surface.patience(places[0], places[2])
+            end = np.minimum(patience, self.simulator.max_steps)
+            outside |= ~np.isfinite(steps) & (longest > end)
+            longest = np.minimum(longest, np.ceil(RULES.patience * patience).astype(np.int64))
+        times = FirstPassageTimes.interpolated(depths, logs, hopeless)
+        rows = np.flatnonzero(outside & ~hopeless)
+        if len(rows):
+            times = times.updated(
+                self._uncorrected(configurations.rows(rows), longest[rows]), rows
+            )
+        return self._prediction(configurations, times, np.zeros(len(KNOTS)))
+
+    def score(
+        self, configurations: Configurations, *, simulate_outside: bool
+    ) -> NDArray[np.float64]:
+        """Return seconds to the target, or steps where their time is not known, shape ``(K,)``.
+
+        They are interpolated in the surface; what it would have to extrapolate is simulated on
+        request.
+        """
+        hopeless = self.is_hopeless(configurations)
+        surface = self.surface if self.simulator.has_surface else None
+        steps, outside = _steps_on(surface, self._places(configurations))
+        outside &= ~hopeless
+        if simulate_outside and outside.any():
+            chosen = configurations.rows(np.flatnonzero(outside))
+            times = self._times(self._simulated(chosen, n_seeds=1))
+            logs = times.log_steps
+            if self.calibration.n_observed:
+                logs, _ = self._corrected(chosen, times, self.log_growth)
+            steps[outside] = np.ceil(np.exp(np.nan_to_num(logs[:, -1], nan=np.inf)) - 1e-9)
+        steps = np.where(hopeless | (steps > configurations.max_steps), np.inf, steps)
+        per_step = self.seconds_per_step(configurations.batch_size)
+        return np.asarray(steps * np.where(np.isnan(per_step), 1.0, per_step))
+
+    def is_extrapolated(self, configurations: Configurations) -> NDArray[np.bool_]:
+        """Tell where the response surface would have to extrapolate, shape ``(K,)``."""
+        surface = self.simulator.surface if self.simulator.has_surface else None
+        return _steps_on(surface, self._places(configurations))[1]
+
+    def depth_after(
+        self, configurations: Configurations, steps: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Return how deep the training loss is after some steps, zero where it is not known."""
+        if not self.simulator.has_surface:
+            return np.zeros(len(configurations))
+        return self.surface.depth_after(*self._places(configurations), steps)
+
+    def remaining_steps(
+        self, running: Observation, configuration: Configurations, depth: float | None
+    ) -> tuple[float, float] | None:
+        """Return the steps that one running trial still needs to a depth, given its own curve.
+
+        The second number is the standard deviation of their logarithm; None means that the
+        response surface does not know.
+        """
+        if not self.simulator.has_surface:
+            return None
+        surface = self.simulator.surface
+        places = self._places(configuration)
+        if surface.steps(*places)[1].any() or not np.isfinite(running.predicted).any():
+            return None
+        log_steps = surface.log_first_passage_times(*places)[0]
+        passed = np.isfinite(log_steps)
+        aim = surface.depths[-1] if depth is None else min(depth, surface.depths[-1])
+        if not passed.any() or surface.depths[passed][-1] < aim - 1e-9:
+            return None
+        depths = np.append(DEPTHS, np.inf).clip(max=aim)
+        steps = np.interp(depths, surface.depths[passed], log_steps[passed])
+        return self.calibration.remaining(running, depths, steps)
 
     def _places(
         self, configurations: Configurations
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Where configurations are on the response surface, of the spectrum's samples."""
-        sizes = self._corrected.path.simulator.simulated_size(configurations.batch_size)
-        return configurations.learning_rate, sizes.astype(np.float64), configurations.momentum
+        """Return where configurations are on the surface, which has the spectrum's samples."""
+        batch_size = self.simulator.simulated_batch_size(configurations.batch_size)
+        return configurations.learning_rate, batch_size.astype(np.float64), configurations.momentum
 
-    def _check_configuration(
+    def _simulated(
         self,
-        learning_rate: ArrayLike,
-        batch_size: ArrayLike,
-        momentum: ArrayLike | None,
-        max_steps: ArrayLike,
-    ) -> Configurations:
-        if momentum is None:
-            momentum = self._corrected.path.simulator.optimizer.momentum or 0.0
-        return Configurations.of(learning_rate, batch_size, momentum, max_steps, self.n_samples)
+        configurations: Configurations,
+        *,
+        full_curve: bool = False,
+        n_seeds: int | None = None,
+    ) -> list[Trajectories]:
+        """Simulate with the corrected growth of the kernel."""
+        return self.simulator.run(
+            configurations,
+            growth=self.growth,
+            margin=RULES.margin if self.calibration.n_observed else 1.0,
+            full_curve=full_curve,
+            n_seeds=n_seeds,
+        )
+
+    def _uncorrected(
+        self, configurations: Configurations, max_steps: NDArray[np.int64]
+    ) -> FirstPassageTimes:
+        """Simulate as the surface is built: the corrections of trials come afterwards.
+
+        Where trials slow the kernel down, the simulation goes on longer than the horizon.
+        """
+        slack = np.clip(self.log_growth.max(), 0.0, RULES.most_log_slack)
+        horizon = np.ceil(math.exp(float(slack)) * max_steps).astype(np.int64)
+        runs = self.simulator.run(
+            replace(configurations, max_steps=horizon),
+            growth=self.simulator.kernel_growth,
+            n_seeds=1,
+        )
+        return self._times(runs)
+
+    def _times(self, runs: list[Trajectories]) -> FirstPassageTimes:
+        return FirstPassageTimes.of(runs, self.simulator.target, self.simulator.initial_loss)
+
+    def _corrected(
+        self,
+        configurations: Configurations,
+        times: FirstPassageTimes,
+        growth: NDArray[np.float64],
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return corrected logarithmic times, ``(K, P)``, and their deviation at the target.
+
+        ``growth`` is the logarithm of the correction that they were simulated with, at KNOTS.
+        """
+        stability = self.stability(configurations)
+        if not self.calibration.n_observed:
+            simulator = self.simulator
+            sd = np.sqrt(
+                times.log_sd**2
+                + linearisation_sd(simulator.spectrum.probe, simulator.loss_fraction) ** 2
+                + simulator.truncation_log_error**2
+                + simulator.subset_sd**2
+                + stability_sd(stability) ** 2
+            )
+            return times.log_steps, sd
+        # Loss levels below the target coincide with it in all rows.
+        apart = (times.depths[:, :-1] < times.depths[:, -1:]).any(axis=0)
+        columns = np.append(np.flatnonzero(apart), times.depths.shape[1] - 1)
+        depths = times.depths[:, columns]
+        logs, sd = self.calibration.correct(
+            SimulatedFirstPassages(
+                depths,
+                times.log_steps[:, columns],
+                growth[None],
+                self.simulator.covariates(configurations),
+                self.simulator.instability(depths, stability),
+                configurations.lag,
+            )
+        )
+        whole = np.repeat(logs[:, -1:], times.depths.shape[1], axis=1)
+        whole[:, columns] = logs
+        return whole, np.nan_to_num(sd[:, -1])
+
+    def _prediction(
+        self, c: Configurations, times: FirstPassageTimes, growth: NDArray[np.float64]
+    ) -> Prediction:
+        """Return what simulated times say of configurations ``c``, as trials correct them.
+
+        ``growth`` is the logarithm of the correction that they were simulated with, at KNOTS.
+        """
+        shape, stability = c.shape, self.stability(c)
+        logs, sd = self._corrected(c, times, growth)
+        median = np.exp(np.where(np.isfinite(logs[:, -1]), logs[:, -1], np.inf))
+        finite = np.isfinite(median)
+        whole = np.where(finite, np.maximum(1.0, np.ceil(median - 1e-9)), np.inf)
+        steps = np.where(whole > c.max_steps, np.inf, whole)
+        widths = np.exp(self._quantile * sd)
+        p_diverges = self.calibration.divergence.probability(stability)
+        p_diverges = np.where(times.blown_up, np.maximum(p_diverges, 0.5), p_diverges)
+        p_converges = (1.0 - p_diverges) * probability_below(whole, sd, c.max_steps)
+        blown_up = times.blown_up | self.is_hopeless(c)
+        covariates = self.simulator.covariates(c)
+        every_depth = np.broadcast_to(DEPTHS, (len(c), len(DEPTHS)))
+        instability = self.simulator.instability(every_depth, stability)
+        return Prediction(
+            learning_rate=c.learning_rate.reshape(shape),
+            batch_size=c.batch_size.reshape(shape),
+            momentum=c.momentum.reshape(shape),
+            steps=steps.reshape(shape),
+            steps_low=np.maximum(1.0, np.ceil(median / widths - 1e-9)).reshape(shape),
+            steps_high=np.maximum(1.0, np.ceil(median * widths - 1e-9)).reshape(shape),
+            epochs=(steps / np.ceil(self.simulator.n_samples / c.batch_size)).reshape(shape),
+            seconds=(steps * self.seconds_per_step(c.batch_size)).reshape(shape),
+            outcomes=_outcomes(steps, blown_up).reshape(shape),
+            p_converges=p_converges.reshape(shape),
+            p_diverges=p_diverges.reshape(shape),
+            reliable=self._is_reliable(sd).reshape(shape),
+            stability=stability.reshape(shape),
+            max_steps=c.max_steps.reshape(shape),
+            strides=times.strides.reshape(shape),
+            curve_steps=times.warped_curve_steps(logs).reshape(*shape, -1),
+            curves={name: curve.reshape(*shape, -1) for name, curve in times.curves.items()},
+            log_first_passage_times=times.on_levels(times.log_steps).reshape(*shape, -1),
+            expected_log_first_passage_times=times.on_levels(logs).reshape(*shape, -1),
+            covariates=covariates.reshape(*shape, -1),
+            instability=instability.reshape(*shape, -1),
+            log_growth=growth,
+        )
+
+    @property
+    def _quantile(self) -> float:
+        """The 90 % quantile of the predictive distribution: normal, or Student's t with trials."""
+        if not self.calibration.n_observed:
+            return Z_90
+        from scipy.stats import t
+
+        return float(t.ppf(0.9, self.calibration.degrees_of_freedom))
+
+    def _is_reliable(self, sd: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Tell of K predictions whether they are reliable, by the probe or by observed trials."""
+        if not self.calibration.n_observed:
+            return np.full(len(sd), self.reliable)
+        return (sd < RULES.unreliable_sd) & self.calibration.trusted
 
 
-def _scored(
+def unreliability(simulator: Simulator) -> str:
+    """Return why predictions for a target are unreliable before trials ran, and what to do."""
+    probe, fraction = simulator.spectrum.probe, simulator.loss_fraction
+    return (
+        f"At {simulator.excess_fraction:.0%} of the initial training loss the network is far from "
+        f"its linearisation: a weight matrix changes by {displacement(probe, fraction):.2g} times "
+        "what it was, and the kernel differs from the predicted one by a factor of "
+        f"{math.exp(kernel_mismatch(probe, fraction)):.2g}. The intervals say so. Twenty real "
+        "steps, predictor.short_run(task), correct much of it, and so do trials that are recorded "
+        "with TrainingLog; or choose a target that is less deep."
+    )
+
+
+def _outcomes(steps: NDArray[np.float64], blown_up: NDArray[np.bool_]) -> NDArray[np.str_]:
+    """Return the outcomes, as strings, of K configurations: shapes ``(K,)``."""
+    reached = np.where(np.isfinite(steps), Outcome.CONVERGES.value, Outcome.NOT_REACHED.value)
+    return np.where(blown_up, Outcome.DIVERGES.value, reached)
+
+
+def _steps_on(
     surface: ResponseSurface | None,
-    rate: NDArray[np.float64],
-    size: NDArray[np.float64],
-    mass: NDArray[np.float64],
+    places: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]],
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Steps from a response surface, and where they are extrapolated: all where there is none."""
+    """Return steps on a surface, and where they are extrapolated: all, where there is none."""
     if surface is None:
-        return np.full(len(rate), np.inf), np.ones(len(rate), dtype=bool)
-    return surface.steps(rate, size, mass)
+        return np.full(len(places[0]), np.inf), np.ones(len(places[0]), dtype=bool)
+    return surface.steps(*places)

@@ -4,36 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import copy
 from dataclasses import replace
-import math
 from typing import TYPE_CHECKING
 import warnings
 
 import numpy as np
 from numpy.typing import ArrayLike
+from numpy.typing import NDArray
 
 from optuna_ttp._util.checks import check_count
 from optuna_ttp._util.checks import check_kind
-from optuna_ttp._util.checks import check_number
 from optuna_ttp._util.exceptions import FingerprintMismatchError
 from optuna_ttp._util.exceptions import UnreliablePredictionWarning
 from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
-from optuna_ttp.calibration import displacement
-from optuna_ttp.calibration import kernel_mismatch
 from optuna_ttp.calibration import Observation
 from optuna_ttp.calibration import prior_scale
-from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import SampleConvergence
 from optuna_ttp.dynamics import Schedule
 from optuna_ttp.dynamics import SGD
-from optuna_ttp.prediction._corrected_path import CorrectedPath
+from optuna_ttp.prediction._configurations import Configurations
 from optuna_ttp.prediction._estimator import Estimator
+from optuna_ttp.prediction._estimator import unreliability
 from optuna_ttp.prediction._prediction import Prediction
+from optuna_ttp.prediction._properties import PredictorProperties
 from optuna_ttp.prediction._settings import PredictorSettings
 from optuna_ttp.prediction._simulator import Simulator
-from optuna_ttp.prediction._target_path import TargetPath
-from optuna_ttp.prediction._targets import resolve_target
 from optuna_ttp.spectrum import learned_throughput
 from optuna_ttp.spectrum import Spectrum
 
@@ -42,7 +39,7 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
-class TrainingTimePredictor(Estimator):
+class TrainingTimePredictor(PredictorProperties):
     """Predicts how long training takes until the training loss is at a target. It trains nothing.
 
     The network is linearised at its pretrained weights, and mini-batch SGD is simulated on the
@@ -112,32 +109,9 @@ class TrainingTimePredictor(Estimator):
         n_samples: int | None = None,
         settings: PredictorSettings | None = None,
     ) -> None:
-        if not isinstance(spectrum, Spectrum):
-            raise TypeError(f"spectrum must be a Spectrum but got {type(spectrum).__name__}.")
-        optimizer = SGD() if optimizer is None else optimizer
         settings = PredictorSettings() if settings is None else settings
-        check_kind("optimizer", optimizer, SGD)
-        check_kind("settings", settings, PredictorSettings)
-        if optimizer.weight_decay and spectrum.weight_outputs is None:
-            raise ValueError(
-                "weight_decay needs a spectrum that knows what the weights contribute to the "
-                "outputs but got one that was computed by an older version. Compute it again."
-            )
-        max_steps = check_count("max_steps", max_steps)
-        count = spectrum.n_samples if n_samples is None else check_count("n_samples", n_samples)
-        if count < spectrum.n_samples:
-            raise ValueError(
-                f"n_samples must be at least {spectrum.n_samples}, the samples of the spectrum, "
-                f"but got {n_samples}. Use task.subset() for fewer."
-            )
-        simulator = Simulator(
-            spectrum=spectrum,
-            n_samples=count,
-            optimizer=optimizer,
-            schedule=Schedule.of(schedule),
-            settings=settings,
-        )
-        target = resolve_target(
+        simulator = Simulator.of(
+            spectrum,
             {
                 "target_loss": target_loss,
                 "target_fraction": target_fraction,
@@ -146,33 +120,23 @@ class TrainingTimePredictor(Estimator):
                 "target_validation_accuracy": target_validation_accuracy,
                 "target_epsilon": target_epsilon,
             },
-            simulator,
+            optimizer=SGD() if optimizer is None else optimizer,
+            schedule=Schedule.of(schedule),
+            max_steps=max_steps,
+            n_samples=n_samples,
+            settings=settings,
         )
-        path = TargetPath(simulator, target, max_steps)
-        super().__init__(
-            CorrectedPath(
-                path,
-                Calibration.none(prior_scale(spectrum.probe))
-                if settings.calibration is None
-                else settings.calibration,
-            ),
+        calibration = settings.calibration
+        self._estimator = Estimator(
+            simulator,
+            Calibration.none(prior_scale(spectrum.probe)) if calibration is None else calibration,
             spectrum.throughput if settings.throughput is None else settings.throughput,
         )
         self.observations: tuple[Observation, ...] = ()
         self.short_run_seconds = 0.0
         if not self.reliable:
-            warnings.warn(
-                f"At {self.depth:.0%} of the initial training loss the network is far from its "
-                "linearisation: a weight matrix changes by "
-                f"{displacement(spectrum.probe, path.fraction):.2g} times what it was, and the "
-                "kernel differs from the predicted one by a factor of "
-                f"{math.exp(kernel_mismatch(spectrum.probe, path.fraction)):.2g}. The "
-                "intervals say so. Twenty real steps, predictor.short_run(task), correct much of "
-                "it, and so do trials that are recorded with TrainingLog; or choose a target that "
-                "is less deep.",
-                UnreliablePredictionWarning,
-                stacklevel=2,
-            )
+            text = unreliability(simulator)
+            warnings.warn(text, UnreliablePredictionWarning, stacklevel=2)
 
     def __repr__(self) -> str:
         return (
@@ -180,63 +144,218 @@ class TrainingTimePredictor(Estimator):
             f"{self.target.value:.4g})"
         )
 
-    @property
-    def spectrum(self) -> Spectrum:
-        """The Jacobian eigenspectrum of the task."""
-        return self._corrected.path.simulator.spectrum
+    def predict(
+        self,
+        learning_rate: ArrayLike,
+        batch_size: ArrayLike,
+        momentum: ArrayLike | None = None,
+        *,
+        max_steps: ArrayLike | None = None,
+        full_curve: bool = False,
+    ) -> Prediction:
+        """Predict the training time of one configuration, or of many that are broadcast together.
 
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the task."""
-        return self.spectrum.metadata.fingerprint
+        Args:
+            learning_rate:
+                Positive.
+            batch_size:
+                Whole numbers from 1 to N.
+            momentum:
+                In [0, 1), as in :class:`torch.optim.SGD`. That of the optimiser by default.
+            max_steps:
+                The horizon in steps, if another one than the predictor's.
+            full_curve:
+                Simulate the curves up to the horizon, with those of the validation samples. By
+                default they end at the target. There is no curve of a configuration that is
+                predicted to diverge.
 
-    @property
-    def setup_seconds(self) -> float:
-        """What the spectrum and the short training runs took together, in seconds."""
-        return self.spectrum.metadata.compute_seconds + self.short_run_seconds
+        Returns:
+            Steps, epochs, seconds, interval, outcome and curves.
 
-    @property
-    def default_momentum(self) -> float | None:
-        """The momentum of what does not give one, or None where trials must give one."""
-        return self.optimizer.momentum
-
-    @property
-    def optimizer(self) -> SGD:
-        """The optimiser that trains."""
-        return self._corrected.path.simulator.optimizer
-
-    @property
-    def schedule(self) -> Schedule:
-        """The schedule of the learning rate."""
-        return self._corrected.path.simulator.schedule
-
-    @property
-    def settings(self) -> PredictorSettings:
-        """The settings that were given."""
-        return self._corrected.path.simulator.settings
-
-    @property
-    def kernel_growth(self) -> KernelGrowth | None:
-        """The predicted growth of the kernel, or None where it is frozen."""
-        return self._corrected.path.simulator.kernel_growth
-
-    @property
-    def depth(self) -> float:
-        """Training loss over the initial one where the target is, on the linearised path.
-
-        The lowest loss that is possible, with label smoothing, counts as zero. Of a target that
-        depends on the end of the curve it is not known: NaN.
+        Raises:
+            ValueError:
+                If a hyperparameter is out of its range.
         """
-        return self._corrected.path.depth
+        configurations = self._configurations(learning_rate, batch_size, momentum, max_steps)
+        return self._estimator.predict(configurations, full_curve=full_curve)
 
-    @property
-    def reliable(self) -> bool:
-        """Whether the network stays close to its linearisation on the way to the target.
+    def estimate(
+        self,
+        learning_rate: ArrayLike,
+        batch_size: ArrayLike,
+        momentum: ArrayLike | None = None,
+        *,
+        max_steps: ArrayLike | None = None,
+    ) -> Prediction:
+        """Predict as :meth:`predict` does, but from the response surface, and without curves.
 
-        See :func:`~optuna_ttp.calibration.is_reliable`; once trials were observed, whether they
-        tell how the kernel grows. Of single configurations :attr:`Prediction.reliable` tells.
+        A prediction takes milliseconds once the surface is built, see :meth:`score`. What the
+        surface would have to extrapolate is simulated. This is what sampler and pruner use.
+
+        Args:
+            learning_rate:
+                Positive.
+            batch_size:
+                Whole numbers from 1 to N.
+            momentum:
+                In [0, 1). That of the optimiser by default.
+            max_steps:
+                The horizon in steps, if another one than the predictor's.
+
+        Returns:
+            Steps, epochs, seconds, interval and outcome; the curves are empty.
+
+        Raises:
+            ValueError:
+                If a hyperparameter is out of its range.
         """
-        return self._corrected.reliable
+        configurations = self._configurations(learning_rate, batch_size, momentum, max_steps)
+        return self._estimator.estimate(configurations)
+
+    def score(
+        self,
+        learning_rate: ArrayLike,
+        batch_size: ArrayLike,
+        momentum: ArrayLike | None = None,
+        *,
+        simulate_outside: bool = True,
+    ) -> NDArray[np.float64]:
+        """Return approximate seconds to the target for many configurations, in microseconds each.
+
+        For ranking candidates: interpolated in a response surface, which is built by simulation
+        when it is first needed (seconds), from the eigenpairs that hold 95 % of the trace. What
+        the surface would have to extrapolate (see :meth:`is_extrapolated`) is simulated instead.
+
+        Args:
+            learning_rate:
+                Positive.
+            batch_size:
+                Whole numbers from 1 to N.
+            momentum:
+                In [0, 1). That of the optimiser by default.
+            simulate_outside:
+                Turn off where speed matters more. On by default.
+
+        Returns:
+            Seconds (steps where the time of a step is not known) of the common shape; infinite
+            where the target is out of reach or training is predicted to diverge.
+
+        Raises:
+            ValueError:
+                If a hyperparameter is out of its range.
+        """
+        configurations = self._configurations(learning_rate, batch_size, momentum)
+        seconds = self._estimator.score(configurations, simulate_outside=simulate_outside)
+        return seconds.reshape(configurations.shape)
+
+    def is_extrapolated(
+        self,
+        learning_rate: ArrayLike,
+        batch_size: ArrayLike,
+        momentum: ArrayLike | None = None,
+    ) -> NDArray[np.bool_]:
+        """Tell where the response surface would have to extrapolate.
+
+        Args:
+            learning_rate:
+                Positive.
+            batch_size:
+                Whole numbers from 1 to N.
+            momentum:
+                In [0, 1). That of the optimiser by default.
+
+        Returns:
+            The common shape: momentum above 0.995, batches of fewer than four samples, the border
+            of what reaches the target, and everything where the learning rate follows a schedule
+            or the target depends on the end of the curve.
+        """
+        configurations = self._configurations(learning_rate, batch_size, momentum)
+        return self._estimator.is_extrapolated(configurations).reshape(configurations.shape)
+
+    def depth_after(
+        self,
+        learning_rate: NDArray[np.float64],
+        batch_size: NDArray[np.int64],
+        momentum: NDArray[np.float64],
+        steps: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Return how deep the training loss is after some steps, from the response surface.
+
+        Args:
+            learning_rate:
+                Shape ``(K,)``.
+            batch_size:
+                Shape ``(K,)``.
+            momentum:
+                Shape ``(K,)``.
+            steps:
+                Shape ``(K,)``.
+
+        Returns:
+            Logarithms of the initial loss over the loss, shape ``(K,)``. Behind the target the
+            loss is taken to go on falling as fast in the logarithm of the steps; where it stays
+            above a level it is taken to be at the last one that was passed. Zero where training is
+            predicted to diverge, or nothing is known.
+        """
+        configurations = self._configurations(learning_rate, batch_size, momentum)
+        return self._estimator.depth_after(configurations, steps)
+
+    def remaining_steps(
+        self,
+        running: Observation,
+        configuration: tuple[float, int, float],
+        depth: float | None = None,
+    ) -> tuple[float, float] | None:
+        """Return how long a running trial still takes, given its own curve.
+
+        See :meth:`~optuna_ttp.Calibration.remaining`.
+
+        Args:
+            running:
+                What was predicted for it by :meth:`estimate`, and seen of it so far.
+            configuration:
+                Its learning rate, batch size and momentum.
+            depth:
+                Where to: the logarithm of the initial training loss over another one on the way to
+                the target. The target by default.
+
+        Returns:
+            Steps from the last one that was seen, and the standard deviation of their logarithm;
+            :obj:`None` where the response surface does not know.
+        """
+        one = self._configurations(*([value] for value in configuration))
+        return self._estimator.remaining_steps(running, one, depth)
+
+    def seconds_per_step(self, batch_size: ArrayLike) -> NDArray[np.float64]:
+        """Return the seconds of a training step; NaN where they were not measured.
+
+        Args:
+            batch_size:
+                Any shape.
+
+        Returns:
+            The same shape.
+        """
+        return self._estimator.seconds_per_step(batch_size)
+
+    def max_learning_rate(
+        self, batch_size: ArrayLike, momentum: ArrayLike | None = None
+    ) -> NDArray[np.float64]:
+        """Return the largest stable learning rate at the pretrained weights.
+
+        Args:
+            batch_size:
+                Whole numbers from 1 to N.
+            momentum:
+                In [0, 1). That of the optimiser by default.
+
+        Returns:
+            Learning rates of the common shape; see
+            :class:`optuna_ttp.dynamics.StabilityLimit`.
+        """
+        c = self._configurations(1.0, batch_size, momentum)
+        largest = self._estimator.simulator.max_learning_rate(c.batch_size, c.momentum)
+        return largest.reshape(c.shape)
 
     def sample_convergence(self) -> SampleConvergence:
         """Return how the predicted time depends on the number of samples of the spectrum.
@@ -247,7 +366,7 @@ class TrainingTimePredictor(Estimator):
         Returns:
             Predicted times of random subsets of the spectrum's samples.
         """
-        return self._corrected.path.sample_convergence
+        return self._estimator.simulator.sample_convergence
 
     def informed(self, observations: Sequence[Observation]) -> TrainingTimePredictor:
         """Return a predictor that has learned from more trials, steps and seconds per step.
@@ -261,19 +380,34 @@ class TrainingTimePredictor(Estimator):
         """
         # A trial that was remembered and is in the study again counts once.
         if self.observations:
-            known = {_name(o) for o in self.observations}
-            observations = [o for o in observations if _name(o) not in known]
+            known = {_identity(o) for o in self.observations}
+            observations = [o for o in observations if _identity(o) not in known]
         if not observations:
             return self
         every = (*self.observations, *observations)
-        twin = self.calibrated(calibrate(every, prior_scale(self.spectrum.probe)))
-        twin.observations = every
         timed = [o for o in every if o.batch_size > 0 and o.seconds_per_step > 0.0]
-        twin.throughput = learned_throughput(
+        throughput = learned_throughput(
             self.throughput,
             np.array([o.batch_size for o in timed], dtype=np.int64),
             np.array([o.seconds_per_step for o in timed]),
         )
+        twin = self.calibrated(calibrate(every, prior_scale(self.spectrum.probe)))
+        twin._estimator = replace(twin._estimator, throughput=throughput)
+        twin.observations = every
+        return twin
+
+    def calibrated(self, calibration: Calibration) -> TrainingTimePredictor:
+        """Return a predictor that corrects its times by what was learned from observed trials.
+
+        Args:
+            calibration:
+                See :func:`optuna_ttp.calibration.calibrate`.
+
+        Returns:
+            A new predictor that shares everything else with this one.
+        """
+        twin = copy.copy(self)
+        twin._estimator = replace(self._estimator, calibration=calibration)
         return twin
 
     def short_run(
@@ -321,98 +455,42 @@ class TrainingTimePredictor(Estimator):
             UnreliablePredictionWarning:
                 If the loss did not come down enough to learn from, or rose without bound.
         """
-        from optuna_ttp.prediction._probing import probed
-        from optuna_ttp.prediction._probing import probing_configuration
+        from optuna_ttp.prediction._short_run import observe_short_run
         from optuna_ttp.task import FineTuningTask
 
         check_kind("task", task, FineTuningTask)
-        if task.fingerprint != self.spectrum.metadata.fingerprint:
+        if task.fingerprint != self.fingerprint:
             raise FingerprintMismatchError(
-                f"The task must be that of the spectrum, {self.spectrum.metadata.fingerprint[:12]}"
-                f"..., but got {task.fingerprint[:12]}..."
+                f"The task must be that of the spectrum, {self.fingerprint[:12]}..., but got "
+                f"{task.fingerprint[:12]}..."
             )
-        steps = check_count("steps", steps)
-        given = {"learning_rate": learning_rate, "momentum": momentum}
-        for name, value in given.items():
-            if value is not None:
-                check_number(name, value)
-        self._check_configuration(
-            1.0 if learning_rate is None else learning_rate,
-            1,
-            0.0 if momentum is None else momentum,
-            steps,
+        observation, seconds, problem = observe_short_run(
+            self._estimator, task, check_count("steps", steps), learning_rate, momentum, device
         )
-        rate, mass = probing_configuration(self._corrected, steps, learning_rate, momentum)
-        observation, seconds = probed(self._corrected, task, steps, rate, mass, device)
-        if not np.isfinite(observation.observed).any():
-            what = "rose without bound" if observation.diverged else "fell by less than 5 %"
-            do = "a smaller" if observation.diverged else f"more than {steps} steps, or a larger"
-            warnings.warn(
-                f"Nothing is learned from the short training run: its loss {what}, with a "
-                f"learning rate of {rate:.3g} and a momentum of {mass:.3g}. Take {do} learning "
-                "rate.",
-                UnreliablePredictionWarning,
-                stacklevel=2,
-            )
+        if problem:
+            warnings.warn(problem, UnreliablePredictionWarning, stacklevel=2)
         twin = self.informed([observation])
         twin.short_run_seconds = self.short_run_seconds + seconds
         return twin
 
-    def calibrated(self, calibration: Calibration) -> TrainingTimePredictor:
-        """Return a predictor that corrects its times by what was learned from observed trials.
-
-        Args:
-            calibration:
-                See :func:`optuna_ttp.calibration.calibrate`.
-
-        Returns:
-            A new predictor that shares everything else with this one.
-        """
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin._corrected = replace(self._corrected, calibration=calibration)
-        return twin
-
-    def predict(
+    def _configurations(
         self,
         learning_rate: ArrayLike,
         batch_size: ArrayLike,
         momentum: ArrayLike | None = None,
-        *,
         max_steps: ArrayLike | None = None,
-        full_curve: bool = False,
-    ) -> Prediction:
-        """Predict the training time of one configuration, or of many that are broadcast together.
-
-        Args:
-            learning_rate:
-                Positive.
-            batch_size:
-                Whole numbers from 1 to N.
-            momentum:
-                In [0, 1), as in :class:`torch.optim.SGD`. That of the optimiser by default.
-            max_steps:
-                The horizon in steps, if another one than the predictor's.
-            full_curve:
-                Simulate the curves up to the horizon, with those of the validation samples. By
-                default they end at the target. There is no curve of a configuration that is
-                predicted to diverge.
-
-        Returns:
-            Steps, epochs, seconds, interval, outcome and curves.
-
-        Raises:
-            ValueError:
-                If a hyperparameter is out of its range.
-        """
-        configurations = self._check_configuration(
-            learning_rate, batch_size, momentum, self.max_steps if max_steps is None else max_steps
+    ) -> Configurations:
+        """Return configurations of one shape, checked, with what was not given filled in."""
+        return Configurations.of(
+            learning_rate,
+            batch_size,
+            (self.default_momentum or 0.0) if momentum is None else momentum,
+            self.max_steps if max_steps is None else max_steps,
+            self.n_samples,
         )
-        per_step = self.seconds_per_step(configurations.batch_size)
-        return self._corrected.predict(configurations, per_step, full_curve=full_curve)
 
 
-def _name(observation: Observation) -> tuple[float, ...]:
-    """What tells an observation from others, as far as it survives being stored."""
+def _identity(observation: Observation) -> tuple[float, ...]:
+    """Return what tells an observation from others, as far as it survives being stored."""
     seen = np.nansum(observation.observed), np.nansum(observation.predicted)
     return (*(round(float(s), 2) for s in seen), observation.n_steps, observation.lag)

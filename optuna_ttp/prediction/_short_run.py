@@ -1,8 +1,9 @@
-"""A few real steps of one configuration, to see whether the kernel moves."""
+"""A short training run: a few real steps of one configuration, and what they teach."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace
 import time
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 import torch
 
+from optuna_ttp._util.checks import check_number
+from optuna_ttp.calibration import FRACTIONS
+from optuna_ttp.calibration import LossCurve
+from optuna_ttp.calibration import Observation
 from optuna_ttp.dynamics import LinearisedModel
+from optuna_ttp.dynamics import Target
+from optuna_ttp.ntk import resolve_device
+from optuna_ttp.prediction._configurations import Configurations
+from optuna_ttp.prediction._estimator import Estimator
+from optuna_ttp.prediction._rules import RULES
 
 
 if TYPE_CHECKING:
@@ -20,8 +30,6 @@ if TYPE_CHECKING:
 
 # Samples that go through the network together.
 _CHUNK = 64
-# A loss so many times the initial one is given up.
-_GIVE_UP = 100.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +41,117 @@ class ShortRun:
             Training loss over all samples before each step and after the last, ``(steps + 1,)``;
             shorter where it blew up.
         seconds:
-            What it took.
+            The seconds that the run took.
     """
 
     losses: NDArray[np.float64]
     seconds: float
 
 
-def train_short_run(
+def _chosen(
+    estimator: Estimator, steps: int, learning_rate: float | None, momentum: float | None
+) -> tuple[float, float]:
+    """Return the learning rate and momentum that come furthest in a few steps and stay stable.
+
+    What is given is taken as it is.
+    """
+    if learning_rate is not None:
+        return float(learning_rate), 0.0 if momentum is None else float(momentum)
+    wanted = (0.0, 0.9) if momentum is None else (float(momentum),)
+    shares = np.tile(RULES.short_run_shares, len(wanted))
+    momenta = np.repeat(wanted, len(RULES.short_run_shares))
+    simulator = estimator.simulator
+    batch_sizes = np.full(len(shares), simulator.n_samples)
+    rates = shares * simulator.max_learning_rate(batch_sizes, momenta)
+    candidates = Configurations.of(rates, batch_sizes, momenta, steps, simulator.n_samples)
+    prediction = estimator.predict(candidates, full_curve=True)
+    losses = np.array(
+        [
+            np.interp(steps, s[np.isfinite(s)], c[np.isfinite(s)])
+            for s, c in zip(prediction.curve_steps, prediction.curve_losses, strict=True)
+        ]
+    )
+    # A loss may come out as zero where the simulated outputs grow without bound.
+    depths = np.log(simulator.initial_loss / np.maximum(losses, 1e-30))[:, None]
+    instability = simulator.instability(depths, shares)[:, 0]
+    # One of them is always slow enough.
+    stable = instability <= RULES.short_run_instability
+    best = int(np.argmin(np.where(stable, losses, np.inf)))
+    return float(rates[best]), float(momenta[best])
+
+
+def observe_short_run(
+    estimator: Estimator,
+    task: FineTuningTask,
+    steps: int,
+    learning_rate: float | None,
+    momentum: float | None,
+    device: str | None,
+) -> tuple[Observation, float, str]:
+    """Train a few full-batch steps of the given, or else a chosen, learning rate and momentum.
+
+    Return what was observed, the seconds that it took, and in words why nothing can be learned
+    from it, empty where something can.
+    """
+    given = {"learning_rate": learning_rate, "momentum": momentum}
+    for name, value in given.items():
+        if value is not None:
+            check_number(name, value)
+    n_samples = estimator.simulator.n_samples
+    Configurations.of(
+        1.0 if learning_rate is None else learning_rate, 1, momentum or 0.0, steps, n_samples
+    )
+    rate, momentum = _chosen(estimator, steps, learning_rate, momentum)
+    run = _train(
+        task,
+        estimator.simulator.model,
+        learning_rate=rate,
+        momentum=momentum,
+        steps=steps,
+        device=resolve_device(task, device),
+    )
+    observation = _observation(estimator, run, steps, rate, momentum)
+    if np.isfinite(observation.observed).any():
+        return observation, run.seconds, ""
+    what = "rose without bound" if observation.diverged else "fell by less than 5 %"
+    do = "a smaller" if observation.diverged else f"more than {steps} steps, or a larger"
+    problem = (
+        f"Nothing is learned from the short training run: its loss {what}, with a learning rate "
+        f"of {rate:.3g} and a momentum of {momentum:.3g}. Take {do} learning rate."
+    )
+    return observation, run.seconds, problem
+
+
+def _observation(
+    estimator: Estimator, run: ShortRun, steps: int, learning_rate: float, momentum: float
+) -> Observation:
+    """Return what was predicted for a short training run, and what was observed."""
+    simulator = estimator.simulator
+    # All levels that the run passed count, also what is deeper than the target.
+    target = Target("loss", min(np.nanmin(run.losses), 0.99 * simulator.initial_loss))
+    deep = replace(estimator, simulator=replace(simulator, target=target))
+    whole = Configurations.of(
+        learning_rate, simulator.spectrum.n_samples, momentum, 100 * steps, simulator.n_samples
+    )
+    prediction = deep.predict(whole, full_curve=False)
+    curve = LossCurve.of(run.losses)
+    observed, errors = curve.log_first_passage_times(simulator.initial_loss * FRACTIONS)
+    return Observation(
+        predicted=prediction.log_first_passage_times,
+        expected=prediction.expected_log_first_passage_times,
+        growth=prediction.log_growth,
+        covariates=prediction.covariates,
+        instability=prediction.instability,
+        effective_learning_rate=learning_rate / (1.0 - momentum),
+        lag=momentum / (1.0 - momentum),
+        observed=observed,
+        errors=errors,
+        n_steps=steps,
+        diverged=curve.diverged or len(run.losses) <= steps,
+    )
+
+
+def _train(
     task: FineTuningTask,
     model: LinearisedModel,
     *,
@@ -49,27 +160,11 @@ def train_short_run(
     steps: int,
     device: torch.device,
 ) -> ShortRun:
-    """Train the network for a few steps of full-batch gradient descent, and put it back.
+    """Train the network for a few steps of full-batch gradient descent, and restore it.
 
-    Full-batch steps, because the losses of a few mini-batches would tell more about the batches
-    than about the network.
-
-    Args:
-        task:
-            Network and data.
-        model:
-            The linearised model, for the loss and its gradient with respect to the outputs.
-        learning_rate:
-            Of SGD; parameter groups have theirs times the task's multipliers.
-        momentum:
-            Of SGD.
-        steps:
-            How many.
-        device:
-            Where to train.
-
-    Returns:
-        The losses.
+    The steps are full-batch steps, because the losses of a few mini-batches would tell more about
+    the batches than about the network. The linearised model gives the loss and its gradient with
+    respect to the outputs; parameter groups have the learning rate times the task's multipliers.
     """
     started = time.perf_counter()
     losses: list[float] = []
@@ -80,7 +175,7 @@ def train_short_run(
         for step in range(steps + 1):
             loss, gradient = _gradient(task, model, frozen, device, wanted=step < steps)
             losses.append(loss)
-            if not loss <= _GIVE_UP * losses[0]:
+            if not loss <= RULES.most_rise * losses[0]:
                 break
             with torch.no_grad():
                 for w, v, g, c in zip(

@@ -1,62 +1,117 @@
-"""Simulated training of one task as its user set it, before trials tell anything."""
+"""Simulated training of one task towards a target, before trials correct anything."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from dataclasses import replace
 from functools import cached_property
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_ttp._util.checks import check_count
+from optuna_ttp._util.checks import check_kind
 from optuna_ttp.calibration import covariates
+from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
+from optuna_ttp.dynamics import ResponseSurface
+from optuna_ttp.dynamics import SampleConvergence
 from optuna_ttp.dynamics import Schedule
 from optuna_ttp.dynamics import SGD
+from optuna_ttp.dynamics import SGDConfigurations
 from optuna_ttp.dynamics import simulate
 from optuna_ttp.dynamics import simulate_equation
 from optuna_ttp.dynamics import StabilityLimit
 from optuna_ttp.dynamics import Target
 from optuna_ttp.dynamics import Trajectories
 from optuna_ttp.prediction._configurations import Configurations
+from optuna_ttp.prediction._rules import RULES
 from optuna_ttp.prediction._settings import PredictorSettings
+from optuna_ttp.prediction._targets import resolve_target
 from optuna_ttp.spectrum import Spectrum
 
 
 @dataclass(frozen=True, eq=False)
 class Simulator:
-    """Simulates training on the linearised model.
+    """Simulates the training of one task on its linearised model, up to a target.
 
     Attributes:
         spectrum:
             The Jacobian eigenspectrum of the task.
+        model:
+            The linearised model of the spectrum.
         n_samples:
-            See :class:`~optuna_ttp.TrainingTimePredictor`, like the others.
+            The number of samples that are trained on; the spectrum may hold a subset of them.
         optimizer:
             The optimiser that trains.
         schedule:
-            Of the learning rate.
+            The schedule of its learning rate.
         settings:
-            See :class:`~optuna_ttp.PredictorSettings`.
+            The settings of experts.
+        target:
+            What is to be reached.
+        max_steps:
+            The horizon in optimiser steps.
     """
 
     spectrum: Spectrum
+    model: LinearisedModel
     n_samples: int
     optimizer: SGD
     schedule: Schedule
     settings: PredictorSettings
+    target: Target
+    max_steps: int
+
+    @classmethod
+    def of(
+        cls,
+        spectrum: Spectrum,
+        targets: dict[str, float | None],
+        *,
+        optimizer: SGD,
+        schedule: Schedule,
+        max_steps: int,
+        n_samples: int | None,
+        settings: PredictorSettings,
+    ) -> Simulator:
+        """Return the simulator of what a user gave, all of it checked.
+
+        Exactly one of the targets, by the names of the predictor's arguments, is not None.
+        """
+        if not isinstance(spectrum, Spectrum):
+            raise TypeError(f"spectrum must be a Spectrum but got {type(spectrum).__name__}.")
+        check_kind("optimizer", optimizer, SGD)
+        check_kind("settings", settings, PredictorSettings)
+        if optimizer.weight_decay and spectrum.weight_outputs is None:
+            raise ValueError(
+                "weight_decay needs a spectrum that knows what the weights contribute to the "
+                "outputs but got one that was computed by an older version. Compute it again."
+            )
+        max_steps = check_count("max_steps", max_steps)
+        count = spectrum.n_samples if n_samples is None else check_count("n_samples", n_samples)
+        if count < spectrum.n_samples:
+            raise ValueError(
+                f"n_samples must be at least {spectrum.n_samples}, the samples of the spectrum, "
+                f"but got {n_samples}. Use task.subset() for fewer."
+            )
+        model = LinearisedModel.from_spectrum(spectrum, device=settings.device)
+        target = resolve_target(targets, model, settings)
+        return cls(spectrum, model, count, optimizer, schedule, settings, target, max_steps)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The linearised model is derived from the spectrum, and larger.
-        derived = ("model", "stability_limit", "kernel_growth")
+        # All of these are derived from the spectrum, and the model is larger than it.
+        derived = ("model", "stability_limit", "kernel_growth", "surface")
         return {k: v for k, v in self.__dict__.items() if k not in derived}
 
-    @cached_property
-    def model(self) -> LinearisedModel:
-        """The linearised model."""
-        return LinearisedModel.from_spectrum(self.spectrum, device=self.settings.device)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__["model"] = LinearisedModel.from_spectrum(
+            self.spectrum, device=self.settings.device
+        )
 
     @cached_property
     def kernel_growth(self) -> KernelGrowth | None:
@@ -72,12 +127,12 @@ class Simulator:
 
     @cached_property
     def stability_limit(self) -> StabilityLimit:
-        """At the pretrained weights."""
+        """The limit of stable learning rates at the pretrained weights, of all samples."""
         return StabilityLimit.of(self.model, self.n_samples)
 
     @property
-    def own_stability_limit(self) -> StabilityLimit:
-        """The same for batches of the spectrum's samples."""
+    def spectrum_stability_limit(self) -> StabilityLimit:
+        """The same limit for mini-batches that are drawn from the spectrum's samples alone."""
         return replace(self.stability_limit, n_samples=self.spectrum.n_samples)
 
     @cached_property
@@ -87,7 +142,7 @@ class Simulator:
 
     @cached_property
     def initial_loss_sd(self) -> float:
-        """Standard deviation of the losses of single samples at the pretrained weights."""
+        """The standard deviation of the losses of single samples at the pretrained weights."""
         model = self.model
         losses = model.sample_losses(model.initial_outputs[None], model.soft_targets)[0].double()
         # The mean over a batch divides by the mean of its normalisers.
@@ -96,26 +151,124 @@ class Simulator:
 
     @property
     def slow_rate(self) -> float:
-        """A learning rate at which full-batch training is slow and sure."""
+        """A learning rate at which full-batch training is slow and surely stable."""
         return 0.5 / max(float(self.model.curvatures[0]), 1e-30)
 
-    def largest(
-        self, size: NDArray[np.int64] | NDArray[np.float64], mass: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        """Return the largest stable learning rate.
+    @cached_property
+    def excess_fraction(self) -> float:
+        """The training loss at the target over the initial one, above the lowest possible loss.
 
-        Args:
-            size:
-                Batch sizes, shape ``(K,)``.
-            mass:
-                Momenta, shape ``(K,)``.
-
-        Returns:
-            Shape ``(K,)``.
+        Label smoothing makes the lowest possible loss positive. Where the target is not a training
+        loss, this is that of slow training at the target; it is NaN where the target depends on
+        the end of the curve.
         """
+        floor, initial = self.model.loss_floor, self.initial_loss
+        if self.target.settled:
+            return math.nan
+        if self.target.quantity in ("loss", "smoothed_loss"):
+            return (self.target.value - floor) / (initial - floor)
+        curves = _slow_run(self.model, self.slow_rate, self.target).curves
+        return (float(np.nanmin(curves["loss"])) - floor) / (initial - floor)
+
+    @cached_property
+    def loss_fraction(self) -> float:
+        """The training loss at the target over the initial one, as the spectrum's probe has it."""
+        floor, initial = self.model.loss_floor, self.initial_loss
+        return (self.excess_fraction * (initial - floor) + floor) / initial
+
+    @cached_property
+    def best_depth(self) -> float:
+        """The depth at which the validation loss of slow full-batch training is lowest.
+
+        It is infinite without validation data, or where more training helps for 20,000 steps.
+        """
+        if self.model.validation is None:
+            return math.inf
+        aim = Target("validation_loss", 1e-12)
+        run = _slow_run(self.model, self.slow_rate, aim, max_steps=20_000, full_curves=True)
+        losses = run.curves["validation_loss"][0]
+        known = np.flatnonzero(np.isfinite(losses) & np.isfinite(run.steps[0]))
+        best = known[int(np.argmin(losses[known]))]
+        if best == known[-1]:
+            return math.inf
+        return math.log(self.initial_loss / max(float(run.curves["loss"][0, best]), 1e-300))
+
+    @property
+    def has_surface(self) -> bool:
+        """Whether times are a function of learning rate, batch size and momentum alone."""
+        linear = self.settings.method == "linear"
+        return bool(self.schedule.is_constant and not self.target.settled and linear)
+
+    @cached_property
+    def surface(self) -> ResponseSurface:
+        """The response surface of simulated times, for many configurations at once."""
+        share = min(RULES.surface_trace, self.spectrum.explained_trace)
+        model = LinearisedModel.from_spectrum(
+            self.spectrum.truncate(explained_trace=share), device=self.settings.device
+        )
+        return ResponseSurface.build(
+            model,
+            self.target,
+            DEPTHS,
+            max_steps=self.max_steps,
+            optimizer=self.optimizer,
+            sampling=self.settings.sampling,
+            smoothing=self.settings.smoothing,
+            growth=self.kernel_growth,
+            limit=self.spectrum_stability_limit,
+            seed=self.settings.seed,
+        )
+
+    @cached_property
+    def sample_convergence(self) -> SampleConvergence:
+        """How predicted times depend on the number of samples of the spectrum."""
+        return SampleConvergence.measure(
+            self.model, self.target, growth=self.kernel_growth, seed=self.settings.seed
+        )
+
+    @cached_property
+    def subset_sd(self) -> float:
+        """How much the samples outside the spectrum may change a time's logarithm."""
+        if self.n_samples == self.spectrum.n_samples:
+            return 0.0
+        if self.target.settled:
+            return RULES.settled_subset_sd
+        return self.sample_convergence.error(self.n_samples)
+
+    @cached_property
+    def truncation_log_error(self) -> float:
+        """How much the dropped eigenpairs change a time's logarithm.
+
+        It is estimated by what dropping as much of the trace again changes.
+        """
+        explained, spectrum = self.spectrum.explained_trace, self.spectrum
+        if explained > 1.0 - 1e-6 or self.target.settled:
+            return 0.0
+        shorter = spectrum.truncate(explained_trace=max(1.0 - 2.0 * (1.0 - explained), 0.01))
+        if shorter.rank == spectrum.rank and spectrum.rank > 1:
+            # Equal eigenvalues are kept together.
+            shorter = spectrum.truncate(rank=spectrum.rank - 1)
+        models = (self.model, LinearisedModel.from_spectrum(shorter))
+        target = self.target
+        if target.quantity == "smoothed_loss":
+            target = replace(target, quantity="loss")
+        times = [_slow_first_passage_time(m, self.slow_rate, target) for m in models]
+        if min(times) < RULES.few_steps:
+            rate = self.slow_rate / RULES.few_steps
+            times = [_slow_first_passage_time(m, rate, target) for m in models]
+        if not np.isfinite(times).all():
+            return 1.0
+        return abs(math.log(max(times[1], 1.0) / max(times[0], 1.0)))
+
+    def max_learning_rate(
+        self,
+        batch_size: NDArray[np.int64] | NDArray[np.float64],
+        momentum: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Return the largest stable learning rates of K configurations, shape ``(K,)``."""
         return self.stability_limit.max_learning_rate(
-            size,
-            mass,
+            batch_size,
+            momentum,
             dampening=self.optimizer.dampening,
             nesterov=self.optimizer.nesterov,
             weight_decay=self.optimizer.weight_decay,
@@ -123,18 +276,13 @@ class Simulator:
         )
 
     def covariates(self, configurations: Configurations) -> NDArray[np.float64]:
-        """Return what the errors of predicted times depend on.
+        """Return what the errors of predicted times depend on, a row for each configuration.
 
-        Args:
-            configurations:
-                Which ones.
-
-        Returns:
-            See :func:`optuna_ttp.calibration.covariates`.
+        See :func:`optuna_ttp.calibration.covariates`.
         """
-        n, size = self.n_samples, configurations.batch_size
+        n, batch_size = self.n_samples, configurations.batch_size
         step = configurations.learning_rate / (1.0 - configurations.momentum)
-        noise = (n - size) / (max(n - 1, 1) * size)
+        noise = (n - batch_size) / (max(n - 1, 1) * batch_size)
         return covariates(step * float(self.model.curvatures[0]), noise)
 
     def instability(
@@ -142,108 +290,107 @@ class Simulator:
     ) -> NDArray[np.float64]:
         """Return the learning rate over the largest stable one, times the predicted growth.
 
-        Args:
-            depths:
-                Loss levels, shape ``(K, P)`` or ``(1, P)``.
-            stability:
-                Learning rate over the largest stable one, shape ``(K,)``.
-
-        Returns:
-            Shape ``(K, P)``.
+        The depths have the shape ``(K, P)`` or ``(1, P)``, the learning rates over the largest
+        stable ones ``(K,)``, and the result ``(K, P)``.
         """
         if self.kernel_growth is None:
             return np.broadcast_to(stability[:, None], (len(stability), depths.shape[1]))
         return np.asarray(stability[:, None] * self.kernel_growth.at(np.exp(-depths)))
 
-    def simulated_size(self, size: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the batch size that makes as much noise among the spectrum's samples.
+    def simulated_batch_size(self, batch_size: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the batch sizes that make as much noise among the spectrum's samples, ``(K,)``.
 
         ``gamma = (N - B) / ((N - 1) B)`` on all ``N`` samples is that of
         ``N_0 / (1 + gamma (N_0 - 1))`` among the ``N_0`` samples of the spectrum.
-
-        Args:
-            size:
-                Shape ``(K,)``.
-
-        Returns:
-            Shape ``(K,)``.
         """
-        n, own = self.n_samples, self.spectrum.n_samples
-        if n == own:
-            return size
-        gamma = (n - size) / ((n - 1) * size)
-        return np.maximum(1, np.rint(own / (1.0 + gamma * (own - 1)))).astype(np.int64)
+        n, n_spectrum = self.n_samples, self.spectrum.n_samples
+        if n == n_spectrum:
+            return batch_size
+        gamma = (n - batch_size) / ((n - 1) * batch_size)
+        equivalent = n_spectrum / (1.0 + gamma * (n_spectrum - 1))
+        return np.maximum(1, np.rint(equivalent)).astype(np.int64)
 
     def run(
         self,
         configurations: Configurations,
-        target: Target,
         *,
         growth: KernelGrowth | None,
         margin: float = 1.0,
         full_curve: bool = False,
         n_seeds: int | None = None,
     ) -> list[Trajectories]:
-        """Simulate.
+        """Simulate configurations up to the target, once for each seed of the settings.
 
-        Args:
-            configurations:
-                Which ones.
-            target:
-                Where curves end.
-            growth:
-                What the kernel is multiplied by.
-            margin:
-                How many horizons are simulated. One by default.
-            full_curve:
-                Go on to the horizon. Off by default.
-            n_seeds:
-                That of the settings by default.
-
-        Returns:
-            One simulation a seed.
+        The kernel is multiplied by the given growth, and simulations give up after ``margin``
+        horizons. With ``full_curve`` they go on to the horizon.
         """
-        size, horizon = configurations.batch_size, configurations.max_steps
         sgd = self.optimizer.configurations(
             configurations.learning_rate, configurations.momentum, self.schedule
         )
         # The horizon counts real steps; the simulation's own clock runs a little differently.
-        steps = np.maximum(1, np.ceil(margin * horizon)).astype(np.int64)
-        sizes = self.simulated_size(size)
-        per_epoch = -(-self.n_samples // size)
-        full_curve = full_curve or target.settled
-        wanted = self.settings.n_seeds if n_seeds is None else n_seeds
+        max_steps = np.maximum(1, np.ceil(margin * configurations.max_steps)).astype(np.int64)
+        batch_size = self.simulated_batch_size(configurations.batch_size)
+        common = {
+            "max_steps": max_steps,
+            "target": self.target,
+            "full_curves": full_curve or self.target.settled,
+            "steps_per_epoch": -(-self.n_samples // configurations.batch_size),
+        }
+        n_runs = self.settings.n_seeds if n_seeds is None else n_seeds
+        if self.settings.method == "linear":
+            noisy = (batch_size < self.spectrum.n_samples).any()
+            if not noisy and self.settings.sampling != "replacement":
+                n_runs = 1
+            common["growth"] = growth
+        seeds = range(self.settings.seed, self.settings.seed + n_runs)
+        return [self._run(sgd, batch_size, seed, common) for seed in seeds]
+
+    def _run(
+        self,
+        sgd: SGDConfigurations,
+        batch_size: NDArray[np.int64],
+        seed: int,
+        common: dict[str, Any],
+    ) -> Trajectories:
+        """Simulate one order of the samples by the method of the settings."""
         if self.settings.method != "linear":
-            return [
-                simulate_equation(
-                    self.model,
-                    sgd,
-                    sizes,
-                    max_steps=steps,
-                    method=self.settings.method,
-                    target=target,
-                    full_curves=full_curve,
-                    seed=self.settings.seed + k,
-                    steps_per_epoch=per_epoch,
-                )
-                for k in range(wanted)
-            ]
-        noisy = self.settings.sampling == "replacement" or (sizes < self.spectrum.n_samples).any()
-        return [
-            simulate(
-                self.model,
-                sgd,
-                sizes,
-                max_steps=steps,
-                target=target,
-                full_curves=full_curve,
-                exact=self.settings.exact or target.settled,
-                sampling=self.settings.sampling,
-                smoothing=self.settings.smoothing,
-                growth=growth,
-                limit=self.own_stability_limit,
-                seed=self.settings.seed + k,
-                steps_per_epoch=per_epoch,
+            return simulate_equation(
+                self.model, sgd, batch_size, method=self.settings.method, seed=seed, **common
             )
-            for k in range(wanted if noisy else 1)
-        ]
+        return simulate(
+            self.model,
+            sgd,
+            batch_size,
+            exact=self.settings.exact or self.target.settled,
+            sampling=self.settings.sampling,
+            smoothing=self.settings.smoothing,
+            limit=self.spectrum_stability_limit,
+            seed=seed,
+            **common,
+        )
+
+
+def _slow_run(
+    model: LinearisedModel,
+    learning_rate: float,
+    target: Target,
+    *,
+    max_steps: int = 5_000,
+    full_curves: bool = False,
+) -> Trajectories:
+    """Simulate full-batch training of one configuration without momentum."""
+    return simulate(
+        model,
+        SGDConfigurations.of(np.array([learning_rate])),
+        np.array([model.n_samples]),
+        max_steps=np.array([max_steps]),
+        target=target,
+        full_curves=full_curves,
+    )
+
+
+def _slow_first_passage_time(
+    model: LinearisedModel, learning_rate: float, target: Target
+) -> float:
+    """Return the steps of full batches to a target, infinity where it is not reached."""
+    return float(_slow_run(model, learning_rate, target).first_passage_times(target)[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 from typing import TYPE_CHECKING
 
 from optuna_ttp._util.checks import check_number
@@ -11,26 +12,19 @@ from optuna_ttp.dynamics import Target
 
 if TYPE_CHECKING:
     from optuna_ttp.dynamics import LinearisedModel
-    from optuna_ttp.prediction._simulator import Simulator
+    from optuna_ttp.prediction._settings import PredictorSettings
 
 
-def resolve_target(arguments: dict[str, float | None], simulator: Simulator) -> Target:
-    """Return the one target that was given.
+_TrainingLoss = Literal["loss", "smoothed_loss"]
 
-    Args:
-        arguments:
-            By name; those that were not given are :obj:`None`.
-        simulator:
-            Knows the model.
 
-    Returns:
-        The target.
+def resolve_target(
+    arguments: dict[str, float | None], model: LinearisedModel, settings: PredictorSettings
+) -> Target:
+    """Return the one target that a user gave, among the arguments by their names.
 
-    Raises:
-        TypeError:
-            If it is no number.
-        ValueError:
-            If not exactly one is given, or it is out of its range.
+    Raise TypeError where it is not a number, and ValueError where not exactly one is given or
+    where it is out of its range for this model and these settings.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     if len(given) != 1:
@@ -39,37 +33,38 @@ def resolve_target(arguments: dict[str, float | None], simulator: Simulator) -> 
         )
     name, value = next(iter(given.items()))
     check_number(name, value)
-    if not simulator.initial_loss > 0.0:
+    initial = float(model.loss(model.initial_outputs[None]))
+    if not initial > 0.0:
         raise ValueError(
             "The initial training loss must be positive but got 0: nothing is left to train. "
             "Do data and loss fit the model?"
         )
+    quantity: _TrainingLoss = "loss" if settings.smoothing is None else "smoothed_loss"
     if name == "target_epsilon":
         if not 0.0 < value < 1.0:
             raise ValueError(f"target_epsilon must be in (0, 1) but got {value}.")
-        return Target(
-            "loss" if simulator.settings.smoothing is None else "smoothed_loss", value, True
-        )
-    if "validation" in name and simulator.settings.method != "linear":
-        raise ValueError(
-            f'{name} belongs to method="linear" but got {simulator.settings.method!r}.'
-        )
-    if "validation" in name and simulator.model.validation is None:
+        return Target(quantity, value, True)
+    if "validation" in name and settings.method != "linear":
+        raise ValueError(f'{name} belongs to method="linear" but got {settings.method!r}.')
+    if "validation" in name and model.validation is None:
         raise ValueError(
             f"{name} needs validation data: FineTuningTask(..., validation_data=...) before "
             "the spectrum is computed, but got a spectrum without."
         )
     if name.endswith("accuracy"):
-        return _accuracy_target(name, value, simulator)
+        return _accuracy_target(name, value, model)
     if name == "target_fraction":
         if not 0.0 < value < 1.0:
             raise ValueError(f"target_fraction must be in (0, 1) but got {value}.")
-        value *= simulator.initial_loss
-    return _loss_target(name, float(value), simulator)
+        value *= initial
+    return _loss_target(name, float(value), model, quantity)
 
 
-def _loss_target(name: str, loss: float, simulator: Simulator) -> Target:
-    kind, watched = _watched(name, simulator)
+def _loss_target(
+    name: str, loss: float, model: LinearisedModel, quantity: _TrainingLoss
+) -> Target:
+    """Return a loss target, checked against what is possible."""
+    kind, watched = _watched(name, model)
     initial = float(watched.loss(watched.initial_outputs[None]))
     if not (math.isfinite(loss) and loss > 0.0):
         raise ValueError(f"{name} must be positive and finite but got {loss}.")
@@ -85,11 +80,12 @@ def _loss_target(name: str, loss: float, simulator: Simulator) -> Target:
         )
     if kind == "validation":
         return Target("validation_loss", loss)
-    return Target("loss" if simulator.settings.smoothing is None else "smoothed_loss", loss)
+    return Target(quantity, loss)
 
 
-def _accuracy_target(name: str, accuracy: float, simulator: Simulator) -> Target:
-    kind, watched = _watched(name, simulator)
+def _accuracy_target(name: str, accuracy: float, model: LinearisedModel) -> Target:
+    """Return an accuracy target, checked against what is possible."""
+    kind, watched = _watched(name, model)
     if not 0.0 < accuracy <= 1.0:
         raise ValueError(f"{name} must be in (0, 1] but got {accuracy}.")
     if watched.labels is None:
@@ -103,8 +99,9 @@ def _accuracy_target(name: str, accuracy: float, simulator: Simulator) -> Target
     return Target("accuracy" if kind == "training" else "validation_accuracy", float(accuracy))
 
 
-def _watched(name: str, simulator: Simulator) -> tuple[str, LinearisedModel]:
+def _watched(name: str, model: LinearisedModel) -> tuple[str, LinearisedModel]:
+    """Return which samples a target is about, in words, and their model."""
     kind = "validation" if "validation" in name else "training"
-    watched = simulator.model.validation if kind == "validation" else simulator.model
+    watched = model.validation if kind == "validation" else model
     assert watched is not None
     return kind, watched

@@ -1,0 +1,141 @@
+"""What a predictor knows of its task, its target and its settings."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.calibration import Calibration
+    from optuna_ttp.dynamics import KernelGrowth
+    from optuna_ttp.dynamics import Schedule
+    from optuna_ttp.dynamics import SGD
+    from optuna_ttp.dynamics import Target
+    from optuna_ttp.prediction._estimator import Estimator
+    from optuna_ttp.prediction._settings import PredictorSettings
+    from optuna_ttp.spectrum import Spectrum
+    from optuna_ttp.spectrum import Throughput
+
+
+class PredictorProperties:
+    """The read-only properties of :class:`~optuna_ttp.TrainingTimePredictor`."""
+
+    short_run_seconds: float
+    _estimator: Estimator
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """The Jacobian eigenspectrum of the task."""
+        return self._estimator.simulator.spectrum
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the task."""
+        return self.spectrum.metadata.fingerprint
+
+    @property
+    def setup_seconds(self) -> float:
+        """What the spectrum and the short training runs took together, in seconds."""
+        return self.spectrum.metadata.compute_seconds + self.short_run_seconds
+
+    @property
+    def optimizer(self) -> SGD:
+        """The optimiser that trains."""
+        return self._estimator.simulator.optimizer
+
+    @property
+    def default_momentum(self) -> float | None:
+        """The momentum of what does not give one, or None where trials must give one."""
+        return self.optimizer.momentum
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the learning rate."""
+        return self._estimator.simulator.schedule
+
+    @property
+    def settings(self) -> PredictorSettings:
+        """The settings that were given."""
+        return self._estimator.simulator.settings
+
+    @property
+    def kernel_growth(self) -> KernelGrowth | None:
+        """The predicted growth of the kernel, or None where it is frozen."""
+        return self._estimator.simulator.kernel_growth
+
+    @property
+    def n_samples(self) -> int:
+        """The number of samples that will be trained on."""
+        return self._estimator.simulator.n_samples
+
+    @property
+    def max_steps(self) -> int:
+        """The horizon in optimiser steps."""
+        return self._estimator.simulator.max_steps
+
+    @property
+    def target(self) -> Target:
+        """What is to be reached."""
+        return self._estimator.simulator.target
+
+    @property
+    def depth(self) -> float:
+        """Training loss over the initial one where the target is, on the linearised path.
+
+        The lowest loss that is possible, with label smoothing, counts as zero. Of a target that
+        depends on the end of the curve it is not known: NaN.
+        """
+        return self._estimator.simulator.excess_fraction
+
+    @property
+    def target_depth(self) -> float:
+        """Logarithm of the initial training loss over that at the target.
+
+        Of the linearised path where the target is not a training loss; NaN where it depends on the
+        end of the curve.
+        """
+        return -math.log(max(self._estimator.simulator.loss_fraction, 1e-300))
+
+    @property
+    def best_depth(self) -> float:
+        """Depth at which the validation loss is predicted to be lowest.
+
+        That of slow full-batch training of the linearised network; infinite without validation
+        data, or where more training always helps within 20,000 steps.
+        """
+        return self._estimator.simulator.best_depth
+
+    @property
+    def initial_loss(self) -> float:
+        """The training loss at the pretrained weights."""
+        return self._estimator.simulator.initial_loss
+
+    @property
+    def initial_loss_sd(self) -> float:
+        """Standard deviation of the losses of single samples at the pretrained weights."""
+        return self._estimator.simulator.initial_loss_sd
+
+    @property
+    def throughput(self) -> Throughput | None:
+        """Seconds of a training step, or None where they were not measured."""
+        return self._estimator.throughput
+
+    @property
+    def calibration(self) -> Calibration:
+        """What was learned from observed trials."""
+        return self._estimator.calibration
+
+    @property
+    def has_surface(self) -> bool:
+        """Whether times are a function of learning rate, batch size and momentum alone."""
+        return self._estimator.simulator.has_surface
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the network stays close to its linearisation on the way to the target.
+
+        See :func:`~optuna_ttp.calibration.is_reliable`; once trials were observed, whether they
+        tell how the kernel grows. Of single configurations :attr:`Prediction.reliable` tells.
+        """
+        return self._estimator.reliable
