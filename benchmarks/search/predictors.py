@@ -343,12 +343,16 @@ def rule_of_thumb(predictor: TrainingTimePredictor, table: Table) -> GivenTimesP
     Returns:
         A predictor, which learns the constant from the trials.
     """
-    rate, size, mass = _configurations(table, predictor.n_samples)
-    per_step = predictor.seconds_per_step(size)
-    steps = predictor.score(rate, size, mass) / np.where(np.isnan(per_step), 1.0, per_step)
+    rate, batch_size, momentum = _configurations(table, predictor.n_samples)
+    per_step = predictor.seconds_per_step(batch_size)
+    steps = predictor.score(rate, batch_size, momentum) / np.where(
+        np.isnan(per_step), 1.0, per_step
+    )
     constants = (steps * rate)[np.isfinite(steps)]
     constant = float(np.median(constants)) if len(constants) else 1.0
-    return GivenTimesPredictor(predictor, lambda rate, size, mass: constant / rate, learns=True)
+    return GivenTimesPredictor(
+        predictor, lambda rate, batch_size, momentum: constant / rate, learns=True
+    )
 
 
 def recorded_times(
@@ -386,9 +390,11 @@ def recorded_times(
     errors = np.random.default_rng(seed).normal(0.0, log_sd, shape) if log_sd else np.zeros(shape)
 
     def disturbed(
-        rate: NDArray[np.float64], size: NDArray[np.float64], mass: NDArray[np.float64]
+        rate: NDArray[np.float64],
+        batch_size: NDArray[np.float64],
+        momentum: NDArray[np.float64],
     ) -> NDArray[np.float64]:
-        columns = zip(values, (rate, size, mass), strict=True)
+        columns = zip(values, (rate, batch_size, momentum), strict=True)
         places = tuple(_nearest(column, wanted) for column, wanted in columns)
         return np.asarray(steps[places] * np.exp(errors[places]))
 
@@ -401,8 +407,8 @@ def _columns(table: Table) -> tuple[NDArray[np.float64], ...]:
 
 
 def _configurations(table: Table, n_samples: int) -> tuple[NDArray[Any], ...]:
-    rate, size, mass = (m.ravel() for m in np.meshgrid(*_columns(table), indexing="ij"))
-    return rate, np.minimum(size, n_samples).astype(np.int64), mass
+    rate, batch_size, momentum = (m.ravel() for m in np.meshgrid(*_columns(table), indexing="ij"))
+    return rate, np.minimum(batch_size, n_samples).astype(np.int64), momentum
 
 
 def _nearest(column: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.intp]:

@@ -77,18 +77,18 @@ class SGD:
         momentum: ArrayLike,
         schedule: Schedule | None = None,
     ) -> SGDConfigurations:
-        """Return K configurations of this optimiser.
+        """Return K configurations of this optimiser, as simulations take them.
 
         Args:
             learning_rate:
-                One learning rate, or shape ``(K,)``.
+                One learning rate, or an array of shape ``(K,)``.
             momentum:
-                One momentum, or shape ``(K,)``.
+                One momentum, or an array of shape ``(K,)``.
             schedule:
                 The schedule of the learning rate. Constant by default.
 
         Returns:
-            The configurations, as :func:`~optuna_ttp.dynamics.simulate` takes them.
+            The configurations.
         """
         return SGDConfigurations.of(
             learning_rate,

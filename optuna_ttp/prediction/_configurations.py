@@ -15,15 +15,15 @@ class Configurations:
 
     Attributes:
         learning_rate:
-            Shape ``(K,)``.
+            Learning rates, shape ``(K,)``.
         batch_size:
-            Shape ``(K,)``.
+            Batch sizes, shape ``(K,)``.
         momentum:
-            Shape ``(K,)``.
+            Momenta, shape ``(K,)``.
         max_steps:
-            The horizon of each, shape ``(K,)``.
+            The horizon of each in steps, shape ``(K,)``.
         shape:
-            Of the arrays that answers are given in.
+            The shape of the arrays that answers are given in.
     """
 
     learning_rate: NDArray[np.float64]
@@ -41,65 +41,44 @@ class Configurations:
         max_steps: ArrayLike,
         n_samples: int,
     ) -> Configurations:
-        """Broadcast and check.
+        """Return configurations of one common shape, of at most N samples a batch.
 
-        Args:
-            learning_rate:
-                Positive.
-            batch_size:
-                Whole numbers from 1 to N.
-            momentum:
-                In [0, 1).
-            max_steps:
-                Positive.
-            n_samples:
-                N.
-
-        Returns:
-            The configurations.
-
-        Raises:
-            ValueError:
-                If one is out of its range, or there is none.
+        Raise ValueError where a value is out of its range, or there is no configuration.
         """
-        rate, size, mass, horizon = _broadcast(
+        rates, batch_sizes, momenta, horizons = _broadcast(
             learning_rate=learning_rate,
             batch_size=batch_size,
             momentum=momentum,
             max_steps=max_steps,
         )
-        if rate.size == 0:
+        if rates.size == 0:
             raise ValueError("At least one configuration must be given but got none.")
-        _refuse(rate, (rate > 0) & np.isfinite(rate), "learning_rate must be positive and finite")
-        _refuse(
-            size,
-            (size >= 1) & (size <= n_samples) & (size == np.floor(size)),
+        _check_all(
+            rates, (rates > 0) & np.isfinite(rates), "learning_rate must be positive and finite"
+        )
+        _check_all(
+            batch_sizes,
+            (batch_sizes >= 1)
+            & (batch_sizes <= n_samples)
+            & (batch_sizes == np.floor(batch_sizes)),
             f"batch_size must be a whole number from 1 to the number of samples, {n_samples},",
         )
-        _refuse(mass, (mass >= 0) & (mass < 1), "momentum must be in [0, 1)")
-        _refuse(
-            horizon,
-            (horizon >= 1) & (horizon <= 2**53) & (horizon == np.floor(horizon)),
+        _check_all(momenta, (momenta >= 0) & (momenta < 1), "momentum must be in [0, 1)")
+        _check_all(
+            horizons,
+            (horizons >= 1) & (horizons <= 2**53) & (horizons == np.floor(horizons)),
             "max_steps must be a positive integer",
         )
         return cls(
-            rate.ravel(),
-            size.astype(np.int64).ravel(),
-            mass.ravel(),
-            horizon.astype(np.int64).ravel(),
-            rate.shape,
+            rates.ravel(),
+            batch_sizes.astype(np.int64).ravel(),
+            momenta.ravel(),
+            horizons.astype(np.int64).ravel(),
+            rates.shape,
         )
 
     def rows(self, chosen: NDArray[np.int64]) -> Configurations:
-        """Return some of them.
-
-        Args:
-            chosen:
-                Their places.
-
-        Returns:
-            The configurations, in one dimension.
-        """
+        """Return the configurations in the given places, in one dimension."""
         return Configurations(
             self.learning_rate[chosen],
             self.batch_size[chosen],
@@ -113,11 +92,12 @@ class Configurations:
 
     @property
     def lag(self) -> NDArray[np.float64]:
-        """Steps by which momentum lags behind, shape ``(K,)``."""
+        """Steps by which momentum lags behind the gradient: ``m / (1 - m)``, shape ``(K,)``."""
         return self.momentum / (1.0 - self.momentum)
 
 
 def _broadcast(**arguments: ArrayLike) -> tuple[NDArray[np.float64], ...]:
+    """Return the arguments as numbers of one common shape."""
     arrays = {name: _numbers(name, value) for name, value in arguments.items()}
     try:
         return np.broadcast_arrays(*arrays.values())
@@ -130,16 +110,18 @@ def _broadcast(**arguments: ArrayLike) -> tuple[NDArray[np.float64], ...]:
 
 
 def _numbers(name: str, value: ArrayLike) -> NDArray[np.float64]:
+    """Return a value as an array of numbers; raise TypeError if it does not hold numbers."""
     try:
-        found = np.asarray(value)
-        if found.dtype.kind not in "bUS":
-            return found.astype(np.float64)
+        array = np.asarray(value)
+        if array.dtype.kind not in "bUS":
+            return array.astype(np.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         # A tensor that wants gradients says what to do itself.
         raise TypeError(f"{name} must be numbers but got {value!r}: {error}") from error
     raise TypeError(f"{name} must be numbers but got {value!r}.")
 
 
-def _refuse(values: NDArray[np.float64], good: NDArray[np.bool_], message: str) -> None:
+def _check_all(values: NDArray[np.float64], good: NDArray[np.bool_], message: str) -> None:
+    """Raise ValueError with the message and the first value that is not good."""
     if not good.all():
         raise ValueError(f"{message} but got {values[~good].flat[0]}.")

@@ -26,18 +26,18 @@ class Prediction:
 
     Attributes:
         learning_rate:
-            The configurations' learning rates. All attributes have their common shape, where
-            nothing else is said.
+            The configurations' learning rates. All attributes have their common shape, unless
+            another one is given.
         batch_size:
-            Their batch sizes.
+            The configurations' batch sizes.
         momentum:
-            Their momenta.
+            The configurations' momenta.
         steps:
             Optimiser steps to the target; infinity where it is not reached.
         steps_low:
-            Lower end of the interval that is to hold the real steps eight times out of ten.
+            Lower end of the interval that holds the real steps in eight of ten cases.
         steps_high:
-            Its upper end.
+            Upper end of this interval.
         epochs:
             Passes over the data to the target.
         seconds:
@@ -45,38 +45,42 @@ class Prediction:
         outcomes:
             ``"converges"``, ``"diverges"`` or ``"not_reached"`` (within the horizon).
         p_converges:
-            How likely the target is reached within the horizon.
+            Probability that the target is reached within the horizon.
         p_diverges:
-            How likely training never recovers. The rest to one is ``"not_reached"``.
+            Probability that training never recovers. The rest to one is the probability of
+            ``"not_reached"``.
         reliable:
-            Whether the network stays close to its linearisation on the way to the target; once
-            trials were observed, whether they leave a prediction that is worth something: close
-            to the edge of stability it may not be, although the predictor is reliable.
+            Whether the network stays close to its linearisation on the way to the target. Once
+            trials were observed, whether the error that they leave is small: close to the edge of
+            stability it may be large, although the predictor is reliable.
         stability:
             Learning rate over the largest stable one. Training above one may go through a loss
             spike, or never recover from it.
         max_steps:
             The horizon, in steps.
         strides:
-            Optimiser steps that were simulated as one; one means exactly.
+            Optimiser steps that were simulated as one. One means that every step was simulated.
         curve_steps:
-            Steps of the predicted curves, in a last axis; NaN after their end.
+            Steps of the predicted curves, along an additional last axis; NaN after their end.
         curves:
             What was simulated at these steps, with the first of the seeds: ``"loss"``,
             ``"accuracy"`` (of classifiers), ``"validation_loss"`` and ``"validation_accuracy"``
             (where the task has validation data and full curves were asked for, or the target is
             one of them), and ``"smoothed_loss"`` (where the predictor has a smoothing).
         log_first_passage_times:
-            Logarithm of the step at which each of the depths
-            :data:`optuna_ttp.calibration.DEPTHS` is passed, as simulated, in a last axis; NaN
-            below the target and where it is not reached. With the next three, what a calibration
-            needs to know of a prediction once the trial has run.
+            Logarithm of the step at which each of the loss levels
+            :data:`optuna_ttp.calibration.DEPTHS` is passed, as simulated, along an additional
+            last axis. It is NaN for levels below the target, and where a level is not reached.
+            This attribute and the next three are what a calibration needs to know of a
+            prediction once the trial has run.
         expected_log_first_passage_times:
-            The same as corrected by observed trials.
+            The same logarithms, corrected by observed trials.
         covariates:
-            See :func:`optuna_ttp.calibration.covariates`, in a last axis.
+            What the errors of predicted times depend on, along an additional last axis. See
+            :func:`optuna_ttp.calibration.covariates`.
         instability:
-            See :class:`optuna_ttp.calibration.Observation`, at the same depths.
+            Learning rate over the largest stable one, times the predicted growth of the kernel,
+            at the same loss levels. See :class:`optuna_ttp.calibration.Observation`.
         log_growth:
             Logarithm of the correction of the kernel that was simulated with, at
             :data:`optuna_ttp.calibration.KNOTS`.

@@ -1,4 +1,4 @@
-"""The one face of the science: from hyperparameters to training time."""
+"""The predictor: from hyperparameters to training time."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
 
 class TrainingTimePredictor(PredictorProperties):
-    """Predicts how long training takes until the training loss is at a target. It trains nothing.
+    """Predicts how long training takes until the training loss reaches a target, without training.
 
     The network is linearised at its pretrained weights, and mini-batch SGD is simulated on the
     linearised model with the user's own learning rate, batch size and momentum. The training time
-    is the first step at which the watched quantity is at the target (Zancato et al., NeurIPS 2020,
-    section 5). Exactly one of the ``target_`` arguments must be given.
+    is the first step at which the watched quantity reaches the target (Zancato et al., NeurIPS
+    2020, section 5). Exactly one of the ``target_`` arguments must be given.
 
     Example:
         >>> predictor = TrainingTimePredictor(spectrum, target_fraction=0.3)
@@ -58,13 +58,13 @@ class TrainingTimePredictor(PredictorProperties):
         target_loss:
             The training loss to reach.
         target_fraction:
-            The same as a fraction of the initial training loss.
+            The training loss to reach, as a fraction of the initial one.
         target_accuracy:
             The training accuracy to reach.
         target_validation_loss:
             The validation loss to reach; the task must have validation data.
         target_validation_accuracy:
-            The validation accuracy to reach, likewise.
+            The validation accuracy to reach; the task must have validation data.
         target_epsilon:
             The paper's ``T_eps``: the first step at which the training loss is within this share
             of its whole change of its value at the horizon. See
@@ -157,20 +157,20 @@ class TrainingTimePredictor(PredictorProperties):
 
         Args:
             learning_rate:
-                Positive.
+                Learning rates, positive.
             batch_size:
-                Whole numbers from 1 to N.
+                Batch sizes: whole numbers from 1 to N, the number of samples.
             momentum:
-                In [0, 1), as in :class:`torch.optim.SGD`. That of the optimiser by default.
+                Momenta in [0, 1), as in :class:`torch.optim.SGD`. The optimiser's by default.
             max_steps:
-                The horizon in steps, if another one than the predictor's.
+                The horizon in steps. The predictor's by default.
             full_curve:
-                Simulate the curves up to the horizon, with those of the validation samples. By
-                default they end at the target. There is no curve of a configuration that is
-                predicted to diverge.
+                Whether curves go on to the horizon, with those of the validation samples. By
+                default they end at the target. A configuration that is predicted to diverge has
+                no curve.
 
         Returns:
-            Steps, epochs, seconds, interval, outcome and curves.
+            The predicted steps, epochs, seconds, interval, outcomes and curves.
 
         Raises:
             ValueError:
@@ -194,16 +194,16 @@ class TrainingTimePredictor(PredictorProperties):
 
         Args:
             learning_rate:
-                Positive.
+                Learning rates, positive.
             batch_size:
-                Whole numbers from 1 to N.
+                Batch sizes: whole numbers from 1 to N, the number of samples.
             momentum:
-                In [0, 1). That of the optimiser by default.
+                Momenta in [0, 1). The optimiser's by default.
             max_steps:
-                The horizon in steps, if another one than the predictor's.
+                The horizon in steps. The predictor's by default.
 
         Returns:
-            Steps, epochs, seconds, interval and outcome; the curves are empty.
+            The predicted steps, epochs, seconds, interval and outcomes, without curves.
 
         Raises:
             ValueError:
@@ -222,23 +222,25 @@ class TrainingTimePredictor(PredictorProperties):
     ) -> NDArray[np.float64]:
         """Return approximate seconds to the target for many configurations, in microseconds each.
 
-        For ranking candidates: interpolated in a response surface, which is built by simulation
-        when it is first needed (seconds), from the eigenpairs that hold 95 % of the trace. What
-        the surface would have to extrapolate (see :meth:`is_extrapolated`) is simulated instead.
+        Candidates can be ranked by them. They are interpolated in a response surface, which is
+        built by simulation when it is first needed (this takes seconds), from the eigenpairs that
+        hold 95 % of the trace. Where the surface would have to extrapolate (see
+        :meth:`is_extrapolated`), configurations are simulated instead.
 
         Args:
             learning_rate:
-                Positive.
+                Learning rates, positive.
             batch_size:
-                Whole numbers from 1 to N.
+                Batch sizes: whole numbers from 1 to N, the number of samples.
             momentum:
-                In [0, 1). That of the optimiser by default.
+                Momenta in [0, 1). The optimiser's by default.
             simulate_outside:
-                Turn off where speed matters more. On by default.
+                Whether to simulate where the surface would have to extrapolate. On by default;
+                turn it off where speed matters more.
 
         Returns:
-            Seconds (steps where the time of a step is not known) of the common shape; infinite
-            where the target is out of reach or training is predicted to diverge.
+            Seconds (steps where the time of a step is not known), of the common shape. They are
+            infinite where the target is out of reach or training is predicted to diverge.
 
         Raises:
             ValueError:
@@ -258,16 +260,16 @@ class TrainingTimePredictor(PredictorProperties):
 
         Args:
             learning_rate:
-                Positive.
+                Learning rates, positive.
             batch_size:
-                Whole numbers from 1 to N.
+                Batch sizes: whole numbers from 1 to N, the number of samples.
             momentum:
-                In [0, 1). That of the optimiser by default.
+                Momenta in [0, 1). The optimiser's by default.
 
         Returns:
-            The common shape: momentum above 0.995, batches of fewer than four samples, the border
-            of what reaches the target, and everything where the learning rate follows a schedule
-            or the target depends on the end of the curve.
+            Booleans of the common shape. True for momentum above 0.995, for batches of fewer than
+            four samples, at the border of what reaches the target, and everywhere if the learning
+            rate follows a schedule or the target depends on the end of the curve.
         """
         configurations = self._configurations(learning_rate, batch_size, momentum)
         return self._estimator.is_extrapolated(configurations).reshape(configurations.shape)
@@ -283,19 +285,19 @@ class TrainingTimePredictor(PredictorProperties):
 
         Args:
             learning_rate:
-                Shape ``(K,)``.
+                Learning rates, shape ``(K,)``.
             batch_size:
-                Shape ``(K,)``.
+                Batch sizes, shape ``(K,)``.
             momentum:
-                Shape ``(K,)``.
+                Momenta, shape ``(K,)``.
             steps:
-                Shape ``(K,)``.
+                The steps of each configuration, shape ``(K,)``.
 
         Returns:
             Logarithms of the initial loss over the loss, shape ``(K,)``. Behind the target the
             loss is taken to go on falling as fast in the logarithm of the steps; where it stays
-            above a level it is taken to be at the last one that was passed. Zero where training is
-            predicted to diverge, or nothing is known.
+            above a loss level it is taken to be at the last one that was passed. They are zero
+            where training is predicted to diverge, or nothing is known.
         """
         configurations = self._configurations(learning_rate, batch_size, momentum)
         return self._estimator.depth_after(configurations, steps)
@@ -312,16 +314,16 @@ class TrainingTimePredictor(PredictorProperties):
 
         Args:
             running:
-                What was predicted for it by :meth:`estimate`, and seen of it so far.
+                What was predicted for the trial by :meth:`estimate`, and observed of it so far.
             configuration:
                 Its learning rate, batch size and momentum.
             depth:
-                Where to: the logarithm of the initial training loss over another one on the way to
-                the target. The target by default.
+                The depth to reach: the logarithm of the initial training loss over another one on
+                the way to the target. The target's by default.
 
         Returns:
-            Steps from the last one that was seen, and the standard deviation of their logarithm;
-            :obj:`None` where the response surface does not know.
+            The steps after the last one that was observed, and the standard deviation of their
+            logarithm; :obj:`None` where the response surface does not know.
         """
         one = self._configurations(*([value] for value in configuration))
         return self._estimator.remaining_steps(running, one, depth)
@@ -331,10 +333,10 @@ class TrainingTimePredictor(PredictorProperties):
 
         Args:
             batch_size:
-                Any shape.
+                Batch sizes, of any shape.
 
         Returns:
-            The same shape.
+            Seconds, of the same shape.
         """
         return self._estimator.seconds_per_step(batch_size)
 
@@ -345,9 +347,9 @@ class TrainingTimePredictor(PredictorProperties):
 
         Args:
             batch_size:
-                Whole numbers from 1 to N.
+                Batch sizes: whole numbers from 1 to N, the number of samples.
             momentum:
-                In [0, 1). That of the optimiser by default.
+                Momenta in [0, 1). The optimiser's by default.
 
         Returns:
             Learning rates of the common shape; see
@@ -369,11 +371,12 @@ class TrainingTimePredictor(PredictorProperties):
         return self._estimator.simulator.sample_convergence
 
     def informed(self, observations: Sequence[Observation]) -> TrainingTimePredictor:
-        """Return a predictor that has learned from more trials, steps and seconds per step.
+        """Return a predictor that has learned steps and seconds per step from more trials.
 
         Args:
             observations:
-                Trials, oldest first; they follow those that this one knows already.
+                What was observed of trials, oldest first. Trials that this predictor has learned
+                from already count once.
 
         Returns:
             A new predictor that shares everything else with this one.
@@ -432,18 +435,19 @@ class TrainingTimePredictor(PredictorProperties):
             task:
                 The task of the spectrum.
             steps:
-                How many. Twenty by default.
+                The number of steps. Twenty by default.
             learning_rate:
-                By default, with the momentum, what is predicted to bring the loss down furthest
-                without coming near the stability limit.
+                The learning rate. By default the one that, with the momentum, is predicted to
+                bring the loss down furthest without coming near the stability limit.
             momentum:
-                Zero or 0.9 by default.
+                The momentum. Zero or 0.9 by default.
             device:
-                Where to train. As :func:`~optuna_ttp.compute_spectrum` by default.
+                The device that trains. By default the one of
+                :func:`~optuna_ttp.compute_spectrum`.
 
         Returns:
-            A predictor that has learned from it. What it took is its
-            :attr:`short_run_seconds`, and is charged by the ledger like the spectrum.
+            A predictor that has learned from the steps. Its :attr:`short_run_seconds` are the
+            seconds that they took; the report charges them like those of the spectrum.
 
         Raises:
             FingerprintMismatchError:

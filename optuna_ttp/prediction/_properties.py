@@ -76,15 +76,15 @@ class PredictorProperties:
 
     @property
     def target(self) -> Target:
-        """What is to be reached."""
+        """The quantity that is watched, and the value that it is to reach."""
         return self._estimator.simulator.target
 
     @property
     def depth(self) -> float:
         """Training loss over the initial one where the target is, on the linearised path.
 
-        The lowest loss that is possible, with label smoothing, counts as zero. Of a target that
-        depends on the end of the curve it is not known: NaN.
+        The lowest loss that is possible with label smoothing counts as zero. It is NaN where the
+        target depends on the end of the curve.
         """
         return self._estimator.simulator.excess_fraction
 
@@ -92,17 +92,17 @@ class PredictorProperties:
     def target_depth(self) -> float:
         """Logarithm of the initial training loss over that at the target.
 
-        Of the linearised path where the target is not a training loss; NaN where it depends on the
-        end of the curve.
+        Where the target is not a training loss, the loss is that of the linearised model at the
+        target. It is NaN where the target depends on the end of the curve.
         """
         return -math.log(max(self._estimator.simulator.loss_fraction, 1e-300))
 
     @property
     def best_depth(self) -> float:
-        """Depth at which the validation loss is predicted to be lowest.
+        """The depth at which the validation loss is predicted to be lowest.
 
-        That of slow full-batch training of the linearised network; infinite without validation
-        data, or where more training always helps within 20,000 steps.
+        It is that of slow full-batch training of the linearised network, and infinite without
+        validation data, or where more training always helps within 20,000 steps.
         """
         return self._estimator.simulator.best_depth
 
@@ -113,7 +113,7 @@ class PredictorProperties:
 
     @property
     def initial_loss_sd(self) -> float:
-        """Standard deviation of the losses of single samples at the pretrained weights."""
+        """The standard deviation of the losses of single samples at the pretrained weights."""
         return self._estimator.simulator.initial_loss_sd
 
     @property
@@ -135,7 +135,8 @@ class PredictorProperties:
     def reliable(self) -> bool:
         """Whether the network stays close to its linearisation on the way to the target.
 
-        See :func:`~optuna_ttp.calibration.is_reliable`; once trials were observed, whether they
-        tell how the kernel grows. Of single configurations :attr:`Prediction.reliable` tells.
+        See :func:`~optuna_ttp.calibration.is_reliable`. Once trials were observed, it says
+        whether they show how the kernel grows. :attr:`Prediction.reliable` is the same of single
+        configurations.
         """
         return self._estimator.reliable

@@ -1,30 +1,22 @@
-"""What is learned before a study: by a probe, and from earlier studies."""
+"""What is learned before a study: from the trials of earlier studies."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-import warnings
 
 import numpy as np
 import optuna
 import pytest
-import torch
 
 from optuna_ttp import BestMetric
-from optuna_ttp import compute_spectrum
-from optuna_ttp import FineTuningTask
-from optuna_ttp import FingerprintMismatchError
 from optuna_ttp import Memory
 from optuna_ttp import SpectrumStore
-from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
-from optuna_ttp import UnreliablePredictionWarning
 from optuna_ttp.spectrum import learned_throughput
 from optuna_ttp.spectrum import Throughput
 from optuna_ttp.study._learner import informed_by
-from tests.models import mlp
-from tests.models import separated
+from tests.models import small_spectrum
 from tests.studies import add_observed
 from tests.studies import quick_predictor
 
@@ -76,56 +68,6 @@ def test_a_memory_that_recalled_nothing_cannot_be_a_callback(tmp_path: Path) -> 
         Memory(_store(tmp_path))(study, study.trials[0])
 
 
-def _growing() -> tuple[torch.nn.Module, FineTuningTask, TrainingTimePredictor]:
-    network = mlp()
-    task = FineTuningTask(network, separated(24))
-    spectrum = compute_spectrum(task, measure_speed=False, show_progress_bar=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return network, task, TrainingTimePredictor(spectrum, target_fraction=0.2)
-
-
-def test_a_short_run_learns_from_real_steps_and_leaves_the_network_alone() -> None:
-    network, task, predictor = _growing()
-    weights = {k: v.clone() for k, v in network.state_dict().items()}
-    state = torch.get_rng_state()
-    informed = predictor.short_run(task, 30)
-    assert all(torch.equal(v, weights[k]) for k, v in network.state_dict().items())
-    assert all(p.grad is None for p in network.parameters())
-    assert torch.equal(torch.get_rng_state(), state)
-    assert informed.calibration.n_observed == 1
-    assert informed.short_run_seconds > 0.0
-    # Full-batch training of the real network, which the short run has seen the beginning of.
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.3)
-    x, y = separated(24)
-    goal = predictor.target.value
-    steps = 0
-    while True:
-        loss = torch.nn.functional.cross_entropy(network(x), y)
-        if loss <= goal:
-            break
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        steps += 1
-    errors = [abs(float(p.predict(0.3, 24).steps) / steps - 1.0) for p in (predictor, informed)]
-    assert errors[1] < max(0.1, errors[0])
-
-
-@pytest.mark.parametrize(
-    ("rate", "message"),
-    [(1e-6, "fell by less than 5 %, .* more than 3 steps"), (1e6, "rose without bound")],
-)
-def test_a_short_run_without_progress_says_so(rate: float, message: str) -> None:
-    _, task, predictor = _growing()
-    with pytest.warns(
-        UnreliablePredictionWarning, match=f"Nothing is learned from the short .*{message}"
-    ):
-        informed = predictor.short_run(task, 3, learning_rate=rate)
-    assert informed.calibration.n_observed == 0
-    assert informed.short_run_seconds > 0.0
-
-
 @pytest.mark.parametrize("bad", [None, "sqlite:///x.db", 3])
 def test_a_memory_without_a_store_is_named(bad: Any) -> None:
     with pytest.raises(TypeError, match="store must be a SpectrumStore but got"):
@@ -135,14 +77,8 @@ def test_a_memory_without_a_store_is_named(bad: Any) -> None:
 def test_a_memory_of_no_predictor_is_named(tmp_path: Path) -> None:
     memory = Memory(_store(tmp_path))
     with pytest.raises(TypeError, match="predictor must be a TrainingTimePredictor but got"):
-        memory.recall(_growing()[2].spectrum)  # type: ignore[type-var]
+        memory.recall(small_spectrum())  # type: ignore[type-var]
     assert repr(memory).startswith("Memory(SpectrumStore(")
-
-
-def test_a_short_run_of_another_task_is_refused() -> None:
-    _, _, predictor = _growing()
-    with pytest.raises(FingerprintMismatchError, match="must be that of the spectrum"):
-        predictor.short_run(FineTuningTask(mlp(seed=3), separated(24)))
 
 
 def test_seconds_are_learned_from_trials_whatever_one_slow_machine_says() -> None:
