@@ -212,8 +212,8 @@ def kill_reader(url: str, seed: int, generator: random.Random, seconds: float) -
     return {"hit": was_at_work}
 
 
-def write(url: str, seed: int, n_times: int) -> str:
-    """Write a spectrum again and again, each time as a whole."""
+def write(url: str, seed: int, seconds: float) -> str:
+    """Write a spectrum again and again, each time as a whole, for so long at least."""
     torch.set_num_threads(1)
     from optuna_ttp.ntk import compute_spectrum
 
@@ -221,7 +221,8 @@ def write(url: str, seed: int, n_times: int) -> str:
         task(seed), measure_speed=False, probe=False, show_progress_bar=False
     )
     store = open_store(url)
-    for _ in range(n_times):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         store.put(computed, overwrite=True)
     return hashlib.sha256(computed.to_bytes()).hexdigest()
 
@@ -230,7 +231,7 @@ def kill_writer(url: str, seed: int, generator: random.Random, seconds: float) -
     """A worker that replaces a spectrum is killed: the old or the new one is there."""
     get_or_compute(url, seed)
     before = open_store(url).get(task(seed))
-    writer = Worker(write, url, seed, 10**6)
+    writer = Worker(write, url, seed, _PATIENCE)
     writer.wait_until_begun()
     time.sleep(seconds + generator.uniform(0, seconds))
     was_at_work = writer.kill()
@@ -254,7 +255,7 @@ def restart_server(
     url: str, seed: int, generator: random.Random, seconds: float, server: PostgreSQL
 ) -> dict[str, Any]:
     """The server crashes and comes back while a worker writes, which must not notice."""
-    writer = Worker(write, url, seed, 20)
+    writer = Worker(write, url, seed, 2.0 * seconds)
     wait_until_stored(url, seed)
     time.sleep(generator.uniform(0, seconds))
     was_at_work = writer.is_at_work()
@@ -286,7 +287,7 @@ def cut_connection(
 ) -> dict[str, Any]:
     """All connections of a worker are reset at once; it must go on with new ones."""
     with Proxy(url) as proxy:
-        worker = Worker(write, proxy.url, seed, 20)
+        worker = Worker(write, proxy.url, seed, 2.0 * seconds)
         wait_until_stored(url, seed)
         time.sleep(generator.uniform(0, seconds))
         was_at_work = worker.is_at_work()

@@ -12,24 +12,14 @@ class SpectrumMetadata:
     Attributes:
         fingerprint:
             The :attr:`~optuna_ttp.FineTuningTask.fingerprint` of its task.
-        name:
-            The task's name, for people to read.
         engine:
-            The engine that contracted the Jacobian.
-        dtype:
-            Precision of the Jacobian.
-        device:
-            The device that it was computed on.
+            The engine that contracted the Jacobian; ``dtype`` is the Jacobian's precision.
         n_parameters:
             The number D of trainable weights.
         compute_seconds:
             Wall-clock seconds of the computation, including the timing of training steps.
         created_at:
             The time of the computation in ISO 8601, UTC.
-        package_version:
-            Version of this package.
-        torch_version:
-            Version of PyTorch.
         sketch_width:
             The length to which each row of the Jacobian was projected, or :obj:`None` where no
             projection was used.

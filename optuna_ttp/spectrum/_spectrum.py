@@ -204,7 +204,7 @@ class Spectrum:
         return replace(self, metadata=metadata, **arrays)
 
     def _arrays_by_pair(self) -> tuple[Any, ...]:
-        """Return the fields that have one entry an eigenpair."""
+        """Return the fields that have one entry for each eigenpair."""
         return self.eigenvalues, self.eigenvectors, self.validation, self.decay_factors
 
     def to_pieces(

@@ -220,7 +220,7 @@ def read_meta(stream: Readable) -> dict[str, Any]:
 
 
 def _read(stream: Readable, n_bytes: int, digest: Digest) -> Blob:
-    """Read head and chunks; damage that struct and zlib notice comes as their own errors."""
+    """Read head and chunks; struct and zlib raise their own errors on some damage."""
     meta, layouts, binding, n_head = _read_head(stream)
     _check_lengths(layouts, n_bytes - n_head)
     digest.add(binding)

@@ -162,6 +162,7 @@ class Database:
         return False
 
     def _open(self) -> sa.Engine:
+        """Return an engine whose database has the tables of this version."""
         is_sqlite = self._url.get_backend_name() == "sqlite"
         try:
             engine = sa.create_engine(self._url, **_engine_arguments(self._url, is_sqlite))
@@ -176,6 +177,7 @@ class Database:
         return engine
 
     def _failure(self, verb: str, error: Exception) -> StoreError:
+        """Return an error of one line without secrets; the verb says what failed."""
         reason = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
         for secret in (self._url.password, *self._url.query.values()):
             if secret:
@@ -202,6 +204,7 @@ def _migrate_patiently(engine: sa.Engine) -> None:
 
 
 def _engine_arguments(url: URL, is_sqlite: bool) -> dict[str, Any]:
+    """Return the arguments of SQLAlchemy's engine: how connections are pooled and checked."""
     if not is_sqlite:
         # A server that was restarted has forgotten the connections that are kept.
         return {"pool_pre_ping": True}
@@ -243,6 +246,7 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
 
 
 def _default_url() -> str:
+    """Return the URL of a SQLite file in the user's cache folder, which is made if missing."""
     folder = Path(platformdirs.user_cache_dir("optuna_ttp", appauthor=False))
     try:
         folder.mkdir(parents=True, exist_ok=True)

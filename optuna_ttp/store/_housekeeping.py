@@ -24,17 +24,11 @@ from optuna_ttp.store._schema import spectra
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of :meth:`SpectrumStore.verify`.
+    """The result of :meth:`SpectrumStore.verify`: numbers of spectra, and faults by key.
 
-    Attributes:
-        n_checked:
-            The number of spectra that were read as a whole.
-        damaged:
-            The reason for each damaged spectrum, by its key.
-        n_quarantined:
-            The number of spectra that were put aside as damaged, earlier or just now.
-        n_orphaned:
-            The number of blobs in the database that belong to nothing.
+    ``n_checked`` spectra were read as a whole, ``damaged`` gives the reason for each damaged one
+    by its key, ``n_quarantined`` were put aside as damaged, earlier or just now, and
+    ``n_orphaned`` blobs in the database belong to nothing.
     """
 
     n_checked: int
@@ -50,21 +44,12 @@ class Verification:
 
 @dataclass(frozen=True)
 class Pruning:
-    """The result of :meth:`SpectrumStore.prune`: what was deleted.
+    """The result of :meth:`SpectrumStore.prune`: the numbers of what was deleted.
 
-    Attributes:
-        n_evicted:
-            The number of spectra that were deleted because of the limit.
-        n_quarantined:
-            The number of damaged spectra that had been put aside.
-        n_checkpoints:
-            The number of spectra whose unfinished computation nobody continued for a week.
-        n_orphaned:
-            The number of blobs in the database that belonged to nothing.
-        n_object_bytes:
-            Bytes of files in the object folder that belonged to nothing.
-        n_bytes_left:
-            Bytes of the spectra that are stored now.
+    ``n_evicted`` spectra because of the limit, ``n_quarantined`` damaged ones that had been put
+    aside, ``n_checkpoints`` computations that nobody continued for a week, ``n_orphaned`` blobs
+    in the database and ``n_object_bytes`` bytes of files that belonged to nothing;
+    ``n_bytes_left`` bytes of spectra are stored now.
     """
 
     n_evicted: int

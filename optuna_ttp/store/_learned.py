@@ -23,15 +23,9 @@ from optuna_ttp.store._schema import learned
 
 @dataclass(frozen=True)
 class Learned:
-    """A JSON value that was learned of a task.
+    """A JSON value that was learned of a task, and how often it was stored, from 1 upwards.
 
-    Attributes:
-        payload:
-            A JSON value.
-        version:
-            The number of times that it was stored, from 1 upwards.
-        updated_at:
-            The time of the last change in ISO 8601, UTC, by the database's clock.
+    ``updated_at`` is the time of the last change in ISO 8601, UTC, by the database's clock.
     """
 
     payload: Any

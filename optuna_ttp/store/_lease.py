@@ -80,6 +80,7 @@ class Lease:
                 return
 
     def _prolong(self, connection: sa.Connection) -> bool:
+        """Move the lease's end and return whether this owner still has it."""
         statement = (
             sa.update(leases)
             .where(leases.c.key == self._key, leases.c.owner == self._owner)

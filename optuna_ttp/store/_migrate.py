@@ -60,6 +60,7 @@ def _current(connection: sa.Connection) -> str | None:
 
 
 def _unknown_version(current: str) -> StoreVersionError:
+    """Return the error for a database whose tables this package cannot use."""
     return StoreVersionError(
         f"The store must have a schema up to {HEAD} but got {current}: another version of "
         "optuna_ttp made it. Update optuna_ttp on this machine, or give the URL of another "
@@ -105,7 +106,7 @@ def _locked(engine: sa.Engine) -> Iterator[sa.Connection]:
 
 @contextmanager
 def _named_lock(connection: sa.Connection) -> Iterator[None]:
-    """Hold a lock of MySQL, which ends a transaction, but no lock, with a change of a table."""
+    """Hold a named lock of MySQL, where a transaction ends with each change of a table."""
     name = sa.func.concat("optuna_ttp.", sa.func.database())
     if not connection.execute(sa.select(sa.func.get_lock(name, RULES.lock_seconds))).scalar():
         raise StoreError(

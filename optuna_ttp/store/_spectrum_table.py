@@ -50,7 +50,7 @@ class SpectrumTable:
         return self.get_by_key(key_of(fingerprint, settings))
 
     def get_by_key(self, key: str) -> Spectrum | None:
-        """Return the spectrum of a key; a damaged one is put aside with a warning, for None."""
+        """Return the spectrum of a key, or None; a damaged one is put aside with a warning."""
 
         def work(connection: sa.Connection) -> tuple[Spectrum | None, bool]:
             age = (DatabaseTime() - spectra.c.used_at).label("age")

@@ -10,33 +10,10 @@ from typing import Any
 class StoredSpectrum:
     """A line of :meth:`SpectrumStore.list`: a stored spectrum without its arrays.
 
-    Attributes:
-        key:
-            The name of the row, 64 hexadecimal digits.
-        fingerprint:
-            The task's fingerprint.
-        name:
-            The task's name.
-        settings:
-            Engine, precision and truncation.
-        n_samples:
-            The number N of samples.
-        n_outputs:
-            The number C of outputs.
-        rank:
-            The number of eigenpairs.
-        compute_seconds:
-            Seconds that the computation took.
-        created_at:
-            The time of the computation in ISO 8601, UTC.
-        n_bytes:
-            Bytes of the stored arrays.
-        used_at:
-            The time it was last read, within a minute, in ISO 8601, UTC, by the database's clock.
-        in_folder:
-            Whether the arrays lie in the object folder instead of the database.
-        provenance:
-            The fields of the spectrum's :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
+    The ``key`` names the row (64 hexadecimal digits), ``n_bytes`` is the length of the stored
+    arrays, ``created_at`` and ``used_at`` (within a minute) are times in ISO 8601, UTC,
+    ``in_folder`` tells whether the arrays lie in the object folder, and ``provenance`` holds the
+    fields of the spectrum's :class:`~optuna_ttp.spectrum.SpectrumMetadata`.
     """
 
     key: str

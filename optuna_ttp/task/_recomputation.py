@@ -70,7 +70,7 @@ def _leave() -> None:
 
 
 def _generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
-    """Stand for the generator that ``checkpoint`` advances before and after the function."""
+    """Replace the generator that ``checkpoint`` advances before and after the function."""
     if not hasattr(_local, "training"):
         return _original_generator(function, *args, **kwargs)  # type: ignore[no-any-return]
     return _around(function, args[_n_settings:], kwargs)
@@ -85,7 +85,7 @@ def _around(
 
 
 def _apply(function: Callable[..., Any], preserve: Any, *args: Any) -> Any:
-    """Stand for the re-entrant form."""
+    """Replace the re-entrant form by a plain call of the function."""
     if not hasattr(_local, "training"):
         return _original_apply(function, preserve, *args)
     _run_again(function, args, {})
