@@ -85,7 +85,7 @@ def or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def own_attribute(trial: BaseTrial, key: str) -> dict[str, Any] | None:
+def attribute_of(trial: BaseTrial, key: str) -> dict[str, Any] | None:
     """Return the attribute that was written on this very trial under a key, or :obj:`None`.
 
     A retried trial carries the attributes of the trial that it repeats; those do not count.

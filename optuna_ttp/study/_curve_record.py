@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from optuna.trial import TrialState
 
 from optuna_ttp.calibration import LossCurve
+from optuna_ttp.study._attributes import attribute_of
 from optuna_ttp.study._attributes import count
 from optuna_ttp.study._attributes import CURVE
 from optuna_ttp.study._attributes import MALFORMED
@@ -22,7 +23,6 @@ from optuna_ttp.study._attributes import mapping
 from optuna_ttp.study._attributes import number
 from optuna_ttp.study._attributes import numbers
 from optuna_ttp.study._attributes import or_none
-from optuna_ttp.study._attributes import own_attribute
 from optuna_ttp.study._attributes import positive
 from optuna_ttp.study._attributes import text
 from optuna_ttp.study._unusable_curve import UnusableCurve
@@ -178,7 +178,7 @@ def stored_curve(values: dict[str, Any] | None) -> StoredCurve | None:
 
 def curve_attribute(trial: BaseTrial) -> dict[str, Any] | None:
     """Return the attribute in which the curve of this very trial is stored."""
-    return own_attribute(trial, CURVE)
+    return attribute_of(trial, CURVE)
 
 
 def curve_of(trial: FrozenTrial) -> CurveRecord | UnusableCurve | None:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import TrialState
 
+from optuna_ttp.study._attributes import attribute_of
 from optuna_ttp.study._attributes import count
 from optuna_ttp.study._attributes import MALFORMED
 from optuna_ttp.study._attributes import mapping
 from optuna_ttp.study._attributes import number
-from optuna_ttp.study._attributes import own_attribute
 from optuna_ttp.study._attributes import PAID
 from optuna_ttp.study._attributes import RECORD
 from optuna_ttp.study._decision_record import Action
@@ -75,17 +75,17 @@ class TrialRecord:
 
 def record_of(trial: BaseTrial) -> TrialRecord | None:
     """Return what is written on a trial."""
-    return TrialRecord.from_json(own_attribute(trial, RECORD))
+    return TrialRecord.from_json(attribute_of(trial, RECORD))
 
 
 def prediction_of(trial: BaseTrial) -> PredictionRecord | None:
     """Return what was predicted for a trial."""
-    return PredictionRecord.from_json((own_attribute(trial, RECORD) or {}).get("prediction"))
+    return PredictionRecord.from_json((attribute_of(trial, RECORD) or {}).get("prediction"))
 
 
 def decision_of(trial: BaseTrial) -> DecisionRecord | None:
     """Return what was decided about a trial."""
-    return DecisionRecord.from_json((own_attribute(trial, RECORD) or {}).get("decision"))
+    return DecisionRecord.from_json((attribute_of(trial, RECORD) or {}).get("decision"))
 
 
 def write_record(study: optuna.Study, trial: FrozenTrial, record: TrialRecord) -> None:
@@ -109,7 +109,7 @@ def n_skipped_in_a_row(trials: Sequence[FrozenTrial]) -> int:
 def paid_seconds(trial: FrozenTrial) -> float:
     """Return the seconds that a trial took; NaN if it is not finished."""
     try:
-        seconds = number(mapping(own_attribute(trial, PAID))["seconds"])
+        seconds = number(mapping(attribute_of(trial, PAID))["seconds"])
     except MALFORMED:
         seconds = math.nan
     if seconds >= 0.0:

@@ -1,4 +1,4 @@
-"""Which training-loss curves cannot be used, and how a study is told."""
+"""Which training-loss curves cannot be used, and how a study is warned."""
 
 from __future__ import annotations
 
@@ -57,9 +57,11 @@ def test_a_curve_that_cannot_be_one_is_reported_once_and_left_out(
     values: list[float], steps: list[float], message: str
 ) -> None:
     study = study_of_curves()
-    with pytest.warns(UnusableCurveWarning, match=f"of trial 0 is left out: .*{message}") as told:
+    with pytest.warns(
+        UnusableCurveWarning, match=f"of trial 0 is left out: .*{message}"
+    ) as warned:
         trial = run(study, values, step=steps)
-    assert len(told) == 1
+    assert len(warned) == 1
     study.tell(trial, 0.0)
     assert observed_curve(study.trials[0]) is None
     # No second warning.
@@ -84,9 +86,9 @@ def test_another_loss_is_named_once_and_left_out(
     trial = run(study, factor * losses(30.0, 40))
     if finished:
         study.tell(trial, 0.0)
-    with pytest.warns(UnusableCurveWarning, match=message) as told:
+    with pytest.warns(UnusableCurveWarning, match=message) as warned:
         assert observations_of(study, predictor) == []
-    assert len(told) == 1
+    assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert informed_by(study, predictor).calibration.n_observed == 0
@@ -105,10 +107,12 @@ def test_one_easy_or_hard_mini_batch_at_first_is_not_another_loss(ratio: float) 
 
 
 @pytest.mark.parametrize("share", [2, 4, 16])
-@pytest.mark.parametrize("size", [8, 24])
-def test_a_loss_divided_for_the_accumulation_of_gradients_is_named(share: int, size: int) -> None:
+@pytest.mark.parametrize("batch_size", [8, 24])
+def test_a_loss_divided_for_the_accumulation_of_gradients_is_named(
+    share: int, batch_size: int
+) -> None:
     study = study_of_curves()
-    trial = asked(study, {**FAST, "batch_size": size})
+    trial = asked(study, {**FAST, "batch_size": batch_size})
     trial.should_prune()
     with TrainingLog(trial) as log:
         for value in losses(30.0, 60) / share:
@@ -150,12 +154,12 @@ def test_steps_that_go_on_counting_from_another_trial_are_named() -> None:
 
 def test_each_kind_of_curve_that_cannot_be_used_is_reported_once_a_study() -> None:
     study = study_of_curves()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for factor in (8.0, 0.25, 8.0, 0.25, 8.0):
             study.tell(run(study, factor * losses(30.0, 40)), 0.0)
             assert observations_of(study, quick_predictor()) == []
-    kinds = [w.category for w in told]
+    kinds = [w.category for w in warned]
     assert kinds == [UnusableCurveWarning] * 2
     assert sorted(optuna_ttp.report(study).unusable) == [0, 1, 2, 3, 4]
     assert "Nothing could be learned from 5 training-loss curves" in str(optuna_ttp.report(study))
@@ -185,24 +189,24 @@ def test_steps_that_jump_are_named_and_sparse_ones_are_not() -> None:
 def _recorded_at(places: Callable[[int, int], int]) -> tuple[optuna.Study, list[str]]:
     """A study with curves at these numbers, by the batch size and the step, and its warnings."""
     study = study_of_curves()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        for size in (4, 8, 12, 8):
-            trial = asked(study, {**FAST, "batch_size": size})
+        for batch_size in (4, 8, 12, 8):
+            trial = asked(study, {**FAST, "batch_size": batch_size})
             trial.should_prune()
             with TrainingLog(trial) as log:
                 for step, value in enumerate(losses(1.5, 20)):
-                    log.step(value, step=places(size, step))
+                    log.step(value, step=places(batch_size, step))
             study.tell(trial, 0.0)
         for _ in range(2):
             observations_of(study, quick_predictor())
-    return study, [str(w.message) for w in told if "as many steps apart" in str(w.message)]
+    return study, [str(w.message) for w in warned if "as many steps apart" in str(w.message)]
 
 
 def test_samples_in_place_of_steps_are_named_and_left_out() -> None:
-    study, told = _recorded_at(lambda size, step: size * step)
-    assert len(told) == 1
-    assert "Count optimiser steps, not samples" in told[0]
+    study, warned = _recorded_at(lambda batch_size, step: batch_size * step)
+    assert len(warned) == 1
+    assert "Count optimiser steps, not samples" in warned[0]
     assert observations_of(study, quick_predictor()) == []
     report = optuna_ttp.report(study)
     assert list(report.unusable) == [0, 1, 2, 3]
@@ -210,8 +214,8 @@ def test_samples_in_place_of_steps_are_named_and_left_out() -> None:
 
 
 def test_a_log_of_every_eighth_step_is_not_taken_for_samples() -> None:
-    study, told = _recorded_at(lambda size, step: 8 * step)
-    assert not told
+    study, warned = _recorded_at(lambda batch_size, step: 8 * step)
+    assert not warned
     assert len(observations_of(study, quick_predictor())) == 4
 
 
@@ -226,7 +230,7 @@ def test_losses_of_small_batches_that_are_too_low_are_named_together() -> None:
     predictor = TrainingTimePredictor(spectrum, target_fraction=0.5, max_steps=2000)
     params = {"learning_rate": 0.2 * float(predictor.max_learning_rate(4)), "batch_size": 4}
     study = optuna.create_study(sampler=TTPSampler(predictor, BestMetric(), seed=0))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for number in range(6):
             trial = asked(study, {**params, "momentum": 0.0})
@@ -237,7 +241,9 @@ def test_losses_of_small_batches_that_are_too_low_are_named_together() -> None:
             if number == 0:
                 assert len(observations_of(study, predictor)) == 1
     assert observations_of(study, predictor) == []
-    low = [str(w.message) for w in told if "times the initial training loss on average" in str(w)]
+    low = [
+        str(w.message) for w in warned if "times the initial training loss on average" in str(w)
+    ]
     assert len(low) == 1
     assert "0.05 times" in low[0]
     assert list(optuna_ttp.report(study).unusable) == list(range(6))
@@ -246,11 +252,11 @@ def test_losses_of_small_batches_that_are_too_low_are_named_together() -> None:
 @pytest.mark.parametrize("end", [1.0, 1.5, 0.97])
 def test_curves_that_never_come_down_are_named_once(end: float) -> None:
     study = study_of_curves()
-    with pytest.warns(UnusableCurveWarning, match="None of the .* 5 trials has come") as told:
+    with pytest.warns(UnusableCurveWarning, match="None of the .* 5 trials has come") as warned:
         for _ in range(8):
             study.tell(run(study, quick_predictor().initial_loss * np.linspace(1, end, 30)), 0.0)
         asked(study, FAST).should_prune()
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 @pytest.mark.filterwarnings("always::optuna_ttp.UnusableCurveWarning")
@@ -270,11 +276,11 @@ def test_unusable_curves_never_break_a_study() -> None:
                 log.step(value)
         return rate
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         study.optimize(objective, n_trials=6)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 6
-    named = [w for w in told if issubclass(w.category, UnusableCurveWarning)]
+    named = [w for w in warned if issubclass(w.category, UnusableCurveWarning)]
     assert len(named) == 3
     numbers = [o.n_steps for o in observations_of(study, quick_predictor())]
     assert len(numbers) == 4

@@ -16,11 +16,11 @@ from optuna_ttp.study import MissingParameterError
 PARAMS = {"learning_rate": 0.01, "batch_size": 32, "momentum": 0.9, "dropout": 0.1}
 
 
-def test_parameters_are_found_by_their_default_names() -> None:
+def test_parameters_are_read_by_their_default_names() -> None:
     assert HyperparameterMap().resolve(PARAMS) == Configuration(0.01, 32, 0.9)
 
 
-def test_parameters_are_found_by_given_names() -> None:
+def test_parameters_are_read_by_given_names() -> None:
     mapping = HyperparameterMap(learning_rate="lr", batch_size="bs", momentum="beta")
     assert mapping.resolve({"lr": 0.1, "bs": 8, "beta": 0.0}) == Configuration(0.1, 8, 0.0)
 
@@ -127,10 +127,12 @@ def test_a_value_that_is_no_number_is_refused(field: str, value: Any) -> None:
         HyperparameterMap().resolve({**PARAMS, field: value})
 
 
-@pytest.mark.parametrize("size", [2.5, float("nan"), float("inf")])
-def test_a_batch_size_that_is_not_whole_is_refused(size: float) -> None:
-    with pytest.raises(ValueError, match=f"batch_size must be a whole number but got {size}"):
-        HyperparameterMap().resolve({**PARAMS, "batch_size": size})
+@pytest.mark.parametrize("batch_size", [2.5, float("nan"), float("inf")])
+def test_a_batch_size_that_is_not_whole_is_refused(batch_size: float) -> None:
+    with pytest.raises(
+        ValueError, match=f"batch_size must be a whole number but got {batch_size}"
+    ):
+        HyperparameterMap().resolve({**PARAMS, "batch_size": batch_size})
 
 
 def test_the_parameters_read_are_names_and_what_the_functions_read() -> None:
@@ -188,9 +190,9 @@ def test_a_name_must_not_be_empty() -> None:
         HyperparameterMap("")
 
 
-def test_a_table_of_the_functions_own_is_no_missing_parameter() -> None:
-    sizes = {"small": 8, "large": 64}
-    mapping = HyperparameterMap(batch_size=lambda p: sizes[p["size"].upper()])
+def test_a_table_that_a_function_has_is_no_missing_parameter() -> None:
+    batch_sizes = {"small": 8, "large": 64}
+    mapping = HyperparameterMap(batch_size=lambda p: batch_sizes[p["size"].upper()])
     with pytest.raises(ValueError, match=r"has for batch_size must .* KeyError: 'SMALL'"):
         mapping.resolve({"learning_rate": 0.1, "momentum": 0.0, "size": "small"})
 

@@ -31,6 +31,7 @@ from optuna_ttp import UnusableCurveWarning
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.study import Learner
 from optuna_ttp.study import observed_curve
+from optuna_ttp.study import prediction_of
 from optuna_ttp.study import trials_of
 from optuna_ttp.study._attributes import CURVE
 from optuna_ttp.study._learner import informed_by
@@ -60,7 +61,7 @@ def test_trials_that_take_twice_as_long_correct_the_clock(with_pruner: bool) -> 
     add_observed(study, lambda steps: 2.0 * steps)
     calibration = informed_by(study, predictor).calibration
     assert calibration.n_observed == 6
-    # The first one was told before anything was known, so it ranks among the fast ones.
+    # The first one was warned before anything was known, so it ranks among the fast ones.
     assert calibration.rank_agreement > 0.7
     assert calibration.trusted
     # The first trial was off by two, the others less and less.
@@ -212,10 +213,10 @@ def test_trials_whose_parameters_had_other_names_never_break_a_study(predicted: 
     )
     before.optimize(lambda t: objective(t, old), n_trials=4)
     after = optuna.load_study(storage=store, study_name="s", **steered(HyperparameterMap(*new)))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UnusableCurveWarning)
         after.optimize(lambda t: objective(t, new), n_trials=8)
-    named = [str(w.message) for w in told if issubclass(w.category, UnusableCurveWarning)]
+    named = [str(w.message) for w in warned if issubclass(w.category, UnusableCurveWarning)]
     assert len(named) == (0 if predicted else 1)
     assert all("not found under their names among its parameters 'bs', 'lr'" in n for n in named)
     assert {t.state for t in after.trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
@@ -232,10 +233,10 @@ def test_trials_whose_parameters_had_other_names_never_break_a_study(predicted: 
 def test_training_that_does_not_begin_as_predicted_is_named(factor: float, named: bool) -> None:
     """As where steps are counted ten times too slowly, or the spectrum is another network's."""
     study = study_of_curves()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         add_observed(study, lambda steps: factor * steps)
-    begins = [str(w.message) for w in told if "Training begins" in str(w.message)]
+    begins = [str(w.message) for w in warned if "Training begins" in str(w.message)]
     assert len(begins) == named
     calibration = optuna_ttp.report(study).calibration
     assert calibration.starts_as_predicted != named
@@ -247,9 +248,9 @@ def test_training_that_does_not_begin_as_predicted_is_named(factor: float, named
 def test_a_sampler_alone_says_that_predictions_are_not_trusted() -> None:
     study = optuna.create_study(sampler=TTPSampler(quick_predictor(), FastestToTarget(), seed=0))
     # The faster the prediction, the slower the training.
-    with pytest.warns(UnreliablePredictionWarning, match="Predictions are ignored") as told:
+    with pytest.warns(UnreliablePredictionWarning, match="Predictions are ignored") as warned:
         add_observed(study, lambda steps: 2000.0 / steps)
-    assert len([w for w in told if "Predictions are ignored" in str(w.message)]) == 1
+    assert len([w for w in warned if "Predictions are ignored" in str(w.message)]) == 1
 
 
 @pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL])
@@ -268,18 +269,15 @@ def test_trials_that_nothing_was_predicted_for_count_with_what_would_have_been(
     assert {t.state for t in study.trials} == {state}
     learned = informed_by(study, predictor)
     assert learned.calibration.n_observed == 3
-    told = float(predictor.predict(0.06, 8, 0.0).steps)
-    assert float(learned.predict(0.06, 8, 0.0).steps) == pytest.approx(2.0 * told, rel=0.15)
+    uncorrected = float(predictor.predict(0.06, 8, 0.0).steps)
+    assert float(learned.predict(0.06, 8, 0.0).steps) == pytest.approx(2.0 * uncorrected, rel=0.15)
     # Sampler and pruner learn from them, too.
     study.sampler, study.pruner = TTPSampler(predictor, BestMetric(), seed=0), TTPPruner(predictor)
     after = asked(study, {**FAST, "learning_rate": 0.06})
     after.should_prune()
-    [predicted] = [
-        t.user_attrs["ttp:record"]["prediction"]["steps"]
-        for t in study.trials
-        if t.number == after.number
-    ]
-    assert predicted == pytest.approx(2.0 * told, rel=0.15)
+    prediction = prediction_of(study.trials[after.number])
+    assert prediction is not None
+    assert prediction.steps == pytest.approx(2.0 * uncorrected, rel=0.15)
 
 
 def test_a_trial_that_failed_for_its_hyperparameters_teaches_nothing() -> None:
@@ -304,13 +302,13 @@ def test_processes_on_one_storage_learn_the_same(tmp_path: Path) -> None:
             pool.submit(observe_and_predict, url, (0.07, 0.15)),
         )
         first.result(), second.result()
-        told = [pool.submit(observe_and_predict, url, ()).result() for _ in range(3)]
-    told.append(observe_and_predict(url, ()))
+        learned = [pool.submit(observe_and_predict, url, ()).result() for _ in range(3)]
+    learned.append(observe_and_predict(url, ()))
     assert len(study.trials) == 4
-    assert all(n_observed == 4 for n_observed, _ in told)
-    assert all(steps == told[0][1] for _, steps in told)
+    assert all(n_observed == 4 for n_observed, _ in learned)
+    assert all(steps == learned[0][1] for _, steps in learned)
     plain = quick_predictor().predict([0.05, 0.1], 8, 0.0).steps
-    assert (np.array(told[0][1]) > 1.2 * plain).all()
+    assert (np.array(learned[0][1]) > 1.2 * plain).all()
 
 
 def test_tiny_learning_rates_are_learned_from_without_divisions_by_zero() -> None:
@@ -337,7 +335,7 @@ def _observed_study() -> optuna.Study:
     return study
 
 
-def test_a_predictor_at_the_address_of_a_forgotten_one_gets_its_own_answer() -> None:
+def test_a_predictor_at_the_address_of_a_forgotten_one_is_asked_itself() -> None:
     """Nothing kept a predictor alive that had learned, but its address was remembered."""
     study = _observed_study()
     other_predictor = TrainingTimePredictor(small_spectrum(), target_fraction=0.7, max_steps=60)

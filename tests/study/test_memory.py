@@ -83,13 +83,13 @@ def test_a_memory_of_no_predictor_is_named(tmp_path: Path) -> None:
 
 def test_seconds_are_learned_from_trials_whatever_one_slow_machine_says() -> None:
     prior = Throughput(np.array([8, 32]), np.array([0.01, 0.02]), "cpu")
-    sizes = np.array([8, 32, 16, 8, 32, 16, 8])
-    seconds = 3.0 * prior.seconds_per_step(sizes)
+    batch_sizes = np.array([8, 32, 16, 8, 32, 16, 8])
+    seconds = 3.0 * prior.seconds_per_step(batch_sizes)
     seconds[-1] *= 50.0
-    learned = learned_throughput(prior, sizes, seconds)
+    learned = learned_throughput(prior, batch_sizes, seconds)
     assert learned is not None
     np.testing.assert_allclose(learned.seconds_per_step([8, 16, 32]), [0.03, 0.04, 0.06], rtol=0.2)
-    assert learned_throughput(prior, sizes[:0], seconds[:0]) is prior
-    alone = learned_throughput(None, sizes[:-1], seconds[:-1])
+    assert learned_throughput(prior, batch_sizes[:0], seconds[:0]) is prior
+    alone = learned_throughput(None, batch_sizes[:-1], seconds[:-1])
     assert alone is not None
     np.testing.assert_allclose(alone.seconds_per_step([8, 32]), [0.03, 0.06], rtol=0.35)

@@ -60,7 +60,7 @@ def _numbers(n: int, elements: st.SearchStrategy[float]) -> st.SearchStrategy[tu
 
 
 _logarithms = st.one_of(st.just(math.nan), st.floats(-50.0, 50.0))
-_passages = st.builds(
+_first_passages = st.builds(
     FirstPassageRecord,
     predicted=_numbers(len(DEPTHS), _logarithms),
     expected=_numbers(len(DEPTHS), _logarithms),
@@ -86,7 +86,7 @@ _predictions = st.builds(
     budget_seconds=_unknown_or_finite,
     max_steps=_unknown_or_finite,
     prediction_seconds=_positive,
-    first_passages=st.one_of(st.none(), _passages),
+    first_passages=st.one_of(st.none(), _first_passages),
 )
 _decisions = st.one_of(
     st.builds(

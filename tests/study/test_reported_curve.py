@@ -93,8 +93,8 @@ def test_trials_that_report_twice_as_long_correct_the_clock() -> None:
     calibration = informed_by(study, predictor).calibration
     assert calibration.n_observed == 4
     corrected = predictor.calibrated(calibration).predict(0.05, 8, 0.0)
-    told = float(predictor.predict(0.05, 8, 0.0).steps)
-    assert float(corrected.steps) == pytest.approx(2.0 * told, rel=0.15)
+    plain = float(predictor.predict(0.05, 8, 0.0).steps)
+    assert float(corrected.steps) == pytest.approx(2.0 * plain, rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -112,10 +112,12 @@ def test_reports_that_cannot_be_training_losses_are_named_once(
 ) -> None:
     study = _study()
     study.tell(_run(study, values), 0.0)
-    with pytest.warns(UnusableCurveWarning, match=f"of trial 0 is left out: .*{message}") as told:
+    with pytest.warns(
+        UnusableCurveWarning, match=f"of trial 0 is left out: .*{message}"
+    ) as warned:
         assert observations_of(study, quick_predictor()) == []
         assert observations_of(study, quick_predictor()) == []
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize("values", [[], [1.0]])

@@ -58,7 +58,7 @@ def test_the_state_ends_with_the_storage_of_its_study() -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
-def test_a_copy_of_a_study_has_a_state_of_its_own(copied) -> None:  # type: ignore[no-untyped-def]
+def test_a_copy_of_a_study_has_another_state(copied) -> None:  # type: ignore[no-untyped-def]
     study = optuna.create_study()
     part = state_of(study).part(_Part)
     assert state_of(copied(study)).part(_Part) is not part

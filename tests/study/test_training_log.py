@@ -308,12 +308,12 @@ def test_of_a_second_log_only_what_goes_on_counts() -> None:
     assert (np.diff(curve.steps) > 0).all()
     np.testing.assert_allclose(curve.losses, values[curve.steps.astype(int)], rtol=2e-2)
     with (
-        pytest.warns(UnusableCurveWarning, match="second .* at step 0 after 60 steps") as told,
+        pytest.warns(UnusableCurveWarning, match="second .* at step 0 after 60 steps") as warned,
         TrainingLog(trial) as log,
     ):
         for _ in range(200):
             log.step(0.01)
-    assert len(told) == 1
+    assert len(warned) == 1
     assert study.trials[0].user_attrs[CURVE]["n_steps"] == 60
     assert len(observations_of(study, quick_predictor())) == 1
 
@@ -321,14 +321,14 @@ def test_of_a_second_log_only_what_goes_on_counts() -> None:
 def test_one_batch_that_overflows_is_no_divergence() -> None:
     predictor = quick_predictor()
     study = study_of_curves()
-    with pytest.warns(UnusableCurveWarning, match="A loss of trial 0 is left out") as told:
+    with pytest.warns(UnusableCurveWarning, match="A loss of trial 0 is left out") as warned:
         for n in range(6):
             values = losses(12.0, 40)
             if n != 3:
                 values[n] = math.inf
             study.tell(run(study, values, 0.1), 0.0)
         learned = informed_by(study, predictor)
-    assert len(told) == 1
+    assert len(warned) == 1
     assert learned.calibration.n_observed == 6
     assert not any(o.diverged for o in observations_of(study, predictor))
     fine = float(predictor.estimate(0.1, 8, 0.0).p_diverges)
@@ -371,14 +371,14 @@ def test_a_log_that_outlives_its_trial_says_so_and_breaks_nothing() -> None:
     with (
         pytest.warns(
             UnusableCurveWarning, match="end of the .* trial 0 .* behind step 32"
-        ) as told,
+        ) as warned,
         TrainingLog(trial) as log,
     ):
         for value in losses(30.0, 50):
             log.step(value)
         study.tell(trial, 0.0)
-    assert len(told) == 1
-    assert "before the trial ends" in str(told[0].message)
+    assert len(warned) == 1
+    assert "before the trial ends" in str(warned[0].message)
     [seen] = observations_of(study, quick_predictor())
     assert seen.n_steps == 32
     assert list(optuna_ttp.report(study).unusable) == [0]
@@ -405,17 +405,19 @@ def _suggested(trial: optuna.Trial) -> optuna.Trial:
     return trial
 
 
-def test_a_log_that_is_kept_open_behind_its_trial_is_named() -> None:
+def test_a_log_that_is_open_behind_its_trial_is_named() -> None:
     study = study_of_curves()
-    kept = []
-    with pytest.warns(UnusableCurveWarning, match="trial 0 is left out: .* before it was") as told:
+    logs = []
+    with pytest.warns(
+        UnusableCurveWarning, match="trial 0 is left out: .* before it was"
+    ) as warned:
         for _ in range(3):
             trial = asked(study, FAST)
             trial.should_prune()
-            kept.append(TrainingLog(trial))
+            logs.append(TrainingLog(trial))
             for value in losses(12.0, 20):
-                kept[-1].step(value)
+                logs[-1].step(value)
             study.tell(trial, 0.0)
         assert observations_of(study, quick_predictor()) == []
-    assert len(told) == 1
+    assert len(warned) == 1
     assert list(optuna_ttp.report(study).unusable) == [0, 1, 2]
