@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from optuna_ttp.dynamics._residual_path import PathFollower
     from optuna_ttp.dynamics._residual_path import ResidualPath
     from optuna_ttp.dynamics._residual_path import times_to
+    from optuna_ttp.dynamics._sampling import Sampling
     from optuna_ttp.dynamics._schedule import Schedule
     from optuna_ttp.dynamics._sde import simulate_equation
     from optuna_ttp.dynamics._sgd import SGD
     from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
-    from optuna_ttp.dynamics._simulation import Sampling
     from optuna_ttp.dynamics._simulation import simulate
     from optuna_ttp.dynamics._smoothing import Smoothing
     from optuna_ttp.dynamics._stability import StabilityLimit
@@ -64,7 +64,8 @@ __getattr__, __dir__ = lazy_names(
         "_sde": ("simulate_equation",),
         "_sgd": ("SGD",),
         "_sgd_configurations": ("SGDConfigurations",),
-        "_simulation": ("Sampling", "simulate"),
+        "_sampling": ("Sampling",),
+        "_simulation": ("simulate",),
         "_smoothing": ("Smoothing",),
         "_stability": ("StabilityLimit",),
         "_subset": ("SampleConvergence",),

@@ -9,7 +9,6 @@ errors. Configurations with the same batch size advance together and see the sam
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from optuna_ttp.dynamics._plan import Plan
 from optuna_ttp.dynamics._plan import RULES
 from optuna_ttp.dynamics._plan import SimulationRules
 from optuna_ttp.dynamics._plan import strides
+from optuna_ttp.dynamics._sampling import Sampling
 from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
 from optuna_ttp.dynamics._smoothing import Smoothing
 from optuna_ttp.dynamics._stability import StabilityLimit
@@ -31,7 +31,6 @@ from optuna_ttp.dynamics._trajectories import Record
 from optuna_ttp.dynamics._trajectories import Trajectories
 
 
-Sampling = Literal["shuffle", "replacement"]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 

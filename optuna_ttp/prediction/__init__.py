@@ -31,10 +31,7 @@ __getattr__, __dir__ = lazy_names(
         "_outcome": ("Outcome",),
         "_prediction": ("Prediction",),
         "_predictor": ("TrainingTimePredictor",),
-        "_protocol": (
-            "SearchPredictor",
-            "check_predictor",
-        ),
+        "_protocol": ("SearchPredictor", "check_predictor"),
         "_settings": ("PredictorSettings",),
     },
 )

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from numpy.typing import NDArray
+
+from optuna_ttp._util.arrays import Booleans
+from optuna_ttp._util.arrays import Floats
+from optuna_ttp._util.arrays import Integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +29,10 @@ class Configurations:
             The shape of the arrays that answers are given in.
     """
 
-    learning_rate: NDArray[np.float64]
-    batch_size: NDArray[np.int64]
-    momentum: NDArray[np.float64]
-    max_steps: NDArray[np.int64]
+    learning_rate: Floats
+    batch_size: Integers
+    momentum: Floats
+    max_steps: Integers
     shape: tuple[int, ...]
 
     @classmethod
@@ -77,7 +80,7 @@ class Configurations:
             rates.shape,
         )
 
-    def rows(self, chosen: NDArray[np.int64]) -> Configurations:
+    def rows(self, chosen: Integers) -> Configurations:
         """Return the configurations in the given places, in one dimension."""
         return Configurations(
             self.learning_rate[chosen],
@@ -91,12 +94,12 @@ class Configurations:
         return len(self.learning_rate)
 
     @property
-    def lag(self) -> NDArray[np.float64]:
+    def lag(self) -> Floats:
         """Steps by which momentum lags behind the gradient: ``m / (1 - m)``, shape ``(K,)``."""
         return self.momentum / (1.0 - self.momentum)
 
 
-def _broadcast(**arguments: ArrayLike) -> tuple[NDArray[np.float64], ...]:
+def _broadcast(**arguments: ArrayLike) -> tuple[Floats, ...]:
     """Return the arguments as numbers of one common shape."""
     arrays = {name: _numbers(name, value) for name, value in arguments.items()}
     try:
@@ -109,7 +112,7 @@ def _broadcast(**arguments: ArrayLike) -> tuple[NDArray[np.float64], ...]:
         ) from error
 
 
-def _numbers(name: str, value: ArrayLike) -> NDArray[np.float64]:
+def _numbers(name: str, value: ArrayLike) -> Floats:
     """Return a value as an array of numbers; raise TypeError if it does not hold numbers."""
     try:
         array = np.asarray(value)
@@ -121,7 +124,7 @@ def _numbers(name: str, value: ArrayLike) -> NDArray[np.float64]:
     raise TypeError(f"{name} must be numbers but got {value!r}.")
 
 
-def _check_all(values: NDArray[np.float64], good: NDArray[np.bool_], message: str) -> None:
+def _check_all(values: Floats, good: Booleans, message: str) -> None:
     """Raise ValueError with the message and the first value that is not good."""
     if not good.all():
         raise ValueError(f"{message} but got {values[~good].flat[0]}.")

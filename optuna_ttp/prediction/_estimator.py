@@ -12,6 +12,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from numpy.typing import NDArray
 
+from optuna_ttp._util.arrays import Booleans
+from optuna_ttp._util.arrays import Floats
+from optuna_ttp._util.arrays import Integers
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import covariates
 from optuna_ttp.calibration import DEPTHS
@@ -72,7 +75,7 @@ class Estimator:
         return bool(unknown or (sd < RULES.unreliable_sd and self.calibration.trusted))
 
     @property
-    def log_growth(self) -> NDArray[np.float64]:
+    def log_growth(self) -> Floats:
         """Logarithm of what trials multiply the predicted growth by, at :data:`KNOTS`."""
         if self.simulator.settings.method != "linear" or not self.calibration.n_observed:
             return np.zeros(len(KNOTS))
@@ -95,12 +98,8 @@ class Estimator:
         simulator = self.simulator
 
         def correct(
-            logs: NDArray[np.float64],
-            learning_rate: NDArray[np.float64],
-            noise: NDArray[np.float64],
-            momentum: NDArray[np.float64],
-            depths: NDArray[np.float64],
-        ) -> NDArray[np.float64]:
+            logs: Floats, learning_rate: Floats, noise: Floats, momentum: Floats, depths: Floats
+        ) -> Floats:
             batch_size = simulator.n_samples / (1.0 + noise * (simulator.n_samples - 1))
             step = learning_rate / (1.0 - momentum) * float(simulator.model.curvatures[0])
             stability = learning_rate / simulator.max_learning_rate(batch_size, momentum)
@@ -117,19 +116,19 @@ class Estimator:
 
         return simulator.surface.retimed(correct)
 
-    def seconds_per_step(self, batch_size: ArrayLike) -> NDArray[np.float64]:
+    def seconds_per_step(self, batch_size: ArrayLike) -> Floats:
         """Return the seconds of a training step, of the same shape; NaN if not measured."""
         if self.throughput is None:
             return np.full(np.shape(batch_size), np.nan)
         return self.throughput.seconds_per_step(batch_size)
 
-    def stability(self, configurations: Configurations) -> NDArray[np.float64]:
+    def stability(self, configurations: Configurations) -> Floats:
         """Return learning rates over the largest stable ones, shape ``(K,)``."""
         return configurations.learning_rate / self.simulator.max_learning_rate(
             configurations.batch_size, configurations.momentum
         )
 
-    def is_hopeless(self, configurations: Configurations) -> NDArray[np.bool_]:
+    def is_hopeless(self, configurations: Configurations) -> Booleans:
         """Tell which configurations blow up for sure, shape ``(K,)``."""
         return self.stability(configurations) > RULES.hopeless_stability
 
@@ -164,9 +163,7 @@ class Estimator:
             )
         return self._prediction(configurations, times, np.zeros(len(KNOTS)))
 
-    def score(
-        self, configurations: Configurations, *, simulate_outside: bool
-    ) -> NDArray[np.float64]:
+    def score(self, configurations: Configurations, *, simulate_outside: bool) -> Floats:
         """Return seconds to the target, or steps where their time is not known, shape ``(K,)``.
 
         They are interpolated in the surface; what it would have to extrapolate is simulated on
@@ -187,14 +184,12 @@ class Estimator:
         per_step = self.seconds_per_step(configurations.batch_size)
         return np.asarray(steps * np.where(np.isnan(per_step), 1.0, per_step))
 
-    def is_extrapolated(self, configurations: Configurations) -> NDArray[np.bool_]:
+    def is_extrapolated(self, configurations: Configurations) -> Booleans:
         """Tell where the response surface would have to extrapolate, shape ``(K,)``."""
         surface = self.simulator.surface if self.simulator.has_surface else None
         return _steps_on(surface, self._places(configurations))[1]
 
-    def depth_after(
-        self, configurations: Configurations, steps: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def depth_after(self, configurations: Configurations, steps: Floats) -> Floats:
         """Return how deep the training loss is after some steps, zero where it is not known."""
         if not self.simulator.has_surface:
             return np.zeros(len(configurations))
@@ -223,9 +218,7 @@ class Estimator:
         steps = np.interp(depths, surface.depths[passed], log_steps[passed])
         return self.calibration.remaining(running, depths, steps)
 
-    def _places(
-        self, configurations: Configurations
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    def _places(self, configurations: Configurations) -> tuple[Floats, Floats, Floats]:
         """Return where configurations are on the surface, which has the spectrum's samples."""
         batch_size = self.simulator.simulated_batch_size(configurations.batch_size)
         return configurations.learning_rate, batch_size.astype(np.float64), configurations.momentum
@@ -247,7 +240,7 @@ class Estimator:
         )
 
     def _uncorrected(
-        self, configurations: Configurations, max_steps: NDArray[np.int64]
+        self, configurations: Configurations, max_steps: Integers
     ) -> FirstPassageTimes:
         """Simulate as the surface is built: the corrections of trials come afterwards.
 
@@ -266,11 +259,8 @@ class Estimator:
         return FirstPassageTimes.of(runs, self.simulator.target, self.simulator.initial_loss)
 
     def _corrected(
-        self,
-        configurations: Configurations,
-        times: FirstPassageTimes,
-        growth: NDArray[np.float64],
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        self, configurations: Configurations, times: FirstPassageTimes, growth: Floats
+    ) -> tuple[Floats, Floats]:
         """Return corrected logarithmic times, ``(K, P)``, and their deviation at the target.
 
         ``growth`` is the logarithm of the correction that they were simulated with, at KNOTS.
@@ -305,7 +295,7 @@ class Estimator:
         return whole, np.nan_to_num(sd[:, -1])
 
     def _prediction(
-        self, c: Configurations, times: FirstPassageTimes, growth: NDArray[np.float64]
+        self, c: Configurations, times: FirstPassageTimes, growth: Floats
     ) -> Prediction:
         """Return what simulated times say of configurations ``c``, as trials correct them.
 
@@ -359,7 +349,7 @@ class Estimator:
 
         return float(t.ppf(0.9, self.calibration.degrees_of_freedom))
 
-    def _is_reliable(self, sd: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def _is_reliable(self, sd: Floats) -> Booleans:
         """Tell of K predictions whether they are reliable, by the probe or by observed trials."""
         if not self.calibration.n_observed:
             return np.full(len(sd), self.reliable)
@@ -379,16 +369,15 @@ def unreliability(simulator: Simulator) -> str:
     )
 
 
-def _outcomes(steps: NDArray[np.float64], blown_up: NDArray[np.bool_]) -> NDArray[np.str_]:
+def _outcomes(steps: Floats, blown_up: Booleans) -> NDArray[np.str_]:
     """Return the outcomes, as strings, of K configurations: shapes ``(K,)``."""
     reached = np.where(np.isfinite(steps), Outcome.CONVERGES.value, Outcome.NOT_REACHED.value)
     return np.where(blown_up, Outcome.DIVERGES.value, reached)
 
 
 def _steps_on(
-    surface: ResponseSurface | None,
-    places: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]],
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    surface: ResponseSurface | None, places: tuple[Floats, Floats, Floats]
+) -> tuple[Floats, Booleans]:
     """Return steps on a surface, and where they are extrapolated: all, where there is none."""
     if surface is None:
         return np.full(len(places[0]), np.inf), np.ones(len(places[0]), dtype=bool)

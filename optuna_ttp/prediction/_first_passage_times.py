@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_ttp._util.arrays import Booleans
+from optuna_ttp._util.arrays import Floats
+from optuna_ttp._util.arrays import Integers
 from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.dynamics import Target
 from optuna_ttp.dynamics import Trajectories
@@ -39,13 +42,13 @@ class FirstPassageTimes:
             What was simulated at these steps, by name, each of shape ``(K, T)``.
     """
 
-    depths: NDArray[np.float64]
-    log_steps: NDArray[np.float64]
-    log_sd: NDArray[np.float64]
-    blown_up: NDArray[np.bool_]
-    strides: NDArray[np.int64]
-    curve_steps: NDArray[np.float64]
-    curves: dict[str, NDArray[np.float64]]
+    depths: Floats
+    log_steps: Floats
+    log_sd: Floats
+    blown_up: Booleans
+    strides: Integers
+    curve_steps: Floats
+    curves: dict[str, Floats]
 
     @classmethod
     def of(
@@ -80,10 +83,7 @@ class FirstPassageTimes:
 
     @classmethod
     def interpolated(
-        cls,
-        depths: NDArray[np.float64],
-        log_steps: NDArray[np.float64],
-        blown_up: NDArray[np.bool_],
+        cls, depths: Floats, log_steps: Floats, blown_up: Booleans
     ) -> FirstPassageTimes:
         """Return the times of a response surface, which has no curves.
 
@@ -102,7 +102,7 @@ class FirstPassageTimes:
             {},
         )
 
-    def placed(self, count: int, rows: NDArray[np.int64]) -> FirstPassageTimes:
+    def placed(self, count: int, rows: Integers) -> FirstPassageTimes:
         """Return these times as the given rows of ``count``; all other rows blow up."""
 
         def among(value: Any, simulated: NDArray[Any]) -> NDArray[Any]:
@@ -120,7 +120,7 @@ class FirstPassageTimes:
             {name: among(math.nan, curve) for name, curve in self.curves.items()},
         )
 
-    def updated(self, other: FirstPassageTimes, rows: NDArray[np.int64]) -> FirstPassageTimes:
+    def updated(self, other: FirstPassageTimes, rows: Integers) -> FirstPassageTimes:
         """Return these times with other times in the given rows; the curves stay as they are."""
 
         def merged(values: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
@@ -136,11 +136,11 @@ class FirstPassageTimes:
             blown_up=merged(self.blown_up, other.blown_up),
         )
 
-    def on_levels(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def on_levels(self, values: Floats) -> Floats:
         """Return values of shape ``(K, P)`` at the fixed levels alone, NaN below the target."""
         return np.where(DEPTHS[None, :] <= self.depths[:, -1:] + 1e-6, values[:, :-1], np.nan)
 
-    def warped_curve_steps(self, log_steps: NDArray[np.float64]) -> NDArray[np.float64]:
+    def warped_curve_steps(self, log_steps: Floats) -> Floats:
         """Stretch the steps of the curves so that they pass their levels at other times.
 
         The other times are logarithms of steps, shape ``(K, P)``. Behind its last level a curve
@@ -158,8 +158,8 @@ class FirstPassageTimes:
 
 
 def _depths_at_target(
-    run: Trajectories, target: Target, initial_loss: float, log_target: NDArray[np.float64]
-) -> NDArray[np.float64]:
+    run: Trajectories, target: Target, initial_loss: float, log_target: Floats
+) -> Floats:
     """Return the depth of the training loss where each curve reaches the target, or NaN."""
     if target.quantity == "loss" and not target.settled:
         return np.full(len(log_target), math.log(initial_loss / target.value))
@@ -171,9 +171,7 @@ def _depths_at_target(
     return depths
 
 
-def _mean_over_seeds(
-    logs: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _mean_over_seeds(logs: Floats) -> tuple[Floats, Floats]:
     """Mean and standard deviation over the first axis; NaN where most are not finite."""
     reached = np.isfinite(logs)
     n_reached = reached.sum(axis=0)

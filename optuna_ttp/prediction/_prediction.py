@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_ttp._util.arrays import Booleans
+from optuna_ttp._util.arrays import Floats
+from optuna_ttp._util.arrays import Integers
 from optuna_ttp.prediction._outcome import Outcome
 
 
@@ -86,31 +89,31 @@ class Prediction:
             :data:`optuna_ttp.calibration.KNOTS`.
     """
 
-    learning_rate: NDArray[np.float64]
-    batch_size: NDArray[np.int64]
-    momentum: NDArray[np.float64]
-    steps: NDArray[np.float64]
-    steps_low: NDArray[np.float64]
-    steps_high: NDArray[np.float64]
-    epochs: NDArray[np.float64]
-    seconds: NDArray[np.float64]
+    learning_rate: Floats
+    batch_size: Integers
+    momentum: Floats
+    steps: Floats
+    steps_low: Floats
+    steps_high: Floats
+    epochs: Floats
+    seconds: Floats
     outcomes: NDArray[np.str_]
-    p_converges: NDArray[np.float64]
-    p_diverges: NDArray[np.float64]
-    reliable: NDArray[np.bool_]
-    stability: NDArray[np.float64]
-    max_steps: NDArray[np.int64]
-    strides: NDArray[np.int64]
-    curve_steps: NDArray[np.float64]
-    curves: dict[str, NDArray[np.float64]]
-    log_first_passage_times: NDArray[np.float64]
-    expected_log_first_passage_times: NDArray[np.float64]
-    covariates: NDArray[np.float64]
-    instability: NDArray[np.float64]
-    log_growth: NDArray[np.float64]
+    p_converges: Floats
+    p_diverges: Floats
+    reliable: Booleans
+    stability: Floats
+    max_steps: Integers
+    strides: Integers
+    curve_steps: Floats
+    curves: dict[str, Floats]
+    log_first_passage_times: Floats
+    expected_log_first_passage_times: Floats
+    covariates: Floats
+    instability: Floats
+    log_growth: Floats
 
     @property
-    def curve_losses(self) -> NDArray[np.float64]:
+    def curve_losses(self) -> Floats:
         """Training loss, over all samples, at :attr:`curve_steps`."""
         return self.curves["loss"]
 
@@ -170,6 +173,6 @@ class Prediction:
         return f"not reached within {self.max_steps.item():,} steps{unreliable}"
 
 
-def _in_steps(steps: NDArray[np.float64]) -> str:
+def _in_steps(steps: Floats) -> str:
     """Beyond ten million nobody counts the steps."""
     return f"{steps.item():,.0f}" if steps.item() < 1e7 else f"{steps.item():.0e}"

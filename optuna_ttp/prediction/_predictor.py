@@ -11,8 +11,10 @@ import warnings
 
 import numpy as np
 from numpy.typing import ArrayLike
-from numpy.typing import NDArray
 
+from optuna_ttp._util.arrays import Booleans
+from optuna_ttp._util.arrays import Floats
+from optuna_ttp._util.arrays import Integers
 from optuna_ttp._util.checks import check_count
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp._util.exceptions import FingerprintMismatchError
@@ -219,7 +221,7 @@ class TrainingTimePredictor(PredictorProperties):
         momentum: ArrayLike | None = None,
         *,
         simulate_outside: bool = True,
-    ) -> NDArray[np.float64]:
+    ) -> Floats:
         """Return approximate seconds to the target for many configurations, in microseconds each.
 
         Candidates can be ranked by them. They are interpolated in a response surface, which is
@@ -251,11 +253,8 @@ class TrainingTimePredictor(PredictorProperties):
         return seconds.reshape(configurations.shape)
 
     def is_extrapolated(
-        self,
-        learning_rate: ArrayLike,
-        batch_size: ArrayLike,
-        momentum: ArrayLike | None = None,
-    ) -> NDArray[np.bool_]:
+        self, learning_rate: ArrayLike, batch_size: ArrayLike, momentum: ArrayLike | None = None
+    ) -> Booleans:
         """Tell where the response surface would have to extrapolate.
 
         Args:
@@ -275,12 +274,8 @@ class TrainingTimePredictor(PredictorProperties):
         return self._estimator.is_extrapolated(configurations).reshape(configurations.shape)
 
     def depth_after(
-        self,
-        learning_rate: NDArray[np.float64],
-        batch_size: NDArray[np.int64],
-        momentum: NDArray[np.float64],
-        steps: NDArray[np.float64],
-    ) -> NDArray[np.float64]:
+        self, learning_rate: Floats, batch_size: Integers, momentum: Floats, steps: Floats
+    ) -> Floats:
         """Return how deep the training loss is after some steps, from the response surface.
 
         Args:
@@ -328,7 +323,7 @@ class TrainingTimePredictor(PredictorProperties):
         one = self._configurations(*([value] for value in configuration))
         return self._estimator.remaining_steps(running, one, depth)
 
-    def seconds_per_step(self, batch_size: ArrayLike) -> NDArray[np.float64]:
+    def seconds_per_step(self, batch_size: ArrayLike) -> Floats:
         """Return the seconds of a training step; NaN where they were not measured.
 
         Args:
@@ -342,7 +337,7 @@ class TrainingTimePredictor(PredictorProperties):
 
     def max_learning_rate(
         self, batch_size: ArrayLike, momentum: ArrayLike | None = None
-    ) -> NDArray[np.float64]:
+    ) -> Floats:
         """Return the largest stable learning rate at the pretrained weights.
 
         Args:

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Self
 
-    import numpy as np
     from numpy.typing import ArrayLike
-    from numpy.typing import NDArray
 
+    from optuna_ttp._util.arrays import Floats
+    from optuna_ttp._util.arrays import Integers
     from optuna_ttp.calibration import Calibration
     from optuna_ttp.calibration import Observation
     from optuna_ttp.dynamics import Target
@@ -103,16 +103,12 @@ class SearchPredictor(Protocol):
         momentum: ArrayLike | None = None,
         *,
         simulate_outside: bool = True,
-    ) -> NDArray[np.float64]:
+    ) -> Floats:
         """Return seconds to the target (steps where there is no throughput), to rank by."""
 
     def depth_after(
-        self,
-        learning_rate: NDArray[np.float64],
-        batch_size: NDArray[np.int64],
-        momentum: NDArray[np.float64],
-        steps: NDArray[np.float64],
-    ) -> NDArray[np.float64]:
+        self, learning_rate: Floats, batch_size: Integers, momentum: Floats, steps: Floats
+    ) -> Floats:
         """Return the depth of K configurations after some steps each; all of shape ``(K,)``."""
 
     def remaining_steps(
@@ -127,12 +123,12 @@ class SearchPredictor(Protocol):
         learning rate, batch size and momentum. None means that nothing is known.
         """
 
-    def seconds_per_step(self, batch_size: ArrayLike) -> NDArray[np.float64]:
+    def seconds_per_step(self, batch_size: ArrayLike) -> Floats:
         """Return the seconds of a training step, of the same shape; NaN where it is not known."""
 
     def max_learning_rate(
         self, batch_size: ArrayLike, momentum: ArrayLike | None = None
-    ) -> NDArray[np.float64]:
+    ) -> Floats:
         """Return the largest stable learning rate, of the common shape."""
 
     def informed(self, observations: Sequence[Observation]) -> Self:

@@ -8,9 +8,9 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 import torch
 
+from optuna_ttp._util.arrays import Floats
 from optuna_ttp._util.checks import check_number
 from optuna_ttp.calibration import FRACTIONS
 from optuna_ttp.calibration import LossCurve
@@ -44,7 +44,7 @@ class ShortRun:
             The seconds that the run took.
     """
 
-    losses: NDArray[np.float64]
+    losses: Floats
     seconds: float
 
 

@@ -9,8 +9,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from optuna_ttp._util.arrays import Floats
+from optuna_ttp._util.arrays import Integers
 from optuna_ttp._util.checks import check_count
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp.calibration import covariates
@@ -260,11 +261,7 @@ class Simulator:
             return 1.0
         return abs(math.log(max(times[1], 1.0) / max(times[0], 1.0)))
 
-    def max_learning_rate(
-        self,
-        batch_size: NDArray[np.int64] | NDArray[np.float64],
-        momentum: NDArray[np.float64],
-    ) -> NDArray[np.float64]:
+    def max_learning_rate(self, batch_size: Integers | Floats, momentum: Floats) -> Floats:
         """Return the largest stable learning rates of K configurations, shape ``(K,)``."""
         return self.stability_limit.max_learning_rate(
             batch_size,
@@ -275,7 +272,7 @@ class Simulator:
             replacement=self.settings.sampling == "replacement",
         )
 
-    def covariates(self, configurations: Configurations) -> NDArray[np.float64]:
+    def covariates(self, configurations: Configurations) -> Floats:
         """Return what the errors of predicted times depend on, a row for each configuration.
 
         See :func:`optuna_ttp.calibration.covariates`.
@@ -285,9 +282,7 @@ class Simulator:
         noise = (n - batch_size) / (max(n - 1, 1) * batch_size)
         return covariates(step * float(self.model.curvatures[0]), noise)
 
-    def instability(
-        self, depths: NDArray[np.float64], stability: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def instability(self, depths: Floats, stability: Floats) -> Floats:
         """Return the learning rate over the largest stable one, times the predicted growth.
 
         The depths have the shape ``(K, P)`` or ``(1, P)``, the learning rates over the largest
@@ -297,7 +292,7 @@ class Simulator:
             return np.broadcast_to(stability[:, None], (len(stability), depths.shape[1]))
         return np.asarray(stability[:, None] * self.kernel_growth.at(np.exp(-depths)))
 
-    def simulated_batch_size(self, batch_size: NDArray[np.int64]) -> NDArray[np.int64]:
+    def simulated_batch_size(self, batch_size: Integers) -> Integers:
         """Return the batch sizes that make as much noise among the spectrum's samples, ``(K,)``.
 
         ``gamma = (N - B) / ((N - 1) B)`` on all ``N`` samples is that of
@@ -346,11 +341,7 @@ class Simulator:
         return [self._run(sgd, batch_size, seed, common) for seed in seeds]
 
     def _run(
-        self,
-        sgd: SGDConfigurations,
-        batch_size: NDArray[np.int64],
-        seed: int,
-        common: dict[str, Any],
+        self, sgd: SGDConfigurations, batch_size: Integers, seed: int, common: dict[str, Any]
     ) -> Trajectories:
         """Simulate one order of the samples by the method of the settings."""
         if self.settings.method != "linear":
