@@ -52,7 +52,7 @@ def test_the_readme_example_runs(
     exec(compile(seeded, "README.md", "exec"), names)
     assert len(names["study"].trials) == 6
     printed = capsys.readouterr().out
-    assert "converges" in printed
+    assert re.search(r"run: [\d,]+ steps \(", printed)
     assert "6 trials" in printed
 
 
