@@ -25,9 +25,6 @@ _FILES = sorted(
 _NOT_YET = {
     "optuna_ttp/search/_pruner.py",
     "optuna_ttp/search/_sampler.py",
-    "tests/calibration/test_calibration.py",
-    "tests/dynamics/test_dynamics.py",
-    "tests/dynamics/test_optimiser.py",
     "tests/ntk/test_jacobian.py",
     "tests/ntk/test_layers.py",
     "tests/ntk/test_probe.py",

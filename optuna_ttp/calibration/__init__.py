@@ -30,7 +30,9 @@ from optuna_ttp.calibration._loss_levels import FRACTIONS
 from optuna_ttp.calibration._loss_levels import KNOTS
 from optuna_ttp.calibration._loss_levels import N_COVARIATES
 from optuna_ttp.calibration._observation import Observation
-from optuna_ttp.calibration._prior_scale import PriorScale
+from optuna_ttp.calibration._prior import PriorScale
+from optuna_ttp.calibration._rules import CalibrationRules
+from optuna_ttp.calibration._rules import RULES
 from optuna_ttp.calibration._uncertainty import displacement
 from optuna_ttp.calibration._uncertainty import is_reliable
 from optuna_ttp.calibration._uncertainty import kernel_mismatch
@@ -46,8 +48,10 @@ __all__ = [
     "FRACTIONS",
     "KNOTS",
     "N_COVARIATES",
+    "RULES",
     "Z_90",
     "Calibration",
+    "CalibrationRules",
     "LossCurve",
     "Observation",
     "PriorScale",

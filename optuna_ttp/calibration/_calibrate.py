@@ -10,13 +10,13 @@ import numpy as np
 from optuna_ttp._util.arrays import Booleans
 from optuna_ttp.calibration._calibration import Calibration
 from optuna_ttp.calibration._divergence import DivergenceLimit
-from optuna_ttp.calibration._first_steps import calm_start
+from optuna_ttp.calibration._held_out import calm_start
 from optuna_ttp.calibration._held_out import held_out
 from optuna_ttp.calibration._observation import failed
 from optuna_ttp.calibration._observation import Observation
 from optuna_ttp.calibration._paths import corrected
 from optuna_ttp.calibration._prior import prior
-from optuna_ttp.calibration._prior_scale import PriorScale
+from optuna_ttp.calibration._prior import PriorScale
 from optuna_ttp.calibration._rules import CalibrationRules
 from optuna_ttp.calibration._rules import DivergenceRules
 from optuna_ttp.calibration._rules import RULES

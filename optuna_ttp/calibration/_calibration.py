@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optuna_ttp.calibration._divergence import DivergenceLimit
-from optuna_ttp.calibration._errors import wildness
 from optuna_ttp.calibration._first_passages import SimulatedFirstPassages
 from optuna_ttp.calibration._loss_levels import DEPTHS
 from optuna_ttp.calibration._loss_levels import KNOTS
@@ -18,10 +17,11 @@ from optuna_ttp.calibration._observation import Observation
 from optuna_ttp.calibration._paths import corrected
 from optuna_ttp.calibration._paths import Paths
 from optuna_ttp.calibration._prior import prior
-from optuna_ttp.calibration._prior_scale import PriorScale
+from optuna_ttp.calibration._prior import PriorScale
 from optuna_ttp.calibration._rules import CalibrationRules
 from optuna_ttp.calibration._rules import RULES
 from optuna_ttp.calibration._trials import Trials
+from optuna_ttp.calibration._trials import wildness
 
 
 @dataclass(frozen=True, eq=False, repr=False)

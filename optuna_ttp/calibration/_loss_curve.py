@@ -18,35 +18,33 @@ _BLOWN_UP = 1e300
 
 @dataclass(frozen=True)
 class LossCurveRules:
-    """How mini-batch losses are smoothed, and how sure the smoothed curve is."""
+    """How mini-batch losses are smoothed. Not ablated where no reason is given."""
 
     spacing: float = 1.05
-    """The next recorded step over the last one. Not ablated yet."""
+    """The next recorded step over the last one."""
     window: float = 0.1
     """Share of the step that the smoothing window covers on each side: wide enough for mini-batch
     noise, narrow on the logarithmic scale on which training times differ."""
     min_half: int = 2
-    """Least number of points of the window on each side. Not ablated yet."""
+    """Least number of points of the window on each side."""
     slope_factor: float = 1.25
-    """The slope of a curve is taken over this factor of the step to each side. Not ablated yet."""
+    """The slope of a curve is taken over this factor of the step to each side."""
     sure_errors: float = 4.0
     """Standard errors by which a loss was surely lower before: a spike that is no noise does not
-    undo that a level was passed. Not ablated yet."""
+    undo that a level was passed."""
     probable_errors: float = 2.0
-    """Standard errors by which it probably was, so that later times are less sure. Not ablated
-    yet."""
+    """Standard errors by which it probably was, so that later times are less sure."""
     excess_noise: float = 4.0
     """Errors grow by this many times the noise, because where noise is as large as the fall, the
     slope is noise too. Measured: with noise of half the loss, first passage times of shallow
     levels are otherwise further off than their errors say; on the recorded runs predictions do
     not depend on it."""
     most_error: float = 1.5
-    """Largest error of a logarithmic time: a less sure one tells nothing. Not ablated yet."""
+    """Largest error of a logarithmic time: a less sure one tells nothing."""
     unknown_error: float = 0.5
-    """Standard error of the loss where there are too few points to tell. Not ablated yet."""
+    """Standard error of the loss where there are too few points to tell."""
     n_neighbours: int = 3
-    """Windows to each side whose scatter is pooled: five points tell little about their own. Not
-    ablated yet."""
+    """Windows to each side whose scatter is pooled: five points tell little about their own."""
 
 
 RULES = LossCurveRules()
@@ -65,7 +63,7 @@ class LossCurve:
     n_steps: int
     """Optimiser steps of the trial so far."""
     diverged: bool = False
-    """Whether the loss became infinite or NaN, and stayed it."""
+    """Whether the loss became infinite or NaN, and stayed so."""
     n_gaps: int = 0
     """How many losses were infinite or NaN while training went on, and are left out."""
     rules: LossCurveRules = RULES

@@ -70,18 +70,16 @@ class GrowthPriorRules:
 
 @dataclass(frozen=True)
 class FitRules:
-    """How the posterior is found, and from which trials."""
+    """How the posterior is found. Not ablated where no reason is given."""
 
     robustness: float = 4.0
-    """Degrees of freedom with which a trial that does not fit loses its weight. Not ablated
-    yet."""
+    """Degrees of freedom with which a trial that does not fit loses its weight."""
     n_rounds: int = 4
-    """Gauss-Newton steps. Not ablated yet."""
+    """Gauss-Newton steps."""
     most_trials: int = 128
-    """The newest trials that shape the correction: enough, and quick. Not ablated yet."""
+    """The newest trials that shape the correction: enough, and quick."""
     late_factor: float = 2.0
-    """A trial that misses its next level by so many times the expected time has failed.
-    Not ablated yet."""
+    """A trial that misses its next level by so many times the expected time has failed."""
 
 
 @dataclass(frozen=True)

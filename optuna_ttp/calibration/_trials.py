@@ -10,8 +10,6 @@ import numpy as np
 
 from optuna_ttp._util.arrays import Booleans
 from optuna_ttp._util.arrays import Floats
-from optuna_ttp.calibration._errors import catapult
-from optuna_ttp.calibration._errors import wildness
 from optuna_ttp.calibration._first_passages import SimulatedFirstPassages
 from optuna_ttp.calibration._loss_levels import deepest
 from optuna_ttp.calibration._loss_levels import DEPTHS
@@ -107,8 +105,7 @@ class Trials:
         """Return the mean squared error of each trial over what is expected of it, ``(n,)``."""
         calm, wild = self._variances(scales)
         whole = wild + calm + np.nan_to_num(errors) ** 2
-        share = seen / np.maximum(seen.sum(axis=1), 1)[:, None]
-        return np.asarray((share * away**2 / whole).sum(axis=1))
+        return np.asarray((_shares(seen) * away**2 / whole).sum(axis=1))
 
     def scales(
         self,
@@ -121,20 +118,26 @@ class Trials:
         """Return scales of the errors' variances: of calm trials, and of what instability adds."""
         calm, wild = self._variances(expected)
         whole = wild + calm + np.nan_to_num(errors) ** 2
-        share = seen / np.maximum(seen.sum(axis=1), 1)[:, None]
         # A trial counts for the one or the other by what its errors are expected to come from.
-        unstable = (share * wild / whole).sum(axis=1)
+        unstable = (_shares(seen) * wild / whole).sum(axis=1)
         ratio = self.ratios(away, errors, seen, expected)
         stable = importance * (1.0 - unstable)
         weight = self.rules.scale_weight
-        one = (weight + (stable * ratio).sum()) / (weight + stable.sum())
-        two = (weight + (unstable * ratio).sum()) / (weight + unstable.sum())
+        one, two = (
+            (weight + (share * ratio).sum()) / (weight + share.sum())
+            for share in (stable, unstable)
+        )
         return expected[0] * float(one), expected[1] * float(two)
 
     def _variances(self, scales: tuple[float, float]) -> tuple[float, Floats]:
         """Return the variance of a calm trial's errors, and what instability adds, ``(n, P)``."""
         calm = scales[0] * (self.rules.trial_sd**2 + self.rules.level_sd**2)
         return calm, scales[1] * wildness(self.simulated.instability, self.rules) ** 2
+
+
+def _shares(seen: Booleans) -> Floats:
+    """Return the weights ``(n, P)`` with which seen levels of a trial are averaged."""
+    return np.asarray(seen / np.maximum(seen.sum(axis=1), 1)[:, None])
 
 
 def _extended(log_steps: Floats) -> Floats:
@@ -147,3 +150,22 @@ def _extended(log_steps: Floats) -> Floats:
         slope = max(slope, (log_steps[last] - log_steps[known[-2]]) / run)
     behind = np.arange(len(log_steps)) > last
     return np.where(behind, log_steps[last] + slope * (DEPTHS - DEPTHS[last]), log_steps)
+
+
+def wildness(instability: Floats, rules: ErrorRules) -> Floats:
+    """Return the standard deviation of logarithmic times that comes with instability.
+
+    The instability of :class:`Observation` has the levels in its last axis, and so has the result:
+    what was unstable once stays so.
+    """
+    lasting = np.log1p(np.fmax.accumulate(instability, axis=-1) / rules.instability_from)
+    return rules.instability_sd * lasting + catapult(instability, rules)[..., None]
+
+
+def catapult(instability: Floats, rules: ErrorRules) -> Floats:
+    """Return the standard deviation that comes with a loss spike at the start of training.
+
+    It depends on the instability at the first level; the last axis, that of the levels, goes.
+    """
+    share = instability[..., 0] / (instability[..., 0] + rules.catapult_from)
+    return np.asarray(rules.catapult_sd * share**3)

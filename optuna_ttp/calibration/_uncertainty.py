@@ -9,7 +9,7 @@ import numpy as np
 
 from optuna_ttp._util.arrays import Floats
 from optuna_ttp._util.arrays import Integers
-from optuna_ttp.calibration._prior_scale import PriorScale
+from optuna_ttp.calibration._prior import PriorScale
 from optuna_ttp.spectrum import Probe
 
 

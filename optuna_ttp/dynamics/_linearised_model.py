@@ -205,7 +205,7 @@ class LinearisedModel:
 
     @cached_property
     def curvatures(self) -> Floats:
-        """:meth:`curvatures_at` the start, descending, ``(r,)``."""
+        """Eigenvalues ``(r,)``, descending, of the Hessian at the start."""
         return self.curvatures_at(self.initial_outputs)
 
     def curvatures_at(self, outputs: torch.Tensor) -> Floats:

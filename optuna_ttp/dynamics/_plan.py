@@ -19,7 +19,7 @@ from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
 
 @dataclass(frozen=True)
 class SimulationRules:
-    """What a simulation approximates and when it stops."""
+    """What a simulation approximates, when it ends. Not ablated where no reason is given."""
 
     coarse_step: float = 0.25
     """Largest relative change of the steepest direction in one coarse step. The times are within
@@ -28,12 +28,12 @@ class SimulationRules:
     """A time to the target that was found in fewer coarse steps is found again in finer ones, and
     shorter curves have none. Chosen with the coarse step."""
     blow_up: float = 100.0
-    """A loss so many times the initial one ends a curve. Not ablated yet."""
+    """A loss so many times the initial one ends a curve."""
     edge: float = 0.8
     """Share of the edge of stability up to which a kernel grows: swings at the edge itself never
-    die down. Not ablated yet."""
+    die down."""
     spacing: float = 1.04
-    """The next recorded step over the last one. Not ablated yet."""
+    """The next recorded step over the last one."""
 
 
 RULES = SimulationRules()
@@ -42,11 +42,10 @@ RULES = SimulationRules()
 def strides(
     model: LinearisedModel,
     sgd: SGDConfigurations,
-    batch_size: Integers,
     max_steps: Integers,
-    growth: KernelGrowth | None = None,
-    steps_per_epoch: Integers | None = None,
-    rules: SimulationRules = RULES,
+    growth: KernelGrowth | None,
+    steps_per_epoch: Integers,
+    rules: SimulationRules,
 ) -> Integers:
     """Return how many optimiser steps of K configurations are simulated as one: powers of two.
 
@@ -56,11 +55,9 @@ def strides(
     chosen so that ``s eta_e h_1`` is at most 0.25. That is coarse for the steepest direction, but
     the time to a target is mostly set by directions many times flatter; where it is not, the
     target is met after few coarse steps and found again in finer ones. All arrays are of shape
-    ``(K,)``; the steps an epoch are those of the model's samples by default.
+    ``(K,)``.
     """
     effective = sgd.effective_learning_rate
-    if steps_per_epoch is None:
-        steps_per_epoch = -(-model.n_samples // batch_size)
     if not sgd.schedule.is_constant:
         for per_epoch in np.unique(steps_per_epoch):
             alike = np.flatnonzero(steps_per_epoch == per_epoch)
@@ -140,6 +137,7 @@ class Plan:
 
     @cached_property
     def _dampens(self) -> bool:
+        """Whether any gradient is dampened."""
         return bool((self.gain != 1.0).any())
 
     def at(self, step: int) -> Step:

@@ -52,7 +52,7 @@ class Schedule:
 
     @classmethod
     def of(cls, schedule: Schedule | Callable[[int], float] | None) -> Schedule:
-        """Turn what a user gives into a schedule.
+        """Return the schedule that a user gives as an object, a function or nothing.
 
         Args:
             schedule:
@@ -262,6 +262,7 @@ class Schedule:
 
 
 def _multiplier(function: Callable[[int], float], t: int) -> float:
+    """Return a function's multiplier at ``t``, infinite where it overflows."""
     try:
         return float(function(t))
     except OverflowError:
@@ -301,6 +302,7 @@ def _scheduled(
 
 
 def _check_count(name: str, value: int) -> None:
+    """Raise ValueError if value is not a positive integer."""
     if isinstance(value, bool) or not 1 <= value < math.inf or value != int(value):
         raise ValueError(f"{name} must be a positive integer but got {value!r}.")
 

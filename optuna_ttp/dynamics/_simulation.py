@@ -73,7 +73,7 @@ def simulate(
         steps_per_epoch = -(-model.n_samples // batch_size)
     stride = np.ones(n_configurations, dtype=np.int64)
     if not exact and smoothing is None:
-        stride = strides(model, sgd, batch_size, max_steps, growth, steps_per_epoch, rules)
+        stride = strides(model, sgd, max_steps, growth, steps_per_epoch, rules)
     ceilings = np.full(n_configurations, np.inf)
     if growth is not None and limit is not None:
         ceilings = limit.headroom(sgd, batch_size, replacement=sampling == "replacement")
@@ -169,7 +169,7 @@ def _simulate_group(
     records: list[Record],
     rules: SimulationRules,
 ) -> Booleans:
-    """Advance configurations that see the same batches, append to their records; which blew up."""
+    """Train configurations that see the same batches, record them, and return which blew up."""
     theta = model.features.new_zeros((len(records), model.rank))
     velocity = torch.zeros_like(theta)
     filtered = None if smoothing is None else _Filter(smoothing)
@@ -264,9 +264,11 @@ class _Filter:
 
     @property
     def value(self) -> torch.Tensor:
+        """The smoothed loss of each curve now, ``(K,)``."""
         return torch.stack(self._recent).mean(dim=0)
 
     def update(self, losses: torch.Tensor) -> None:
+        """Take the next loss of each curve, ``(K,)``."""
         width = self._smoothing.width
         if self._smoothing.kind == "exponential" and self._recent:
             self._recent = [width * self._recent[0] + (1.0 - width) * losses]
@@ -276,6 +278,7 @@ class _Filter:
                 self._recent = self._recent[-int(width) :]
 
     def restrict(self, chosen: torch.Tensor) -> None:
+        """Go on with the curves that a mask ``(K,)`` chooses."""
         self._recent = [losses[chosen] for losses in self._recent]
 
 

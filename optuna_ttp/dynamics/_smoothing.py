@@ -1,4 +1,4 @@
-"""The training-loss curve as its owner looks at it."""
+"""How mini-batch losses are smoothed before a target is looked for."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Smoothing:
 
     @classmethod
     def moving_average(cls, window: int) -> Smoothing:
-        """Mean of the last mini-batch losses; of all of them while they are fewer.
+        """Return a filter that takes the mean of the last losses, of all while they are fewer.
 
         Args:
             window:
-                How many. One takes the mini-batch losses as they are.
+                The number of losses. One takes the mini-batch losses as they are.
 
         Returns:
             The filter.
@@ -53,7 +53,7 @@ class Smoothing:
 
     @classmethod
     def exponential(cls, weight: float) -> Smoothing:
-        """Exponential moving average ``s_t = w s_(t-1) + (1 - w) l_t`` that starts at ``l_0``.
+        """Return the filter ``s_t = w s_(t-1) + (1 - w) l_t`` that starts at ``l_0``.
 
         Args:
             weight:
@@ -65,14 +65,14 @@ class Smoothing:
         return cls("exponential", weight)
 
     def apply(self, losses: ArrayLike) -> NDArray[np.float64]:
-        """Smooth curves.
+        """Return smoothed curves.
 
         Args:
             losses:
-                One value a step in the last axis.
+                Curves with one value a step in the last axis.
 
         Returns:
-            The same shape.
+            Smoothed losses of the same shape.
         """
         values = np.asarray(losses, dtype=np.float64)
         if values.shape[-1] == 0:

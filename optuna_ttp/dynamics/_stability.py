@@ -1,4 +1,4 @@
-"""The largest stable learning rate."""
+"""The largest stable learning rate, from the curvature and the noise of mini-batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
 
 @dataclass(frozen=True)
 class StabilityRules:
-    """At which points, and how exactly, the noise of mini-batches is measured."""
+    """How the noise of mini-batches is measured. Not ablated where no reason is given."""
 
     momenta: tuple[float, float] = (0.0, 0.9)
     """Momenta between which the share of expressible noise is interpolated. The limits are within
@@ -24,14 +24,13 @@ class StabilityRules:
     knots: tuple[float, ...] = (0.03, 0.3, 0.6, 0.9, 0.99)
     """Shares of the full-batch limit between which it is interpolated. Chosen with the momenta."""
     trace_share: float = 0.95
-    """Share of the Hessian's trace in the directions that noise is measured in. Not ablated."""
+    """Share of the Hessian's trace in the directions that noise is measured in."""
     most_directions: int = 64
-    """Most of these directions, for speed. Not ablated yet."""
+    """Most of these directions, for speed."""
     most_iterations: int = 50
-    """Most steps of a power iteration. Not ablated yet."""
+    """Most steps of a power iteration."""
     tolerance: float = 2e-3
-    """Relative change of the spectral radius at which the power iteration ends. Not ablated
-    yet."""
+    """Relative change of the spectral radius at which the power iteration ends."""
 
 
 RULES = StabilityRules()
@@ -82,7 +81,7 @@ class StabilityLimit:
     def of(
         cls, model: LinearisedModel, n_samples: int | None = None, rules: StabilityRules = RULES
     ) -> StabilityLimit:
-        """Tabulate the criterion of a model's Hessian at the start.
+        """Tabulate the limits of a model, whose Hessian at the start counts.
 
         ``n_samples`` is N where the model has only a subset of the samples.
         """

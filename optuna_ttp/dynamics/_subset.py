@@ -1,4 +1,4 @@
-"""From a subset of the samples to all of them."""
+"""How far training times on a subset of the samples are from those on all of them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ from optuna_ttp.dynamics._target import Target
 
 @dataclass(frozen=True)
 class SubsetRules:
-    """How the dependence of training times on the number of samples is measured."""
+    """How subsets of the samples are simulated. Not ablated yet."""
 
     n_draws: int = 4
-    """Random subsets of each size, of whose times the mean is taken. Not ablated yet."""
+    """Random subsets of each size, of whose times the mean is taken."""
     change: float = 0.5
-    """By how much a full-batch step of the measurement moves the steepest direction. Not ablated
-    yet."""
+    """By how much a full-batch step of the measurement moves the steepest direction."""
     converged: float = 0.1
-    """Logarithmic times that differ by less count as converged. Not ablated yet."""
+    """Logarithmic times that differ by less count as converged."""
 
 
 RULES = SubsetRules()

@@ -23,28 +23,26 @@ from optuna_ttp.dynamics._trajectories import Trajectories
 
 @dataclass(frozen=True)
 class SurfaceRules:
-    """At which configurations a surface is simulated, and where it gives up."""
+    """Where a surface is simulated. Not ablated where no reason is given."""
 
     momenta: tuple[float, ...] = (0.0, 0.6, 0.85, 0.95, 0.98, 0.995)
-    """Momenta of the knots. Not ablated yet."""
+    """Momenta of the knots."""
     batch_sizes: tuple[int, ...] = (4, 8, 32)
-    """Batch sizes of the knots, beside the full batch. Not ablated yet."""
+    """Batch sizes of the knots, beside the full batch."""
     n_rates: int = 13
-    """Number of learning rates of the knots. Not ablated yet."""
+    """Number of learning rates of the knots."""
     slow: float = 0.05
-    """Change of the steepest direction a step below which training time is inverse in the step.
-    Not ablated yet."""
+    """Change of the steepest direction a step below which training time is inverse in the step."""
     fast: float = 8.0
     """Largest learning rate over the full-batch stability limit: the predictor gives up there."""
     patience: float = 5.0
     """Knots that need so many times the slow regime's intrinsic time wander about and are given
-    up. Not ablated yet."""
+    up."""
     settling: float = 20.0
     """And so many times the memory of the momentum, twice the time in which oscillations die
     down."""
     furthest: float = 3.0
-    """Behind the target a loss goes on falling for so long, as a logarithm of the steps. Not
-    ablated yet."""
+    """Behind the target a loss goes on falling for so long, as a logarithm of the steps."""
 
 
 RULES = SurfaceRules()
@@ -278,6 +276,7 @@ class ResponseSurface:
 
     @property
     def _axes(self) -> tuple[Floats, ...]:
+        """The coordinates of the knots along each axis of the table."""
         return self.momenta, self.noise_scales, np.linspace(0, 1, self.log_tau.shape[2])
 
     def _points(

@@ -389,7 +389,8 @@ class TrainingTimePredictor(PredictorProperties):
             np.array([o.batch_size for o in timed], dtype=np.int64),
             np.array([o.seconds_per_step for o in timed]),
         )
-        twin = self.calibrated(calibrate(every, prior_scale(self.spectrum.probe)))
+        scale = prior_scale(self.spectrum.probe)
+        twin = self.calibrated(calibrate(every, scale, rules=self.calibration.rules))
         twin._estimator = replace(twin._estimator, throughput=throughput)
         twin.observations = every
         return twin

@@ -17,6 +17,7 @@ from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import KNOTS
 from optuna_ttp.calibration import Observation
 from optuna_ttp.calibration import PriorScale
+from optuna_ttp.calibration import RULES
 from optuna_ttp.calibration import SimulatedFirstPassages
 from tests.observations import DEEP
 from tests.observations import first_passages
@@ -307,6 +308,32 @@ def test_a_trial_near_the_limit_that_got_stuck_tells_less_than_a_calm_one() -> N
         after, _ = _corrected(calibrate([*trials, stuck]), calm)
         later.append(after[deep] - before[deep])
     assert later[1] < 0.2 * later[0]
+
+
+# Rules of another kind, for an ablation
+
+
+def test_rules_are_handed_down_to_whatever_is_learned() -> None:
+    trials = trials_of(_grows, 6)
+    stiff = replace(RULES, growth_prior=replace(RULES.growth_prior, slope_sd=1e-3, start_sd=1e-3))
+    usual, hardly = calibrate(trials), calibrate(trials, rules=stiff)
+    assert np.abs(usual.log_growth).max() > 1.0
+    assert np.abs(hardly.log_growth).max() < 0.1
+    wide = replace(RULES, errors=replace(RULES.errors, level_sd=1.0))
+    assert (_corrected(calibrate(trials, rules=wide), trials[0])[1] > 0.5).all()
+    early = replace(RULES, divergence=replace(RULES.divergence, half=0.5))
+    assert calibrate([], rules=early).divergence.probability(1.0) > 0.6
+    few = replace(RULES, fit=replace(RULES.fit, most_trials=1))
+    assert calibrate(trials, rules=few).degrees_of_freedom == 3.0
+
+
+def test_a_calibration_keeps_its_rules() -> None:
+    trials = [observation(learning_rate=0.01 * 1.5**k) for k in range(6)]
+    wrong = [replace(t, expected=t.predicted + 4.0 * (-1) ** k) for k, t in enumerate(trials)]
+    patient = replace(RULES, trust=replace(RULES.trust, min_observations=9, min_distrust=9))
+    assert not calibrate(wrong).trusted
+    assert calibrate(wrong, rules=patient).trusted
+    assert calibrate([], rules=patient).rules is Calibration.none(rules=patient).rules is patient
 
 
 # The prior scale

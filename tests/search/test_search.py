@@ -25,8 +25,8 @@ from optuna_ttp import SamplerRules
 from optuna_ttp import StudyBudget
 from optuna_ttp import TrainingLog
 from optuna_ttp import TTPSampler
+from optuna_ttp.calibration import RULES
 from optuna_ttp.calibration._divergence import DivergenceLimit
-from optuna_ttp.calibration._rules import RULES
 from optuna_ttp.search import ForecastRules
 from optuna_ttp.search._forecast import Forecast
 from optuna_ttp.study import decision_of
