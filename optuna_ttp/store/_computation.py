@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import replace
 import inspect
@@ -32,11 +33,15 @@ _logger = get_logger("optuna.ttp.store")
 def get_or_compute(
     table: SpectrumTable,
     task: FineTuningTask,
+    compute: Callable[..., Spectrum],
     lease_seconds: float,
     instead_of_waiting: Mapping[str, Any] | None,
     settings: dict[str, Any],
 ) -> Spectrum:
-    """Return a task's spectrum, stored or computed; see :meth:`SpectrumStore.get_or_compute`."""
+    """Return a task's spectrum, stored or computed; see :meth:`SpectrumStore.get_or_compute`.
+
+    ``compute`` is :func:`~optuna_ttp.compute_spectrum`.
+    """
     from optuna_ttp.ntk import in_all
     from optuna_ttp.ntk import resolve_engine
     from optuna_ttp.ntk import widest_sketch
@@ -44,14 +49,14 @@ def get_or_compute(
     budget = {k: settings[k] for k in ("max_memory",) if k in settings}
 
     def resolved() -> str:
-        _check_asked(task, {**settings, **(instead_of_waiting or {})})
+        _check_asked(task, compute, {**settings, **(instead_of_waiting or {})})
         return resolve_engine(task, settings.get("engine", "auto"), **budget)[0]
 
     is_distributed = settings.get("distributed", False)
     settings = {**settings, "engine": in_all(resolved, distributed=is_distributed)}
     identity = {k: settings[k] for k in SETTING_DEFAULTS if k in settings}
     identity["max_sketch_width"] = widest_sketch(task, settings.get("dtype", "float32"), **budget)
-    computation = _Computation(table, task, lease_seconds, identity, settings)
+    computation = _Computation(table, task, compute, lease_seconds, identity, settings)
     if is_distributed:
         return computation.by_all()
     spectrum = computation.by_one(wait=instead_of_waiting is None)
@@ -63,26 +68,28 @@ def get_or_compute(
         f"Another worker is computing the spectrum of {task.name!r}; this one continues with "
         f"{changes}."
     )
-    return get_or_compute(table, task, lease_seconds, None, {**settings, **changes})
+    return get_or_compute(table, task, compute, lease_seconds, None, {**settings, **changes})
 
 
 class _Computation:
     """The search for, or the computation of, the spectrum of one task and one set of settings.
 
     ``identity`` are those settings that shape the arrays, ``settings`` all keyword arguments of
-    :func:`~optuna_ttp.compute_spectrum`.
+    ``compute``.
     """
 
     def __init__(
         self,
         table: SpectrumTable,
         task: FineTuningTask,
+        compute: Callable[..., Spectrum],
         lease_seconds: float,
         identity: dict[str, Any],
         settings: dict[str, Any],
     ) -> None:
         self._table = table
         self._task = task
+        self._compute = compute
         # Hashed once: the weights do not change meanwhile.
         self._fingerprint = task.fingerprint
         self._key = key_of(self._fingerprint, identity)
@@ -124,7 +131,6 @@ class _Computation:
         """
         from optuna_ttp.ntk import by_first
         from optuna_ttp.ntk import check_same_task
-        from optuna_ttp.ntk import compute_spectrum
 
         switches = {name: self._settings.get(name, True) for name in ("measure_speed", "probe")}
         check_same_task(self._task, {**self._identity, **switches})
@@ -132,7 +138,7 @@ class _Computation:
         if stored is not None:
             # By one of them, so that all have the same numbers.
             return by_first(lambda: self._completed(stored))
-        spectrum = compute_spectrum(self._task, **self._settings)
+        spectrum = self._compute(self._task, **self._settings)
         by_first(lambda: self._table.put(spectrum, self._identity))
         return spectrum
 
@@ -144,13 +150,11 @@ class _Computation:
 
     def _computed(self) -> Spectrum:
         """Compute and store, continuing with blocks that a killed worker has finished."""
-        from optuna_ttp.ntk import compute_spectrum
-
         settings = self._settings
         checkpoint = Checkpoint(self._table.database, self._key)
         if settings["engine"] == "exact" and settings.get("checkpoint") is None:
             settings = {**settings, "checkpoint": KernelBlocks(checkpoint)}
-        spectrum = compute_spectrum(self._task, **settings)
+        spectrum = self._compute(self._task, **settings)
         if not self._table.put(spectrum, self._identity):
             # Another worker took this one for dead and was faster. All must continue with the same
             # numbers, and nobody needs the blocks that this one saved after the other's end.
@@ -210,17 +214,18 @@ class _Computation:
             pause = min(1.5 * pause, RULES.longest_wait_seconds)
 
 
-def _check_asked(task: FineTuningTask, settings: dict[str, Any]) -> None:
+def _check_asked(
+    task: FineTuningTask, compute: Callable[..., Spectrum], settings: dict[str, Any]
+) -> None:
     """Raise TypeError where this is no task, or a setting is unknown.
 
     This happens here, not while computing: a stored spectrum would be served under a misspelt
     setting.
     """
-    from optuna_ttp.ntk import compute_spectrum
     from optuna_ttp.task import check_task
 
     check_task(task)
-    _, *known = inspect.signature(compute_spectrum).parameters
+    _, *known = inspect.signature(compute).parameters
     unknown = [name for name in settings if name not in known]
     if unknown:
         raise TypeError(f"compute_spectrum takes {', '.join(known)} but got {', '.join(unknown)}.")

@@ -154,7 +154,11 @@ class SpectrumStore:
             TypeError:
                 If this is no task, or a setting is unknown.
         """
-        return get_or_compute(self._table, task, self._lease_seconds, instead_of_waiting, settings)
+        from optuna_ttp.ntk import compute_spectrum
+
+        return get_or_compute(
+            self._table, task, compute_spectrum, self._lease_seconds, instead_of_waiting, settings
+        )
 
     def get(self, task: FineTuningTask | str, **settings: Any) -> Spectrum | None:
         """Return a stored spectrum.
