@@ -30,14 +30,10 @@ class Candidates:
     """K configurations.
 
     Attributes:
-        params:
-            Their parameters.
-        learning_rate:
-            Shape ``(K,)``.
-        batch_size:
-            Shape ``(K,)``.
-        momentum:
-            Shape ``(K,)``.
+        params: The parameters of each, as a trial would have them.
+        learning_rate: Learning rates, shape ``(K,)``.
+        batch_size: Batch sizes, shape ``(K,)``.
+        momentum: Momenta, shape ``(K,)``.
     """
 
     params: list[dict[str, Any]]
@@ -51,43 +47,24 @@ class Candidates:
         params: Sequence[dict[str, Any]],
         resolve: Callable[[dict[str, Any]], Configuration | None],
     ) -> Candidates:
-        """Resolve parameters.
-
-        Args:
-            params:
-                The parameters, as a trial would have them.
-            resolve:
-                Gives the hyperparameters, or :obj:`None` where a configuration has none: it is
-                left out.
-
-        Returns:
-            Those that have some.
-        """
-        resolved = [(p, resolve(p)) for p in params]
-        kept = [(p, c) for p, c in resolved if c is not None]
+        """Return the candidates with these parameters, those without hyperparameters left out."""
+        both = [(p, resolve(p)) for p in params]
+        resolved = [(p, c) for p, c in both if c is not None]
         return cls(
-            [p for p, _ in kept],
-            np.array([c.learning_rate for _, c in kept], dtype=np.float64),
-            np.array([c.batch_size for _, c in kept], dtype=np.int64),
-            np.array([c.momentum for _, c in kept], dtype=np.float64),
+            [p for p, _ in resolved],
+            np.array([c.learning_rate for _, c in resolved], dtype=np.float64),
+            np.array([c.batch_size for _, c in resolved], dtype=np.int64),
+            np.array([c.momentum for _, c in resolved], dtype=np.float64),
         )
 
     @classmethod
     def resolved(cls, configurations: Sequence[Configuration]) -> Candidates:
-        """Return candidates whose parameters do not matter.
-
-        Args:
-            configurations:
-                Their hyperparameters.
-
-        Returns:
-            The candidates.
-        """
+        """Return candidates with these hyperparameters, whose parameters do not matter."""
         # Three times as fast as an array of tuples, and a long study has a thousand of them.
         numbers = chain.from_iterable(configurations)
         flat = np.fromiter(numbers, dtype=np.float64, count=3 * len(configurations))
-        rate, size, mass = flat.reshape(-1, 3).T
-        return cls([], rate, size.astype(np.int64), mass)
+        rate, batch_size, momentum = flat.reshape(-1, 3).T
+        return cls([], rate, batch_size.astype(np.int64), momentum)
 
     def __len__(self) -> int:
         return len(self.learning_rate)
@@ -106,16 +83,7 @@ def drawn(
 ) -> list[dict[str, Any]]:
     """Return all configurations of a small finite space, or random ones of any other.
 
-    Args:
-        space:
-            Distributions by name.
-        rng:
-            Draws.
-        rules:
-            How many.
-
-    Returns:
-        Parameters of each.
+    Each is a trial's parameters by name; the rules say how large and how many.
     """
     values = {name: _values(space[name], rules) for name in sorted(space)}
     n = math.prod(math.inf if v is None else len(v) for v in values.values())
@@ -127,7 +95,7 @@ def drawn(
 
 
 def _values(distribution: BaseDistribution, rules: SamplerRules) -> list[Any] | None:
-    """All values of a distribution that has not too many."""
+    """Return all values of a distribution; None where they are too many to compare all."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     if isinstance(distribution, IntDistribution):
@@ -144,6 +112,7 @@ def _values(distribution: BaseDistribution, rules: SamplerRules) -> list[Any] | 
 def _draw(
     distribution: BaseDistribution, rng: np.random.Generator, rules: SamplerRules
 ) -> list[Any]:
+    """Draw values of a distribution, uniformly, or log-uniformly where it is logarithmic."""
     values = _values(distribution, rules)
     if values is not None and not getattr(distribution, "log", False):
         return [values[i] for i in rng.integers(len(values), size=rules.n_drawn)]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from optuna_ttp.prediction import SearchPredictor
+    from optuna_ttp.search._candidates import Candidates
     from optuna_ttp.search._goal import Goal
     from optuna_ttp.search._sampler_rules import ForecastRules
 
@@ -20,24 +21,17 @@ class Forecast:
     """What is expected of K configurations.
 
     Attributes:
-        log_seconds:
-            Logarithm of the seconds (steps, where the time of a step is not known) to the target,
-            shape ``(K,)``; infinite where it is out of reach.
-        log_cost:
-            Logarithm of what a trial is expected to cost: the time to the target, or its budget
-            where that is what it trains for, shape ``(K,)``.
-        depth:
-            Logarithm of the initial training loss over that at the trial's budget, ``(K,)``;
-            that at the target where there is no budget.
-        log_success:
-            Logarithm of the probability that training does as predicted, as far as its learning
-            rate tells, and reaches the target within the budget, ``(K,)``.
-        stability:
-            Learning rate over the largest stable one, ``(K,)``.
-        lag:
-            Steps by which momentum lags behind, over those of a trial, ``(K,)``.
-        sd:
-            Standard deviation of the logarithm of a predicted time.
+        log_seconds: Logarithm of the seconds (steps, where the time of a step is not known) to
+            the target, shape ``(K,)``; infinite where it is out of reach.
+        log_cost: Logarithm of what a trial is expected to cost, ``(K,)``: the time to the target,
+            or the trial's limit where that is what it trains for.
+        depth: Logarithm of the initial training loss over that at the trial's limit, ``(K,)``;
+            that at the target where there is no limit.
+        log_success: Logarithm of the probability that training does as predicted, as far as its
+            learning rate tells, and reaches the target within the limit, ``(K,)``.
+        stability: Learning rate over the largest stable one, ``(K,)``.
+        lag: Steps by which momentum lags behind, over those of a trial, ``(K,)``.
+        sd: Standard deviation of the logarithm of a predicted time.
     """
 
     log_seconds: NDArray[np.float64]
@@ -52,33 +46,19 @@ class Forecast:
     def of(
         cls,
         predictor: SearchPredictor,
-        learning_rate: NDArray[np.float64],
-        batch_size: NDArray[np.int64],
-        momentum: NDArray[np.float64],
+        candidates: Candidates,
         goal: Goal,
         rules: ForecastRules,
     ) -> Forecast:
-        """Look ahead, in microseconds a configuration.
+        """Return the forecast of K candidates, in microseconds each.
 
-        Args:
-            predictor:
-                As trials have corrected it.
-            learning_rate:
-                Shape ``(K,)``.
-            batch_size:
-                Shape ``(K,)``.
-            momentum:
-                Shape ``(K,)``.
-            goal:
-                Of the search.
-            rules:
-                Its tuned numbers.
-
-        Returns:
-            The forecast.
+        The predictor is as trials have corrected it. A trial goes on to its limit, or only up to
+        the target where the goal is a time.
         """
         from optuna_ttp.calibration import probability_below
 
+        learning_rate, batch_size = candidates.learning_rate, candidates.batch_size
+        momentum = candidates.momentum
         seconds = predictor.score(
             learning_rate, batch_size, momentum, simulate_outside=not predictor.has_surface
         )
@@ -87,9 +67,8 @@ class Forecast:
         limit = goal.steps(predictor, batch_size)
         horizon = np.where(np.isfinite(limit), limit, predictor.max_steps)
         stability = learning_rate / predictor.max_learning_rate(batch_size, momentum)
-        told = predictor.calibration.n_observed >= 3
         sd = rules.largest_sd
-        if told:
+        if predictor.calibration.n_observed >= 3:
             sd = float(np.clip(predictor.calibration.log_error, rules.least_sd, rules.largest_sd))
         steps = seconds / per_step
         reached = probability_below(steps, np.full(len(steps), sd), horizon)

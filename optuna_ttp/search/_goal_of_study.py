@@ -10,10 +10,9 @@ from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 
 from optuna_ttp._util.exceptions import GoalWarning
-from optuna_ttp._util.warn import warn_caller
 from optuna_ttp.search._goal import BestMetric
 from optuna_ttp.search._goal import Goal
-from optuna_ttp.study import state_of
+from optuna_ttp.search._warn_once import warn_once
 
 
 if TYPE_CHECKING:
@@ -54,8 +53,9 @@ class GoalOfHalf:
         return goal
 
     def _warn(self, study: Study, goal: Goal | None, goals: list[Goal]) -> None:
+        """Warn of no goal, of two different ones, and of a time that is to be maximised."""
         if goal is None:
-            _warn_once(
+            warn_once(
                 study,
                 "no goal",
                 "The search has no goal, so trials are compared by the study's own values, up to "
@@ -63,41 +63,35 @@ class GoalOfHalf:
                 "searched for: goal = BestMetric(max_epochs=3), where the objective returns a "
                 "metric, or goal = FastestToTarget(max_epochs=3), where it returns the time to "
                 "the target; then TTPSampler(predictor, goal) and TTPPruner(predictor, goal).",
+                GoalWarning,
             )
             return
         other = next((one for one in goals if one != goal), None)
         if other is not None:
-            _warn_once(
+            warn_once(
                 study,
                 "different goals",
                 f"TTPSampler and TTPPruner have different goals: {goal} and {other}. Give both "
                 "the same goal, or give it to one of them alone: the other one takes it over.",
+                GoalWarning,
             )
         maximised = list(study.directions) == [StudyDirection.MAXIMIZE]
         if goal.is_time and maximised:
-            _warn_once(
+            warn_once(
                 study,
                 "direction",
                 f"The goal {goal} contradicts the study's direction: a time is never maximised. "
                 "Where the objective returns the time to the target, create the study with "
                 'direction="minimize"; where it returns a metric to be maximised, give the goal '
                 "BestMetric(...).",
+                GoalWarning,
             )
 
 
-class _Warnings(set[str]):
-    """What a study was warned of already."""
-
-
-def _warn_once(study: Study, of: str, message: str) -> None:
-    """Warn of something once in a study, whichever half of the search notices it first."""
-    state = state_of(study)
-    with state.lock:
-        warnings = state.part(_Warnings)
-        if of in warnings:
-            return
-        warnings.add(of)
-    warn_caller(message, GoalWarning)
+def half_of(thing: Any) -> GoalOfHalf | None:
+    """Return the goal that a sampler or pruner itself holds; None where it is not one of ours."""
+    values = getattr(thing, "__dict__", {}).values()
+    return next((value for value in values if isinstance(value, GoalOfHalf)), None)
 
 
 def half_inside(thing: Any) -> GoalOfHalf | None:
@@ -110,9 +104,10 @@ def half_inside(thing: Any) -> GoalOfHalf | None:
     while to_search:
         one = to_search.pop(0)
         searched.add(id(one))
-        for value in getattr(one, "__dict__", {}).values():
-            if isinstance(value, GoalOfHalf):
-                return value
-            if isinstance(value, BaseSampler | BasePruner) and id(value) not in searched:
-                to_search.append(value)
+        half = half_of(one)
+        if half is not None:
+            return half
+        values = getattr(one, "__dict__", {}).values()
+        wrapped = (value for value in values if isinstance(value, BaseSampler | BasePruner))
+        to_search.extend(value for value in wrapped if id(value) not in searched)
     return None

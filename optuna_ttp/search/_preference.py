@@ -22,12 +22,9 @@ class Evidence:
     """What the trials of a study say about configurations.
 
     Attributes:
-        tried:
-            All that ran, runs or was skipped.
-        known:
-            Candidates of those trials that have a value.
-        values:
-            Their values, smaller is better, shape ``(k,)``; infinite where training failed.
+        tried: All configurations that ran, run or were skipped.
+        known: Those of them that have a value.
+        values: Their values, smaller is better, shape ``(k,)``; infinite where training failed.
     """
 
     tried: Candidates
@@ -38,23 +35,9 @@ class Evidence:
 class Preference:
     """How good configurations are expected to be, in nats, from predictions and from values.
 
-    Args:
-        pool:
-            Candidates of the whole search space.
-        forecast:
-            What is expected of them.
-        goal:
-            Of the search.
-        best_depth:
-            Depth of the training loss behind which a metric does not get better.
-        evidence:
-            What was seen.
-        expected:
-            Gives the forecast of other candidates.
-        cooling:
-            Exponent of the cost.
-        rules:
-            Its tuned numbers.
+    The pool has candidates of the whole search space, and the forecast is theirs; ``expected``
+    gives the forecast of other candidates. A metric does not get better behind the depth
+    ``best_depth`` of the training loss. ``cooling`` is the exponent of the cost.
     """
 
     def __init__(
@@ -79,16 +62,18 @@ class Preference:
         self._cooling = cooling
         self._rules = rules
         self._span = np.maximum(np.ptp(pool.coordinates, axis=0), 1e-9)
-        self._sorted = np.sort(self._raw(forecast))
-        self._cost = float(np.median(forecast.log_cost))
+        self._sorted = np.sort(self._raw_merit(forecast))
+        self._median_cost = float(np.median(forecast.log_cost))
         self._agreement = 1.0
         self._surrogate: Surrogate | None = None
         self._scores = self._sorted_scores = np.zeros(0)
         self._tried = cKDTree(evidence.tried.coordinates) if len(evidence.tried) else None
         if not goal.is_time and len(evidence.known):
-            self._learn()
+            self._learn_from_values()
 
-    def _learn(self) -> None:
+    def _learn_from_values(self) -> None:
+        """Measure how well predictions rank the values, and fit a Gaussian process to these."""
+        rules = self._rules
         known, values = self._evidence.known, self._evidence.values
         forecast = self._expected(known)
         merit = self._ranked(forecast) + forecast.log_success
@@ -97,15 +82,13 @@ class Preference:
             from scipy.stats import kendalltau
 
             tau = float(np.nan_to_num(kendalltau(merit, -finite(values)).statistic))
-            told = min(1.0, max(0.0, 2.0 * tau))
-            self._agreement = (self._rules.prior_values + n * told) / (
-                self._rules.prior_values + n
-            )
-        if n >= self._rules.fewest_values:
+            skill = min(1.0, max(0.0, 2.0 * tau))
+            self._agreement = (rules.prior_values + n * skill) / (rules.prior_values + n)
+        if n >= rules.fewest_values:
             features = self._features(self.pool, self._forecast)
             mean, sd = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
             x = (self._features(known, forecast) - mean) / sd
-            self._surrogate = Surrogate.fit(x, finite(values), mean, sd, self._rules.noise)
+            self._surrogate = Surrogate.fit(x, finite(values), mean, sd, rules.noise)
             self._scores = self._surrogate.optimistic(features)
             self._sorted_scores = np.sort(self._scores)
 
@@ -114,69 +97,53 @@ class Preference:
     ) -> NDArray[np.float64]:
         """Return what to add to the logarithm of how good a base sampler finds candidates.
 
-        Args:
-            candidates:
-                Any.
-            forecast:
-                Theirs, where it is known.
-
-        Returns:
-            Nats, shape ``(K,)``.
+        In nats, shape ``(K,)``: the predicted merit and the logarithm of the probability of
+        success; where a metric is searched for also the logarithms of stability and cost.
         """
         if not len(candidates):
             return np.zeros(0)
         forecast = self._expected(candidates) if forecast is None else forecast
         if self._goal.is_time:
-            merit = self._timed(forecast)
-        else:
-            merit = self._agreement * self._ranked(forecast)
-            if self._surrogate is not None:
-                scores = self._scores
-                if candidates is not self.pool:
-                    scores = self._surrogate.optimistic(self._features(candidates, forecast))
-                rank = np.searchsorted(self._sorted_scores, scores, side="right")
-                learned = self._rules.rank_nats * (rank / len(self.pool) - 1.0)
-                share = self._surrogate.skill
-                merit = (1.0 - share) * merit + 2.0 * share * learned
-            # Training that recovers from loss spikes may fit the data, and generalises worse.
-            merit = merit - np.logaddexp(
-                0.0, 2.0 * np.log(forecast.stability / self._rules.unsteady)
-            )
-            merit = merit - self._rules.lag_nats * np.minimum(forecast.lag / self._rules.lag, 1.0)
-            # Cost cooling (Lee et al., 2020): the less is left to spend, the less cost counts.
-            merit = merit - self._cooling * (forecast.log_cost - self._cost)
+            return self._timed(forecast) + forecast.log_success
+        merit = self._metric_merit(candidates, forecast)
+        # Training that recovers from loss spikes may fit the data, and generalises worse.
+        merit = merit - np.logaddexp(0.0, 2.0 * np.log(forecast.stability / self._rules.unsteady))
+        merit = merit - self._rules.lag_nats * np.minimum(forecast.lag / self._rules.lag, 1.0)
+        # Cost cooling (Lee et al., 2020): the less is left to spend, the less cost counts.
+        merit = merit - self._cooling * (forecast.log_cost - self._median_cost)
         return merit + forecast.log_success
 
-    def is_tried(self, candidates: Candidates) -> NDArray[np.bool_]:
-        """Tell which candidates are what was tried, or nearly so.
+    def _metric_merit(self, candidates: Candidates, forecast: Forecast) -> NDArray[np.float64]:
+        """Return how good the metrics of K candidates are expected to be, in nats, ``(K,)``.
 
-        Args:
-            candidates:
-                Any.
-
-        Returns:
-            Shape ``(K,)``.
+        By the rank of the predicted depth, and of the Gaussian process as far as it has proved
+        right.
         """
+        merit = self._agreement * self._ranked(forecast)
+        if self._surrogate is None:
+            return merit
+        scores = self._scores
+        if candidates is not self.pool:
+            scores = self._surrogate.optimistic(self._features(candidates, forecast))
+        rank = np.searchsorted(self._sorted_scores, scores, side="right")
+        learned = self._rules.rank_nats * (rank / len(self.pool) - 1.0)
+        share = self._surrogate.skill
+        return (1.0 - share) * merit + 2.0 * share * learned
+
+    def is_tried(self, candidates: Candidates) -> NDArray[np.bool_]:
+        """Return which candidates are what was tried, or nearly so, shape ``(K,)``."""
         if self._tried is None or not len(candidates):
             return np.zeros(len(candidates), dtype=bool)
-        apart, _ = self._tried.query(candidates.coordinates, p=math.inf)
-        return np.asarray(apart < self._rules.same)
+        distance, _ = self._tried.query(candidates.coordinates, p=math.inf)
+        return np.asarray(distance < self._rules.same)
 
     def best(self, n: int, *, repeat: bool) -> list[int]:
-        """Return the candidates of the pool to try next, spread out, best first.
+        """Return up to ``n`` places in the pool to try next, spread out, best first.
 
-        Cheap ones that are predicted to succeed and lie far from what was tried, in the manner of
-        the cost-effective initial design of CArBO (Lee et al., 2020, "Cost-aware Bayesian
-        optimization", arXiv 2003.10870, section 4).
-
-        Args:
-            n:
-                How many.
-            repeat:
-                Whether what was tried may be tried again.
-
-        Returns:
-            Up to so many places in the pool.
+        Cheap candidates that are predicted to succeed and lie far from what was tried, in the
+        manner of the cost-effective initial design of CArBO (Lee et al., 2020, "Cost-aware
+        Bayesian optimization", arXiv 2003.10870, section 4). With ``repeat``, what was tried may
+        be tried again.
         """
         from scipy.spatial import cKDTree
 
@@ -192,32 +159,34 @@ class Preference:
         nats = rules.time_spread_nats if self._goal.is_time else rules.metric_spread_nats
         chosen: list[int] = []
         for _ in range(min(n, int(np.isfinite(scores).sum()))):
-            far = np.minimum(nearest / rules.spread, 1.0)
-            j = int(np.argmax(scores + nats * far))
+            j = int(np.argmax(scores + nats * np.minimum(nearest / rules.spread, 1.0)))
             chosen.append(j)
             scores[j] = -math.inf
             nearest[:] = np.minimum(nearest, np.linalg.norm(places - places[j], axis=1))
         return chosen
 
     def _timed(self, forecast: Forecast) -> NDArray[np.float64]:
+        """Return by how many standard deviations each is slower than the fastest, negative."""
         # What is never reached is no better than the slowest that is.
-        finite = self._sorted[np.isfinite(self._sorted)]
-        worst = -finite[0] if len(finite) else 0.0
-        best = -finite[-1] if len(finite) else 0.0
-        logs = np.where(np.isfinite(forecast.log_seconds), forecast.log_seconds, worst)
-        return (best - logs) / forecast.sd
+        reached = self._sorted[np.isfinite(self._sorted)]
+        slowest = -reached[0] if len(reached) else 0.0
+        fastest = -reached[-1] if len(reached) else 0.0
+        logs = np.where(np.isfinite(forecast.log_seconds), forecast.log_seconds, slowest)
+        return (fastest - logs) / forecast.sd
 
-    def _raw(self, forecast: Forecast) -> NDArray[np.float64]:
+    def _raw_merit(self, forecast: Forecast) -> NDArray[np.float64]:
+        """Return what candidates are ranked by, larger is better: their speed or their depth."""
         if self._goal.is_time:
             return -forecast.log_seconds
         return np.minimum(forecast.depth, min(self._best_depth, self._rules.saturated_depth))
 
     def _ranked(self, forecast: Forecast) -> NDArray[np.float64]:
-        rank = np.searchsorted(self._sorted, self._raw(forecast), side="right")
+        """Return nats from the rank among the pool, zero for the best."""
+        rank = np.searchsorted(self._sorted, self._raw_merit(forecast), side="right")
         return np.asarray(self._rules.rank_nats * (rank / len(self.pool) - 1.0))
 
     def _features(self, candidates: Candidates, forecast: Forecast) -> NDArray[np.float64]:
-        """What a metric depends on: how far training gets, how near instability, how noisy."""
+        """Return what a metric depends on, shape ``(K, 3)``: depth, stability and noise."""
         return np.stack(
             [
                 forecast.depth,

@@ -1,8 +1,7 @@
-"""Whether a trial under way still has a chance, by its own curve."""
+"""Whether a running trial still has a chance, by the curve of its own training loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 import math
 from typing import TYPE_CHECKING
@@ -12,21 +11,18 @@ from optuna.trial import TrialState
 
 from optuna_ttp.calibration import Observation
 from optuna_ttp.calibration import probability_below
+from optuna_ttp.search._fastest_trial import fastest_trial
 from optuna_ttp.study import best_depth
-from optuna_ttp.study import incumbent
 from optuna_ttp.study import InitialLoss
 from optuna_ttp.study import is_thrown_back
 from optuna_ttp.study import lost_steps
-from optuna_ttp.study import measured_seconds
 from optuna_ttp.study import observation_of
-from optuna_ttp.study import observed_curve
-from optuna_ttp.study import observed_steps
-from optuna_ttp.study import prediction_of
-from optuna_ttp.study import progress_to_target
 from optuna_ttp.study import trials_of
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from optuna import Study
     from optuna.trial import FrozenTrial
 
@@ -34,217 +30,168 @@ if TYPE_CHECKING:
     from optuna_ttp.prediction import SearchPredictor
     from optuna_ttp.search._goal import Goal
     from optuna_ttp.search._pruner_rules import PrunerRules
-    from optuna_ttp.search._pruner_rules import RunningTrialRules
     from optuna_ttp.study import PredictionRecord
 
 
 @dataclass(frozen=True)
 class StopReason:
-    """Why a trial under way is given up.
+    """Why a running trial is given up.
 
     Attributes:
-        reason:
-            In words.
-        sure:
-            Whether it is what was seen, and no prediction.
-        steps_left:
-            That it would have taken.
-        log_sd:
-            Standard deviation of their logarithm.
+        text: The reason in words.
+        is_observed: Whether it is what was seen, and not a prediction.
+        steps_left: The steps that the trial would have gone on for.
+        log_sd: Standard deviation of their logarithm.
     """
 
-    reason: str
-    sure: bool
+    text: str
+    is_observed: bool
     steps_left: float
     log_sd: float
 
 
 @dataclass(frozen=True)
-class _Fastest:
-    """The fastest trial so far.
+class _Limit:
+    """What a running trial has to reach, and in how many steps.
 
     Attributes:
-        number:
-            Of the trial.
-        steps:
-            Of the running trial that take as long.
-        measured:
-            Whether that is what their steps were seen to take, and no prediction.
+        steps: The number of steps.
+        text: What has to be reached, in words.
+        note: What the number of steps comes from, in words.
+        is_measured: Whether the number of steps is what was seen, and not a prediction.
     """
 
-    number: int
     steps: float
-    measured: bool
+    text: str
+    note: str = ""
+    is_measured: bool = False
+
+
+def lost_for_good(trial: FrozenTrial, rules: PrunerRules) -> StopReason | None:
+    """Return why a trial is lost whose loss has not been finite for several steps."""
+    n_steps = lost_steps(trial)
+    if n_steps < rules.running_trial.n_not_finite:
+        return None
+    text = f"its training loss has been infinite or NaN for {n_steps:,} steps"
+    return StopReason(text, True, math.nan, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
-class RunningTrialJudge:
-    """Judges trials under way.
+class RunningTrialCheck:
+    """Checks running trials of a study: is there still a chance, and enough of it?
 
     Attributes:
-        predictor:
-            As trials have corrected it.
-        goal:
-            Of the search.
-        rules:
-            Of the pruner.
+        study: The study.
+        predictor: The predictor as trials have corrected it.
+        goal: The goal of the search.
+        rules: The rules of the pruner.
     """
 
+    study: Study
     predictor: SearchPredictor
     goal: Goal
     rules: PrunerRules
 
     def stop_reason(
-        self, study: Study, trial: FrozenTrial, prediction: PredictionRecord, curve: LossCurve
+        self, trial: FrozenTrial, prediction: PredictionRecord, curve: LossCurve
     ) -> StopReason | None:
-        """Tell why a trial has no chance.
-
-        Args:
-            study:
-                The study.
-            trial:
-                The running trial.
-            prediction:
-                What was written down of its prediction.
-            curve:
-                Its training loss so far.
-
-        Returns:
-            Why, or :obj:`None` where it has one, or nobody knows.
-        """
-        observation = observation_of(trial, prediction, InitialLoss.of(self.predictor))
-        if not isinstance(observation, Observation):
+        """Return why a trial has no chance; None where it has one, or nobody knows."""
+        running = observation_of(trial, prediction, InitialLoss.of(self.predictor))
+        if not isinstance(running, Observation):
             return None
         budget = float(self.goal.steps(self.predictor, np.array(prediction.batch_size)))
         if abs(budget - curve.n_steps) <= self.rules.running_trial.nearly_done * budget:
-            # There is nothing to save any more.
             return None
-        trials = trials_of(study, (TrialState.COMPLETE,))
-        depth, aim = self._aim(study, trials)
-        here = -math.log(curve.losses[-1] / self.predictor.initial_loss)
-        if here < depth < math.inf:
-            fastest = self._fastest(study, trials, observation)
-            stop_reason = self._too_late(observation, prediction, (depth, aim), budget, fastest)
-            if stop_reason is not None:
-                return stop_reason
-        # The first steps tell little of the last ones.
-        ample = math.isinf(budget) or curve.n_steps >= self.rules.running_trial.earliest * budget
-        trusted = self.predictor.calibration.trusted
-        initial = self.predictor.initial_loss
-        passages = observation.predicted, observation.expected
-        if (
-            ample
-            and trusted
-            and is_thrown_back(curve, *passages, initial, self.rules.running_trial.broken_training)
-        ):
-            reason = (
-                f"after {curve.n_steps:,.0f} steps its training loss is back where it began, and "
-                "was predicted to be halved in less than half of the steps since it was below"
-            )
-            return StopReason(reason, False, budget - curve.n_steps, 0.0)
-        return None
+        trials = trials_of(self.study, (TrialState.COMPLETE,))
+        depth, aim = self._aim(trials)
+        depth_now = -math.log(curve.losses[-1] / self.predictor.initial_loss)
+        reason = None
+        if depth_now < depth < math.inf:
+            limit = self._limit(trials, running, budget, aim)
+            reason = self._too_late(running, prediction, depth, limit, budget)
+        return reason or self._thrown_back(running, curve, budget)
+
+    def _aim(self, trials: Sequence[FrozenTrial]) -> tuple[float, str]:
+        """Return the depth that a running trial has to reach, and what that is in words.
+
+        Where a metric is searched for the depth is infinite before a trial has completed: nobody
+        knows whether the best ones reach the target.
+        """
+        target = self.predictor.target_depth
+        if self.goal.is_time:
+            return target, "reach the target"
+        depth = best_depth(self.study, trials, self.predictor)
+        if depth < target:
+            return depth, "get as far as the best trials"
+        return (depth if math.isinf(depth) else target), "reach the target"
+
+    def _limit(
+        self, trials: Sequence[FrozenTrial], running: Observation, budget: float, aim: str
+    ) -> _Limit:
+        """Return how many steps a trial may take: its budget, or what the fastest one took."""
+        limit = _Limit(budget, f"{aim} within its budget of {budget:,.0f} steps")
+        if not self.goal.is_time:
+            return limit
+        fastest = fastest_trial(self.study, trials, running, self.predictor)
+        if fastest is None or not fastest.steps < budget:
+            return limit
+        text = f"be faster than trial {fastest.number}, the fastest"
+        note = f" ({fastest.steps:,.0f} steps of this trial take as long)"
+        return _Limit(fastest.steps, text, note, fastest.is_measured)
 
     def _too_late(
         self,
         running: Observation,
         prediction: PredictionRecord,
-        goal: tuple[float, str],
+        depth: float,
+        limit: _Limit,
         budget: float,
-        fastest: _Fastest | None,
     ) -> StopReason | None:
-        """Tell why a trial does not get to a depth in time."""
-        depth, aim = goal
-        n_steps, limit = running.n_steps, budget
-        what = f"{aim} within its budget of {budget:,.0f} steps"
-        rest = self.predictor.remaining_steps(running, prediction.configuration, depth)
-        if fastest is not None and fastest.steps < limit:
-            limit = fastest.steps
-            what = f"be faster than trial {fastest.number}, the fastest"
-            told = f"{limit:,.0f} steps of this trial take as long"
-            if n_steps >= limit:
-                reason = f"after {n_steps:,.0f} steps it can no longer {what} ({told})"
-                steps, log_sd = (math.inf, 0.0) if rest is None else rest
-                return StopReason(reason, fastest.measured, min(steps, budget - n_steps), log_sd)
-            what += f" ({told})"
-        if (
-            rest is None
-            or not math.isfinite(limit)
-            or n_steps < self.rules.running_trial.earliest * limit
-        ):
+        """Return why a trial does not get to a depth within its limit, if it does not."""
+        n_steps = running.n_steps
+        remaining = self.predictor.remaining_steps(running, prediction.configuration, depth)
+        if limit.note and n_steps >= limit.steps:
+            text = f"after {n_steps:,.0f} steps it can no longer {limit.text}{limit.note}"
+            steps, log_sd = (math.inf, 0.0) if remaining is None else remaining
+            steps_left = min(steps, budget - n_steps)
+            return StopReason(text, limit.is_measured, steps_left, log_sd)
+        earliest = self.rules.running_trial.earliest * limit.steps
+        if remaining is None or not math.isfinite(limit.steps) or n_steps < earliest:
             return None
-        chance = _chance(rest, limit - n_steps)
+        chance = _chance(remaining, limit.steps - n_steps)
         if chance >= self.rules.min_chance or not self.predictor.calibration.trusted:
             return None
-        reason = (
-            f"after {n_steps:,.0f} steps its chance to {what} is {chance:.1%}: about "
-            f"{rest[0]:,.0f} steps are left"
+        text = (
+            f"after {n_steps:,.0f} steps its chance to {limit.text}{limit.note} is {chance:.1%}: "
+            f"about {remaining[0]:,.0f} steps are left"
         )
-        return StopReason(reason, False, min(rest[0], max(limit - n_steps, 0.0)), rest[1])
+        steps_left = min(remaining[0], max(limit.steps - n_steps, 0.0))
+        return StopReason(text, False, steps_left, remaining[1])
 
-    def _aim(self, study: Study, trials: Sequence[FrozenTrial]) -> tuple[float, str]:
-        """What depth a trial under way has to reach, and in words.
-
-        Where the objective is a metric it is infinite before a trial has completed: nobody knows
-        whether the best ones reach the target.
-        """
-        target = self.predictor.target_depth
-        depth = target if self.goal.is_time else best_depth(study, trials, self.predictor)
-        if depth < target:
-            return depth, "get as far as the best trials"
-        return (depth if math.isinf(depth) else target), "reach the target"
-
-    def _fastest(
-        self, study: Study, trials: Sequence[FrozenTrial], running: Observation
-    ) -> _Fastest | None:
-        """The trial that reached the target first, and what of the running one takes as long.
-
-        :obj:`None` where none has reached the target, or time is not what counts.
-        """
-        best = incumbent(study, trials)
-        found: list[_Fastest] = []
-        for trial in trials if self.goal.is_time else ():
-            of = prediction_of(trial)
-            steps = observed_steps(trial, self.predictor)
-            is_best = best is not None and trial.number == best.number
-            if is_best and math.isinf(steps) and progress_to_target(trial) >= 1.0:
-                # It stopped at its target, which the smoothed loss of its batches lags behind.
-                curve = observed_curve(trial)
-                steps = steps if curve is None else curve.n_steps
-            if of is None or not math.isfinite(steps):
-                continue
-            sizes = np.array([of.batch_size, running.batch_size])
-            told = self.predictor.seconds_per_step(sizes)
-            ratio, measured = float(told[0] / told[1]), bool(sizes[0] == sizes[1])
-            seconds = measured_seconds(trial), running.seconds_per_step
-            if min(seconds) > 0.0 and math.isfinite(sum(seconds)):
-                ratio, measured = seconds[0] / seconds[1], True
-            steps *= 1.0 if math.isnan(ratio) else ratio
-            found.append(_Fastest(trial.number, steps, measured))
-        return min(found, key=lambda f: (f.steps, f.number), default=None)
+    def _thrown_back(
+        self, running: Observation, curve: LossCurve, budget: float
+    ) -> StopReason | None:
+        """Return why a trial is given up whose loss is back where it began, if it is."""
+        early = curve.n_steps < self.rules.running_trial.earliest * budget
+        if (early and math.isfinite(budget)) or not self.predictor.calibration.trusted:
+            return None
+        initial_loss = self.predictor.initial_loss
+        rules = self.rules.running_trial.broken_training
+        if not is_thrown_back(curve, running.predicted, running.expected, initial_loss, rules):
+            return None
+        text = (
+            f"after {curve.n_steps:,.0f} steps its training loss is back where it began, and "
+            "was predicted to be halved in less than half of the steps since it was below"
+        )
+        return StopReason(text, False, budget - curve.n_steps, 0.0)
 
 
-def blown_up(trial: FrozenTrial, rules: RunningTrialRules) -> StopReason | None:
-    """Tell why a trial is lost whose loss is not finite any more.
+def _chance(remaining: tuple[float, float], steps: float) -> float:
+    """Return the probability that so many steps are enough.
 
-    Args:
-        trial:
-            The running trial.
-        rules:
-            The tuned numbers.
-
-    Returns:
-        Why, or :obj:`None` where it is.
+    ``remaining`` has the predicted steps and the standard deviation of their logarithm.
     """
-    n_steps = lost_steps(trial)
-    if n_steps < rules.n_not_finite:
-        return None
-    reason = f"its training loss has been infinite or NaN for {n_steps:,} steps"
-    return StopReason(reason, True, math.nan, 0.0)
-
-
-def _chance(rest: tuple[float, float], left: float) -> float:
-    """How likely as many steps as are left are enough."""
-    if left <= 0:
+    if steps <= 0:
         return 0.0
-    steps, sd = np.array([max(rest[0], 1.0)]), np.array([rest[1]])
-    return float(probability_below(steps, sd, np.array([left]))[0])
+    predicted, sd = np.array([max(remaining[0], 1.0)]), np.array([remaining[1]])
+    return float(probability_below(predicted, sd, np.array([steps]))[0])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 import math
 import time
@@ -13,7 +11,6 @@ from typing import Any
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.logging import get_logger
 from optuna.samplers import BaseSampler
@@ -24,39 +21,41 @@ from optuna.samplers import NSGAIISampler
 from optuna.samplers import QMCSampler
 from optuna.samplers import RandomSampler
 from optuna.samplers import TPESampler
-from optuna.search_space import IntersectionSearchSpace
-from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp._util.checks import check_seed
 from optuna_ttp.prediction import check_predictor
+from optuna_ttp.search._call_order import warn_of_missing_call
 from optuna_ttp.search._candidates import Candidates
 from optuna_ttp.search._candidates import drawn
+from optuna_ttp.search._choice import Choice
 from optuna_ttp.search._forecast import Forecast
 from optuna_ttp.search._goal import Goal
 from optuna_ttp.search._goal_of_study import GoalOfHalf
-from optuna_ttp.search._goal_of_study import half_inside
-from optuna_ttp.search._preference import Evidence
+from optuna_ttp.search._goal_of_study import half_of
 from optuna_ttp.search._preference import Preference
+from optuna_ttp.search._sampler_memory import evidence
+from optuna_ttp.search._sampler_memory import intersection
+from optuna_ttp.search._sampler_memory import Pool
+from optuna_ttp.search._sampler_memory import pool
 from optuna_ttp.search._sampler_rules import SamplerRules
-from optuna_ttp.study import Action
+from optuna_ttp.search._search_space import check_space
+from optuna_ttp.search._search_space import settled_params
+from optuna_ttp.search._search_space import space_of_map
+from optuna_ttp.search._search_space import without_singles
 from optuna_ttp.study import decision_of
 from optuna_ttp.study import fail_trial
 from optuna_ttp.study import FINISHED
-from optuna_ttp.study import fixed_params
-from optuna_ttp.study import inner_fixed_params
 from optuna_ttp.study import innermost_sampler
 from optuna_ttp.study import is_multi_objective
 from optuna_ttp.study import Learner
-from optuna_ttp.study import lost_steps
 from optuna_ttp.study import map_or_default
 from optuna_ttp.study import MissingParameterError
 from optuna_ttp.study import prediction_of
 from optuna_ttp.study import PredictionRecord
 from optuna_ttp.study import resolve_for_trial
 from optuna_ttp.study import single_value
-from optuna_ttp.study import state_of
 from optuna_ttp.study import TrialRecord
 from optuna_ttp.study import trials_of
 from optuna_ttp.study import weighed
@@ -80,10 +79,6 @@ _WEIGHED = (GPSampler, TPESampler)
 _PATIENT = (RandomSampler, TPESampler, GPSampler, CmaEsSampler)
 # Samplers whose independent proposals are random draws that do not depend on each other.
 _INDEPENDENT = (*_PATIENT, NSGAIIISampler, NSGAIISampler, QMCSampler)
-# Pools of candidates that are remembered: fixed parameters make a space of their own.
-_MOST_POOLS = 32
-# Nats against what was tried before.
-_UNWANTED = 1e6
 
 
 class TTPSampler(BaseSampler):
@@ -174,7 +169,7 @@ class TTPSampler(BaseSampler):
         check_predictor(predictor)
         if base_sampler is not None and not isinstance(base_sampler, BaseSampler):
             raise TypeError(f"base_sampler must be a sampler but got {base_sampler!r}.")
-        _check_space(search_space)
+        check_space(search_space)
         check_kind("allow_duplicates", allow_duplicates, bool)
         if seed is not None:
             check_seed(seed)
@@ -189,7 +184,7 @@ class TTPSampler(BaseSampler):
         self._allow_duplicates = allow_duplicates
         self._seed = seed
         self._rules = rules
-        self._own_base = base_sampler is None
+        self._has_default_base = base_sampler is None
         self._has_begun = False
         self._rng = np.random.default_rng(seed)
         self._pool_seed = int(self._rng.integers(2**32))
@@ -219,7 +214,7 @@ class TTPSampler(BaseSampler):
             ValueError:
                 If the study has several objectives and a :class:`~optuna_ttp.TTPPruner`.
         """
-        if is_multi_objective(study) and half_inside(study.pruner) is not None:
+        if is_multi_objective(study) and half_of(study.pruner) is not None:
             fail_trial(study, trial)
             raise ValueError(
                 "Optuna does not prune in studies with several objectives, but this one has "
@@ -230,7 +225,7 @@ class TTPSampler(BaseSampler):
             self._has_begun = True
             if self._seed is not None and trial.number > 0:
                 self._rng = np.random.default_rng((self._seed, trial.number))
-                if self._own_base:
+                if self._has_default_base:
                     self._base = TPESampler(seed=int(self._rng.integers(2**32)))
         self._goal.in_study(study)
         self._base.before_trial(study, trial)
@@ -250,8 +245,7 @@ class TTPSampler(BaseSampler):
             Distributions by name.
         """
         space = self._base.infer_relative_search_space(study, trial)
-        own = self._own_space(study)
-        return {**own, **space}
+        return {**self._space_of_map(study), **space}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -272,23 +266,23 @@ class TTPSampler(BaseSampler):
         # What the base sampler would get without us, in its own order: its draws depend on it.
         inferred = self._base.infer_relative_search_space(study, trial)
         base_space = {name: search_space[name] for name in inferred if name in search_space}
-        preference = self._preference(study, trial, search_space)
-        if preference is None:
+        choice = self._choice(study, trial, search_space)
+        if choice is None:
             return self._base.sample_relative(study, trial, base_space)
         base = innermost_sampler(self._base)
-        if isinstance(base, _PATIENT) and preference.n_before < self._rules.n_design_trials:
-            chosen = preference.next_of_design()
+        if isinstance(base, _PATIENT) and choice.n_before < self._rules.n_design_trials:
+            chosen = choice.next_of_design()
             if chosen is not None:
                 return self._complete(study, trial, search_space, chosen)
         if isinstance(base, _WEIGHED) and base_space:
             relative = weighed(
                 base,
-                preference.weigh,
-                preference.propose,
+                choice.weigh,
+                choice.propose,
                 lambda sampler: sampler.sample_relative(study, trial, base_space),
             )
             # The base sampler's own first trials are random, so the design goes on.
-            chosen = None if relative else preference.next_of_design()
+            chosen = None if relative else choice.next_of_design()
             if relative or chosen is not None:
                 return self._complete(study, trial, search_space, relative or chosen or {})
         relative = self._base.sample_relative(study, trial, base_space)
@@ -298,7 +292,7 @@ class TTPSampler(BaseSampler):
         candidates = [
             self._complete(study, trial, search_space, {}) for _ in range(self._rules.n_candidates)
         ]
-        weights = preference.weigh(candidates)
+        weights = choice.weigh(candidates)
         _logger.debug(f"Weights of the candidates: {np.round(weights, 3).tolist()}.")
         return candidates[int(np.argmax(weights))]
 
@@ -333,7 +327,7 @@ class TTPSampler(BaseSampler):
         state: TrialState,
         values: Sequence[float] | None,
     ) -> None:
-        """Write into the ledger what is predicted for the trial, unless the pruner did.
+        """Write down what is predicted for the trial, unless the pruner did.
 
         Args:
             study:
@@ -351,73 +345,56 @@ class TTPSampler(BaseSampler):
         """
         try:
             if state != TrialState.FAIL and prediction_of(trial) is None:
-                try:
-                    self._record_prediction(study, trial)
-                except MissingParameterError:
-                    # A pruned trial may not have got as far as suggesting its parameters.
-                    if state == TrialState.COMPLETE:
-                        raise
+                self._record_prediction(study, trial, state)
         finally:
             self._base.after_trial(study, trial, state, values)
 
-    def _record_prediction(self, study: Study, trial: FrozenTrial) -> None:
-        """Without our pruner nobody predicted yet. Nothing was learned from this trial either."""
-        configuration = resolve_for_trial(self._map, study, trial)
+    def _record_prediction(self, study: Study, trial: FrozenTrial, state: TrialState) -> None:
+        """Write down what was to be expected of a trial for which the pruner predicted nothing."""
+        try:
+            configuration = resolve_for_trial(self._map, study, trial)
+        except MissingParameterError:
+            # A pruned trial may not have got as far as suggesting its parameters.
+            if state == TrialState.COMPLETE:
+                raise
+            return
         if configuration is None:
             return
+        if state == TrialState.COMPLETE and half_of(study.pruner) is not None:
+            warn_of_missing_call(study, trial)
         started = time.perf_counter()
         trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
+        # Nothing is learned from this trial itself.
         others = [t for t in trials if t.number != trial.number]
         predictor = self._learner.informed(study, others)
         configuration = configuration.clipped(predictor.n_samples)
-        prediction = predictor.estimate(*configuration)
-        made = PredictionRecord.of(
+        record = PredictionRecord.of(
             predictor,
             configuration,
-            prediction,
+            predictor.estimate(*configuration),
             budget_steps=math.inf,
             prediction_seconds=time.perf_counter() - started,
         )
-        write_record(study, trial, TrialRecord(trial.number, made))
+        write_record(study, trial, TrialRecord(trial.number, record, decision_of(trial)))
 
-    def _own_space(self, study: Study) -> dict[str, BaseDistribution]:
-        """The distributions of the parameters that the map reads, where all are known."""
+    def _space_of_map(self, study: Study) -> dict[str, BaseDistribution]:
+        """Return the distributions of the parameters that the map reads, where all are known."""
         if self._given_space is not None:
-            return {n: d for n, d in self._given_space.items() if not d.single()}
+            return without_singles(self._given_space)
         if not isinstance(innermost_sampler(self._base), _INDEPENDENT):
             return {}
-        space = self._intersection(study)
-        example = self._example_params(study)
-        names = self._map.parameters_read(example)
-        if not names or not names <= set(space):
-            return {}
-        return {name: space[name] for name in sorted(names) if not space[name].single()}
+        return space_of_map(study, self._map, intersection(study, self))
 
-    def _memory(self, study: Study) -> _SamplerMemory:
-        return state_of(study).part_of(self, _SamplerMemory)
-
-    def _intersection(self, study: Study) -> dict[str, BaseDistribution]:
-        """The distributions that all finished trials have in common."""
-        with state_of(study).lock:
-            return self._memory(study).intersection.calculate(study, use_cache=True)
-
-    def _example_params(self, study: Study) -> dict[str, Any]:
-        states = (TrialState.COMPLETE, TrialState.PRUNED)
-        for trial in reversed(trials_of(study, states, since_asked=True)):
-            if trial.params:
-                return trial.params
-        return {}
-
-    def _preference(
+    def _choice(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> _Choice | None:
-        """What predictions say of this search space; nothing where the base sampler decides."""
+    ) -> Choice | None:
+        """Return how to choose a trial's parameters; None where the base sampler is to decide."""
         trials = trials_of(study, (*FINISHED, TrialState.RUNNING), since_asked=True)
-        stored = next((t for t in reversed(trials) if t.number == trial.number), None)
-        known = self._known_params(study, trial, stored)
+        known_space = {**intersection(study, self), **(self._given_space or {})}
+        settled = settled_params(study, trial, trials, self._base, known_space)
         examples = {name: single_value(d) for name, d in search_space.items()}
-        read = self._map.parameters_read({**examples, **known})
-        if not read or not read <= {*examples, *known}:
+        names = self._map.parameters_read({**examples, **settled})
+        if not names or not names <= {*examples, *settled}:
             return None
         others = [t for t in trials if t.number != trial.number]
         n_before = sum(t.state != TrialState.FAIL for t in others)
@@ -426,39 +403,43 @@ class TTPSampler(BaseSampler):
         predictor = self._learner.informed(study, others)
         if not predictor.calibration.trusted:
             return None
-        own = {name: d for name, d in search_space.items() if name in read and name not in known}
-        if not own:
+        space = {n: d for n, d in search_space.items() if n in names and n not in settled}
+        if not space:
             return None
-        pool = self._pool(study, predictor, own, {n: known[n] for n in read if n in known}, known)
-        if not len(pool.candidates):
+        fixed = {name: settled[name] for name in names if name in settled}
+        candidates = self._pool(study, predictor, space, fixed, settled)
+        if not len(candidates.candidates):
             return None
-        repeat = self._allow_duplicates or not set(search_space) <= set(own)
-        evidence, n_unknown = self._evidence(study, others, predictor)
+        resolve = partial(self._resolve, predictor)
+        seen = evidence(study, self, others, resolve, self._rules.n_newest_values)
         goal = self._goal.in_study(study)
-        share = 1.0 if goal.study_budget is None else goal.study_budget.share_left(others)
+        budget = goal.study_budget
         preference = Preference(
-            pool.candidates,
-            pool.forecast(predictor, goal, self._expected),
+            candidates.candidates,
+            candidates.forecast(predictor, goal, self._expected),
             goal,
             math.inf if goal.is_time else predictor.best_depth,
-            evidence,
+            seen[0],
             partial(self._expected, goal, predictor),
-            share,
+            1.0 if budget is None else budget.share_left(others),
             self._rules.preference,
         )
-        trust = predictor.calibration.trust
-        weight = 1.0 if math.isnan(trust) else min(1.0, max(self._rules.least_trust, trust))
-        weight *= min(1.0, self._rules.prior_trials / max(n_before, 1))
-        return _Choice(
+        return Choice(
             preference,
-            partial(self._resolve, predictor),
-            known,
-            frozenset(own),
-            weight,
-            repeat,
+            resolve,
+            settled,
+            frozenset(space),
+            self._weight(predictor.calibration.trust, n_before),
+            self._allow_duplicates or not set(search_space) <= set(space),
             n_before,
-            n_unknown,
+            seen[1],
         )
+
+    def _explores(self, n_before: int) -> bool:
+        """Draw whether a trial is left to the base sampler. The design spreads out by itself."""
+        explores = self._rng.random() < self._rules.exploration
+        after_design = n_before >= self._rules.n_design_trials
+        return explores and (after_design or self._rules.exploration == 1.0)
 
     def _pool(
         self,
@@ -466,75 +447,31 @@ class TTPSampler(BaseSampler):
         predictor: SearchPredictor,
         space: dict[str, BaseDistribution],
         fixed: dict[str, Any],
-        known: dict[str, Any],
-    ) -> _Pool:
+        settled: dict[str, Any],
+    ) -> Pool:
         """Return the candidates of a search space with these values fixed, the same every time."""
-        key = repr((sorted(space.items()), sorted(fixed.items())))
-        with state_of(study).lock:
-            pools = self._memory(study).pools
-            if key not in pools:
-                if len(pools) >= _MOST_POOLS:
-                    pools.clear()
-                # The same ones again after the study was put aside.
-                rng = np.random.default_rng(self._pool_seed)
-                params = [{**known, **p} for p in drawn(space, rng, self._rules)]
-                pools[key] = _Pool(Candidates.of(params, partial(self._resolve, predictor)))
-            return pools[key]
 
-    def _explores(self, n_before: int) -> bool:
-        """Draw whether a trial is left to the base sampler. The design spreads out by itself."""
-        drawn_one = self._rng.random() < self._rules.exploration
-        return drawn_one and (
-            n_before >= self._rules.n_design_trials or self._rules.exploration == 1.0
-        )
+        def make() -> Candidates:
+            # The same ones again after the study was put aside.
+            rng = np.random.default_rng(self._pool_seed)
+            params = [{**settled, **p} for p in drawn(space, rng, self._rules)]
+            return Candidates.of(params, partial(self._resolve, predictor))
 
-    def _known_params(
-        self, study: Study, trial: FrozenTrial, stored: FrozenTrial | None
-    ) -> dict[str, Any]:
-        """Values that are settled before sampling: fixed, suggested, or the only possible."""
-        space = {**self._intersection(study), **(self._given_space or {})}
-        singles = {n: single_value(d) for n, d in space.items() if d.single()}
-        inner = inner_fixed_params(self._base)
-        return {**singles, **inner, **fixed_params(study, trial, stored), **trial.params}
-
-    def _evidence(
-        self, study: Study, trials: Sequence[FrozenTrial], predictor: SearchPredictor
-    ) -> tuple[Evidence, int]:
-        """What was tried and what it gave; and how many trials are about to try something."""
-        sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
-        valued = not is_multi_objective(study)
-        under_way: list[Configuration] = []
-        n_unknown = 0
-        with state_of(study).lock:
-            seen = self._memory(study).seen
-            for trial in [trial for trial in trials if trial.number not in seen.numbers]:
-                configuration = self._resolve(predictor, trial.params) if trial.params else None
-                if trial.state != TrialState.RUNNING:
-                    value = sign * trial.values[0] if valued and trial.values else _without(trial)
-                    seen.add(trial.number, configuration, value if valued else math.nan)
-                elif configuration is None:
-                    n_unknown += 1
-                else:
-                    under_way.append(configuration)
-            tried, newest = [*seen.tried, *under_way], seen.values[-self._rules.n_newest_values :]
-        evidence = Evidence(
-            Candidates.resolved(tried),
-            Candidates.resolved([configuration for configuration, _ in newest]),
-            np.array([value for _, value in newest], dtype=np.float64),
-        )
-        return evidence, n_unknown
+        return pool(study, self, (sorted(space.items()), sorted(fixed.items())), make)
 
     def _expected(
         self, goal: Goal, predictor: SearchPredictor, candidates: Candidates
     ) -> Forecast:
-        return Forecast.of(
-            predictor,
-            candidates.learning_rate,
-            candidates.batch_size,
-            candidates.momentum,
-            goal,
-            self._rules.forecast,
-        )
+        return Forecast.of(predictor, candidates, goal, self._rules.forecast)
+
+    def _weight(self, trust: float, n_before: int) -> float:
+        """Return the weight of predictions beside the base sampler's acquisition function.
+
+        It is the trust in predictions, one where that is not known, and falls with the number of
+        trials (piBO).
+        """
+        weight = 1.0 if math.isnan(trust) else min(1.0, max(self._rules.least_trust, trust))
+        return weight * min(1.0, self._rules.prior_trials / max(n_before, 1))
 
     def _complete(
         self,
@@ -543,6 +480,7 @@ class TTPSampler(BaseSampler):
         search_space: Mapping[str, BaseDistribution],
         relative: Mapping[str, Any],
     ) -> dict[str, Any]:
+        """Return chosen values with those that the base sampler draws for the other parameters."""
         candidate = {name: value for name, value in relative.items() if name in search_space}
         if not isinstance(innermost_sampler(self._base), _INDEPENDENT):
             return candidate
@@ -554,116 +492,10 @@ class TTPSampler(BaseSampler):
     def _resolve(
         self, predictor: SearchPredictor, params: Mapping[str, Any]
     ) -> Configuration | None:
+        """Return the hyperparameters of a trial's parameters; None where it has none."""
         try:
             configuration = self._map.resolve(params)
         except MissingParameterError:
             # In a branch of a conditional space whose parameters are not known.
             return None
         return None if configuration is None else configuration.clipped(predictor.n_samples)
-
-
-def _check_space(search_space: Any) -> None:
-    """Raise TypeError unless an argument maps names to distributions, or is none."""
-    if search_space is not None and not isinstance(search_space, Mapping):
-        raise TypeError(f"search_space must map names to distributions but got {search_space!r}.")
-    for name, distribution in (search_space or {}).items():
-        if not isinstance(distribution, BaseDistribution):
-            raise TypeError(
-                f"search_space must map names to distributions but got {distribution!r} for "
-                f"{name!r}."
-            )
-
-
-def _without(trial: FrozenTrial) -> float:
-    """What a trial without a value counts as: it failed, or nobody knows."""
-    if trial.state != TrialState.PRUNED:
-        return math.nan
-    decision = decision_of(trial)
-    if decision is not None and decision.action == Action.STOP:
-        return math.inf
-    return math.inf if lost_steps(trial) else math.nan
-
-
-class _Seen:
-    """Finished trials of a study."""
-
-    def __init__(self) -> None:
-        self.numbers: set[int] = set()
-        self.tried: list[Configuration] = []
-        self.values: list[tuple[Configuration, float]] = []
-
-    def add(self, number: int, configuration: Configuration | None, value: float) -> None:
-        self.numbers.add(number)
-        if configuration is not None:
-            self.tried.append(configuration)
-            if not math.isnan(value):
-                self.values.append((configuration, value))
-
-
-class _Pool:
-    """Candidates of a search space, and what was last expected of them."""
-
-    def __init__(self, candidates: Candidates) -> None:
-        self.candidates = candidates
-        self._last: tuple[SearchPredictor, Goal, Forecast] | None = None
-
-    def forecast(
-        self,
-        predictor: SearchPredictor,
-        goal: Goal,
-        expected: Callable[[Goal, SearchPredictor, Candidates], Forecast],
-    ) -> Forecast:
-        last = self._last
-        if last is None or last[0] is not predictor or last[1] != goal:
-            last = predictor, goal, expected(goal, predictor, self.candidates)
-            self._last = last
-        return last[2]
-
-
-class _SamplerMemory:
-    """What a sampler remembers of a study: its search spaces, their candidates, its trials."""
-
-    def __init__(self) -> None:
-        self.intersection = IntersectionSearchSpace(include_pruned=True)
-        self.pools: dict[str, _Pool] = {}
-        self.seen = _Seen()
-
-
-@dataclass(frozen=True, eq=False)
-class _Choice:
-    """A preference, for parameters as the base sampler has them."""
-
-    preference: Preference
-    resolve: Callable[[Mapping[str, Any]], Configuration | None]
-    known: Mapping[str, Any]
-    own: frozenset[str]
-    weight: float
-    repeat: bool
-    n_before: int
-    n_unknown: int
-
-    def weigh(self, params: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
-        """Nats for each; none where predictions say nothing."""
-        resolved = [self.resolve({**self.known, **p}) for p in params]
-        told = np.array([c is not None for c in resolved])
-        weights = np.zeros(len(params))
-        candidates = Candidates.resolved([c for c in resolved if c is not None])
-        if len(candidates):
-            own = self.weight * self.preference.weigh(candidates)
-            if not self.repeat:
-                own = np.where(self.preference.is_tried(candidates), -_UNWANTED, own)
-            weights[told] = own
-        return weights
-
-    def propose(self, n: int) -> list[dict[str, Any]]:
-        """Up to so many configurations that are expected to be best."""
-        pool = self.preference.pool
-        return [self._own(pool.params[j]) for j in self.preference.best(n, repeat=self.repeat)]
-
-    def next_of_design(self) -> dict[str, Any] | None:
-        """The next one of the design, leaving those before it to trials about to begin."""
-        places = self.preference.best(1 + self.n_unknown, repeat=self.repeat)
-        return self._own(self.preference.pool.params[places[-1]]) if places else None
-
-    def _own(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: params[name] for name in self.own}

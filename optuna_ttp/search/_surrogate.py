@@ -13,18 +13,13 @@ class Surrogate:
     """A Gaussian process of the values over what predictions say of a configuration.
 
     Attributes:
-        x:
-            Features of what was seen, shape ``(k, F)``.
-        solved:
-            Inverse covariance times normal scores of the values, shape ``(k,)``.
-        inverse:
-            Inverse covariance, shape ``(k, k)``.
-        mean:
-            Of the features as they come, shape ``(F,)``.
-        sd:
-            Their standard deviation.
-        skill:
-            From zero to one, how well values are ranked that were left out.
+        x: Features of the k trials with a value, of mean zero and standard deviation one over the
+            search space, shape ``(k, F)``.
+        solved: Inverse covariance times the normal scores of the values, shape ``(k,)``.
+        inverse: Inverse covariance, shape ``(k, k)``.
+        mean: Mean of the features as they come, over the search space, shape ``(F,)``.
+        sd: Their standard deviation, shape ``(F,)``.
+        skill: From zero to one, how well values are ranked that were left out.
     """
 
     x: NDArray[np.float64]
@@ -43,22 +38,9 @@ class Surrogate:
         sd: NDArray[np.float64],
         noise: float,
     ) -> Surrogate:
-        """Fit it.
+        """Fit the process to values, smaller is better, of features ``x`` with ``(k, F)``.
 
-        Args:
-            x:
-                Features, of mean zero and standard deviation one, shape ``(k, F)``.
-            values:
-                Smaller is better, shape ``(k,)``.
-            mean:
-                Of the features as they come, shape ``(F,)``.
-            sd:
-                Their standard deviation.
-            noise:
-                Standard deviation of the noise of a value's normal score.
-
-        Returns:
-            The surrogate.
+        ``noise`` is the standard deviation of the noise of a value's normal score.
         """
         from scipy.special import ndtri
         from scipy.stats import kendalltau
@@ -77,14 +59,9 @@ class Surrogate:
         return cls(x, solved, np.asarray(inverse, dtype=np.float64), mean, sd, skill)
 
     def optimistic(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return how good features may be: mean and one standard deviation.
+        """Return how good K features ``(K, F)`` may be: mean and one standard deviation, ``(K,)``.
 
-        Args:
-            features:
-                As they come, shape ``(K, F)``.
-
-        Returns:
-            Shape ``(K,)``, larger is better.
+        Larger is better; the features are as they come.
         """
         k = _kernel((features - self.mean) / self.sd, self.x)
         variance = 1.0 - ((k @ self.inverse) * k).sum(axis=1)
@@ -92,18 +69,11 @@ class Surrogate:
 
 
 def _kernel(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    apart = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2.0 * a @ b.T
-    return np.asarray(np.exp(-0.5 * np.maximum(apart, 0.0)))
+    """Return the Gaussian kernel ``exp(-|a_i - b_j|^2 / 2)`` of the rows of a and b."""
+    squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2.0 * a @ b.T
+    return np.asarray(np.exp(-0.5 * np.maximum(squares, 0.0)))
 
 
 def finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return values with the largest number where they are not finite.
-
-    Args:
-        values:
-            Any shape.
-
-    Returns:
-        The same shape.
-    """
+    """Return values with the largest number in place of what is not finite, of the same shape."""
     return np.where(np.isfinite(values), values, np.finfo(np.float64).max)

@@ -109,7 +109,9 @@ def test_the_sampler_takes_over_the_goal_of_the_pruner(wrapped: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         study = _study(TTPSampler(quick_predictor(), seed=0), pruner)
-        study.tell(asked(study, FAST), 1.0)
+        trial = asked(study, FAST)
+        trial.should_prune()
+        study.tell(trial, 1.0)
 
 
 def _warned(study: optuna.Study, match: str) -> str:

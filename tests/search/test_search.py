@@ -28,7 +28,9 @@ from optuna_ttp import TTPSampler
 from optuna_ttp.calibration import RULES
 from optuna_ttp.calibration._divergence import DivergenceLimit
 from optuna_ttp.search import ForecastRules
+from optuna_ttp.search._candidates import Candidates
 from optuna_ttp.search._forecast import Forecast
+from optuna_ttp.study import Configuration
 from optuna_ttp.study import decision_of
 from optuna_ttp.study import DecisionRecord
 from tests.models import small_predictor
@@ -218,8 +220,8 @@ def test_success_is_unlikely_where_trials_did_not_do_as_predicted() -> None:
     def likely(failed: bool) -> float:
         limit = DivergenceLimit.of([0.9] * 3, [failed] * 3, RULES.failure)
         informed = predictor.calibrated(replace(predictor.calibration, failure=limit))
-        one = np.array([float(rate)]), np.array([8]), np.array([0.0])
-        forecast = Forecast.of(informed, *one, FastestToTarget(max_steps=60), ForecastRules())
+        one = Candidates.resolved([Configuration(float(rate), 8, 0.0)])
+        forecast = Forecast.of(informed, one, FastestToTarget(max_steps=60), ForecastRules())
         return float(np.exp(forecast.log_success[0]))
 
     assert likely(True) < 0.2

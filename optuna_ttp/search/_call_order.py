@@ -1,0 +1,76 @@
+"""What is said of an objective that makes its calls in an order that prevents predictions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from optuna_ttp._util.exceptions import CallOrderWarning
+from optuna_ttp.search._warn_once import warn_once
+from optuna_ttp.study import decision_of
+from optuna_ttp.study import MissingParameterError
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+    from optuna_ttp.study import HyperparameterMap
+
+
+_NO_PREDICTION = "no prediction: "
+_CURE = (
+    "Call trial.should_prune() after the suggestions and before training: if it returns True, "
+    "raise optuna.TrialPruned."
+)
+
+
+def reason_without_prediction(trial: FrozenTrial) -> str:
+    """Return why nothing could be predicted for a trial when the pruner was asked about it."""
+    if trial.params:
+        return f"{_NO_PREDICTION}the hyperparameter map does not apply to this trial"
+    return f"{_NO_PREDICTION}no parameter had been suggested when should_prune() was called"
+
+
+def warn_of_early_call(
+    study: Study, trial: FrozenTrial, others: Sequence[FrozenTrial], mapping: HyperparameterMap
+) -> None:
+    """Warn where trials have their hyperparameters in the end, but not when the pruner is asked.
+
+    An earlier trial shows it. Without one it may be a study that has no such parameters.
+    """
+    too_early = (one for one in others if one.state.is_finished() and _was_early(one, mapping))
+    earlier = next(too_early, None)
+    if earlier is not None:
+        warn_once(
+            study,
+            "early call",
+            f"should_prune() was called before the hyperparameters of trial {earlier.number} were "
+            f"suggested, and so it is for trial {trial.number}: nothing is predicted, and no "
+            f"trial can be skipped. {_CURE}",
+            CallOrderWarning,
+        )
+
+
+def _was_early(trial: FrozenTrial, mapping: HyperparameterMap) -> bool:
+    """Return whether nothing could be predicted for a trial that has all its parameters now."""
+    decision = decision_of(trial)
+    if decision is None or not decision.reason.startswith(_NO_PREDICTION):
+        return False
+    try:
+        return mapping.resolve(trial.params) is not None
+    except (MissingParameterError, TypeError, ValueError):
+        return False
+
+
+def warn_of_missing_call(study: Study, trial: FrozenTrial) -> None:
+    """Warn where a trial completes and the study's pruner was never asked about it."""
+    if decision_of(trial) is None:
+        warn_once(
+            study,
+            "missing call",
+            f"should_prune() was never called in trial {trial.number}, so TTPPruner can skip and "
+            f"stop no trial. {_CURE}",
+            CallOrderWarning,
+        )

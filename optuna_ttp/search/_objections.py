@@ -1,0 +1,105 @@
+"""What speaks against a trial before its first step."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_ttp.prediction import Outcome
+from optuna_ttp.study import best_depth
+from optuna_ttp.study import incumbent
+from optuna_ttp.study import Objection
+from optuna_ttp.study import prediction_of
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.search._planned_trial import PlannedTrial
+    from optuna_ttp.search._pruner_rules import PrunerRules
+
+
+Verdict = tuple[Objection, str]
+
+
+def objection_to(trial: PlannedTrial, rules: PrunerRules) -> Verdict | None:
+    """Return what speaks against a trial, with the reason in words; None where nothing does."""
+    if trial.prediction.outcome == Outcome.DIVERGES:
+        text = str(trial.prediction).removeprefix("diverges: ")
+        return Objection.DIVERGES, f"predicted to diverge: {text}"
+    if not _is_as_good_as_the_best(trial, rules):
+        reason = _miss_of_the_target(trial, rules)
+        if reason is not None:
+            return Objection.BUDGET, reason
+    reason = _cost_beside_the_best(trial, rules)
+    if reason is not None:
+        return Objection.COST, reason
+    reason = _excess_of_the_study_budget(trial)
+    return None if reason is None else (Objection.STUDY_BUDGET, reason)
+
+
+def _is_as_good_as_the_best(trial: PlannedTrial, rules: PrunerRules) -> bool:
+    """Return whether a trial gets as far as one of the best did, short of the target, in time.
+
+    Only where a metric is searched for: a time to the target has no value short of the target.
+    """
+    if trial.goal.is_time or float(trial.prediction.p_diverges) > 1.0 - rules.min_probability:
+        return False
+    depth = best_depth(trial.study, trial.others, trial.predictor)
+    if not depth < trial.predictor.target_depth:
+        return False
+    rate, batch_size, momentum = (np.array([value]) for value in trial.configuration)
+    steps = np.array([float(trial.prediction.max_steps)])
+    return bool(trial.predictor.depth_after(rate, batch_size, momentum, steps)[0] >= depth)
+
+
+def _miss_of_the_target(trial: PlannedTrial, rules: PrunerRules) -> str | None:
+    """Return why a trial is unlikely to reach the target within its horizon, if it is."""
+    prediction, horizon = trial.prediction, int(trial.prediction.max_steps)
+    least = rules.min_probability
+    if trial.goal.is_time and incumbent(trial.study, trial.others) is None:
+        least = min(least, rules.min_probability_at_first)
+    if prediction.outcome == Outcome.NOT_REACHED and least >= 0.5:
+        if math.isinf(trial.budget_steps):
+            return f"predicted not to reach the target in {horizon:,} steps"
+        return (
+            f"predicted to miss the target by far: not reached in {horizon:,} steps, "
+            f"{rules.tolerance:g} times the budget of {trial.budget_steps:,.0f}"
+        )
+    probability = float(prediction.p_converges)
+    if probability < least:
+        return (
+            f"predicted to reach the target in {horizon:,} steps with a probability of "
+            f"{probability:.0%} only"
+        )
+    return None
+
+
+def _cost_beside_the_best(trial: PlannedTrial, rules: PrunerRules) -> str | None:
+    """Return why a trial costs too much in comparison with the best one, if it does."""
+    if rules.max_cost_ratio is None:
+        return None
+    best = incumbent(trial.study, trial.others)
+    if best is None:
+        return None
+    record = prediction_of(best)
+    # NaN, where nothing was predicted for the best trial, is not below anything.
+    ratio = trial.predicted_seconds / (math.nan if record is None else record.cost)
+    if trial.probability_within(rules.max_cost_ratio / ratio) < rules.min_probability:
+        return (
+            f"predicted to take {ratio:.3g} times what the best trial, number {best.number}, was "
+            "predicted to take"
+        )
+    return None
+
+
+def _excess_of_the_study_budget(trial: PlannedTrial) -> str | None:
+    """Return why a trial does not fit into what is left of the study's budget, if it does not."""
+    budget = trial.goal.study_budget
+    if budget is None:
+        return None
+    seconds, steps = trial.predicted_seconds, float(np.exp(trial.log_steps))
+    if budget.fits(trial.others, seconds, steps):
+        return None
+    cost = f"{seconds:.3g} s" if budget.in_seconds else f"{steps:.3g} steps"
+    return f"predicted to take {cost}, more than is left of {budget}"

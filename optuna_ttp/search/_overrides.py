@@ -1,0 +1,95 @@
+"""Why a trial runs although something speaks against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_ttp.study import decision_of
+from optuna_ttp.study import FINISHED
+from optuna_ttp.study import n_skipped_in_a_row
+from optuna_ttp.study import Objection
+from optuna_ttp.study import Override
+from optuna_ttp.study import progress_to_target
+from optuna_ttp.study import warn_that_nothing_ran
+from optuna_ttp.study import warn_that_skipping_is_wrong
+
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from optuna_ttp.search._objections import Verdict
+    from optuna_ttp.search._planned_trial import PlannedTrial
+    from optuna_ttp.search._pruner_rules import PrunerRules
+
+
+def override_of(
+    trial: PlannedTrial, verdict: Verdict, rules: PrunerRules, *, shadow: bool, seed: int
+) -> tuple[Override, str] | None:
+    """Return why a trial runs in spite of its prediction, also in words; None if it does not."""
+    objection, reason = verdict
+    if not trial.predictor.calibration.trusted:
+        return Override.UNTRUSTED, f"predictions are {trial.predictor.calibration.fault}"
+    progress = _progress_of_similar_trials(trial.others, objection, rules.most_refuting)
+    refuting = _refuting_trials(progress, rules)
+    if refuting is not None:
+        warn_that_skipping_is_wrong(trial.study, refuting)
+        text = f"{refuting} trials that this was predicted for reached the target"
+        return Override.REFUTED, text
+    if shadow:
+        return Override.SHADOW, "runs in shadow mode"
+    n_skipped = n_skipped_in_a_row(trial.others)
+    if n_skipped >= _most_in_a_row(progress, rules):
+        _warn_where_nothing_ran(trial, n_skipped, reason, rules)
+        return Override.TURN, f"runs after {n_skipped} skipped trials in a row"
+    # The same for every process that asks.
+    if np.random.default_rng((seed, trial.number)).random() < rules.audit:
+        return Override.AUDIT, "runs to see whether skipping would have been right"
+    return None
+
+
+def _progress_of_similar_trials(
+    trials: Sequence[FrozenTrial], objection: Objection, most: int
+) -> list[float]:
+    """Return how far the newest trials with the same objection got that ran nevertheless.
+
+    At the target the progress is one. Oldest first, and at most so many; trials without a curve
+    are left out.
+    """
+    if objection not in (Objection.DIVERGES, Objection.BUDGET):
+        return []
+    newest_first: list[float] = []
+    for trial in sorted(trials, key=lambda t: t.number, reverse=True):
+        decision = decision_of(trial) if trial.state in FINISHED else None
+        if decision is not None and decision.override and decision.objection == objection:
+            progress = progress_to_target(trial)
+            newest_first += [] if math.isnan(progress) else [progress]
+        if len(newest_first) == most:
+            break
+    return newest_first[::-1]
+
+
+def _refuting_trials(progress: Sequence[float], rules: PrunerRules) -> str | None:
+    """Return how many of how many trials refute an objection, where they are enough."""
+    n_reached = sum(share >= rules.nearly_reached for share in progress)
+    if n_reached < rules.n_refuting or 2 * n_reached <= len(progress):
+        return None
+    return f"{n_reached} of {len(progress)}"
+
+
+def _most_in_a_row(progress: Sequence[float], rules: PrunerRules) -> int:
+    """Return after how many skipped trials in a row one runs: fewer if the last did well."""
+    did_well = bool(progress) and progress[-1] >= rules.half_way
+    return max(1, rules.max_consecutive // (rules.sooner if did_well else 1))
+
+
+def _warn_where_nothing_ran(
+    trial: PlannedTrial, n_skipped: int, reason: str, rules: PrunerRules
+) -> None:
+    """Warn where all trials of a study were skipped: predictions may be to blame."""
+    all_skipped = rules.n_skipped_to_warn <= n_skipped == len(trial.others)
+    if all_skipped and not trial.predictor.observations:
+        warn_that_nothing_ran(trial.study, n_skipped, reason)
