@@ -112,7 +112,7 @@ def test_asking_after_only_some_were_suggested_is_an_error_that_names_the_cure()
         _study().optimize(objective, n_trials=1)
 
 
-def test_asking_first_with_a_map_of_ones_own_is_an_error_that_names_the_cure() -> None:
+def test_asking_first_with_a_given_map_is_an_error_that_names_the_cure() -> None:
     study = _study(hyperparameters=HyperparameterMap(learning_rate="lr"))
     with pytest.raises(MissingParameterError, match=r"suggest it before should_prune\(\) is call"):
         study.optimize(_asks_first, n_trials=1)
@@ -230,7 +230,7 @@ def test_the_curve_of_a_trial_that_trains_on_after_the_advice_to_stop_is_read() 
     assert asked(study, DIVERGING).should_prune()
 
 
-def test_a_log_on_a_trial_that_was_asked_for_and_told_is_learned_from() -> None:
+def test_a_log_on_a_trial_of_ask_and_tell_is_learned_from() -> None:
     study = _study()
     trial = study.ask(SPACE)
     trial.should_prune()

@@ -167,7 +167,7 @@ def test_one_goal_in_its_direction_is_met_with_silence() -> None:
                 study.tell(trial, 1.0)
 
 
-def test_every_study_is_told() -> None:
+def test_every_study_is_warned() -> None:
     sampler, pruner = TTPSampler(quick_predictor(), seed=0), TTPPruner(quick_predictor())
     for _ in range(2):
         _warned(_study(sampler, pruner), "The search has no goal")

@@ -1,13 +1,12 @@
+"""The pruner: its calls, its map, the pruner that it wraps."""
+
 from __future__ import annotations
 
-from dataclasses import replace
 import math
 import pickle
 from typing import Any
-import warnings
 
 import optuna
-from optuna.distributions import IntDistribution
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
@@ -15,22 +14,14 @@ import pytest
 
 from optuna_ttp import BestMetric
 from optuna_ttp import HyperparameterMap
-from optuna_ttp import report
-from optuna_ttp import TrainingLog
-from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
-from optuna_ttp import TTPSampler
-from optuna_ttp import UnreliablePredictionWarning
 from optuna_ttp.study import decision_of
 from optuna_ttp.study import MissingParameterError
 from optuna_ttp.study import prediction_of
-from tests.models import small_spectrum
-from tests.studies import add_observed
 from tests.studies import asked
 from tests.studies import DIVERGING
 from tests.studies import FAST
 from tests.studies import HOPELESS
-from tests.studies import losses
 from tests.studies import make_pruner
 from tests.studies import make_sampler
 from tests.studies import objective
@@ -78,42 +69,6 @@ def _decision(study: optuna.Study, number: int = -1) -> tuple[str, str]:
     return decision.action, decision.reason
 
 
-@pytest.mark.parametrize(
-    ("params", "skipped"), [(FAST, False), (SLOW, False), (HOPELESS, True), (DIVERGING, True)]
-)
-def test_hopeless_trials_are_skipped_and_others_run(params: dict[str, Any], skipped: bool) -> None:
-    study = _study()
-    assert _is_skipped(study, params) is skipped
-    assert _decision(study)[0] == ("skip" if skipped else "run")
-
-
-@pytest.mark.parametrize("params", [HOPELESS, DIVERGING])
-def test_a_skipped_trial_is_pruned_and_has_not_begun(params: dict[str, Any]) -> None:
-    study = _study()
-    study.enqueue_trial(params)
-    study.optimize(objective, n_trials=1)
-    [trial] = study.trials
-    assert trial.state == TrialState.PRUNED
-    assert trial.intermediate_values == {}
-    assert "ttp:curve" not in trial.user_attrs
-
-
-def test_without_a_budget_the_horizon_of_the_predictor_counts() -> None:
-    study = _study()
-    assert _is_skipped(study, HOPELESS)
-    assert _decision(study) == ("skip", "predicted not to reach the target in 60 steps")
-    far = TrainingTimePredictor(small_spectrum(), target_fraction=0.5, max_steps=200_000)
-    assert not _is_skipped(_study(TTPPruner(far, BestMetric())), HOPELESS)
-
-
-def test_a_budget_beyond_the_horizon_counts_instead_of_it() -> None:
-    assert _is_skipped(_study(), HOPELESS)
-    assert not _is_skipped(_study(max_steps=200_000), HOPELESS)
-
-
-BUDGETS = ["max_steps", "max_epochs", "max_seconds"]
-
-
 def _budget(name: str, share: float) -> dict[str, Any]:
     """A share of what SLOW takes; an epoch has 24 samples, three batches of eight."""
     steps = predicted_steps(SLOW)
@@ -124,28 +79,6 @@ def _budget(name: str, share: float) -> dict[str, Any]:
 
 def _tight() -> dict[str, Any]:
     return _budget("max_steps", 0.6)
-
-
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize(("share", "skipped"), [(1.1, False), (0.75, False), (0.6, True)])
-def test_a_trial_may_take_its_budget_and_half_as_much_again(
-    budget: str, share: float, skipped: bool
-) -> None:
-    assert _is_skipped(_study(**_budget(budget, share)), SLOW) is skipped
-
-
-@pytest.mark.parametrize("tight", BUDGETS)
-def test_the_tightest_of_several_budgets_counts(tight: str) -> None:
-    budgets: dict[str, Any] = {}
-    for name in BUDGETS:
-        budgets |= _budget(name, 0.6 if name == tight else 1.1)
-    assert _is_skipped(_study(**budgets), SLOW)
-
-
-@pytest.mark.parametrize(("tolerance", "skipped"), [(1.0, True), (1.8, True), (2.2, False)])
-def test_the_tolerance_can_be_chosen(tolerance: float, skipped: bool) -> None:
-    half = _budget("max_steps", 0.5)
-    assert _is_skipped(_study(**half, tolerance=tolerance), SLOW) is skipped
 
 
 def test_the_decision_is_made_once_and_then_stands() -> None:
@@ -229,31 +162,6 @@ def test_the_median_pruner_stops_what_it_would_stop_alone() -> None:
     alone = states(optuna.pruners.MedianPruner(2))
     assert states(_pruner()) == alone
     assert {state for state, _ in alone} == {TrialState.COMPLETE, TrialState.PRUNED}
-
-
-def test_after_so_many_skipped_trials_one_runs() -> None:
-    study = _study(max_consecutive=3)
-    assert [_is_skipped(study, DIVERGING) for _ in range(8)] == [
-        *[True, True, True, False],
-        *[True, True, True, False],
-    ]
-    decision, reason = _decision(study)
-    assert decision == "run"
-    assert reason.startswith("runs after 3 skipped trials in a row, although predicted to diverge")
-
-
-def test_while_that_one_runs_no_other_has_to() -> None:
-    study = _study(max_consecutive=2)
-    assert [_is_skipped(study, DIVERGING) for _ in range(2)] == [True, True]
-    running = asked(study, DIVERGING)
-    assert not running.should_prune()
-    assert [_is_skipped(study, DIVERGING) for _ in range(2)] == [True, True]
-
-
-def test_a_trial_that_runs_starts_the_count_again() -> None:
-    study = _study(max_consecutive=2)
-    skipped = [_is_skipped(study, p) for p in (HOPELESS, FAST, HOPELESS, HOPELESS, HOPELESS)]
-    assert skipped == [True, False, True, True, False]
 
 
 def test_a_search_space_without_hyperparameters_runs() -> None:
@@ -369,98 +277,6 @@ def test_a_learning_rate_out_of_range_is_an_error(rate: float) -> None:
         trial.should_prune()
 
 
-def test_predictions_that_rank_the_trials_wrongly_skip_nothing() -> None:
-    study = _study()
-    with pytest.warns(
-        UnreliablePredictionWarning,
-        match=r"a factor [\d.]+\) than those of `c / effective learning rate`.*, 5 trials",
-    ):
-        add_observed(study, lambda steps: 200.0 / steps)
-    assert not _is_skipped(study, DIVERGING)
-    decision, reason = _decision(study)
-    assert decision == "run"
-    assert reason.startswith("predictions are worse than a rule of thumb, although predicted to")
-    # Once is enough.
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not _is_skipped(study, HOPELESS)
-
-
-def test_a_search_that_skips_everything_says_that_nothing_was_seen_yet() -> None:
-    study = _study()
-    for _ in range(10):
-        assert _is_skipped(study, DIVERGING)
-    with pytest.warns(
-        UnreliablePredictionWarning,
-        match="All 10 trials so far were skipped, .* runs, although predicted",
-    ) as told:
-        assert not _is_skipped(study, DIVERGING)
-    assert len(told) == 1
-    # Once is enough.
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(10):
-            assert _is_skipped(study, DIVERGING)
-        assert not _is_skipped(study, DIVERGING)
-
-
-def test_a_search_that_has_seen_a_curve_skips_in_silence() -> None:
-    study = _study()
-    add_observed(study, lambda steps: steps, rates=(0.1,))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(10):
-            assert _is_skipped(study, DIVERGING)
-        assert not _is_skipped(study, DIVERGING)
-
-
-@pytest.mark.filterwarnings("ignore:Training begins")
-def test_predictions_in_no_order_are_named_as_such() -> None:
-    study = _study()
-    steps = iter((2.0, 400.0, 3.0, 300.0, 2.0, 500.0, 3.0))
-    with pytest.warns(
-        UnreliablePredictionWarning, match=r"typically off by a factor [\d.]+ and do not rank"
-    ):
-        add_observed(study, lambda _: next(steps), (0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25))
-        assert not _is_skipped(study, DIVERGING)
-    assert _decision(study)[1].startswith("predictions are far off and in no order, although")
-
-
-def _runs(study: optuna.Study, params: dict[str, Any], steps: float) -> bool:
-    """Run a trial, if it may, whose curve is at the target after so many steps."""
-    trial = asked(study, params)
-    if trial.should_prune():
-        study.tell(trial, state=TrialState.PRUNED)
-        return False
-    with TrainingLog(trial) as log:
-        for loss in losses(steps, min(math.ceil(1.2 * steps), 60) + 3):
-            log.step(loss)
-    study.tell(trial, 1.0)
-    return True
-
-
-@pytest.mark.filterwarnings("ignore:All 9 trials")
-def test_what_was_to_be_skipped_and_reaches_the_target_is_skipped_no_more() -> None:
-    study = _study(max_consecutive=9)
-    with pytest.warns(UnreliablePredictionWarning, match="2 of 2 trials that ran") as told:
-        ran = [_runs(study, DIVERGING, 30.0) for _ in range(20)]
-    # The first one after nine, the second one after three, then all.
-    assert ran == [*[False] * 9, True, *[False] * 3, True, *[True] * 6]
-    assert len([w for w in told if "2 of 2" in str(w.message)]) == 1
-    reason = _decision(study)[1]
-    assert reason.startswith("7 of 7 trials that this was predicted for reached the target, ")
-    # For another reason it is skipped as ever.
-    assert _is_skipped(study, HOPELESS)
-    assert report(study).n_wrong == 8
-
-
-def test_what_was_to_be_skipped_and_misses_the_target_is_skipped_on() -> None:
-    study = _study(max_consecutive=4)
-    ran = [_runs(study, DIVERGING, 1e5) for _ in range(20)]
-    assert ran == [*[False] * 4, True] * 4
-    assert report(study).n_wrong == 0
-
-
 @pytest.mark.parametrize("name", ["shadow", "constraint"])
 def test_switches_must_be_booleans(name: str) -> None:
     wrong: Any = "no"
@@ -468,31 +284,6 @@ def test_switches_must_be_booleans(name: str) -> None:
         make_pruner(**{name: wrong})
     with pytest.raises(TypeError, match="allow_duplicates must be a bool but got 'no'"):
         make_sampler(allow_duplicates=wrong)
-
-
-def test_predictions_that_rank_the_trials_keep_skipping_also_when_far_off() -> None:
-    study = _study()
-    add_observed(study, lambda steps: 1.5 * steps**0.7)
-    assert _is_skipped(study, DIVERGING)
-
-
-@pytest.mark.filterwarnings("ignore:Training begins")
-def test_trust_returns_with_agreement() -> None:
-    study = _study(max_steps=10_000)
-    add_observed(study, lambda steps: 200.0 / steps, rates=(0.1, 0.12, 0.15, 0.2, 0.3))
-    with pytest.warns(UnreliablePredictionWarning):
-        assert not _is_skipped(study, DIVERGING)
-    add_observed(study, lambda steps: 2.0 * steps, rates=(0.1, 0.12, 0.15, 0.2, 0.3) * 3)
-    assert _is_skipped(study, DIVERGING)
-
-
-@pytest.mark.filterwarnings("ignore:Training begins")
-def test_what_was_observed_moves_the_limit() -> None:
-    study = _study(**_budget("max_steps", 1.0))
-    assert not _is_skipped(study, SLOW)
-    add_observed(study, lambda steps: 2.0 * steps)
-    # Now it takes twice its budget, where half as much again is tolerated.
-    assert _is_skipped(study, SLOW)
 
 
 def test_the_pruner_works_without_our_sampler_and_with_it() -> None:
@@ -543,27 +334,3 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: 
 def test_arguments_of_another_kind_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         TTPPruner(**{"predictor": quick_predictor(), **arguments})
-
-
-def test_a_budget_in_seconds_needs_the_time_of_a_step() -> None:
-    spectrum = replace(small_spectrum(), throughput=None)
-    predictor = TrainingTimePredictor(spectrum, target_fraction=0.5, max_steps=60)
-    with pytest.raises(ValueError, match=r"measure_speed=False\. Give max_steps or max_epochs"):
-        TTPPruner(predictor, BestMetric(max_seconds=10.0))
-    study = _study(TTPPruner(predictor, BestMetric(max_epochs=6)))
-    assert [_is_skipped(study, SLOW), _is_skipped(study, FAST)] == [True, False]
-
-
-@pytest.mark.parametrize(("size", "counts_as"), [(20, 20), (40, 40), (100, 48)])
-def test_a_batch_has_no_more_samples_than_are_trained_on(size: int, counts_as: int) -> None:
-    """Not than the spectrum has, which may be that of a subset."""
-    predictor = TrainingTimePredictor(small_spectrum(), target_fraction=0.5, n_samples=48)
-    assert predictor.spectrum.n_samples == 24
-    study = optuna.create_study(
-        sampler=TTPSampler(predictor, BestMetric(), seed=0), pruner=TTPPruner(predictor)
-    )
-    study.enqueue_trial({**FAST, "batch_size": size})
-    trial = study.ask({**SPACE, "batch_size": IntDistribution(1, 100)})
-    trial.should_prune()
-    prediction = prediction_of(study.trials[0])
-    assert prediction is not None and prediction.batch_size == counts_as

@@ -1,4 +1,4 @@
-"""The pruner under way: what a trial's own curve says of its chances."""
+"""The pruner while a trial runs: what a trial's own curve says of its chances."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _follow(trial: optuna.Trial, curve: NDArray[np.float64]) -> int:
 
 
 def _thrown_back(n_steps: int, recovers: bool = False) -> NDArray[np.float64]:
-    """A loss that is halved in twelve steps, and thrown back to where it was."""
+    """A loss that is halved in twelve steps, and back where it was soon after."""
     initial = quick_predictor().initial_loss
     curve = np.full(n_steps, 1.02 * initial)
     curve[:10] = losses(12.0, 10)
@@ -75,7 +75,7 @@ def _thrown_back(n_steps: int, recovers: bool = False) -> NDArray[np.float64]:
     return curve
 
 
-def test_a_trial_that_will_miss_its_budget_is_stopped_on_its_own_curve() -> None:
+def test_a_trial_that_will_miss_its_budget_is_stopped_by_its_curve() -> None:
     study = _study(max_steps=100)
     add_observed(study, lambda steps: steps)
     trial = asked(study, FAST)
@@ -316,7 +316,7 @@ def test_what_is_faster_is_a_question_of_seconds_as_they_were_measured() -> None
     def n_steps(seconds: float) -> int:
         """Steps of a trial whose steps take so many seconds, after one of 0.01 s a step."""
         study = _study(max_steps=400, goal=FastestToTarget, max_consecutive=1)
-        for k, own in enumerate((0.01, seconds)):
+        for k, seconds_per_step in enumerate((0.01, seconds)):
             trial = asked(study, DIVERGING if k else FAST)
             if trial.should_prune():
                 # The next one's turn has come, whatever is predicted.
@@ -325,11 +325,11 @@ def test_what_is_faster_is_a_question_of_seconds_as_they_were_measured() -> None
                 assert not trial.should_prune()
             with TrainingLog(trial) as log, mock.patch.object(time, "perf_counter") as clock:
                 for step, loss in enumerate(losses(1e5 if k else 30.0, 32 + 100 * k)):
-                    clock.return_value = step * own
+                    clock.return_value = step * seconds_per_step
                     log.step(loss)
                     if trial.should_prune():
                         break
-            study.tell(trial, own * (step + 1))
+            study.tell(trial, seconds_per_step * (step + 1))
         return step + 1
 
     # As many seconds as the first one took are 30 and 300 of its steps.

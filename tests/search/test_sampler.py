@@ -1,12 +1,9 @@
+"""What the sampler proposes, and how it reads a trial's parameters."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence
 import json
-import os
-from pathlib import Path
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -16,13 +13,11 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 from optuna.samplers import BaseSampler
-from optuna.samplers import GridSampler
 from optuna.samplers import NSGAIISampler
 from optuna.samplers import PartialFixedSampler
 from optuna.samplers import QMCSampler
 from optuna.samplers import RandomSampler
 from optuna.samplers import TPESampler
-from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import pytest
 
@@ -62,45 +57,14 @@ BASES: dict[str, Callable[[], BaseSampler]] = {
     "nsgaii": lambda: NSGAIISampler(population_size=5, seed=1),
     "gp": lambda: QuickGPSampler(seed=1, n_startup_trials=8),
 }
+
+
 every_base = pytest.mark.parametrize("base", list(BASES.values()), ids=list(BASES))
+
+
 redrawn_base = pytest.mark.parametrize(
     "base", [BASES["random"], BASES["tpe"]], ids=["random", "tpe"]
 )
-
-
-class _Recording(RandomSampler):
-    """Writes down how it is called."""
-
-    def __init__(self) -> None:
-        super().__init__(seed=0)
-        self.calls: list[tuple[Any, ...]] = []
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self.calls.append(("before_trial", study.study_name, trial.number))
-
-    def after_trial(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
-    ) -> None:
-        self.calls.append(("after_trial", study.study_name, trial.number, state, values))
-
-    def reseed_rng(self) -> None:
-        self.calls.append(("reseed_rng",))
-
-
-class _CountingGPSampler(QuickGPSampler):
-    def __init__(self) -> None:
-        super().__init__(seed=0, n_startup_trials=4)
-        self.asked: list[int] = []
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        self.asked.append(trial.number)
-        return super().sample_relative(study, trial, search_space)
 
 
 def _other_space(trial: optuna.Trial) -> float:
@@ -203,9 +167,9 @@ def test_a_given_search_space_makes_the_first_trial_a_choice() -> None:
         return proposals(_sampler(RandomSampler(seed=seed), **arguments), 1)[0]
 
     given = [first(s, search_space=SPACE, exploration=0.0) for s in range(30)]
-    found = [first(s, exploration=0.0) for s in range(30)]
-    assert found == [proposals(RandomSampler(seed=s), 1)[0] for s in range(30)]
-    assert np.median(predicted_seconds(given)) < 0.3 * np.median(predicted_seconds(found))
+    without = [first(s, exploration=0.0) for s in range(30)]
+    assert without == [proposals(RandomSampler(seed=s), 1)[0] for s in range(30)]
+    assert np.median(predicted_seconds(given)) < 0.3 * np.median(predicted_seconds(without))
 
 
 @redrawn_base
@@ -282,22 +246,22 @@ def test_the_rest_is_chosen_to_go_with_a_partially_fixed_trial(
     assert seconds[0] < 0.7 * seconds[1]
 
 
-def test_what_other_workers_are_told_is_what_is_proposed() -> None:
+def test_what_is_shared_with_other_workers_is_what_is_proposed() -> None:
     study = optuna.create_study(sampler=_sampler(_tpe(), exploration=0.0))
-    told = 0
+    n_shared = 0
     for number in range(20):
         trial = study.ask(SPACE)
         attributes = study.trials[-1].system_attrs
         shared = _shared_params(attributes)
         if number >= 5:
             assert shared == trial.params
-            told += 1
+            n_shared += 1
         study.tell(trial, float(np.log(trial.params["learning_rate"])))
-    assert told == 15
+    assert n_shared == 15
 
 
 @pytest.mark.parametrize("n_others", [70, 71, 72, 73, 200])
-def test_what_other_workers_are_told_may_be_long(n_others: int) -> None:
+def test_what_is_shared_with_other_workers_may_be_long(n_others: int) -> None:
     # The lengths of the draws differ: around 2,045 characters some need a chunk more than others.
     others = {f"p{i:03}": FloatDistribution(0.0, 1.0) for i in range(n_others)}
     space: dict[str, BaseDistribution] = {**SPACE, **others}
@@ -324,182 +288,6 @@ def _shared_params(attributes: dict[str, Any]) -> dict[str, Any] | None:
     assert len(chunks) == sum(key.startswith("tpe:relative_params") for key in attributes)
     assert all(len(chunk) < 2046 for chunk in chunks)
     return json.loads("".join(chunks)) if chunks else None
-
-
-def test_calls_around_a_trial_reach_the_base_sampler_once() -> None:
-    def objective(trial: optuna.Trial) -> float:
-        suggest(trial)
-        if trial.number == 1:
-            raise optuna.TrialPruned
-        if trial.number == 2:
-            raise RuntimeError
-        return 2.5
-
-    base = _Recording()
-    study = optuna.create_study(sampler=_sampler(base))
-    study.optimize(objective, n_trials=3, catch=(RuntimeError,))
-    ends = [(TrialState.COMPLETE, [2.5]), (TrialState.PRUNED, None), (TrialState.FAIL, None)]
-    expected: list[tuple[Any, ...]] = []
-    for number, end in enumerate(ends):
-        expected.append(("before_trial", study.study_name, number))
-        expected.append(("after_trial", study.study_name, number, *end))
-    assert base.calls == expected
-
-
-def test_reseeding_reaches_the_base_sampler_once() -> None:
-    base = _Recording()
-    _sampler(base).reseed_rng()
-    assert base.calls == [("reseed_rng",)]
-
-
-def test_workers_that_reseed_do_not_explore_in_step() -> None:
-    def run(reseed: bool) -> list[dict[str, Any]]:
-        # This base sampler draws the same, reseeded or not.
-        sampler = _sampler(_Recording(), exploration=0.5, search_space=SPACE)
-        if reseed:
-            sampler.reseed_rng()
-        return proposals(sampler, 12)
-
-    assert run(False) == run(False)
-    assert run(True) != run(True)
-
-
-def test_after_trial_reaches_the_base_sampler_even_where_the_map_is_wrong() -> None:
-    base = _Recording()
-    mapping = HyperparameterMap(learning_rate="lr")
-    study = optuna.create_study(sampler=_sampler(base, hyperparameters=mapping))
-    with pytest.raises(MissingParameterError):
-        study.optimize(lambda trial: suggest(trial)["momentum"], n_trials=1)
-    assert [call[0] for call in base.calls] == ["before_trial", "after_trial"]
-    assert study.trials[0].state == TrialState.COMPLETE
-
-
-@pytest.mark.parametrize("base", [BASES["random"], BASES["tpe"], BASES["gp"]])
-def test_the_same_seed_gives_the_same_trials(base: Callable[[], BaseSampler]) -> None:
-    runs = [_params(_sampler(base(), seed=seed), _mixed_space, 10) for seed in (3, 3, 4)]
-    assert runs[0] == runs[1]
-    assert runs[0] != runs[2]
-
-
-def test_the_default_base_sampler_is_tpe_with_the_same_seed() -> None:
-    ours = _params(make_sampler(exploration=1.0, seed=7), _mixed_space, 15)
-    assert ours == _params(TPESampler(seed=7), _mixed_space, 15)
-    assert str(make_sampler()) == "TTPSampler(TPESampler)"
-
-
-@pytest.mark.parametrize("exploration", [0.0, 0.5, 1.0])
-def test_a_study_that_goes_on_with_a_new_sampler_does_not_repeat_itself(
-    exploration: float,
-) -> None:
-    def run() -> list[tuple[Any, ...]]:
-        study = optuna.create_study()
-        for _ in range(3):
-            study.sampler = make_sampler(exploration=exploration, seed=1)
-            study.optimize(lambda trial: abs(suggest(trial)["momentum"] - 0.5), n_trials=7)
-        return [tuple(t.params.values()) for t in study.trials]
-
-    proposed = run()
-    assert len(set(proposed)) == 21
-    assert run() == proposed
-
-
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_trials_in_another_process() -> None:
-    code = (
-        "import json; from tests.search.test_sampler import seeded_trials; "
-        "print(json.dumps(seeded_trials()))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-        # The hashes of this process are random, or given otherwise.
-        env={**os.environ, "PYTHONHASHSEED": "12345"},
-    )
-    assert json.loads(done.stdout) == seeded_trials()
-
-
-def seeded_trials() -> list[dict[str, Any]]:
-    mapping = HyperparameterMap(
-        learning_rate=lambda p: p["learning_rate"] * (1 + p["layers"]),
-        batch_size=lambda p: p["batch_size"],
-    )
-    sampler = _sampler(_tpe(), hyperparameters=mapping)
-    return _params(sampler, _mixed_space, 12)
-
-
-def test_one_sampler_serves_several_studies() -> None:
-    def narrow(trial: optuna.Trial) -> float:
-        trial.suggest_int("batch_size", 1, 24)
-        trial.suggest_float("momentum", 0.0, 0.95)
-        return trial.suggest_float("learning_rate", 0.001, 0.002)
-
-    # As its base sampler does. In memory, all studies have the same id.
-    sampler = _sampler(RandomSampler(seed=1))
-    _params(sampler, _mixed_space, 5)
-    params = _params(sampler, narrow, 10)
-    assert all(0.001 <= p["learning_rate"] <= 0.002 for p in params)
-    study = optuna.create_study(sampler=sampler, storage="sqlite://")
-    study.optimize(_mixed_space, n_trials=3)
-    assert len(study.trials) == 3
-
-
-def test_the_gaussian_process_is_asked_once_a_trial() -> None:
-    base = _CountingGPSampler()
-    _params(_sampler(base, exploration=0.0), _mixed_space, 9)
-    # The first trial finds the search space, and the design does not need it.
-    assert base.asked == [0, 5, 6, 7, 8]
-
-
-def test_a_quasi_random_sequence_is_used_up_as_without_us() -> None:
-    ours = proposals(_sampler(QMCSampler(seed=1)), 20)
-    # The first trial is drawn at random, to find the search space.
-    assert ours[1:] == proposals(QMCSampler(seed=1), 20)[1:]
-
-
-def test_a_given_search_space_is_not_forced_on_a_base_sampler_that_does_not_know_it() -> None:
-    space: dict[str, BaseDistribution] = {
-        **SPACE,
-        "momentum": CategoricalDistribution([0.0, 0.9]),
-    }
-
-    def objective(trial: optuna.Trial) -> float:
-        trial.suggest_categorical("momentum", [0.0, 0.9])
-        trial.suggest_int("batch_size", 1, 24)
-        return trial.suggest_float("learning_rate", 1e-5, 100.0, log=True)
-
-    # A quasi-random sequence takes numbers only; a grid none but its own parameters.
-    quasi_random = _sampler(
-        QMCSampler(seed=1, warn_independent_sampling=False), search_space=space
-    )
-    assert {p["momentum"] for p in _params(quasi_random, objective, 12)} == {0.0, 0.9}
-    grid: dict[str, Sequence[float]] = {
-        "learning_rate": [0.1, 1.0],
-        "batch_size": [4, 8],
-        "momentum": [0.0, 0.9],
-    }
-    params = _params(_sampler(GridSampler(grid, seed=1), search_space=space), objective, 20)
-    assert len(params) == 8
-    assert len({tuple(sorted(p.items())) for p in params}) == 8
-
-
-def test_a_genetic_base_sampler_counts_its_generations_as_without_us() -> None:
-    def generations(sampler: BaseSampler) -> list[int]:
-        study = optuna.create_study(sampler=sampler)
-        study.optimize(_mixed_space, n_trials=20)
-        return [
-            next(v for k, v in t.system_attrs.items() if k.endswith("generation"))
-            for t in study.trials
-        ]
-
-    def base() -> BaseSampler:
-        return NSGAIISampler(population_size=5, seed=1)
-
-    ours = generations(_sampler(base(), search_space=SPACE))
-    assert ours == generations(base())
-    assert max(ours) == 3
 
 
 def test_only_one_branch_of_a_conditional_space_may_have_a_prediction() -> None:
