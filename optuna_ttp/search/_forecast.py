@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from optuna_ttp.prediction import SearchPredictor
     from optuna_ttp.search._candidates import Candidates
-    from optuna_ttp.search._goal import Goal
     from optuna_ttp.search._sampler_rules import ForecastRules
 
 
@@ -47,13 +46,15 @@ class Forecast:
         cls,
         predictor: SearchPredictor,
         candidates: Candidates,
-        goal: Goal,
+        limit: NDArray[np.float64],
         rules: ForecastRules,
+        *,
+        ends_at_target: bool,
     ) -> Forecast:
         """Return the forecast of K candidates, in microseconds each.
 
-        The predictor is as trials have corrected it. A trial goes on to its limit, or only up to
-        the target where the goal is a time.
+        The predictor is as trials have corrected it. A trial goes on to its limit in steps, of
+        shape ``(K,)`` and infinite where there is none, or only up to the target.
         """
         from optuna_ttp.calibration import probability_below
 
@@ -64,7 +65,6 @@ class Forecast:
         )
         per_step = predictor.seconds_per_step(batch_size)
         per_step = np.where(np.isnan(per_step), 1.0, per_step)
-        limit = goal.steps(predictor, batch_size)
         horizon = np.where(np.isfinite(limit), limit, predictor.max_steps)
         stability = learning_rate / predictor.max_learning_rate(batch_size, momentum)
         sd = rules.largest_sd
@@ -76,7 +76,7 @@ class Forecast:
         with np.errstate(divide="ignore"):
             log_seconds = np.log(seconds)
         spent = np.where(np.isfinite(limit), limit, np.inf) * per_step
-        cost = np.minimum(seconds, spent) if goal.is_time else spent
+        cost = np.minimum(seconds, spent) if ends_at_target else spent
         cost = np.where(np.isfinite(cost), cost, horizon * per_step)
         return cls(
             log_seconds,

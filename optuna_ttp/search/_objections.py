@@ -16,10 +16,8 @@ from optuna_ttp.study import prediction_of
 
 if TYPE_CHECKING:
     from optuna_ttp.search._planned_trial import PlannedTrial
+    from optuna_ttp.search._planned_trial import Verdict
     from optuna_ttp.search._pruner_rules import PrunerRules
-
-
-Verdict = tuple[Objection, str]
 
 
 def objection_to(trial: PlannedTrial, rules: PrunerRules) -> Verdict | None:

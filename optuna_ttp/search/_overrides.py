@@ -21,8 +21,8 @@ from optuna_ttp.study import warn_that_skipping_is_wrong
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from optuna_ttp.search._objections import Verdict
     from optuna_ttp.search._planned_trial import PlannedTrial
+    from optuna_ttp.search._planned_trial import Verdict
     from optuna_ttp.search._pruner_rules import PrunerRules
 
 

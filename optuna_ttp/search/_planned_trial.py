@@ -11,6 +11,7 @@ import numpy as np
 
 from optuna_ttp.calibration import probability_below
 from optuna_ttp.calibration import Z_90
+from optuna_ttp.study import Objection
 
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 # The bounds of the logarithm of the steps over the budget: no storage takes infinity.
 _LARGEST_LOG_EXCESS = 50.0
+
+# What speaks against a trial, and the reason in words.
+Verdict = tuple[Objection, str]
 
 
 @dataclass(frozen=True, eq=False)

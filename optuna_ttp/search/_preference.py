@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from optuna_ttp.search._candidates import Candidates
 from optuna_ttp.search._forecast import Forecast
-from optuna_ttp.search._goal import Goal
 from optuna_ttp.search._sampler_rules import PreferenceRules
 from optuna_ttp.search._surrogate import finite
 from optuna_ttp.search._surrogate import Surrogate
@@ -36,7 +35,8 @@ class Preference:
     """How good configurations are expected to be, in nats, from predictions and from values.
 
     The pool has candidates of the whole search space, and the forecast is theirs; ``expected``
-    gives the forecast of other candidates. A metric does not get better behind the depth
+    gives the forecast of other candidates. What is searched for is a time to the target
+    (``is_time``) or a metric. A metric does not get better behind the depth
     ``best_depth`` of the training loss. ``cooling`` is the exponent of the cost.
     """
 
@@ -44,7 +44,7 @@ class Preference:
         self,
         pool: Candidates,
         forecast: Forecast,
-        goal: Goal,
+        is_time: bool,
         best_depth: float,
         evidence: Evidence,
         expected: Callable[[Candidates], Forecast],
@@ -55,7 +55,7 @@ class Preference:
 
         self.pool = pool
         self._forecast = forecast
-        self._goal = goal
+        self._is_time = is_time
         self._best_depth = best_depth
         self._evidence = evidence
         self._expected = expected
@@ -68,7 +68,7 @@ class Preference:
         self._surrogate: Surrogate | None = None
         self._scores = self._sorted_scores = np.zeros(0)
         self._tried = cKDTree(evidence.tried.coordinates) if len(evidence.tried) else None
-        if not goal.is_time and len(evidence.known):
+        if not is_time and len(evidence.known):
             self._learn_from_values()
 
     def _learn_from_values(self) -> None:
@@ -103,7 +103,7 @@ class Preference:
         if not len(candidates):
             return np.zeros(0)
         forecast = self._expected(candidates) if forecast is None else forecast
-        if self._goal.is_time:
+        if self._is_time:
             return self._timed(forecast) + forecast.log_success
         merit = self._metric_merit(candidates, forecast)
         # Training that recovers from loss spikes may fit the data, and generalises worse.
@@ -156,7 +156,7 @@ class Preference:
         if len(self._evidence.tried):
             nearest[:] = cKDTree(self._evidence.tried.coordinates / self._span).query(places)[0]
         rules = self._rules
-        nats = rules.time_spread_nats if self._goal.is_time else rules.metric_spread_nats
+        nats = rules.time_spread_nats if self._is_time else rules.metric_spread_nats
         chosen: list[int] = []
         for _ in range(min(n, int(np.isfinite(scores).sum()))):
             j = int(np.argmax(scores + nats * np.minimum(nearest / rules.spread, 1.0)))
@@ -176,7 +176,7 @@ class Preference:
 
     def _raw_merit(self, forecast: Forecast) -> NDArray[np.float64]:
         """Return what candidates are ranked by, larger is better: their speed or their depth."""
-        if self._goal.is_time:
+        if self._is_time:
             return -forecast.log_seconds
         return np.minimum(forecast.depth, min(self._best_depth, self._rules.saturated_depth))
 

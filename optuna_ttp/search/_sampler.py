@@ -417,7 +417,7 @@ class TTPSampler(BaseSampler):
         preference = Preference(
             candidates.candidates,
             candidates.forecast(predictor, goal, self._expected),
-            goal,
+            goal.is_time,
             math.inf if goal.is_time else predictor.best_depth,
             seen[0],
             partial(self._expected, goal, predictor),
@@ -462,7 +462,10 @@ class TTPSampler(BaseSampler):
     def _expected(
         self, goal: Goal, predictor: SearchPredictor, candidates: Candidates
     ) -> Forecast:
-        return Forecast.of(predictor, candidates, goal, self._rules.forecast)
+        """Return what is expected of candidates by a predictor, for trials with a goal's limits."""
+        limit = goal.steps(predictor, candidates.batch_size)
+        rules = self._rules.forecast
+        return Forecast.of(predictor, candidates, limit, rules, ends_at_target=goal.is_time)
 
     def _weight(self, trust: float, n_before: int) -> float:
         """Return the weight of predictions beside the base sampler's acquisition function.

@@ -17,7 +17,6 @@ from optuna.samplers import TPESampler
 import pytest
 
 from optuna_ttp import BestMetric
-from optuna_ttp import FastestToTarget
 from optuna_ttp import SamplerRules
 from optuna_ttp import StudyBudget
 from optuna_ttp import TTPSampler
@@ -196,7 +195,9 @@ def test_success_is_unlikely_where_trials_did_not_do_as_predicted() -> None:
         limit = DivergenceLimit.of([0.9] * 3, [failed] * 3, RULES.failure)
         informed = predictor.calibrated(replace(predictor.calibration, failure=limit))
         one = Candidates.resolved([Configuration(float(rate), 8, 0.0)])
-        forecast = Forecast.of(informed, one, FastestToTarget(max_steps=60), ForecastRules())
+        forecast = Forecast.of(
+            informed, one, np.array([60.0]), ForecastRules(), ends_at_target=True
+        )
         return float(np.exp(forecast.log_success[0]))
 
     assert likely(True) < 0.2
