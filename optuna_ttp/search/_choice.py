@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 
 from optuna_ttp.search._candidates import Candidates
 from optuna_ttp.search._preference import Preference
+from optuna_ttp.study import MissingParameterError
 
 
 if TYPE_CHECKING:
+    from optuna_ttp.prediction import SearchPredictor
     from optuna_ttp.study import Configuration
+    from optuna_ttp.study import HyperparameterMap
 
 
 Resolve = Callable[[Mapping[str, Any]], "Configuration | None"]
@@ -52,10 +55,10 @@ class Choice:
 
     def weigh(self, params: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
         """Return the nats of K configurations, shape ``(K,)``; zero where nothing is predicted."""
-        resolved = [self.resolve({**self.settled, **p}) for p in params]
-        is_resolved = np.array([c is not None for c in resolved])
+        configurations = [self.resolve({**self.settled, **p}) for p in params]
+        is_resolved = np.array([c is not None for c in configurations])
         weights = np.zeros(len(params))
-        candidates = Candidates.resolved([c for c in resolved if c is not None])
+        candidates = Candidates.resolved([c for c in configurations if c is not None])
         if len(candidates):
             nats = self.weight * self.preference.weigh(candidates)
             if not self.repeat:
@@ -76,3 +79,15 @@ class Choice:
     def _params_of(self, place: int) -> dict[str, Any]:
         params = self.preference.pool.params[place]
         return {name: params[name] for name in self.to_choose}
+
+
+def resolved(
+    mapping: HyperparameterMap, predictor: SearchPredictor, params: Mapping[str, Any]
+) -> Configuration | None:
+    """Return the hyperparameters of a trial's parameters; None where it has none."""
+    try:
+        configuration = mapping.resolve(params)
+    except MissingParameterError:
+        # In a branch of a conditional space whose parameters are not known.
+        return None
+    return None if configuration is None else configuration.clipped(predictor.n_samples)

@@ -30,6 +30,7 @@ from optuna_ttp.search._call_order import warn_of_missing_call
 from optuna_ttp.search._candidates import Candidates
 from optuna_ttp.search._candidates import drawn
 from optuna_ttp.search._choice import Choice
+from optuna_ttp.search._choice import resolved
 from optuna_ttp.search._forecast import Forecast
 from optuna_ttp.search._goal import Goal
 from optuna_ttp.search._goal_of_study import GoalOfHalf
@@ -67,7 +68,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from optuna_ttp.prediction import SearchPredictor
-    from optuna_ttp.study import Configuration
     from optuna_ttp.study import HyperparameterMap
 
 
@@ -410,7 +410,7 @@ class TTPSampler(BaseSampler):
         candidates = self._pool(study, predictor, space, fixed, settled)
         if not len(candidates.candidates):
             return None
-        resolve = partial(self._resolve, predictor)
+        resolve = partial(resolved, self._map, predictor)
         seen = evidence(study, self, others, resolve, self._rules.n_newest_values)
         goal = self._goal.in_study(study)
         budget = goal.study_budget
@@ -455,14 +455,14 @@ class TTPSampler(BaseSampler):
             # The same ones again after the study was put aside.
             rng = np.random.default_rng(self._pool_seed)
             params = [{**settled, **p} for p in drawn(space, rng, self._rules)]
-            return Candidates.of(params, partial(self._resolve, predictor))
+            return Candidates.of(params, partial(resolved, self._map, predictor))
 
         return pool(study, self, (sorted(space.items()), sorted(fixed.items())), make)
 
     def _expected(
         self, goal: Goal, predictor: SearchPredictor, candidates: Candidates
     ) -> Forecast:
-        """Return what is expected of candidates by a predictor, for trials with a goal's limits."""
+        """Return what a predictor expects of candidates, for trials with the limits of a goal."""
         limit = goal.steps(predictor, candidates.batch_size)
         rules = self._rules.forecast
         return Forecast.of(predictor, candidates, limit, rules, ends_at_target=goal.is_time)
@@ -491,14 +491,3 @@ class TTPSampler(BaseSampler):
         for name in sorted(set(search_space) - set(candidate)):
             candidate[name] = self._base.sample_independent(study, trial, name, search_space[name])
         return candidate
-
-    def _resolve(
-        self, predictor: SearchPredictor, params: Mapping[str, Any]
-    ) -> Configuration | None:
-        """Return the hyperparameters of a trial's parameters; None where it has none."""
-        try:
-            configuration = self._map.resolve(params)
-        except MissingParameterError:
-            # In a branch of a conditional space whose parameters are not known.
-            return None
-        return None if configuration is None else configuration.clipped(predictor.n_samples)
