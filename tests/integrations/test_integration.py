@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_ttp import BestMetric
+from optuna_ttp import CallOrderWarning
 from optuna_ttp import FastestToTarget
 from optuna_ttp import HyperparameterMap
 from optuna_ttp import report
@@ -173,7 +174,8 @@ def test_ask_and_tell_by_number_in_another_process() -> None:
     with storage("sqlite") as store:
         study = _study(storage=store)
         number = asked(study, FAST).number
-        study.tell(number, 1.0)
+        with pytest.warns(CallOrderWarning, match="was never called in trial 0"):
+            study.tell(number, 1.0)
         [trial] = optuna.load_study(study_name=study.study_name, storage=store).trials
     assert trial.state == TrialState.COMPLETE
     prediction = prediction_of(trial)

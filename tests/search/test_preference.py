@@ -20,8 +20,8 @@ from optuna_ttp import BestMetric
 from optuna_ttp import SamplerRules
 from optuna_ttp import StudyBudget
 from optuna_ttp import TTPSampler
-from optuna_ttp.calibration._divergence import DivergenceLimit
 from optuna_ttp.calibration import RULES
+from optuna_ttp.calibration._divergence import DivergenceLimit
 from optuna_ttp.search import ForecastRules
 from optuna_ttp.search._candidates import Candidates
 from optuna_ttp.search._forecast import Forecast

@@ -169,6 +169,7 @@ def test_a_diverged_trial_is_known_to_have() -> None:
     assert seen.diverged and seen.n_steps == 42
 
 
+@pytest.mark.filterwarnings("ignore::optuna_ttp.CallOrderWarning")
 def test_a_retried_trial_does_not_count_twice() -> None:
     predictor = quick_predictor()
     study = study_of_curves()
@@ -311,6 +312,7 @@ def test_processes_on_one_storage_learn_the_same(tmp_path: Path) -> None:
     assert (np.array(learned[0][1]) > 1.2 * plain).all()
 
 
+@pytest.mark.filterwarnings("ignore::optuna_ttp.CallOrderWarning")
 def test_tiny_learning_rates_are_learned_from_without_divisions_by_zero() -> None:
     """The step over the stability limit was rounded to zero when it was written down."""
     predictor = quick_predictor()
