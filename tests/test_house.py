@@ -89,6 +89,17 @@ def test_study_and_search_do_not_import_torch(module: str) -> None:
     assert "torch" not in {source.split(".")[0] for source, _ in imports_of(module)}
 
 
+def test_attributes_of_trials_have_their_names_in_one_module() -> None:
+    """Everybody else reads and writes records."""
+    naming = {
+        module
+        for module in MODULES
+        for node in ast.walk(tree_of(module))
+        if isinstance(node, ast.Constant) and str(node.value).startswith("ttp:")
+    }
+    assert naming == {"optuna_ttp.study._attributes"}
+
+
 def _private_attributes(module: str) -> Iterator[str]:
     """Attributes with a leading underscore of anything but the object's own self and class."""
     for node in ast.walk(tree_of(module)):

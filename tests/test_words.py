@@ -15,7 +15,7 @@ from tests.words import words_in_text
 
 _TOP = ROOT.parent
 # Packages whose names and texts are still being changed.
-_NOT_YET = {"search"}
+_NOT_YET = {"prediction", "store", "study", "search"}
 _DOCUMENTS = [
     _TOP / "README.md",
     _TOP / "CONTRIBUTING.md",
@@ -23,7 +23,6 @@ _DOCUMENTS = [
 ]
 # Words that are meant, with the reason: by file and word.
 _MEANT = {
-    ("store/_lease.py", "node"): "a function of the standard library, the name of the machine",
     ("study/_prediction_record.py", "ladder"): "a key of the records that version 0.1.0 wrote",
 }
 

@@ -7,6 +7,9 @@ import math
 from typing import Any
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
@@ -20,6 +23,7 @@ RECORD = "ttp:record"
 PAID = "ttp:paid"
 # The curve of its training loss is another attribute, which grows while the trial runs.
 CURVE = "ttp:curve"
+_TYPES_IN_LISTS = frozenset({int, float, type(None)})
 # What reading a value that does not fit raises.
 MALFORMED = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 
@@ -66,11 +70,12 @@ def count(value: Any) -> int:
     return int(result)
 
 
-def numbers(values: Any) -> tuple[float, ...]:
-    """Return a list of numbers as a tuple, NaN for each :obj:`None`."""
-    if not isinstance(values, list | tuple):
-        raise TypeError(f"A list was expected but got {values!r}.")
-    return tuple(map(number, values))
+def numbers(values: Any) -> NDArray[np.float64]:
+    """Return a list of numbers as an array, NaN for each :obj:`None`; it may hold infinity."""
+    # The types are looked at together, because long lists are read at every decision.
+    if not isinstance(values, list | tuple) or not set(map(type, values)) <= _TYPES_IN_LISTS:
+        raise TypeError(f"A list of numbers was expected but got {values!r}.")
+    return np.array(values, dtype=np.float64)
 
 
 def text(value: Any) -> str:

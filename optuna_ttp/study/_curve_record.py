@@ -99,9 +99,9 @@ class CurveRecord:
         try:
             values = mapping(values)
             curve = LossCurve(
-                np.array(numbers(values["steps"]), dtype=np.float64),
-                np.array(numbers(values["losses"]), dtype=np.float64),
-                np.array(numbers(values["errors"]), dtype=np.float64),
+                numbers(values["steps"]),
+                numbers(values["losses"]),
+                numbers(values["errors"]),
                 count(values["n_steps"]),
                 bool(values["diverged"]),
                 count(values.get("n_gaps", 0)),
@@ -250,8 +250,9 @@ def _is_possible(curve: LossCurve, first_loss: float) -> bool:
         return False
     if not len(steps):
         return True
-    ascending = steps[0] >= 0.0 and bool((np.diff(steps) > 0.0).all())
-    # A log writes no loss below 1e-30, and no error above 1.5.
-    positive_losses = bool((losses > 1e-40).all() and first_loss >= 0.0)
-    known_errors = bool(((errors >= 0.0) & (errors < 10.0)).all())
-    return ascending and steps[-1] <= curve.n_steps and positive_losses and known_errors
+    # Comparisons with NaN are false. A log writes no loss below 1e-30, and no error above 1.5.
+    ascending = len(steps) == 1 or np.diff(steps).min() > 0.0
+    begins_and_ends = steps[0] >= 0.0 and steps[-1] <= curve.n_steps
+    positive_losses = losses.min() > 1e-40 and losses.max() < 1e305 and first_loss >= 0.0
+    known_errors = errors.min() >= 0.0 and errors.max() < 10.0
+    return bool(ascending and begins_and_ends and positive_losses and known_errors)

@@ -76,7 +76,7 @@ class FirstPassageRecord:
     @classmethod
     def from_json(cls, values: Any) -> FirstPassageRecord:
         """Read what :meth:`to_json` returned; raise one of ``MALFORMED`` if that is impossible."""
-        record = cls(**{name: numbers(mapping(values)[name]) for name in cls.__annotations__})
+        record = cls(**{name: _tuple(mapping(values)[name]) for name in cls.__annotations__})
         lengths = {name: len(value) for name, value in vars(record).items()}
         n_levels = len(DEPTHS)
         shapes = {"predicted": n_levels, "expected": n_levels, "instability": n_levels}
@@ -250,6 +250,11 @@ class PredictionRecord:
 
 def _rounded(values: NDArray[np.float64], digits: str = "{:.4f}") -> tuple[float, ...]:
     return tuple(float(digits.format(v)) if math.isfinite(v) else math.nan for v in values)
+
+
+def _tuple(values: Any) -> tuple[float, ...]:
+    """Return a list of numbers as a tuple, NaN for each :obj:`None` and infinity."""
+    return tuple(v if math.isfinite(v) else math.nan for v in numbers(values).tolist())
 
 
 def _or_nan(value: float) -> float:
