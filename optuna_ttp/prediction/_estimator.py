@@ -91,11 +91,11 @@ class Estimator:
         return uncorrected.times(KNOTS, self.log_growth)
 
     @cached_property
-    def surface(self) -> ResponseSurface:
+    def surface(self) -> ResponseSurface | None:
         """The response surface, its times corrected by what trials have taught."""
-        if not self.calibration.n_observed:
-            return self.simulator.surface
-        simulator = self.simulator
+        simulator, surface = self.simulator, self.simulator.surface
+        if surface is None or not self.calibration.n_observed:
+            return surface
 
         def correct(
             logs: Floats, learning_rate: Floats, noise: Floats, momentum: Floats, depths: Floats
@@ -114,7 +114,7 @@ class Estimator:
                 )
             )
 
-        return simulator.surface.retimed(correct)
+        return surface.retimed(correct)
 
     def seconds_per_step(self, batch_size: ArrayLike) -> Floats:
         """Return the seconds of a training step, of the same shape; NaN if not measured."""
@@ -143,7 +143,7 @@ class Estimator:
     def estimate(self, configurations: Configurations) -> Prediction:
         """Predict from the response surface; what it does not know is simulated."""
         hopeless = self.is_hopeless(configurations)
-        surface = self.simulator.surface if self.simulator.has_surface else None
+        surface = self.simulator.surface
         places = self._places(configurations)
         depths, logs = DEPTHS[-1:], np.full((len(configurations), 1), np.nan)
         steps, outside = _steps_on(surface, places)
@@ -170,8 +170,7 @@ class Estimator:
         request.
         """
         hopeless = self.is_hopeless(configurations)
-        surface = self.surface if self.simulator.has_surface else None
-        steps, outside = _steps_on(surface, self._places(configurations))
+        steps, outside = _steps_on(self.surface, self._places(configurations))
         outside &= ~hopeless
         if simulate_outside and outside.any():
             chosen = configurations.rows(np.flatnonzero(outside))
@@ -186,12 +185,11 @@ class Estimator:
 
     def is_extrapolated(self, configurations: Configurations) -> Booleans:
         """Tell where the response surface would have to extrapolate, shape ``(K,)``."""
-        surface = self.simulator.surface if self.simulator.has_surface else None
-        return _steps_on(surface, self._places(configurations))[1]
+        return _steps_on(self.simulator.surface, self._places(configurations))[1]
 
     def depth_after(self, configurations: Configurations, steps: Floats) -> Floats:
         """Return how deep the training loss is after some steps, zero where it is not known."""
-        if not self.simulator.has_surface:
+        if self.surface is None:
             return np.zeros(len(configurations))
         return self.surface.depth_after(*self._places(configurations), steps)
 
@@ -203,16 +201,15 @@ class Estimator:
         The second number is the standard deviation of their logarithm; None means that the
         response surface does not know.
         """
-        if not self.simulator.has_surface:
-            return None
-        surface = self.simulator.surface
-        places = self._places(configuration)
-        if surface.steps(*places)[1].any() or not np.isfinite(running.predicted).any():
+        surface, places = self.simulator.surface, self._places(configuration)
+        if surface is None or surface.steps(*places)[1].any():
             return None
         log_steps = surface.log_first_passage_times(*places)[0]
         passed = np.isfinite(log_steps)
         aim = surface.depths[-1] if depth is None else min(depth, surface.depths[-1])
-        if not passed.any() or surface.depths[passed][-1] < aim - 1e-9:
+        if not passed.any() or not surface.depths[passed][-1] >= aim - 1e-9:
+            return None
+        if not np.isfinite(running.predicted).any():
             return None
         depths = np.append(DEPTHS, np.inf).clip(max=aim)
         steps = np.interp(depths, surface.depths[passed], log_steps[passed])
@@ -244,7 +241,7 @@ class Estimator:
     ) -> FirstPassageTimes:
         """Simulate as the surface is built: the corrections of trials come afterwards.
 
-        Where trials slow the kernel down, the simulation goes on longer than the horizon.
+        Where trials were faster than predicted, the simulation goes on beyond the horizon.
         """
         slack = np.clip(self.log_growth.max(), 0.0, RULES.most_log_slack)
         horizon = np.ceil(math.exp(float(slack)) * max_steps).astype(np.int64)

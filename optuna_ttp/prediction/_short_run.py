@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from dataclasses import replace
 import time
 from typing import TYPE_CHECKING
@@ -30,22 +29,6 @@ if TYPE_CHECKING:
 
 # Samples that go through the network together.
 _CHUNK = 64
-
-
-@dataclass(frozen=True, eq=False)
-class ShortRun:
-    """The training loss of a few full-batch steps.
-
-    Attributes:
-        losses:
-            Training loss over all samples before each step and after the last, ``(steps + 1,)``;
-            shorter where it blew up.
-        seconds:
-            The seconds that the run took.
-    """
-
-    losses: Floats
-    seconds: float
 
 
 def _chosen(
@@ -102,7 +85,8 @@ def observe_short_run(
         1.0 if learning_rate is None else learning_rate, 1, momentum or 0.0, steps, n_samples
     )
     rate, momentum = _chosen(estimator, steps, learning_rate, momentum)
-    run = _train(
+    started = time.perf_counter()
+    losses = _train(
         task,
         estimator.simulator.model,
         learning_rate=rate,
@@ -110,31 +94,32 @@ def observe_short_run(
         steps=steps,
         device=resolve_device(task, device),
     )
-    observation = _observation(estimator, run, steps, rate, momentum)
+    seconds = time.perf_counter() - started
+    observation = _observation(estimator, losses, steps, rate, momentum)
     if np.isfinite(observation.observed).any():
-        return observation, run.seconds, ""
+        return observation, seconds, ""
     what = "rose without bound" if observation.diverged else "fell by less than 5 %"
     do = "a smaller" if observation.diverged else f"more than {steps} steps, or a larger"
     problem = (
         f"Nothing is learned from the short training run: its loss {what}, with a learning rate "
         f"of {rate:.3g} and a momentum of {momentum:.3g}. Take {do} learning rate."
     )
-    return observation, run.seconds, problem
+    return observation, seconds, problem
 
 
 def _observation(
-    estimator: Estimator, run: ShortRun, steps: int, learning_rate: float, momentum: float
+    estimator: Estimator, losses: Floats, steps: int, learning_rate: float, momentum: float
 ) -> Observation:
     """Return what was predicted for a short training run, and what was observed."""
     simulator = estimator.simulator
     # All levels that the run passed count, also what is deeper than the target.
-    target = Target("loss", min(np.nanmin(run.losses), 0.99 * simulator.initial_loss))
+    target = Target("loss", min(np.nanmin(losses), 0.99 * simulator.initial_loss))
     deep = replace(estimator, simulator=replace(simulator, target=target))
     whole = Configurations.of(
         learning_rate, simulator.spectrum.n_samples, momentum, 100 * steps, simulator.n_samples
     )
     prediction = deep.predict(whole, full_curve=False)
-    curve = LossCurve.of(run.losses)
+    curve = LossCurve.of(losses)
     observed, errors = curve.log_first_passage_times(simulator.initial_loss * FRACTIONS)
     return Observation(
         predicted=prediction.log_first_passage_times,
@@ -147,7 +132,7 @@ def _observation(
         observed=observed,
         errors=errors,
         n_steps=steps,
-        diverged=curve.diverged or len(run.losses) <= steps,
+        diverged=curve.diverged or len(losses) <= steps,
     )
 
 
@@ -159,14 +144,15 @@ def _train(
     momentum: float,
     steps: int,
     device: torch.device,
-) -> ShortRun:
+) -> Floats:
     """Train the network for a few steps of full-batch gradient descent, and restore it.
 
     The steps are full-batch steps, because the losses of a few mini-batches would tell more about
     the batches than about the network. The linearised model gives the loss and its gradient with
     respect to the outputs; parameter groups have the learning rate times the task's multipliers.
+    Return the training loss over all samples before each step and after the last one, of shape
+    ``(steps + 1,)``; it is shorter where training blew up.
     """
-    started = time.perf_counter()
     losses: list[float] = []
     with task.frozen(device, torch.float32) as frozen:
         weights = {k: p.detach().clone().requires_grad_() for k, p in frozen.parameters.items()}
@@ -183,7 +169,7 @@ def _train(
                 ):
                     v.mul_(momentum).add_(g)
                     w.sub_(v, alpha=learning_rate * c)
-    return ShortRun(np.array(losses), time.perf_counter() - started)
+    return np.array(losses)
 
 
 def _gradient(

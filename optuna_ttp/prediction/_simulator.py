@@ -201,8 +201,13 @@ class Simulator:
         return bool(self.schedule.is_constant and not self.target.settled and linear)
 
     @cached_property
-    def surface(self) -> ResponseSurface:
-        """The response surface of simulated times, for many configurations at once."""
+    def surface(self) -> ResponseSurface | None:
+        """The response surface of simulated times, for many configurations at once.
+
+        None where times depend on more than the three hyperparameters, see :attr:`has_surface`.
+        """
+        if not self.has_surface:
+            return None
         share = min(RULES.surface_trace, self.spectrum.explained_trace)
         model = LinearisedModel.from_spectrum(
             self.spectrum.truncate(explained_trace=share), device=self.settings.device

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 from hypothesis import given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
+from optuna_ttp import Outcome
 from optuna_ttp.prediction import TrainingTimePredictor
 from tests.cases import spectrum
 from tests.predictors import linear_predictor
@@ -67,7 +69,13 @@ def test_every_prediction_is_consistent(
 
 def test_outcome_is_for_one_configuration() -> None:
     predictor = linear_predictor()
-    assert predictor.predict([0.1], [4]).outcome == "converges"
+    outcome = predictor.predict([0.1], [4]).outcome
+    assert outcome is Outcome.CONVERGES
+    assert (outcome, f"{outcome}", json.dumps(outcome)) == (
+        "converges",
+        "converges",
+        '"converges"',
+    )
     with pytest.raises(ValueError, match=r"single configuration but got 2. Use outcomes"):
         _ = predictor.predict([0.1, 0.2], 4).outcome
 
