@@ -82,13 +82,14 @@ def _run(
     # The peers' environment does not have this library.
     from optuna_ttp import FineTuningTask
     from optuna_ttp.ntk import exact_kernel
+    from optuna_ttp.ntk.engines._settings import EngineSettings
     from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 
     task = FineTuningTask(model, (inputs, labels))
-    settings: dict[str, Any] = {"device": torch.device("cpu"), "show_progress_bar": False}
+    settings = EngineSettings(torch.device("cpu"), getattr(torch, dtype), show_progress_bar=False)
     if method == "ours_sketch":
-        return np.asarray(sketch_jacobian(task, width=WIDTH, **settings).features().numpy())
-    return exact_kernel(task, dtype=getattr(torch, dtype), **settings).gram
+        return np.asarray(sketch_jacobian(task, settings, width=WIDTH).features().numpy())
+    return exact_kernel(task, **vars(settings)).gram
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from optuna_ttp import FineTuningTask
 from optuna_ttp.ntk import exact_kernel
 from optuna_ttp.ntk import plan_spectrum
 from optuna_ttp.ntk.engines._matrix_free import leading_pairs
+from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 
 
@@ -113,13 +114,13 @@ def _single(what: str, engine: str, network: str, n_samples: int) -> dict[str, f
             "seconds_of_planning": round(time.process_time() - started, 2),
         }
     before = peak_memory()
-    settings: dict[str, Any] = {"device": torch.device("cpu"), "show_progress_bar": False}
+    settings = EngineSettings(torch.device("cpu"), show_progress_bar=False)
     if engine == "exact":
-        exact_kernel(task, **settings)
+        exact_kernel(task, **vars(settings))
     elif engine == "sketch":
-        sketch_jacobian(task, width=4096, **settings)
+        sketch_jacobian(task, settings, width=4096)
     else:
-        leading_pairs(task, **settings)
+        leading_pairs(task, settings)
     return {
         "seconds": round(time.process_time() - started, 2),
         "mib": round((peak_memory() - before) / 2**20, 1),

@@ -7,11 +7,9 @@ from datetime import datetime
 from datetime import timezone
 from functools import partial
 import time
-from typing import Any
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 import torch
 
 from optuna_ttp._util.checks import check_kind
@@ -31,8 +29,8 @@ from optuna_ttp.ntk._processes import in_all
 from optuna_ttp.ntk.engines._checkpoint import check_checkpoint
 from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
 from optuna_ttp.ntk.engines._choice import resolve_engine
-from optuna_ttp.ntk.engines._eigenpairs import Decomposition
 from optuna_ttp.ntk.engines._matrix_free import leading_pairs
+from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import measure_throughput
 from optuna_ttp.spectrum import Spectrum
@@ -162,15 +160,23 @@ def compute_spectrum(
     started = time.perf_counter()
     fingerprint = task.fingerprint
     initial_outputs = task.initial_outputs(resolved, kind)
-    shared = {
-        "rank": rank,
-        "max_memory": max_memory,
-        "show_progress_bar": show_progress_bar,
-        "seed": seed,
-    }
-    decomposition = _decomposition(
-        task, initial_outputs, engine, resolved, kind, checkpoint, distributed, shared, held
-    )
+    engine_settings = EngineSettings(resolved, kind, held, max_memory, seed, show_progress_bar)
+    if engine != "exact" and distributed:
+        raise ValueError(f'distributed=True needs the engine "exact" but got {engine!r}.')
+    if engine == "exact":
+        decomposition = exact_decomposition(
+            task, engine_settings, rank=rank, checkpoint=checkpoint, distributed=distributed
+        )
+    elif engine == "matrix_free":
+        decomposition = leading_pairs(task, engine_settings, rank=rank)
+    else:
+        decomposition = sketched_decomposition(
+            task,
+            engine_settings,
+            initial_outputs,
+            refined=engine == "refined_sketch",
+            rank=rank,
+        )
     pairs = decomposition.pairs
     throughput = None
     if measure_speed:
@@ -234,39 +240,3 @@ def _within_reach(spectrum: Spectrum, explained_trace: float) -> float:
             ApproximationWarning,
         )
     return min(share, explained_trace)
-
-
-def _decomposition(
-    task: FineTuningTask,
-    initial_outputs: NDArray[np.float64],
-    engine: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    checkpoint: KernelCheckpoint | None,
-    distributed: bool,
-    shared: dict[str, Any],
-    held: torch.dtype | None,
-) -> Decomposition:
-    """Decompose the kernel with an engine."""
-    if engine == "exact":
-        return exact_decomposition(
-            task,
-            device=device,
-            dtype=dtype,
-            checkpoint=checkpoint,
-            distributed=distributed,
-            held=held,
-            **shared,
-        )
-    if distributed:
-        raise ValueError(f'distributed=True needs the engine "exact" but got {engine!r}.')
-    if engine == "matrix_free":
-        return leading_pairs(task, device=device, dtype=dtype, **shared)
-    return sketched_decomposition(
-        task,
-        initial_outputs,
-        refined=engine == "refined_sketch",
-        device=device,
-        dtype=dtype,
-        **shared,
-    )

@@ -23,6 +23,7 @@ from optuna_ttp.ntk.engines._exact import exact_kernel
 from optuna_ttp.ntk.engines._refine import refine
 from optuna_ttp.ntk.engines._rules import CHOICE
 from optuna_ttp.ntk.engines._rules import SKETCHES
+from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 from optuna_ttp.ntk.engines._sketch_error import sketch_error
 from optuna_ttp.ntk.engines._sketch_error import SketchError
@@ -37,29 +38,14 @@ _NO_ERROR = SketchError(0.0, 0.0)
 
 def exact_decomposition(
     task: FineTuningTask,
+    settings: EngineSettings,
     *,
     rank: int | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_memory: int,
-    show_progress_bar: bool,
-    seed: int,
     checkpoint: KernelCheckpoint | None,
     distributed: bool,
-    held: torch.dtype | None,
 ) -> Decomposition:
     """Decompose the exact kernel, see :func:`~optuna_ttp.ntk.exact_kernel`."""
-    kernel = exact_kernel(
-        task,
-        device=device,
-        dtype=dtype,
-        max_memory=max_memory,
-        show_progress_bar=show_progress_bar,
-        seed=seed,
-        checkpoint=checkpoint,
-        distributed=distributed,
-        held=held,
-    )
+    kernel = exact_kernel(task, checkpoint=checkpoint, distributed=distributed, **vars(settings))
     pairs = eigenpairs(kernel.gram, rank=rank)
     decay_factors = None
     if kernel.stretched is not None:
@@ -74,15 +60,11 @@ def exact_decomposition(
 
 def sketched_decomposition(
     task: FineTuningTask,
+    settings: EngineSettings,
     initial_outputs: NDArray[np.float64],
     *,
     refined: bool,
     rank: int | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_memory: int,
-    show_progress_bar: bool,
-    seed: int,
 ) -> Decomposition:
     """Decompose a sketch that is wide enough for the predicted times.
 
@@ -94,18 +76,13 @@ def sketched_decomposition(
     passes, and the bar is that of the sketch before, an upper bound.
     """
     width = CHOICE.sketch_width
-    check_sketch_memory(task, torch.empty((), dtype=dtype).element_size(), max_memory)
-    widest = widest_sketch(task, str(dtype).removeprefix("torch."), max_memory=max_memory)
+    check_sketch_memory(task, settings.dtype.itemsize, settings.max_memory)
+    widest = widest_sketch(
+        task, str(settings.dtype).removeprefix("torch."), max_memory=settings.max_memory
+    )
     follower = PathFollower(task, initial_outputs)
     while True:
-        sketch = sketch_jacobian(
-            task,
-            width=width,
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            show_progress_bar=show_progress_bar,
-        )
+        sketch = sketch_jacobian(task, settings, width=width)
         features = sketch.features()
         n_exact = features.shape[1] - width
         pairs = eigenpairs_of_features(features, trace=sketch.trace)
@@ -118,16 +95,7 @@ def sketched_decomposition(
     others = sketch.validation_features()
     if refined:
         features, others = refine(
-            task,
-            features,
-            pairs,
-            others=others,
-            n_refined=SKETCHES.n_refined,
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            max_memory=max_memory,
-            show_progress_bar=show_progress_bar,
+            task, features, pairs, settings, others=others, n_refined=SKETCHES.n_refined
         )
         # Its error is that of the sketch before at most. Its own groups would say less than it is:
         # what is refined was chosen by them (benchmarks/engine/coverage.py: a bar made of them

@@ -29,6 +29,7 @@ from optuna_ttp.ntk.engines._matrix_free import probes_of
 from optuna_ttp.ntk.engines._matrix_free import sketch_width
 from optuna_ttp.ntk.engines._rules import CHOICE
 from optuna_ttp.ntk.engines._rules import SKETCHES
+from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.engines._sketch import Passes
 from optuna_ttp.ntk.jacobian._directions import Directions
 from optuna_ttp.ntk.jacobian._prepare import lifting
@@ -164,8 +165,9 @@ class _Planner:
     ) -> None:
         self._task, self._device, self._dtype = task, device, dtype
         self._max_memory, self._seed = max_memory, seed
+        self._settings = EngineSettings(device, dtype, None, max_memory, seed, False)
         self._n_rows = task.n_samples * task.n_outputs
-        self._itemsize = torch.empty((), dtype=dtype).element_size()
+        self._itemsize = dtype.itemsize
         self._n_timed = min(_N_TIMED, task.n_samples)
         self._few = task.subset(self._n_timed)
         n_held_out = 0 if task.validation is None else task.validation.n_samples
@@ -190,7 +192,7 @@ class _Planner:
                     held=held,
                 )
                 setup = clock.seconds()
-                grouping = choose_grouping(task, preparation, dtype, device, self._max_memory)
+                grouping = choose_grouping(task, preparation, self._settings)
                 with preparation.claims.tape(frozen).attached() as tape:
                     reader = SampleReader(
                         task,
@@ -294,13 +296,13 @@ class _Planner:
         return _Estimate(None, total + tracing, grouping, n_bytes, tracing)
 
     def _passes(self, task: FineTuningTask, lifts: Mapping[str, int]) -> Passes:
-        return Passes(task, self._device, self._dtype, self._seed, lifts, False)
+        return Passes(task, self._settings, lifts)
 
     def _sketched(self, lifts: Mapping[str, int]) -> float:
         """Seconds of projecting one sample."""
         with self._passes(self._few, lifts) as passes:
             seconds = _fastest(
-                lambda: passes.sketch(CHOICE.sketch_width, self._seed),
+                lambda: passes.sketch(CHOICE.sketch_width),
                 self._device,
                 1,
             )
@@ -314,7 +316,7 @@ class _Planner:
             device=self._device,
         )
         with self._passes(self._few, lifts) as passes:
-            seconds = _fastest(lambda: passes.images(vectors, self._max_memory), self._device, 1)
+            seconds = _fastest(lambda: passes.images(vectors), self._device, 1)
         return seconds / self._n_timed
 
     @property

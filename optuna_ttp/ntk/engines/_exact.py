@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ from optuna_ttp.ntk.engines._checkpoint import load_arrays
 from optuna_ttp.ntk.engines._kernel import Kernel
 from optuna_ttp.ntk.engines._rules import EXACT
 from optuna_ttp.ntk.engines._self_check import check_rows
+from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.engines._sharded import sharded_kernel
 from optuna_ttp.ntk.jacobian._prepare import lifting
 from optuna_ttp.ntk.jacobian._prepare import Preparation
@@ -100,36 +102,19 @@ def exact_kernel(
         # Before anything that only some of them might refuse.
         check_same_task(task, {"dtype": dtype, "held": held, "seed": seed})
 
-    def run(lifts: Mapping[str, int]) -> Kernel:
-        return _kernel(
-            task,
-            device,
-            dtype,
-            max_memory,
-            show_progress_bar,
-            seed,
-            checkpoint,
-            distributed,
-            lifts,
-            held,
-        )
-
-    return lifting(run)
+    settings = EngineSettings(device, dtype, held, max_memory, seed, show_progress_bar)
+    return lifting(partial(_kernel, task, settings, checkpoint, distributed))
 
 
 def _kernel(
     task: FineTuningTask,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_memory: int,
-    show_progress_bar: bool,
-    seed: int,
+    settings: EngineSettings,
     checkpoint: KernelCheckpoint | None,
     distributed: bool,
     lifts: Mapping[str, int],
-    held: torch.dtype | None,
 ) -> Kernel:
     """Compute the kernel with claims that are lifted where layers turned out to be wrong."""
+    device, dtype, seed = settings.device, settings.dtype, settings.seed
     reference = task.initial_outputs(device, dtype)
     held_out = None if task.validation is None else task.validation.initial_outputs(device, dtype)
     with task.frozen(device, dtype) as frozen:
@@ -137,9 +122,15 @@ def _kernel(
         def prepared() -> tuple[Preparation, Grouping]:
             check_singles(task, frozen, reference, device, dtype)
             preparation = prepare(
-                task, frozen, device=device, dtype=dtype, seed=seed, lifts=lifts, held=held
+                task,
+                frozen,
+                device=device,
+                dtype=dtype,
+                seed=seed,
+                lifts=lifts,
+                held=settings.held,
             )
-            return preparation, choose_grouping(task, preparation, dtype, device, max_memory)
+            return preparation, choose_grouping(task, preparation, settings)
 
         preparation, grouping = together(prepared) if distributed else prepared()
         if checkpoint is not None:
@@ -153,7 +144,7 @@ def _kernel(
                 total=n_passes * task.n_outputs,
                 desc="Jacobian rows",
                 unit="row",
-                disable=None if show_progress_bar else True,
+                disable=None if settings.show_progress_bar else True,
                 leave=False,
             ) as bar,
         ):
@@ -187,7 +178,7 @@ def _kernel(
             frozen,
             preparation.claims,
             kernel,
-            held=held,
+            held=settings.held,
             device=device,
             dtype=dtype,
             seed=seed,
@@ -196,17 +187,13 @@ def _kernel(
 
 
 def choose_grouping(
-    task: FineTuningTask,
-    preparation: Preparation,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_memory: int,
+    task: FineTuningTask, preparation: Preparation, settings: EngineSettings
 ) -> Grouping:
     """Choose how many samples are held so that everything fits ``max_memory`` bytes.
 
     ValueError is raised if not even two samples fit.
     """
-    itemsize = torch.empty((), dtype=dtype).element_size()
+    max_memory, itemsize = settings.max_memory, settings.dtype.itemsize
     n_samples, n_outputs = task.n_samples, task.n_outputs
     n_rows = n_samples * n_outputs
     n_held_out = 0 if task.validation is None else task.validation.n_samples * n_outputs
@@ -214,7 +201,7 @@ def choose_grouping(
     results = n_rows * (n_matrices * n_rows + n_held_out) * itemsize
     held, making = preparation.layout.bytes_per_sample, preparation.bytes_per_sample
     wanted = max(1, min(EXACT.max_batch, -(-n_samples // 2)))
-    batch_bytes = EXACT.gpu_batch_bytes if device.type == "cuda" else EXACT.batch_bytes
+    batch_bytes = EXACT.gpu_batch_bytes if settings.device.type == "cuda" else EXACT.batch_bytes
     at_best = max(1, min(wanted, batch_bytes // max(1, making)))
 
     def needed(n_held: int, n_streamed: int, batch: int) -> int:
@@ -261,7 +248,7 @@ def expected_bytes(
     :func:`choose_grouping` adds up everything that could be held at once, because the budget must
     not be exceeded. This is what is held at once.
     """
-    itemsize = torch.empty((), dtype=dtype).element_size()
+    itemsize = dtype.itemsize
     layout, n_outputs = preparation.layout, task.n_outputs
     n_matrices = 2 if layout.has_multipliers else 1
     n_held_out = 0 if task.validation is None else task.validation.n_samples

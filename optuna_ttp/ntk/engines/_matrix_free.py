@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +34,7 @@ from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
 from optuna_ttp.ntk.engines._nystrom import nystrom
 from optuna_ttp.ntk.engines._rules import N_GROUPS
 from optuna_ttp.ntk.engines._rules import PAIRS
+from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.engines._sketch import Passes
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 from optuna_ttp.ntk.jacobian._directions import Directions
@@ -57,14 +57,7 @@ class _AllPairs:
 
 
 def leading_pairs(
-    task: FineTuningTask,
-    *,
-    rank: int | None = None,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    max_memory: int = 4 * 2**30,
-    show_progress_bar: bool = True,
-    seed: int = 0,
+    task: FineTuningTask, settings: EngineSettings, *, rank: int | None = None
 ) -> Decomposition:
     """Compute the leading ``rank`` eigenpairs of the kernel of a task, 100 by default.
 
@@ -79,10 +72,10 @@ def leading_pairs(
     n_rows = task.n_samples * task.n_outputs
     n_wanted = min(n_rows, PAIRS.n_pairs if rank is None else rank)
     n_columns = columns_of(task, rank)
-    check_vectors_memory(task, n_columns, max_memory)
-    if by_directions(task, n_columns, dtype, max_memory):
-        return _by_directions(task, n_wanted, n_columns, device, dtype, max_memory, seed)
-    return _by_rows(task, n_wanted, n_columns, device, dtype, max_memory, show_progress_bar, seed)
+    check_vectors_memory(task, n_columns, settings.max_memory)
+    if by_directions(task, n_columns, settings.dtype, settings.max_memory):
+        return _by_directions(task, settings, n_wanted, n_columns)
+    return _by_rows(task, settings, n_wanted, n_columns)
 
 
 def columns_of(task: FineTuningTask, rank: int | None) -> int:
@@ -94,7 +87,7 @@ def columns_of(task: FineTuningTask, rank: int | None) -> int:
 
 def sketch_width(n_rows: int, dtype: torch.dtype, max_memory: int) -> int:
     """Return how wide the sketch is where products start, for ``n_rows`` outputs N C."""
-    itemsize = torch.empty((), dtype=dtype).element_size()
+    itemsize = dtype.itemsize
     width = int(PAIRS.sketch_share * max_memory / (n_rows * itemsize))
     return max(N_GROUPS, min(PAIRS.max_sketch_width, width) // N_GROUPS * N_GROUPS)
 
@@ -119,7 +112,7 @@ def by_directions(
     task: FineTuningTask, n_columns: int, dtype: torch.dtype, max_memory: int
 ) -> bool:
     """Return whether there are so many outputs that products go one direction at a time."""
-    itemsize = torch.empty((), dtype=dtype).element_size()
+    itemsize = dtype.itemsize
     # What rows give of all weights must be held; where it does not fit, they are made again.
     n_groups = -(-2 * task.n_parameters * n_columns * itemsize // max_memory)
     # Backward passes and as much again for rows, twice; against one pass each way a direction.
@@ -127,25 +120,12 @@ def by_directions(
 
 
 def _by_rows(
-    task: FineTuningTask,
-    n_wanted: int,
-    n_columns: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_memory: int,
-    show_progress_bar: bool,
-    seed: int,
+    task: FineTuningTask, settings: EngineSettings, n_wanted: int, n_columns: int
 ) -> Decomposition:
     """Compute the pairs from products that make rows of the Jacobian, batch by batch."""
     n_rows = task.n_samples * task.n_outputs
-    width = sketch_width(n_rows, dtype, max_memory)
-    settings: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "seed": seed,
-        "show_progress_bar": show_progress_bar,
-    }
-    sketch = sketch_jacobian(task, width=width, **settings)
+    width = sketch_width(n_rows, settings.dtype, settings.max_memory)
+    sketch = sketch_jacobian(task, settings, width=width)
     trace, weight_outputs = sketch.trace, sketch.weight_outputs
     if not trace > 0.0:
         raise ValueError("The Jacobian must not be zero: no trainable parameter moves any output.")
@@ -154,24 +134,24 @@ def _by_rows(
     start = eigenpairs_of_features(features, rank=n_columns).eigenvectors
     del features
     # In single precision, because they are held to the end: it may have to start anew.
-    vectors = _filled(torch.as_tensor(start), n_columns, seed).float()
+    vectors = _filled(torch.as_tensor(start), n_columns, settings.seed).float()
     del start
-    follower = PathFollower(task, task.initial_outputs(device, dtype))
+    follower = PathFollower(task, task.initial_outputs(settings.device, settings.dtype))
 
     def run(lifts: Mapping[str, int]) -> Decomposition:
-        with Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
+        with Passes(task, settings, lifts) as passes:
 
             def product(v: torch.Tensor) -> torch.Tensor:
-                return passes.images(v.to(device=device, dtype=dtype), max_memory)[0]
+                return passes.images(v.to(**settings.place))[0]
 
             all_pairs = _krylov(product, vectors, n_wanted, follower)
             values, basis = all_pairs.values, all_pairs.vectors
             pairs = Eigenpairs(values.numpy(), basis.numpy(), trace)
             features = None
             if task.validation is not None:
-                whitened = (basis / values.sqrt()).to(device=device, dtype=dtype)
-                (images,) = passes.images(whitened, max_memory, training=False, others=True)
-                features = images.to(dtype).numpy()
+                whitened = (basis / values.sqrt()).to(**settings.place)
+                (images,) = passes.images(whitened, training=False, others=True)
+                features = images.to(settings.dtype).numpy()
         return Decomposition(
             pairs,
             weight_outputs,
@@ -184,24 +164,19 @@ def _by_rows(
 
 
 def _by_directions(
-    task: FineTuningTask,
-    n_wanted: int,
-    n_columns: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_memory: int,
-    seed: int,
+    task: FineTuningTask, settings: EngineSettings, n_wanted: int, n_columns: int
 ) -> Decomposition:
     """Compute the pairs from products that go through the network one direction at a time."""
-    generator = torch.Generator().manual_seed(seed)
+    device, dtype = settings.device, settings.dtype
+    generator = torch.Generator().manual_seed(settings.seed)
     n_rows = task.n_samples * task.n_outputs
     reference = task.initial_outputs(device, dtype)
     with task.frozen(device, dtype) as frozen:
         check_singles(task, frozen, reference, device, dtype)
-        directions = Directions(task, frozen, device, dtype, max_memory // 2)
+        directions = Directions(task, frozen, device, dtype, settings.max_memory // 2)
 
         def product(v: torch.Tensor) -> torch.Tensor:
-            return directions.images(v.to(device=device, dtype=dtype))
+            return directions.images(v.to(**settings.place))
 
         signs = torch.randint(2, (n_rows, n_columns), generator=generator, dtype=torch.float64)
         start = 2.0 * signs - 1.0
@@ -217,7 +192,7 @@ def _by_directions(
         outputs = directions.forward(task, [weights])
         features = None
         if task.validation is not None:
-            whitened = (basis / values.sqrt()).to(device=device, dtype=dtype)
+            whitened = (basis / values.sqrt()).to(**settings.place)
             parts = [
                 directions.forward(task.validation, directions.adjoint(some))
                 for some in whitened.split(directions.n_together, dim=1)

@@ -9,6 +9,7 @@ import torch
 
 from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._nystrom import nystrom
+from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.engines._sketch import Passes
 from optuna_ttp.ntk.jacobian._prepare import lifting
 
@@ -21,14 +22,10 @@ def refine(
     task: FineTuningTask,
     features: torch.Tensor,
     pairs: Eigenpairs,
+    settings: EngineSettings,
     *,
     n_refined: int,
     others: torch.Tensor | None = None,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    max_memory: int = 4 * 2**30,
-    show_progress_bar: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Replace the leading part of a sketch ``Z``, ``(N C, d)``, by products with the Jacobian.
 
@@ -41,15 +38,15 @@ def refine(
     The validation samples' sketch ``Z_v``, ``others``, is refined alike, for one pass over them:
     with ``J_v (J^T V)`` the leading part is extended to them, and what is left of the sketch there
     is what that does not explain. Returns features whose products are the refined kernel, and
-    those of the validation samples. Where ``J^T V`` takes more than ``max_memory`` bytes, more
+    those of the validation samples. Where ``J^T V`` takes more than the memory budget, more
     passes are made.
     """
     n = min(n_refined, len(pairs.eigenvalues))
-    vectors = torch.as_tensor(pairs.eigenvectors[:, :n], dtype=dtype, device=device)
+    vectors = torch.as_tensor(pairs.eigenvectors[:, :n], **settings.place)
 
     def run(lifts: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
-        with Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
-            return passes.images(vectors, max_memory, others=others is not None)
+        with Passes(task, settings, lifts) as passes:
+            return passes.images(vectors, others=others is not None)
 
     images, *images_of_others = lifting(run)
     basis, values, weights = nystrom(vectors.double().cpu(), images)

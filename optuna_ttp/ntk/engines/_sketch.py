@@ -29,6 +29,7 @@ from optuna_ttp.ntk.engines._projection import SignFold
 from optuna_ttp.ntk.engines._rules import N_GROUPS
 from optuna_ttp.ntk.engines._rules import SKETCHES
 from optuna_ttp.ntk.engines._self_check import check_row_norms
+from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.jacobian._layout import Layout
 from optuna_ttp.ntk.jacobian._prepare import lifting
 from optuna_ttp.ntk.jacobian._prepare import Preparation
@@ -82,27 +83,24 @@ def _joined(exact: torch.Tensor, groups: tuple[torch.Tensor, ...]) -> torch.Tens
 
 def sketch_jacobian(
     task: FineTuningTask,
+    settings: EngineSettings,
     *,
     width: int,
     projection: Callable[..., Projection] = SignFold,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    show_progress_bar: bool = True,
 ) -> Sketch:
     """Project the Jacobian of a task to rows of ``width`` numbers, a quarter for each group.
 
-    All learning-rate multipliers
-    must be one. Errors are those of :func:`~optuna_ttp.ntk.exact_kernel`; ValueError also for a
-    projection that is not known or a width that is not a positive multiple of four.
+    All learning-rate multipliers must be one. Errors are those of
+    :func:`~optuna_ttp.ntk.exact_kernel`; ValueError also for a width that is not a positive
+    multiple of four.
     """
     check_multipliers(task, "sketch")
     if width < N_GROUPS or width % N_GROUPS:
         raise ValueError(f"width must be a positive multiple of {N_GROUPS} but got {width!r}.")
 
     def run(lifts: Mapping[str, int]) -> Sketch:
-        with Passes(task, device, dtype, seed, lifts, show_progress_bar) as passes:
-            return passes.sketch(width, seed, projection)
+        with Passes(task, settings, lifts) as passes:
+            return passes.sketch(width, projection)
 
     return lifting(run)
 
@@ -110,21 +108,14 @@ def sketch_jacobian(
 class Passes:
     """Passes over the data of a task with the same hooks.
 
-    ``lifts`` are those of :func:`~optuna_ttp.ntk.jacobian._prepare.lifting`, and ``seed`` that of
-    what gradients are checked on.
+    ``lifts`` are those of :func:`~optuna_ttp.ntk.jacobian._prepare.lifting`.
     """
 
     def __init__(
-        self,
-        task: FineTuningTask,
-        device: torch.device,
-        dtype: torch.dtype,
-        seed: int,
-        lifts: Mapping[str, int],
-        show_progress_bar: bool,
+        self, task: FineTuningTask, settings: EngineSettings, lifts: Mapping[str, int]
     ) -> None:
-        self._task, self._device, self._dtype = task, device, dtype
-        self._seed, self._lifts, self._show = seed, lifts, show_progress_bar
+        self._task, self._settings, self._lifts = task, settings, lifts
+        self._device, self._dtype = settings.device, settings.dtype
 
     def __enter__(self) -> Passes:
         task, device, dtype = self._task, self._device, self._dtype
@@ -133,7 +124,12 @@ class Passes:
             self._frozen: FrozenModel = stack.enter_context(task.frozen(device, dtype))
             check_singles(task, self._frozen, reference, device, dtype)
             preparation = prepare(
-                task, self._frozen, device=device, dtype=dtype, seed=self._seed, lifts=self._lifts
+                task,
+                self._frozen,
+                device=device,
+                dtype=dtype,
+                seed=self._settings.seed,
+                lifts=self._lifts,
             )
             self._layout = _layout_of_factors(task, self._frozen, preparation, dtype)
             self._preparation = preparation
@@ -164,7 +160,7 @@ class Passes:
     def sketch_bytes(self, width: int) -> int:
         """Return the bytes that a sketch takes at its peak, on top of the model and the data."""
         task = self._task
-        itemsize = torch.empty((), dtype=self._dtype).element_size()
+        itemsize = self._dtype.itemsize
         exact, projected = _split({p.name: p.n_weights for p in self._layout.parameters}, width)
         n_held_out = 0 if task.validation is None else task.validation.n_samples
         n_rows = (task.n_samples + n_held_out) * task.n_outputs
@@ -174,15 +170,13 @@ class Passes:
         weights = 2 * task.n_parameters * itemsize + N_GROUPS * sum(projected.values())
         return rows + self._batch_size * held + 2 * PRODUCTS.scratch * itemsize + weights
 
-    def sketch(
-        self, width: int, seed: int, projection: Callable[..., Projection] = SignFold
-    ) -> Sketch:
+    def sketch(self, width: int, projection: Callable[..., Projection] = SignFold) -> Sketch:
         """Project the Jacobian to rows of ``width`` numbers."""
         task = self._task
         n_weights = {p.name: p.n_weights for p in self._layout.parameters}
         exact, projected = _split(n_weights, width)
         group_width = width // N_GROUPS
-        folded = projection(projected, group_width, N_GROUPS, seed, self._device)
+        folded = projection(projected, group_width, N_GROUPS, self._settings.seed, self._device)
         total = task.n_samples + (0 if task.validation is None else task.validation.n_samples)
         with self._bar(total) as bar:
             training, inner, trace = self._project(
@@ -197,18 +191,13 @@ class Passes:
         return Sketch(training[0], training[1:], validation, inner, trace, not projected)
 
     def images(
-        self,
-        vectors: torch.Tensor,
-        max_memory: int,
-        *,
-        training: bool = True,
-        others: bool = False,
+        self, vectors: torch.Tensor, *, training: bool = True, others: bool = False
     ) -> tuple[torch.Tensor, ...]:
         """Return ``J (J^T V)`` for ``V`` of shape ``(N C, p)``, in double precision.
 
         With ``own`` of the training samples, with ``others`` of the validation samples, ``J_v (J^T
-        V)``; the training samples come first. Where ``J^T V`` takes more than ``max_memory``
-        bytes, more passes are made.
+        V)``; the training samples come first. Where ``J^T V`` takes more than the memory
+        budget, more passes are made.
         """
         wanted: list[tuple[FineTuningTask, NDArray[np.float64]]] = []
         if training:
@@ -222,7 +211,7 @@ class Passes:
         held = 0
         for p in self._layout.parameters:
             n_bytes = p.n_weights * n_vectors * vectors.element_size()
-            if groups[-1] and held + n_bytes > max_memory // 2:
+            if groups[-1] and held + n_bytes > self._settings.max_memory // 2:
                 groups.append([])
                 held = 0
             groups[-1].append(p.name)
@@ -296,7 +285,7 @@ class Passes:
     ) -> tuple[tuple[torch.Tensor, ...], NDArray[np.float64], float]:
         """Return exact columns and groups of one kind of samples, ``J w`` and the trace."""
         n, c = task.n_samples, task.n_outputs
-        like: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
+        like = self._settings.place
         exact = torch.zeros((n, c, sum(n_exact.values())), **like)
         groups = torch.zeros((n, c, N_GROUPS, width // N_GROUPS), **like)
         offsets = dict(zip(n_exact, np.cumsum([0, *n_exact.values()]).tolist(), strict=False))
@@ -327,7 +316,7 @@ class Passes:
                     projection.add(groups[where], name, rows)
             self._refuse_infinite(state, norms, first)
             check_row_norms(
-                task, self._frozen, first, norms, self._device, self._dtype, self._seed
+                task, self._frozen, first, norms, self._device, self._dtype, self._settings.seed
             )
             trace += float(norms.sum())
         # Views, because the groups together are the largest of all.
@@ -372,7 +361,7 @@ class Passes:
             total=total,
             desc="Sketched samples",
             unit="sample",
-            disable=None if self._show else True,
+            disable=None if self._settings.show_progress_bar else True,
             leave=False,
         )
 

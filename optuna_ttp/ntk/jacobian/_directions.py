@@ -50,7 +50,7 @@ class Directions:
     ) -> None:
         self._task, self._frozen = task, frozen
         self._device, self._dtype = device, dtype
-        itemsize = torch.empty((), dtype=dtype).element_size()
+        itemsize = dtype.itemsize
         self.n_together = max(1, max_memory // (itemsize * max(1, task.n_parameters)))
         self._mode = 0
         self._checked = False

@@ -61,7 +61,7 @@ def prepare(
     if device.type == "cpu" and dtype == torch.float32 and n_checked > 1:
         frozen.try_channels_last(inputs)
     claims = find_claims(frozen, inputs, n_checked, seed, lifts)
-    itemsize = torch.empty((), dtype=dtype).element_size()
+    itemsize = dtype.itemsize
     multipliers = dict(zip(frozen.parameters, task.multipliers.values(), strict=True))
     with claims.tape(frozen).attached() as tape:
         recording = tape.record(inputs, n_checked)

@@ -26,6 +26,7 @@ from optuna_ttp.ntk.engines._projection import SignFold
 from optuna_ttp.ntk.engines._refine import refine
 from optuna_ttp.ntk.engines._rules import CHOICE
 from optuna_ttp.ntk.engines._rules import SKETCHES
+from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.store import SpectrumStore
@@ -74,12 +75,9 @@ def test_a_sketch_is_right_in_expectation(projection: Any, device: torch.device)
     for seed in range(n_seeds):
         sketch = sketch_jacobian(
             task,
+            EngineSettings(device, torch.float64, seed=seed, show_progress_bar=False),
             width=128,
             projection=projection,
-            device=device,
-            dtype=torch.float64,
-            seed=seed,
-            show_progress_bar=False,
         )
         features = sketch.features().cpu().numpy()
         errors.append(relative_error(features @ features.T, exact.gram))
@@ -92,7 +90,7 @@ def test_a_sketch_is_right_in_expectation(projection: Any, device: torch.device)
 def test_what_a_sketch_keeps_exactly(device: torch.device) -> None:
     task = _wide()
     exact = exact_kernel(task, device=device, dtype=torch.float64)
-    sketch = sketch_jacobian(task, width=2048, device=device, dtype=torch.float64)
+    sketch = sketch_jacobian(task, EngineSettings(device, torch.float64), width=2048)
     assert sketch.trace == pytest.approx(np.trace(exact.gram), rel=1e-10)
     np.testing.assert_allclose(sketch.weight_outputs, exact.weight_outputs, rtol=1e-9, atol=1e-9)
     # The head and the bias: 300, 3 and 100 weights.
@@ -100,14 +98,14 @@ def test_what_a_sketch_keeps_exactly(device: torch.device) -> None:
     assert [g.shape for g in sketch.groups] == [(42, 512)] * 4
     one, other = (g @ g.T for g in sketch.groups[:2])
     assert relative_error(one.cpu().numpy(), other.cpu().numpy()) > 1e-3
-    again = sketch_jacobian(task, width=2048, device=device, dtype=torch.float64)
+    again = sketch_jacobian(task, EngineSettings(device, torch.float64), width=2048)
     torch.testing.assert_close(again.features(), sketch.features(), rtol=0, atol=0)
 
 
 def test_validation_samples_are_projected_alike() -> None:
     task = _wide()
     exact = exact_kernel(task, device=CPU, dtype=torch.float64)
-    sketch = sketch_jacobian(task, width=4096, device=CPU, dtype=torch.float64)
+    sketch = sketch_jacobian(task, EngineSettings(CPU, torch.float64), width=4096)
     others = sketch.validation_features()
     assert others is not None
     assert exact.cross is not None
@@ -117,10 +115,10 @@ def test_validation_samples_are_projected_alike() -> None:
 def test_refined_pairs_are_nearly_exact() -> None:
     task = FineTuningTask(cnn(), images(20))
     exact = eigenpairs(exact_kernel(task, device=CPU, dtype=torch.float64).gram)
-    sketch = sketch_jacobian(task, width=64, device=CPU, dtype=torch.float64)
+    sketch = sketch_jacobian(task, EngineSettings(CPU, torch.float64), width=64)
     features = sketch.features()
     rough = eigenpairs_of_features(features, rank=20, trace=sketch.trace)
-    found, _ = refine(task, features, rough, n_refined=20, device=CPU, dtype=torch.float64)
+    found, _ = refine(task, features, rough, EngineSettings(CPU, torch.float64), n_refined=20)
     refined = eigenpairs_of_features(found)
 
     def errors(values: Any) -> Any:
@@ -132,13 +130,15 @@ def test_refined_pairs_are_nearly_exact() -> None:
 
 def test_refining_in_several_passes_changes_nothing() -> None:
     task = _wide()
-    sketch = sketch_jacobian(task, width=64, device=CPU, dtype=torch.float64)
+    sketch = sketch_jacobian(task, EngineSettings(CPU, torch.float64), width=64)
     features = sketch.features()
     pairs = eigenpairs_of_features(features, rank=10)
-    settings: dict[str, Any] = {"n_refined": 10, "device": CPU, "dtype": torch.float64}
-    settings["others"] = sketch.validation_features()
-    whole, whole_others = refine(task, features, pairs, **settings)
-    parts, parts_others = refine(task, features, pairs, max_memory=1, **settings)
+    settings = EngineSettings(CPU, torch.float64)
+    others = sketch.validation_features()
+    whole, whole_others = refine(task, features, pairs, settings, n_refined=10, others=others)
+    parts, parts_others = refine(
+        task, features, pairs, replace(settings, max_memory=1), n_refined=10, others=others
+    )
     torch.testing.assert_close(parts @ parts.T, whole @ whole.T)
     assert whole_others is not None
     assert parts_others is not None
@@ -177,11 +177,11 @@ def test_validation_samples_are_refined_as_training_samples_are(make: Any) -> No
 def test_training_samples_held_out_are_refined_like_themselves() -> None:
     model, (x, y) = cnn(), images(20)
     task = FineTuningTask(model, (x, y), validation_data=(x[3:7], y[3:7]))
-    sketch = sketch_jacobian(task, width=64, device=CPU, dtype=torch.float64)
+    sketch = sketch_jacobian(task, EngineSettings(CPU, torch.float64), width=64)
     features, others = sketch.features(), sketch.validation_features()
     pairs = eigenpairs_of_features(features, rank=20)
     found, found_others = refine(
-        task, features, pairs, n_refined=20, others=others, device=CPU, dtype=torch.float64
+        task, features, pairs, EngineSettings(CPU, torch.float64), n_refined=20, others=others
     )
     assert found_others is not None
     # But for the shift that keeps roots defined.
@@ -379,13 +379,13 @@ def test_the_engine_is_chosen_by_sizes_alone() -> None:
 )
 def test_bad_settings_of_a_sketch_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sketch_jacobian(FineTuningTask(mlp(), vectors(4)), device=CPU, **settings)
+        sketch_jacobian(FineTuningTask(mlp(), vectors(4)), EngineSettings(CPU), **settings)
 
 
 def test_multipliers_are_refused() -> None:
     task = FineTuningTask(mlp(), vectors(4), learning_rate_multipliers={"0.": 2.0})
     with pytest.raises(ValueError, match="learning_rate_multipliers must all be one"):
-        sketch_jacobian(task, width=8, device=CPU)
+        sketch_jacobian(task, EngineSettings(CPU), width=8)
 
 
 def test_a_budget_that_is_too_small_is_refused() -> None:
@@ -406,7 +406,7 @@ def test_rows_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(_state.StateBuilder, "finish", wrong)
     with pytest.raises(JacobianMismatchError, match="The squared gradient of output"):
-        sketch_jacobian(FineTuningTask(cnn(), images(6)), width=64, device=CPU)
+        sketch_jacobian(FineTuningTask(cnn(), images(6)), EngineSettings(CPU), width=64)
 
 
 @pytest.mark.parametrize("name", ["gru", "multi-head attention", "dict inputs", "weight norm"])
@@ -415,7 +415,7 @@ def test_sketches_of_other_architectures(name: str, device: torch.device) -> Non
     task = FineTuningTask(one.model, one.data, forward=one.forward)
     exact = exact_kernel(task, device=device).gram
     # Wider than there are weights: only signs are changed, and shifted parameters may meet.
-    sketch = sketch_jacobian(task, width=65_536, device=device)
+    sketch = sketch_jacobian(task, EngineSettings(device), width=65_536)
     features = sketch.features().cpu().numpy()
     assert relative_error(features @ features.T, exact) < 0.02
     with warnings.catch_warnings():
