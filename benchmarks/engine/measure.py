@@ -82,7 +82,7 @@ def _run(
     # The peers' environment does not have this library.
     from optuna_ttp import FineTuningTask
     from optuna_ttp.ntk import exact_kernel
-    from optuna_ttp.ntk.engines._settings import EngineSettings
+    from optuna_ttp.ntk._settings import EngineSettings
     from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 
     task = FineTuningTask(model, (inputs, labels))

@@ -27,8 +27,8 @@ from benchmarks.environment import peak_memory
 from optuna_ttp import FineTuningTask
 from optuna_ttp.ntk import exact_kernel
 from optuna_ttp.ntk import plan_spectrum
+from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._matrix_free import leading_pairs
-from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 
 

@@ -26,11 +26,11 @@ from optuna_ttp.ntk._processes import by_first
 from optuna_ttp.ntk._processes import check_same_task
 from optuna_ttp.ntk._processes import has_group
 from optuna_ttp.ntk._processes import in_all
+from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._checkpoint import check_checkpoint
 from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
 from optuna_ttp.ntk.engines._choice import resolve_engine
 from optuna_ttp.ntk.engines._matrix_free import leading_pairs
-from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import measure_throughput
 from optuna_ttp.spectrum import Spectrum

@@ -12,6 +12,7 @@ import torch
 from optuna_ttp._util.exceptions import ApproximationWarning
 from optuna_ttp._util.warn import warn_caller
 from optuna_ttp.dynamics import PathFollower
+from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
 from optuna_ttp.ntk.engines._choice import check_sketch_memory
 from optuna_ttp.ntk.engines._choice import widest_sketch
@@ -23,7 +24,6 @@ from optuna_ttp.ntk.engines._exact import exact_kernel
 from optuna_ttp.ntk.engines._refine import refine
 from optuna_ttp.ntk.engines._rules import CHOICE
 from optuna_ttp.ntk.engines._rules import SKETCHES
-from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 from optuna_ttp.ntk.engines._sketch_error import sketch_error
 from optuna_ttp.ntk.engines._sketch_error import SketchError

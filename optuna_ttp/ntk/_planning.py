@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 import time
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from optuna_ttp.ntk._devices import resolve_device
 from optuna_ttp.ntk._devices import resolve_dtype
 from optuna_ttp.ntk._plan import LayerPlan
 from optuna_ttp.ntk._plan import SpectrumPlan
+from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._choice import check_sketch_memory
 from optuna_ttp.ntk.engines._choice import resolve_engine
 from optuna_ttp.ntk.engines._exact import choose_grouping
@@ -29,7 +31,6 @@ from optuna_ttp.ntk.engines._matrix_free import probes_of
 from optuna_ttp.ntk.engines._matrix_free import sketch_width
 from optuna_ttp.ntk.engines._rules import CHOICE
 from optuna_ttp.ntk.engines._rules import SKETCHES
-from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.engines._sketch import Passes
 from optuna_ttp.ntk.jacobian._directions import Directions
 from optuna_ttp.ntk.jacobian._prepare import lifting
@@ -181,16 +182,8 @@ class _Planner:
             clock = _Clock(device)
             reference = task.initial_outputs(device, dtype)
             with task.frozen(device, dtype) as frozen:
-                check_singles(task, frozen, reference, device, dtype)
-                preparation = prepare(
-                    task,
-                    frozen,
-                    device=device,
-                    dtype=dtype,
-                    seed=self._seed,
-                    lifts=lifts,
-                    held=held,
-                )
+                check_singles(task, frozen, reference, self._settings)
+                preparation = prepare(task, frozen, replace(self._settings, held=held), lifts)
                 setup = clock.seconds()
                 grouping = choose_grouping(task, preparation, self._settings)
                 with preparation.claims.tape(frozen).attached() as tape:
@@ -199,9 +192,8 @@ class _Planner:
                         frozen,
                         preparation.claims,
                         tape,
+                        self._settings,
                         batch_size=min(grouping.batch, self._n_timed),
-                        device=device,
-                        dtype=dtype,
                         reference=reference,
                     )
                     seconds = _fastest(
@@ -278,9 +270,9 @@ class _Planner:
         clock = _Clock(device)
         reference = task.initial_outputs(device, dtype)
         with task.frozen(device, dtype) as frozen:
-            check_singles(task, frozen, reference, device, dtype)
+            check_singles(task, frozen, reference, self._settings)
             setup = clock.seconds()
-            directions = Directions(self._few, frozen, device, dtype, self._max_memory // 2)
+            directions = Directions(self._few, frozen, self._settings)
             vectors = torch.ones(
                 (self._n_timed * task.n_outputs, _N_DIRECTIONS), dtype=dtype, device=device
             )

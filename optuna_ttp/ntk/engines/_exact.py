@@ -27,13 +27,13 @@ from optuna_ttp._util.checks import check_seed
 from optuna_ttp.ntk._autocast import without_autocast
 from optuna_ttp.ntk._processes import check_same_task
 from optuna_ttp.ntk._processes import together
+from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._checkpoint import check_checkpoint
 from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
 from optuna_ttp.ntk.engines._checkpoint import load_arrays
 from optuna_ttp.ntk.engines._kernel import Kernel
 from optuna_ttp.ntk.engines._rules import EXACT
 from optuna_ttp.ntk.engines._self_check import check_rows
-from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.engines._sharded import sharded_kernel
 from optuna_ttp.ntk.jacobian._prepare import lifting
 from optuna_ttp.ntk.jacobian._prepare import Preparation
@@ -114,22 +114,14 @@ def _kernel(
     lifts: Mapping[str, int],
 ) -> Kernel:
     """Compute the kernel with claims that are lifted where layers turned out to be wrong."""
-    device, dtype, seed = settings.device, settings.dtype, settings.seed
+    device, dtype = settings.device, settings.dtype
     reference = task.initial_outputs(device, dtype)
     held_out = None if task.validation is None else task.validation.initial_outputs(device, dtype)
     with task.frozen(device, dtype) as frozen:
 
         def prepared() -> tuple[Preparation, Grouping]:
-            check_singles(task, frozen, reference, device, dtype)
-            preparation = prepare(
-                task,
-                frozen,
-                device=device,
-                dtype=dtype,
-                seed=seed,
-                lifts=lifts,
-                held=settings.held,
-            )
+            check_singles(task, frozen, reference, settings)
+            preparation = prepare(task, frozen, settings, lifts)
             return preparation, choose_grouping(task, preparation, settings)
 
         preparation, grouping = together(prepared) if distributed else prepared()
@@ -155,9 +147,8 @@ def _kernel(
                     frozen,
                     preparation.claims,
                     tape,
+                    settings,
                     batch_size=grouping.batch,
-                    device=device,
-                    dtype=dtype,
                     reference=outputs,
                     advance=bar.update,
                 )
@@ -173,16 +164,7 @@ def _kernel(
                 for block in blocks:
                     assembly.add_block(block, grouping.streamed)
                 kernel = assembly.kernel()
-        check_rows(
-            task,
-            frozen,
-            preparation.claims,
-            kernel,
-            held=settings.held,
-            device=device,
-            dtype=dtype,
-            seed=seed,
-        )
+        check_rows(task, frozen, preparation.claims, kernel, settings)
     return kernel
 
 
@@ -319,7 +301,8 @@ class _Assembly:
         if not self._restore(block, block):
             state = self._state(block)
             product, stretched = multiply(self._layout, state, state)
-            self._refuse_infinite(state, product, block)
+            if not torch.isfinite(product.diagonal()).all():
+                state.check_finite(block.start, self._n_outputs)
             self._put(block, block, product, stretched)
         for other in later:
             if self._restore(block, other):
@@ -390,14 +373,3 @@ class _Assembly:
         if left == right:
             self._inner[left] = arrays[-1]
         return True
-
-    def _refuse_infinite(self, state: BlockState, product: torch.Tensor, block: slice) -> None:
-        """Raise ValueError with the sample's number if a gradient is not finite."""
-        if torch.isfinite(product.diagonal()).all():
-            return
-        bad = state.first_not_finite(self._n_outputs)
-        if bad is not None:
-            raise ValueError(
-                f"The gradient of output {bad[1]} of sample {block.start + bad[0]} must be finite "
-                "but got NaN or infinity."
-            )

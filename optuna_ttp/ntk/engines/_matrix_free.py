@@ -27,14 +27,15 @@ from optuna_ttp._util.exceptions import ApproximationWarning
 from optuna_ttp._util.warn import warn_caller
 from optuna_ttp.dynamics import PathFollower
 from optuna_ttp.dynamics import ResidualPath
+from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._choice import check_multipliers
 from optuna_ttp.ntk.engines._eigenpairs import Decomposition
 from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
+from optuna_ttp.ntk.engines._nystrom import check_overflow
 from optuna_ttp.ntk.engines._nystrom import nystrom
 from optuna_ttp.ntk.engines._rules import N_GROUPS
 from optuna_ttp.ntk.engines._rules import PAIRS
-from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.engines._sketch import Passes
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 from optuna_ttp.ntk.jacobian._directions import Directions
@@ -167,13 +168,12 @@ def _by_directions(
     task: FineTuningTask, settings: EngineSettings, n_wanted: int, n_columns: int
 ) -> Decomposition:
     """Compute the pairs from products that go through the network one direction at a time."""
-    device, dtype = settings.device, settings.dtype
     generator = torch.Generator().manual_seed(settings.seed)
     n_rows = task.n_samples * task.n_outputs
-    reference = task.initial_outputs(device, dtype)
-    with task.frozen(device, dtype) as frozen:
-        check_singles(task, frozen, reference, device, dtype)
-        directions = Directions(task, frozen, device, dtype, settings.max_memory // 2)
+    reference = task.initial_outputs(settings.device, settings.dtype)
+    with task.frozen(settings.device, settings.dtype) as frozen:
+        check_singles(task, frozen, reference, settings)
+        directions = Directions(task, frozen, settings)
 
         def product(v: torch.Tensor) -> torch.Tensor:
             return directions.images(v.to(**settings.place))
@@ -197,7 +197,7 @@ def _by_directions(
                 directions.forward(task.validation, directions.adjoint(some))
                 for some in whitened.split(directions.n_together, dim=1)
             ]
-            features = torch.cat(parts, 1).to(dtype).numpy()
+            features = torch.cat(parts, 1).to(settings.dtype).numpy()
     return Decomposition(
         Eigenpairs(values.numpy(), basis.numpy(), trace),
         outputs.reshape(task.n_samples, task.n_outputs).numpy(),
@@ -269,11 +269,7 @@ def _krylov(
     before: ResidualPath | None = None
     n_narrow = 0
     for block in range(PAIRS.max_blocks):
-        if not torch.isfinite(images).all():
-            raise ValueError(
-                "The kernel must be finite but overflowed. Scale the inputs, or compute with "
-                'dtype="float64".'
-            )
+        check_overflow(images)
         inner = basis.T @ images
         values, mixing = torch.linalg.eigh((inner + inner.T) / 2)
         values, mixing = values.flip(0), mixing.flip(1)

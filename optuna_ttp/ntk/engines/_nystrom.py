@@ -15,11 +15,7 @@ def nystrom(
     returned. The third are weights ``W`` with ``U = Y W``, up to rounding. ValueError is raised if
     the kernel overflowed.
     """
-    if not torch.isfinite(images).all():
-        raise ValueError(
-            "The kernel must be finite but overflowed. Scale the inputs, or compute with "
-            'dtype="float64".'
-        )
+    check_overflow(images)
     inner, squares = vectors.T @ images, images.T @ images
     inner = (inner + inner.T) / 2
     # Single precision made the images: smaller shifts would leave the root undefined.
@@ -34,3 +30,12 @@ def nystrom(
     values = values.clamp(min=shift)
     weights = torch.linalg.solve_triangular(root.T, mixing, upper=True) / values.sqrt()
     return images @ weights + vectors @ (shift * weights), values - shift, weights
+
+
+def check_overflow(images: torch.Tensor) -> None:
+    """Raise ValueError if products with the kernel are not finite."""
+    if not torch.isfinite(images).all():
+        raise ValueError(
+            "The kernel must be finite but overflowed. Scale the inputs, or compute with "
+            'dtype="float64".'
+        )

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._nystrom import nystrom
-from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.engines._sketch import Passes
 from optuna_ttp.ntk.jacobian._prepare import lifting
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from optuna_ttp._util.exceptions import JacobianMismatchError
+from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._kernel import Kernel
 from optuna_ttp.ntk.jacobian._claims import Claims
 from optuna_ttp.ntk.jacobian._rules import CHECKS
@@ -23,11 +24,7 @@ def check_rows(
     frozen: FrozenModel,
     claims: Claims,
     kernel: Kernel,
-    *,
-    held: torch.dtype | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    seed: int,
+    settings: EngineSettings,
 ) -> None:
     """Raise JacobianMismatchError if entries of the kernel are not those of plain reverse mode.
 
@@ -35,11 +32,11 @@ def check_rows(
     and their products compared with their entries of the kernel. The error names the layer whose
     gradients differ most.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(settings.seed)
     chosen = [
         (int(rng.integers(task.n_samples)), int(rng.integers(task.n_outputs))) for _ in range(2)
     ]
-    rows = [_plain_row(task, frozen, n, c, device, dtype) for n, c in chosen]
+    rows = [_plain_row(task, frozen, n, c, settings) for n, c in chosen]
     multipliers = dict(zip(frozen.parameters, task.multipliers.values(), strict=True))
     indices = [n * task.n_outputs + c for n, c in chosen]
     norms = [_product(r, r, multipliers) ** 0.5 for r in rows]
@@ -51,13 +48,13 @@ def check_rows(
             continue
         if (
             abs(actual - expected)
-            > CHECKS.kernel_tolerances[held or frozen.precision] * norms[a] * norms[b]
+            > CHECKS.kernel_tolerances[settings.held or frozen.precision] * norms[a] * norms[b]
         ):
             raise JacobianMismatchError(
                 f"The kernel of sample {chosen[a][0]}, output {chosen[a][1]} and sample "
                 f"{chosen[b][0]}, output {chosen[b][1]} must be {expected:.6g}, as plain "
                 f"automatic differentiation has it, but got {actual:.6g}. "
-                + _culprit(task, frozen, claims, chosen[a], rows[a], device, dtype)
+                + _culprit(task, frozen, claims, chosen[a], rows[a], settings)
             )
 
 
@@ -66,20 +63,18 @@ def check_row_norms(
     frozen: FrozenModel,
     first: int,
     norms: torch.Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
-    seed: int,
+    settings: EngineSettings,
 ) -> None:
     """Raise JacobianMismatchError if the squared norm of a random row is not that of reverse mode.
 
     ``norms`` are the squared norms ``(B, C)`` of a batch whose first sample has the number
     ``first``. If the random row is of none of its samples, nothing is compared.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(settings.seed)
     n, c = int(rng.integers(task.n_samples)), int(rng.integers(task.n_outputs))
     if not first <= n < first + len(norms):
         return
-    row = _plain_row(task, frozen, n, c, device, dtype)
+    row = _plain_row(task, frozen, n, c, settings)
     expected = _product(row, row, dict.fromkeys(row, 1.0))
     actual = float(norms[n - first, c])
     if (
@@ -97,11 +92,10 @@ def _plain_row(
     frozen: FrozenModel,
     n: int,
     c: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    settings: EngineSettings,
 ) -> dict[str, torch.Tensor]:
     """Return the gradient of one output of one sample, by parameter, by plain reverse mode."""
-    inputs, _ = next(task.batches(1, device, dtype, start=n))
+    inputs, _ = next(task.batches(1, settings.device, settings.dtype, start=n))
     gradients = torch.autograd.grad(
         frozen(inputs)[0, c],
         list(frozen.parameters.values()),
@@ -134,15 +128,14 @@ def _culprit(
     claims: Claims,
     row: tuple[int, int],
     plain: dict[str, torch.Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
+    settings: EngineSettings,
 ) -> str:
     """Return a sentence that says which layer's gradient differs most from the plain one."""
     from optuna_ttp.ntk.layers._factors import Factors
 
     n, c = row
     batch_size = min(4, task.n_samples - n)
-    inputs, _ = next(task.batches(batch_size, device, dtype, start=n))
+    inputs, _ = next(task.batches(batch_size, settings.device, settings.dtype, start=n))
     by_layer: dict[str, torch.Tensor] = {}
     with claims.tape(frozen).attached() as tape:
         recording = tape.record(inputs, batch_size)

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 import torch
 from tqdm import tqdm
 
+from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._choice import check_multipliers
 from optuna_ttp.ntk.engines._projection import Projection
 from optuna_ttp.ntk.engines._projection import SignFold
 from optuna_ttp.ntk.engines._rules import N_GROUPS
 from optuna_ttp.ntk.engines._rules import SKETCHES
 from optuna_ttp.ntk.engines._self_check import check_row_norms
-from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.jacobian._layout import Layout
 from optuna_ttp.ntk.jacobian._prepare import lifting
 from optuna_ttp.ntk.jacobian._prepare import Preparation
@@ -122,15 +122,8 @@ class Passes:
         with ExitStack() as stack:
             reference = task.initial_outputs(device, dtype)
             self._frozen: FrozenModel = stack.enter_context(task.frozen(device, dtype))
-            check_singles(task, self._frozen, reference, device, dtype)
-            preparation = prepare(
-                task,
-                self._frozen,
-                device=device,
-                dtype=dtype,
-                seed=self._settings.seed,
-                lifts=self._lifts,
-            )
+            check_singles(task, self._frozen, reference, self._settings)
+            preparation = prepare(task, self._frozen, self._settings, self._lifts)
             self._layout = _layout_of_factors(task, self._frozen, preparation, dtype)
             self._preparation = preparation
             self._tape = stack.enter_context(preparation.claims.tape(self._frozen).attached())
@@ -314,10 +307,9 @@ class Passes:
                         exact[where, :, columns] = rows
                         continue
                     projection.add(groups[where], name, rows)
-            self._refuse_infinite(state, norms, first)
-            check_row_norms(
-                task, self._frozen, first, norms, self._device, self._dtype, self._settings.seed
-            )
+            if not torch.isfinite(norms).all():
+                state.check_finite(first, task.n_outputs)
+            check_row_norms(task, self._frozen, first, norms, self._settings)
             trace += float(norms.sum())
         # Views, because the groups together are the largest of all.
         return (exact.flatten(0, 1), *groups.flatten(0, 1).unbind(1)), inner, trace
@@ -334,9 +326,8 @@ class Passes:
             self._frozen,
             self._preparation.claims,
             self._tape,
+            self._settings,
             batch_size=self._batch_size,
-            device=self._device,
-            dtype=self._dtype,
             reference=reference,
         )
         for first in range(0, task.n_samples, self._batch_size):
@@ -364,17 +355,6 @@ class Passes:
             disable=None if self._settings.show_progress_bar else True,
             leave=False,
         )
-
-    def _refuse_infinite(self, state: BlockState, norms: torch.Tensor, first: int) -> None:
-        """Raise ValueError with the sample's number if a gradient is not finite."""
-        if torch.isfinite(norms).all():
-            return
-        bad = state.first_not_finite(self._task.n_outputs)
-        if bad is not None:
-            raise ValueError(
-                f"The gradient of output {bad[1]} of sample {first + bad[0]} must be finite but "
-                "got NaN or infinity."
-            )
 
 
 def _layout_of_factors(

@@ -21,6 +21,7 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.attention import SDPBackend
 
 from optuna_ttp._util.exceptions import JacobianMismatchError
+from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.jacobian._rules import CHECKS
 from optuna_ttp.ntk.jacobian._rules import LAYOUTS
 from optuna_ttp.ntk.jacobian._tape import Gradients
@@ -37,21 +38,19 @@ _MODES = ("forward", "forward of plain attention", "two backward passes")
 class Directions:
     """Products with the Jacobian ``J`` of a task, without any of its rows.
 
-    ``n_together`` is how many directions in the space of the weights fit ``max_memory`` bytes.
+    ``n_together`` is how many directions in the space of the weights fit half of the memory.
     """
 
     def __init__(
         self,
         task: FineTuningTask,
         frozen: FrozenModel,
-        device: torch.device,
-        dtype: torch.dtype,
-        max_memory: int,
+        settings: EngineSettings,
     ) -> None:
         self._task, self._frozen = task, frozen
-        self._device, self._dtype = device, dtype
-        itemsize = dtype.itemsize
-        self.n_together = max(1, max_memory // (itemsize * max(1, task.n_parameters)))
+        self._device, self._dtype = settings.device, settings.dtype
+        weights = settings.dtype.itemsize * max(1, task.n_parameters)
+        self.n_together = max(1, settings.max_memory // 2 // weights)
         self._mode = 0
         self._checked = False
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.jacobian._claims import Claims
 from optuna_ttp.ntk.jacobian._claims import UnclaimedError
 from optuna_ttp.ntk.jacobian._find_claims import find_claims
@@ -43,24 +44,19 @@ class Preparation:
 def prepare(
     task: FineTuningTask,
     frozen: FrozenModel,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    seed: int,
+    settings: EngineSettings,
     lifts: Mapping[str, int] | None = None,
-    held: torch.dtype | None = None,
 ) -> Preparation:
     """Differentiate a few samples: find claims and layout, and count what a sample takes.
 
-    ``seed`` is that of the random directions in which gradients are compared, ``lifts`` as for
-    :func:`~optuna_ttp.ntk.jacobian._find_claims.find_claims`, and ``held`` the precision that the
-    Jacobian is held in, ``dtype`` by default.
+    ``lifts`` are as for :func:`~optuna_ttp.ntk.jacobian._find_claims.find_claims`.
     """
+    device, dtype, held = settings.device, settings.dtype, settings.held
     n_checked = min(CHECKS.n_claim_samples, task.n_samples)
     inputs, _ = next(task.batches(n_checked, device, dtype))
     if device.type == "cpu" and dtype == torch.float32 and n_checked > 1:
         frozen.try_channels_last(inputs)
-    claims = find_claims(frozen, inputs, n_checked, seed, lifts)
+    claims = find_claims(frozen, inputs, n_checked, settings.seed, lifts)
     itemsize = dtype.itemsize
     multipliers = dict(zip(frozen.parameters, task.multipliers.values(), strict=True))
     with claims.tape(frozen).attached() as tape:
@@ -69,7 +65,7 @@ def prepare(
         {n: p.numel() for n, p in frozen.parameters.items() if n in claims.shapes},
         multipliers,
         claims.shapes,
-        separable=_separable(claims, recording, seed),
+        separable=_separable(claims, recording, settings.seed),
         n_samples=task.n_samples,
         n_outputs=task.n_outputs,
         itemsize=itemsize if held is None else held.itemsize,

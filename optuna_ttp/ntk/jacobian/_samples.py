@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 import torch
 
+from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.jacobian._claims import Claims
 from optuna_ttp.ntk.jacobian._claims import UnclaimedError
 from optuna_ttp.ntk.jacobian._layout import Layout
@@ -44,10 +45,9 @@ class SampleReader:
         frozen: FrozenModel,
         claims: Claims,
         tape: Tape,
+        settings: EngineSettings,
         *,
         batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
         reference: NDArray[np.float64],
         advance: Callable[[int], object] = lambda _: None,
     ) -> None:
@@ -56,12 +56,11 @@ class SampleReader:
         self._claims = claims
         self._tape = tape
         self._batch_size = batch_size
-        self.device = device
-        self._dtype = dtype
+        self.device, self._dtype = settings.device, settings.dtype
         self._reference = reference
         self._advance = advance
         # On a GPU one vectorised pass keeps it busy; on a CPU it only copies more.
-        self._batched = device.type == "cuda"
+        self._batched = self.device.type == "cuda"
 
     def read(
         self, layout: Layout, start: int, stop: int, *, weight_outputs: bool = True
@@ -155,8 +154,7 @@ def check_singles(
     task: FineTuningTask,
     frozen: FrozenModel,
     reference: NDArray[np.float64],
-    device: torch.device,
-    dtype: torch.dtype,
+    settings: EngineSettings,
 ) -> None:
     """Raise ValueError if a batch of one has another shape, other outputs, or no gradient.
 
@@ -164,7 +162,7 @@ def check_singles(
     """
     n = task.n_samples
     for k in sorted({int(i) for i in np.linspace(0, n - 1, min(n, CHECKS.n_single_samples))}):
-        inputs, _ = next(task.batches(1, device, dtype, start=k))
+        inputs, _ = next(task.batches(1, settings.device, settings.dtype, start=k))
         outputs = frozen(inputs)
         if outputs.shape != (1, task.n_outputs):
             raise ValueError(

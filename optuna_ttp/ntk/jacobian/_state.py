@@ -36,8 +36,8 @@ class BlockState:
     matrices: dict[str, torch.Tensor]
     separated: dict[str, Separated]
 
-    def first_not_finite(self, n_outputs: int) -> tuple[int, int] | None:
-        """Return the first (sample, output) with a gradient that is not finite."""
+    def check_finite(self, first: int, n_outputs: int) -> None:
+        """Raise ValueError if a gradient is not finite; ``first`` numbers the first sample."""
         finite = torch.isfinite(self.rows).all(1).reshape(self.n_samples, n_outputs)
         for matrix in self.matrices.values():
             finite &= torch.isfinite(matrix).all(1).reshape(finite.shape)
@@ -48,7 +48,12 @@ class BlockState:
             for d in factors.cotangents:
                 finite &= torch.isfinite(d).all(-1).all(-1).all(1)
         bad = (~finite).nonzero()
-        return None if len(bad) == 0 else (int(bad[0, 0]), int(bad[0, 1]))
+        if len(bad):
+            sample, output = bad[0].tolist()
+            raise ValueError(
+                f"The gradient of output {output} of sample {first + sample} must be finite but "
+                "got NaN or infinity."
+            )
 
 
 class StateBuilder:

@@ -19,6 +19,7 @@ from optuna_ttp.ntk import compute_spectrum
 from optuna_ttp.ntk import exact_kernel
 from optuna_ttp.ntk import plan_spectrum
 from optuna_ttp.ntk import resolve_engine
+from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines import _matrix_free
 from optuna_ttp.ntk.engines._matrix_free import by_directions
 from optuna_ttp.ntk.engines._rules import PAIRS
@@ -358,7 +359,7 @@ def test_products_with_the_kernel(make: Any, shape: tuple[int, ...] | None, mode
     vectors = torch.randn(len(kernel.gram), 3)
     before = {n: p.detach().clone() for n, p in one.model.named_parameters()}
     with task.frozen(CPU, torch.float32) as frozen:
-        directions = Directions(task, frozen, CPU, torch.float32, 2**20)
+        directions = Directions(task, frozen, EngineSettings(CPU, max_memory=2**21))
         found = directions.images(vectors)
     assert directions.mode == mode
     expected = kernel.gram.astype(np.float64) @ vectors.double().numpy()

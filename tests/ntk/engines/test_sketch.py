@@ -20,13 +20,13 @@ from optuna_ttp.ntk import eigenpairs
 from optuna_ttp.ntk import exact_kernel
 from optuna_ttp.ntk import plan_spectrum
 from optuna_ttp.ntk import resolve_engine
+from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines import _choice
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
 from optuna_ttp.ntk.engines._projection import SignFold
 from optuna_ttp.ntk.engines._refine import refine
 from optuna_ttp.ntk.engines._rules import CHOICE
 from optuna_ttp.ntk.engines._rules import SKETCHES
-from optuna_ttp.ntk.engines._settings import EngineSettings
 from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.store import SpectrumStore
