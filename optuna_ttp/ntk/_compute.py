@@ -152,9 +152,9 @@ def compute_spectrum(
             "measure_speed": measure_speed,
             "probe": probe,
         }
-        # It chooses an engine only where none was asked for.
+        # The memory chooses an engine only where none was asked for.
         settings["max_memory"] = max_memory if engine == "auto" else None
-        # Before anything that only some of the processes might refuse.
+        # This comes before any check that only some of the processes might fail.
         check_same_task(task, settings)
     seed, engine, kind, held, resolved = settings_of_all
     started = time.perf_counter()
@@ -181,7 +181,7 @@ def compute_spectrum(
     throughput = None
     if measure_speed:
         timed = partial(measure_throughput, task, device=resolved)
-        # One that is not slowed down by the others, and the same spectrum for all of them.
+        # Alone the first process is not slowed down by the others, and all get the same times.
         throughput = by_first(timed) if distributed else timed()
     validation = None
     if decomposition.validation_features is not None and task.validation is not None:

@@ -97,9 +97,9 @@ def sketched_decomposition(
         features, others = refine(
             task, features, pairs, settings, others=others, n_refined=SKETCHES.n_refined
         )
-        # Its error is that of the sketch before at most. Its own groups would say less than it is:
-        # what is refined was chosen by them (benchmarks/engine/coverage.py: a bar made of them
-        # held 64 % of the errors).
+        # The error is at most that of the sketch before. An error bar made of the refined groups
+        # would be too small, because they chose what is refined: it held 64 % of the errors
+        # (benchmarks/engine/coverage.py).
         pairs = eigenpairs_of_features(features, trace=sketch.trace)
     if not error.expected <= SKETCHES.time_error:
         by_what = f"uncertain by {error.bar:.0%}" if np.isfinite(error.bar) else "unknown"

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
-# Samples that are timed: of so many the fixed costs of a batch are a small part.
+# So many samples are timed that the fixed costs of a batch are a small part.
 _N_TIMED = 12
 _MATRIX = 1024
 # Blocks of products that the matrix-free engine usually makes.
@@ -247,7 +247,7 @@ class _Planner:
             seconds = 2.0 * setup + self._n_read * (
                 self._sketched(lifts) + _N_BLOCKS * self._multiplied(lifts, n_columns)
             )
-            # The basis, its images, and what is made of both; weights times vectors.
+            # These are the basis, its images, and what is made of both; then weights times vectors.
             vectors = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
             held = self._task.n_parameters * n_columns * self._itemsize
             # One layer's part is made before it is added.

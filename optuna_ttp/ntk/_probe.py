@@ -101,14 +101,14 @@ def probe_linearisation(
                 _largest(frozen, change),
                 away / moved if math.isfinite(away) else math.inf,
                 ratio,
-                # A head of zeros: outputs are linear on the way, the kernel is not.
+                # With a head of zeros the outputs are linear on the way, but the kernel is not.
                 away <= RULES.linear * moved and abs(ratio - 1.0) <= RULES.linear + unseen,
             )
 
         path = _path(model)
         points = shared_out(looked_at, path) if distributed else [looked_at(p) for p in path]
     if all(point.is_linear for point in points):
-        # However far they go: the kernel is the same everywhere.
+        # However far the weights go, the kernel is the same everywhere.
         points = [replace(point, displacement=0.0, ratio=1.0) for point in points]
     probe = Probe(
         np.array([1.0, *(point.fraction for point in points)]),
@@ -143,7 +143,7 @@ def _path(model: LinearisedModel) -> list[torch.Tensor]:
     for _ in range(RULES.max_steps):
         if not goals:
             break
-        # Outputs are what takes long, and both the gradient and the loss are of them.
+        # Outputs take the most time, and both the gradient and the loss are made of them.
         residuals = model.residuals(outputs, model.soft_targets, model.normalisers)
         theta = theta - rate * (residuals.reshape(1, -1) @ flat)
         outputs = model.outputs(theta)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _Object = TypeVar("_Object")
 _Item = TypeVar("_Item")
 
-# What one process raises and the others raise with it.
+# These exceptions are raised by all processes if one of them raises them.
 _KINDS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (ValueError, TypeError, JacobianMismatchError)
 }
@@ -74,7 +74,7 @@ def check_same_task(task: FineTuningTask, settings: Mapping[str, object]) -> Non
     described_here = {"fingerprint": task.fingerprint, **described}
     if all(other == described_here for other in gathered_objects(described_here)):
         return
-    # Only now that it is needed: all weights are hashed once more.
+    # The parts are hashed only now that they are needed: all weights are read once more.
     parts = gathered_objects({**task.part_fingerprints(), **described})
     different = [
         (rank, name)
@@ -128,7 +128,7 @@ def together(run: Callable[[], _Object]) -> _Object:
     )
     names = [f[2] for f in failures if f is not None and f[2]]
     if names:
-        # All look for the same other module.
+        # Then all processes look for the same other module.
         raise UnclaimedError(frozenset().union(*names), "do not run for all samples") from error
     if error is not None:
         raise error

@@ -45,7 +45,7 @@ def resolve_engine(
         reason = "the product of all rows would take too long"
     else:
         return "exact", "the kernel fits, and its product is affordable"
-    # The narrowest sketch in single precision, and a copy.
+    # The narrowest sketch is held in single precision, together with a copy.
     if 2 * 4 * CHOICE.sketch_width * n_rows > max_memory:
         return "matrix_free", f"{reason}, and so would a sketch"
     if task.n_outputs > CHOICE.max_outputs:
@@ -69,7 +69,7 @@ def check_sketch_memory(task: FineTuningTask, itemsize: int, max_memory: float) 
     ``itemsize`` are the bytes of a number.
     """
     n_rows = task.n_samples * task.n_outputs
-    # And a copy.
+    # The sketch is held together with a copy.
     minimum = 2 * n_rows * CHOICE.sketch_width * itemsize
     what = f"a sketch of {n_rows} outputs"
     check_enough_memory(max_memory, minimum, what, "or fewer samples")

@@ -67,7 +67,7 @@ def eigenpairs(gram: NDArray[Any], *, rank: int | None = None) -> Eigenpairs:
     if rank is not None and n > 1500 and rank < n // 5:
         from scipy.sparse.linalg import eigsh
 
-        # A fixed start vector, so that the same matrix gives the same pairs.
+        # The start vector is fixed, so that the same matrix gives the same pairs.
         start = np.random.default_rng(0).standard_normal(n)
         values, vectors = eigsh(matrix, k=rank, v0=start)
     else:
@@ -76,7 +76,7 @@ def eigenpairs(gram: NDArray[Any], *, rank: int | None = None) -> Eigenpairs:
         values, vectors = eigh(matrix, overwrite_a=True, driver="evd")
     order = np.argsort(values)[::-1]
     values, vectors = values[order], vectors[:, order]
-    # Rounding in the matrix, or in its decomposition.
+    # This is the rounding error of the matrix, or of its decomposition.
     floor = values[0] * max(np.finfo(gram.dtype).eps, n * np.finfo(np.float64).eps)
     n_pairs = int(np.count_nonzero(values > floor))
     if rank is not None:

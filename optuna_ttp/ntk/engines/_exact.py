@@ -99,7 +99,7 @@ def exact_kernel(
     check_checkpoint(checkpoint)
     seed = check_seed(seed)
     if distributed:
-        # Before anything that only some of them might refuse.
+        # This comes before any check that only some of the processes might fail.
         check_same_task(task, {"dtype": dtype, "held": held, "seed": seed})
 
     settings = EngineSettings(device, dtype, held, max_memory, seed, show_progress_bar)
@@ -188,7 +188,7 @@ def choose_grouping(
 
     def needed(n_held: int, n_streamed: int, batch: int) -> int:
         columns = n_streamed * n_outputs
-        # A tile in double precision, and a slice of rows on both sides.
+        # A tile is in double precision, and each side has a slice of rows.
         tile = n_held * n_outputs * columns * 8 * n_matrices
         slices = (n_held + n_streamed) * n_outputs * itemsize
         slices *= min(PRODUCTS.chunk, max(1, task.n_parameters))
@@ -250,7 +250,7 @@ def expected_bytes(
     # Entries of the result take memory only once they are written.
     multiplying = tile + max(scratch + panel, results) if whole else tile + scratch + panel
     before = 0 if whole else results
-    # Weights in another layout, and two gradients of all that are compared in the end.
+    # The weights are held in another layout, and two gradients of all are compared in the end.
     weights = 3 * task.n_parameters * itemsize
     return states + before + max(reading, multiplying) + weights
 

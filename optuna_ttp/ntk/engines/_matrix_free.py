@@ -114,9 +114,9 @@ def by_directions(
 ) -> bool:
     """Return whether there are so many outputs that products go one direction at a time."""
     itemsize = dtype.itemsize
-    # What rows give of all weights must be held; where it does not fit, they are made again.
+    # Products of the rows with the vectors must be held; else rows are made again by groups.
     n_groups = -(-2 * task.n_parameters * n_columns * itemsize // max_memory)
-    # Backward passes and as much again for rows, twice; against one pass each way a direction.
+    # Rows take backward passes and as much again, twice; a direction takes a pass each way.
     return 2 * n_groups * (2 * task.n_outputs + 1) > 4 * n_columns
 
 
@@ -134,7 +134,7 @@ def _by_rows(
     del sketch
     start = eigenpairs_of_features(features, rank=n_columns).eigenvectors
     del features
-    # In single precision, because they are held to the end: it may have to start anew.
+    # They are in single precision, because they are held to the end for another start.
     vectors = _filled(torch.as_tensor(start), n_columns, settings.seed).float()
     del start
     follower = PathFollower(task, task.initial_outputs(settings.device, settings.dtype))
@@ -289,17 +289,17 @@ def _krylov(
             break
         others = mixing[:, n_wanted:]
         seen = others @ (others.T @ (basis.T @ path.residuals))
-        # What the path needs: the residual itself, and what the kernel makes of its other part.
+        # The path needs the residual itself, and what the kernel makes of its other part.
         new = [_remainder(path.residuals, basis), _remainder(images @ seen, basis)]
         if open_.any():
-            # Of all columns, not only of what is open: passes over the data cost more.
+            # All columns go on, not only those that are open: a pass over the data costs more.
             new.append(residuals)
         elif moved <= PAIRS.time_error or n_narrow == PAIRS.max_narrow_blocks:
             break
         else:
             n_narrow += 1
         added = torch.cat(new, 1)[:, :n_left]
-        # Products take the most memory.
+        # They are released first, because products take the most memory.
         del new, residuals, leading
         if added.shape[1] == 0:
             moved = 0.0
@@ -309,7 +309,7 @@ def _krylov(
         basis = torch.cat([basis, added], 1)
         images = torch.cat([images, product(added)], 1)
     if n_left == 0:
-        # All of the space.
+        # The basis spans the whole space, so that everything is exact.
         moved, open_ = 0.0, torch.zeros_like(open_)
     if open_.any():
         warn_caller(
@@ -374,7 +374,7 @@ def _condensed(
     for _ in range(n_powers - 1):
         more = rest[:, None] * powers[-1]
         powers.append(more / more.norm(dim=0).clamp(min=1e-300))
-    # The residual at the start has a part of its own: kept vectors are not quite of this basis.
+    # The residual at the start is taken whole: leading vectors are not quite in this basis.
     coordinates = torch.cat([inside[:, :1], others @ torch.cat(powers, 1)], 1)
     columns = basis @ coordinates
     columns = columns - leading @ (leading.T @ columns)
@@ -384,7 +384,7 @@ def _condensed(
     squares, axes = torch.linalg.eigh(columns.T @ columns)
     good = squares > PAIRS.rounding**2
     whitening = axes[:, good] / squares[good].sqrt()
-    # The kernel takes kept vectors to themselves, to which these are orthogonal.
+    # The kernel maps leading vectors to themselves, and these are orthogonal to them.
     inner = whitening.T @ (columns.T @ (images @ coordinates)) @ whitening
     ritz_values, turned = torch.linalg.eigh((inner + inner.T) / 2)
     return ritz_values.flip(0), columns @ (whitening @ turned.flip(1))

@@ -18,7 +18,7 @@ def nystrom(
     check_overflow(images)
     inner, squares = vectors.T @ images, images.T @ images
     inner = (inner + inner.T) / 2
-    # Single precision made the images: smaller shifts would leave the root undefined.
+    # The images were made in single precision: with a smaller shift there may be no root.
     shift = 1e-6 * float(torch.linalg.matrix_norm(squares, 2)) ** 0.5
     identity = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
     root = torch.linalg.cholesky(inner + shift * identity)

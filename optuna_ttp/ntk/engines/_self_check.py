@@ -43,7 +43,7 @@ def check_rows(
     for a, b in ((0, 0), (0, 1), (1, 1)):
         expected = _product(rows[a], rows[b], multipliers)
         actual = float(kernel.gram[indices[a], indices[b]])
-        # What overflowed is refused elsewhere, with a better message.
+        # An overflow is reported elsewhere, with a better message.
         if not np.isfinite(actual):
             continue
         if (

@@ -65,13 +65,13 @@ def sharded_kernel(
     layout_here = _layout_of(pieces[rank], layout.held)
     gram, stretched = multiply(layout_here, whole, whole)
     if layout.has_multipliers and stretched is None:
-        # Those of all weights of this process are one.
+        # The multipliers of all weights of this process are one.
         stretched = gram.clone()
     cross = None
     if others is not None and task.validation is not None:
         n = task.validation.n_samples
         if n < n_processes:
-            # Fewer than processes: each differentiates all of them.
+            # There are fewer samples than processes, so that each differentiates all of them.
             held_out, _ = together(lambda: others.read(layout, 0, n))
             left = _chosen(held_out, pieces[rank])
         else:
@@ -230,7 +230,7 @@ def _exchanged(state: BlockState, shares: list[slice], pieces: list[list[_Piece]
     for owner, some in enumerate(pieces):
         for piece in some:
             rows = [
-                # Rows are those of all outputs.
+                # There is a row for each output of a sample.
                 _gathered(t, n_samples, len(t) // state.n_samples, owner)
                 for t in _tensors(state, piece)
             ]
@@ -246,7 +246,7 @@ def _gathered(
     most = n_rows * max(n_samples)
     missing = most - len(tensor)
     kind = tensor.dtype
-    # As bytes, because not every backend knows half precision.
+    # They are sent as bytes, because not every backend supports half precision.
     sent = tensor.contiguous().view(torch.uint8) if kind == torch.bfloat16 else tensor.contiguous()
     if missing:
         sent = torch.cat([sent, sent.new_zeros((missing, *sent.shape[1:]))])

@@ -159,7 +159,7 @@ class Passes:
         n_rows = (task.n_samples + n_held_out) * task.n_outputs
         rows = n_rows * (sum(exact.values()) + width) * itemsize
         held = self._layout.bytes_per_sample + self._preparation.bytes_per_sample
-        # Weights in another layout, and one gradient that is compared; signs take a byte each.
+        # Weights are held in another layout, and one gradient is compared; a sign takes a byte.
         weights = 2 * task.n_parameters * itemsize + N_GROUPS * sum(projected.values())
         return rows + self._batch_size * held + 2 * PRODUCTS.scratch * itemsize + weights
 
@@ -311,7 +311,7 @@ class Passes:
                 state.check_finite(first, task.n_outputs)
             check_row_norms(task, self._frozen, first, norms, self._settings)
             trace += float(norms.sum())
-        # Views, because the groups together are the largest of all.
+        # They are views, because the groups together take the most memory.
         return (exact.flatten(0, 1), *groups.flatten(0, 1).unbind(1)), inner, trace
 
     def _states(
@@ -332,7 +332,7 @@ class Passes:
         )
         for first in range(0, task.n_samples, self._batch_size):
             last = min(first + self._batch_size, task.n_samples)
-            # What rows give of the weights costs less than what factors give.
+            # Products with the weights cost less from rows than from factors.
             state, _ = reader.read(self._layout, first, last, weight_outputs=False)
             yield first, state
             bar.update(last - first)

@@ -190,7 +190,7 @@ class Directions:
 def _load_forward_mode() -> None:
     """Let PyTorch compile its derivatives for forward mode, which it does once a process."""
     with warnings.catch_warnings():
-        # By means that it has itself deprecated.
+        # PyTorch does so by means that it has itself deprecated.
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
         with forward_ad.dual_level():
             forward_ad.make_dual(torch.zeros(1), torch.zeros(1))

@@ -72,7 +72,7 @@ def find_claims(
                 raise
             copied = copied | {error.module}
             continue
-        # What only other samples reach must still be answered for by a module that runs.
+        # Parameters that only other samples reach still need a module that runs for these.
         wrong |= {n for n in lifts if n not in claims.shapes}
         if not wrong:
             return claims
@@ -244,7 +244,7 @@ def _wrong_parameters(
                                 rows = total + rows
                             claims.shapes[name], claimed[name] = shape, rows
                     except Exception:
-                        # On parts of its inputs a module may raise anything.
+                        # A module may raise anything when it is given parts of its inputs.
                         wrong |= names
     return wrong | set(_deviating(claimed, truth, wrong, frozen.precision))
 

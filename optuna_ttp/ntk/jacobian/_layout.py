@@ -151,7 +151,7 @@ def _parameter_layout(
         if row_bytes <= factor_bytes:
             return ParameterLayout(name, n_weights, multiplier, "rows", row_bytes, making, product)
         return ParameterLayout(name, n_weights, multiplier, "ghost", factor_bytes, 0.0, ghost)
-    # Made in single precision at least.
+    # Unfolded inputs are made in single precision at least.
     unfolded = g * k * s * max(4, itemsize)
     if separable:
         held = g * o * (n_outputs + k) * itemsize

@@ -76,7 +76,7 @@ def _vectorised(
 
     parts = [t for t, flag in zip(tensors, batched, strict=True) if flag]
     with warnings.catch_warnings():
-        # What has no vectorised derivative is looped over inside: slower, and not to be helped.
+        # Operations without a vectorised derivative are looped over inside, which is slower.
         warnings.filterwarnings("ignore", message="There is a performance drop because")
         # Weights of other modules among the arguments would leave a graph.
         return [r.detach() for r in vmap(one_sample)(parts, cotangents)]
@@ -102,7 +102,7 @@ def _looped(
         args, kwargs = map_tensors((call.args, call.kwargs), pick, keep_types=True)
         weights = {name: call.state[name].detach().requires_grad_() for name in names}
         outputs = _run(call, weights, args, kwargs)
-        # Those that this sample's weights do not move have no graph.
+        # Outputs that do not depend on the weights for this sample have no graph.
         moved = [k for k, output in enumerate(outputs) if output.requires_grad]
         if not moved:
             for part, weight in zip(rows, weights.values(), strict=True):
@@ -126,7 +126,7 @@ def _looped(
 def _run(
     call: Call, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, ...]:
-    # The others are constants here, and what is tied stays one tensor.
+    # The other parameters are constants here, and tied ones stay one tensor.
     """Return the outputs that carry gradients, with ``weights`` in place of the module's own."""
     by_identity = {id(t): t.detach() for t in call.state.values()}
     by_identity.update({id(call.state[name]): weight for name, weight in weights.items()})

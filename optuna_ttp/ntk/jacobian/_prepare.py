@@ -75,7 +75,7 @@ def prepare(
     replayed = set(claims.replayed)
     elements = 0
     for module, calls in recording.calls.items():
-        # Of one output at a time, or of all, which are brought into order then.
+        # Cotangents are of one output at a time, or of all, which are then copied in order.
         n_cotangents = 2 * task.n_outputs if batched or module in replayed else 1
         for call in calls:
             # What operations between layers keep is about as large as what they are given.
@@ -100,7 +100,7 @@ def _gathered_elements(layout: Layout, claims: Claims, n_outputs: int) -> int:
         elif parameter.method in ("rows", "separable") and not shape.is_table:
             positions = shape.groups * shape.positions
             cotangents += n_outputs * shape.width * positions
-            # Those of one parameter after the other.
+            # Inputs of one parameter are unfolded after those of the other.
             unfolded = max(unfolded, shape.n_rows * positions)
     return cotangents + unfolded + rows
 

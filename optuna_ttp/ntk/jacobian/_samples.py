@@ -124,7 +124,7 @@ class SampleReader:
             batch_size = min(self._batch_size, stop - first)
             batches = self._task.batches(batch_size, self.device, self._dtype, start=first)
             inputs, _ = next(batches)
-            # Not held here, so that its activations are gone before the next batch.
+            # No reference stays here, so that the activations are released before the next batch.
             yield first, self._record(inputs, batch_size, first)
 
     def _record(self, inputs: Any, batch_size: int, first: int) -> Recording:

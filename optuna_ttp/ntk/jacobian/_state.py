@@ -84,9 +84,9 @@ class StateBuilder:
         self._parts: dict[str, list[Factors]] = {
             p.name: [] for p in layout.parameters if p.method in ("ghost", "panels")
         }
-        # Memory for the factors of all samples; nothing where batches have different lengths.
+        # This is memory for the factors of all samples, None if batches have different lengths.
         self._whole: dict[str, Factors | None] = {}
-        # Memory for the cotangents of a batch, for one batch after the other.
+        # This is memory for the cotangents of a batch, used by one batch after the other.
         self._scratch: dict[str, tuple[torch.Tensor, ...]] = {}
         self._separable = {p.name for p in layout.parameters if p.method == "separable"}
         self._separated: dict[str, Separated] = {}
@@ -115,7 +115,7 @@ class StateBuilder:
                 if known is None or known.fits(scaled):
                     gathered[name] = scaled if known is None else known.merged(scaled)
                     continue
-                # The same weight laid out in two ways, such as a table that is also a projection.
+                # The same weight is laid out in two ways, as by a table that is also a projection.
                 contribution, root = scaled.rows(), 1.0
             self._add_rows(name, contribution, classes, root)
         for name, factors in gathered.items():
@@ -132,7 +132,7 @@ class StateBuilder:
         inner = torch.zeros((self._batch.stop - self._batch.start, self._n_outputs)).double()
         for name in list(self._pending):
             factors = self._pending.pop(name)
-            # What is made of the inputs is needed once more, and not kept.
+            # Cached inputs are needed once more, for this batch only.
             factors = replace(factors, caches=())
             if name in self._parts:
                 if weights is not None:
@@ -147,7 +147,7 @@ class StateBuilder:
                     known, separated.to(self._held), self._batch, self._n_samples
                 )
             elif name in self._matrices and name not in self._written:
-                # All outputs in one product, which is faster than one after the other.
+                # One product for all outputs is faster than one after the other.
                 target = self._matrices[name][self._batch]
                 if self._held == self._dtype:
                     factors.write_rows(target)
@@ -254,7 +254,7 @@ class StateBuilder:
         if whole is not None and _same_shapes(whole, factors):
             for all_, some in zip(whole.sources, factors.sources, strict=True):
                 all_[self._batch] = some
-            # Views of the whole, for when a later batch turns out to be of another length.
+            # These views are needed if a later batch turns out to have another length.
             sources = tuple(t[self._batch] for t in whole.sources)
             parts.append(replace(factors, sources=sources))
             return
@@ -320,7 +320,7 @@ def multiply(
     total = torch.zeros(shape, dtype=torch.float64, device=device)
     stretched = torch.zeros_like(total) if layout.has_multipliers else None
     symmetric = left is right
-    # What is held in half a precision is multiplied in a whole one.
+    # Numbers that are held in half precision are multiplied in single precision.
     dtype = left.rows.dtype if layout.held is None else torch.float32
     sums = _Sums(total, stretched, symmetric, dtype)
     for start, stop, multiplier in layout.sections:
@@ -348,7 +348,7 @@ def multiply(
         if symmetric:
             for panel in panels:
                 sums.add(panel, panel, parameter.multiplier)
-                # Gone before the next one is made.
+                # The memory is released before the next panel is made.
                 del panel
         else:
             for panel, across in zip(panels, others, strict=True):

@@ -76,8 +76,8 @@ class Recording:
                 )
         else:
             for k, direction in enumerate(directions):
-                # A scalar: given weights of the outputs, PyTorch first loads a computer algebra
-                # system.
+                # The sum is a scalar: given weights of outputs, PyTorch would first load a
+                # computer algebra system.
                 singles: Gradients = torch.autograd.grad(
                     (self.outputs * direction).sum(),
                     edges,
@@ -166,7 +166,7 @@ class Tape:
             def held(tensor: torch.Tensor) -> torch.Tensor:
                 return tensor.detach().clone() if name in self._copied else tensor.detach()
 
-            # Now, because the module may write to its arguments and put other buffers in place.
+            # The state is taken now, because the module may write to its arguments and buffers.
             held_args, held_kwargs = map_tensors((args, dict(kwargs)), held, keep_types=True)
             state = {
                 **dict(module.named_parameters(remove_duplicate=False)),

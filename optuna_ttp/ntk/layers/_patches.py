@@ -36,7 +36,7 @@ def patches(
         if any(ends):
             x = functional.pad(x, [v for e in reversed(ends) for v in (0, e)])
     n_axes = len(kernel)
-    # Copied once, several times as fast as torch.nn.functional.unfold.
+    # One copy is several times as fast as torch.nn.functional.unfold.
     x = x.contiguous()
     for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
         x = x.unfold(axis, (k - 1) * d + 1, s)[..., ::d]
