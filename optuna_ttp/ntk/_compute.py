@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 import torch
 
 from optuna_ttp._util.checks import check_kind
@@ -30,11 +31,13 @@ from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._checkpoint import check_checkpoint
 from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
 from optuna_ttp.ntk.engines._choice import resolve_engine
+from optuna_ttp.ntk.engines._eigenpairs import Decomposition
 from optuna_ttp.ntk.engines._matrix_free import leading_pairs
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import measure_throughput
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import SpectrumMetadata
+from optuna_ttp.spectrum import Throughput
 from optuna_ttp.spectrum import Validation
 from optuna_ttp.task import check_task
 from optuna_ttp.version import __version__
@@ -69,7 +72,7 @@ def compute_spectrum(
 
     Args:
         task:
-            What is fine-tuned.
+            The model with its data and loss.
         rank:
             Keep at most so many eigenpairs. All that rise above rounding errors by default.
         explained_trace:
@@ -94,20 +97,22 @@ def compute_spectrum(
         device:
             Where to compute. A GPU where there is one by default, else where the model is.
         max_memory:
-            Bytes for Jacobian rows and the kernel matrix, a number. 4 GiB by default.
+            The memory budget for rows of the Jacobian and for the kernel matrix, in bytes. 4 GiB
+            by default.
         measure_speed:
             Time a few training steps, so that predictions can be given in seconds. On by default.
         probe:
-            Look how far the network is from its linearisation, by 16 backward passes over the
-            data: without it, no prediction can say that it is unreliable. On by default.
+            Measure how far the network is from its linearisation, by 16 backward passes over the
+            data: without that, no prediction can say that it is unreliable. On by default.
         show_progress_bar:
             Show a progress bar where the standard error stream is a terminal. On by default.
         seed:
-            Of what is random: the projection of a sketch, where products start, and the samples on
+            The seed of the projection of a sketch, of where products start, and of the samples on
             which gradients are checked. Zero by default.
         checkpoint:
-            Keeps finished blocks of the kernel, so that an interrupted computation goes on where
-            it stopped. Refused by the other engines, which make none. None by default.
+            An object that stores finished blocks of the kernel, so that an interrupted computation
+            goes on where it stopped. Only for the exact engine, which makes blocks. None by
+            default.
         distributed:
             Share the work with the other processes of the default group of
             :mod:`torch.distributed`, as under ``torchrun``; all must be given the same task, and
@@ -118,116 +123,139 @@ def compute_spectrum(
 
     Raises:
         TypeError:
-            If the task is none, or the memory budget no number.
+            If the task is not a :class:`FineTuningTask`, or the memory budget not a number.
         ValueError:
             If a setting is out of its range, the memory does not suffice, or the task cannot be
             differentiated; see :func:`~optuna_ttp.ntk.exact_kernel`.
         JacobianMismatchError:
-            If rows differ from what plain automatic differentiation gives.
+            If rows of the Jacobian differ from those of plain automatic differentiation.
     """
 
-    def checked_settings() -> tuple[int, str, torch.dtype, torch.dtype | None, torch.device]:
+    def checked() -> tuple[str, EngineSettings]:
         check_task(task)
         check_truncation(rank, explained_trace)
         for name, switch in {"measure_speed": measure_speed, "probe": probe}.items():
             check_kind(name, switch, bool)
         chosen, _ = resolve_engine(task, engine, max_memory=max_memory)
-        if checkpoint is not None and chosen != "exact":
-            raise ValueError(
-                f'checkpoint must be None for the engine "{chosen}" but got {checkpoint!r}: it '
-                'keeps blocks of the kernel, which only engine="exact" makes.'
-            )
-        check_checkpoint(checkpoint)
+        _check_engine_checkpoint(chosen, checkpoint)
         kind, held = resolve_dtype(dtype, chosen)
-        return check_seed(seed), chosen, kind, held, resolve_device(task, device)
+        settings = EngineSettings(
+            seed=check_seed(seed),
+            device=resolve_device(task, device),
+            dtype=kind,
+            held=held,
+            max_memory=max_memory,
+            show_progress_bar=show_progress_bar,
+        )
+        return chosen, settings
 
-    settings_of_all = in_all(checked_settings, distributed=distributed)
+    chosen, settings = in_all(checked, distributed=distributed)
     if distributed and has_group():
-        settings: dict[str, object] = {
-            "engine": engine,
-            "dtype": dtype,
-            "rank": rank,
-            "explained_trace": explained_trace,
-            "seed": seed,
-            "measure_speed": measure_speed,
-            "probe": probe,
-        }
-        # The memory chooses an engine only where none was asked for.
-        settings["max_memory"] = max_memory if engine == "auto" else None
         # This comes before any check that only some of the processes might fail.
-        check_same_task(task, settings)
-    seed, engine, kind, held, resolved = settings_of_all
+        check_same_task(
+            task,
+            {
+                "engine": engine,
+                "dtype": dtype,
+                "rank": rank,
+                "explained_trace": explained_trace,
+                "seed": settings.seed,
+                "measure_speed": measure_speed,
+                "probe": probe,
+                # The memory chooses an engine only where none was asked for.
+                "max_memory": max_memory if engine == "auto" else None,
+            },
+        )
     started = time.perf_counter()
     fingerprint = task.fingerprint
-    initial_outputs = task.initial_outputs(resolved, kind)
-    engine_settings = EngineSettings(resolved, kind, held, max_memory, seed, show_progress_bar)
-    if engine != "exact" and distributed:
-        raise ValueError(f'distributed=True needs the engine "exact" but got {engine!r}.')
-    if engine == "exact":
+    initial_outputs = task.initial_outputs(settings.device, settings.dtype)
+    if chosen != "exact" and distributed:
+        raise ValueError(f'distributed=True needs the engine "exact" but got {chosen!r}.')
+    if chosen == "exact":
         decomposition = exact_decomposition(
-            task, engine_settings, rank=rank, checkpoint=checkpoint, distributed=distributed
+            task, settings, rank=rank, checkpoint=checkpoint, distributed=distributed
         )
-    elif engine == "matrix_free":
-        decomposition = leading_pairs(task, engine_settings, rank=rank)
+    elif chosen == "matrix_free":
+        decomposition = leading_pairs(task, settings, rank=rank)
     else:
         decomposition = sketched_decomposition(
-            task,
-            engine_settings,
-            initial_outputs,
-            refined=engine == "refined_sketch",
-            rank=rank,
+            task, settings, initial_outputs, refined=chosen == "refined_sketch", rank=rank
         )
-    pairs = decomposition.pairs
     throughput = None
     if measure_speed:
-        timed = partial(measure_throughput, task, device=resolved)
+        timed = partial(measure_throughput, task, device=settings.device)
         # Alone the first process is not slowed down by the others, and all get the same times.
         throughput = by_first(timed) if distributed else timed()
-    validation = None
-    if decomposition.validation_features is not None and task.validation is not None:
-        validation = Validation(
-            decomposition.validation_features,
-            task.validation.initial_outputs(resolved, kind),
-            task.validation.targets,
-        )
-    spectrum = Spectrum(
-        eigenvalues=pairs.eigenvalues,
-        eigenvectors=pairs.eigenvectors.astype(np.float64 if dtype == "float64" else np.float32),
-        trace=pairs.trace,
-        initial_outputs=initial_outputs,
-        targets=task.targets,
-        loss=task.loss,
-        throughput=throughput,
-        metadata=SpectrumMetadata(
-            fingerprint=fingerprint,
-            name=task.name,
-            engine=engine,
-            dtype=dtype,
-            device=str(resolved),
-            n_parameters=task.n_parameters,
-            compute_seconds=time.perf_counter() - started,
-            created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            package_version=__version__,
-            torch_version=torch.__version__,
-            sketch_width=decomposition.sketch_width,
-            seed=None if engine == "exact" else seed,
-            time_error=decomposition.time_error,
-            trace_error=decomposition.trace_error,
-            n_ritz=decomposition.n_ritz,
-        ),
-        weight_outputs=decomposition.weight_outputs,
-        decay_factors=decomposition.decay_factors,
-        validation=validation,
+    metadata = SpectrumMetadata(
+        fingerprint=fingerprint,
+        name=task.name,
+        engine=chosen,
+        dtype=dtype,
+        device=str(settings.device),
+        n_parameters=task.n_parameters,
+        compute_seconds=time.perf_counter() - started,
+        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        package_version=__version__,
+        torch_version=torch.__version__,
+        sketch_width=decomposition.sketch_width,
+        seed=None if chosen == "exact" else settings.seed,
+        time_error=decomposition.time_error,
+        trace_error=decomposition.trace_error,
+        n_ritz=decomposition.n_ritz,
     )
+    spectrum = _spectrum(task, settings, initial_outputs, decomposition, throughput, metadata)
     if explained_trace is not None:
         spectrum = spectrum.truncate(explained_trace=_within_reach(spectrum, explained_trace))
     if not probe:
         return spectrum
     spectrum = probe_linearisation(
-        task, spectrum, device=resolved, dtype=kind, distributed=distributed
+        task, spectrum, device=settings.device, dtype=settings.dtype, distributed=distributed
     )
     seconds = time.perf_counter() - started
     return replace(spectrum, metadata=replace(spectrum.metadata, compute_seconds=seconds))
+
+
+def _check_engine_checkpoint(engine: str, checkpoint: KernelCheckpoint | None) -> None:
+    """Raise ValueError or TypeError if a checkpoint is none, or the engine makes no blocks."""
+    if checkpoint is not None and engine != "exact":
+        raise ValueError(
+            f'checkpoint must be None for the engine "{engine}" but got {checkpoint!r}: it '
+            'keeps blocks of the kernel, which only engine="exact" makes.'
+        )
+    check_checkpoint(checkpoint)
+
+
+def _spectrum(
+    task: FineTuningTask,
+    settings: EngineSettings,
+    initial_outputs: NDArray[np.float64],
+    decomposition: Decomposition,
+    throughput: Throughput | None,
+    metadata: SpectrumMetadata,
+) -> Spectrum:
+    """Return the spectrum that an engine's result makes, with the validation samples' part."""
+    validation = None
+    if decomposition.validation_features is not None and task.validation is not None:
+        validation = Validation(
+            decomposition.validation_features,
+            task.validation.initial_outputs(settings.device, settings.dtype),
+            task.validation.targets,
+        )
+    pairs = decomposition.pairs
+    precision = np.float64 if settings.dtype == torch.float64 else np.float32
+    return Spectrum(
+        eigenvalues=pairs.eigenvalues,
+        eigenvectors=pairs.eigenvectors.astype(precision),
+        trace=pairs.trace,
+        initial_outputs=initial_outputs,
+        targets=task.targets,
+        loss=task.loss,
+        throughput=throughput,
+        metadata=metadata,
+        weight_outputs=decomposition.weight_outputs,
+        decay_factors=decomposition.decay_factors,
+        validation=validation,
+    )
 
 
 def _within_reach(spectrum: Spectrum, explained_trace: float) -> float:

@@ -247,7 +247,7 @@ class _Planner:
             seconds = 2.0 * setup + self._n_read * (
                 self._sketched(lifts) + _N_BLOCKS * self._multiplied(lifts, n_columns)
             )
-            # These are the basis, its images, and what is made of both; then weights times vectors.
+            # These are the basis, its images and what is made of both, then weights times vectors.
             vectors = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
             held = self._task.n_parameters * n_columns * self._itemsize
             # One layer's part is made before it is added.

@@ -42,7 +42,7 @@ class SignFold:
         self._shifts: dict[str, int] = {}
         for name, n in n_weights.items():
             signs = torch.randint(2, (n_groups, n), generator=generator, dtype=torch.int8)
-            # A sign takes a byte; those of one parameter are turned into floats when they are needed.
+            # A sign takes a byte; those of one parameter become floats when they are needed.
             self._signs[name] = (2 * signs - 1).to(device)
             self._shifts[name] = int(torch.randint(width, (), generator=generator))
 
