@@ -1,4 +1,4 @@
-"""Damaged and hostile blobs."""
+"""Damaged and forged blobs."""
 
 from __future__ import annotations
 

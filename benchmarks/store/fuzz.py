@@ -1,7 +1,8 @@
-"""Damaged and hostile blobs, ten thousand and more: refused with the package's own exception.
+"""Damaged and forged blobs, ten thousand and more: refused with the package's own exception.
 
-The same blobs as in ``tests/test_blob.py``. No array may come out that was not written, and no
-more memory may be taken than the blob's length explains. Writes ``fuzz.json`` and ``fuzz.md``.
+The same blobs as in ``tests/spectrum/test_blob.py``. No array may come out that was not written,
+and no more memory may be taken than the blob's length explains. Writes ``fuzz.json`` and
+``fuzz.md``.
 
 Run with ``python -m benchmarks.store.fuzz``.
 """
@@ -62,9 +63,8 @@ def main() -> None:
     lines += [f"| {r['kind']} | {r['outcome']} | {r['times']} |" for r in results]
     text = "\n".join(lines) + (
         f"\n\n{n_damaged} blobs that were not as written: no crash, no wrong array. 'unchanged': "
-        "the arrays are those that were written (a splice or move that changes nothing, bytes of a"
-        " zip file that mean nothing). 'a spectrum': signed by a hostile writer, and whole in "
-        "itself.\n"
+        "the arrays are those that were written (a splice or move that changes nothing). 'a "
+        "spectrum': its checksums were forged for it, and it is whole in itself.\n"
     )
     (options.output / "fuzz.md").write_text(text)
     print(text)

@@ -161,11 +161,11 @@ def _table(results: list[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for wrapped, name in ((False, "TPE, median"), (True, "the same, wrapped")):
-        own = [r for r in results if r["wrapped"] == wrapped]
-        finished = sum(r["states"].get("COMPLETE", 0) for r in own)
-        total = sum(sum(r["states"].values()) for r in own)
+        runs = [r for r in results if r["wrapped"] == wrapped]
+        finished = sum(r["states"].get("COMPLETE", 0) for r in runs)
+        total = sum(sum(r["states"].values()) for r in runs)
         shown = ", ".join(f"{rate:.2f}" for rate in rates[wrapped])
-        begun = ", ".join(f"{r['seconds_until_ready']:.0f}" for r in own)
+        begun = ", ".join(f"{r['seconds_until_ready']:.0f}" for r in runs)
         lines.append(f"| {name} | {begun} | {shown} | {finished} | {total - finished} |")
     ratio = statistics.median(rates[True]) / statistics.median(rates[False])
     return "\n".join(lines) + f"\n\nThroughput with over without, by medians: {ratio:.2f}.\n"

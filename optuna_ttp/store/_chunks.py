@@ -32,7 +32,7 @@ def select(connection: sa.Connection, name: str, n_bytes: int) -> Iterator[bytes
         .order_by(chunks.c.position)
     )
     lengths = {row[0]: row[1] for row in connection.execute(query)}
-    # Before a byte of them is read: a hostile row is not to fill the memory.
+    # Before a byte of them is read: a forged row must not fill the memory.
     if (
         list(lengths) != list(range(len(lengths)))
         or sum(lengths.values()) != n_bytes

@@ -96,8 +96,8 @@ class SpectrumStore:
         _check_limit(max_bytes)
         if object_threshold < 0:
             raise ValueError(f"object_threshold must be nonnegative but got {object_threshold}.")
-        folder = None if object_folder is None else ObjectFolder(object_folder)
         self._database = Database(url)
+        folder = None if object_folder is None else ObjectFolder(object_folder)
         self._table = SpectrumTable(self._database, folder, object_threshold, max_bytes)
         self._lease_seconds = lease_seconds
 
