@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optuna_ttp.study._curve_record import CurveRecord
+from optuna_ttp.study._unusable_curve import CurveFault
 from optuna_ttp.study._unusable_curve import UnusableCurve
 
 
@@ -110,7 +111,7 @@ class InitialLoss:
             high = stability < RULES.mild and ratio > RULES.risen + RULES.high_errors * noise
             if not high and self._is_counted_from_elsewhere(record, noise):
                 return UnusableCurve(
-                    "late",
+                    CurveFault.LATE,
                     f"it begins after {begin:,.15g} steps, but still at {initial}, and halves "
                     "soon after: steps must be those of this trial, from 0 on",
                 )
@@ -118,7 +119,7 @@ class InitialLoss:
             high = ratio > RULES.too_high and ratio - 1.0 > RULES.high_errors * noise
             if ratio < RULES.too_low and 1.0 - ratio > RULES.low_errors * noise:
                 return UnusableCurve(
-                    "low",
+                    CurveFault.LOW,
                     f"{loss} {ratio:.2g} times {initial}: it must be another loss, or another "
                     "model, or one that was divided, as for the accumulation of gradients",
                 )
@@ -126,12 +127,12 @@ class InitialLoss:
             return None
         if abs(math.log(ratio / batch_size)) < RULES.like_a_sum:
             return UnusableCurve(
-                "sum",
+                CurveFault.SUM,
                 f"{loss} about {batch_size} times {initial}: it looks like a sum over the batch "
                 f"of {batch_size} instead of a mean",
             )
         return UnusableCurve(
-            "high",
+            CurveFault.HIGH,
             f"{loss} {ratio:.3g} times {initial}: it must be another loss, or another model, or "
             f"a sum over {ratio:.0f} samples instead of a mean",
         )
@@ -154,7 +155,8 @@ def jump_in(record: CurveRecord) -> UnusableCurve | None:
         return None
     before, after = record.curve.steps[places[0] + 1 : places[0] + 3]
     return UnusableCurve(
-        "jump", f"its steps jump from {before:,.15g} to {after:,.15g}, and go on as before"
+        CurveFault.JUMP,
+        f"its steps jump from {before:,.15g} to {after:,.15g}, and go on as before",
     )
 
 
@@ -208,7 +210,7 @@ def _counted_in_samples(starts: Mapping[int, CurveStart]) -> dict[int, UnusableC
     if len(set(alike.values())) < 2 or 2 * len(alike) <= len(several):
         return {}
     reason = "in several trials losses are as many steps apart as the batch has samples"
-    return dict.fromkeys(alike, UnusableCurve("samples", reason))
+    return dict.fromkeys(alike, UnusableCurve(CurveFault.SAMPLES, reason))
 
 
 def _too_low(starts: Mapping[int, CurveStart]) -> dict[int, UnusableCurve]:
@@ -226,5 +228,5 @@ def _too_low(starts: Mapping[int, CurveStart]) -> dict[int, UnusableCurve]:
         "on average: it must be another loss, or another model, or one that was divided, as for "
         "the accumulation of gradients"
     )
-    low = UnusableCurve("low", reason)
+    low = UnusableCurve(CurveFault.LOW, reason)
     return {n: low for n, start in known.items() if start.ratio < RULES.too_low}

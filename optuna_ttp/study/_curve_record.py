@@ -25,6 +25,7 @@ from optuna_ttp.study._attributes import numbers
 from optuna_ttp.study._attributes import or_none
 from optuna_ttp.study._attributes import positive
 from optuna_ttp.study._attributes import text
+from optuna_ttp.study._unusable_curve import CurveFault
 from optuna_ttp.study._unusable_curve import UnusableCurve
 
 
@@ -170,7 +171,9 @@ def stored_curve(values: dict[str, Any] | None) -> StoredCurve | None:
     # This is what a log has refused.
     if "unusable" in values:
         try:
-            return UnusableCurve(text(values.get("kind", "values")), text(values["unusable"]))
+            return UnusableCurve(
+                CurveFault(values.get("kind", "values")), text(values["unusable"])
+            )
         except MALFORMED:
             return None
     return CurveRecord.from_json(values)
@@ -190,7 +193,7 @@ def curve_of(trial: FrozenTrial) -> CurveRecord | UnusableCurve | None:
     if isinstance(stored, ReportedCurveRecord):
         stored = _reported(stored, trial)
     if isinstance(stored, CurveRecord) and not len(stored.curve.steps):
-        return UnusableCurve("infinite", "none of its losses is a finite number")
+        return UnusableCurve(CurveFault.INFINITE, "none of its losses is a finite number")
     return stored
 
 
@@ -210,7 +213,7 @@ def lost_steps(trial: FrozenTrial) -> int:
     if isinstance(record, CurveRecord):
         curve = record.curve
         return int(curve.n_steps - 1 - curve.steps[-1]) if curve.diverged else 0
-    if record is None or record.kind != "infinite":
+    if record is None or record.kind != CurveFault.INFINITE:
         return 0
     stored = stored_curve(curve_attribute(trial))
     n_reports = len(trial.intermediate_values)
@@ -229,13 +232,13 @@ def _reported(
     reported = trial.intermediate_values
     completed = trial.state == TrialState.COMPLETE
     if not reported:
-        return UnusableCurve("empty", "nothing was reported") if completed else None
+        return UnusableCurve(CurveFault.EMPTY, "nothing was reported") if completed else None
     try:
         record = stored.read(reported)
     except ValueError as error:
-        return UnusableCurve("values", str(error).rstrip("."))
+        return UnusableCurve(CurveFault.VALUES, str(error).rstrip("."))
     if completed and len(reported) == 1:
-        return UnusableCurve("short", "it has a single value")
+        return UnusableCurve(CurveFault.SHORT, "it has a single value")
     return record
 
 

@@ -30,6 +30,7 @@ from optuna_ttp.study._study_warnings import warn_of_predictions
 from optuna_ttp.study._training_log import unclosed
 from optuna_ttp.study._trial_record import decision_of
 from optuna_ttp.study._trial_record import prediction_of
+from optuna_ttp.study._unusable_curve import CurveFault
 from optuna_ttp.study._unusable_curve import UnusableCurve
 
 
@@ -262,7 +263,7 @@ def _warn_of_gaps(study: optuna.Study, number: int, n_gaps: int) -> None:
     if n_gaps:
         some = "A loss of trial {} is" if n_gaps == 1 else f"{n_gaps:,} losses of trial {{}} are"
         reason = "NaN or infinite, while training went on"
-        warn_of_curve(study, number, UnusableCurve("gaps", reason, f"{some} left out"))
+        warn_of_curve(study, number, UnusableCurve(CurveFault.GAPS, reason, f"{some} left out"))
 
 
 def _late_prediction(
@@ -304,7 +305,7 @@ def _nameless(trial: FrozenTrial) -> UnusableCurve:
     """Return that the hyperparameters of a trial are not among its parameters."""
     names = ", ".join(map(repr, sorted(trial.params)))
     return UnusableCurve(
-        "names",
+        CurveFault.NAMES,
         "nothing was predicted for it, and now its learning rate, batch size and momentum are not "
         f"found under their names among its parameters {names}",
     )

@@ -13,6 +13,7 @@ from optuna_ttp._util.exceptions import UnreliablePredictionWarning
 from optuna_ttp._util.exceptions import UnusableCurveWarning
 from optuna_ttp._util.warn import warn_caller
 from optuna_ttp.study._study_state import state_of
+from optuna_ttp.study._unusable_curve import CurveFault
 
 
 if TYPE_CHECKING:
@@ -25,18 +26,22 @@ if TYPE_CHECKING:
 
 _logger = get_logger("optuna.ttp.warnings")
 # What to do, by the kind of the reason; what is not in here is no mean loss of mini-batches.
-_ADVICE: Mapping[str, str] = {
-    "empty": "Record a loss at every optimiser step, with TrainingLog.step or Trial.report.",
-    "finished": "Close the log, or leave its with block, before the trial ends.",
-    "gaps": "",
-    "infinite": "",
-    "jump": "Count the optimiser steps of this trial, from 0 on.",
-    "late": "Count the optimiser steps of this trial, from 0 on.",
-    "names": "Say what its parameters are called now with HyperparameterMap, where that matters.",
-    "samples": "Count optimiser steps, not samples.",
-    "short": "One tells nothing; record more of them, where that matters.",
-    "second": "Use one TrainingLog a trial.",
-    "steps": "Count the optimiser steps of this trial, from 0 on.",
+_ADVICE: Mapping[CurveFault, str] = {
+    CurveFault.EMPTY: (
+        "Record a loss at every optimiser step, with TrainingLog.step or Trial.report."
+    ),
+    CurveFault.FINISHED: "Close the log, or leave its with block, before the trial ends.",
+    CurveFault.GAPS: "",
+    CurveFault.INFINITE: "",
+    CurveFault.JUMP: "Count the optimiser steps of this trial, from 0 on.",
+    CurveFault.LATE: "Count the optimiser steps of this trial, from 0 on.",
+    CurveFault.NAMES: (
+        "Say what its parameters are called now with HyperparameterMap, if that matters."
+    ),
+    CurveFault.SAMPLES: "Count optimiser steps, not samples.",
+    CurveFault.SHORT: "One tells nothing; record more of them, where that matters.",
+    CurveFault.SECOND: "Use one TrainingLog a trial.",
+    CurveFault.STEPS: "Count the optimiser steps of this trial, from 0 on.",
 }
 _MEAN_LOSS = "Log the mean loss of each mini-batch."
 _CHECK = (

@@ -25,6 +25,7 @@ from optuna_ttp.study._curve_record import stored_curve
 from optuna_ttp.study._curve_record import StoredCurve
 from optuna_ttp.study._study_state import state_of
 from optuna_ttp.study._study_warnings import warn_of_curve
+from optuna_ttp.study._unusable_curve import CurveFault
 from optuna_ttp.study._unusable_curve import UnusableCurve
 
 
@@ -101,7 +102,7 @@ class TrainingLog:
         self._written: dict[str, Any] | None = None
         # What an earlier log of the trial has written, which this one continues.
         self._earlier: CurveRecord | None = None
-        self._warned_kinds: set[str] = set()
+        self._warned_kinds: set[CurveFault] = set()
         study = getattr(trial, "study", None)
         # A fixed trial has no study.
         if study is not None:
@@ -163,11 +164,11 @@ class TrainingLog:
         last = self._steps[-1] if self._steps else -1
         place = last + 1 if step is None else _place(step)
         if place is None:
-            self._refuse("steps", f"its steps are no numbers of optimiser steps: {step}")
+            self._refuse(CurveFault.STEPS, f"its steps are no numbers of optimiser steps: {step}")
         elif place <= last:
-            self._refuse("steps", f"its steps do not ascend: {place} came after {last}")
+            self._refuse(CurveFault.STEPS, f"its steps do not ascend: {place} came after {last}")
         elif value < 0.0:
-            self._refuse("negative", f"its loss is negative: {value:g} at step {place}")
+            self._refuse(CurveFault.NEGATIVE, f"its loss is negative: {value:g} at step {place}")
         else:
             self._losses.append(value)
             self._steps.append(place)
@@ -185,7 +186,9 @@ class TrainingLog:
                 If it has fewer than two losses.
         """
         if self._unusable is None and len(self._losses) < 2:
-            few = ("short", "it has a single loss") if self._losses else ("empty", "it is empty")
+            few = (CurveFault.EMPTY, "it is empty")
+            if self._losses:
+                few = (CurveFault.SHORT, "it has a single loss")
             self._refuse(*few)
         self.write()
 
@@ -219,7 +222,10 @@ class TrainingLog:
     def _continues(self, stored: StoredCurve | None) -> bool:
         """Return whether this log goes on where another one of the trial ended; warn if not."""
         # Another log of the trial may have had nothing to say.
-        is_empty = isinstance(stored, UnusableCurve) and stored.kind in ("empty", "short")
+        is_empty = isinstance(stored, UnusableCurve) and stored.kind in (
+            CurveFault.EMPTY,
+            CurveFault.SHORT,
+        )
         if is_empty or not isinstance(stored, CurveRecord | UnusableCurve):
             return True
         first = ""
@@ -231,10 +237,10 @@ class TrainingLog:
         begin = f" at step {self._steps[0]:,}" if self._steps else ""
         reason = f"it begins{begin}{first} of the first one, whose curve is kept"
         what = "The curve of a second TrainingLog of trial {} is left out"
-        self._warn(UnusableCurve("second", reason, what))
+        self._warn(UnusableCurve(CurveFault.SECOND, reason, what))
         return False
 
-    def _refuse(self, kind: str, reason: str) -> None:
+    def _refuse(self, kind: CurveFault, reason: str) -> None:
         """Leave the curve out, and warn once."""
         if self._unusable is None:
             self._unusable = UnusableCurve(kind, reason)
@@ -284,10 +290,10 @@ def unwritten(stored: StoredCurve | None) -> UnusableCurve:
     """Return why a curve, or its end behind what is stored, is missing: its trial has ended."""
     n_steps = stored.curve.n_steps if isinstance(stored, CurveRecord) else 0
     if not n_steps:
-        return UnusableCurve("finished", "the trial ended before it was written")
+        return UnusableCurve(CurveFault.FINISHED, "the trial ended before it was written")
     reason = f"the trial ended before it was written, behind step {n_steps:,}"
     what = "The end of the training-loss curve of trial {} is left out"
-    return UnusableCurve("finished", reason, what)
+    return UnusableCurve(CurveFault.FINISHED, reason, what)
 
 
 def unclosed(study: optuna.Study, trial: FrozenTrial) -> UnusableCurve | None:

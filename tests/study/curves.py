@@ -5,17 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import optuna
+from optuna.trial import BaseTrial
+from optuna.trial import FrozenTrial
 
 from optuna_ttp import BestMetric
 from optuna_ttp import TrainingLog
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
+from optuna_ttp.study import CurveRecord
+from optuna_ttp.study._curve_record import curve_attribute
+from optuna_ttp.study._curve_record import stored_curve
 from tests.studies import asked
 from tests.studies import FAST
 from tests.studies import quick_predictor
 
 
-def recorded(values: Any, study: optuna.Study | None = None) -> optuna.trial.FrozenTrial:
+def recorded(values: Any, study: optuna.Study | None = None) -> FrozenTrial:
     """A finished trial whose log has recorded these losses."""
     study = study or optuna.create_study()
     trial = study.ask()
@@ -43,3 +48,10 @@ def run(study: optuna.Study, values: Any, rate: float = 0.05, **steps: Any) -> o
         for k, value in enumerate(values):
             log.step(value, **{name: place[k] for name, place in steps.items()})
     return trial
+
+
+def curve_record(trial: BaseTrial) -> CurveRecord:
+    """What a log has written on a trial, also if none of its losses was finite."""
+    record = stored_curve(curve_attribute(trial))
+    assert isinstance(record, CurveRecord)
+    return record

@@ -23,7 +23,6 @@ from optuna_ttp.study import curve_of
 from optuna_ttp.study import CurveRecord
 from optuna_ttp.study import InitialLoss
 from optuna_ttp.study import observed_curve
-from optuna_ttp.study._attributes import CURVE
 from optuna_ttp.study._learner import informed_by
 from optuna_ttp.study._learner import observations_of
 from tests.models import vectors
@@ -284,4 +283,5 @@ def test_unusable_curves_never_break_a_study() -> None:
     assert len(named) == 3
     numbers = [o.n_steps for o in observations_of(study, quick_predictor())]
     assert len(numbers) == 4
-    assert [t.number for t in study.trials if t.user_attrs[CURVE].get("n_gaps")] == [2]
+    gaps = {t.number: curve.n_gaps for t in study.trials if (curve := observed_curve(t))}
+    assert [number for number, n_gaps in gaps.items() if n_gaps] == [2]

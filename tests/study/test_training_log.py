@@ -30,6 +30,7 @@ from tests.studies import quick_predictor
 from tests.studies import storage
 from tests.studies import STORAGES
 from tests.studies import suggest
+from tests.study.curves import curve_record
 from tests.study.curves import recorded
 from tests.study.curves import run
 from tests.study.curves import study_of_curves
@@ -72,7 +73,7 @@ def test_what_was_recorded_so_far_survives_a_killed_process(kind: str) -> None:
 
 def test_a_curve_stays_that_of_the_whole_training_as_it_grows() -> None:
     trial = recorded(losses(100, 1000))
-    assert trial.user_attrs[CURVE]["n_steps"] == 1000
+    assert curve_record(trial).curve.n_steps == 1000
     curve = observed_curve(trial)
     assert curve is not None
     assert curve.steps[0] == 0 and curve.steps[-1] == 999
@@ -87,7 +88,7 @@ def test_a_curve_ends_where_the_loss_is_not_finite_any_more() -> None:
     assert curve.steps[-1] == 59
     assert curve.diverged
     assert np.isfinite(curve.losses).all()
-    assert trial.user_attrs[CURVE]["n_steps"] == 100
+    assert curve_record(trial).curve.n_steps == 100
     assert observed_steps(trial, quick_predictor()) == pytest.approx(50, rel=0.03)
 
 
@@ -100,7 +101,7 @@ def test_a_target_that_was_not_reached_before_the_loss_blew_up_is_never_reached(
 
 def test_nothing_is_observed_where_no_loss_is_finite() -> None:
     trial = recorded([math.nan, math.inf, math.nan])
-    assert trial.user_attrs[CURVE]["diverged"]
+    assert curve_record(trial).curve.diverged
     assert observed_curve(trial) is None
     assert math.isnan(observed_steps(trial, quick_predictor()))
 
@@ -233,7 +234,7 @@ def test_the_time_of_a_step_is_that_between_recorded_ones(
     with TrainingLog(trial) as log:
         for k in range(10):
             log.step(1.0, step=4 * k)
-    assert trial.study.trials[0].user_attrs[CURVE]["seconds_per_step"] == 0.25
+    assert curve_record(trial.study.trials[0]).seconds_per_step == 0.25
 
 
 @pytest.mark.parametrize("bad", [None, "1.0", True, torch.zeros(3), np.zeros((2, 1)), [1.0]])
@@ -271,7 +272,7 @@ def test_an_objective_can_be_tried_without_a_study() -> None:
     with TrainingLog(trial) as log:  # type: ignore[arg-type]
         for value in losses(30.0, 40):
             log.step(value)
-    assert trial.user_attrs[CURVE]["n_steps"] == 40
+    assert curve_record(trial).curve.n_steps == 40
 
 
 def test_a_single_loss_is_named_and_a_trial_that_is_pruned_at_once_is_not() -> None:
@@ -314,7 +315,7 @@ def test_of_a_second_log_only_what_goes_on_counts() -> None:
         for _ in range(200):
             log.step(0.01)
     assert len(warned) == 1
-    assert study.trials[0].user_attrs[CURVE]["n_steps"] == 60
+    assert curve_record(study.trials[0]).curve.n_steps == 60
     assert len(observations_of(study, quick_predictor())) == 1
 
 
