@@ -27,7 +27,7 @@ from tests.house import tree_of
 # From this floor on Optuna may be imported.
 _OPTUNA_FLOOR = FLOOR_OF["study"]
 _COMPATIBILITY = "optuna_ttp.study._optuna_compat"
-_MOST_FLOORS = 15
+_MOST_FLOORS = 14
 
 
 def _is_on_the_side_of_optuna(module: str) -> bool:

@@ -42,8 +42,8 @@ from optuna_ttp.study import map_or_default
 from optuna_ttp.study import Objection
 from optuna_ttp.study import observed_curve
 from optuna_ttp.study import Override
-from optuna_ttp.study import PredictionRecord
 from optuna_ttp.study import record_of
+from optuna_ttp.study import record_prediction
 from optuna_ttp.study import resolve_for_trial
 from optuna_ttp.study import TrialRecord
 from optuna_ttp.study import trials_of
@@ -287,7 +287,7 @@ class TTPPruner(BasePruner):
             self._rules.tolerance,
         )
         decision = self._decision_before_training(planned)
-        prediction = PredictionRecord.of(
+        prediction = record_prediction(
             predictor,
             planned.configuration,
             planned.prediction,

@@ -54,7 +54,7 @@ from optuna_ttp.study import Learner
 from optuna_ttp.study import map_or_default
 from optuna_ttp.study import MissingParameterError
 from optuna_ttp.study import prediction_of
-from optuna_ttp.study import PredictionRecord
+from optuna_ttp.study import record_prediction
 from optuna_ttp.study import resolve_for_trial
 from optuna_ttp.study import single_value
 from optuna_ttp.study import TrialRecord
@@ -368,7 +368,7 @@ class TTPSampler(BaseSampler):
         others = [t for t in trials if t.number != trial.number]
         predictor = self._learner.informed(study, others)
         configuration = configuration.clipped(predictor.n_samples)
-        record = PredictionRecord.of(
+        record = record_prediction(
             predictor,
             configuration,
             predictor.estimate(*configuration),

@@ -43,6 +43,7 @@ from optuna_ttp.study._optuna_compat import weighed
 from optuna_ttp.study._optuna_compat import write_constraint
 from optuna_ttp.study._prediction_record import FirstPassageRecord
 from optuna_ttp.study._prediction_record import PredictionRecord
+from optuna_ttp.study._record_prediction import record_prediction
 from optuna_ttp.study._reported_curve import learn_from_reports
 from optuna_ttp.study._resolution import resolve_for_trial
 from optuna_ttp.study._study_budget import StudyBudget
@@ -111,6 +112,7 @@ __all__ = [
     "prediction_of",
     "progress_to_target",
     "record_of",
+    "record_prediction",
     "resolve_for_trial",
     "single_value",
     "state_of",

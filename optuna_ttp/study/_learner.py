@@ -24,6 +24,7 @@ from optuna_ttp.study._observed_trial import observation_of
 from optuna_ttp.study._optuna_compat import FINISHED
 from optuna_ttp.study._optuna_compat import trials_of
 from optuna_ttp.study._prediction_record import PredictionRecord
+from optuna_ttp.study._record_prediction import record_prediction
 from optuna_ttp.study._study_state import state_of
 from optuna_ttp.study._study_warnings import warn_of_curve
 from optuna_ttp.study._study_warnings import warn_of_predictions
@@ -292,7 +293,7 @@ def _late_prediction(
     except (TypeError, ValueError):
         # Its objective may have failed because of the same values.
         return None
-    return PredictionRecord.of(
+    return record_prediction(
         predictor,
         configuration,
         prediction,

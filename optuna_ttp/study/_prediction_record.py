@@ -26,8 +26,6 @@ from optuna_ttp.study._attributes import text
 
 if TYPE_CHECKING:
     from optuna_ttp.prediction import Prediction
-    from optuna_ttp.prediction import SearchPredictor
-    from optuna_ttp.study._hyperparameters import Configuration
 
 
 # Logarithms of numbers of steps and of the growth of the kernel are nowhere near this.
@@ -150,38 +148,6 @@ class PredictionRecord:
     prediction_seconds: float
     first_passages: FirstPassageRecord | None
 
-    @classmethod
-    def of(
-        cls,
-        predictor: SearchPredictor,
-        configuration: Configuration,
-        prediction: Prediction,
-        *,
-        budget_steps: float,
-        prediction_seconds: float,
-    ) -> PredictionRecord:
-        """Take down a prediction for a trial that may take so many steps, or infinitely many."""
-        budget_seconds = budget_steps * float(predictor.seconds_per_step(configuration.batch_size))
-        return cls(
-            fingerprint=predictor.fingerprint,
-            spectrum_seconds=predictor.setup_seconds,
-            initial_loss=predictor.initial_loss,
-            initial_loss_sd=predictor.initial_loss_sd,
-            target=predictor.target.value,
-            learning_rate=configuration.learning_rate,
-            batch_size=configuration.batch_size,
-            momentum=configuration.momentum,
-            outcome=prediction.outcome,
-            steps=_or_nan(float(prediction.steps)),
-            seconds=_or_nan(float(prediction.seconds)),
-            stability=_or_nan(float(prediction.stability)),
-            budget_steps=_or_nan(budget_steps),
-            budget_seconds=_or_nan(budget_seconds),
-            max_steps=_or_nan(float(prediction.max_steps)),
-            prediction_seconds=prediction_seconds,
-            first_passages=FirstPassageRecord.of(prediction),
-        )
-
     @property
     def configuration(self) -> tuple[float, int, float]:
         """Learning rate, batch size and momentum."""
@@ -255,10 +221,6 @@ def _rounded(values: NDArray[np.float64], digits: str = "{:.4f}") -> tuple[float
 def _tuple(values: Any) -> tuple[float, ...]:
     """Return a list of numbers as a tuple, NaN for each :obj:`None` and infinity."""
     return tuple(v if math.isfinite(v) else math.nan for v in numbers(values).tolist())
-
-
-def _or_nan(value: float) -> float:
-    return value if math.isfinite(value) else math.nan
 
 
 def _or_zero(value: Any) -> float:
