@@ -84,7 +84,7 @@ class TTPPruner(BasePruner):
 
     The decision is made the first time that the objective calls ``trial.should_prune()``: call it
     once the hyperparameters are suggested, before training, or the steps before that call are
-    paid for.
+    paid for. A :exc:`~optuna_ttp.CallOrderWarning` says so where it is called too early.
 
     **During training**, where the objective records its loss with
     :class:`~optuna_ttp.TrainingLog`, the time that is left is predicted from the trial's own
@@ -98,11 +98,11 @@ class TTPPruner(BasePruner):
     has passed than the fastest trial took, by the seconds of their steps as they were measured, or
     with the same batch size. Otherwise the wrapped pruner decides.
 
-    Of any ``max_consecutive + 1`` trials in a row one runs at least, whatever is predicted, and
-    nothing is skipped while predictions prove worse than a rule of thumb, or while most of the
-    trials, two at least, that ran although the same was predicted for them reached the target.
-    Such a trial runs to its end but for those two facts, and for the sake of an ``audit`` in spite
-    of them.
+    Of any eleven trials in a row at least one runs, whatever is predicted. No trial is skipped
+    while predictions prove worse than a rule of thumb, nor for a reason that was given for trials
+    which ran nevertheless and mostly reached the target. A trial that runs in spite of its
+    prediction is stopped by those two facts only, and one that is drawn for an audit by nothing.
+    :class:`~optuna_ttp.PrunerRules` has these numbers.
 
     Example:
         >>> def objective(trial):

@@ -46,9 +46,9 @@ class PrunerRules:
             Skip what reaches the target within that with a smaller probability, before its first
             step. 0.5 by default: what is more likely to miss it.
         min_probability_at_first:
-            The same with :class:`~optuna_ttp.FastestToTarget` while no trial has completed: one
-            with a fair chance may be the only one that gets to the target. 0.2 by default; not
-            ablated yet.
+            The same with :class:`~optuna_ttp.FastestToTarget` while no trial has completed. 0.2
+            by default: trials with at least 20 % probability are not skipped for this reason,
+            because one of them may be the only one that gets to the target. Not ablated yet.
         max_cost_ratio:
             Skip what is predicted to take more than so many times what the best trial was
             predicted to take. No limit by default.
