@@ -104,20 +104,19 @@ class PrunerRules:
     running_trial: RunningTrialRules = field(default_factory=RunningTrialRules)
 
     def __post_init__(self) -> None:
-        check_number("tolerance", self.tolerance)
+        for name, value in vars(self).items():
+            if name != "running_trial" and (name, value) != ("max_cost_ratio", None):
+                check_number(name, value)
         if not 1 <= self.tolerance < math.inf:
             raise ValueError(f"tolerance must be finite and at least 1 but got {self.tolerance}.")
         for name in ("min_probability", "min_probability_at_first", "min_chance", "audit"):
             share = getattr(self, name)
-            check_number(name, share)
             if not 0.0 <= share <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1] but got {share}.")
-        if self.max_cost_ratio is not None:
-            check_number("max_cost_ratio", self.max_cost_ratio)
-            if not 1.0 <= self.max_cost_ratio < math.inf:
-                raise ValueError(
-                    f"max_cost_ratio must be finite and at least 1 but got {self.max_cost_ratio}."
-                )
+        if self.max_cost_ratio is not None and not 1.0 <= self.max_cost_ratio < math.inf:
+            raise ValueError(
+                f"max_cost_ratio must be finite and at least 1 but got {self.max_cost_ratio}."
+            )
         for name in ("max_consecutive", "sooner", "n_refuting", "most_refuting"):
             check_kind(name, getattr(self, name), int)
             if getattr(self, name) < 1:

@@ -135,9 +135,11 @@ class SamplerRules:
     forecast: ForecastRules = field(default_factory=ForecastRules)
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name not in ("preference", "forecast"):
+                check_number(name, value)
         for name in ("n_design_trials", "n_candidates", "n_newest_values", "n_drawn"):
             check_kind(name, getattr(self, name), int)
-        check_number("exploration", self.exploration)
         if self.n_design_trials < 0:
             raise ValueError(
                 f"n_design_trials must not be negative but got {self.n_design_trials}."

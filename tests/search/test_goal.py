@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError
+import inspect
 import math
 import pickle
 from typing import Any
@@ -177,3 +178,8 @@ def test_a_decision_outside_of_the_pruners_study_needs_a_goal_too() -> None:
     pruner = TTPPruner(quick_predictor())
     with pytest.warns(GoalWarning, match="The search has no goal"):
         pruner.decide(asked(_study(None, None), FAST))
+
+
+@pytest.mark.parametrize("half", [TTPSampler, TTPPruner])
+def test_a_half_takes_no_more_than_eight_arguments(half: Any) -> None:
+    assert len(inspect.signature(half).parameters) <= 8

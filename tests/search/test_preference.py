@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from dataclasses import replace
 import math
 from typing import Any
@@ -230,3 +231,9 @@ def test_proposals_of_the_whole_search_are_faster_than_those_of_the_base() -> No
     ours = predicted_seconds(proposals(_sampler(search_space=SPACE), 20))
     plain = predicted_seconds(proposals(TPESampler(seed=0), 20))
     assert np.median(ours) < 0.3 * np.median(plain)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(SamplerRules)])
+def test_a_rule_of_the_wrong_kind_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a"):
+        SamplerRules(**{name: "much"})  # type: ignore[arg-type]

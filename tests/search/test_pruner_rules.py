@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 import math
 from typing import Any
 
@@ -14,11 +15,14 @@ import pytest
 from optuna_ttp import BestMetric
 from optuna_ttp import Decision
 from optuna_ttp import FastestToTarget
+from optuna_ttp import PrunerRules
 from optuna_ttp import report
 from optuna_ttp import StudyBudget
 from optuna_ttp import TrainingLog
+from optuna_ttp.search import RunningTrialRules
 from optuna_ttp.study import decision_of
 from optuna_ttp.study import DecisionRecord
+from tests.studies import add_observed
 from tests.studies import asked
 from tests.studies import DIVERGING
 from tests.studies import FAST
@@ -178,3 +182,26 @@ def test_a_trial_that_does_not_fit_into_the_rest_is_skipped() -> None:
     assert not asked(study, FAST).should_prune()
     assert asked(study, SLOW).should_prune()
     assert _decision(study).objection == "study_budget"
+
+
+def test_rules_of_rules_reach_what_they_rule() -> None:
+    def n_steps(**rules: Any) -> int:
+        study = _study(max_steps=100, running_trial=RunningTrialRules(**rules))
+        add_observed(study, lambda steps: steps)
+        trial = asked(study, FAST)
+        with TrainingLog(trial, measure_speed=False) as log:
+            for k, loss in enumerate(losses(2000.0, 100)):
+                log.step(loss)
+                if trial.should_prune():
+                    return k
+        return 100
+
+    # What is recorded is looked at when it is half as long again.
+    assert n_steps() < 60
+    assert 60 <= n_steps(earliest=0.6) < 95
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(PrunerRules)])
+def test_a_rule_of_the_wrong_kind_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a"):
+        PrunerRules(**{name: "much"})  # type: ignore[arg-type]
