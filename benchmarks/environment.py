@@ -55,11 +55,11 @@ def _module_name() -> str:
 
 def _arguments() -> list[str]:
     """The command's, without where files lie, which is everybody's own."""
-    kept: list[str] = []
+    shown: list[str] = []
     for before, argument in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False):
         if argument not in _PLACES and before not in _PLACES:
-            kept.append(argument)
-    return kept
+            shown.append(argument)
+    return shown
 
 
 def _processor() -> str:

@@ -82,8 +82,8 @@ def main() -> None:
         every = 4 if options.smoke else 1
         files, n = [path for _, path in paths], len(paths)
         results = pool.map(_points, files, [options.store] * n, [every] * n)
-        for (kind, path), own in zip(paths, results, strict=True):
-            points.setdefault(kind, []).extend(own)
+        for (kind, path), chosen_points in zip(paths, results, strict=True):
+            points.setdefault(kind, []).extend(chosen_points)
             print(f"{path.stem} done", flush=True)
     _write(points, options.output)
 
@@ -95,7 +95,7 @@ def _points(path: Path, store: str | None, every: int) -> list[Point]:
     spectrum = spectrum_of(name, store)
     runs = recording.runs[::every]
     rates = [r.learning_rate for r in runs]
-    sizes = [r.batch_size for r in runs]
+    batch_sizes = [r.batch_size for r in runs]
     momenta = [r.momentum for r in runs]
     curves = [full_curve(recording, k) for k in range(0, len(recording.runs), every)]
     ends = np.array([max(1.0, steps[-1]) for steps, _ in curves])
@@ -107,7 +107,7 @@ def _points(path: Path, store: str | None, every: int) -> list[Point]:
     )
     points = baselines(name, runs, real, FRACTIONS)
     for method in ("noiseless", "sde", "ode"):
-        predicted = _beside(spectrum, method, rates, sizes, momenta, 2 * ends)
+        predicted = _beside(spectrum, method, rates, batch_sizes, momenta, 2 * ends)
         points += [
             Point(name, k, method, fraction, real[k, column], predicted[k, column])
             for k in range(len(runs))
@@ -115,7 +115,7 @@ def _points(path: Path, store: str | None, every: int) -> list[Point]:
         ]
     for column, fraction in enumerate(FRACTIONS):
         p = _predictor(spectrum, fraction, n_seeds=4).predict(
-            rates, sizes, momenta, max_steps=_PATIENCE * ends
+            rates, batch_sizes, momenta, max_steps=_PATIENCE * ends
         )
         points += [
             Point(
@@ -146,19 +146,19 @@ def _beside(
     spectrum: Spectrum,
     method: str,
     rates: list[float],
-    sizes: list[int],
+    batch_sizes: list[int],
     momenta: list[float],
     max_steps: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """Times of the methods beside ours, of shape (K, targets), from one curve a run."""
     if method == "noiseless":
-        sizes = [spectrum.n_samples] * len(sizes)
+        batch_sizes = [spectrum.n_samples] * len(batch_sizes)
     else:
         spectrum = spectrum.truncate(explained_trace=_EQUATION_TRACE)
     predictor = _predictor(
         spectrum, FRACTIONS[-1], method="linear" if method == "noiseless" else method, n_seeds=1
     )
-    p = predictor.predict(rates, sizes, momenta, max_steps=max_steps)
+    p = predictor.predict(rates, batch_sizes, momenta, max_steps=max_steps)
     return np.array(
         [
             [
@@ -173,38 +173,39 @@ def _beside(
 
 
 def _write(points: dict[str, list[Point]], output: Path) -> None:
-    results = {kind: by_method(own) for kind, own in points.items()}
+    results = {kind: by_method(chosen_points) for kind, chosen_points in points.items()}
     depths = {
         kind: {
-            f"{f:.0%}": by_method([p for p in own if p.target == f])["linear"] for f in FRACTIONS
+            f"{f:.0%}": by_method([p for p in chosen_points if p.target == f])["linear"]
+            for f in FRACTIONS
         }
-        for kind, own in points.items()
+        for kind, chosen_points in points.items()
     }
     output.mkdir(parents=True, exist_ok=True)
     write_points(
         output / "absolute_targets.csv",
-        [p for own in points.values() for p in own],
+        [p for chosen_points in points.values() for p in chosen_points],
         leave_out=("c/eta_e", "c/eta_e+lag", "threshold", "seed"),
     )
     where = environment()
     document = {"environment": where, "all targets": results, "ours by target": depths}
     (output / "absolute_targets.json").write_text(json.dumps(document, indent=2) + "\n")
-    kept: dict[str, float] = {}
+    for_summary: dict[str, float] = {}
     for kind, start in _KINDS.items():
         if kind in results:
             name = "pretrained" if start == "efficientnet" else start
             ours = results[kind]["linear"]
-            kept |= {
+            for_summary |= {
                 f"absolute_{name}_mape_0": ours["mape"],
                 f"absolute_{name}_tau_0": ours["tau"],
                 f"absolute_{name}_coverage_0": ours["coverage"],
                 f"absolute_{name}_coverage_or_marked_0": ours["coverage_or_marked"],
             }
-    update_summary(output, kept)
+    update_summary(output, for_summary)
     lines = []
-    for kind, own in results.items():
-        lines += [f"{kind}, {int(own['linear']['n_runs'])} runs:", ""]
-        lines += [*table(own), ""]
+    for kind, chosen_points in results.items():
+        lines += [f"{kind}, {int(chosen_points['linear']['n_runs'])} runs:", ""]
+        lines += [*table(chosen_points), ""]
         lines += _depths(depths[kind])
     lines += [
         f"Measured {where['date']} with `{where['command']}`; errors where both reached the "
@@ -215,14 +216,14 @@ def _write(points: dict[str, list[Point]], output: Path) -> None:
     print("\n".join(lines))
 
 
-def _depths(own: dict[str, dict[str, float]]) -> list[str]:
+def _depths(chosen_points: dict[str, dict[str, float]]) -> list[str]:
     lines = [
         "| ours, by target | mean error | predicted over real | in the 80 % interval | marked "
         "unreliable | reached although predicted not to | the run had ended before |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for fraction in FRACTIONS:
-        row = own[f"{fraction:.0%}"]
+        row = chosen_points[f"{fraction:.0%}"]
         if "mape" in row:
             lines.append(
                 f"| {fraction:.0%} of the initial loss | {row['mape']:.1%} | {row['bias']:.2f} | "

@@ -66,22 +66,22 @@ def main() -> None:
     rng = np.random.default_rng(0)
     predictor = TrainingTimePredictor(spectrum, target_fraction=0.25)
     limits = predictor.max_learning_rate(np.array(_SIZES), 0.0)
-    sizes = np.resize(_SIZES, _N_CONFIGURATIONS)
+    batch_sizes = np.resize(_SIZES, _N_CONFIGURATIONS)
     momenta = rng.choice([0.0, 0.9, 0.95], _N_CONFIGURATIONS)
-    rates = predictor.max_learning_rate(sizes, momenta) * 10 ** rng.uniform(
+    rates = predictor.max_learning_rate(batch_sizes, momenta) * 10 ** rng.uniform(
         -2, 0, _N_CONFIGURATIONS
     )
     started = clock()
     predictor.predict(rates[0], n_samples, momenta[0], max_steps=HORIZON, full_curve=True)
     figures["prediction_seconds"] = clock() - started
     started = clock()
-    predictor.predict(rates, sizes, momenta, max_steps=HORIZON, full_curve=True)
+    predictor.predict(rates, batch_sizes, momenta, max_steps=HORIZON, full_curve=True)
     figures["predictions_100_seconds"] = clock() - started
     scored_rates = rates.min() * (rates.max() / rates.min()) ** rng.random(_N_SCORED)
     scored_sizes = rng.choice([8, 16, 32, 64, 128], _N_SCORED)
     scored_momenta = rng.uniform(0, 0.98, _N_SCORED)
     started = clock()
-    predictor.score(rates[:1], sizes[:1], momenta[:1])
+    predictor.score(rates[:1], batch_sizes[:1], momenta[:1])
     figures["surface_seconds"] = clock() - started
     seconds = []
     for _ in range(5):
@@ -92,10 +92,12 @@ def main() -> None:
     figures["share_extrapolated"] = float(
         predictor.is_extrapolated(scored_rates, scored_sizes, scored_momenta).mean()
     )
-    for size, limit in zip((n_samples, *_SIZES), (limits[-1], *limits), strict=True):
-        run = Run(float(0.01 * limit), int(size), 0.0, 0, 6, 0.01)
+    for a_batch_size, limit in zip((n_samples, *_SIZES), (limits[-1], *limits), strict=True):
+        run = Run(float(0.01 * limit), int(a_batch_size), 0.0, 0, 6, 0.01)
         train(tuning, run)
-        figures[f"training_seconds_{size}"] = train(tuning, run, clock=clock)[2] / 7 * HORIZON
+        figures[f"training_seconds_{a_batch_size}"] = (
+            train(tuning, run, clock=clock)[2] / 7 * HORIZON
+        )
     one = figures["spectrum_seconds"] + figures["prediction_seconds"]
     figures["cost_ratio_full_batch"] = figures[f"training_seconds_{n_samples}"] / one
     amortised = (
@@ -103,7 +105,9 @@ def main() -> None:
         + figures["surface_seconds"]
         + figures["predictions_100_seconds"]
     ) / _N_CONFIGURATIONS
-    training = float(np.mean([figures[f"training_seconds_{size}"] for size in _SIZES]))
+    training = float(
+        np.mean([figures[f"training_seconds_{a_batch_size}"] for a_batch_size in _SIZES])
+    )
     figures["cost_ratio_study_100"] = training / amortised
     figures["cost_ratio_without_spectrum"] = (
         training * _N_CONFIGURATIONS / figures["predictions_100_seconds"]
@@ -118,13 +122,13 @@ def _write(figures: dict[str, float], n_samples: int, output: Path) -> None:
     clock = "processor" if threads == 1 else "real time"
     document = {"environment": where, "threads": threads, "seconds_of": clock, **figures}
     (output / "cost.json").write_text(json.dumps(document, indent=2) + "\n")
-    kept = (
+    for_summary = (
         "cost_ratio_full_batch",
         "cost_ratio_study_100",
         "predictions_per_second",
         "surface_seconds",
     )
-    update_summary(output, {name: figures[name] for name in kept})
+    update_summary(output, {name: figures[name] for name in for_summary})
     full = figures[f"training_seconds_{n_samples}"]
     lines = [
         "| | |",

@@ -128,21 +128,21 @@ def baselines(
     for k, run in enumerate(runs):
         others = [j for j in range(len(runs)) if not _same(runs[j], run)]
         for column, target in enumerate(targets):
-            own = float(real[k, column])
+            real_time = float(real[k, column])
             known = [j for j in others if np.isfinite(real[j, column])]
             if known:
                 middle = float(np.median(real[known, column]))
-                points.append(Point(task, k, "threshold", target, own, middle))
+                points.append(Point(task, k, "threshold", target, real_time, middle))
             for j in known:
                 c = real[j, column] * effective[j]
                 points.append(
-                    Point(task, k, "c/eta_e", target, own, min(longest, c / effective[k]))
+                    Point(task, k, "c/eta_e", target, real_time, min(longest, c / effective[k]))
                 )
                 c = max(0.0, real[j, column] - lag[j]) * effective[j]
                 shifted = min(longest, c / effective[k] + lag[k])
-                points.append(Point(task, k, "c/eta_e+lag", target, own, shifted))
+                points.append(Point(task, k, "c/eta_e+lag", target, real_time, shifted))
             points += [
-                Point(task, k, "seed", target, own, float(real[j, column]))
+                Point(task, k, "seed", target, real_time, float(real[j, column]))
                 for j in range(len(runs))
                 if j != k and _same(runs[j], run)
             ]
@@ -249,17 +249,19 @@ def _mean_tau(points: list[Point]) -> float:
 
     values = []
     for key in {(p.task, p.target) for p in points}:
-        own = [p for p in points if (p.task, p.target) == key]
-        if len({p.run for p in own}) >= 4:
-            tau = kendalltau([p.predicted for p in own], [p.real for p in own]).statistic
+        at_target = [p for p in points if (p.task, p.target) == key]
+        if len({p.run for p in at_target}) >= 4:
+            tau = kendalltau(
+                [p.predicted for p in at_target], [p.real for p in at_target]
+            ).statistic
             values.append(0.0 if math.isnan(tau) else float(tau))
     return float(np.mean(values)) if values else math.nan
 
 
 def by_method(points: list[Point]) -> dict[str, dict[str, float]]:
     """Return the figures of every method that occurs, in the order of :data:`NAMES`."""
-    found = {m: [p for p in points if p.method == m] for m in NAMES}
-    return {m: figures(own) for m, own in found.items() if own}
+    by_name = {m: [p for p in points if p.method == m] for m in NAMES}
+    return {m: figures(of_method) for m, of_method in by_name.items() if of_method}
 
 
 def table(results: dict[str, dict[str, float]]) -> list[str]:
@@ -269,13 +271,13 @@ def table(results: dict[str, dict[str, float]]) -> list[str]:
         "predicted over real | Kendall's tau |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for method, own in results.items():
-        if "mape" not in own:
+    for method, values in results.items():
+        if "mape" not in values:
             continue
         lines.append(
-            f"| {NAMES[method]} | {own['mape']:.1%} ({own['mape_low']:.1%} to "
-            f"{own['mape_high']:.1%}) | {own['median']:.1%} | {own['p95']:.1%} | "
-            f"{own['within_20']:.0%} | {own['bias']:.2f} | {own['tau']:.2f} |"
+            f"| {NAMES[method]} | {values['mape']:.1%} ({values['mape_low']:.1%} to "
+            f"{values['mape_high']:.1%}) | {values['median']:.1%} | {values['p95']:.1%} | "
+            f"{values['within_20']:.0%} | {values['bias']:.2f} | {values['tau']:.2f} |"
         )
     return lines
 

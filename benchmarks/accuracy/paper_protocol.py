@@ -111,9 +111,9 @@ def _predicted(spectrum: Spectrum, method: str, runs: list[Any]) -> NDArray[np.f
     """Predicted times of K runs, of shape (K, levels)."""
     rates = [r.learning_rate for r in runs]
     momenta = [r.momentum for r in runs]
-    sizes = [r.batch_size for r in runs]
+    batch_sizes = [r.batch_size for r in runs]
     if method == "noiseless":
-        sizes = [spectrum.n_samples] * len(runs)
+        batch_sizes = [spectrum.n_samples] * len(runs)
 
     def times_of_seed(seed: int) -> NDArray[np.float64]:
         predictor = TrainingTimePredictor(
@@ -126,7 +126,7 @@ def _predicted(spectrum: Spectrum, method: str, runs: list[Any]) -> NDArray[np.f
                 seed=seed,
             ),
         )
-        curves = predictor.predict(rates, sizes, momenta, full_curve=True)
+        curves = predictor.predict(rates, batch_sizes, momenta, full_curve=True)
         return np.array(
             [
                 _times(steps[np.isfinite(steps)], losses[np.isfinite(steps)])
@@ -134,33 +134,33 @@ def _predicted(spectrum: Spectrum, method: str, runs: list[Any]) -> NDArray[np.f
             ]
         )
 
-    noisy = method in ("linear", "sde") and min(sizes) < spectrum.n_samples
+    noisy = method in ("linear", "sde") and min(batch_sizes) < spectrum.n_samples
     return geometric_mean_over_seeds(times_of_seed, _N_SEEDS if noisy else 1)
 
 
 def _write(points: dict[str, list[Point]], n_short: int, output: Path) -> None:
-    results = {mode: by_method(own) for mode, own in points.items()}
+    results = {mode: by_method(of_mode) for mode, of_mode in points.items()}
     output.mkdir(parents=True, exist_ok=True)
     write_points(
         output / "paper_protocol.csv",
-        [p for own in points.values() for p in own],
+        [p for of_mode in points.values() for p in of_mode],
         leave_out=("c/eta_e", "c/eta_e+lag", "threshold", "seed"),
     )
     where = environment()
     document = {"environment": where, "runs_that_ended_early": n_short, **results}
     (output / "paper_protocol.json").write_text(json.dumps(document, indent=2) + "\n")
-    kept: dict[str, float] = {}
+    for_summary: dict[str, float] = {}
     for mode, prefix in (("GD", "paper_gd"), ("SGD", "paper_sgd")):
         for method, start in (("linear", ""), ("ode" if mode == "GD" else "sde", "sde_")):
             for name in ("mape", "p95") if mode == "GD" else ("mape", "p95", "tau"):
                 if method in results[mode]:
-                    kept[f"{start}{prefix}_{name}"] = results[mode][method][name]
-    update_summary(output, kept)
+                    for_summary[f"{start}{prefix}_{name}"] = results[mode][method][name]
+    update_summary(output, for_summary)
     lines = []
-    for mode, own in results.items():
-        if own:
-            n_runs = int(own["linear"]["n_runs"])
-            lines += [f"{mode}, {n_runs} runs:", "", *table(own), ""]
+    for mode, of_mode in results.items():
+        if of_mode:
+            n_runs = int(of_mode["linear"]["n_runs"])
+            lines += [f"{mode}, {n_runs} runs:", "", *table(of_mode), ""]
     lines += [
         f"Measured {where['date']} with `{where['command']}`; {n_short} runs blew up before step "
         f"{HORIZON} and are left out.",
@@ -178,11 +178,11 @@ def _draw(points: dict[str, list[Point]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(2, 2, figsize=(9, 9), sharex=True, sharey=True)
-    for row, (mode, own) in zip(panels, points.items(), strict=True):
+    for row, (mode, of_mode) in zip(panels, points.items(), strict=True):
         methods = ("linear", "ode" if mode == "GD" else "sde")
         for panel, method in zip(row, methods, strict=True):
-            for task in sorted({p.task for p in own}):
-                chosen = [p for p in own if p.method == method and p.task == task]
+            for task in sorted({p.task for p in of_mode}):
+                chosen = [p for p in of_mode if p.method == method and p.task == task]
                 panel.scatter(
                     [p.predicted for p in chosen], [p.real for p in chosen], s=8, label=task
                 )

@@ -205,12 +205,14 @@ def configurations(name: str, n_samples: int, curvatures: NDArray[np.float64]) -
         horizon = HORIZON if paper else longest
         runs.append(Run(rate, n_samples, momentum, 0, horizon, share))
     n_minibatch = 6 if paper else 12
-    sizes = np.tile(rng.permutation(_SIZES), n_minibatch // 3)
-    for share, momentum, size in zip(
-        _shares(n_minibatch, rng), _momenta(n_minibatch, rng), sizes, strict=True
+    batch_sizes = np.tile(rng.permutation(_SIZES), n_minibatch // 3)
+    for share, momentum, a_batch_size in zip(
+        _shares(n_minibatch, rng), _momenta(n_minibatch, rng), batch_sizes, strict=True
     ):
-        rate = share * scale(curvatures, n_samples, int(size), momentum)
-        runs.append(Run(rate, int(size), momentum, 0, longest if share > 0.05 else HORIZON, share))
+        rate = share * scale(curvatures, n_samples, int(a_batch_size), momentum)
+        runs.append(
+            Run(rate, int(a_batch_size), momentum, 0, longest if share > 0.05 else HORIZON, share)
+        )
     again = [
         Run(r.learning_rate, r.batch_size, r.momentum, 1, r.max_steps, r.learning_rate_share)
         for r in runs
@@ -231,13 +233,15 @@ def _grid(
 ) -> list[Run]:
     momenta = np.resize(rng.permutation(_GRID_MOMENTA), _GRID_SIZE)
     # Every momentum meets every batch size.
-    sizes = np.resize(np.repeat(rng.permutation(_GRID_SIZES), len(_GRID_MOMENTA)), _GRID_SIZE)
+    batch_sizes = np.resize(
+        np.repeat(rng.permutation(_GRID_SIZES), len(_GRID_MOMENTA)), _GRID_SIZE
+    )
     runs = []
-    for share, momentum, size in zip(
-        _shares(_GRID_SIZE, rng, _GRID_DECADES), momenta, sizes, strict=True
+    for share, momentum, a_batch_size in zip(
+        _shares(_GRID_SIZE, rng, _GRID_DECADES), momenta, batch_sizes, strict=True
     ):
-        rate = share * scale(curvatures, n_samples, int(size), momentum)
-        runs.append(Run(rate, int(size), momentum, 0, max_steps, share))
+        rate = share * scale(curvatures, n_samples, int(a_batch_size), momentum)
+        runs.append(Run(rate, int(a_batch_size), momentum, 0, max_steps, share))
     return runs
 
 

@@ -192,7 +192,7 @@ def real_curves(tuning: Tuning, stop_at: float) -> Curves:
         The function. It takes the steps as a keyword.
     """
 
-    def run(rate: float, size: int, momentum: float, seed: int, n_steps: int) -> Any:
+    def run(rate: float, batch_size: int, momentum: float, seed: int, n_steps: int) -> Any:
         model = copy.deepcopy(tuning.model)
         optimiser = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
         generator = torch.Generator().manual_seed(1000 + seed)
@@ -201,14 +201,16 @@ def real_curves(tuning: Tuning, stop_at: float) -> Curves:
         order: list[torch.Tensor] = []
         initial = math.nan
         for step in range(n_steps + 1):
-            if not order and size >= n_samples:
+            if not order and batch_size >= n_samples:
                 order = [torch.arange(n_samples)]
             elif not order:
-                order = list(torch.randperm(n_samples, generator=generator).split(size))
+                order = list(torch.randperm(n_samples, generator=generator).split(batch_size))
             chosen = order.pop(0)
             loss = tuning.loss(model(tuning.inputs[chosen]), tuning.labels[chosen])
-            if size >= n_samples or step % 4 == 0:
-                whole = float(loss.detach()) if size >= n_samples else _whole_loss(model, tuning)
+            if batch_size >= n_samples or step % 4 == 0:
+                whole = (
+                    float(loss.detach()) if batch_size >= n_samples else _whole_loss(model, tuning)
+                )
                 initial = whole if step == 0 else initial
                 curve[step] = whole / initial if math.isfinite(whole) else math.inf
                 if not curve[step] <= stop_at:
@@ -234,21 +236,21 @@ def simulated_curves(spectrum: Spectrum) -> Curves:
     """
     model = LinearisedModel.from_spectrum(spectrum)
 
-    def run(rate: float, size: int, momentum: float, seed: int, n_steps: int) -> Any:
-        found = simulate(
+    def run(rate: float, batch_size: int, momentum: float, seed: int, n_steps: int) -> Any:
+        observed = simulate(
             model,
             SGDConfigurations.of(rate, momentum),
-            np.array([size]),
+            np.array([batch_size]),
             max_steps=np.array([n_steps]),
             full_curves=True,
             exact=True,
             seed=seed,
         )
         curve = np.full(n_steps + 1, np.nan)
-        steps, losses = found.steps[0], found.curves["loss"][0]
+        steps, losses = observed.steps[0], observed.curves["loss"][0]
         known = np.isfinite(steps)
         curve[steps[known].astype(int)] = losses[known] / losses[0]
-        if found.blown_up[0]:
+        if observed.blown_up[0]:
             curve[int(steps[known][-1]) :] = np.inf
         return curve
 
@@ -301,28 +303,34 @@ def _rows(name: str, smoke: bool) -> list[dict[str, Any]]:
         # The curvature may grow on the way.
         rate = 0.2 * _predicted(spectrum, n_samples, 0.0)
         trained, share = train_to_minimum(pretrained, rate, max_steps=50 if smoke else 10_000)
-        own = compute_spectrum(trained.task(), measure_speed=False, show_progress_bar=False)
-        starts[True] = (trained, own, share)
+        spectrum_there = compute_spectrum(
+            trained.task(), measure_speed=False, show_progress_bar=False
+        )
+        starts[True] = (trained, spectrum_there, share)
         print(f"{name}: minimum at {share:.2%} of the initial loss", flush=True)
-    sizes = (n_samples,) if smoke else (16, n_samples)
+    batch_sizes = (n_samples,) if smoke else (16, n_samples)
     rows = []
     for definition in DEFINITIONS:
         if definition.at_minimum not in starts:
             continue
         tuning, here, share = starts[definition.at_minimum]
-        for size, momentum in itertools.product(sizes, (0.0,) if smoke else (0.0, 0.9)):
-            start = _predicted(here, size, momentum)
-            seeds = range(1 if size >= n_samples or smoke else _N_SEEDS)
+        for batch_size, momentum in itertools.product(
+            batch_sizes, (0.0,) if smoke else (0.0, 0.9)
+        ):
+            start = _predicted(here, batch_size, momentum)
+            seeds = range(1 if batch_size >= n_samples or smoke else _N_SEEDS)
             # Spikes are watched until the loss is lost.
             stop_at = definition.bound if definition.since is None else 100.0
             real, simulated = (
-                _limit(curves, definition, size, momentum, start, seeds, 0.3 if smoke else 0.03)
+                _limit(
+                    curves, definition, batch_size, momentum, start, seeds, 0.3 if smoke else 0.03
+                )
                 for curves in (real_curves(tuning, stop_at), simulated_curves(here))
             )
             rows.append(
                 {
                     "task": name,
-                    "batch_size": str(size),
+                    "batch_size": str(batch_size),
                     "momentum": f"{momentum:g}",
                     "definition": definition.name,
                     "start_loss_share": f"{share:.4g}",
@@ -336,17 +344,17 @@ def _rows(name: str, smoke: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _predicted(spectrum: Spectrum, size: int, momentum: float) -> float:
+def _predicted(spectrum: Spectrum, batch_size: int, momentum: float) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliablePredictionWarning)
         predictor = TrainingTimePredictor(spectrum, target_fraction=0.5)
-    return float(predictor.max_learning_rate(size, momentum))
+    return float(predictor.max_learning_rate(batch_size, momentum))
 
 
 def _limit(
     curves: Any,
     definition: Definition,
-    size: int,
+    batch_size: int,
     momentum: float,
     start: float,
     seeds: Sequence[int],
@@ -357,7 +365,7 @@ def _limit(
     def unstable(rate: float) -> bool:
         votes = [0, 0]
         for seed in seeds:
-            curve = curves(rate, size, momentum, seed, definition.n_steps)
+            curve = curves(rate, batch_size, momentum, seed, definition.n_steps)
             votes[definition.unstable(curve)] += 1
             if 2 * max(votes) > len(seeds):
                 break
@@ -434,10 +442,10 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{_ratio(predicted, real)} ({_ratio(predicted, simulated)})"
 
 
-def _ratio(predicted: float, found: float) -> str:
-    if found == 0.0:
+def _ratio(predicted: float, observed: float) -> str:
+    if observed == 0.0:
         return f"> {_WIDEST:.0f}"
-    return f"{predicted / found:.2f}" if math.isfinite(found) else f"< 1/{_WIDEST:.0f}"
+    return f"{predicted / observed:.2f}" if math.isfinite(observed) else f"< 1/{_WIDEST:.0f}"
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def residual(
             model.head = torch.nn.Linear(32, 5)
         return model
 
-    model = _kept(f"residual-{seed}", ResidualNetwork(5), pretrain)
+    model = _stored_model(f"residual-{seed}", ResidualNetwork(5), pretrain)
     x, y = _of_classes(images, labels, second, n_samples, seed + 1)
     tuning = Tuning(name, model.eval(), x, y)
     return _with_mse(tuning) if loss == "mse" else tuning
@@ -325,7 +325,7 @@ def minilm(name: str, seed: int, *, n_classes: int = 5, per_class: int = 16) -> 
 
 def sentences(package: str) -> list[str]:
     """Return the first sentences of the docstrings of a package's public modules, sorted."""
-    found = set()
+    unique_sentences = set()
     root = importlib.import_module(package)
     names = [m.name for m in pkgutil.iter_modules(root.__path__) if not m.name.startswith("_")]
     for name in names:
@@ -339,18 +339,18 @@ def sentences(package: str) -> list[str]:
             text = " ".join((inspect.getdoc(member) or "").split())
             sentence = re.split(r"(?<=\.) ", text)[0]
             if 30 <= len(sentence) <= 120 and str(member.__module__).startswith(package):
-                found.add(sentence)
-    return sorted(found)
+                unique_sentences.add(sentence)
+    return sorted(unique_sentences)
 
 
 def _digits_network(name: str, seed: int) -> Tuning:
     tuning = demo.pretrain(seed)
     # The draw of the samples goes on from that of the pretraining, so it has to be done anyway.
-    model = _kept(f"digits-{seed}", tuning.model, lambda: tuning.model)
+    model = _stored_model(f"digits-{seed}", tuning.model, lambda: tuning.model)
     return Tuning(name, model.eval(), *tuning.train)
 
 
-def _kept(
+def _stored_model(
     name: str, model: torch.nn.Module, pretrain: Callable[[], torch.nn.Module]
 ) -> torch.nn.Module:
     """The model with the pretrained weights that are kept under its name."""

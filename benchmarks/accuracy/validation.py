@@ -142,18 +142,18 @@ def _rows(name: str, smoke: bool) -> list[dict[str, Any]]:
         )
     rows = []
     grid = itertools.product(_SHARES, (16, 50), (0.0, 0.9), (0, 1))
-    for share, size, momentum, seed in [next(grid)] if smoke else grid:
-        rate = share * float(predictor.max_learning_rate(size, momentum))
-        real = _real(tuning, held_out, rate, size, momentum, seed)
-        predicted = _predicted(predictor, rate, size, momentum, int(real.steps[-1]))
+    for share, batch_size, momentum, seed in [next(grid)] if smoke else grid:
+        rate = share * float(predictor.max_learning_rate(batch_size, momentum))
+        real = _real(tuning, held_out, rate, batch_size, momentum, seed)
+        predicted = _predicted(predictor, rate, batch_size, momentum, int(real.steps[-1]))
         loss = 0.5 * (real.losses[0] + real.losses.min())
         accuracy = 0.5 * (real.accuracies[0] + real.accuracies.max())
-        own = predicted.until(real.steps[-1])
+        predicted_until_end = predicted.until(real.steps[-1])
         rows.append(
             {
                 "task": name,
                 "learning_rate": rate,
-                "batch_size": size,
+                "batch_size": batch_size,
                 "momentum": momentum,
                 "share": share,
                 "seed": seed,
@@ -163,17 +163,17 @@ def _rows(name: str, smoke: bool) -> list[dict[str, Any]]:
                 "predicted_steps_to_accuracy": predicted.first_accuracy(accuracy),
                 "initial_loss": float(real.losses[0]),
                 "real_lowest_loss": float(real.losses.min()),
-                "predicted_lowest_loss": float(own.losses.min()),
+                "predicted_lowest_loss": float(predicted_until_end.losses.min()),
                 "initial_accuracy": float(real.accuracies[0]),
                 "real_highest_accuracy": float(real.accuracies.max()),
-                "predicted_highest_accuracy": float(own.accuracies.max()),
+                "predicted_highest_accuracy": float(predicted_until_end.accuracies.max()),
             }
         )
     return rows
 
 
 def _real(
-    tuning: Tuning, held_out: Tuning, rate: float, size: int, momentum: float, seed: int
+    tuning: Tuning, held_out: Tuning, rate: float, batch_size: int, momentum: float, seed: int
 ) -> Curves:
     model = copy.deepcopy(tuning.model)
     optimiser = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
@@ -196,7 +196,7 @@ def _real(
             wanted = max(step + 1, int(step * _SPACING))
         if not order:
             shuffled = torch.randperm(len(tuning.labels), generator=generator)
-            order = list(shuffled.split(size))
+            order = list(shuffled.split(batch_size))
         chosen = order.pop(0)
         optimiser.zero_grad()
         tuning.loss(model(tuning.inputs[chosen]), tuning.labels[chosen]).backward()
@@ -205,9 +205,9 @@ def _real(
 
 
 def _predicted(
-    predictor: TrainingTimePredictor, rate: float, size: int, momentum: float, last: int
+    predictor: TrainingTimePredictor, rate: float, batch_size: int, momentum: float, last: int
 ) -> Curves:
-    p = predictor.predict(rate, size, momentum, max_steps=3 * last + 10, full_curve=True)
+    p = predictor.predict(rate, batch_size, momentum, max_steps=3 * last + 10, full_curve=True)
     good = np.isfinite(p.curve_steps)
     return Curves(
         p.curve_steps[good],
@@ -220,7 +220,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for name in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == name]
-        found: dict[str, Any] = {"runs": len(mine)}
+        figures_of_task: dict[str, Any] = {"runs": len(mine)}
         for what in ("loss", "accuracy"):
             real, predicted = (
                 np.array([row[f"{who}_steps_to_{what}"] for row in mine])
@@ -228,7 +228,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             )
             good = np.isfinite(real) & np.isfinite(predicted) & (real > 0)
             error = np.abs(predicted[good] / real[good] - 1.0)
-            found[f"steps_to_{what}"] = {
+            figures_of_task[f"steps_to_{what}"] = {
                 "compared": int(good.sum()),
                 "mean_error": float(error.mean()) if good.any() else math.nan,
                 "median_error": float(np.median(error)) if good.any() else math.nan,
@@ -237,12 +237,12 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             real, predicted = (
                 np.array([row[f"{who}_{key}"] for row in mine]) for who in ("real", "predicted")
             )
-            found[key] = {
+            figures_of_task[key] = {
                 "real": float(real.mean()),
                 "predicted": float(predicted.mean()),
                 "mean_absolute_difference": float(np.abs(predicted - real).mean()),
             }
-        summary[name] = found
+        summary[name] = figures_of_task
     return summary
 
 
@@ -254,14 +254,14 @@ def _table(summary: dict[str, Any]) -> str:
         "accuracy: predicted (real) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name, found in summary.items():
+    for name, figures_of_task in summary.items():
         if name == "environment":
             continue
-        times = (found["steps_to_loss"], found["steps_to_accuracy"])
+        times = (figures_of_task["steps_to_loss"], figures_of_task["steps_to_accuracy"])
         errors = [f"{t['mean_error']:.0%} ({t['median_error']:.0%})" for t in times]
-        loss, accuracy = found["lowest_loss"], found["highest_accuracy"]
+        loss, accuracy = figures_of_task["lowest_loss"], figures_of_task["highest_accuracy"]
         lines.append(
-            f"| {name} | {found['runs']} | {errors[0]} | {errors[1]} | "
+            f"| {name} | {figures_of_task['runs']} | {errors[0]} | {errors[1]} | "
             f"{loss['predicted']:.2f} ({loss['real']:.2f}) | "
             f"{accuracy['predicted']:.1%} ({accuracy['real']:.1%}) |"
         )

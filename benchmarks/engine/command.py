@@ -18,20 +18,20 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         description:
             The script's docstring.
     """
-    found = argparse.ArgumentParser(
+    shared = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    found.add_argument("--smoke", action="store_true", help="small sizes only")
-    found.add_argument("--output", type=Path, default=RESULTS)
-    return found
+    shared.add_argument("--smoke", action="store_true", help="small sizes only")
+    shared.add_argument("--output", type=Path, default=RESULTS)
+    return shared
 
 
-def add_peers(found: argparse.ArgumentParser) -> None:
+def add_peers(shared: argparse.ArgumentParser) -> None:
     """Add the options of scripts that measure other libraries."""
-    found.add_argument("--peers", help="a Python that has peers.txt")
-    found.add_argument("--peers-jax", help="a Python that has peers_jax.txt")
-    found.add_argument("--threads", type=int, default=1)
-    found.add_argument("--limit", type=float, default=1200.0, help="seconds a measurement")
+    shared.add_argument("--peers", help="a Python that has peers.txt")
+    shared.add_argument("--peers-jax", help="a Python that has peers_jax.txt")
+    shared.add_argument("--threads", type=int, default=1)
+    shared.add_argument("--limit", type=float, default=1200.0, help="seconds a measurement")
 
 
 def write(path: Path, document: dict[str, Any]) -> None:

@@ -106,12 +106,12 @@ def _cell(
     for seed in range(n_seeds):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = compute_spectrum(task, engine=engine, seed=seed, **settings)
-        assert found.metadata.time_error is not None
-        bars.append(found.metadata.time_error)
-        widths.append(found.metadata.sketch_width)
+            spectrum_of_seed = compute_spectrum(task, engine=engine, seed=seed, **settings)
+        assert spectrum_of_seed.metadata.time_error is not None
+        bars.append(spectrum_of_seed.metadata.time_error)
+        widths.append(spectrum_of_seed.metadata.sketch_width)
         reached = np.isfinite(times)
-        ours = follow_flow(found, rank=found.rank).times
+        ours = follow_flow(spectrum_of_seed, rank=spectrum_of_seed.rank).times
         errors.append(np.abs(ours[reached] / times[reached] - 1.0).tolist())
     within = np.array(errors) <= np.array(bars)[:, None]
     return {

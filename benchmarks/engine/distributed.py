@@ -50,44 +50,46 @@ def _cell(network: str, n_samples: int) -> dict[str, Any]:
         whole, alone = np.load(f"{folder}/1-0.npy"), _read(folder, 1, 0)
         run_together(_process, N_PROCESSES, N_PROCESSES, folder, network, n_samples)
         grams = [np.load(f"{folder}/{N_PROCESSES}-{k}.npy") for k in range(N_PROCESSES)]
-        found = [_read(folder, N_PROCESSES, k) for k in range(N_PROCESSES)]
+        by_process = [_read(folder, N_PROCESSES, k) for k in range(N_PROCESSES)]
     differences = [float(np.linalg.norm(g - whole) / np.linalg.norm(whole)) for g in grams]
     return {
         "network": network,
         "n_samples": n_samples,
         "relative_difference": max(differences),
         "one_process": alone,
-        "processes": found,
+        "processes": by_process,
         **{
-            f"largest_share_of_{key}": max(f[key] for f in found) / alone[key]
+            f"largest_share_of_{key}": max(f[key] for f in by_process) / alone[key]
             for key in ("cpu_seconds", "gflop")
         },
     }
 
 
-def _process(rank: int, size: int, folder: str, network: str, n_samples: int) -> None:
+def _process(rank: int, n_processes: int, folder: str, network: str, n_samples: int) -> None:
     torch.set_num_threads(1)
     model, images, labels = problem(network, n_samples)
     # What the first call loads and allocates belongs to neither.
     torch.autograd.grad(model(images[:2]).sum(), list(model.parameters()))
     task = FineTuningTask(model, (images, labels))
-    with group(rank, size, folder):
-        settings: dict[str, Any] = {"distributed": size > 1, "show_progress_bar": False}
+    with group(rank, n_processes, folder):
+        settings: dict[str, Any] = {"distributed": n_processes > 1, "show_progress_bar": False}
         started = time.process_time()
         kernel = exact_kernel(task, device=torch.device("cpu"), **settings)
         seconds = time.process_time() - started
         with FlopCounterMode(display=False) as counter:
             exact_kernel(task, device=torch.device("cpu"), **settings)
-    np.save(f"{folder}/{size}-{rank}.npy", kernel.gram)
+    np.save(f"{folder}/{n_processes}-{rank}.npy", kernel.gram)
     measured = {
         "cpu_seconds": round(seconds, 2),
         "gflop": round(counter.get_total_flops() / 1e9, 1),
     }
-    Path(f"{folder}/{size}-{rank}.json").write_text(json.dumps(measured))
+    Path(f"{folder}/{n_processes}-{rank}.json").write_text(json.dumps(measured))
 
 
-def _read(folder: str, size: int, rank: int) -> dict[str, float]:
-    measured: dict[str, float] = json.loads(Path(f"{folder}/{size}-{rank}.json").read_text())
+def _read(folder: str, n_processes: int, rank: int) -> dict[str, float]:
+    measured: dict[str, float] = json.loads(
+        Path(f"{folder}/{n_processes}-{rank}.json").read_text()
+    )
     return measured
 
 

@@ -37,14 +37,16 @@ def main() -> None:
     add_peers(command)
     options = command.parse_args()
     torch.set_num_threads(options.threads)
-    sizes = [(c, _STANDARD[1]) for c in N_CLASSES] + [(_STANDARD[0], w) for w in WIDTHS]
+    classes_and_widths = [(c, _STANDARD[1]) for c in N_CLASSES] + [
+        (_STANDARD[0], w) for w in WIDTHS
+    ]
     if options.smoke:
-        sizes = sizes[:2]
+        classes_and_widths = classes_and_widths[:2]
     n_samples = 4 if options.smoke else 32
     cells: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "gram.npy"
-        for n_classes, width in dict.fromkeys(sizes):
+        for n_classes, width in dict.fromkeys(classes_and_widths):
             cell = Cell("residual", n_samples, METHODS, n_classes=n_classes)
             network = residual_network(n_classes, width)
             cells.append(

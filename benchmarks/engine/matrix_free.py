@@ -46,15 +46,15 @@ def main() -> None:
         print(json.dumps(_measure(engine, int(n_samples), int(rank), options.threads)))
         return
     small, large, rank = SMOKE if options.smoke else SIZES
-    exact, found = (_process(e, small, rank, options.threads) for e in ("exact", "matrix_free"))
-    n = min(len(exact["eigenvalues"]), len(found["eigenvalues"]))
-    values, expected = (np.array(r.pop("eigenvalues")[:n]) for r in (found, exact))
+    exact, leading = (_process(e, small, rank, options.threads) for e in ("exact", "matrix_free"))
+    n = min(len(exact["eigenvalues"]), len(leading["eigenvalues"]))
+    values, expected = (np.array(r.pop("eigenvalues")[:n]) for r in (leading, exact))
     summary: dict[str, Any] = {
         "environment": environment(),
         "max_memory_gib": MEMORY / 2**30,
         "threads": options.threads,
         "exact": exact,
-        "matrix_free": found,
+        "matrix_free": leading,
         "n_eigenvalues": n,
         "eigenvalue_error": float(np.abs(values / expected - 1.0).max()),
     }

@@ -137,9 +137,9 @@ def _pretrained(
     from benchmarks.accuracy import tasks
 
     if name == "minilm":
-        found = tasks.minilm(name, seed, n_classes=n_classes, per_class=per_class)
+        tuning = tasks.minilm(name, seed, n_classes=n_classes, per_class=per_class)
     else:
-        found = tasks.efficientnet(
+        tuning = tasks.efficientnet(
             name, *tasks.digits(), seed, n_classes=n_classes, per_class=per_class
         )
-    return found.model, found.inputs, found.labels
+    return tuning.model, tuning.inputs, tuning.labels

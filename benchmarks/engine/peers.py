@@ -55,8 +55,8 @@ def torch_func_by_parameter(
     """
     rows = [j.flatten(2) for j in _jacobians(model, inputs, chunk_size).values()]
     gram: Any = sum(torch.einsum("naf,mbf->namb", j, j) for j in rows)
-    size = gram.shape[0] * gram.shape[1]
-    return np.asarray(gram.reshape(size, size).numpy())
+    n_entries = gram.shape[0] * gram.shape[1]
+    return np.asarray(gram.reshape(n_entries, n_entries).numpy())
 
 
 def torch_func_products(model: torch.nn.Module, inputs: torch.Tensor) -> Array:
@@ -64,8 +64,8 @@ def torch_func_products(model: torch.nn.Module, inputs: torch.Tensor) -> Array:
     parameters = _parameters(model)
 
     def outputs(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        found: torch.Tensor = torch.func.functional_call(model, weights, (inputs,))
-        return found
+        computed: torch.Tensor = torch.func.functional_call(model, weights, (inputs,))
+        return computed
 
     both: Any = torch.func.vjp(outputs, parameters)
     values, pull = both
@@ -91,8 +91,8 @@ def _jacobians(
         return outputs[0]
 
     jacobian = torch.func.vmap(torch.func.jacrev(single), (None, 0), chunk_size=chunk_size)
-    found: dict[str, torch.Tensor] = jacobian(_parameters(model), inputs)
-    return found
+    computed: dict[str, torch.Tensor] = jacobian(_parameters(model), inputs)
+    return computed
 
 
 def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -100,10 +100,14 @@ def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _largest(operator: Any) -> Array:
-    size = operator.shape[0]
-    start = np.random.default_rng(0).standard_normal(size).astype(operator.dtype)
+    n_entries = operator.shape[0]
+    start = np.random.default_rng(0).standard_normal(n_entries).astype(operator.dtype)
     values = eigsh(
-        operator, k=min(N_EIGENVALUES, size - 1), v0=start, tol=1e-4, return_eigenvectors=False
+        operator,
+        k=min(N_EIGENVALUES, n_entries - 1),
+        v0=start,
+        tol=1e-4,
+        return_eigenvectors=False,
     )
     return np.asarray(np.sort(values)[::-1])
 
@@ -144,8 +148,8 @@ def torchjd(model: torch.nn.Module, inputs: torch.Tensor) -> Array:
     engine = Engine(model, batch_dim=0)
     outputs = model(inputs)
     gramian = engine.compute_gramian(outputs)
-    size = outputs.numel()
-    return np.asarray(gramian.detach().reshape(size, size).numpy())
+    n_entries = outputs.numel()
+    return np.asarray(gramian.detach().reshape(n_entries, n_entries).numpy())
 
 
 def backpack(model: torch.nn.Module, inputs: torch.Tensor) -> Array:
@@ -175,8 +179,8 @@ def nngeometry(model: torch.nn.Module, inputs: torch.Tensor) -> Array:
     )
     gram = GramMatrix(model, loader, function=lambda x: model(x)).data
     # Outputs come before samples there.
-    size = gram.shape[0] * gram.shape[1]
-    return np.asarray(gram.permute(1, 0, 3, 2).reshape(size, size).detach().numpy())
+    n_entries = gram.shape[0] * gram.shape[1]
+    return np.asarray(gram.permute(1, 0, 3, 2).reshape(n_entries, n_entries).detach().numpy())
 
 
 def curvlinops(model: torch.nn.Module, inputs: torch.Tensor) -> Array:

@@ -119,9 +119,9 @@ def _errors(gram: NDArray[Any], reference: NDArray[Any], n_samples: int) -> dict
     known = reference.reshape(away.shape)
     # A sample's block of the diagonal has no other sample's error in it.
     diagonal = np.arange(n_samples)
-    own = np.linalg.norm(away[diagonal, :, diagonal], axis=(1, 2))
-    own /= np.linalg.norm(known[diagonal, :, diagonal], axis=(1, 2))
-    same = own <= _DIFFERS
+    within_samples = np.linalg.norm(away[diagonal, :, diagonal], axis=(1, 2))
+    within_samples /= np.linalg.norm(known[diagonal, :, diagonal], axis=(1, 2))
+    same = within_samples <= _DIFFERS
 
     def relative(some: NDArray[Any]) -> float:
         chosen = np.ix_(some, np.arange(away.shape[1]), some, np.arange(away.shape[3]))

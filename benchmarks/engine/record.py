@@ -125,10 +125,10 @@ def main() -> None:
     for cell in SMOKE if options.smoke else CELLS:
         if options.cells is not None and cell.name not in options.cells:
             continue
-        found = _measured(cell, options)
+        cell_results = _measured(cell, options)
         key = (cell.network, cell.n_samples, options.threads)
-        found["results"] = _merged(cells.get(key), found["results"])
-        cells[key] = found
+        cell_results["results"] = _merged(cells.get(key), cell_results["results"])
+        cells[key] = cell_results
         write(path, {**known, "environment": environment(), "cells": list(cells.values())})
 
 
@@ -164,8 +164,8 @@ def _measured(cell: Cell, options: Any) -> dict[str, Any]:
 def _merged(before: dict[str, Any] | None, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Put in place of the same methods' results."""
     measured = {r["method"] for r in results}
-    kept = [] if before is None else before["results"]
-    return results + [r for r in kept if r["method"] not in measured]
+    earlier = [] if before is None else before["results"]
+    return results + [r for r in earlier if r["method"] not in measured]
 
 
 def _python(method: str, options: Any) -> str | None:
@@ -269,17 +269,19 @@ class _Errors:
         self._rank: int | None = None
         self._times = self._flow(reference) if len(reference) <= _MOST_ROWS else None
 
-    def of(self, found: NDArray[Any]) -> dict[str, float]:
+    def of(self, computed: NDArray[Any]) -> dict[str, float]:
         """Return the errors of a kernel, or of eigenvalues."""
         reference = self._reference
-        if found.ndim == 1:
+        if computed.ndim == 1:
             start = np.random.default_rng(0).standard_normal(len(reference))
-            values = eigsh(reference, k=len(found), v0=start, return_eigenvectors=False)
-            return {"eigenvalue_error": float(np.abs(found / np.sort(values)[::-1] - 1.0).max())}
-        away = float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
+            values = eigsh(reference, k=len(computed), v0=start, return_eigenvectors=False)
+            return {
+                "eigenvalue_error": float(np.abs(computed / np.sort(values)[::-1] - 1.0).max())
+            }
+        away = float(np.linalg.norm(computed - reference) / np.linalg.norm(reference))
         if self._times is None:
             return {"error": away}
-        relative = np.abs(self._flow(found) / self._times - 1.0)[np.isfinite(self._times)]
+        relative = np.abs(self._flow(computed) / self._times - 1.0)[np.isfinite(self._times)]
         return {"error": away, "time_error": float(relative.max(initial=0.0))}
 
     def _flow(self, gram: NDArray[Any]) -> NDArray[np.float64]:
@@ -289,11 +291,11 @@ class _Errors:
         smallest = len(gram) * np.finfo(np.float64).eps * values[-1]
         if self._rank is None:
             self._rank = int((values > smallest).sum())
-        kept = np.arange(len(gram))[::-1][: self._rank]
+        largest = np.arange(len(gram))[::-1][: self._rank]
         task = self._task
         spectrum = Spectrum(
-            np.maximum(values[kept], smallest),
-            vectors[:, kept],
+            np.maximum(values[largest], smallest),
+            vectors[:, largest],
             float(np.trace(gram)),
             self._outputs,
             task.targets,

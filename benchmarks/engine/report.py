@@ -105,15 +105,15 @@ def _points(
         cells = [c for c in growth if c["width"] == 1.0]
     elif axis == "n_parameters":
         cells = [c for c in growth if c["n_classes"] == 10]
-    found = [(float(c[axis]), _median(c, method, cost)) for c in cells]
-    return sorted((size, value) for size, value in found if value)
+    medians = [(float(c[axis]), _median(c, method, cost)) for c in cells]
+    return sorted((n_along_axis, value) for n_along_axis, value in medians if value)
 
 
 def _exponent(points: list[Point]) -> float | None:
     if len(points) < 2:
         return None
-    sizes, costs = np.log(np.array(points)).T
-    return float(np.polyfit(sizes, costs, 1)[0])
+    n_along_axes, costs = np.log(np.array(points)).T
+    return float(np.polyfit(n_along_axes, costs, 1)[0])
 
 
 def _exponents(exact: dict[str, Any], growth: list[dict[str, Any]]) -> list[str]:
@@ -125,10 +125,10 @@ def _exponents(exact: dict[str, Any], growth: list[dict[str, Any]]) -> list[str]
     for axis, title in _AXES.items():
         for method in _METHODS:
             rows = [_points(exact, growth, axis, method, cost) for cost in _COSTS]
-            sizes = ", ".join(f"{size:,.0f}" for size, _ in rows[0])
+            n_along_axes = ", ".join(f"{n_along_axis:,.0f}" for n_along_axis, _ in rows[0])
             numbers = [_exponent(part) for row in rows for part in (row, row[-2:])]
             cells = " | ".join("" if b is None else f"{b:.2f}" for b in numbers)
-            lines.append(f"| {title} | {method} | {sizes} | {cells} |")
+            lines.append(f"| {title} | {method} | {n_along_axes} | {cells} |")
     return lines
 
 

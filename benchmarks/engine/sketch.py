@@ -51,14 +51,14 @@ def _against_exact(task: FineTuningTask) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for engine in ("sketch", "refined_sketch"):
         started = time.process_time()
-        found = compute_spectrum(task, engine=engine, **settings)
-        n = min(100, found.rank, exact.rank)
-        values = np.abs(found.eigenvalues[:n] / exact.eigenvalues[:n] - 1.0)
+        sketched = compute_spectrum(task, engine=engine, **settings)
+        n = min(100, sketched.rank, exact.rank)
+        values = np.abs(sketched.eigenvalues[:n] / exact.eigenvalues[:n] - 1.0)
         results[engine] = {
             "cpu_seconds": round(time.process_time() - started, 3),
-            "width": found.metadata.sketch_width,
-            "error_bar": found.metadata.time_error,
-            "time_errors": _time_errors(found, exact).tolist(),
+            "width": sketched.metadata.sketch_width,
+            "error_bar": sketched.metadata.time_error,
+            "time_errors": _time_errors(sketched, exact).tolist(),
             "eigenvalue_error_top_10": float(values[:10].max()),
             "eigenvalue_error_top_100": float(values.max()),
         }
@@ -73,12 +73,12 @@ def _slow_spectrum(n_samples: int, n_seeds: int) -> dict[str, Any]:
     values = exact.eigenvalues
     ratios = []
     for seed in range(n_seeds):
-        found = compute_spectrum(
+        sketched = compute_spectrum(
             task, engine="sketch", seed=seed, measure_speed=False, probe=False
         )
-        bar = found.metadata.time_error
+        bar = sketched.metadata.time_error
         assert bar is not None
-        ratios.append(float(_time_errors(found, exact).max()) / bar)
+        ratios.append(float(_time_errors(sketched, exact).max()) / bar)
     return {
         "n_samples": n_samples,
         "effective_rank": float(values.sum() ** 2 / np.square(values).sum()),
@@ -88,10 +88,11 @@ def _slow_spectrum(n_samples: int, n_seeds: int) -> dict[str, Any]:
     }
 
 
-def _time_errors(found: Spectrum, exact: Spectrum) -> NDArray[np.float64]:
+def _time_errors(sketched: Spectrum, exact: Spectrum) -> NDArray[np.float64]:
     """Relative errors of the times to 50, 25 and 10 % of the initial loss, with all directions."""
     return np.abs(
-        follow_flow(found, rank=found.rank).times / follow_flow(exact, rank=exact.rank).times - 1.0
+        follow_flow(sketched, rank=sketched.rank).times / follow_flow(exact, rank=exact.rank).times
+        - 1.0
     )
 
 

@@ -79,8 +79,8 @@ def main() -> None:
 def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
 
 
 def _median(cell: dict[str, Any], method: str, key: str) -> float:
@@ -121,11 +121,11 @@ def _sketch_ratio(
     cells: list[dict[str, Any]], sketch: dict[str, Any] | None, key: str
 ) -> float | None:
     """At the size at which predicted times were compared."""
-    size = None if sketch is None else sketch["n_samples"]
+    n_sketched = None if sketch is None else sketch["n_samples"]
     ratios = [
         _median(c, "ours_sketch", key) / _median(c, _fastest(c), key)
         for c in cells
-        if c["n_samples"] == size
+        if c["n_samples"] == n_sketched
     ]
     return max(ratios, default=None)
 

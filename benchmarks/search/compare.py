@@ -266,8 +266,8 @@ def _write(output: Path, rows: list[dict[str, Any]], regrets: list[NDArray[np.fl
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows[k] for k in order)
-    kept = np.array([regrets[k] for k in order]).astype(np.float16)
-    np.savez_compressed(output / "regrets.npz", times=TIMES, regrets=kept)
+    compressed = np.array([regrets[k] for k in order]).astype(np.float16)
+    np.savez_compressed(output / "regrets.npz", times=TIMES, regrets=compressed)
 
 
 def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -321,7 +321,7 @@ def search(job: Job, seed: int, recordings: Path) -> tuple[dict[str, Any], NDArr
     )
     setup = predictor_of(job.task, recordings, job.n_workers)[1] if players.predicts else 0.0
     unit = table.mean_seconds / job.n_workers
-    found = replay(
+    finished = replay(
         table,
         players.sampler,
         players.pruner,
@@ -330,18 +330,18 @@ def search(job: Job, seed: int, recordings: Path) -> tuple[dict[str, Any], NDArr
         setup_seconds=setup,
         logged=players.predicts,
     )
-    return _row(job, seed, found, _BUDGET_TRIALS * unit), found.regret_at(TIMES * unit)
+    return _row(job, seed, finished, _BUDGET_TRIALS * unit), finished.regret_at(TIMES * unit)
 
 
-def _row(job: Job, seed: int, found: Search, budget: float) -> dict[str, Any]:
-    winners, pruned = found.winners()
+def _row(job: Job, seed: int, finished: Search, budget: float) -> dict[str, Any]:
+    winners, pruned = finished.winners()
     figures = {
-        "oracle_seconds": found.table.oracle_seconds,
+        "oracle_seconds": finished.table.oracle_seconds,
         "budget_seconds": budget,
-        "seconds_to_close": found.seconds_to_close,
-        "seconds_to_best": found.seconds_to_best,
-        "setup_seconds": found.setup_seconds,
-        "overhead_seconds": found.overhead_seconds,
+        "seconds_to_close": finished.seconds_to_close,
+        "seconds_to_best": finished.seconds_to_best,
+        "setup_seconds": finished.setup_seconds,
+        "overhead_seconds": finished.overhead_seconds,
     }
     return {
         "task": job.task,
@@ -350,9 +350,9 @@ def _row(job: Job, seed: int, found: Search, budget: float) -> dict[str, Any]:
         "contestant": job.contestant,
         "seed": seed,
         **{key: float(f"{value:.6g}") for key, value in figures.items()},
-        "trials": len(found.trials),
-        "pruned": sum(trial.pruned for trial in found.trials),
-        "pruned_before_training": sum(t.pruned and t.epochs == 0 for t in found.trials),
+        "trials": len(finished.trials),
+        "pruned": sum(trial.pruned for trial in finished.trials),
+        "pruned_before_training": sum(t.pruned and t.epochs == 0 for t in finished.trials),
         "winners": winners,
         "wrongly_pruned": pruned,
     }

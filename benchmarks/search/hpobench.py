@@ -73,8 +73,8 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for some in pool.imap_unordered(_searched, work):
             rows += some
-            found = ", ".join(f"{r['contestant']}: {r['seconds_to_close']:.0f} s" for r in some)
-            print(f"{some[0]['dataset']}, seed {some[0]['seed']}: {found}", flush=True)
+            listed = ", ".join(f"{r['contestant']}: {r['seconds_to_close']:.0f} s" for r in some)
+            print(f"{some[0]['dataset']}, seed {some[0]['seed']}: {listed}", flush=True)
     rows.sort(key=lambda row: (row["dataset"], row["contestant"], row["seed"]))
     options.output.mkdir(parents=True, exist_ok=True)
     with (options.output / "searches.csv").open("w", newline="") as file:
@@ -109,9 +109,9 @@ def hpobench(name: str) -> Table:
     trajectories: dict[tuple[int, ...], Trajectory] = {}
     for places in np.ndindex(*map(len, values.values())):
         # The package draws one of the five seeds when it is asked; the first one is wanted.
-        found = source._dataset["".join(map(str, places))]
-        value = float(found["val_acc"][0])
-        seconds = np.array([float(found["train_time"][0])])
+        entry = source._dataset["".join(map(str, places))]
+        value = float(entry["val_acc"][0])
+        seconds = np.array([float(entry["train_time"][0])])
         trajectories[places] = Trajectory(seconds, np.array([value]), value)
     return Table(name, "metric", values, trajectories, "maximize", n_epochs=1)
 
@@ -195,20 +195,20 @@ def _searched(work: tuple[str, int, list[float]]) -> list[dict[str, Any]]:
                 seed=seed,
             )
             pruner = TTPPruner(predictor, BestMetric(), hyperparameters=mapping)
-        found = replay(table, sampler, pruner, budget_seconds=budget, max_trials=_MOST_TRIALS)
+        search = replay(table, sampler, pruner, budget_seconds=budget, max_trials=_MOST_TRIALS)
         figures = {
             "oracle_seconds": table.oracle_seconds,
-            "seconds_to_close": found.seconds_to_close,
-            "seconds": max(trial.ended for trial in found.trials),
-            "regret": found.regret_at(np.array([budget]))[0],
-            "overhead_seconds": found.overhead_seconds,
+            "seconds_to_close": search.seconds_to_close,
+            "seconds": max(trial.ended for trial in search.trials),
+            "regret": search.regret_at(np.array([budget]))[0],
+            "overhead_seconds": search.overhead_seconds,
         }
         rows.append(
             {
                 "dataset": name,
                 "contestant": PLAIN if error is None else f"ours (tpe), error {error:g}",
                 "seed": seed,
-                "trials": len(found.trials),
+                "trials": len(search.trials),
                 **{key: float(f"{value:.6g}") for key, value in figures.items()},
             }
         )

@@ -62,14 +62,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sizes = (8, 40) if options.smoke else _SIZES
+    study_sizes = (8, 40) if options.smoke else _SIZES
     table = recorded(_TASK, options.recordings / "recordings", "metric")
     predictor, _ = predictor_of(_TASK, options.recordings)
     with tempfile.TemporaryDirectory() as folder:
         storage = f"sqlite:///{folder}/study.db"
-        study = _studied(storage, table, predictor, sizes[-1])
-        figures: dict[str, Any] = {"n_trials": sizes[-1], **_joining(study, storage, predictor)}
-        figures["update_ms"] = {n: _updating(study, predictor, n) for n in sizes}
+        study = _studied(storage, table, predictor, study_sizes[-1])
+        figures: dict[str, Any] = {
+            "n_trials": study_sizes[-1],
+            **_joining(study, storage, predictor),
+        }
+        figures["update_ms"] = {n: _updating(study, predictor, n) for n in study_sizes}
         figures |= _choosing(study, table, predictor)
     document = {"environment": environment(), **figures}
     options.output.mkdir(parents=True, exist_ok=True)

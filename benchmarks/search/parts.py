@@ -95,16 +95,18 @@ def part_of(whole: Table, k: int) -> Table:
     rng = np.random.default_rng([k, sum(map(ord, whole.name))])
     counts = {name: max(2, len(v) - 1) if len(v) > 1 else 1 for name, v in whole.values.items()}
     counts["learning_rate"] = round(_SHARE * len(whole.values["learning_rate"]))
-    kept = {
+    remaining = {
         name: sorted(rng.choice(len(v), counts[name], replace=False).tolist())
         for name, v in whole.values.items()
     }
     trajectories = {
-        tuple(kept[name].index(place) for name, place in zip(kept, places, strict=True)): run
+        tuple(
+            remaining[name].index(place) for name, place in zip(remaining, places, strict=True)
+        ): run
         for places, run in whole.trajectories.items()
-        if all(place in kept[name] for name, place in zip(kept, places, strict=True))
+        if all(place in remaining[name] for name, place in zip(remaining, places, strict=True))
     }
-    values = {name: tuple(v[i] for i in kept[name]) for name, v in whole.values.items()}
+    values = {name: tuple(v[i] for i in remaining[name]) for name, v in whole.values.items()}
     return Table(whole.name, whole.goal, values, trajectories, whole.direction, whole.n_epochs)
 
 
@@ -196,21 +198,21 @@ def risen_runs(names: list[str], recordings: Path) -> dict[str, Any]:
 
 def _keep(output: Path, label: str, rows: list[dict[str, Any]]) -> None:
     path = output / "parts.csv"
-    kept: list[dict[str, Any]] = []
+    remaining: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row["label"] != label]
-    kept += [{"label": label, **row} for row in rows]
+            remaining = [row for row in csv.DictReader(file) if row["label"] != label]
+    remaining += [{"label": label, **row} for row in rows]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, kept[0].keys())
+        writer = csv.DictWriter(file, remaining[0].keys())
         writer.writeheader()
-        writer.writerows(kept)
+        writer.writerows(remaining)
     lines = ["| | metric | time | winners pruned |", "| --- | --- | --- | --- |"]
-    for name in dict.fromkeys(row["label"] for row in kept):
-        own = [row for row in kept if row["label"] == name]
-        means = [_mean([row for row in own if row["goal"] == goal]) for goal in _GOALS]
-        pruned = sum(int(row["wrongly_pruned"]) for row in own)
-        of = sum(int(row["winners"]) for row in own)
+    for name in dict.fromkeys(row["label"] for row in remaining):
+        of_label = [row for row in remaining if row["label"] == name]
+        means = [_mean([row for row in of_label if row["goal"] == goal]) for goal in _GOALS]
+        pruned = sum(int(row["wrongly_pruned"]) for row in of_label)
+        of = sum(int(row["winners"]) for row in of_label)
         lines.append(f"| {name} | {means[0]:.2f} | {means[1]:.2f} | {pruned} of {of} |")
     (output / "parts.md").write_text("\n".join([*lines, ""]))
 

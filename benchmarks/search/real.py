@@ -251,9 +251,9 @@ def summary(lines: list[Line]) -> dict[str, Any]:
 def _table(figures: dict[str, Any]) -> str:
     lines = ["| | best accuracy | seconds to within 1 % of the best of all | trials (skipped) |"]
     lines.append("| --- | --- | --- | --- |")
-    for task, found in figures.items():
+    for task, of_task in figures.items():
         for contestant in (THEIRS, OURS):
-            mine = found[contestant]
+            mine = of_task[contestant]
             seconds = [math.inf if s is None else s for s in mine["seconds_to_close"]]
             lines.append(
                 f"| {task}, {contestant} | {np.median(mine['best']):.3f} "

@@ -189,15 +189,19 @@ def _part(name: str, whole: FineTuningTask) -> FineTuningTask:
 def _slowness(task: SearchTask, runs: list[Run]) -> float:
     """Processor seconds of an epoch over the recorded ones; one where nothing is recorded."""
     ratios = []
-    for size in {run.batch_size for run in runs}:
-        recorded = np.concatenate([r.training_seconds for r in runs if r.batch_size == size])
-        own = replace(task, tuning=replace(task.tuning, model=copy.deepcopy(task.tuning.model)))
-        optimiser = torch.optim.SGD(own.tuning.model.parameters(), lr=_NEXT_TO_NOTHING)
+    for a_batch_size in {run.batch_size for run in runs}:
+        recorded = np.concatenate(
+            [r.training_seconds for r in runs if r.batch_size == a_batch_size]
+        )
+        untrained = replace(
+            task, tuning=replace(task.tuning, model=copy.deepcopy(task.tuning.model))
+        )
+        optimiser = torch.optim.SGD(untrained.tuning.model.parameters(), lr=_NEXT_TO_NOTHING)
         generator = torch.Generator().manual_seed(0)
         seconds = []
         for _ in range(_TIMED_EPOCHS):
             started = time.process_time()
-            for _ in epoch(own.tuning.model, own, optimiser, size, generator):
+            for _ in epoch(untrained.tuning.model, untrained, optimiser, a_batch_size, generator):
                 pass
             seconds.append(time.process_time() - started)
         ratios.append(float(np.median(seconds) / np.median(recorded)))

@@ -149,8 +149,8 @@ class Search:
         ]
         return len(winners), sum(trial.pruned for trial in winners)
 
-    def _seconds_to(self, found: Callable[[Replayed], bool]) -> float:
-        return min((t.ended for t in self.trials if found(t)), default=math.inf)
+    def _seconds_to(self, is_good: Callable[[Replayed], bool]) -> float:
+        return min((t.ended for t in self.trials if is_good(t)), default=math.inf)
 
 
 def replay(
@@ -349,11 +349,11 @@ def _simulated(clock: Clock) -> Iterator[None]:
         (optuna_ttp.study._training_log, "time", clock),
         (optuna_ttp.study._study_budget, "datetime", SimulatedDatetime),
     ]
-    kept = [getattr(module, name) for module, name, _ in replaced]
+    originals = [getattr(module, name) for module, name, _ in replaced]
     for module, name, simulated in replaced:
         setattr(module, name, simulated)
     try:
         yield
     finally:
-        for (module, name, _), real in zip(replaced, kept, strict=True):
+        for (module, name, _), real in zip(replaced, originals, strict=True):
             setattr(module, name, real)

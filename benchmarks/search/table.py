@@ -231,17 +231,20 @@ def from_recording(name: str, runs: Sequence[Run], goal: Goal) -> Table:
             f"python -m benchmarks.search.record {name}."
         )
     seconds = {
-        size: float(
-            np.median(np.concatenate([r.training_seconds for r in runs if r.batch_size == size]))
+        a_batch_size: float(
+            np.median(
+                np.concatenate([r.training_seconds for r in runs if r.batch_size == a_batch_size])
+            )
         )
-        for size in {run.batch_size for run in runs}
+        for a_batch_size in {run.batch_size for run in runs}
     }
     validation = float(np.median([run.validation_seconds for run in runs]))
     n_epochs = max(run.n_epochs for run in runs)
     # Runs that were given up have fewer.
     steps = {
-        size: max(len(r.batch_losses) for r in runs if r.batch_size == size) // n_epochs
-        for size in seconds
+        a_batch_size: max(len(r.batch_losses) for r in runs if r.batch_size == a_batch_size)
+        // n_epochs
+        for a_batch_size in seconds
     }
     build = _metric_trajectory if goal == "metric" else _time_trajectory
     trajectories = {

@@ -51,9 +51,9 @@ class Grid:
     def configurations(self) -> list[tuple[float, int, float]]:
         """Return learning rate, batch size and momentum of every run."""
         return [
-            (rate, size, momentum)
+            (rate, batch_size, momentum)
             for rate in self.learning_rates
-            for size in self.batch_sizes
+            for batch_size in self.batch_sizes
             for momentum in self.momenta
         ]
 
