@@ -16,9 +16,9 @@ class Decision:
 
     Attributes:
         prune:
-            Whether to stop it.
+            Whether the trial should stop. A decision itself is true if it should.
         reason:
-            Why, or why not, in words.
+            Why it should stop, or why it may run, in words.
     """
 
     prune: bool

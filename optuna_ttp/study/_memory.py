@@ -125,6 +125,7 @@ class Memory:
 
 
 def _read(values: Any) -> Observation | None:
+    """Return a remembered trial, None if it cannot be read."""
     try:
         return Observation.from_json(values)
     except ValueError as error:

@@ -131,6 +131,7 @@ class StudyBudget:
         return min(1.0, max(0.0, self.left(trials) / self.limit))
 
     def _spent(self, trial: FrozenTrial) -> float:
+        """Return the seconds or steps that a trial has taken so far, zero if nobody knows."""
         if not self.in_seconds:
             curve = observed_curve(trial)
             return 0.0 if curve is None else float(curve.n_steps)
@@ -143,7 +144,7 @@ class StudyBudget:
         return max(0.0, (now - trial.datetime_start).total_seconds())
 
     def _least(self, trials: Sequence[FrozenTrial]) -> float:
-        """The least that a trial which completed took; nothing while none did."""
+        """Return the least that a completed trial took, zero while none has completed."""
         spent = [self._spent(t) for t in trials if t.state == TrialState.COMPLETE]
         return min(spent, default=0.0)
 
