@@ -100,6 +100,7 @@ class Estimator:
         def correct(
             logs: Floats, learning_rate: Floats, noise: Floats, momentum: Floats, depths: Floats
         ) -> Floats:
+            """Return the corrected logarithms of times on the grid of the surface."""
             batch_size = simulator.n_samples / (1.0 + noise * (simulator.n_samples - 1))
             step = learning_rate / (1.0 - momentum) * float(simulator.model.curvatures[0])
             stability = learning_rate / simulator.max_learning_rate(batch_size, momentum)
@@ -253,6 +254,7 @@ class Estimator:
         return self._times(runs)
 
     def _times(self, runs: list[Trajectories]) -> FirstPassageTimes:
+        """Return the first passage times of simulations, one for each seed."""
         return FirstPassageTimes.of(runs, self.simulator.target, self.simulator.initial_loss)
 
     def _corrected(

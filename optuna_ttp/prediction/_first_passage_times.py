@@ -106,6 +106,7 @@ class FirstPassageTimes:
         """Return these times as the given rows of ``count``; all other rows blow up."""
 
         def among(value: Any, simulated: NDArray[Any]) -> NDArray[Any]:
+            """Return an array that holds the value in all rows that were not simulated."""
             every = np.full((count, *simulated.shape[1:]), value, dtype=simulated.dtype)
             every[rows] = simulated
             return every
