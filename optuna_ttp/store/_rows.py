@@ -113,7 +113,8 @@ def select(connection: sa.Connection, row: sa.Row[Any], folder: ObjectFolder | N
     if spectrum.metadata.fingerprint != row.fingerprint:
         raise FingerprintMismatchError(
             f"The stored spectrum must belong to the task {row.fingerprint[:12]}... but got one "
-            f"of {spectrum.metadata.fingerprint[:12]}..."
+            f"of {spectrum.metadata.fingerprint[:12]}... Delete it with SpectrumStore.delete, so "
+            "that it is computed again."
         )
     return spectrum
 

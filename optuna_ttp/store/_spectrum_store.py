@@ -379,10 +379,13 @@ class SpectrumStore:
             KeyError:
                 If there is no spectrum of this key, or only a damaged one.
         """
-        described = {stored.key: stored for stored in self.list()}[key]
-        spectrum = self._table.get_by_key(key)
-        if spectrum is None:
-            raise KeyError(key)
+        described = {stored.key: stored for stored in self.list()}.get(key)
+        spectrum = None if described is None else self._table.get_by_key(key)
+        if described is None or spectrum is None:
+            raise KeyError(
+                f"key must be that of a line of SpectrumStore.list() but got {key!r}, under which "
+                "no undamaged spectrum is stored."
+            )
         pieces = spectrum.to_pieces(note={"settings": described.settings})
         write_whole(Path(path), pieces)
         return described

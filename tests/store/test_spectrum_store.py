@@ -164,7 +164,7 @@ def test_export_and_import_keep_the_settings(tmp_path: Path) -> None:
     other.import_spectrum(path)
     assert other.get(named("b").metadata.fingerprint, dtype="float64") is not None
     assert len(other.list()) == 2
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"line of SpectrumStore.list\(\) but got '0+'"):
         store.export_spectrum("0" * 64, path)
 
 
