@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from optuna_ttp._util.exceptions import CallOrderWarning
-from optuna_ttp.search._warn_once import warn_once
+from optuna_ttp._util.warn import warn_caller
 from optuna_ttp.study import decision_of
+from optuna_ttp.study import is_first_warning
 from optuna_ttp.study import MissingParameterError
 
 
@@ -42,10 +43,8 @@ def warn_of_early_call(
     """
     too_early = (one for one in others if one.state.is_finished() and _was_early(one, mapping))
     earlier = next(too_early, None)
-    if earlier is not None:
-        warn_once(
-            study,
-            "early call",
+    if earlier is not None and is_first_warning(study, "early call"):
+        warn_caller(
             f"should_prune() was called before the hyperparameters of trial {earlier.number} were "
             f"suggested, and so it is for trial {trial.number}: nothing is predicted, and no "
             f"trial can be skipped. {_CURE}",
@@ -66,10 +65,8 @@ def _was_early(trial: FrozenTrial, mapping: HyperparameterMap) -> bool:
 
 def warn_of_missing_call(study: Study, trial: FrozenTrial) -> None:
     """Warn where a trial completes and the study's pruner was never asked about it."""
-    if decision_of(trial) is None:
-        warn_once(
-            study,
-            "missing call",
+    if decision_of(trial) is None and is_first_warning(study, "missing call"):
+        warn_caller(
             f"should_prune() was never called in trial {trial.number}, so TTPPruner can skip and "
             f"stop no trial. {_CURE}",
             CallOrderWarning,

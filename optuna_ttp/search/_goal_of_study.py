@@ -10,9 +10,10 @@ from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 
 from optuna_ttp._util.exceptions import GoalWarning
+from optuna_ttp._util.warn import warn_caller
 from optuna_ttp.search._goal import BestMetric
 from optuna_ttp.search._goal import Goal
-from optuna_ttp.search._warn_once import warn_once
+from optuna_ttp.study import is_first_warning
 
 
 if TYPE_CHECKING:
@@ -55,37 +56,37 @@ class GoalOfHalf:
     def _warn(self, study: Study, goal: Goal | None, goals: list[Goal]) -> None:
         """Warn of no goal, of two different ones, and of a time that is to be maximised."""
         if goal is None:
-            warn_once(
-                study,
-                "no goal",
-                "The search has no goal, so trials are compared by the study's own values, up to "
-                f"the predictor's horizon of {self._predictor.max_steps:,} steps. Say what is "
-                "searched for: goal = BestMetric(max_epochs=3), where the objective returns a "
-                "metric, or goal = FastestToTarget(max_epochs=3), where it returns the time to "
-                "the target; then TTPSampler(predictor, goal) and TTPPruner(predictor, goal).",
-                GoalWarning,
-            )
+            self._warn_of_no_goal(study)
             return
         other = next((one for one in goals if one != goal), None)
-        if other is not None:
-            warn_once(
-                study,
-                "different goals",
+        if other is not None and is_first_warning(study, "different goals"):
+            warn_caller(
                 f"TTPSampler and TTPPruner have different goals: {goal} and {other}. Give both "
                 "the same goal, or give it to one of them alone: the other one takes it over.",
                 GoalWarning,
             )
         maximised = list(study.directions) == [StudyDirection.MAXIMIZE]
-        if goal.is_time and maximised:
-            warn_once(
-                study,
-                "direction",
+        if goal.is_time and maximised and is_first_warning(study, "direction"):
+            warn_caller(
                 f"The goal {goal} contradicts the study's direction: a time is never maximised. "
                 "Where the objective returns the time to the target, create the study with "
                 'direction="minimize"; where it returns a metric to be maximised, give the goal '
                 "BestMetric(...).",
                 GoalWarning,
             )
+
+    def _warn_of_no_goal(self, study: Study) -> None:
+        """Warn that trials are compared by the study's own values, and say how to give a goal."""
+        if not is_first_warning(study, "no goal"):
+            return
+        warn_caller(
+            "The search has no goal, so trials are compared by the study's own values, up to the "
+            f"predictor's horizon of {self._predictor.max_steps:,} steps. Say what is searched "
+            "for: goal = BestMetric(max_epochs=3), where the objective returns a metric, or goal "
+            "= FastestToTarget(max_epochs=3), where it returns the time to the target; then "
+            "TTPSampler(predictor, goal) and TTPPruner(predictor, goal).",
+            GoalWarning,
+        )
 
 
 def half_of(thing: Any) -> GoalOfHalf | None:

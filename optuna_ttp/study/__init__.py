@@ -48,6 +48,7 @@ from optuna_ttp.study._reported_curve import learn_from_reports
 from optuna_ttp.study._resolution import resolve_for_trial
 from optuna_ttp.study._study_budget import StudyBudget
 from optuna_ttp.study._study_state import state_of
+from optuna_ttp.study._study_warnings import is_first_warning
 from optuna_ttp.study._study_warnings import warn_that_nothing_ran
 from optuna_ttp.study._study_warnings import warn_that_skipping_is_wrong
 from optuna_ttp.study._training_log import as_logged
@@ -97,6 +98,7 @@ __all__ = [
     "incumbent",
     "inner_fixed_params",
     "innermost_sampler",
+    "is_first_warning",
     "is_multi_objective",
     "is_thrown_back",
     "joint_objections",

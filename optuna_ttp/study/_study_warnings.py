@@ -62,7 +62,7 @@ def warn_of_curve(study: optuna.Study | None, number: int, unusable: UnusableCur
     Others are logged for debugging. The study is :obj:`None` for a trial outside of one.
     """
     text = f"{unusable.what.format(number)}: {unusable.reason}."
-    if study is not None and not _is_first(study, f"curve: {unusable.kind}"):
+    if study is not None and not is_first_warning(study, f"curve: {unusable.kind}"):
         _logger.debug(text)
         return
     advice = _ADVICE.get(unusable.kind, _MEAN_LOSS)
@@ -77,7 +77,7 @@ def warn_that_nothing_ran(study: optuna.Study, n_skipped: int, reason: str) -> N
 
     The reason is why the next one should be skipped, too.
     """
-    if not _is_first(study, "nothing ran"):
+    if not is_first_warning(study, "nothing ran"):
         return
     warn_caller(
         f"All {n_skipped} trials so far were skipped, so that nobody knows yet whether "
@@ -90,7 +90,7 @@ def warn_that_nothing_ran(study: optuna.Study, n_skipped: int, reason: str) -> N
 
 def warn_that_skipping_is_wrong(study: optuna.Study, count: str) -> None:
     """Warn once that so many trials reached the target although they were to be skipped."""
-    if not _is_first(study, "refuted"):
+    if not is_first_warning(study, "refuted"):
         return
     warn_caller(
         f"{count} trials that ran although they were predicted to miss the target, or to diverge, "
@@ -107,7 +107,7 @@ def warn_of_predictions(study: optuna.Study, predictor: SearchPredictor) -> None
     _warn_of_first_steps(study, predictor.calibration)
 
 
-def _is_first(study: optuna.Study, warning: str) -> bool:
+def is_first_warning(study: optuna.Study, warning: str) -> bool:
     """Return whether a study was not warned of something yet, and note that it is now."""
     state = state_of(study)
     with state.lock:
@@ -124,7 +124,7 @@ def _warn_that_no_loss_falls(study: optuna.Study, predictor: SearchPredictor) ->
         return
     if any(np.isfinite(one.observed).any() for one in predictor.observations):
         return
-    if not _is_first(study, "no loss falls"):
+    if not is_first_warning(study, "no loss falls"):
         return
     warn_caller(
         f"None of the training-loss curves of {n_curves} trials has come down by 5 %, so that "
@@ -142,7 +142,7 @@ def _warn_of_distrust(study: optuna.Study, calibration: Calibration) -> None:
             warned.discard("distrust")
             _logger.info(f"Predictions are trusted again: {calibration}.")
         return
-    if not _is_first(study, "distrust"):
+    if not is_first_warning(study, "distrust"):
         return
     if calibration.trust < 0.0:
         errors = (
@@ -161,7 +161,7 @@ def _warn_of_distrust(study: optuna.Study, calibration: Calibration) -> None:
         f"Predicted training times {errors}. Predictions are ignored until they become accurate "
         f"again: no trial is skipped, and the base sampler decides. {_CHECK}"
     )
-    if _is_first(study, "ever distrusted"):
+    if is_first_warning(study, "ever distrusted"):
         warn_caller(text, UnreliablePredictionWarning)
     else:
         _logger.info(text)
@@ -169,7 +169,7 @@ def _warn_of_distrust(study: optuna.Study, calibration: Calibration) -> None:
 
 def _warn_of_first_steps(study: optuna.Study, calibration: Calibration) -> None:
     """Warn once that the first steps are not as predicted: no trial can be to blame for that."""
-    if calibration.starts_as_predicted or not _is_first(study, "first steps"):
+    if calibration.starts_as_predicted or not is_first_warning(study, "first steps"):
         return
     warn_caller(
         f"Training begins {calibration.start_factor:.2g} times as fast as predicted "
