@@ -14,35 +14,21 @@ from tests.house import tree_of
 
 _TOP = ROOT.parent
 _MOST_LINES_OF_A_FILE = 500
-_MOST_LINES = 28_847
+# It is to come down to 24,500.
+_MOST_LINES = 29_000
 _MOST_CONSTANTS = 120
 _FILES = sorted(
     str(path.relative_to(_TOP))
     for folder in ("optuna_ttp", "tests", "benchmarks")
     for path in (_TOP / folder).rglob("*.py")
 )
-# Files that are still being split.
-_NOT_YET = {
-    "optuna_ttp/search/_pruner.py",
-    "optuna_ttp/search/_sampler.py",
-    "tests/ntk/test_jacobian.py",
-    "tests/ntk/test_layers.py",
-    "tests/ntk/test_probe.py",
-    "tests/ntk/test_validation.py",
-    "tests/prediction/test_predictor.py",
-    "tests/search/test_pruner.py",
-    "tests/search/test_sampler.py",
-    "tests/store/test_store.py",
-    "tests/study/test_training_log.py",
-    "tests/task/test_task.py",
-}
 
 
 def _n_lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
-@pytest.mark.parametrize("name", [name for name in _FILES if name not in _NOT_YET])
+@pytest.mark.parametrize("name", _FILES)
 def test_a_file_is_short(name: str) -> None:
     assert _n_lines(_TOP / name) <= _MOST_LINES_OF_A_FILE
 
