@@ -28,6 +28,8 @@ def lazy_names(
         return value
 
     def names() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *home})
+        # Of what the package itself imports only dunder names: tab completion shows public names.
+        present = (name for name in vars(sys.modules[package]) if name.startswith("__"))
+        return sorted({*present, *home})
 
     return get, names
