@@ -21,6 +21,7 @@ _DOCUMENTS = [
 ]
 # Words that are meant, with the reason: by file and word.
 _MEANT = {
+    ("store/_lease.py", "node"): "a function of the standard library, the name of the machine",
     ("study/_prediction_record.py", "ladder"): "a key of the records that version 0.1.0 wrote",
 }
 
