@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
-from dataclasses import replace
 from functools import cache
 import time
 from typing import TYPE_CHECKING
@@ -123,9 +122,12 @@ def plan_spectrum(
     seed = check_seed(seed)
     name, reason = resolve_engine(task, engine, max_memory=max_memory)
     kind, held = resolve_dtype(dtype, name)
-    planner = _Planner(task, resolve_device(task, device), kind, max_memory, seed)
+    settings = EngineSettings(
+        resolve_device(task, device), kind, held, max_memory, seed, show_progress_bar=False
+    )
+    planner = _Planner(task, settings)
     if name == "exact":
-        estimate = planner.exact(held)
+        estimate = planner.exact()
     elif name == "matrix_free":
         estimate = planner.matrix_free(rank)
     else:
@@ -156,25 +158,17 @@ def plan_spectrum(
 class _Planner:
     """Plans for one task on one device."""
 
-    def __init__(
-        self,
-        task: FineTuningTask,
-        device: torch.device,
-        dtype: torch.dtype,
-        max_memory: int,
-        seed: int,
-    ) -> None:
-        self._task, self._device, self._dtype = task, device, dtype
-        self._max_memory, self._seed = max_memory, seed
-        self._settings = EngineSettings(device, dtype, None, max_memory, seed, False)
+    def __init__(self, task: FineTuningTask, settings: EngineSettings) -> None:
+        self._task, self._settings = task, settings
+        self._device, self._dtype = settings.device, settings.dtype
         self._n_rows = task.n_samples * task.n_outputs
-        self._itemsize = dtype.itemsize
+        self._itemsize = self._dtype.itemsize
         self._n_timed = min(_N_TIMED, task.n_samples)
         self._few = task.subset(self._n_timed)
         n_held_out = 0 if task.validation is None else task.validation.n_samples
         self._n_read = task.n_samples + n_held_out
 
-    def exact(self, held: torch.dtype | None) -> _Estimate:
+    def exact(self) -> _Estimate:
         """Plan the exact engine."""
         task, device, dtype = self._task, self._device, self._dtype
 
@@ -183,7 +177,7 @@ class _Planner:
             reference = task.initial_outputs(device, dtype)
             with task.frozen(device, dtype) as frozen:
                 check_singles(task, frozen, reference, self._settings)
-                preparation = prepare(task, frozen, replace(self._settings, held=held), lifts)
+                preparation = prepare(task, frozen, self._settings, lifts)
                 setup = clock.seconds()
                 grouping = choose_grouping(task, preparation, self._settings)
                 with preparation.claims.tape(frozen).attached() as tape:
@@ -214,7 +208,7 @@ class _Planner:
 
     def sketch(self, *, refined: bool) -> _Estimate:
         """Plan a sketch of the narrowest width."""
-        minimum = check_sketch_memory(self._task, self._itemsize, self._max_memory)
+        minimum = check_sketch_memory(self._task, self._itemsize, self._settings.max_memory)
 
         def measure(lifts: Mapping[str, int]) -> _Estimate:
             clock = _Clock(self._device)
@@ -225,7 +219,7 @@ class _Planner:
             if refined:
                 seconds += self._n_read * self._multiplied(lifts, SKETCHES.n_refined)
                 n_bytes += self._task.n_parameters * SKETCHES.n_refined * self._itemsize
-            grouping = Grouping(batch, batch, batch, n_bytes, minimum)
+            grouping = Grouping(batch, batch, batch, minimum)
             return _Estimate(preparation, seconds, grouping, n_bytes)
 
         return lifting(measure)
@@ -233,15 +227,15 @@ class _Planner:
     def matrix_free(self, rank: int | None) -> _Estimate:
         """Plan leading eigenpairs from products."""
         n_columns = columns_of(self._task, rank)
-        minimum = check_vectors_memory(self._task, n_columns, self._max_memory)
-        if by_directions(self._task, n_columns, self._dtype, self._max_memory):
+        minimum = check_vectors_memory(self._task, n_columns, self._settings.max_memory)
+        if by_directions(self._task, n_columns, self._dtype, self._settings.max_memory):
             return self._directions(n_columns, minimum)
 
         def measure(lifts: Mapping[str, int]) -> _Estimate:
             clock = _Clock(self._device)
             with self._passes(self._task, lifts) as passes:
                 setup, preparation = clock.seconds(), passes.preparation
-                width = sketch_width(self._n_rows, self._dtype, self._max_memory)
+                width = sketch_width(self._n_rows, self._dtype, self._settings.max_memory)
                 sketching, batch = passes.sketch_bytes(width), passes.batch_size
                 making = passes.sketch_bytes(0)
             seconds = 2.0 * setup + self._n_read * (
@@ -256,10 +250,10 @@ class _Planner:
                 * n_columns
                 * self._itemsize
             )
-            multiplying = making + vectors + min(held, self._max_memory // 2) + part
+            multiplying = making + vectors + min(held, self._settings.max_memory // 2) + part
             # The sketch is held about three times when its leading space is taken.
             n_bytes = max(3 * sketching - 2 * making, multiplying)
-            grouping = Grouping(batch, batch, batch, n_bytes, minimum)
+            grouping = Grouping(batch, batch, batch, minimum)
             return _Estimate(preparation, seconds, grouping, n_bytes)
 
         return lifting(measure)
@@ -283,7 +277,7 @@ class _Planner:
         held = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
         weights = task.n_parameters * directions.n_together * self._itemsize
         n_bytes = held + weights
-        grouping = Grouping(1, 1, 1, n_bytes, minimum)
+        grouping = Grouping(1, 1, 1, minimum)
         tracing = probes_of(n_columns) * per_direction
         return _Estimate(None, total + tracing, grouping, n_bytes, tracing)
 

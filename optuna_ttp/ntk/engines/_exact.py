@@ -54,14 +54,13 @@ class Grouping:
     """How samples are grouped under a memory budget.
 
     ``batch`` samples go through the network together; the Jacobian of ``held`` samples is held,
-    and they are multiplied with ``streamed`` others at a time. That takes ``n_bytes`` at its peak;
-    ``minimum`` is the smallest budget that can be kept.
+    and they are multiplied with ``streamed`` others at a time. ``minimum`` is the smallest budget
+    in bytes that can be kept.
     """
 
     batch: int
     held: int
     streamed: int
-    n_bytes: int
     minimum: int
 
 
@@ -202,8 +201,7 @@ def choose_grouping(
     check_enough_memory(max_memory, minimum, what, "or fewer samples")
     for batch in (at_best, 1):
         if needed(n_samples, n_samples, batch) <= max_memory:
-            total = needed(n_samples, n_samples, batch) + making
-            return Grouping(batch, n_samples, n_samples, total, minimum)
+            return Grouping(batch, n_samples, n_samples, minimum)
     for batch in (at_best, 1):
         n_held = 0
         for candidate in range(1, n_samples + 1):
@@ -214,8 +212,7 @@ def choose_grouping(
         if n_held >= min(batch, n_samples):
             streamed = max(1, n_held // 4)
             batch = min(batch, streamed)
-            total = needed(n_held, streamed, batch) + making
-            return Grouping(batch, n_held, streamed, total, minimum)
+            return Grouping(batch, n_held, streamed, minimum)
     raise AssertionError("The smallest sizes fit.")
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -317,18 +318,33 @@ def _krylov(
             f'up to {worst:.0%} of the eigenvalue. Ask for a smaller rank, or use engine="exact".',
             ApproximationWarning,
         )
-    vectors, leading_values, _ = nystrom(basis, images, n_wanted)
-    n_leading = int(
-        (leading_values > float(leading_values[0]) * torch.finfo(torch.float32).eps).sum()
-    )
+    ritz = partial(_condensed, basis, images, mixing, values)
+    return _with_ritz_pairs(nystrom(basis, images, n_wanted), ritz, follower, path, moved)
+
+
+def _with_ritz_pairs(
+    leading: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ritz: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+    follower: PathFollower,
+    path: ResidualPath,
+    moved: float,
+) -> _AllPairs:
+    """Return the leading pairs, and as many Ritz pairs as keep the times of ``path``.
+
+    ``leading`` is what :func:`nystrom` gives, ``ritz`` makes Ritz pairs, and ``moved`` is by how
+    much the last block of products changed the times. There is an
+    :exc:`~optuna_ttp.ApproximationWarning` where the times are uncertain.
+    """
+    vectors, leading_values, _ = leading
+    smallest = float(leading_values[0]) * torch.finfo(torch.float32).eps
+    n_leading = int((leading_values > smallest).sum())
     leading_values, vectors = leading_values[:n_leading], vectors[:, :n_leading]
     for n_powers in PAIRS.n_powers:
-        ritz, more = _condensed(basis, images, mixing, values, vectors, path.residuals, n_powers)
-        n_ritz = int((ritz > float(leading_values[0]) * torch.finfo(torch.float32).eps).sum())
-        all_values, order = torch.cat([leading_values, ritz[:n_ritz]]).sort(
-            descending=True, stable=True
-        )
-        all_vectors = torch.cat([vectors, more[:, :n_ritz]], 1)[:, order]
+        ritz_values, ritz_vectors = ritz(vectors, path.residuals, n_powers)
+        n_ritz = int((ritz_values > smallest).sum())
+        joined = torch.cat([leading_values, ritz_values[:n_ritz]])
+        all_values, order = joined.sort(descending=True, stable=True)
+        all_vectors = torch.cat([vectors, ritz_vectors[:, :n_ritz]], 1)[:, order]
         identity = torch.eye(len(all_values), dtype=all_values.dtype)
         condensed = follower.follow(all_vectors, identity, all_values).time_difference(path)
         if condensed <= PAIRS.condensed_error:
