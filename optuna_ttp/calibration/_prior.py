@@ -26,7 +26,11 @@ class PriorScale:
 
     @property
     def scales(self) -> tuple[float, float]:
-        """Factors of the variances of calm trials' errors, and of what instability adds."""
+        """The factors by which two variances of logarithmic times are multiplied before any trial.
+
+        The first is for the errors of trials that train stably, the second for what instability
+        adds to them.
+        """
         return self.scatter**2, self.scatter**1.5
 
 

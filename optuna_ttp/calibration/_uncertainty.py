@@ -75,11 +75,11 @@ def deviation(probe: Probe | None, fraction: float) -> float:
 
 
 def kernel_mismatch(probe: Probe | None, fraction: float) -> float:
-    """Return by how much the kernel seen at a depth differs from the one that is predicted.
+    """Return ``|log(ratio / kappa)|``: how far two estimates of the kernel's growth disagree.
 
-    ``|log(ratio / kappa)|`` of the probe's kernel ratio and of ``kappa = (1 + rho^2)^2``, the two
-    estimates behind :meth:`~optuna_ttp.dynamics.KernelGrowth.from_probe`, at a fraction of the
-    initial loss. NaN without a probe.
+    ``ratio`` is the kernel ratio that the probe measured at a fraction of the initial loss, and
+    ``kappa = (1 + rho^2)^2`` is what the relative displacement ``rho`` of the weights there
+    predicts. :meth:`~optuna_ttp.dynamics.KernelGrowth.from_probe` uses both. NaN without a probe.
     """
     if probe is None:
         return math.nan

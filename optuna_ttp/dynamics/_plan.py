@@ -127,7 +127,7 @@ class Plan:
 
     @cached_property
     def changes(self) -> bool:
-        """Whether there is a schedule."""
+        """Whether the learning rate or the momentum changes from step to step."""
         return self.rates.shape[1] > 1
 
     @cached_property

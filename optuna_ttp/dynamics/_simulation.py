@@ -136,9 +136,12 @@ def _refined_strides(
     target: Target | None,
     min_coarse_steps: int,
 ) -> Integers:
-    """Return strides ``(K,)`` that are finer for curves that met their target too soon.
+    """Return strides ``(K,)``, smaller ones for curves that need a more exact simulation.
 
-    A coarse step smears the start of training by up to half its length.
+    A stride is the number of optimiser steps that are simulated as one coarse step; times early in
+    training are wrong by up to half of it. Where a curve reaches its target in fewer than
+    ``min_coarse_steps`` coarse steps, its stride becomes the largest power of two with which there
+    are enough of them, or one.
     """
     refined = stride.copy()
     if target is None:

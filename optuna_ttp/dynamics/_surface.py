@@ -315,7 +315,12 @@ def _depths(curves: Trajectories, target: Target, levels: Floats, initial: float
 
 
 def _patience(slow_tau: float, effective: Floats, momentum: Floats, rules: SurfaceRules) -> Floats:
-    """Return after how many steps a knot is given up, of the shape of the momentum."""
+    """Return the number of steps after which the simulation of a knot stops without a result.
+
+    This is ``patience * slow_tau / effective + settling / (1 - momentum)``, of the knots' shape:
+    several times as many steps as the slow regime needs at the effective learning rate
+    ``effective``, plus several times the memory of the momentum.
+    """
     settled = rules.settling / (1.0 - momentum)
     return np.asarray(rules.patience * slow_tau / effective + settled)
 

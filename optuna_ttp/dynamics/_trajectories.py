@@ -38,7 +38,11 @@ class Trajectories:
     def of_records(
         cls, records: list[Record], quantities: list[str], blown_up: Booleans, strides: Integers
     ) -> Trajectories:
-        """Stack K records, whose rows are a step and the quantities there."""
+        """Return the curves of K records, padded with NaN to the length of the longest one.
+
+        Each row of a record is a step and the values of the ``quantities`` at that step.
+        ``blown_up`` and ``strides`` have shape ``(K,)``.
+        """
         length = max(map(len, records), default=0)
         padded = np.full((1 + len(quantities), len(records), length), np.nan)
         for k, record in enumerate(records):

@@ -92,7 +92,10 @@ class Estimator:
 
     @cached_property
     def surface(self) -> ResponseSurface | None:
-        """The response surface, its times corrected by what trials have taught."""
+        """The simulator's response surface, with its times corrected by the calibration.
+
+        It is uncorrected if no trial was observed, and :obj:`None` if the simulator has none.
+        """
         simulator, surface = self.simulator, self.simulator.surface
         if surface is None or not self.calibration.n_observed:
             return surface
@@ -356,7 +359,11 @@ class Estimator:
 
 
 def unreliability(simulator: Simulator) -> str:
-    """Return why predictions for a target are unreliable before trials ran, and what to do."""
+    """Return the warning for a target at which the network is far from its linearisation.
+
+    It names the target's share of the initial training loss, how much the weights change until it
+    is reached, how far the kernel is from the predicted one then, and what the user can do.
+    """
     probe, fraction = simulator.spectrum.probe, simulator.loss_fraction
     return (
         f"At {simulator.excess_fraction:.0%} of the initial training loss the network is far from "

@@ -174,5 +174,5 @@ class Prediction:
 
 
 def _in_steps(steps: Floats) -> str:
-    """Beyond ten million nobody counts the steps."""
+    """Return a number of steps as text: ``12,345``, or ``2e+07`` from ten million steps on."""
     return f"{steps.item():,.0f}" if steps.item() < 1e7 else f"{steps.item():.0e}"

@@ -93,10 +93,10 @@ def _learned(study: optuna.Study, trials: list[FrozenTrial]) -> tuple[Calibratio
 
 
 def _best(study: optuna.Study, trials: list[FrozenTrial]) -> int | None:
-    """Return the number of the best trial of a study with one objective, if one is known.
+    """Return the number of the best completed trial of a study with one objective.
 
-    If every completed trial ran despite its prediction, the best of them may be as bad as
-    predicted, so there is none.
+    It is :obj:`None` for several objectives, or if every completed trial was to be skipped and ran
+    nevertheless, because then the best of them may be as bad as it was predicted to be.
     """
     done = [t for t in trials if t.state == TrialState.COMPLETE and t.values]
     decisions = map(decision_of, done)

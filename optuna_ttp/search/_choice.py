@@ -72,7 +72,11 @@ class Choice:
         return [self._params_of(j) for j in self.preference.best(n, repeat=self.repeat)]
 
     def next_of_design(self) -> dict[str, Any] | None:
-        """Return the next one of the design, leaving those before it to trials about to begin."""
+        """Return the parameters that the initial design has for this trial, None if it has none.
+
+        The design is the list of candidates that are best to try next. The best of them are left
+        to the running trials that have not chosen their parameters yet, one to each.
+        """
         places = self.preference.best(1 + self.n_undecided, repeat=self.repeat)
         return self._params_of(places[-1]) if places else None
 

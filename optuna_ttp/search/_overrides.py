@@ -73,7 +73,12 @@ def _progress_of_similar_trials(
 
 
 def _refuting_trials(progress: Sequence[float], rules: PrunerRules) -> str | None:
-    """Return how many of how many trials refute an objection, where they are enough."""
+    """Return as text how many trials refute an objection, such as ``3 of 5``, or None.
+
+    ``progress`` says how far the newest trials with this objection that ran nevertheless got, one
+    being the target. Those that nearly reached it refute the objection. The result is None if they
+    are fewer than ``n_refuting`` or not the majority.
+    """
     n_reached = sum(share >= rules.nearly_reached for share in progress)
     if n_reached < rules.n_refuting or 2 * n_reached <= len(progress):
         return None

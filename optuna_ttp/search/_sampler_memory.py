@@ -118,7 +118,12 @@ def evidence(
     resolve: Resolve,
     n_newest_values: int,
 ) -> tuple[Evidence, int]:
-    """Return what was tried and what it gave; and how many trials are about to try something."""
+    """Return the evidence of a study's trials, and how many have not chosen parameters yet.
+
+    The evidence has the configurations of all trials that have one, which ``resolve`` gives for a
+    trial's parameters, and the newest ``n_newest_values`` values. The number counts running trials
+    without a configuration.
+    """
     running: list[Configuration] = []
     n_undecided = 0
     state = state_of(study)

@@ -226,10 +226,11 @@ def observation_in(
     predictor: SearchPredictor,
     hyperparameters: HyperparameterMap | None,
 ) -> Observation | None:
-    """Return what a trial of a study tells about a predictor, and warn of what cannot be used.
+    """Return the observation that a trial's curve gives, and warn of a curve that is not usable.
 
     It is :obj:`None` if the trial has no prediction for the predictor's task, or no usable curve.
-    With ``hyperparameters`` a trial without a prediction is predicted now.
+    With ``hyperparameters`` a trial without a prediction is predicted now. The start of a finished
+    trial's curve is remembered with the study, for comparison with other curves.
     """
     prediction = prediction_of(trial)
     if prediction is None and hyperparameters is not None:

@@ -222,10 +222,10 @@ def expected_bytes(
     grouping: Grouping,
     dtype: torch.dtype,
 ) -> int:
-    """Return the bytes that the kernel takes at its peak, on top of the model and the data.
+    """Return the peak memory of the exact kernel in bytes, without the model and the data.
 
-    :func:`choose_grouping` adds up everything that could be held at once, because the budget must
-    not be exceeded. This is what is held at once.
+    It counts what is in use at the same time. :func:`choose_grouping` instead adds up everything
+    that could be in use, because the memory budget must not be exceeded.
     """
     itemsize = dtype.itemsize
     layout, n_outputs = preparation.layout, task.n_outputs
@@ -292,7 +292,12 @@ class _Assembly:
         self._inner = np.zeros((task.n_samples, task.n_outputs))
 
     def add_block(self, block: slice, streamed: int) -> None:
-        """Multiply a block of samples with itself, all later ones, and the validation samples."""
+        """Write the products of the Jacobian rows of a block of training samples into the kernel.
+
+        The rows are multiplied with themselves, with those of all later training samples,
+        ``streamed`` samples at a time, and with those of the validation samples. Products that
+        the checkpoint has are read from it.
+        """
         later = _blocks(self._n_samples, streamed, block.stop)
         state: BlockState | None = None
         if not self._restore(block, block):

@@ -210,7 +210,11 @@ def _by_directions(
 
 
 def probes_of(n_columns: int) -> int:
-    """Return how many vectors of random signs estimate a trace beside a block of products."""
+    """Return how many random sign vectors estimate the part of the trace without eigenpairs.
+
+    It grows in proportion to ``n_columns``, the number of vectors that the kernel is multiplied
+    with at a time, and is at least ``PAIRS.min_probes``.
+    """
     return max(PAIRS.min_probes, n_columns // PAIRS.columns_a_probe)
 
 

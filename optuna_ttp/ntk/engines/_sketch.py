@@ -377,7 +377,11 @@ def _layout_of_factors(
 
 
 def _row_blocks(gradient: Contribution | Separated) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield rows of so few samples that the processor's cache holds them while they are used."""
+    """Yield the rows of a gradient by blocks of samples that fit into the processor's cache.
+
+    Each block is the slice of its B samples and their rows, of shape ``(B, C, p)``. Rows that are
+    already there as a tensor are one block.
+    """
     if isinstance(gradient, torch.Tensor):
         yield slice(0, len(gradient)), gradient
         return
@@ -402,7 +406,12 @@ def _rows(gradient: Contribution | Separated) -> torch.Tensor:
 
 
 def _split(n_weights: dict[str, int], width: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the weights of the parameters that stay exact, and of those that are projected."""
+    """Split parameters into those whose columns of the Jacobian stay exact and those projected.
+
+    ``n_weights`` and both results map a parameter's name to its number of weights. The smallest
+    parameters stay exact: those of at most ``max_exact_weights`` weights each, and of at most
+    ``exact_share`` times the sketch's ``width`` together.
+    """
     exact: dict[str, int] = {}
     for name, n in sorted(n_weights.items(), key=lambda item: item[1]):
         if (

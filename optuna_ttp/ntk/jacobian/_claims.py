@@ -68,7 +68,7 @@ class Claims:
 
     @property
     def replayed(self) -> tuple[str, ...]:
-        """Return the modules that are run again to differentiate them."""
+        """Return the names of the modules without a rule, which are run again to differentiate."""
         return tuple(dict.fromkeys(c.module for c in self.claims if c.kind != "rule"))
 
     def gradients(

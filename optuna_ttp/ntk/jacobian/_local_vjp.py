@@ -126,8 +126,11 @@ def _looped(
 def _run(
     call: Call, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, ...]:
-    # The other parameters are constants here, and tied ones stay one tensor.
-    """Return the outputs that carry gradients, with ``weights`` in place of the module's own."""
+    """Run the module of a call again and return the outputs that carried gradients in the call.
+
+    ``weights`` replace the module's parameters of these names, and those tied to them. All other
+    parameters are constants.
+    """
     by_identity = {id(t): t.detach() for t in call.state.values()}
     by_identity.update({id(call.state[name]): weight for name, weight in weights.items()})
     state = {n: by_identity[id(t)] for n, t in call.state.items()}
