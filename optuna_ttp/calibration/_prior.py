@@ -26,10 +26,9 @@ class PriorScale:
 
     @property
     def scales(self) -> tuple[float, float]:
-        """The factors by which two variances of logarithmic times are multiplied before any trial.
+        """The factors of two variances of logarithmic times, before any trial.
 
-        The first is for the errors of trials that train stably, the second for what instability
-        adds to them.
+        They are those of the errors of stable trials, and of what instability adds.
         """
         return self.scatter**2, self.scatter**1.5
 

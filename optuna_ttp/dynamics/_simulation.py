@@ -136,12 +136,10 @@ def _refined_strides(
     target: Target | None,
     min_coarse_steps: int,
 ) -> Integers:
-    """Return strides ``(K,)``, smaller ones for curves that need a more exact simulation.
+    """Return strides ``(K,)``: smaller where the target took under ``min_coarse_steps`` strides.
 
-    A stride is the number of optimiser steps that are simulated as one coarse step; times early in
-    training are wrong by up to half of it. Where a curve reaches its target in fewer than
-    ``min_coarse_steps`` coarse steps, its stride becomes the largest power of two with which there
-    are enough of them, or one.
+    A stride is the number of optimiser steps that are simulated as one; times are wrong by up to
+    half of it early in training.
     """
     refined = stride.copy()
     if target is None:

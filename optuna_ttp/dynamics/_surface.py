@@ -315,11 +315,10 @@ def _depths(curves: Trajectories, target: Target, levels: Floats, initial: float
 
 
 def _patience(slow_tau: float, effective: Floats, momentum: Floats, rules: SurfaceRules) -> Floats:
-    """Return the number of steps after which the simulation of a knot stops without a result.
+    """Return after how many steps the simulation of a knot stops if it has not reached the target.
 
-    This is ``patience * slow_tau / effective + settling / (1 - momentum)``, of the knots' shape:
-    several times as many steps as the slow regime needs at the effective learning rate
-    ``effective``, plus several times the memory of the momentum.
+    These are ``patience * slow_tau / effective + settling / (1 - momentum)`` steps; ``effective``,
+    the effective learning rates, and the result have the shape of ``momentum``.
     """
     settled = rules.settling / (1.0 - momentum)
     return np.asarray(rules.patience * slow_tau / effective + settled)

@@ -40,8 +40,7 @@ class Trajectories:
     ) -> Trajectories:
         """Return the curves of K records, padded with NaN to the length of the longest one.
 
-        Each row of a record is a step and the values of the ``quantities`` at that step.
-        ``blown_up`` and ``strides`` have shape ``(K,)``.
+        Each row of a record is a step and the values of the quantities at that step.
         """
         length = max(map(len, records), default=0)
         padded = np.full((1 + len(quantities), len(records), length), np.nan)

@@ -92,10 +92,7 @@ class Estimator:
 
     @cached_property
     def surface(self) -> ResponseSurface | None:
-        """The simulator's response surface, with its times corrected by the calibration.
-
-        It is uncorrected if no trial was observed, and :obj:`None` if the simulator has none.
-        """
+        """The simulator's surface, its times corrected by the calibration; None if it has none."""
         simulator, surface = self.simulator, self.simulator.surface
         if surface is None or not self.calibration.n_observed:
             return surface
@@ -359,11 +356,7 @@ class Estimator:
 
 
 def unreliability(simulator: Simulator) -> str:
-    """Return the warning for a target at which the network is far from its linearisation.
-
-    It names the target's share of the initial training loss, how much the weights change until it
-    is reached, how far the kernel is from the predicted one then, and what the user can do.
-    """
+    """Return the text of a warning: the network is far from its linearisation at the target."""
     probe, fraction = simulator.spectrum.probe, simulator.loss_fraction
     return (
         f"At {simulator.excess_fraction:.0%} of the initial training loss the network is far from "

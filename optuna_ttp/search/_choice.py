@@ -72,10 +72,9 @@ class Choice:
         return [self._params_of(j) for j in self.preference.best(n, repeat=self.repeat)]
 
     def next_of_design(self) -> dict[str, Any] | None:
-        """Return the parameters that the initial design has for this trial, None if it has none.
+        """Return the parameters of the initial design's next candidate, None if there is none.
 
-        The design is the list of candidates that are best to try next. The best of them are left
-        to the running trials that have not chosen their parameters yet, one to each.
+        Better candidates are left to the running trials that have not chosen their parameters yet.
         """
         places = self.preference.best(1 + self.n_undecided, repeat=self.repeat)
         return self._params_of(places[-1]) if places else None

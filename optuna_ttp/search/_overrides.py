@@ -73,11 +73,9 @@ def _progress_of_similar_trials(
 
 
 def _refuting_trials(progress: Sequence[float], rules: PrunerRules) -> str | None:
-    """Return as text how many trials refute an objection, such as ``3 of 5``, or None.
+    """Return as text how many trials refute an objection, as in ``3 of 5``; None if too few do.
 
-    ``progress`` says how far the newest trials with this objection that ran nevertheless got, one
-    being the target. Those that nearly reached it refute the objection. The result is None if they
-    are fewer than ``n_refuting`` or not the majority.
+    ``progress`` says how far the trials got that ran in spite of it, one being the target.
     """
     n_reached = sum(share >= rules.nearly_reached for share in progress)
     if n_reached < rules.n_refuting or 2 * n_reached <= len(progress):

@@ -118,11 +118,9 @@ def evidence(
     resolve: Resolve,
     n_newest_values: int,
 ) -> tuple[Evidence, int]:
-    """Return the evidence of a study's trials, and how many have not chosen parameters yet.
+    """Return the evidence of a study's trials, and how many running ones have no parameters yet.
 
-    The evidence has the configurations of all trials that have one, which ``resolve`` gives for a
-    trial's parameters, and the newest ``n_newest_values`` values. The number counts running trials
-    without a configuration.
+    The evidence has all configurations that were tried, and the newest ``n_newest_values`` values.
     """
     running: list[Configuration] = []
     n_undecided = 0

@@ -229,8 +229,8 @@ def observation_in(
     """Return the observation that a trial's curve gives, and warn of a curve that is not usable.
 
     It is :obj:`None` if the trial has no prediction for the predictor's task, or no usable curve.
-    With ``hyperparameters`` a trial without a prediction is predicted now. The start of a finished
-    trial's curve is remembered with the study, for comparison with other curves.
+    With ``hyperparameters`` a trial without a prediction is predicted now. How a finished trial's
+    curve starts is remembered with the study.
     """
     prediction = prediction_of(trial)
     if prediction is None and hyperparameters is not None:

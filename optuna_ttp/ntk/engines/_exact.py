@@ -222,10 +222,10 @@ def expected_bytes(
     grouping: Grouping,
     dtype: torch.dtype,
 ) -> int:
-    """Return the peak memory of the exact kernel in bytes, without the model and the data.
+    """Return the bytes that computing the kernel takes at its peak, beside the model and the data.
 
-    It counts what is in use at the same time. :func:`choose_grouping` instead adds up everything
-    that could be in use, because the memory budget must not be exceeded.
+    Unlike :func:`choose_grouping`, which must not exceed the memory budget, it only counts what is
+    in use at the same time.
     """
     itemsize = dtype.itemsize
     layout, n_outputs = preparation.layout, task.n_outputs
@@ -295,8 +295,7 @@ class _Assembly:
         """Write the products of the Jacobian rows of a block of training samples into the kernel.
 
         The rows are multiplied with themselves, with those of all later training samples,
-        ``streamed`` samples at a time, and with those of the validation samples. Products that
-        the checkpoint has are read from it.
+        ``streamed`` samples at a time, and with those of the validation samples.
         """
         later = _blocks(self._n_samples, streamed, block.stop)
         state: BlockState | None = None

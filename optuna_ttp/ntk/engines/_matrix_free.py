@@ -210,10 +210,9 @@ def _by_directions(
 
 
 def probes_of(n_columns: int) -> int:
-    """Return how many random sign vectors estimate the part of the trace without eigenpairs.
+    """Return how many random sign vectors estimate the trace that the eigenpairs do not explain.
 
-    It grows in proportion to ``n_columns``, the number of vectors that the kernel is multiplied
-    with at a time, and is at least ``PAIRS.min_probes``.
+    The number grows with the ``n_columns`` vectors that the kernel is multiplied with at a time.
     """
     return max(PAIRS.min_probes, n_columns // PAIRS.columns_a_probe)
 

@@ -377,10 +377,9 @@ def _layout_of_factors(
 
 
 def _row_blocks(gradient: Contribution | Separated) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield the rows of a gradient by blocks of samples that fit into the processor's cache.
+    """Yield a gradient's rows ``(B, C, p)`` and the slice of their B samples, block by block.
 
-    Each block is the slice of its B samples and their rows, of shape ``(B, C, p)``. Rows that are
-    already there as a tensor are one block.
+    Blocks fit into the processor's cache; rows that are a tensor already are a single block.
     """
     if isinstance(gradient, torch.Tensor):
         yield slice(0, len(gradient)), gradient
@@ -406,11 +405,10 @@ def _rows(gradient: Contribution | Separated) -> torch.Tensor:
 
 
 def _split(n_weights: dict[str, int], width: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Split parameters into those whose columns of the Jacobian stay exact and those projected.
+    """Split ``n_weights`` by name: the smallest parameters stay exact, the others are projected.
 
-    ``n_weights`` and both results map a parameter's name to its number of weights. The smallest
-    parameters stay exact: those of at most ``max_exact_weights`` weights each, and of at most
-    ``exact_share`` times the sketch's ``width`` together.
+    The exact ones have at most ``max_exact_weights`` weights each, and in all at most
+    ``exact_share`` times ``width``, the columns of the sketch.
     """
     exact: dict[str, int] = {}
     for name, n in sorted(n_weights.items(), key=lambda item: item[1]):

@@ -68,9 +68,9 @@ class Directions:
         return torch.cat(parts, 1)
 
     def adjoint(self, vectors: torch.Tensor) -> list[list[torch.Tensor]]:
-        """Return ``J^T V`` for ``V`` of shape ``(N C, b)``, as a list for each column of ``V``.
+        """Return ``J^T V`` for ``V`` of shape ``(N C, b)``, as ``b`` lists, one for each column.
 
-        Each of these lists has one tensor for each trainable parameter, of the parameter's shape.
+        A list has one tensor for each trainable parameter, of the parameter's shape.
         """
         parameters = list(self._frozen.parameters.values())
         totals = [[torch.zeros_like(p) for p in parameters] for _ in range(vectors.shape[1])]

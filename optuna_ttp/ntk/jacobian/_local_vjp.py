@@ -126,10 +126,9 @@ def _looped(
 def _run(
     call: Call, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, ...]:
-    """Run the module of a call again and return the outputs that carried gradients in the call.
+    """Run a call's module again with other ``weights``; return the outputs that carried gradients.
 
-    ``weights`` replace the module's parameters of these names, and those tied to them. All other
-    parameters are constants.
+    Tied parameters stay one tensor, and parameters without a new weight are constants.
     """
     by_identity = {id(t): t.detach() for t in call.state.values()}
     by_identity.update({id(call.state[name]): weight for name, weight in weights.items()})
