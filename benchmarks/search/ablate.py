@@ -43,6 +43,7 @@ import optuna
 import torch
 
 from benchmarks.search import contestants
+from benchmarks.search.ablation_values import NEUTRAL
 from benchmarks.search.compare import predictor_of
 from benchmarks.search.compare import RESULTS
 from benchmarks.search.parts import part_of
@@ -65,137 +66,8 @@ _BUDGET_TRIALS = 100
 # that modules share.
 _SAMPLER_RULES = SamplerRules()
 _PRUNER_RULES = PrunerRules()
-_INF = math.inf
-_MANY = 10**9
 # Off by default, so that there is nothing to neutralise.
 _OFF = ("PrunerRules.max_cost_ratio", "PrunerRules.audit")
-# What switches a field's effect off. All others are doubled and halved.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    # The sampler: no design, no exploration, no decay of the trust, none of the nats.
-    "SamplerRules.n_design_trials": (0,),
-    "SamplerRules.n_candidates": (1,),
-    "SamplerRules.exploration": (0.0,),
-    "SamplerRules.prior_trials": (_INF,),
-    "SamplerRules.least_trust": (0.0,),
-    "SamplerRules.n_newest_values": (_MANY,),
-    "SamplerRules.largest_grid": (_MANY,),
-    "PreferenceRules.same": (0.0,),
-    "PreferenceRules.time_spread_nats": (0.0,),
-    "PreferenceRules.metric_spread_nats": (0.0,),
-    "PreferenceRules.saturated_depth": (_INF,),
-    "PreferenceRules.unsteady": (_INF,),
-    "PreferenceRules.lag_nats": (0.0,),
-    "PreferenceRules.fewest_values": (_MANY,),
-    "ForecastRules.least_sd": (0.0,),
-    "ForecastRules.least_probability": (1e-300,),
-    # The pruner: nothing is skipped, nothing is stopped, no run in between, no reason refuted.
-    "PrunerRules.tolerance": (1.0, 3.0),
-    "PrunerRules.min_probability": (0.0,),
-    "PrunerRules.min_probability_at_first": (1.0,),
-    "PrunerRules.min_chance": (0.0,),
-    "PrunerRules.max_consecutive": (_MANY,),
-    "PrunerRules.sooner": (1,),
-    "PrunerRules.n_refuting": (_MANY,),
-    "PrunerRules.most_refuting": (_MANY,),
-    "PrunerRules.nearly_reached": (1.0,),
-    "PrunerRules.half_way": (_INF,),
-    "PrunerRules.n_skipped_to_warn": (_MANY,),
-    "RunningTrialRules.earliest": (0.0,),
-    "RunningTrialRules.nearly_done": (0.0,),
-    "RunningTrialRules.n_not_finite": (_MANY,),
-    # Broken training: none counts as broken; a spike, ample steps and errors are not asked for.
-    "BrokenTrainingRules.not_learned": (_INF,),
-    "BrokenTrainingRules.spike": (0.0,),
-    "BrokenTrainingRules.ample_for_whole_trial": (1e-9,),
-    "BrokenTrainingRules.ample_for_running_trial": (0.0,),
-    "BrokenTrainingRules.errors": (0.0,),
-    # Objections to curves: none is raised, or no allowance is made.
-    "CurveRules.too_high": (_INF,),
-    "CurveRules.too_low": (0.0,),
-    "CurveRules.low_errors": (0.0,),
-    "CurveRules.high_errors": (0.0,),
-    "CurveRules.risen": (_INF,),
-    "CurveRules.mild": (0.0,),
-    "CurveRules.like_a_sum": (0.0,),
-    "CurveRules.late": (_MANY,),
-    "CurveRules.still": (0.0,),
-    "CurveRules.half": (0.0,),
-    "CurveRules.jump": (_INF,),
-    "CurveRules.least_noise": (0.0,),
-    # What is written, learned and counted as best: without limits.
-    "TrainingLogRules.most_steps": (_INF,),
-    "BestTrialsRules.share": (1.0,),
-    "BestTrialsRules.most": (_MANY,),
-    "LearnerRules.n_every": (_MANY,),
-    "LearnerRules.most_awaited": (_MANY,),
-    "LearnerRules.most_predicted_late": (_MANY,),
-    "LearnerRules.most_predictors": (_MANY,),
-    # The calibration: parts of the model without effect, limits that are never reached.
-    "ErrorRules.instability_sd": (0.0,),
-    "ErrorRules.catapult_sd": (0.0,),
-    "ErrorRules.unexplained_sds": (_INF,),
-    "GrowthPriorRules.slope_sd": (0.0,),
-    "GrowthPriorRules.start_sd": (0.0,),
-    "GrowthPriorRules.effects": ((0.0, 0.0, 0.0),),
-    "GrowthPriorRules.effect_sds": ((1e-6, 1e-6, 1e-6),),
-    "GrowthPriorRules.edge": (_INF,),
-    "GrowthPriorRules.most_log_speed": (_INF,),
-    "FitRules.robustness": (1e9,),
-    "FitRules.most_trials": (_MANY,),
-    "FitRules.late_factor": (_INF,),
-    "FirstStepRules.level_sd": (0.0,),
-    "FirstStepRules.calm_sd": (1e9,),
-    "FirstStepRules.least_weight": (0.0,),
-    "FirstStepRules.deviation": (_INF,),
-    "FirstStepRules.deviation_sds": (0.0,),
-    "FirstStepRules.least_error": (0.0,),
-    "FirstStepRules.calm_deviation": (0.0,),
-    "FirstStepRules.gross_deviation": (_INF,),
-    "TrustRules.min_observations": (1,),
-    "TrustRules.min_distrust": (1,),
-    "TrustRules.gross_error": (_INF,),
-    "TrustRules.gross_trust": (0.0, -_INF),
-    "TrustRules.harmless_error": (0.0, _INF),
-    "TrustRules.added_error": (0.0,),
-    "TrustRules.clear_trust": (0.0,),
-    "TrustRules.min_agreement": (-2.0,),
-    "TrustRules.backwards": (-2.0,),
-    "TrustRules.least_superiority": (-_INF,),
-    "TrustRules.least_compared": (0.0,),
-    "TrustRules.n_recent": (_MANY,),
-    "TrustRules.most_compared": (_MANY,),
-    "TrustRules.calm_sd": (1e9,),
-    "LossCurveRules.spacing": (1.02, 1.1),
-    "LossCurveRules.window": (0.0,),
-    "LossCurveRules.slope_factor": (1.1, 1.5),
-    "LossCurveRules.sure_errors": (_INF,),
-    "LossCurveRules.probable_errors": (_INF,),
-    "LossCurveRules.excess_noise": (0.0,),
-    "LossCurveRules.most_error": (_INF,),
-    "LossCurveRules.n_neighbours": (0,),
-    "UncertaintyRules.depth_sd": (0.0,),
-    "UncertaintyRules.mismatch_sd": (0.0,),
-    "UncertaintyRules.most_sd": (_INF,),
-    "UncertaintyRules.growth_mismatch": (0.0,),
-    "UncertaintyRules.most_deviation": (_INF,),
-    "UncertaintyRules.unreliable_displacement": (_INF,),
-    "UncertaintyRules.unreliable_deviation": (_INF,),
-    "UncertaintyRules.unreliable_mismatch": (_INF,),
-    # Predictions and simulations: nothing is given up, no slack, all of the trace.
-    "PredictionRules.hopeless_stability": (_INF,),
-    "PredictionRules.unreliable_sd": (_INF,),
-    "PredictionRules.margin": (1.0,),
-    "PredictionRules.most_log_slack": (0.0,),
-    "PredictionRules.few_steps": (1,),
-    "PredictionRules.surface_trace": (1.0,),
-    "PredictionRules.settled_subset_sd": (0.0,),
-    "GrowthRules.most_disagreement": (_INF,),
-    "SimulationRules.blow_up": (_INF,),
-    "SimulationRules.edge": (1.0,),
-    "SimulationRules.spacing": (1.02, 1.08),
-    "StabilityRules.trace_share": (0.9, 1.0),
-    "SurfaceRules.furthest": (0.0,),
-}
 
 
 @dataclass(frozen=True)
@@ -224,8 +96,8 @@ class Field:
     def values(self) -> tuple[Any, ...]:
         """Return the values that it is compared with."""
         key = f"{type(self.rules).__name__}.{self.name}"
-        if key in _NEUTRAL:
-            return _NEUTRAL[key]
+        if key in NEUTRAL:
+            return NEUTRAL[key]
         if isinstance(self.default, int):
             return tuple({max(1, self.default // 2): 0, 2 * self.default: 0})
         return 0.5 * self.default, 2.0 * self.default
@@ -317,7 +189,7 @@ def _fields_of(rules: Any, package: str, prefix: str) -> list[Field]:
         value, path = getattr(rules, field.name), f"{prefix}.{field.name}"
         if is_dataclass(value):
             chosen += _fields_of(value, package, path)
-        elif isinstance(value, int | float) or f"{type(rules).__name__}.{field.name}" in _NEUTRAL:
+        elif isinstance(value, int | float) or f"{type(rules).__name__}.{field.name}" in NEUTRAL:
             chosen.append(Field(rules, package, path))
     return chosen
 
@@ -412,7 +284,7 @@ class Ablation:
             for _ in range(2)
         )
         # A cached property: the search does not end with the best configuration.
-        endless.__dict__["best"] = _INF if table.direction == "maximize" else -_INF
+        endless.__dict__["best"] = math.inf if table.direction == "maximize" else -math.inf
         searching: SearchPredictor = predictor
         if setting.shuffled:
             searching = ShuffledPredictor.of(predictor, table, seed=0)

@@ -37,6 +37,7 @@ from benchmarks.search.table import Table
 from optuna_ttp import OptunaTTPWarning
 from optuna_ttp.calibration import LossCurve
 from optuna_ttp.study import is_thrown_back
+from optuna_ttp.study import ThrownBackRules
 
 
 _SHARE = 0.7
@@ -182,7 +183,8 @@ def risen_runs(names: list[str], recordings: Path) -> dict[str, Any]:
                     predicted.log_first_passage_times,
                     predicted.expected_log_first_passage_times,
                 )
-                if is_thrown_back(LossCurve.of(losses), *times, run.training_losses[0]):
+                curve, initial = LossCurve.of(losses), run.training_losses[0]
+                if is_thrown_back(curve, *times, initial, ThrownBackRules()):
                     shares.append(k / epochs)
                     n_reached += bool(np.nanmin(run.training_losses[k:]) <= predictor.target.value)
                     n_close += table.is_close(run.value)

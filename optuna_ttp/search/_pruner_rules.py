@@ -8,7 +8,7 @@ import math
 
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp._util.checks import check_number
-from optuna_ttp.study import BrokenTrainingRules
+from optuna_ttp.study import ThrownBackRules
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class RunningTrialRules:
             too much: there is nothing to save any more. Not ablated yet.
         n_not_finite: Steps without a finite loss after which none is to be expected: weights that
             are NaN stay it, a single loss may be that of a batch that overflowed.
-        broken_training: When the loss is back where it began and will not come down.
+        thrown_back: When the loss is back where it began and will not come down.
     """
 
     earliest: float = 0.2
     nearly_done: float = 0.05
     n_not_finite: int = 3
-    broken_training: BrokenTrainingRules = field(default_factory=BrokenTrainingRules)
+    thrown_back: ThrownBackRules = field(default_factory=ThrownBackRules)
 
 
 @dataclass(frozen=True)

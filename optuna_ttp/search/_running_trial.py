@@ -176,7 +176,7 @@ class RunningTrialCheck:
         if (early and math.isfinite(budget)) or not self.predictor.calibration.trusted:
             return None
         initial_loss = self.predictor.initial_loss
-        rules = self.rules.running_trial.broken_training
+        rules = self.rules.running_trial.thrown_back
         if not is_thrown_back(curve, running.predicted, running.expected, initial_loss, rules):
             return None
         text = (

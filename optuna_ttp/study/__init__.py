@@ -5,8 +5,8 @@ from __future__ import annotations
 from optuna_ttp.study._best_trials import best_depth
 from optuna_ttp.study._best_trials import incumbent
 from optuna_ttp.study._broken_training import broke_down
-from optuna_ttp.study._broken_training import BrokenTrainingRules
 from optuna_ttp.study._broken_training import is_thrown_back
+from optuna_ttp.study._broken_training import ThrownBackRules
 from optuna_ttp.study._curve_objections import CurveStart
 from optuna_ttp.study._curve_objections import InitialLoss
 from optuna_ttp.study._curve_objections import joint_objections
@@ -67,7 +67,6 @@ from optuna_ttp.study._unusable_curve import UnusableCurve
 __all__ = [
     "FINISHED",
     "Action",
-    "BrokenTrainingRules",
     "Configuration",
     "CurveRecord",
     "CurveStart",
@@ -83,6 +82,7 @@ __all__ = [
     "Override",
     "PredictionRecord",
     "StudyBudget",
+    "ThrownBackRules",
     "TrainingLog",
     "TrialRecord",
     "UnusableCurve",
