@@ -1,7 +1,7 @@
-"""Predict fine-tuning time before the first step, and let Optuna skip the hopeless trials.
+"""Predict fine-tuning time before the first step, and let Optuna skip trials that are too slow.
 
 The public names are imported on first use, so that ``import optuna_ttp`` stays quick: torch,
-SQLAlchemy and scipy are loaded only by what needs them.
+SQLAlchemy and scipy are loaded only with the names that need them.
 """
 
 from __future__ import annotations

@@ -1,3 +1,3 @@
-"""Argument checks, warnings and exceptions: what knows no type of the domain."""
+"""Argument checks, warnings and exceptions, which need no other package of optuna_ttp."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks of arguments that know no type of this package."""
+"""Checks of arguments of general types: numbers, seeds, bytes, devices, choices."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_kind(name: str, value: Any, kind: type) -> None:
-    """Raise TypeError if the value of the argument ``name`` is not of a type."""
+    """Raise TypeError if ``value`` is not of type ``kind``; a NumPy bool counts as a bool."""
     if not isinstance(value, (bool, np.bool_) if kind is bool else kind):
         raise TypeError(f"{name} must be a {kind.__name__} but got {value!r}.")
 
 
 def check_seed(seed: Any) -> int:
-    """Return a seed as an int, which PyTorch needs; raise ValueError if it is no seed."""
+    """Return a whole number from 0 to ``2**62 - 1`` as an int; raise ValueError for others."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0 but got {seed!r}.")
-    # A sketch makes four seeds of each, and those of PyTorch have 64 bits.
+    # A sketch derives four seeds from this one, and PyTorch's seeds have 64 bits.
     if seed >= 2**62:
         raise ValueError(f"seed must be less than 2**62 but got {seed!r}.")
     return int(seed)
@@ -61,9 +61,9 @@ def check_bytes(max_memory: Any) -> None:
 
 
 def check_enough_memory(max_memory: float, minimum: int, what: str, advice: str) -> None:
-    """Raise ValueError if a budget is below the ``minimum`` bytes that ``what`` takes.
+    """Raise ValueError if the budget ``max_memory`` is below ``minimum`` bytes.
 
-    The message ends with the advice, an alternative to a larger budget.
+    The message names the computation, ``what``, and ends with an alternative to more memory.
     """
     if not max_memory >= minimum:
         raise ValueError(
@@ -73,13 +73,13 @@ def check_enough_memory(max_memory: float, minimum: int, what: str, advice: str)
 
 
 def check_device(device: Any) -> torch.device:
-    """Return a device by its name; raise ValueError if torch cannot compute on it here."""
+    """Return a device or its name as a torch device; raise ValueError if it is unusable here."""
     import torch
 
     try:
         usable = torch.device(device)
         torch.zeros(1, device=usable).cpu()
-    # An unknown name, a build without CUDA, a device without numbers, no name at all.
+    # They come from unknown names, builds without CUDA, the meta device and other types.
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(
             f"device must be one that torch can use here but got {device!r}: "
@@ -89,7 +89,7 @@ def check_device(device: Any) -> torch.device:
 
 
 def check_count(name: str, value: int) -> int:
-    """Return the value of the argument ``name`` as an int; raise ValueError unless positive."""
+    """Return the argument ``name`` as an int; raise an error unless it is from 1 to ``2**53``."""
     if not isinstance(value, bool):
         check_number(name, value)
     if isinstance(value, bool) or not 1 <= value <= 2**53 or value != int(value):
@@ -98,7 +98,7 @@ def check_count(name: str, value: int) -> int:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
-    """Return the value of the argument ``name``; raise ValueError unless it is a choice."""
+    """Return the argument ``name``; raise ValueError unless it is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)} but got {value!r}.")
     return value

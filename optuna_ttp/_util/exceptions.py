@@ -20,11 +20,11 @@ class StoreVersionError(StoreError):
 
 
 class DamagedSpectrumError(OptunaTTPError, ValueError):
-    """Bytes are no spectrum, differ from what was written, or have another version's format."""
+    """Bytes are no spectrum, were changed after writing, or have another version's format."""
 
 
 class LearnedConflictError(StoreError):
-    """Another worker has stored something newer than what was to be replaced."""
+    """Another worker has stored a newer learned value than the one that was to be replaced."""
 
 
 class FingerprintMismatchError(OptunaTTPError):
@@ -48,19 +48,19 @@ class UnreliablePredictionWarning(OptunaTTPWarning):
 
 
 class GoalWarning(OptunaTTPWarning):
-    """A search has no goal, or one that contradicts the study or the other half of the search."""
+    """A search has no goal, its sampler's and pruner's differ, or it contradicts the study."""
 
 
 class CallOrderWarning(OptunaTTPWarning):
-    """An objective makes its calls in an order in which nothing can be predicted or skipped."""
+    """An objective never calls should_prune, or does so before it suggests hyperparameters."""
 
 
 class UnusableCurveWarning(OptunaTTPWarning):
-    """A trial's recorded training loss cannot be learned from."""
+    """A trial's recorded training loss is unfit to correct predictions with."""
 
 
 class JacobianMismatchError(OptunaTTPError):
-    """Rows of the Jacobian differ from what plain automatic differentiation gives."""
+    """Rows of the Jacobian differ from those that plain automatic differentiation computes."""
 
 
 class ApproximationWarning(OptunaTTPWarning):

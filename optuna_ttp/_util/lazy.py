@@ -15,8 +15,8 @@ def lazy_names(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return ``__getattr__`` and ``__dir__`` of a package whose names are imported on first use.
 
-    ``modules`` maps each module below the package to the names that the package offers of it. So
-    ``import optuna_ttp`` stays quick, and sampler and pruner do not load torch.
+    ``modules`` maps each module below the package to the names that the package exports from it.
+    So ``import optuna_ttp`` stays quick, and sampler and pruner do not load torch.
     """
     home = {name: module for module, names in modules.items() for name in names}
 
@@ -28,7 +28,7 @@ def lazy_names(
         return value
 
     def names() -> list[str]:
-        # Of what the package itself imports only dunder names: tab completion shows public names.
+        # Tab completion is to show public names, not the modules that the package imports.
         present = (name for name in vars(sys.modules[package]) if name.startswith("__"))
         return sorted({*present, *home})
 

@@ -10,7 +10,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
-    """Warn with the line outside of this package that called it, from whatever depth inside."""
+    """Warn at the line outside of this package whose call led here, however many frames ago."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None:
         name = str(frame.f_globals.get("__name__", ""))

@@ -1,4 +1,4 @@
-"""The arrays that are kept of a task: its Jacobian eigenspectrum, and seconds per step."""
+"""The stored arrays of a task: its Jacobian eigenspectrum, and its seconds per training step."""
 
 from __future__ import annotations
 

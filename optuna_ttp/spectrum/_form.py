@@ -19,7 +19,7 @@ from optuna_ttp.task import Loss
 def header_and_arrays(
     spectrum: Mapping[str, Any], note: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """Return what a file holds of a spectrum, given its fields by name, and a note beside it."""
+    """Return a file's JSON header (with ``note``) and named arrays for a spectrum's fields."""
     throughput = spectrum["throughput"]
     header: dict[str, Any] = {
         "trace": spectrum["trace"],
@@ -45,9 +45,10 @@ def header_and_arrays(
 
 
 def spectrum_fields(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    """Return a spectrum's fields by name from what a file holds.
+    """Return a spectrum's fields by name from a file's header and arrays.
 
-    Missing, foreign or unfit parts raise AttributeError, KeyError, TypeError or ValueError.
+    Arrays of throughput, validation and probe are removed from ``arrays``. Missing, unknown or
+    unfit parts raise AttributeError, KeyError, TypeError or ValueError.
     """
     loss = dict(header["loss"])
     if loss["class_weights"] is not None:
@@ -77,13 +78,13 @@ def spectrum_fields(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> 
 
 
 def _part(name: str, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Take the arrays of a part such as ``"probe"`` out of the others, by their names in it."""
+    """Remove the arrays ``"{name}.key"`` of a part such as ``"probe"``; return them by ``key``."""
     keys = sorted(key for key in arrays if key.startswith(f"{name}."))
     return {key.partition(".")[2]: arrays.pop(key) for key in keys}
 
 
 def _of_kind(kind: str, name: str, value: Any) -> Any:
-    """Return the value; raise TypeError where an annotation (a name of a type) does not fit it."""
+    """Return the value; raise TypeError if ``kind`` is "str", "int" or "float" and it is not."""
     expected: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int)}
     if not isinstance(value, expected.get(kind, (object,))):
         raise TypeError(f"{name} must be a {kind} but got {type(value).__name__}")

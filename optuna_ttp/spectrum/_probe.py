@@ -16,13 +16,13 @@ class Probe:
 
     Attributes:
         fractions:
-            Training loss of the linearised network over the initial one, from 1 downwards.
+            Training loss of the linearised network divided by its initial loss, descending from 1.
         relative_displacements:
             ``|w - w_0| / |w_0|`` of the weight matrix for which it is largest, usually that of
             the new head; infinite where a matrix starts at zero.
         output_deviations:
-            ``|f(w) - f_lin| / |f_lin - f_0|``, of the network's own outputs at the displaced
-            weights from the linearised ones.
+            ``|f(w) - f_lin| / |f_lin - f_0|``, with the network's outputs ``f(w)`` at the
+            displaced weights, the linearised outputs ``f_lin`` and the initial outputs ``f_0``.
         kernel_ratios:
             ``|J(w)^T u|^2 / |J(w_0)^T u|^2``: how much larger the kernel is at the displaced
             weights along the gradient ``u`` of the loss with respect to the linearised outputs.

@@ -1,4 +1,4 @@
-"""Ritz pairs: a few pairs that stand for the many eigenpairs that a truncation drops."""
+"""Ritz pairs: a few pairs that replace the many eigenpairs that a truncation drops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RitzRules:
             where two pairs bring the error of predicted times from 19 % to nothing; networks
             whose trace is dominated by few directions need more.
         remainder:
-            Share of the coefficients below which what is left is rounding error. Not ablated yet.
+            Length of a new Krylov vector up to which it is rounding error. Not ablated yet.
     """
 
     n_pairs: int = 4
@@ -33,24 +33,24 @@ def ritz_pairs(
     coefficients: NDArray[np.float64],
     n_pairs: int = RULES.n_pairs,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Condense r eigenpairs into at most ``n_pairs`` Ritz pairs that a residual sees alike.
+    """Condense r eigenpairs into at most ``n_pairs`` Ritz pairs with nearly the same loss curve.
 
     Under gradient flow a squared loss is ``r^T exp(-2 K t) r`` for the initial residual ``r``.
     Lanczos' method started at ``r`` gives the Ritz pairs of the Krylov space ``r, K r, ...``;
     with ``k`` of them the loss is that of Gauss' quadrature with ``k`` abscissae, which shares
     its first ``2 k`` derivatives in time (Golub and Meurant, Matrices, Moments and Quadrature with
     Applications, Princeton 2010, chapters 4 and 7). If eigenpairs are dropped instead, the loss
-    ends on a floor that the network does not have.
+    does not fall below the residual's part along them.
 
     Takes positive descending eigenvalues and the residual's coefficients along their eigenvectors,
-    both of shape ``(r,)``. Returns Ritz values of shape ``(k,)``, descending, and how the
-    eigenvectors are mixed, ``(r, k)`` with orthonormal columns; ``k`` is smaller than asked for
-    where the residual has components along fewer directions.
+    both of shape ``(r,)``. Returns Ritz values of shape ``(k,)``, descending, and the matrix
+    ``(r, k)`` with orthonormal columns that mixes the eigenvectors into Ritz vectors; ``k`` is
+    below ``n_pairs`` if the residual has components along fewer directions.
     """
     basis: list[NDArray[np.float64]] = []
     new = coefficients / max(float(np.linalg.norm(coefficients)), np.finfo(np.float64).tiny)
     for _ in range(min(n_pairs, len(eigenvalues))):
-        # Once would lose orthogonality.
+        # After one pass, rounding errors would leave the vectors not orthogonal.
         for _ in range(2):
             for old in basis:
                 new = new - old * (old @ new)

@@ -58,20 +58,20 @@ class Spectrum:
         loss:
             The training loss.
         throughput:
-            Seconds per step, or :obj:`None` where it was not measured.
+            Seconds per training step, or :obj:`None` if they were not measured.
         metadata:
-            How, when and of which task it was computed.
+            The record of how, when and of which task the spectrum was computed.
         weight_outputs:
-            ``J w_0``, what the weights themselves contribute to the linearised outputs, of shape
-            ``(N, C)``: weight decay needs it. :obj:`None` where it was not computed.
+            ``J w_0``, the contribution of the initial weights to the linearised outputs, of shape
+            ``(N, C)``, for weight decay. :obj:`None` if it was not computed.
         decay_factors:
             With learning-rate multipliers ``c``, ``v_k^T J c^2 J^T v_k / lambda_k``, of shape
             ``(r,)``: the multiplier with which weight decay acts on each eigen-direction.
-            :obj:`None` where all are one.
+            :obj:`None` if all are one.
         validation:
-            The validation samples, or :obj:`None` where the task has none.
+            The arrays of the validation samples, or :obj:`None` if the task has none.
         probe:
-            How far the network is from its linearisation, or :obj:`None` where it was not probed.
+            The network's distance from its linearisation, or :obj:`None` if it was not measured.
     """
 
     eigenvalues: NDArray[np.float64]
@@ -108,7 +108,7 @@ class Spectrum:
         self._check_optional_arrays(shape)
 
     def _check_optional_arrays(self, shape: tuple[int, ...]) -> None:
-        """Raise ValueError where an optional array does not fit N, C and r."""
+        """Raise ValueError if an optional array does not fit r and ``shape``, which is (N, C)."""
         arrays: dict[str, tuple[NDArray[Any] | None, tuple[int, ...]]] = {
             "weight_outputs": (self.weight_outputs, shape),
             "decay_factors": (self.decay_factors, (self.rank,)),
@@ -166,12 +166,13 @@ class Spectrum:
             rank:
                 Keep at most this number of pairs. All by default.
             explained_trace:
-                Keep the fewest that hold this share of the trace, and beside them, as far as the
-                rank allows, four Ritz pairs that reproduce what the initial residual sees of the
-                others (:func:`~optuna_ttp.spectrum._ritz.ritz_pairs`). All by default.
+                Keep the fewest pairs whose eigenvalues sum up to this share of the trace, and, as
+                far as the rank allows, up to four Ritz pairs in place of the other pairs, with
+                nearly their loss curve (:func:`~optuna_ttp.spectrum._ritz.ritz_pairs`). All pairs
+                by default.
 
         Returns:
-            A new spectrum, or this one where nothing is dropped.
+            A new spectrum, or this one if no pair is dropped.
 
         Raises:
             ValueError:
@@ -183,11 +184,11 @@ class Spectrum:
         if explained_trace is not None:
             if explained_trace > self.explained_trace + 1e-6:
                 raise ValueError(
-                    f"explained_trace must be at most {self.explained_trace:.6f}, what this "
-                    f"spectrum holds, but got {explained_trace}. Compute it again with more."
+                    f"explained_trace must be at most {self.explained_trace:.6f}, the share in "
+                    f"this spectrum, but got {explained_trace}. Compute it again with more."
                 )
             n_needed = n_explaining(self.eigenvalues, explained_trace * self.trace)
-            # Where few others remain they stay as they are.
+            # If there are hardly more others than Ritz pairs, the others are kept themselves.
             if n_needed < new_rank and n_needed + RULES.n_pairs < self.rank:
                 return self._condensed(n_needed, min(RULES.n_pairs, new_rank - n_needed))
         if new_rank == self.rank:
@@ -197,7 +198,7 @@ class Spectrum:
         return replace(self, metadata=replace(self.metadata, n_ritz=n_ritz), **arrays)
 
     def _condensed(self, rank: int, n_ritz: int) -> Spectrum:
-        """Return the first ``rank`` eigenpairs, with ``n_ritz`` Ritz pairs for the others."""
+        """Return a spectrum of the first ``rank`` pairs and up to ``n_ritz`` Ritz pairs."""
         residual = self.loss.residuals(self.initial_outputs, self.targets).ravel()
         arrays = condensed(rank, n_ritz, residual, *self._arrays_by_pair())
         metadata = replace(self.metadata, n_ritz=len(arrays["eigenvalues"]) - rank)
@@ -214,13 +215,13 @@ class Spectrum:
 
         Args:
             digest:
-                Receives the digests that name the content. None by default.
+                Names the content: the digests of the pieces are added to it. None by default.
             note:
-                A JSON object to store beside it, which
+                A JSON object to store beside the spectrum, which
                 :func:`optuna_ttp.spectrum.blob.read_meta` reads. None by default.
 
         Yields:
-            Bytes, which joined are what :meth:`to_bytes` gives.
+            Pieces of the bytes that :meth:`to_bytes` returns.
         """
         header, arrays = header_and_arrays(vars(self), note)
         return blob.write(header, arrays, digest)
@@ -233,15 +234,15 @@ class Spectrum:
     def from_stream(
         cls, stream: blob.Readable, n_bytes: int, digest: blob.Digest | None = None
     ) -> Spectrum:
-        """Read what :meth:`to_pieces` gave, without holding it twice.
+        """Read a spectrum that :meth:`to_pieces` wrote, without holding its bytes twice.
 
         Args:
             stream:
                 An open file, or :class:`~optuna_ttp.spectrum.blob.Pieces`.
             n_bytes:
-                The number of bytes in it.
+                The number of bytes in the stream.
             digest:
-                Receives the digests that name the content. None by default.
+                Names the content: the digests of the pieces are added to it. None by default.
 
         Returns:
             The spectrum.
@@ -258,19 +259,18 @@ class Spectrum:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Spectrum:
-        """Read what :meth:`to_bytes` gave.
+        """Read a spectrum from bytes.
 
         Args:
             data:
-                The bytes.
+                The bytes that :meth:`to_bytes` returned.
 
         Returns:
             The spectrum.
 
         Raises:
             DamagedSpectrumError:
-                If the bytes are no spectrum, or one of another version's format. It is a
-                :exc:`ValueError`, too.
+                If the bytes are no spectrum, or one of another version's format.
         """
         return cls.from_stream(blob.Pieces([data]), len(data))
 

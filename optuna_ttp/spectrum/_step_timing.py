@@ -19,11 +19,11 @@ class TimingRules:
 
     Attributes:
         long_step:
-            A step is long where it takes this many times the seconds given to a batch size; larger
-            batch sizes are not timed then, because from there on each further sample costs a
-            sample's time. Not ablated yet.
+            A step is long if it takes this multiple of the seconds given to a batch size; larger
+            batch sizes are not timed then, because from there on the time grows in proportion to
+            the samples. Not ablated yet.
         most_repetitions:
-            The most repetitions of a batch size. Not ablated yet.
+            The maximum number of timed steps of a batch size. Not ablated yet.
     """
 
     long_step: float = 10.0
@@ -40,10 +40,10 @@ def measure_throughput(
     batch_sizes: tuple[int, ...] = (2, 8, 32, 128),
     seconds_per_batch_size: float = 0.05,
 ) -> Throughput:
-    """Time real steps (forward, loss, backward, weight update of copies) on the task's own data.
+    """Time training steps (forward, loss, backward, update of copied weights) on the task's data.
 
     Each batch size (N in place of larger ones) is repeated for ``seconds_per_batch_size``, at
-    least once, after a warm-up step where steps are short or the first ones. The median counts.
+    least once, after a warm-up step if it is the first or steps are short. Returns the medians.
     """
     distinct = sorted({min(batch_size, task.n_samples) for batch_size in batch_sizes})
     seconds: list[float] = []
@@ -55,7 +55,7 @@ def measure_throughput(
                 break
             inputs, _ = next(task.batches(batch_size, device, torch.float32))
             timings: list[float] = []
-            # A warm-up changes little where steps are long, and costs as much as a step.
+            # A warm-up changes little if steps are long, and costs as much as a step.
             if not seconds or seconds[-1] < seconds_per_batch_size:
                 _time_step(frozen, inputs, device)
             while not timings or (
@@ -63,7 +63,7 @@ def measure_throughput(
             ):
                 timings.append(_time_step(frozen, inputs, device))
             seconds.append(float(np.median(timings)))
-    # A larger batch cannot be faster; where it seems so, that is the noise of a shared machine.
+    # A larger batch cannot be faster; if it seems so, that is the noise of a shared machine.
     return Throughput(
         np.array(distinct[: len(seconds)], dtype=np.int64),
         np.maximum.accumulate(seconds),
@@ -75,7 +75,7 @@ def _time_step(frozen: FrozenModel, inputs: object, device: torch.device) -> flo
     """Return the seconds of one training step with learning rate zero."""
     started = time.perf_counter()
     parameters = list(frozen.parameters.values())
-    # The loss itself costs next to nothing; what counts is that gradients flow from all outputs.
+    # The loss itself costs next to nothing, but gradients must flow from all outputs.
     loss = frozen(inputs).square().mean()
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     with torch.no_grad():

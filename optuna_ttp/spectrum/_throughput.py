@@ -15,12 +15,12 @@ class ThroughputRules:
 
     Attributes:
         prior_sd:
-            Prior standard deviations of the logarithmic factor and of the slope in the batch size.
-            Not ablated yet.
+            Prior standard deviations of ``a`` and ``b`` in :func:`learned_throughput`. Not ablated
+            yet.
         trial_sd:
-            Standard deviation of a trial's logarithmic seconds per step. Not ablated yet.
+            Standard deviation of the logarithm of a trial's seconds per step. Not ablated yet.
         n_reweightings:
-            Steps of reweighted least squares. Not ablated yet.
+            Number of iterations of reweighted least squares. Not ablated yet.
     """
 
     prior_sd: tuple[float, float] = (2.0, 0.3)
@@ -42,14 +42,14 @@ class Throughput:
 
     Attributes:
         batch_sizes:
-            Shape ``(k,)``, ascending.
+            Batch sizes, shape ``(k,)``, ascending.
         seconds:
-            Seconds per step at each, shape ``(k,)``, not descending.
+            Seconds per step at each batch size, shape ``(k,)``, not descending.
         device:
-            Where it was measured.
+            The name of the device on which the steps were timed.
         log_sd:
-            Standard deviation of the logarithm of a trial's seconds per step around these, where
-            it was learned from trials. Zero where it is not known.
+            Standard deviation of the logarithm of a trial's seconds per step around these, if it
+            was learned from trials. Zero, the default, if it is unknown.
     """
 
     batch_sizes: NDArray[np.int64]
@@ -74,14 +74,15 @@ class Throughput:
             raise ValueError(f"seconds must be finite and positive but got {self.seconds}.")
 
     def seconds_per_step(self, batch_size: ArrayLike) -> NDArray[np.float64]:
-        """Interpolate linearly; the last slope goes on above, the first value below.
+        """Interpolate the seconds per step linearly between the measured batch sizes.
 
         Args:
             batch_size:
-                Any shape.
+                One or more batch sizes, in any shape.
 
         Returns:
-            Seconds per step, of the same shape.
+            Seconds per step, of the same shape. Above the largest measured batch size the last
+            slope continues, below the smallest one its seconds apply.
         """
         batch_size = np.asarray(batch_size, dtype=np.float64)
         inside = np.interp(batch_size, self.batch_sizes, self.seconds)
@@ -96,16 +97,16 @@ class Throughput:
 def learned_throughput(
     prior: Throughput | None, batch_sizes: NDArray[np.int64], seconds: NDArray[np.float64]
 ) -> Throughput | None:
-    """Correct measured seconds per step by the trials' own.
+    """Correct measured seconds per step by the seconds per step of trials.
 
-    ``log s = log s_0(B) + a + b log(B / B_m) + e`` with the prior time ``s_0``, a factor ``a`` of
-    the machine that the trials run on, a slope ``b`` in the batch size ``B`` about the geometric
-    mean ``B_m`` of those seen, and Student's t errors, so that a few trials on a busy machine do
-    not count. Normal priors on ``a`` and ``b``, by reweighted least squares. Without a prior
-    throughput a step is taken to cost a constant and a part per sample, equal at ``B_m``.
+    ``log s = log s_0(B) + a + b log(B / B_m) + e`` with the prior time ``s_0``, a logarithmic
+    factor ``a`` of the trials' machine, a slope ``b`` in the batch size ``B`` about the trials'
+    geometric mean ``B_m``, and Student's t errors ``e``, so that a few trials on a busy machine
+    weigh little. ``a`` and ``b`` have normal priors; the fit is by reweighted least squares.
+    Without a prior throughput, half of a step's time at ``B_m`` is in proportion to ``B``.
 
     Takes batch size and median seconds per step of each of n trials, shape ``(n,)`` both; returns
-    the throughput at all batch sizes that occur, or the prior where there are no trials.
+    the throughput at all batch sizes that occur, or the prior if there are no trials.
     """
     if not len(seconds):
         return prior

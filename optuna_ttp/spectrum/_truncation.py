@@ -1,4 +1,4 @@
-"""Which eigenpairs a truncated spectrum keeps, and what stands for the others."""
+"""The eigenpairs that a truncated spectrum keeps, and the Ritz pairs in place of the others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_truncation(rank: int | None, explained_trace: float | None) -> None:
 
 
 def n_explaining(eigenvalues: NDArray[np.float64], amount: float) -> int:
-    """Return how many of the r largest eigenvalues (descending) reach a sum, from 1 to r."""
+    """Return the least number of leading eigenvalues (descending) that sum to ``amount``, or r."""
     cumulated = np.cumsum(eigenvalues)
     return min(int(np.searchsorted(cumulated, amount * (1 - 1e-12))) + 1, len(eigenvalues))
 
@@ -58,8 +58,8 @@ def condensed(
 ) -> dict[str, Any]:
     """Return the arrays of the first ``rank`` eigenpairs and of Ritz pairs for the others.
 
-    The residual is the loss gradient in the outputs, shape ``(N C,)``. The arrays come by their
-    names in a spectrum.
+    ``residual`` is the loss gradient in the outputs, of shape ``(N C,)``. The arrays are returned
+    by their names in a spectrum; there are at most ``n_ritz`` Ritz pairs.
     """
     rest = eigenvalues[rank:]
     values, mixing = ritz_pairs(rest, residual @ eigenvectors[:, rank:], n_ritz)
@@ -75,7 +75,7 @@ def condensed(
         features = cross / np.sqrt(all_values).astype(cross.dtype)
         validation = replace(validation, features=features)
     if decay_factors is not None:
-        # The factors are kept of each direction alone, so they are averaged.
+        # Only each direction's factor is known, not those of mixtures, so they are averaged.
         shares = np.square(mixing) * rest[:, None] / values
         decay_factors = np.concatenate([decay_factors[:rank], decay_factors[rank:] @ shares])
     return {

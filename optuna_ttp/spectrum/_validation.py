@@ -1,4 +1,4 @@
-"""Validation samples as the linearised network sees them."""
+"""The arrays of the validation samples in a spectrum."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ Integers are little-endian. A blob is a head and, array after array, its chunks:
 Chunks follow each other in the arrays' order in memory (``"C"`` or ``"F"``) without gaps, so that
 their sizes follow from the header. A chunk's digest names the head and the place it belongs to:
 no bit, no length and no order can change unnoticed. Only small arrays that shrink are compressed
-(floats of eigenvectors shrink by 7 % at 25 MB/s, which does not pay): a few bytes can never ask
-for more than :data:`MOST_COMPRESSED` of memory, and everything larger is as long as it says.
+(floats of eigenvectors shrink by 7 % at 25 MB/s, which does not pay), so that a short forged blob
+cannot make a reader allocate more than :data:`MOST_COMPRESSED` bytes.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from optuna_ttp._util.exceptions import DamagedSpectrumError
 MAGIC = b"\x89TTP\r\n\x1a\n"
 FORMAT = 1
 CHUNK = 2 * 2**20
-"""Bytes of an array in one chunk."""
+"""The maximum number of an array's bytes in one chunk."""
 MOST_COMPRESSED = 64 * 2**20
-"""Bytes that the compressed arrays of one blob have together, at most."""
+"""The maximum total number of bytes, uncompressed, of the compressed arrays of one blob."""
 _MOST_HEADER = 2**20
 _MOST_ARRAYS = 64
 _MOST_DIMENSIONS = 8
 _FIXED_HEAD = struct.Struct("<8sHI32s")
 _CHUNK_HEAD = struct.Struct("<I32s")
 FRAME = _CHUNK_HEAD.size + CHUNK
-"""Bytes of the largest piece that :func:`write` gives."""
+"""The number of bytes of the largest piece that :func:`write` yields."""
 _DTYPES = frozenset(
     np.dtype(code).str
     for code in ("<f2", "<f4", "<f8", "|b1", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4")
@@ -60,13 +60,13 @@ _DTYPES = frozenset(
 
 @dataclass(frozen=True)
 class CompressionRules:
-    """Which arrays are compressed.
+    """The settings that decide which arrays are compressed.
 
     Attributes:
         sample_bytes:
-            Bytes at the beginning of an array that are compressed as a trial. Not ablated yet.
+            Bytes at the beginning of an array that are compressed as a test. Not ablated yet.
         most_shrunk:
-            An array is compressed where its sample shrinks to less than this share: labels and
+            An array is compressed if that sample shrinks to less than this share: labels and
             masks do, floats of eigenvectors shrink by 7 % only.
     """
 
@@ -78,10 +78,10 @@ RULES = CompressionRules()
 
 
 class Readable(Protocol):
-    """What :func:`read` takes: an open file, or chunks of a database."""
+    """The stream that :func:`read` takes: an open file, or chunks of a database."""
 
     def read(self, n_bytes: int, /) -> bytes | memoryview:
-        """Return the next bytes, fewer than asked for only at the end."""
+        """Return the next ``n_bytes`` bytes, fewer only at the end of the stream."""
         ...
 
 
@@ -94,20 +94,20 @@ class Blob:
 
 
 class Digest:
-    """Names a blob by its content: the SHA-256 of the SHA-256 of its pieces.
+    """The SHA-256 of the SHA-256 digests of a blob's pieces, which names it by its content.
 
-    The pieces' own digests are needed anyhow, so that no byte is hashed twice.
+    The digests of the pieces are needed as checksums anyway, so that no byte is hashed twice.
     """
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
     def add(self, piece: bytes) -> None:
-        """Add the SHA-256 of the next piece (the head or a chunk)."""
+        """Add ``piece``, the SHA-256 of the blob's next piece (the head or a chunk)."""
         self._hash.update(piece)
 
     def hexdigest(self) -> str:
-        """Return the name of what was added so far, 64 hexadecimal digits."""
+        """Return the digest of all pieces added so far, 64 hexadecimal digits."""
         return self._hash.hexdigest()
 
 
@@ -116,9 +116,9 @@ def write(
 ) -> Iterator[bytes]:
     """Yield the pieces of a blob, at most :data:`FRAME` bytes each: the head, then the chunks.
 
-    No more than one chunk is copied at a time, whatever the arrays' order in memory. The digest
-    receives the pieces' digests. Raises TypeError where an array holds no numbers or the meta data
-    are not JSON, ValueError where the header is too long or there are too many arrays.
+    No more than one chunk is copied at a time, whatever the arrays' order in memory. The pieces'
+    SHA-256 are added to ``digest``. Raises TypeError if an array holds no numbers or the meta data
+    are not JSON, ValueError if the header is too long or there are too many arrays.
     """
     layouts, plain = [], []
     budget = MOST_COMPRESSED
@@ -144,11 +144,10 @@ def write(
 
 
 def read(stream: Readable, n_bytes: int, digest: Digest | None = None) -> Blob:
-    """Read what :func:`write` gave from a stream of ``n_bytes``.
+    """Read the blob that :func:`write` wrote from a stream of ``n_bytes`` bytes.
 
-    Nothing is allocated that so many bytes cannot hold. The digest receives the pieces' digests.
-    Raises DamagedSpectrumError where a bit differs from what was written, or the format is another
-    one.
+    Arrays are allocated only if ``n_bytes`` can hold them. The pieces' SHA-256 are added to
+    ``digest``. Raises DamagedSpectrumError if a bit has changed, or the format is unknown.
     """
     try:
         return _read(stream, n_bytes, Digest() if digest is None else digest)
@@ -157,7 +156,7 @@ def read(stream: Readable, n_bytes: int, digest: Digest | None = None) -> Blob:
 
 
 def to_bytes(meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """Return a blob as one piece."""
+    """Return a blob, as :func:`write` yields it, in one piece."""
     return b"".join(write(meta, arrays))
 
 
@@ -167,14 +166,14 @@ def from_bytes(data: bytes | memoryview) -> Blob:
 
 
 class Pieces:
-    """Reads pieces of bytes one after the other as if they were a file; each when it is needed."""
+    """A readable stream of pieces of bytes, each of which is fetched when it is needed."""
 
     def __init__(self, pieces: Iterable[bytes | memoryview]) -> None:
         self._pieces = iter(pieces)
         self._current = memoryview(b"")
 
     def read(self, n_bytes: int, /) -> bytes | memoryview:
-        """Return the next bytes, without a copy where they are in one piece."""
+        """Return the next ``n_bytes`` bytes, fewer at the end; not copied if in one piece."""
         parts: list[memoryview] = []
         while n_bytes:
             if not self._current:
@@ -191,7 +190,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How an array lies in the blob: its type, shape, order in memory and compression."""
+    """An array's entry in a blob's header: its type, shape, order in memory and compression."""
 
     name: str
     dtype: str
@@ -212,7 +211,7 @@ class _Layout:
 
 
 def read_meta(stream: Readable) -> dict[str, Any]:
-    """Read the JSON object alone that goes with the arrays, from the beginning of a stream."""
+    """Return only the JSON object of a blob, read from the beginning of a stream."""
     try:
         return _read_head(stream)[0]
     except (struct.error, RecursionError) as error:
@@ -220,7 +219,7 @@ def read_meta(stream: Readable) -> dict[str, Any]:
 
 
 def _read(stream: Readable, n_bytes: int, digest: Digest) -> Blob:
-    """Read head and chunks; struct and zlib raise their own errors on some damage."""
+    """Read a blob as :func:`read` does, except that errors of struct and zlib are not caught."""
     meta, layouts, binding, n_head = _read_head(stream)
     _check_lengths(layouts, n_bytes - n_head)
     digest.add(binding)
@@ -242,7 +241,7 @@ def _read(stream: Readable, n_bytes: int, digest: Digest) -> Blob:
 
 
 def _empty(layout: _Layout) -> NDArray[Any]:
-    """Return an array of the layout, whose values are not set yet."""
+    """Return an uninitialised array of a layout; raise DamagedSpectrumError if NumPy refuses."""
     try:
         return np.empty(layout.shape, layout.dtype, order="F" if layout.order == "F" else "C")
     except ValueError as error:
@@ -283,7 +282,7 @@ def _read_head(stream: Readable) -> tuple[dict[str, Any], list[_Layout], bytes, 
 
 
 def _layout(entry: dict[str, Any]) -> _Layout:
-    """Check an array's entry in the header, which anybody may have written."""
+    """Return the layout in an array's header entry; raise ValueError if the entry is malformed."""
     if set(entry) != {"name", "dtype", "shape", "order", "codec"}:
         raise ValueError("an array's entry has other keys")
     name, dtype, shape = entry["name"], entry["dtype"], entry["shape"]
@@ -301,7 +300,7 @@ def _layout(entry: dict[str, Any]) -> _Layout:
 
 
 def _check_lengths(layouts: list[_Layout], n_left: int) -> None:
-    """Raise DamagedSpectrumError where the header's arrays do not fit the bytes behind it."""
+    """Raise DamagedSpectrumError if the arrays do not fit the ``n_left`` bytes after the head."""
     compressed = sum(layout.n_bytes for layout in layouts if layout.codec == "zlib")
     if compressed > MOST_COMPRESSED:
         raise DamagedSpectrumError(
@@ -318,9 +317,9 @@ def _check_lengths(layouts: list[_Layout], n_left: int) -> None:
 def _read_chunk(
     stream: Readable, layout: _Layout, n_bytes: int, binding: bytes, number: int, digest: Digest
 ) -> bytes | memoryview:
-    """Return the ``n_bytes`` of an array that the chunk of a number holds, after its check."""
+    """Read chunk ``number``, check its length and SHA-256, and return its ``n_bytes`` of array."""
     length, expected = _CHUNK_HEAD.unpack(stream.read(_CHUNK_HEAD.size))
-    # What zlib makes longer, it makes longer by a few bytes.
+    # Bytes that zlib cannot compress become longer by a few bytes only.
     if (length != n_bytes) if layout.codec == "raw" else (length > n_bytes + 2**10):
         raise DamagedSpectrumError(f"a chunk of {layout.name!r:.50} has another length")
     stored = stream.read(length)
@@ -338,14 +337,14 @@ def _read_chunk(
 
 
 def _chunk_digest(binding: bytes, number: int, stored: bytes | memoryview) -> bytes:
-    """Return a chunk's SHA-256, which names its head (by that one's SHA-256) and its place."""
+    """Return the SHA-256 of ``binding`` (the head's SHA-256), a chunk's number and its bytes."""
     digest = hashlib.sha256(binding + struct.pack("<Q", number))
     digest.update(stored)
     return digest.digest()
 
 
 def _head(meta: Mapping[str, Any], layouts: list[_Layout]) -> tuple[bytes, bytes]:
-    """Return a blob's head and the SHA-256 that binds the chunks to it."""
+    """Return a blob's head, and its SHA-256, which is part of every chunk's checksum."""
     header = {"meta": dict(meta), "arrays": [layout.to_json() for layout in layouts]}
     text = json.dumps(header, sort_keys=True).encode()
     if len(text) > _MOST_HEADER or len(layouts) > _MOST_ARRAYS:
@@ -359,14 +358,14 @@ def _head(meta: Mapping[str, Any], layouts: list[_Layout]) -> tuple[bytes, bytes
 
 
 def _little_endian(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Return the array with little-endian numbers; raise TypeError where it holds no numbers."""
+    """Return the array with little-endian numbers; raise TypeError if it holds no numbers."""
     if array.dtype.kind not in "fbiu" or array.dtype.newbyteorder("<").str not in _DTYPES:
         raise TypeError(f"The array {name!r} must hold numbers but got dtype {array.dtype}.")
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
 def _in_memory_order(array: NDArray[Any]) -> tuple[NDArray[Any], str]:
-    """Return the array, transposed where that makes its bytes contiguous, and its order."""
+    """Return the array and ``"C"``, or the transpose of a column-major array and ``"F"``."""
     if array.flags.f_contiguous and not array.flags.c_contiguous:
         return array.T, "F"
     return array, "C"

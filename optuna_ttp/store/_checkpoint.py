@@ -21,7 +21,7 @@ from optuna_ttp.store._schema import DatabaseTime
 
 
 class Checkpoint:
-    """Named arrays ("blocks") that the computation of the spectrum of a key has finished.
+    """The named arrays ("blocks") that the computation of one spectrum has finished so far.
 
     :meth:`SpectrumStore.checkpoint` makes it. The blocks are deleted when the spectrum is stored.
 
@@ -39,7 +39,7 @@ class Checkpoint:
     def save_block(self, name: str, array: NDArray[Any]) -> None:
         """Store an array of numbers under a name of 1 to 255 characters, replacing an older one.
 
-        Raises ValueError where the name is empty or too long, StoreError where the database fails.
+        Raises ValueError if the name is empty or too long, StoreError if the database fails.
         """
         self.save_blocks({name: array})
 
@@ -65,10 +65,9 @@ class Checkpoint:
             return
 
     def load_block(self, name: str) -> NDArray[Any] | None:
-        """Return the array of a name, or None where there is none or only a damaged one.
+        """Return the array of a name, or None if it is missing or, with a warning, damaged.
 
-        A damaged one is announced by a DamagedSpectrumWarning. Raises StoreError where the
-        database fails.
+        The warning is a DamagedSpectrumWarning. Raises StoreError if the database fails.
         """
 
         def work(connection: sa.Connection) -> NDArray[Any] | None:
@@ -91,11 +90,11 @@ class Checkpoint:
             return None
 
     def clear(self) -> None:
-        """Delete all blocks. Raises StoreError where the database fails."""
+        """Delete all blocks of this spectrum. Raises StoreError if the database fails."""
         self._database.write(lambda connection: clear(connection, self._key))
 
     def _is(self, name: str) -> tuple[sa.ColumnElement[bool], ...]:
-        """Return the conditions that a row is the block of a name."""
+        """Return the SQL conditions that select the row of the block of a name."""
         return checkpoints.c.key == self._key, checkpoints.c.name == name
 
 
@@ -105,8 +104,8 @@ def clear(connection: sa.Connection, key: str) -> None:
 
 
 def _delete(connection: sa.Connection, *conditions: sa.ColumnElement[bool]) -> None:
-    """Delete the blocks that fit all conditions, and their arrays."""
+    """Delete the blocks whose rows fulfil all SQL conditions, and the chunks of their arrays."""
     names = connection.execute(sa.select(checkpoints.c.blob).where(*conditions)).scalars().all()
     _chunks.delete(connection, names)
-    # By their arrays: a row that another worker has written since then stays.
+    # The blob's name selects a row, so that one that another worker has written since then stays.
     connection.execute(sa.delete(checkpoints).where(checkpoints.c.blob.in_(names)))

@@ -1,4 +1,4 @@
-"""Long bytes in short rows, so that neither a driver nor a server has to hold them at once."""
+"""Blobs in short rows, so that neither a driver nor a server has to hold a whole one at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optuna_ttp.store._schema import chunks
 
 
 def insert(connection: sa.Connection, name: str, pieces: Iterable[bytes]) -> int:
-    """Write the pieces of a blob, each a row, and return the number of bytes."""
+    """Write each piece of a blob as a row under the blob's name; return the total of bytes."""
     n_bytes = 0
     for position, piece in enumerate(pieces):
         connection.execute(sa.insert(chunks), {"blob": name, "position": position, "data": piece})
@@ -22,9 +22,9 @@ def insert(connection: sa.Connection, name: str, pieces: Iterable[bytes]) -> int
 
 
 def select(connection: sa.Connection, name: str, n_bytes: int) -> Iterator[bytes]:
-    """Yield the pieces of a blob that must have ``n_bytes``, each read when it is needed.
+    """Yield the pieces of a blob of ``n_bytes`` bytes, each read from its row when it is needed.
 
-    Raises DamagedSpectrumError where rows are missing, or longer than any that is written.
+    Raises DamagedSpectrumError if rows are missing, or longer than the longest piece of a blob.
     """
     query = (
         sa.select(chunks.c.position, sa.func.length(chunks.c.data))
@@ -32,7 +32,7 @@ def select(connection: sa.Connection, name: str, n_bytes: int) -> Iterator[bytes
         .order_by(chunks.c.position)
     )
     lengths = {row[0]: row[1] for row in connection.execute(query)}
-    # Before a byte of them is read: a forged row must not fill the memory.
+    # This is checked before any row is read, so that a forged row cannot fill the memory.
     if (
         list(lengths) != list(range(len(lengths)))
         or sum(lengths.values()) != n_bytes
@@ -47,7 +47,7 @@ def select(connection: sa.Connection, name: str, n_bytes: int) -> Iterator[bytes
         )
         data = connection.execute(query).scalar_one()
         if not isinstance(data, bytes):
-            # SQLite keeps anything in any column.
+            # SQLite accepts values of any type in any column.
             raise DamagedSpectrumError("a row holds no bytes")
         yield data
 

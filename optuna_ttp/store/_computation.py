@@ -72,10 +72,10 @@ def get_or_compute(
 
 
 class _Computation:
-    """The search for, or the computation of, the spectrum of one task and one set of settings.
+    """Reads one task's spectrum from the store, or computes it, for one set of settings.
 
-    ``identity`` are those settings that shape the arrays, ``settings`` all keyword arguments of
-    ``compute``.
+    ``identity`` holds the settings that shape the arrays, and ``settings`` all keyword arguments
+    of ``compute``.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class _Computation:
     def by_one(self, *, wait: bool) -> Spectrum | None:
         """Return the stored spectrum, or compute it under a lease.
 
-        Where another worker has the lease, wait for it, or return None if waiting is not wanted.
+        If another worker has the lease, wait until it ends, or without ``wait`` return None.
         """
         started = time.perf_counter()
         while True:
@@ -109,7 +109,7 @@ class _Computation:
             lease = None if stored is not None else self._acquire()
             if lease is not None:
                 with lease:
-                    # It may have been stored between the look and the lease.
+                    # Another worker may have stored it just before the lease was acquired.
                     stored = self._stored()
                     if stored is None:
                         return self._computed()
@@ -125,9 +125,9 @@ class _Computation:
             self._wait()
 
     def by_all(self) -> Spectrum:
-        """Compute with the other processes of a group; the first one reads and stores.
+        """Return the spectrum in each process of a group; only the first one reads and stores it.
 
-        There is no lease: the others would wait for who has it, and that one for the others.
+        There is no lease, because its holder and the other processes would wait for each other.
         """
         from optuna_ttp.ntk import by_first
         from optuna_ttp.ntk import check_same_task
@@ -136,7 +136,7 @@ class _Computation:
         check_same_task(self._task, {**self._identity, **switches})
         stored = by_first(self._stored)
         if stored is not None:
-            # By one of them, so that all have the same numbers.
+            # Only one process completes it, so that all have the same numbers.
             return by_first(lambda: self._completed(stored))
         spectrum = self._compute(self._task, **self._settings)
         by_first(lambda: self._table.put(spectrum, self._identity))
@@ -149,7 +149,7 @@ class _Computation:
         return _lease.acquire(self._table.database, self._key, self._lease_seconds)
 
     def _computed(self) -> Spectrum:
-        """Compute and store, continuing with blocks that a killed worker has finished."""
+        """Compute and store the spectrum; return it, or another worker's that was stored first."""
         settings = self._settings
         checkpoint = Checkpoint(self._table.database, self._key)
         if settings["engine"] == "exact" and settings.get("checkpoint") is None:
@@ -157,7 +157,7 @@ class _Computation:
         spectrum = self._compute(self._task, **settings)
         if not self._table.put(spectrum, self._identity):
             # Another worker took this one for dead and was faster. All must continue with the same
-            # numbers, and nobody needs the blocks that this one saved after the other's end.
+            # numbers, and the blocks that this worker saved after that are not needed.
             checkpoint.clear()
             return self._stored() or spectrum
         _logger.info(
@@ -167,7 +167,7 @@ class _Computation:
         return spectrum
 
     def _completed(self, stored: Spectrum) -> Spectrum:
-        """Add the probe and the seconds per step where the stored spectrum lacks them."""
+        """Return a stored spectrum with its probe and seconds per step, added if wanted."""
         from optuna_ttp.ntk import resolve_device
         from optuna_ttp.spectrum import measure_throughput
 
@@ -179,7 +179,7 @@ class _Computation:
         return stored
 
     def _probed(self, stored: Spectrum) -> Spectrum:
-        """Probe the linearisation under a lease and store the result in the spectrum's place."""
+        """Return a spectrum with its linearisation probed, and store it in the old one's place."""
         from optuna_ttp.ntk import probe_linearisation
         from optuna_ttp.ntk import resolve_device
 
@@ -198,7 +198,7 @@ class _Computation:
                 return stored
 
     def _wait(self) -> None:
-        """Return once nobody computes the key any more; say once in a while who does."""
+        """Wait until no worker has the key's lease; log now and then which worker has it."""
         pause = RULES.shortest_wait_seconds
         while True:
             holding = _lease.holding(self._table.database, self._key)
@@ -217,10 +217,9 @@ class _Computation:
 def _check_asked(
     task: FineTuningTask, compute: Callable[..., Spectrum], settings: dict[str, Any]
 ) -> None:
-    """Raise TypeError where this is no task, or a setting is unknown.
+    """Raise TypeError if ``task`` is no task, or a setting is not an argument of ``compute``.
 
-    This happens here, not while computing: a stored spectrum would be served under a misspelt
-    setting.
+    ``compute`` itself would not notice a misspelt setting if the spectrum is already stored.
     """
     from optuna_ttp.task import check_task
 
@@ -232,7 +231,7 @@ def _check_asked(
 
 
 def _check_cheaper(settings: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Raise ValueError where the changes lead to the spectrum that another worker computes."""
+    """Raise ValueError if settings with the changes identify the same spectrum as without."""
     first, second = (
         complete({k: s[k] for k in SETTING_DEFAULTS if k in s})
         for s in (settings, {**settings, **changes})

@@ -25,7 +25,7 @@ from optuna_ttp.store._rules import RULES
 _logger = get_logger("optuna.ttp.store")
 _Result = TypeVar("_Result")
 
-# A server that cannot be reached gives no code, only a text.
+# The error of a server that cannot be reached has no code, only a text.
 _PASSING_FAILURES = (
     "Connection refused",
     "closed the connection",
@@ -34,7 +34,7 @@ _PASSING_FAILURES = (
     "shutting down",
     "starting up",
 )
-# Deadlock and serialisation failures, after which a transaction is to be done again.
+# Codes of deadlocks, serialisation failures and shutdowns: the transaction is to be repeated.
 _POSTGRESQL_AGAIN = ("40001", "40P01", "57P01", "57P02", "57P03")
 _MYSQL_AGAIN = (1205, 1213)
 
@@ -73,24 +73,24 @@ class Database:
 
     @property
     def shown(self) -> str:
-        """The URL without its secrets."""
+        """The URL without password and query."""
         # Some drivers take a password in the query, too.
         return self._url.set(query={}).render_as_string(hide_password=True)
 
     def read(self, work: Callable[[sa.Connection], _Result]) -> _Result:
-        """Run a function in a transaction that sees one moment of the database.
+        """Return ``work(connection)``, in a transaction that sees one state of the database.
 
-        Raises StoreError where the database fails.
+        Raises StoreError if the database fails.
         """
         return self._do("read", work, {"isolation_level": "REPEATABLE READ"})
 
     def write(
         self, work: Callable[[sa.Connection], _Result], *, patience: float = RULES.patience_seconds
     ) -> _Result:
-        """Run a function in a transaction that happens as a whole or not at all.
+        """Return ``work(connection)``, in a transaction that happens as a whole or not at all.
 
-        A lost connection is opened again for ``patience`` seconds. Raises StoreError where the
-        database fails, IntegrityError where another transaction was first to write a row.
+        A lost connection is opened again for ``patience`` seconds. Raises StoreError if the
+        database fails, IntegrityError if another transaction was first to write a row.
         """
         return self._do("write", work, {"ttp_write": True}, patience)
 
@@ -99,9 +99,9 @@ class Database:
         self._engine.dispose()
 
     def vacuum(self) -> None:
-        """Give the space of deleted rows back, where the database does not do so itself.
+        """Shrink a SQLite file by the space of deleted rows; other databases reuse it themselves.
 
-        Nothing happens where somebody else uses the database at the moment.
+        If another process is using the file, nothing happens but a log message.
         """
         if self._engine.dialect.name != "sqlite":
             return
@@ -119,9 +119,12 @@ class Database:
         options: dict[str, Any],
         patience: float = RULES.patience_seconds,
     ) -> _Result:
-        """Run a transaction, again where it may succeed later; ``verb`` is for its error."""
+        """Run ``work`` in a transaction; repeat it for ``patience`` seconds if errors may pass.
+
+        ``verb`` says in the StoreError what failed.
+        """
         if self._engine.dialect.name == "sqlite":
-            # One of its own levels; a transaction there always sees one moment.
+            # SQLite does not know this level; its transactions always see one state.
             options = {k: v for k, v in options.items() if k != "isolation_level"}
         if self._process != os.getpid():
             # After a fork, the connections are the parent's: neither to be used nor closed here.
@@ -141,28 +144,28 @@ class Database:
                 if not self._may_pass(error) or time.monotonic() > deadline:
                     raise self._failure(verb, error) from None
                 _logger.debug(f"Trying again: {self._failure(verb, error)}")
-            # By chance, so that two transactions that met do not meet again.
+            # Pauses are random, so that two transactions that collided do not do so again.
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, 2.0)
 
     def _may_pass(self, error: sa.exc.SQLAlchemyError) -> bool:
-        """Return whether the same transaction may succeed a little later."""
+        """Return whether the transaction that raised an error may succeed a little later."""
         if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
             return True
         original = getattr(error, "orig", None)
         if self._engine.dialect.name == "postgresql":
             code = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)
-            # No code: it was not the server that refused, there was none to be reached.
+            # Without a code it was not the server that refused: none could be reached.
             unreached = code is None and isinstance(error, sa.exc.OperationalError)
             return unreached or code in _POSTGRESQL_AGAIN
         if self._engine.dialect.name in ("mysql", "mariadb"):
             number = next(iter(getattr(original, "args", ())), None)
-            # 2002 and 2003: the server is not there, perhaps not yet.
+            # 2002 and 2003 mean that the server is not there, perhaps not yet.
             return number in (*_MYSQL_AGAIN, 1053, 2002, 2003, 2006, 2013, 2055)
         return False
 
     def _open(self) -> sa.Engine:
-        """Return an engine whose database has the tables of this version."""
+        """Return the database's engine after making or upgrading its tables; raise StoreError."""
         is_sqlite = self._url.get_backend_name() == "sqlite"
         try:
             engine = sa.create_engine(self._url, **_engine_arguments(self._url, is_sqlite))
@@ -177,7 +180,7 @@ class Database:
         return engine
 
     def _failure(self, verb: str, error: Exception) -> StoreError:
-        """Return an error of one line without secrets; the verb says what failed."""
+        """Return a StoreError of one line, without secrets, that says that ``verb`` failed."""
         reason = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
         for secret in (self._url.password, *self._url.query.values()):
             if secret:
@@ -188,7 +191,7 @@ class Database:
 
 
 def _migrate_patiently(engine: sa.Engine) -> None:
-    """Bring the tables up to date, waiting for a server that restarts."""
+    """Bring the tables up to date, retrying for a while if a server restarts."""
     deadline = time.monotonic() + RULES.opening_patience_seconds
     while True:
         try:
@@ -206,7 +209,7 @@ def _migrate_patiently(engine: sa.Engine) -> None:
 def _engine_arguments(url: URL, is_sqlite: bool) -> dict[str, Any]:
     """Return the arguments of SQLAlchemy's engine: how connections are pooled and checked."""
     if not is_sqlite:
-        # A server that was restarted has forgotten the connections that are kept.
+        # A server that was restarted does not know the pooled connections any more.
         return {"pool_pre_ping": True}
     arguments: dict[str, Any] = {"connect_args": {"timeout": RULES.busy_seconds}}
     if not _is_in_memory(url):
@@ -219,7 +222,7 @@ def _engine_arguments(url: URL, is_sqlite: bool) -> dict[str, Any]:
 
 
 def _prepare_sqlite(engine: sa.Engine) -> None:
-    """Let transactions begin where SQLAlchemy begins them, and readers not wait for writers."""
+    """Make transactions begin when SQLAlchemy begins them, and readers not wait for writers."""
 
     @sa.event.listens_for(engine, "connect")
     def _connect(connection: Any, record: object) -> None:
@@ -230,13 +233,13 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
     def _begin(connection: sa.Connection) -> None:
         options = connection.get_execution_options()
         if not options.get("ttp_plain"):
-            # Reading first and writing later would fail if another wrote in between.
+            # Reading first and writing later would fail if another process wrote in between.
             writes = options.get("ttp_write")
             connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     with engine.connect().execution_options(ttp_plain=True) as connection:
         try:
-            # The mode stays with the file, but cannot change while anybody reads.
+            # The mode stays with the file, but cannot change while another process reads.
             connection.exec_driver_sql("PRAGMA busy_timeout=100")
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
         except sa.exc.OperationalError as error:
@@ -260,11 +263,11 @@ def _is_in_memory(url: URL) -> bool:
 
 
 def _make_private_file(url: URL) -> None:
-    """Make the SQLite file, if it is missing, readable and writable for its owner alone."""
+    """Create the SQLite file, if it is missing, readable and writable by its owner alone."""
     if _is_in_memory(url) or str(url.database).startswith("file:"):
         return
     try:
         os.close(os.open(str(url.database), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     except OSError:
-        # It is there already, or cannot be made: opening it says why.
+        # It is there already, or cannot be made, and then opening it raises an error.
         return

@@ -28,7 +28,7 @@ class Verification:
 
     ``n_checked`` spectra were read as a whole, ``damaged`` gives the reason for each damaged one
     by its key, ``n_quarantined`` were put aside as damaged, earlier or just now, and
-    ``n_orphaned`` blobs in the database belong to nothing.
+    ``n_orphaned`` blobs in the database belong to no spectrum and no checkpoint.
     """
 
     n_checked: int
@@ -38,18 +38,18 @@ class Verification:
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing is damaged or orphaned."""
+        """True if no spectrum is damaged or was put aside, and no blob is orphaned."""
         return not (self.damaged or self.n_quarantined or self.n_orphaned)
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """The result of :meth:`SpectrumStore.prune`: the numbers of what was deleted.
+    """The result of :meth:`SpectrumStore.prune`: how much was deleted.
 
-    ``n_evicted`` spectra because of the limit, ``n_quarantined`` damaged ones that had been put
-    aside, ``n_checkpoints`` computations that nobody continued for a week, ``n_orphaned`` blobs
-    in the database and ``n_object_bytes`` bytes of files that belonged to nothing;
-    ``n_bytes_left`` bytes of spectra are stored now.
+    It deleted ``n_evicted`` spectra because of the limit, ``n_quarantined`` damaged ones that had
+    been put aside, the blocks of ``n_checkpoints`` computations that no worker continued for a
+    week, and ``n_orphaned`` blobs in the database and ``n_object_bytes`` bytes of files that no
+    row referred to. ``n_bytes_left`` bytes of spectra are stored now.
     """
 
     n_evicted: int
@@ -75,7 +75,7 @@ def verify(database: Database, folder: ObjectFolder | None, put_aside: bool) -> 
 
 
 def prune(database: Database, folder: ObjectFolder | None, max_bytes: int | None) -> Pruning:
-    """Delete what nobody needs; see :meth:`SpectrumStore.prune`."""
+    """Delete unused rows, chunks and files; see :meth:`SpectrumStore.prune`."""
     n_quarantined, n_checkpoints, n_orphaned = database.write(_sweep)
     n_evicted = 0 if max_bytes is None else evict(database, max_bytes)
     n_object_bytes = 0
@@ -87,10 +87,9 @@ def prune(database: Database, folder: ObjectFolder | None, max_bytes: int | None
 
 
 def evict(database: Database, max_bytes: int, keep: Iterable[str] = ()) -> int:
-    """Delete the least recently used spectra until at most ``max_bytes`` are left.
+    """Delete the least recently used spectra beyond ``max_bytes``; return the number deleted.
 
-    Those of the keys in ``keep`` stay, and so do those that somebody works on. Returns how many
-    were deleted.
+    Spectra of the keys in ``keep``, and those that a worker is computing, are not deleted.
     """
 
     def work(connection: sa.Connection) -> int:
@@ -105,7 +104,7 @@ def evict(database: Database, max_bytes: int, keep: Iterable[str] = ()) -> int:
                 break
             if row.key in protected:
                 continue
-            # In the statement itself: a lease may have been taken a moment ago.
+            # The statement itself checks the lease, which may have been taken a moment ago.
             free = sa.and_(spectra.c.key == row.key, ~_rows.is_leased(spectra.c.key))
             if _rows.delete(connection, free):
                 excess -= row.n_bytes
@@ -117,11 +116,11 @@ def evict(database: Database, max_bytes: int, keep: Iterable[str] = ()) -> int:
 
 
 def _fault(database: Database, key: str, folder: ObjectFolder | None, put_aside: bool) -> str:
-    """Return what is wrong with the spectrum of a key, or an empty text."""
+    """Return the fault of a key's spectrum, or an empty text; put it aside if ``put_aside``."""
 
     def work(connection: sa.Connection) -> None:
         row = connection.execute(sa.select(spectra).where(spectra.c.key == key)).first()
-        # Otherwise somebody has deleted it meanwhile.
+        # Without a row, another worker has deleted it meanwhile.
         if row is not None:
             _rows.select(connection, row, folder)
 
@@ -138,7 +137,7 @@ def _fault(database: Database, key: str, folder: ObjectFolder | None, put_aside:
 
 
 def _sweep(connection: sa.Connection) -> tuple[int, int, int]:
-    """Delete dead leases, the quarantine, stale checkpoints and orphaned blobs.
+    """Delete expired leases, the quarantine, stale checkpoints and orphaned blobs.
 
     Returns the numbers of quarantined spectra, of checkpoints and of other orphaned blobs.
     """
@@ -154,7 +153,7 @@ def _sweep(connection: sa.Connection) -> tuple[int, int, int]:
     keys = connection.execute(stale).scalars().all()
     for key in keys:
         _checkpoint.clear(connection, key)
-    # Those of the quarantine are among the orphaned blobs now.
+    # The blobs of the deleted quarantine are among the orphaned ones now.
     orphaned = _orphaned(connection)
     for name in orphaned:
         connection.execute(sa.delete(chunks).where(chunks.c.blob == name))

@@ -10,7 +10,7 @@ from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import Spectrum
 
 
-# The settings that change the arrays. Where and how fast they are computed does not.
+# The settings that change the arrays; device, memory and other settings do not.
 SETTING_DEFAULTS: dict[str, Any] = {
     "engine": "exact",
     "dtype": "float32",
@@ -28,9 +28,9 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
 
 
 def complete(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings by name, the defaults included, as plain Python values.
+    """Return all settings by name as plain Python values, defaults for missing or unread ones.
 
-    Raises TypeError where one is unknown, ValueError where one is out of its range.
+    Raises TypeError if one is unknown, ValueError if one is out of its range.
     """
     unknown = sorted(set(settings) - set(SETTING_DEFAULTS))
     if unknown:
@@ -62,7 +62,7 @@ def key(fingerprint: str, settings: dict[str, Any]) -> str:
 
 
 def check_settings(spectrum: Spectrum, settings: dict[str, Any]) -> None:
-    """Raise ValueError where a spectrum was not computed with the settings of its key."""
+    """Raise ValueError if a spectrum was not computed with settings it is to be stored under."""
     actual: dict[str, Any] = {"engine": spectrum.metadata.engine, "dtype": spectrum.metadata.dtype}
     if spectrum.metadata.seed is not None:
         actual["seed"] = spectrum.metadata.seed

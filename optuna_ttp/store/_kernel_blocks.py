@@ -20,12 +20,12 @@ class KernelBlocks:
         self._checkpoint = checkpoint
 
     def save_block(self, key: tuple[int, int], arrays: list[NDArray[np.floating[Any]]]) -> None:
-        """Store the arrays of the block whose rows and columns begin at two samples."""
+        """Store the arrays of the block whose rows and columns begin at the samples ``key``."""
         blocks = {_name(key, place): array for place, array in enumerate(arrays)}
         self._checkpoint.save_blocks({**blocks, _name(key, "count"): np.array([len(arrays)])})
 
     def load_block(self, key: tuple[int, int]) -> list[NDArray[np.floating[Any]]] | None:
-        """Return the arrays of a block, or None where it is not complete."""
+        """Return the arrays of a block, or None if it or one of its arrays is missing."""
         count = self._checkpoint.load_block(_name(key, "count"))
         if count is None:
             return None

@@ -1,4 +1,4 @@
-"""What was learned of a task from its trials: JSON values that no worker overwrites unseen."""
+"""JSON values learned of a task from its trials, which no worker overwrites without reading."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from optuna_ttp.store._schema import learned
 
 @dataclass(frozen=True)
 class Learned:
-    """A JSON value that was learned of a task, and how often it was stored, from 1 upwards.
+    """A JSON value learned of a task, ``payload``; ``version`` counts its changes from 1.
 
     ``updated_at`` is the time of the last change in ISO 8601, UTC, by the database's clock.
     """
@@ -36,7 +36,7 @@ class Learned:
 def get(
     database: Database, fingerprint: str, kind: str, settings: dict[str, Any]
 ) -> Learned | None:
-    """Return the stored value; see :meth:`SpectrumStore.get_learned`."""
+    """Return the stored value, None if missing; see :meth:`SpectrumStore.get_learned`."""
     name = _name(fingerprint, kind, settings)
     query = sa.select(learned).where(learned.c.id == name)
     row = database.read(lambda connection: connection.execute(query).first())
@@ -46,7 +46,7 @@ def get(
         payload = json.loads(row.payload)
     except (ValueError, RecursionError) as error:
         raise StoreError(
-            f"What was learned of the task {fingerprint[:12]}... must be JSON but got something "
+            f"The value learned of the task {fingerprint[:12]}... must be JSON but got something "
             f"else ({type(error).__name__})."
         ) from None
     moment = datetime.fromtimestamp(row.updated_at, timezone.utc)
@@ -61,7 +61,7 @@ def put(
     payload: Any,
     version: int,
 ) -> int:
-    """Store a value unless somebody else did since; see :meth:`SpectrumStore.put_learned`."""
+    """Store a value as ``version + 1`` and return that; see :meth:`SpectrumStore.put_learned`."""
     text = _json(payload)
     name = _name(fingerprint, kind, settings)
     writer = uuid4().hex
@@ -87,7 +87,7 @@ def put(
         if last_writer is None and not version:
             connection.execute(sa.insert(learned).values(**key, **values))
             return True
-        # True where this ran before, and the answer of the commit was lost.
+        # They are equal if this function ran before, and the answer of its commit was lost.
         return last_writer == writer
 
     try:
@@ -96,7 +96,7 @@ def put(
         stored = False
     if not stored:
         raise LearnedConflictError(
-            f"What was learned of the task {fingerprint[:12]}... must have version {version} to "
+            f"The value learned of the task {fingerprint[:12]}... must have version {version} to "
             "be replaced but another worker has stored a newer one. Read it, merge and try again."
         )
     return version + 1
@@ -109,7 +109,7 @@ def update(
     settings: dict[str, Any],
     merge: Callable[[Any], Any],
 ) -> Learned:
-    """Merge into the stored value; see :meth:`SpectrumStore.update_learned`."""
+    """Replace a value by ``merge`` of it; see :meth:`SpectrumStore.update_learned`."""
     for _ in range(RULES.learned_tries):
         current = get(database, fingerprint, kind, settings)
         merged = merge(None if current is None else current.payload)
@@ -122,13 +122,13 @@ def update(
         if stored is not None:
             return stored
     raise LearnedConflictError(
-        f"Could not merge what was learned of the task {fingerprint[:12]}... in "
+        f"Could not merge the value learned of the task {fingerprint[:12]}... in "
         f"{RULES.learned_tries} tries, because other workers were faster. Try again later."
     )
 
 
 def _name(fingerprint: str, kind: str, settings: dict[str, Any]) -> str:
-    """Return the row's key, 64 hexadecimal digits."""
+    """Return a row's key, 64 hexadecimal digits; raise ValueError if ``kind`` has a bad length."""
     if not 0 < len(kind) <= 64:
         raise ValueError(f"kind must have 1 to 64 characters but got {len(kind)}.")
     text = json.dumps([fingerprint, kind, settings], sort_keys=True, allow_nan=False)
@@ -136,7 +136,7 @@ def _name(fingerprint: str, kind: str, settings: dict[str, Any]) -> str:
 
 
 def _json(payload: Any) -> str:
-    """Return the payload as JSON; raise ValueError where it is none, or too long."""
+    """Return the payload as a JSON text; raise ValueError if it is not JSON, or too long."""
     try:
         text = json.dumps(payload, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

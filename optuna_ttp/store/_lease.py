@@ -1,4 +1,4 @@
-"""Leases: rows that tell which worker computes what, valid by the database's clock."""
+"""Leases: rows that record which worker computes which spectrum, timed by the database's clock."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _logger = get_logger("optuna.ttp.store")
 
 @dataclass(frozen=True)
 class Holding:
-    """Who has a lease (machine and process), and for how many seconds by the database's clock."""
+    """A lease's holder (process and machine), and its seconds so far by the database's clock."""
 
     holder: str
     seconds: float
 
 
 class Lease:
-    """The right to compute what a key names, held until it is released or its owner dies.
+    """The right to compute the spectrum of a key, until it is released or its owner dies.
 
-    :func:`acquire` makes it. As a context it is prolonged by a thread and released at the end. It
-    runs out after ``seconds`` without a sign of life.
+    :func:`acquire` makes it. As a context manager it is prolonged by a thread, and released on
+    exit. It expires ``seconds`` after it was last prolonged.
     """
 
     def __init__(self, database: Database, key: str, owner: str, seconds: float) -> None:
@@ -57,7 +57,7 @@ class Lease:
     ) -> None:
         self._released.set()
         try:
-            # If this fails, those who wait do so until the lease runs out, but that is all.
+            # If this fails, waiting workers only wait longer, until the lease expires.
             self._database.write(self._delete, patience=1.0)
         except StoreError as failure:
             _logger.warning(
@@ -65,7 +65,7 @@ class Lease:
             )
 
     def _beat(self) -> None:
-        """Prolong the lease until it is released or somebody else has it."""
+        """Prolong the lease until it is released or, with a warning, another worker has it."""
         while not self._released.wait(self._seconds / RULES.beats_per_lease):
             try:
                 alive = self._database.write(self._prolong)
@@ -80,7 +80,7 @@ class Lease:
                 return
 
     def _prolong(self, connection: sa.Connection) -> bool:
-        """Move the lease's end and return whether this owner still has it."""
+        """Let the lease expire ``seconds`` from now; return whether this owner still has it."""
         statement = (
             sa.update(leases)
             .where(leases.c.key == self._key, leases.c.owner == self._owner)
@@ -95,10 +95,7 @@ class Lease:
 
 
 def acquire(database: Database, key: str, seconds: float) -> Lease | None:
-    """Return a lease of a key, or None where another worker has one.
-
-    Raises StoreError where the database fails.
-    """
+    """Return a lease of a key for ``seconds``, or None if another worker has one."""
     owner = uuid4().hex
     mine = {
         "owner": owner,
@@ -114,22 +111,19 @@ def acquire(database: Database, key: str, seconds: float) -> Lease | None:
             connection.execute(sa.insert(leases).values(key=key, **mine))
             return True
         dead = sa.update(leases).where(leases.c.key == key, leases.c.expires_at <= DatabaseTime())
-        # The second case: this ran before, and the answer of the commit was lost.
+        # The owners are equal if this function ran before, and the commit's answer was lost.
         return connection.execute(dead.values(mine)).rowcount == 1 or current == owner
 
     try:
         taken = database.write(take)
     except sa.exc.IntegrityError:
-        # Another worker inserted its row between question and insertion.
+        # Another worker inserted its row between this one's query and insertion.
         return None
     return Lease(database, key, owner, seconds) if taken else None
 
 
 def holding(database: Database, key: str) -> Holding | None:
-    """Return who has the lease of a key, or None where nobody has or it has run out.
-
-    Raises StoreError where the database fails.
-    """
+    """Return the holder of the lease of a key, or None if there is none or it has expired."""
     query = sa.select(leases.c.holder, DatabaseTime() - leases.c.acquired_at).where(
         leases.c.key == key, leases.c.expires_at > DatabaseTime()
     )

@@ -25,10 +25,10 @@ _ADVISORY_LOCK = 0x6F7074756E615F74
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Make the tables, or change those of an older version to what this version knows.
+    """Make the tables, or upgrade those of an older version to the schema of this version.
 
     Processes that come at once wait for each other; a database that is up to date is not locked.
-    Raises StoreVersionError where the database has a version that this package does not know.
+    Raises StoreVersionError if the database has a version that this package does not know.
     """
     with engine.connect() as connection:
         if _current(connection) == HEAD:
@@ -41,10 +41,10 @@ def migrate(engine: sa.Engine) -> None:
 
 
 def _current(connection: sa.Connection) -> str | None:
-    """Return the revision of the database, or None where there is none yet.
+    """Return the schema's revision in the database, or None if there is none yet.
 
     Tables without a revision are those of a migration that was killed (on MySQL, which commits
-    each of them), or of a time before revisions, which this version refuses.
+    each of them), or of a time before revisions, for which StoreVersionError is raised.
     """
     inspector = sa.inspect(connection)
     present = set(inspector.get_table_names())
@@ -60,7 +60,7 @@ def _current(connection: sa.Connection) -> str | None:
 
 
 def _unknown_version(current: str) -> StoreVersionError:
-    """Return the error for a database whose tables this package cannot use."""
+    """Return the error for a database of the revision ``current``, which this package lacks."""
     return StoreVersionError(
         f"The store must have a schema up to {HEAD} but got {current}: another version of "
         "optuna_ttp made it. Update optuna_ttp on this machine, or give the URL of another "
@@ -69,7 +69,7 @@ def _unknown_version(current: str) -> StoreVersionError:
 
 
 def _upgrade(connection: sa.Connection, current: str | None) -> None:
-    """Run all revisions behind the current one in the connection's transaction."""
+    """Run all revisions after the current one in the connection's transaction."""
     # Alembic takes a moment to import, and an up-to-date store does without it.
     from alembic import command
     from alembic.config import Config
@@ -87,7 +87,7 @@ def _upgrade(connection: sa.Connection, current: str | None) -> None:
 
 @contextmanager
 def _locked(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """Open a transaction that no other process migrates in."""
+    """Yield a connection in a transaction; until it ends, other processes cannot migrate."""
     dialect = engine.dialect.name
     with engine.connect() as connection:
         if dialect == "sqlite":
@@ -106,7 +106,7 @@ def _locked(engine: sa.Engine) -> Iterator[sa.Connection]:
 
 @contextmanager
 def _named_lock(connection: sa.Connection) -> Iterator[None]:
-    """Hold a named lock of MySQL, where a transaction ends with each change of a table."""
+    """Hold a named lock of MySQL, because a transaction ends there with each change of a table."""
     name = sa.func.concat("optuna_ttp.", sa.func.database())
     if not connection.execute(sa.select(sa.func.get_lock(name, RULES.lock_seconds))).scalar():
         raise StoreError(

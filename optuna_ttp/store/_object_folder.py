@@ -20,8 +20,7 @@ from optuna_ttp.store._rules import RULES
 class ObjectFolder:
     """Files named by the digest of their content, each complete or absent.
 
-    The folder is made, for the user alone, where it does not exist. Raises StoreError where it
-    cannot be made.
+    The folder is made, for the user alone, if it does not exist. Raises StoreError if that fails.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -32,9 +31,9 @@ class ObjectFolder:
             raise StoreError(f"Could not make the folder {self._path}: {error}") from error
 
     def write(self, pieces: Iterable[bytes], digest: blob.Digest) -> int:
-        """Write a file and return its bytes; the digest names it once all pieces are made.
+        """Write a file and return its bytes; its name is ``digest``, complete after all pieces.
 
-        Raises StoreError where it cannot be written.
+        Raises StoreError if the file cannot be written.
         """
         partial = self._path / f"{uuid4().hex}.partial"
         n_bytes = 0
@@ -48,7 +47,7 @@ class ObjectFolder:
                 os.fsync(file.fileno())
             target = self._file(digest.hexdigest())
             target.parent.mkdir(mode=0o700, exist_ok=True)
-            # Also where the target exists: its age protects it until the row is committed.
+            # An existing target is replaced, too: its age protects it until the row is committed.
             partial.replace(target)
         except OSError as error:
             raise StoreError(f"Could not write to the folder {self._path}: {error}") from error
@@ -57,15 +56,15 @@ class ObjectFolder:
         return n_bytes
 
     def open(self, name: str) -> BinaryIO:
-        """Open the file of a digest.
+        """Open the file of a digest, ``name``, for reading.
 
-        Raises DamagedSpectrumError where this one is missing, StoreError where the folder cannot
-        be read or holds nothing at all.
+        Raises DamagedSpectrumError if that file is missing, StoreError if the folder cannot be
+        read or is empty.
         """
         try:
             return self._file(name).open("rb")
         except FileNotFoundError as error:
-            # A share that is not mounted looks like this. Nothing is wrong with its content.
+            # The folder of a share that is not mounted is empty, but its spectra are not damaged.
             if next(self._path.glob("??"), None) is None:
                 raise StoreError(
                     f"The arrays lie in an object folder but {self._path} is empty. Mount it, or "
@@ -79,7 +78,7 @@ class ObjectFolder:
     def delete_unused(
         self, used: set[str], *, grace_seconds: float = RULES.file_grace_seconds
     ) -> int:
-        """Delete files that no row names and return their bytes.
+        """Delete files whose names are not in ``used``, and return their total of bytes.
 
         Files younger than ``grace_seconds`` stay, too: their rows may not be committed yet.
         """
@@ -92,12 +91,12 @@ class ObjectFolder:
         return n_bytes
 
     def _files(self) -> Iterator[Path]:
-        """Yield the files that a store wrote here, finished or not."""
+        """Yield the files that a store wrote into the folder, partial files included."""
         yield from self._path.glob("*.partial")
         yield from (file for file in self._path.glob("??/*") if _is_name(file.name))
 
     def _file(self, name: str) -> Path:
-        """Return where the file of a digest lies."""
+        """Return the path of a digest's file; raise DamagedSpectrumError if it is no digest."""
         # The name comes from a row, which anybody may have written.
         if not _is_name(name):
             raise DamagedSpectrumError("its file has an impossible name")

@@ -30,7 +30,7 @@ from optuna_ttp.store._stored_spectrum import StoredSpectrum
 
 
 class DamagedRow(Exception):
-    """A row of the table of spectra cannot be served, for a reason."""
+    """The spectrum of a row of the table of spectra is damaged; ``reason`` says how."""
 
     def __init__(self, row: sa.Row[Any], reason: str) -> None:
         super().__init__(reason)
@@ -39,7 +39,7 @@ class DamagedRow(Exception):
 
 
 def is_leased(key: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
-    """Return the condition that somebody is working on a key, which is given as a column."""
+    """Return the SQL condition that the key in a column has a lease that has not expired."""
     alive = sa.select(leases.c.key).where(
         leases.c.key == key, leases.c.expires_at > DatabaseTime()
     )
@@ -54,10 +54,10 @@ def insert(
     folder: ObjectFolder | None,
     threshold: int,
 ) -> None:
-    """Write a spectrum under a key and delete the checkpoints of its computation.
+    """Write a spectrum under a key and delete the checkpoint of its computation.
 
-    Arrays of ``threshold`` bytes or more go to the folder, if there is one. The connection's
-    transaction makes it one piece.
+    Arrays of ``threshold`` bytes or more go to the folder, if there is one. All rows are changed
+    in the connection's transaction.
     """
     digest = blob.Digest()
     pieces = spectrum.to_pieces(digest)
@@ -91,8 +91,8 @@ def insert(
 def select(connection: sa.Connection, row: sa.Row[Any], folder: ObjectFolder | None) -> Spectrum:
     """Read the spectrum of a row, in the transaction that read the row.
 
-    Raises DamagedRow where a bit differs from what was written, FingerprintMismatchError where the
-    arrays belong to another task, StoreError where they lie in a folder that this store does not
+    Raises DamagedRow if a bit has changed since it was written, FingerprintMismatchError if the
+    arrays belong to another task, StoreError if they lie in a folder that this store does not
     know or cannot read.
     """
     try:
@@ -132,9 +132,9 @@ def delete(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> int:
 def put_aside(connection: sa.Connection, row: sa.Row[Any], reason: str) -> bool:
     """Move a row to the quarantine, with the reason, and return whether it was still there.
 
-    Nothing is served from there, but the arrays can be examined.
+    Spectra there are not returned any more, but their arrays can be examined.
     """
-    # By its arrays, not by its key: another worker may have replaced the row meanwhile.
+    # The blob is compared, too, because another worker may have replaced the row meanwhile.
     here = sa.and_(spectra.c.key == row.key, spectra.c.blob == row.blob)
     if connection.execute(sa.delete(spectra).where(here)).rowcount != 1:
         return False
@@ -147,10 +147,7 @@ def put_aside(connection: sa.Connection, row: sa.Row[Any], reason: str) -> bool:
 
 
 def listed(row: sa.Row[Any]) -> StoredSpectrum:
-    """Return the description of a spectrum in its row.
-
-    Raises DamagedSpectrumError where it cannot be read.
-    """
+    """Return the description of a row's spectrum; raise DamagedSpectrumError if malformed."""
     values = {field.name: getattr(row, field.name) for field in fields(StoredSpectrum)}
     try:
         for name in ("settings", "provenance"):
@@ -165,7 +162,7 @@ def listed(row: sa.Row[Any]) -> StoredSpectrum:
 
 
 def _check_description(row: sa.Row[Any], spectrum: Spectrum) -> None:
-    """Raise DamagedSpectrumError where the row's numbers are not those of its arrays."""
+    """Raise DamagedSpectrumError if N, C or r in a row are not those of the spectrum's arrays."""
     described = listed(row)
     for name in ("n_samples", "n_outputs", "rank"):
         if getattr(described, name) != getattr(spectrum, name):
@@ -177,7 +174,7 @@ def _iso(seconds: float) -> str:
 
 
 def _checked(stream: blob.Readable, row: sa.Row[Any]) -> Spectrum:
-    """Read the spectrum of a row and compare its checksum."""
+    """Read a row's spectrum; raise DamagedSpectrumError if its checksum is not the row's."""
     digest = blob.Digest()
     spectrum = Spectrum.from_stream(stream, row.n_bytes, digest)
     if digest.hexdigest() != row.checksum:
@@ -186,7 +183,7 @@ def _checked(stream: blob.Readable, row: sa.Row[Any]) -> Spectrum:
 
 
 def _n_bytes(spectrum: Spectrum) -> int:
-    """Return the bytes of the arrays that can be large."""
+    """Return the bytes of the eigenvectors and validation features, which can be large."""
     validation = spectrum.validation
     features = 0 if validation is None else validation.features.nbytes
     return spectrum.eigenvectors.nbytes + features

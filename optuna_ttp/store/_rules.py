@@ -17,29 +17,29 @@ class StoreRules:
             Seconds during which a lost connection is opened again: a server takes about this long
             to restart.
         opening_patience_seconds:
-            The same while a store is opened, where the server may also not exist at all.
+            The same while a store is opened, when the server may also not exist at all.
         lock_seconds:
             Seconds that MySQL waits for another process's migration. Not ablated yet.
         beats_per_lease:
-            Signs of life that a worker gives during the time of its lease: three of four may be
-            lost.
+            Number of times that a worker prolongs its lease before it would expire: three of four
+            attempts may fail.
         touch_seconds:
-            Readers write down at most this often that a spectrum is in use.
+            Seconds for which readers do not update a spectrum's time of last use.
         message_seconds:
-            A worker that waits says so at most this often.
+            Seconds between two log messages of a waiting worker.
         shortest_wait_seconds:
-            First pause between two looks at whether another worker has finished.
+            First pause between two checks whether another worker has finished.
         longest_wait_seconds:
-            Longest pause between two such looks.
+            Longest pause between two such checks.
         checkpoint_seconds:
             Age from which blocks of an unfinished computation are deleted: a week.
         file_grace_seconds:
             Age from which files of the object folder that no row names are deleted: a file is
             written before the row that names it is committed.
         learned_characters:
-            The longest JSON of what was learned of a task. Not ablated yet.
+            The maximum number of JSON characters of a learned value. Not ablated yet.
         learned_tries:
-            Tries to merge into what was learned while other workers do the same.
+            Attempts to change a learned value while other workers do the same.
     """
 
     busy_seconds: int = 120

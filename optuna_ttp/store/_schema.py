@@ -34,7 +34,7 @@ spectra = sa.Table(
     sa.Column("created_at", sa.String(32), nullable=False),
     sa.Column("checksum", sa.String(64), nullable=False),
     sa.Column("provenance", _LONG_TEXT, nullable=False),
-    # Names the rows in ttp_chunks; names none where the arrays lie in the object folder.
+    # Names the rows in ttp_chunks; names none if the arrays lie in the object folder.
     sa.Column("blob", sa.String(32), nullable=False),
     sa.Column("in_folder", sa.Boolean, nullable=False),
     sa.Column("n_bytes", sa.BigInteger, nullable=False),
@@ -74,7 +74,7 @@ learned = sa.Table(
     sa.Column("settings", sa.Text, nullable=False),
     sa.Column("payload", _LONG_TEXT, nullable=False),
     sa.Column("version", sa.Integer, nullable=False),
-    # Tells this worker's change, whose commit was not answered, from an equal one of another.
+    # Distinguishes a worker's change whose commit was not answered from another worker's.
     sa.Column("writer", sa.String(32), nullable=False),
     sa.Column("updated_at", sa.Double, nullable=False),
 )

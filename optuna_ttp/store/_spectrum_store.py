@@ -68,10 +68,12 @@ class SpectrumStore:
             Bytes that the store may hold. Beyond them the least recently used spectra are
             deleted, except those that a worker is computing. No limit by default.
         lease_seconds:
-            Seconds, by the database's clock, after which a worker that computes a spectrum and
-            gives no sign of life is taken for dead. A minute by default.
+            Seconds, by the database's clock, after which a worker that computes a spectrum but
+            no longer prolongs its lease is taken for dead. A minute by default.
 
     Raises:
+        TypeError:
+            If a number is of the wrong type.
         ValueError:
             If a number is out of its range.
         StoreError:
@@ -129,30 +131,32 @@ class SpectrumStore:
         instead_of_waiting: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Spectrum:
-        """Return the task's spectrum, computing and storing it where it is not there yet.
+        """Return the task's spectrum, computing and storing it if it is not there yet.
 
-        Where another worker is computing it, this one waits and says so once in a while. A worker
-        that dies is succeeded by one that waits. With ``distributed=True`` the first process of
-        the group reads and stores for all of them, and none waits.
+        If another worker is computing it, this one waits and logs that once in a while. If that
+        worker dies, a waiting one computes it. With ``distributed=True`` the first process of the
+        group reads and stores for all of them, and none waits.
 
         Args:
             task:
                 The task to fine-tune.
             instead_of_waiting:
-                Settings of a cheaper spectrum to continue with where another worker is computing
-                the one that was asked for; they replace those in ``settings``. Waits by default.
+                Settings of a cheaper spectrum to continue with if another worker is computing
+                the requested one; they replace those in ``settings``. Waits by default.
             settings:
                 Keyword arguments of :func:`~optuna_ttp.compute_spectrum`. Engine, precision and
                 truncation, and of a sketch its seed and the width that memory allows, identify
                 the spectrum; the others only matter when computing. The time of a step is
-                measured, and the linearisation probed, where the stored spectrum lacks it.
+                measured, and the linearisation probed, if the stored spectrum lacks it.
 
         Returns:
             The spectrum.
 
         Raises:
             TypeError:
-                If this is no task, or a setting is unknown.
+                If ``task`` is no :class:`~optuna_ttp.FineTuningTask`, or a setting is unknown.
+            ValueError:
+                If ``instead_of_waiting`` does not lead to another spectrum.
         """
         from optuna_ttp.ntk import compute_spectrum
 
@@ -167,10 +171,10 @@ class SpectrumStore:
             task:
                 The task, or its fingerprint.
             settings:
-                ``engine``, ``dtype``, ``rank`` and ``explained_trace`` as it was computed with.
+                ``engine``, ``dtype``, ``rank`` and ``explained_trace`` of its computation.
 
         Returns:
-            The spectrum, or :obj:`None` where there is none, or only a damaged one, which is put
+            The spectrum, or :obj:`None` if there is none, or only a damaged one, which is put
             aside with a warning.
 
         Raises:
@@ -189,9 +193,11 @@ class SpectrumStore:
                 Replace a stored one of the same task and settings. The stored one stays by
                 default.
             settings:
-                ``engine``, ``dtype``, ``rank`` and ``explained_trace`` as it was computed with.
+                ``engine``, ``dtype``, ``rank`` and ``explained_trace`` of its computation.
 
         Raises:
+            TypeError:
+                If ``spectrum`` is no spectrum, or a setting is unknown.
             ValueError:
                 If the spectrum was not computed with these settings.
         """
@@ -204,7 +210,7 @@ class SpectrumStore:
     def list(self) -> list[StoredSpectrum]:
         """Return descriptions of the stored spectra, oldest first, without reading the arrays.
 
-        One whose description cannot be read is left out with a
+        A spectrum whose description cannot be read is left out with a
         :class:`~optuna_ttp.DamagedSpectrumWarning`.
         """
         return self._table.list()
@@ -217,12 +223,12 @@ class SpectrumStore:
                 The task, or its fingerprint.
 
         Returns:
-            How many there were.
+            The number of deleted spectra.
         """
         return self._table.delete(_fingerprint(task))
 
     def checkpoint(self, task: FineTuningTask | str, **settings: Any) -> Checkpoint:
-        """Return a place for the finished parts of a long computation.
+        """Return the checkpoint that stores the finished parts of a spectrum's computation.
 
         Args:
             task:
@@ -231,26 +237,25 @@ class SpectrumStore:
                 ``engine``, ``dtype``, ``rank`` and ``explained_trace`` of the computation.
 
         Returns:
-            Named arrays, which are deleted when that spectrum is stored.
+            A store of named arrays, which are deleted when that spectrum is stored.
         """
         return Checkpoint(self._database, key_of(_fingerprint(task), settings))
 
     def get_learned(
         self, fingerprint: str, kind: str, *, settings: Mapping[str, Any] | None = None
     ) -> Learned | None:
-        """Return what was learned of a task from its trials.
+        """Return a value that was learned of a task from its trials.
 
         Args:
             fingerprint:
                 The task's fingerprint.
             kind:
-                The name of the kind of knowledge, up to 64 characters.
+                The name of the kind of value, up to 64 characters.
             settings:
-                A JSON object that distinguishes it from others of the same kind. Empty by
-                default.
+                A JSON object that distinguishes values of the same kind. Empty by default.
 
         Returns:
-            The JSON value with its version, or :obj:`None` where there is none.
+            The JSON value with its version, or :obj:`None` if there is none.
         """
         return _learned.get(self._database, fingerprint, kind, dict(settings or {}))
 
@@ -263,30 +268,28 @@ class SpectrumStore:
         version: int = 0,
         settings: Mapping[str, Any] | None = None,
     ) -> int:
-        """Store what was learned, unless another worker was faster.
+        """Store a value learned of a task, unless another worker has stored a newer version.
 
         Args:
             fingerprint:
                 The task's fingerprint.
             kind:
-                The name of the kind of knowledge, up to 64 characters.
+                The name of the kind of value, up to 64 characters.
             payload:
                 A JSON value, without NaN and infinities.
             version:
-                The version that was read and merged into the payload. 0, the default, where
-                nothing was stored.
+                The stored version that the payload replaces. 0, the default, if none is stored.
             settings:
-                A JSON object that distinguishes it from others of the same kind. Empty by
-                default.
+                A JSON object that distinguishes values of the same kind. Empty by default.
 
         Returns:
-            The new version.
+            The new version, ``version + 1``.
 
         Raises:
             ValueError:
                 If the payload is not JSON.
             LearnedConflictError:
-                If another worker stored something since that version.
+                If the stored version is another one.
         """
         names = dict(settings or {})
         return _learned.put(self._database, fingerprint, kind, names, payload, version)
@@ -299,7 +302,7 @@ class SpectrumStore:
         *,
         settings: Mapping[str, Any] | None = None,
     ) -> Learned:
-        """Merge something into what was learned, also while other workers do the same.
+        """Change a value learned of a task, also while other workers do the same.
 
         Example:
             >>> store.update_learned(fingerprint, "counts", lambda old: (old or 0) + 1).version
@@ -309,13 +312,12 @@ class SpectrumStore:
             fingerprint:
                 The task's fingerprint.
             kind:
-                The name of the kind of knowledge, up to 64 characters.
+                The name of the kind of value, up to 64 characters.
             merge:
-                A function from the stored JSON value (:obj:`None` where there is none) to the new
-                one. It is called again where another worker was faster.
+                A function from the stored JSON value (:obj:`None` if there is none) to the new
+                one. It is called again if another worker was faster.
             settings:
-                A JSON object that distinguishes it from others of the same kind. Empty by
-                default.
+                A JSON object that distinguishes values of the same kind. Empty by default.
 
         Returns:
             The JSON value that is stored now, with its version.
@@ -331,19 +333,19 @@ class SpectrumStore:
 
         Args:
             put_aside:
-                Put damaged spectra aside, so that they are computed again. They stay by default,
-                and are put aside when they are next asked for.
+                Put damaged spectra aside, so that they are computed again. By default they stay
+                until they are next read, which puts them aside.
 
         Returns:
-            The numbers of spectra that were checked and the faults of the damaged ones.
+            The number of spectra that were checked, and the faults of the damaged ones.
         """
         return _housekeeping.verify(self._database, self._table.folder, put_aside)
 
     def prune(self, *, max_bytes: int | None = None) -> Pruning:
-        """Delete what nobody needs, and on request the least recently used spectra.
+        """Delete unused data, and on request the least recently used spectra.
 
-        Nobody needs damaged spectra that were put aside, blocks of computations that nobody has
-        continued for a week, and arrays that belong to nothing.
+        Unused are damaged spectra that were put aside, blocks of computations that no worker has
+        continued for a week, and arrays that belong to no spectrum and no computation.
 
         Args:
             max_bytes:
@@ -351,7 +353,7 @@ class SpectrumStore:
                 none that a worker is computing. No limit by default.
 
         Returns:
-            The numbers of what was deleted.
+            The numbers of deleted spectra, computations, arrays and bytes.
 
         Raises:
             ValueError:
@@ -368,12 +370,12 @@ class SpectrumStore:
 
         Args:
             key:
-                The key of a line of :meth:`list`.
+                The key of an entry of :meth:`list`.
             path:
                 The file to write.
 
         Returns:
-            The line of :meth:`list`.
+            The entry of :meth:`list`.
 
         Raises:
             KeyError:
@@ -424,7 +426,7 @@ def _fingerprint(task: FineTuningTask | str) -> str:
 
 
 def _check_limit(max_bytes: int | None) -> None:
-    """Raise TypeError or ValueError where a limit of bytes is no number or negative."""
+    """Raise TypeError if a limit of bytes is no number, ValueError if it is negative."""
     if max_bytes is None:
         return
     if not isinstance(max_bytes, Real):

@@ -50,7 +50,7 @@ class SpectrumTable:
         return self.get_by_key(key_of(fingerprint, settings))
 
     def get_by_key(self, key: str) -> Spectrum | None:
-        """Return the spectrum of a key, or None; a damaged one is put aside with a warning."""
+        """Return a key's spectrum, or None; put a damaged one aside with a warning."""
 
         def work(connection: sa.Connection) -> tuple[Spectrum | None, bool]:
             age = (DatabaseTime() - spectra.c.used_at).label("age")
@@ -76,18 +76,18 @@ class SpectrumTable:
         return spectrum
 
     def _touch(self, key: str) -> None:
-        """Write down that a spectrum was used just now."""
+        """Set a spectrum's time of last use to now; a failure is only logged."""
         statement = sa.update(spectra).where(spectra.c.key == key).values(used_at=DatabaseTime())
         try:
             self.database.write(lambda connection: connection.execute(statement))
         except StoreError as error:
-            # A user who may only read the database can do without.
+            # A user who may only read the database can still use the spectrum.
             _logger.debug(f"The time of use of a spectrum could not be written: {error}")
 
     def put(
         self, spectrum: Spectrum, settings: dict[str, Any], *, overwrite: bool = False
     ) -> bool:
-        """Store a spectrum and return whether it is the one that is stored now."""
+        """Store a spectrum and return True, or False if its key has one and not ``overwrite``."""
         key = key_of(spectrum.metadata.fingerprint, settings)
         here = spectra.c.key == key
 
@@ -122,7 +122,7 @@ class SpectrumTable:
 
 
 def _description(row: sa.Row[Any]) -> StoredSpectrum | None:
-    """Return the description in a row, or None with a warning where it cannot be read."""
+    """Return the description in a row, or None, with a warning, if it cannot be read."""
     try:
         return _rows.listed(row)
     except DamagedSpectrumError as error:

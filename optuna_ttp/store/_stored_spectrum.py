@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StoredSpectrum:
-    """A line of :meth:`SpectrumStore.list`: a stored spectrum without its arrays.
+    """An entry of :meth:`SpectrumStore.list`: a stored spectrum without its arrays.
 
     The ``key`` names the row (64 hexadecimal digits), ``n_bytes`` is the length of the stored
     arrays, ``created_at`` and ``used_at`` (within a minute) are times in ISO 8601, UTC,

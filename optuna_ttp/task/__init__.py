@@ -1,4 +1,4 @@
-"""What is fine-tuned: model, data and loss, checked; the model is given back unchanged."""
+"""The fine-tuning task: model, data and loss, which are checked; the model stays unchanged."""
 
 from __future__ import annotations
 

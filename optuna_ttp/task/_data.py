@@ -23,16 +23,16 @@ from optuna_ttp.task._loss import Loss
 
 
 READ_SIZE = 64
-"""Samples that are read together. The fingerprint depends on it, as a collate function may pad."""
+"""Samples read per batch. The fingerprint depends on it, because a collate function may pad."""
 _LABEL_KEYS = ("labels", "label")
 
 
 def read_data_argument(data: Any) -> tuple[Any, list[int], Callable[[list[Any]], Any]]:
-    """Return the data set of the user's argument, the indices of its samples, and how it collates.
+    """Return the data set of the user's argument, its samples' indices and its collate function.
 
-    Raises TypeError where the argument is neither a map-style data set, a loader over one nor a
-    pair of tensors, ValueError where it is empty, of unequal lengths, or draws other samples every
-    time.
+    Raises TypeError if the argument is neither a map-style data set, a loader over one nor a pair
+    of tensors, ValueError if it is empty, its tensors have different lengths, or its loader draws
+    other samples each time it is read.
     """
     if isinstance(data, DataLoader):
         if isinstance(data.dataset, IterableDataset):
@@ -51,7 +51,7 @@ def read_data_argument(data: Any) -> tuple[Any, list[int], Callable[[list[Any]],
             )
         if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets):
             raise ValueError(
-                "The inputs and targets given as data must have one row a sample but got shapes "
+                "The inputs and targets given as data must have a row per sample but got shapes "
                 f"{tuple(inputs.shape)} and {tuple(targets.shape)}."
             )
         data = TensorDataset(inputs, targets)
@@ -74,7 +74,7 @@ def read_data_argument(data: Any) -> tuple[Any, list[int], Callable[[list[Any]],
 
 
 def _is_item_sequence(data: Sequence[Any]) -> bool:
-    """Return whether data are a list of (inputs, target) items, not a pair of tensors."""
+    """Return whether data is a list whose first item is a tuple or mapping, not a tensor."""
     return isinstance(data, list) and isinstance(data[0], tuple | Mapping)
 
 
@@ -84,9 +84,9 @@ def _check_not_empty(n_samples: int) -> None:
 
 
 def _loader_indices(loader: DataLoader[Any]) -> list[int]:
-    """Return the indices of a loader's samples in a fixed order, with a warning if it shuffles.
+    """Return the indices of a loader's samples in its order; sort them and warn if it shuffles.
 
-    Raises ValueError where the loader draws other samples each time it is read.
+    Raises ValueError if the loader has no samples, repeats one, or draws others at each reading.
     """
     _check_not_empty(len(loader.dataset))  # type: ignore[arg-type]
     batch_sampler = loader.batch_sampler
@@ -114,7 +114,7 @@ def _loader_indices(loader: DataLoader[Any]) -> list[int]:
 
 @contextmanager
 def _preserved_generators(*samplers: Any) -> Iterator[None]:
-    """Restore at the end the state of the samplers' generators, which training depends on."""
+    """Restore the samplers' random generators on exit, so that later training draws the same."""
     owners = [*samplers, *(getattr(s, "sampler", None) for s in samplers)]
     generators = [getattr(owner, "generator", None) for owner in owners]
     states = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
@@ -128,8 +128,8 @@ def _preserved_generators(*samplers: Any) -> Iterator[None]:
 def split_batch(batch: Any) -> tuple[Any, Any]:
     """Split a collated batch into inputs (a tensor, a tuple or a mapping) and targets.
 
-    Raises TypeError where the batch is neither a sequence (inputs..., targets) nor a mapping,
-    ValueError where a mapping has no label key.
+    Raises TypeError if the batch is neither a sequence (inputs..., targets) nor a mapping,
+    ValueError if a mapping has neither the key ``"labels"`` nor ``"label"``.
     """
     if isinstance(batch, Mapping):
         for key in _LABEL_KEYS:
@@ -148,10 +148,10 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 
 def check_targets(batches: list[Any], loss: Loss, n_outputs: int) -> NDArray[Any]:
-    """Return all targets as one array, after checks against the loss and the C outputs.
+    """Return the targets of all batches as one array, checked against the loss and C outputs.
 
-    Takes them batch by batch; returns class indices of shape ``(N,)`` or real targets of shape
-    ``(N, C)``. Raises TypeError where their kind, ValueError where their shape or range is wrong.
+    They are class indices ``(N,)`` for the cross-entropy, and floats ``(N, C)`` otherwise.
+    Raises TypeError if their type is wrong, ValueError if their shape or range is.
     """
     if not all(isinstance(t, torch.Tensor) for t in batches):
         raise TypeError(
@@ -177,7 +177,7 @@ def check_targets(batches: list[Any], loss: Loss, n_outputs: int) -> NDArray[Any
 
 
 def _check_labels(targets: torch.Tensor, loss: Loss, n_outputs: int) -> NDArray[np.int64]:
-    """Return class indices as an array, after checks of type, shape, range and weights."""
+    """Return labels as an array ``(N,)`` after checks of type, shape, range and class weights."""
     if targets.is_floating_point() or targets.dtype == torch.bool or targets.is_complex():
         raise TypeError(
             f"The targets of the cross-entropy must be class indices (integers) but got "
@@ -206,10 +206,9 @@ def _check_labels(targets: torch.Tensor, loss: Loss, n_outputs: int) -> NDArray[
 
 
 def collated(collate: Callable[[list[Any]], Any], items: list[Any], first: int) -> Any:
-    """Return a batch of items, of which ``first`` is the number of the first one.
+    """Return the batch that ``collate`` makes of items; ``first`` is the first sample's number.
 
-    Raises TypeError or ValueError where items do not fit into one batch because of their types or
-    shapes.
+    Raises TypeError or ValueError, which name the samples, if their types or shapes differ.
     """
     try:
         return collate(items)

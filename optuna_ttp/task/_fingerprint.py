@@ -20,7 +20,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def hash_tensor(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
-    """Add a tensor's name, which tells equal ones apart, kind, shape and bytes to a digest."""
+    """Add ``name`` and a tensor's type, shape and bytes to a digest."""
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     contiguous = tensor.detach().cpu().contiguous()
     # Byte view, because numpy has no bfloat16.
@@ -28,7 +28,7 @@ def hash_tensor(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
 
 
 def hash_value(digest: hashlib._Hash, value: Any) -> None:
-    """Add a value to a digest: tensors, containers, code, modules by content, others by repr."""
+    """Add a value to a digest: tensors, containers, code and modules by content, else its repr."""
     if isinstance(value, torch.Tensor):
         hash_tensor(digest, "tensor", value)
     elif isinstance(value, np.ndarray):
@@ -56,12 +56,15 @@ def hash_value(digest: hashlib._Hash, value: Any) -> None:
 
 
 def plain_repr(value: Any) -> str:
-    """Return the printed form without addresses, which differ between processes."""
+    """Return a value's repr without memory addresses, which differ between processes."""
     return re.sub(r"0x[0-9a-fA-F]+", "", repr(value))
 
 
 def hash_function(digest: hashlib._Hash, function: Callable[..., Any] | None) -> None:
-    """Add a function's name, code, defaults and constant closure values to a digest."""
+    """Add a function's name, code, defaults and constant closure values to a digest.
+
+    Arguments of a partial and plain attributes of a method's or callable's object are added, too.
+    """
     if isinstance(function, functools.partial):
         hash_value(digest, ("partial", function.args, function.keywords))
         function = function.func
@@ -94,7 +97,7 @@ def hash_module_settings(digest: hashlib._Hash, name: str, module: torch.nn.Modu
 
 
 def _plain_attributes(value: Any) -> dict[str, Any]:
-    """Return an object's public attributes that are numbers, texts or None."""
+    """Return an object's public attributes, but ``training``, that are numbers, texts or None."""
     return {
         k: v
         for k, v in getattr(value, "__dict__", {}).items()

@@ -1,4 +1,4 @@
-"""The user's model as a pure function of its inputs and weights, and undoing its side effects."""
+"""The user's model as a pure function of its inputs and weights, without side effects."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from optuna_ttp.task._tensors import cast
 from optuna_ttp.task._tensors import map_tensors
 
 
-# Input channels that fill the registers of every CPU.
+# With this number of input channels, convolutions fill the vector registers of every CPU.
 _VECTOR_WIDTH = 16
 
 
 class FrozenModel:
-    """The outputs as a function of inputs and trainable parameters; see ``FineTuningTask.frozen``.
+    """The model's outputs as a function of its inputs; see ``FineTuningTask.frozen``.
 
     Attributes:
         adapter:
-            The module that is run: the user's model and adapter in one, with the user's own
-            parameters, in whose place :attr:`parameters` are used.
+            The module that is run: the user's model and ``forward`` in one. It holds the user's
+            parameters, but each call replaces them by copies, among them :attr:`parameters`.
         parameters:
-            The trainable parameters by their names in the adapter.
+            The copies of the trainable parameters by their names in the adapter.
         original_names:
-            From the identity of each of the user's parameters to its name in the adapter.
+            Maps the ``id`` of each of the user's parameters to its name in the adapter.
         precision:
-            The precision of the outputs: single where a double precision model casts inside.
+            The precision of the outputs: single if a double-precision model casts to a lower one.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class FrozenModel:
             self._state[name] = value
 
     def replace_parameters(self, parameters: dict[str, torch.Tensor]) -> None:
-        """Use other trainable parameters, by the same names; the user's model is not touched."""
+        """Use other trainable parameters of the same names from now on; the user's stay as is."""
         self.parameters = parameters
         self._state.update(parameters)
 
@@ -74,7 +74,7 @@ class FrozenModel:
         On a CPU that makes convolutions up to twice as fast, and their outputs are laid out the
         same way. A model that needs another layout, such as one with ``x.view(...)``, stays as it
         is, and so does one with a convolution that PyTorch cannot differentiate then, see
-        :class:`_Convolutions`. Two or more samples of inputs are needed to try it.
+        :class:`_Convolutions`. It is tried on ``inputs``, a batch of two or more samples.
         """
         before = self._state, self.parameters
         kinds = (torch.nn.Conv2d, torch.nn.ConvTranspose2d)
@@ -105,7 +105,7 @@ class FrozenModel:
             self._state, self.parameters = before
 
     def find_precision(self, outputs: torch.Tensor) -> None:
-        """Set :attr:`precision` to single where the outputs' graph casts to a lower one."""
+        """Set :attr:`precision` from double to single if the graph of the outputs has a cast."""
         to_visit, seen = [outputs.grad_fn], set[Any]()
         while to_visit:
             function = to_visit.pop()
@@ -118,7 +118,7 @@ class FrozenModel:
             to_visit.extend(following for following, _ in function.next_functions)
 
     def __call__(self, inputs: Any) -> torch.Tensor:
-        """Return the outputs, of shape ``(batch, C)``, for a batch of inputs."""
+        """Return the outputs ``(batch, C)`` of a batch; raise TypeError unless they are floats."""
         # A copy, because some modules write to their inputs.
         copied = map_tensors(inputs, torch.Tensor.clone)
         outputs = functional_call(self.adapter, self._state, (copied,))
@@ -132,16 +132,16 @@ class FrozenModel:
 
 
 class _Convolutions(TorchDispatchMode):
-    """Watches for convolutions whose gradient overruns its memory where channels come last.
+    """Notes whether a convolution runs whose gradient overruns its memory with channels last.
 
     The gradient of the weights of a pointwise convolution with a stride and fewer input channels
     than a vector register holds is written past the end of its memory by oneDNN (PyTorch 2.13:
     with two to seven channels on a CPU with AVX2, ungrouped; no other of 3400 combinations of
-    kernel, stride, channels, groups and size did). The process dies of that, or goes on with
-    damaged memory. Registers of other CPUs are twice as wide.
+    kernel, stride, channels, groups and size did). The process crashes, or continues with damaged
+    memory. Registers of other CPUs are twice as wide.
 
-    Operations are watched, not only modules: the model may call a convolution itself. The
-    attribute ``is_unsafe`` tells whether there was one.
+    Operations are inspected, not only modules, because a model may call a convolution itself.
+    ``is_unsafe`` is True once such a convolution has run.
     """
 
     def __init__(self) -> None:
@@ -152,7 +152,7 @@ class _Convolutions(TorchDispatchMode):
 def _watched(
     self: _Convolutions, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
 ) -> Any:
-    """Run an operation and note whether it is an unsafe convolution."""
+    """Return an operation's result, and set ``is_unsafe`` if it is an unsafe convolution."""
     if func is torch.ops.aten.convolution.default:
         _, weight, _, stride, _, _, is_transposed, *_ = args
         self.is_unsafe |= not is_transposed and _overruns(weight, stride)
@@ -165,7 +165,7 @@ _Convolutions.__torch_dispatch__ = _watched  # type: ignore[method-assign,assign
 
 
 def _overruns(weight: torch.Tensor, stride: Sequence[int]) -> bool:
-    """Return whether a convolution is one of those that :class:`_Convolutions` describes."""
+    """Return whether a convolution is pointwise, strided and has fewer than 16 input channels."""
     is_pointwise = weight.ndim == 4 and weight.shape[2:].numel() == 1
     return is_pointwise and max(stride) > 1 and weight.shape[1] < _VECTOR_WIDTH
 
@@ -200,7 +200,7 @@ class _Adapter(torch.nn.Module):
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Put the random states of Python, NumPy and PyTorch back at the end."""
+    """Restore the random states of Python, NumPy and PyTorch, on all devices, on exit."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     initialised = torch.cuda.is_initialized()
     devices = range(torch.cuda.device_count()) if initialised else []
@@ -214,7 +214,7 @@ def preserved_random_state() -> Iterator[None]:
 
 @contextmanager
 def preserved_attributes(model: torch.nn.Module) -> Iterator[None]:
-    """Undo at the end what a forward pass sets: modes, caches, counters, new buffers."""
+    """Restore the attributes and buffers of all modules on exit, which a forward pass may set."""
     saved = [(vars(m), dict(vars(m)), dict(m._buffers)) for m in model.modules()]
     try:
         yield
@@ -229,9 +229,9 @@ def preserved_attributes(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def cudnn_for(model: torch.nn.Module, device: torch.device, training: bool) -> Iterator[None]:
-    """Make cuDNN compute in full precision, and not at all where it cannot differentiate.
+    """Make cuDNN compute in single precision, and turn it off if the model has recurrent layers.
 
-    Nothing is changed while a training step is timed.
+    Nothing is changed on other devices than CUDA, or with ``training``, to time a training step.
     """
     if device.type != "cuda" or training:
         yield

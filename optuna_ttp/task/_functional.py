@@ -18,7 +18,7 @@ def functional_call(
 ) -> Any:
     """Run a module with other tensors in the place of some of its parameters and buffers.
 
-    ``state`` maps one of the names of each to its tensor, which is used under all of its names.
+    ``state`` maps one of the names of each to the other tensor, which is used under all names.
     The module is as before afterwards, unlike with :func:`torch.func.functional_call`: that takes
     a module registered under two names for two, and leaves the second with the other tensors.
     """
@@ -36,7 +36,7 @@ def functional_call(
 
 
 def _slots(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every place that holds a parameter or buffer once, under the first of its names."""
+    """Yield ``(name, tensor)`` once for each module's attribute that is a parameter or buffer."""
     for prefix, part in module.named_modules():
         for name, tensor in chain(part._parameters.items(), part._buffers.items()):
             if tensor is not None:

@@ -35,7 +35,7 @@ class Loss:
         kind:
             ``"cross_entropy"`` or ``"mse"``.
         label_smoothing:
-            As in :class:`torch.nn.CrossEntropyLoss`. No smoothing by default.
+            The smoothing of :class:`torch.nn.CrossEntropyLoss`, in [0, 1). Zero by default.
         class_weights:
             One non-negative weight for each class, as ``weight`` of
             :class:`torch.nn.CrossEntropyLoss`. All classes weigh the same by default.
@@ -155,12 +155,12 @@ class Loss:
 
         Args:
             outputs:
-                Shape ``(N, C)``.
+                The outputs, of shape ``(N, C)``.
             targets:
                 The targets as :meth:`soft_targets` takes them.
 
         Returns:
-            Shape ``(N, C)``; see :func:`output_gradients`.
+            The gradient, of shape ``(N, C)``, by the formula of :func:`output_gradients`.
         """
         import torch
 
@@ -174,11 +174,11 @@ class Loss:
 def output_gradients(
     kind: str, outputs: torch.Tensor, soft_targets: torch.Tensor, normalisers: torch.Tensor
 ) -> torch.Tensor:
-    """Return the gradient of a batch's mean loss in its outputs, of shape ``(K, B, C)`` like them.
+    """Return the gradients of a batch's mean loss in K sets of outputs f, shape ``(K, B, C)``.
 
-    ``(sum_c q_c) softmax(f) - q`` over ``sum n`` for the cross-entropy, ``2 (f - q) / C`` over
-    ``sum n`` for the mean squared error, with soft targets q of shape ``(B, C)`` and normalisers n
-    of shape ``(B,)``.
+    ``((sum_c q_c) softmax(f) - q) / sum n`` for the cross-entropy, ``2 (f - q) / (C sum n)`` for
+    the mean squared error, with soft targets q of shape ``(B, C)`` and normalisers n of shape
+    ``(B,)``. They are zero if all normalisers are.
     """
     if kind == "mse":
         gradient = (outputs - soft_targets) * (2.0 / outputs.shape[2])

@@ -20,9 +20,9 @@ _NEW = threading.Lock()
 
 @contextmanager
 def locked(model: torch.nn.Module) -> Iterator[None]:
-    """Hold the locks of all modules of a model, waiting for threads that have any of them.
+    """Hold the locks of all modules of a model, waiting for threads that hold any of them.
 
-    Their hooks, modes and parameters may be changed meanwhile. A thread may take them again.
+    Inside, only this thread changes the modules, and it may enter again without waiting.
     """
     with _NEW:
         locks = {id(m): _LOCKS.setdefault(m, threading.RLock()) for m in model.modules()}

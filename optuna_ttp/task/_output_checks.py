@@ -1,4 +1,4 @@
-"""Checks of what the user's model makes of its inputs."""
+"""Checks of the outputs of the user's model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from optuna_ttp.task._tensors import describe_inputs
 
 
 class InputsError(ValueError):
-    """The model raised an error of its own: ``what`` names the inputs, ``reason`` its message."""
+    """The model raised an error: ``what`` says on which inputs, ``reason`` quotes its message."""
 
     def __init__(self, what: str, reason: str) -> None:
         super().__init__(what, reason)
@@ -29,7 +29,7 @@ class InputsError(ValueError):
 
 @contextmanager
 def naming_inputs(inputs: Any) -> Iterator[None]:
-    """Turn an error of the model into an InputsError that describes its inputs."""
+    """Turn a RuntimeError or IndexError of the model, except out of memory, into InputsError."""
     try:
         yield
     except torch.cuda.OutOfMemoryError:
@@ -43,7 +43,7 @@ def naming_inputs(inputs: Any) -> Iterator[None]:
 
 @contextmanager
 def refusing_batch_statistics(model: torch.nn.Module) -> Iterator[None]:
-    """Raise ValueError where a module runs that normalises by statistics of the batch."""
+    """Raise ValueError on exit if a module has run that normalises by statistics of its batch."""
     kind = torch.nn.modules.batchnorm._BatchNorm
     called: list[str] = []
 
@@ -69,7 +69,7 @@ def refusing_batch_statistics(model: torch.nn.Module) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            # A batch of one has no statistics.
+            # A batch of one has no statistics, which PyTorch reports as an error of its own.
             refuse(error)
             raise
         refuse(None)
@@ -81,7 +81,7 @@ def _append(names: list[str], name: str, *_: object) -> None:
 
 
 def check_output_shape(outputs: torch.Tensor, n_samples: int, n_outputs: int | None) -> None:
-    """Raise ValueError unless outputs have shape (n_samples, n_outputs); None is any number."""
+    """Raise ValueError unless outputs have shape (n_samples, n_outputs); None fits any number."""
     shape = tuple(outputs.shape)
     if len(shape) != 2 or shape[0] != n_samples or shape[1] != (n_outputs or shape[1]):
         raise ValueError(

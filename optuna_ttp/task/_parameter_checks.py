@@ -12,7 +12,7 @@ from optuna_ttp.task._tensors import check_numbers
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the module inside of DataParallel, DistributedDataParallel and torch.compile."""
+    """Return the module inside of (Distributed)DataParallel and torch.compile, or the model."""
     if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
         model = model.module
     compiled_from = getattr(model, "_orig_mod", None)
@@ -20,7 +20,7 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def check_parameters(model: torch.nn.Module) -> None:
-    """Raise TypeError or ValueError where a model's weights cannot be exchanged or trained."""
+    """Raise TypeError or ValueError if weights are complex, not finite or not replaceable."""
     _check_kinds(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
@@ -72,7 +72,8 @@ def _check_kinds(model: torch.nn.Module) -> None:
 def rate_multipliers(model: torch.nn.Module, given: Mapping[str, float]) -> dict[str, float]:
     """Return the learning-rate multiplier of each trainable parameter, by its name.
 
-    Given are factors by the beginnings of names, of which the longest counts; others are one.
+    ``given`` maps beginnings of names to factors; the longest fitting one counts, without one the
+    multiplier is 1. Raises TypeError or ValueError if a factor is not positive or fits no name.
     """
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     if not isinstance(given, Mapping):

@@ -1,7 +1,7 @@
 """Layers under ``torch.utils.checkpoint`` as plain calls, while a model is frozen.
 
 A checkpointed layer is run again in the backward pass. That is too late here: the user's own
-weights are back in their places then, in another precision or at another point. The re-entrant
+weights, of another precision or other values, are back in their places then. The re-entrant
 form also loses the gradients of all weights unless an input has one, and refuses
 :func:`torch.autograd.grad`. A plain call gives the same outputs and derivatives with more memory.
 """
@@ -19,14 +19,14 @@ from torch.utils import checkpoint as checkpointing
 
 
 _lock = threading.Lock()
-# One entry for each thread that is inside.
+# The threads that are inside of plain_checkpoints(), once for each time they entered it.
 _inside: list[int] = []
-# Whether a training step is timed, of each thread that is inside.
+# Each thread inside has the attribute ``training``, True while a training step is timed.
 _local = threading.local()
-# What ``checkpoint`` calls: it is imported by name everywhere, so that replacing it is no use.
+# ``checkpoint`` is imported by name everywhere, so the functions that it calls are replaced.
 _original_generator: Any = checkpointing._checkpoint_without_reentrant_generator
 _original_apply: Any = checkpointing.CheckpointFunction.apply
-# Arguments between the checkpointed function and its own, of which newer releases have more.
+# The number of settings before the function's own arguments; newer releases have more of them.
 _n_settings: int = _original_generator.__code__.co_argcount - 1
 
 
@@ -35,7 +35,7 @@ def plain_checkpoints(*, training: bool) -> Iterator[None]:
     """Call checkpointed functions plainly in this thread; other threads are not affected.
 
     While a training step is timed (``training``), each runs once more without a graph, which takes
-    the time of the recomputation in the backward pass.
+    as long as the recomputation in the backward pass would.
     """
     before = dict(vars(_local))
     _enter()
@@ -65,12 +65,12 @@ def _leave() -> None:
         _inside.pop()
         if not _inside:
             owner._checkpoint_without_reentrant_generator = _original_generator
-            # The inherited one is in its place again.
+            # Without the replacement, the inherited method is used again.
             del owner.CheckpointFunction.apply
 
 
 def _generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
-    """Replace the generator that ``checkpoint`` advances before and after the function."""
+    """Stand in for the generator that ``checkpoint`` advances around its call of the function."""
     if not hasattr(_local, "training"):
         return _original_generator(function, *args, **kwargs)  # type: ignore[no-any-return]
     return _around(function, args[_n_settings:], kwargs)
@@ -79,13 +79,13 @@ def _generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Itera
 def _around(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[None]:
-    """Run the function again before ``checkpoint`` calls it, while a step is timed."""
+    """Yield once, for ``checkpoint``'s call of the function, after :func:`_run_again`."""
     _run_again(function, args, kwargs)
     yield
 
 
 def _apply(function: Callable[..., Any], preserve: Any, *args: Any) -> Any:
-    """Replace the re-entrant form by a plain call of the function."""
+    """Stand in for ``checkpoint``'s re-entrant form: return a plain call's result, if inside."""
     if not hasattr(_local, "training"):
         return _original_apply(function, preserve, *args)
     _run_again(function, args, {})
@@ -95,7 +95,7 @@ def _apply(function: Callable[..., Any], preserve: Any, *args: Any) -> Any:
 def _run_again(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Run the function without a graph where a training step is timed."""
+    """Run the function without a graph, for the time that it takes, if a step is timed."""
     if _local.training:
         with torch.no_grad():
             function(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What is fine-tuned: a model, its data and its loss, checked and named by a fingerprint."""
+"""The fine-tuning task: a model, its data and its loss, checked and with a fingerprint."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ class FineTuningTask:
             Factors of the learning rate by the beginning of parameters' names, as parameter groups
             have them: ``{"head.": 10.0}``. The longest fitting beginning counts; one by default.
             Only the exact engine of :func:`~optuna_ttp.compute_spectrum` supports other factors
-            than one: ``"auto"`` then chooses it, whatever the size.
+            than one: ``"auto"`` then chooses it, however large the model is.
 
     Raises:
         TypeError:
-            If an argument, or what the model returns, is of the wrong kind.
+            If an argument or the model's output is of the wrong type.
         ValueError:
             If the model has no trainable parameter or mixes samples, the data are empty, not
             finite or not reproducible, or the targets do not fit the loss and the outputs.
@@ -129,7 +129,7 @@ class FineTuningTask:
         if self.loss.kind == "cross_entropy" and self.n_outputs == 1:
             raise ValueError(
                 "The cross-entropy of a single output is always zero, but the model gives outputs "
-                'of shape (batch, 1). Give it two outputs, one a class, or take loss="mse".'
+                'of shape (batch, 1). Give it two outputs, one per class, or take loss="mse".'
             )
         self.targets = check_targets(raw_targets, self.loss, self.n_outputs)
         self.multipliers = rate_multipliers(self.model, learning_rate_multipliers or {})
@@ -213,7 +213,7 @@ class FineTuningTask:
     def subset(self, n_samples: int, *, seed: int = 0) -> FineTuningTask:
         """Return the same task on a random subset of its training samples.
 
-        The subsets of one seed are nested.
+        With the same seed, a smaller subset is part of a larger one.
 
         Args:
             n_samples:
@@ -222,7 +222,7 @@ class FineTuningTask:
                 The seed of the draw. 0 by default.
 
         Returns:
-            A new task.
+            A new task of the same model, loss and validation samples.
 
         Raises:
             ValueError:
@@ -249,7 +249,7 @@ class FineTuningTask:
     def batches(
         self, batch_size: int, device: torch.device, dtype: torch.dtype, *, start: int = 0
     ) -> Iterator[tuple[Any, Any]]:
-        """Read the data in order.
+        """Read the training data in order, as batches.
 
         Args:
             batch_size:
@@ -292,7 +292,7 @@ class FineTuningTask:
             The model as a function of its inputs and trainable parameters.
         """
         if device.type == "cuda":
-            # Before that the device has no random state that could be restored.
+            # Without it the device has no random state yet that could be saved and restored.
             torch.cuda.init()
         with (
             locked(self.model),
@@ -344,7 +344,7 @@ class FineTuningTask:
         return outputs
 
     def _validation_task(self, data: Any) -> FineTuningTask | None:
-        """Return the validation samples as a task of their own; its errors name the argument."""
+        """Return a task of the validation samples, if any; errors name the argument."""
         if data is None:
             return None
         try:
@@ -367,7 +367,7 @@ class FineTuningTask:
         return task
 
     def _check_reproducible(self) -> None:
-        """Raise ValueError where an item of the data differs between two reads."""
+        """Raise ValueError if one of about eight items of the data differs between two reads."""
         # Augmentation often changes an item with probability one half, so several are read twice.
         for i in self._indices[:: max(1, self.n_samples // 8)][:8]:
             pair = []
@@ -385,7 +385,7 @@ class FineTuningTask:
                 )
 
     def _read_all(self) -> tuple[list[Any], bytes]:
-        """Check and hash all data; return the targets, batch by batch, and the digest."""
+        """Check and hash all data; return a list of each batch's targets and the SHA-256."""
         digest = hashlib.sha256()
         targets = []
         n_read = 0
@@ -400,7 +400,7 @@ class FineTuningTask:
         return targets, digest.digest()
 
     def _check_outputs(self) -> int:
-        """Run the model on two samples and return C; raise ValueError where outputs are unfit."""
+        """Return the number C of outputs; raise ValueError if they are NaN, infinite or random."""
         first = next(self.model.parameters())
         device = first.device
         with self.frozen(device, torch.float32) as frozen, torch.no_grad():

@@ -1,4 +1,4 @@
-"""Tensors in the nested values that modules take and give: all of them, mapped, cast, checked."""
+"""Listing, mapping, casting and checking of tensors in nested inputs and outputs of modules."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 
 
 def cast(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor on a device, in another precision if it is a floating-point one."""
+    """Return a tensor on a device, cast to ``dtype`` if it is a floating-point tensor."""
     return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
     """Return all tensors in nested sequences, mappings, data classes and name spaces, in order.
 
-    Anything else than these containers holds no tensor.
+    Other containers are not searched.
     """
     if isinstance(value, torch.Tensor):
         return [value]
@@ -40,9 +40,9 @@ def map_tensors(
 ) -> Any:
     """Return the same nesting of mappings and sequences with a function applied to each tensor.
 
-    Mappings become plain dictionaries. With ``keep_types`` they are rebuilt as what they are,
-    which PyTorch's and transformers' output classes allow, and those that cannot be rebuilt stay
-    as they are.
+    Mappings become dictionaries. With ``keep_types`` they are rebuilt in their own class, as
+    PyTorch's and transformers' output classes allow; those that cannot be rebuilt are returned
+    without the function applied.
     """
 
     def mapped(part: Any) -> Any:
@@ -65,9 +65,9 @@ def map_tensors(
 
 
 def check_inputs(inputs: Any, n_read: int) -> None:
-    """Raise TypeError or ValueError where a batch is complex or not finite.
+    """Raise TypeError if a batch is complex, ValueError if it is not finite.
 
-    ``n_read`` is the number of the batch's first sample.
+    ``n_read`` is the number of the batch's first sample, for the message.
     """
 
     def check(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ def check_inputs(inputs: Any, n_read: int) -> None:
 
 
 def check_numbers(what: str, value: Any) -> None:
-    """Raise ValueError where a tensor is on the meta device; ``what`` begins the message."""
+    """Raise ValueError if a tensor in ``value``, named ``what``, is on the meta device."""
 
     def check(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_meta:
@@ -103,7 +103,7 @@ def check_numbers(what: str, value: Any) -> None:
 
 
 def describe_inputs(inputs: Any) -> str:
-    """Return shapes without the axis of samples, types, and the range of integers, as a text."""
+    """Return a text of each tensor's shape per sample, its type, and the range of integers."""
     parts: list[str] = []
 
     def add(tensor: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ def describe_inputs(inputs: Any) -> str:
             values = kind
         else:
             values = f"{kind}, from {int(tensor.min())} to {int(tensor.max())}"
-        parts.append(f"shape {tuple(tensor.shape[1:])} a sample ({values})")
+        parts.append(f"shape {tuple(tensor.shape[1:])} per sample ({values})")
         return tensor
 
     map_tensors(inputs, add)

@@ -188,7 +188,7 @@ def test_inputs_of_another_type_or_range_are_refused() -> None:
 def test_validation_inputs_that_the_model_cannot_take_are_refused() -> None:
     x, y = vectors()
     message = (
-        r"validation_data: The model cannot be run on inputs of shape \(5,\) a sample "
+        r"validation_data: The model cannot be run on inputs of shape \(5,\) per sample "
         r"\(float32\); those of the training data have shape \(6,\)"
     )
     with pytest.raises(ValueError, match=message):

@@ -245,7 +245,7 @@ def test_truncate_by_both_keeps_the_fewer() -> None:
 
 def test_truncate_cannot_explain_more_than_the_spectrum_holds() -> None:
     cut = spectrum().truncate(rank=2)
-    with pytest.raises(ValueError, match=r"explained_trace must be at most 0\.\d+, what this"):
+    with pytest.raises(ValueError, match=r"explained_trace must be at most 0\.\d+, the share"):
         cut.truncate(explained_trace=0.999)
     assert cut.truncate(explained_trace=cut.explained_trace) is cut
 

@@ -215,8 +215,8 @@ def test_random_augmentation_is_refused(draw: Callable[[], float]) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ((torch.zeros(3, 6), torch.zeros(4).long()), "one row a sample"),
-        ((torch.zeros(()), torch.zeros(())), "one row a sample"),
+        ((torch.zeros(3, 6), torch.zeros(4).long()), "a row per sample"),
+        ((torch.zeros(()), torch.zeros(())), "a row per sample"),
         ([(torch.zeros(6), 0), (torch.zeros(6), "cat")][1:], "must be tensors or numbers"),
         ([{"x": torch.zeros(6)}], "'labels' or 'label' but got the keys"),
         ((torch.zeros(3, 6), np.zeros(3)), "must be two tensors"),
