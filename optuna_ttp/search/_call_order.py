@@ -1,4 +1,4 @@
-"""What is said of an objective that makes its calls in an order that prevents predictions."""
+"""Warnings of an objective that calls ``should_prune()`` too early for a prediction, or never."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ _CURE = (
 
 
 def reason_without_prediction(trial: FrozenTrial) -> str:
-    """Return why nothing could be predicted for a trial when the pruner was asked about it."""
+    """Return the reason, in words, why a trial whose map gave no hyperparameters is not predicted.
+
+    Either the trial had no parameter yet, or the hyperparameter map does not apply to it.
+    """
     if trial.params:
         return f"{_NO_PREDICTION}the hyperparameter map does not apply to this trial"
     return f"{_NO_PREDICTION}no parameter had been suggested when should_prune() was called"
@@ -37,9 +40,10 @@ def reason_without_prediction(trial: FrozenTrial) -> str:
 def warn_of_early_call(
     study: Study, trial: FrozenTrial, others: Sequence[FrozenTrial], mapping: HyperparameterMap
 ) -> None:
-    """Warn where trials have their hyperparameters in the end, but not when the pruner is asked.
+    """Warn once per study if the objective calls ``should_prune()`` before it suggests parameters.
 
-    An earlier trial shows it. Without one it may be a study that has no such parameters.
+    The warning needs a finished trial among ``others`` without a prediction whose parameters now
+    give hyperparameters: otherwise the study may have no such parameters.
     """
     too_early = (one for one in others if one.state.is_finished() and _was_early(one, mapping))
     earlier = next(too_early, None)
@@ -53,7 +57,7 @@ def warn_of_early_call(
 
 
 def _was_early(trial: FrozenTrial, mapping: HyperparameterMap) -> bool:
-    """Return whether nothing could be predicted for a trial that has all its parameters now."""
+    """Return True if a trial got no prediction, but its parameters now give hyperparameters."""
     decision = decision_of(trial)
     if decision is None or not decision.reason.startswith(_NO_PREDICTION):
         return False
@@ -64,7 +68,7 @@ def _was_early(trial: FrozenTrial, mapping: HyperparameterMap) -> bool:
 
 
 def warn_of_missing_call(study: Study, trial: FrozenTrial) -> None:
-    """Warn where a trial completes and the study's pruner was never asked about it."""
+    """Warn once per study if a completing trial has no decision of the study's pruner."""
     if decision_of(trial) is None and is_first_warning(study, "missing call"):
         warn_caller(
             f"should_prune() was never called in trial {trial.number}, so TTPPruner can skip and "

@@ -1,4 +1,4 @@
-"""Configurations of a search space."""
+"""Candidate configurations of a search space, and how they are drawn."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """K configurations.
+    """K configurations among which a sampler chooses.
 
     Attributes:
-        params: The parameters of each, as a trial would have them.
+        params: The trial parameters of each configuration, K dictionaries or none.
         learning_rate: Learning rates, shape ``(K,)``.
         batch_size: Batch sizes, shape ``(K,)``.
         momentum: Momenta, shape ``(K,)``.
@@ -47,7 +47,7 @@ class Candidates:
         params: Sequence[dict[str, Any]],
         resolve: Callable[[dict[str, Any]], Configuration | None],
     ) -> Candidates:
-        """Return the candidates with these parameters, those without hyperparameters left out."""
+        """Return the candidates with these parameters; those that resolve to None are left out."""
         both = [(p, resolve(p)) for p in params]
         resolved = [(p, c) for p, c in both if c is not None]
         return cls(
@@ -59,7 +59,7 @@ class Candidates:
 
     @classmethod
     def resolved(cls, configurations: Sequence[Configuration]) -> Candidates:
-        """Return candidates with these hyperparameters, whose parameters do not matter."""
+        """Return candidates with these hyperparameters and an empty list ``params``."""
         # Three times as fast as an array of tuples, and a long study has a thousand of them.
         numbers = chain.from_iterable(configurations)
         flat = np.fromiter(numbers, dtype=np.float64, count=3 * len(configurations))
@@ -71,7 +71,7 @@ class Candidates:
 
     @property
     def coordinates(self) -> NDArray[np.float64]:
-        """Logarithms of learning rate, batch size and ``1 / (1 - m)``, shape ``(K, 3)``."""
+        """Logarithms of learning rate, batch size and ``1 / (1 - momentum)``, shape ``(K, 3)``."""
         return np.stack(
             [np.log(self.learning_rate), np.log(self.batch_size), -np.log1p(-self.momentum)],
             axis=1,
@@ -81,9 +81,10 @@ class Candidates:
 def drawn(
     space: Mapping[str, BaseDistribution], rng: np.random.Generator, rules: SamplerRules
 ) -> list[dict[str, Any]]:
-    """Return all configurations of a small finite space, or random ones of any other.
+    """Return trial parameters of a search space, one dictionary by name per configuration.
 
-    Each is a trial's parameters by name; the rules say how large and how many.
+    A finite space of up to ``rules.largest_grid`` configurations gives all of them, any other one
+    gives ``rules.n_drawn`` random ones.
     """
     values = {name: _values(space[name], rules) for name in sorted(space)}
     n = math.prod(math.inf if v is None else len(v) for v in values.values())
@@ -95,7 +96,7 @@ def drawn(
 
 
 def _values(distribution: BaseDistribution, rules: SamplerRules) -> list[Any] | None:
-    """Return all values of a distribution; None where they are too many to compare all."""
+    """Return all values of a distribution; None if it has more than ``rules.largest_grid``."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     if isinstance(distribution, IntDistribution):
@@ -112,7 +113,7 @@ def _values(distribution: BaseDistribution, rules: SamplerRules) -> list[Any] | 
 def _draw(
     distribution: BaseDistribution, rng: np.random.Generator, rules: SamplerRules
 ) -> list[Any]:
-    """Draw values of a distribution, uniformly, or log-uniformly where it is logarithmic."""
+    """Draw ``rules.n_drawn`` values of a distribution, log-uniformly if it is logarithmic."""
     values = _values(distribution, rules)
     if values is not None and not getattr(distribution, "log", False):
         return [values[i] for i in rng.integers(len(values), size=rules.n_drawn)]

@@ -1,4 +1,4 @@
-"""How a trial's parameters are chosen: a preference among parameters as a trial has them."""
+"""The choice of one trial's parameters by a preference among configurations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Resolve = Callable[[Mapping[str, Any]], "Configuration | None"]
 
-# Nats against what was tried before.
+# Nats subtracted from a configuration that was tried before, far more than all others together.
 _NATS_AGAINST_REPEATING = 1e6
 
 
@@ -35,13 +35,13 @@ class Choice:
 
     Attributes:
         preference: How good configurations are expected to be.
-        resolve: Gives the hyperparameters of a trial's parameters; None where there are none.
-        settled: The trial's parameters whose values are settled already.
+        resolve: Function from a trial's parameters to its hyperparameters, or None.
+        settled: The values of the trial's parameters that are settled already, by name.
         to_choose: The names of the parameters to be chosen.
-        weight: What the preference is multiplied by.
-        repeat: Whether what was tried may be tried again.
-        n_before: How many trials the study has besides, failed ones left out.
-        n_undecided: How many of them are about to choose their parameters.
+        weight: The factor of the preference in :meth:`weigh`.
+        repeat: True if a tried configuration may be tried again.
+        n_before: The number of other trials of the study that did not fail.
+        n_undecided: The number of running trials that have not chosen their parameters yet.
     """
 
     preference: Preference
@@ -54,7 +54,11 @@ class Choice:
     n_undecided: int
 
     def weigh(self, params: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
-        """Return the nats of K configurations, shape ``(K,)``; zero where nothing is predicted."""
+        """Return nats to add to the log acquisition values of K parameter dictionaries, ``(K,)``.
+
+        A dictionary without hyperparameters gets zero. Unless ``repeat`` holds, a tried
+        configuration gets ``-1e6``.
+        """
         configurations = [self.resolve({**self.settled, **p}) for p in params]
         is_resolved = np.array([c is not None for c in configurations])
         weights = np.zeros(len(params))
@@ -68,7 +72,7 @@ class Choice:
         return weights
 
     def propose(self, n: int) -> list[dict[str, Any]]:
-        """Return up to ``n`` configurations that are expected to be best."""
+        """Return the parameters to choose of the up to ``n`` best candidates, best first."""
         return [self._params_of(j) for j in self.preference.best(n, repeat=self.repeat)]
 
     def next_of_design(self) -> dict[str, Any] | None:
@@ -87,10 +91,13 @@ class Choice:
 def resolved(
     mapping: HyperparameterMap, predictor: SearchPredictor, params: Mapping[str, Any]
 ) -> Configuration | None:
-    """Return the hyperparameters of a trial's parameters; None where it has none."""
+    """Return a trial's hyperparameters, with a batch size of at most the number of samples.
+
+    The result is None if the map does not apply or a parameter that it reads is missing.
+    """
     try:
         configuration = mapping.resolve(params)
     except MissingParameterError:
-        # In a branch of a conditional space whose parameters are not known.
+        # The trial is in a branch of a conditional space whose parameters are not known.
         return None
     return None if configuration is None else configuration.clipped(predictor.n_samples)

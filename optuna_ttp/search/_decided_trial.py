@@ -1,4 +1,4 @@
-"""What a pruner has decided about a trial by now, as one process remembers it."""
+"""The decision of a pruner about a trial, as one process remembers it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from optuna_ttp.study import PredictionRecord
 
 
-# Decisions about so many trials are remembered; others are read from the storage.
+# The largest number of decisions that are remembered; others are read from the storage.
 _MOST_REMEMBERED = 1024
 
 
 @dataclass
 class DecidedTrial:
-    """A trial that was decided about.
+    """A trial about which the pruner has decided.
 
     Attributes:
-        prediction: What was predicted for the trial; None where its hyperparameters were unknown.
-        record: What is written on the trial of the decision.
-        decision: What the objective is answered.
-        n_params: How many parameters had been suggested when nothing could be predicted.
-        n_steps: Up to which step the trial's own curve was looked at.
+        prediction: The trial's prediction; None if its hyperparameters were unknown.
+        record: The decision as it is stored with the trial.
+        decision: The answer to the objective.
+        n_params: The number of suggested parameters when nothing could be predicted, else zero.
+        n_steps: The number of steps of the trial's loss curve at its last check.
     """
 
     prediction: PredictionRecord | None
@@ -49,27 +49,27 @@ class DecidedTrial:
         shadow: bool,
         n_params: int = 0,
     ) -> DecidedTrial:
-        """Take it from what is written on the trial; in shadow mode no trial is pruned."""
+        """Make it from the stored records; in shadow mode the decision never prunes."""
         prune = record.action != Action.RUN and not shadow
         return cls(prediction, record, Decision(prune, record.reason), n_params)
 
     def is_out_of_date(self, trial: FrozenTrial) -> bool:
-        """Whether nothing could be predicted, and parameters have been suggested since."""
+        """Return True if there is no prediction and the trial has got further parameters since."""
         return self.prediction is None and len(trial.params) > self.n_params
 
 
 class _DecidedTrials(dict[int, DecidedTrial]):
-    """What one pruner has decided about the trials of a study, by their numbers."""
+    """The decisions of one pruner about the trials of a study, by the number of the trial."""
 
 
 def remembered(study: Study, pruner: object, trial: FrozenTrial) -> DecidedTrial | None:
-    """Return what a pruner has decided about a trial in this process; None if out of date."""
+    """Return a pruner's decision about a trial in this process; None if none or out of date."""
     decided = state_of(study).part_of(pruner, _DecidedTrials).get(trial.number)
     return None if decided is None or decided.is_out_of_date(trial) else decided
 
 
 def remember(study: Study, pruner: object, trial: FrozenTrial, decided: DecidedTrial) -> None:
-    """Remember what a pruner has decided about a trial, and forget the oldest where it is much."""
+    """Keep a pruner's decision about a trial; the oldest is forgotten beyond 1,024 decisions."""
     state = state_of(study)
     with state.lock:
         decided_trials = state.part_of(pruner, _DecidedTrials)

@@ -1,4 +1,4 @@
-"""The trial that reached the target first, and how many steps of another trial take as long."""
+"""The trial that reached the target fastest, and its time in steps of a running trial."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FastestTrial:
-    """The fastest trial so far, in steps of a running trial.
+    """The fastest trial so far, and its time in steps of a running trial.
 
     Attributes:
         number: The number of the fastest trial.
-        steps: How many steps of the running trial take as long as the fastest one took.
-        is_measured: Whether that is what the steps of both were seen to take.
+        steps: The number of steps that the running trial makes in the fastest trial's time.
+        is_measured: True if both trials' seconds per step were measured or batch sizes agree.
     """
 
     number: int
@@ -47,7 +47,10 @@ def fastest_trial(
     running: Observation,
     predictor: SearchPredictor,
 ) -> FastestTrial | None:
-    """Return the completed trial that reached the target first; None where none reached it."""
+    """Return the completed trial that took the least time to the target; None if none reached it.
+
+    ``running`` is the observation of the trial in whose steps that time is returned.
+    """
     best = incumbent(study, trials)
     candidates: list[FastestTrial] = []
     for trial in trials:
@@ -61,10 +64,10 @@ def fastest_trial(
 
 
 def _steps_to_target(trial: FrozenTrial, predictor: SearchPredictor, is_best: bool) -> float:
-    """Return the steps that a completed trial took to the target; not finite where unknown."""
+    """Return the steps of a trial to the target; infinity if it missed it, NaN if unknown."""
     steps = observed_steps(trial, predictor)
     if is_best and math.isinf(steps) and progress_to_target(trial) >= 1.0:
-        # It stopped at its target, which the smoothed loss of its batches lags behind.
+        # It stopped at its target, but the smoothed loss of its batches follows with a delay.
         curve = observed_curve(trial)
         return steps if curve is None else curve.n_steps
     return steps
@@ -73,9 +76,10 @@ def _steps_to_target(trial: FrozenTrial, predictor: SearchPredictor, is_best: bo
 def _ratio_of_steps(
     trial: FrozenTrial, batch_size: int, running: Observation, predictor: SearchPredictor
 ) -> tuple[float, bool]:
-    """Return how long a trial's steps are beside those of the running one, and if it was measured.
+    """Return a trial's seconds per step over the running trial's, and True if that is certain.
 
-    Steps of the same batch size are as long, and one where nothing is known.
+    It is certain if both were measured or the batch sizes agree. Otherwise the predicted seconds
+    count; if these are unknown, the ratio is one.
     """
     seconds = measured_seconds(trial), running.seconds_per_step
     if min(seconds) > 0.0 and math.isfinite(sum(seconds)):

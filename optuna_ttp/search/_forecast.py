@@ -1,4 +1,4 @@
-"""What is to be expected of many configurations before any of them has run."""
+"""The predicted time, cost, loss and probability of success of many configurations."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """What is expected of K configurations.
+    """The predictions for K configurations.
 
     Attributes:
-        log_seconds: Logarithm of the seconds (steps, where the time of a step is not known) to
-            the target, shape ``(K,)``; infinite where it is out of reach.
-        log_cost: Logarithm of what a trial is expected to cost, ``(K,)``: the time to the target,
-            or the trial's limit where that is what it trains for.
-        depth: Logarithm of the initial training loss over that at the trial's limit, ``(K,)``;
-            that at the target where there is no limit.
-        log_success: Logarithm of the probability that training does as predicted, as far as its
-            learning rate tells, and reaches the target within the limit, ``(K,)``.
-        stability: Learning rate over the largest stable one, ``(K,)``.
-        lag: Steps by which momentum lags behind, over those of a trial, ``(K,)``.
+        log_seconds: Logarithm of the seconds (steps, if the seconds per step are not known) to
+            the target, shape ``(K,)``; infinite if the target is out of reach.
+        log_cost: Logarithm of the expected seconds (or steps) of a trial, shape ``(K,)``: up to
+            its limit, or up to the target if the trial ends there.
+        depth: Logarithm of the initial training loss over the predicted training loss at the
+            trial's limit (without a limit: at the predictor's horizon), shape ``(K,)``.
+        log_success: Logarithm of the probability that training does not fail at its learning
+            rate, times the probability of reaching the target within the limit, shape ``(K,)``.
+        stability: Learning rate over the largest stable learning rate, shape ``(K,)``.
+        lag: Delay of momentum ``m``, ``m / (1 - m)`` steps, over a trial's steps, shape ``(K,)``.
         sd: Standard deviation of the logarithm of a predicted time.
     """
 
@@ -51,10 +51,10 @@ class Forecast:
         *,
         ends_at_target: bool,
     ) -> Forecast:
-        """Return the forecast of K candidates, in microseconds each.
+        """Return the forecast of K candidates by a predictor that trials have corrected.
 
-        The predictor is as trials have corrected it. A trial goes on to its limit in steps, of
-        shape ``(K,)`` and infinite where there is none, or only up to the target.
+        ``limit`` holds the largest number of steps per trial, shape ``(K,)``, infinite if there is
+        no limit. With ``ends_at_target`` a trial ends once it reaches the target.
         """
         from optuna_ttp.calibration import probability_below
 

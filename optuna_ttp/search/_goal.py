@@ -1,4 +1,4 @@
-"""What a search looks for, and what each of its trials and the whole study may take."""
+"""The goal of a search, with the limits of each trial and of the whole study."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Goal:
-    """What both goals share: the limits of a trial, of which the smallest counts, and the study's.
+    """The limits of each trial, of which the smallest counts, and the budget of the study.
 
     Attributes:
+        is_time: True if the goal is a time to the target, False if it is a metric.
         max_steps: A trial's limit in optimiser steps.
         max_epochs: A trial's limit in passes over the data.
         max_seconds: A trial's limit in seconds of training.
-        study_budget: What all trials of the study may take together.
+        study_budget: The budget of all trials of the study together.
     """
 
     is_time: ClassVar[bool]
@@ -53,7 +54,7 @@ class Goal:
         return f"{type(self).__name__}({', '.join(given)})"
 
     def check(self, predictor: SearchPredictor) -> None:
-        """Raise ValueError if a limit is in seconds and the time of a step is not known."""
+        """Raise ValueError if a limit is in seconds and the seconds per step are not known."""
         if self.max_seconds is not None and predictor.throughput is None:
             raise ValueError(
                 "max_seconds needs to know the time of a step, but the spectrum was computed with "
@@ -63,10 +64,10 @@ class Goal:
     def steps(
         self, predictor: SearchPredictor, batch_size: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """Return a trial's limit in optimiser steps, infinite where it has none.
+        """Return the smallest limit of trials with these batch sizes, in optimiser steps.
 
-        The result has the shape of ``batch_size``. The predictor knows the number of samples and
-        the seconds a step.
+        The result has the shape of ``batch_size`` and is infinite without a limit. The predictor
+        gives the number of samples and the seconds per step.
         """
         batch_sizes = np.asarray(batch_size, dtype=np.float64)
         limit = np.full(
@@ -97,14 +98,14 @@ class BestMetric(Goal):
 
     Args:
         max_steps:
-            What a trial trains for, in optimiser steps. No limit by default: then the predictor's
-            horizon counts, its own ``max_steps``.
+            The training time of a trial in optimiser steps. No limit by default: then the
+            predictor's own ``max_steps`` counts.
         max_epochs:
-            The same in passes over the data. No limit by default.
+            The training time of a trial in passes over the data. No limit by default.
         max_seconds:
-            The same in seconds of training. No limit by default.
+            The training time of a trial in seconds. No limit by default.
         study_budget:
-            What all trials of the study may take together. No limit by default.
+            The budget of all trials of the study together. No limit by default.
 
     Raises:
         ValueError:
@@ -132,14 +133,14 @@ class FastestToTarget(Goal):
 
     Args:
         max_steps:
-            How many optimiser steps a trial may take to the target. No limit by default: then the
-            predictor's horizon counts, its own ``max_steps``.
+            The largest number of optimiser steps of a trial. No limit by default: then the
+            predictor's own ``max_steps`` counts.
         max_epochs:
-            The same in passes over the data. No limit by default.
+            The largest number of passes of a trial over the data. No limit by default.
         max_seconds:
-            The same in seconds of training. No limit by default.
+            The largest number of seconds of a trial's training. No limit by default.
         study_budget:
-            What all trials of the study may take together. No limit by default.
+            The budget of all trials of the study together. No limit by default.
 
     Raises:
         ValueError:

@@ -1,4 +1,4 @@
-"""The goal of a study's search: that of the sampler and the pruner, which should be the same."""
+"""The goal of a study's search, which its sampler and its pruner share."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ if TYPE_CHECKING:
 
 
 class GoalOfHalf:
-    """The goal that a sampler or a pruner was given, and the one that it follows in a study.
+    """The goal that a sampler or a pruner was given, and the goal that it follows in a study.
 
-    Sampler and pruner are the two halves of a search. One that was given no goal follows that of
-    the other half of the same study; where neither has one, trials are compared by the study's
-    own values, up to the predictor's horizon.
+    Sampler and pruner are the two halves of a search. A half without a goal follows the goal of
+    the other half in the same study; if neither has one, both follow ``BestMetric()``.
 
     Attributes:
-        given: The goal that this half was given, if any.
+        given: The goal that this half was given, or None.
     """
 
     def __init__(self, goal: Goal | None, predictor: SearchPredictor) -> None:
@@ -42,7 +41,11 @@ class GoalOfHalf:
         self._predictor = predictor
 
     def in_study(self, study: Study) -> Goal:
-        """Return the goal of a study's search; warn once where the user should change it."""
+        """Return the goal of a study's search, ``BestMetric()`` if neither half was given one.
+
+        Warn once per study if there is no goal, if the two halves have different goals, or if a
+        time is to be maximised; raise ValueError if the goal's limits do not fit the predictor.
+        """
         sampler, pruner = half_inside(study.sampler), half_inside(study.pruner)
         halves = [half for half in (sampler, pruner) if half is not None]
         goals = [half.given for half in halves if half.given is not None]
@@ -54,7 +57,7 @@ class GoalOfHalf:
         return goal
 
     def _warn(self, study: Study, goal: Goal | None, goals: list[Goal]) -> None:
-        """Warn of no goal, of two different ones, and of a time that is to be maximised."""
+        """Warn of a missing goal, of two different goals, and of a time that is maximised."""
         if goal is None:
             self._warn_of_no_goal(study)
             return
@@ -76,7 +79,7 @@ class GoalOfHalf:
             )
 
     def _warn_of_no_goal(self, study: Study) -> None:
-        """Warn that trials are compared by the study's own values, and say how to give a goal."""
+        """Warn once per study that the search has no goal, and explain how to give one."""
         if not is_first_warning(study, "no goal"):
             return
         warn_caller(
@@ -90,16 +93,16 @@ class GoalOfHalf:
 
 
 def half_of(thing: Any) -> GoalOfHalf | None:
-    """Return the goal that a sampler or pruner itself holds; None where it is not one of ours."""
+    """Return the goal of a TTPSampler or TTPPruner; None for any other object."""
     values = getattr(thing, "__dict__", {}).values()
     return next((value for value in values if isinstance(value, GoalOfHalf)), None)
 
 
 def half_inside(thing: Any) -> GoalOfHalf | None:
-    """Return the goal that a sampler or pruner holds, itself or inside what it wraps.
+    """Return the goal of the TTPSampler or TTPPruner that an object is or wraps; None if none.
 
-    Samplers and pruners of any origin keep what they wrap in an attribute, so the attributes are
-    searched for our own, whatever their names are.
+    Samplers and pruners keep the wrapped sampler or pruner in an attribute, so all attributes are
+    searched, breadth first, whatever their names are.
     """
     to_search, searched = [thing], set()
     while to_search:

@@ -1,4 +1,4 @@
-"""What speaks against a trial before its first step."""
+"""The objections to a trial before its first step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def objection_to(trial: PlannedTrial, rules: PrunerRules) -> Verdict | None:
-    """Return what speaks against a trial, with the reason in words; None where nothing does."""
+    """Return the first objection to a trial with its reason in words, or None.
+
+    The order is: divergence, the trial's own budget, its cost beside the best trial's, and the
+    study's budget.
+    """
     if trial.prediction.outcome == Outcome.DIVERGES:
         text = str(trial.prediction).removeprefix("diverges: ")
         return Objection.DIVERGES, f"predicted to diverge: {text}"
@@ -37,9 +41,10 @@ def objection_to(trial: PlannedTrial, rules: PrunerRules) -> Verdict | None:
 
 
 def _is_as_good_as_the_best(trial: PlannedTrial, rules: PrunerRules) -> bool:
-    """Return whether a trial gets as far as one of the best did, short of the target, in time.
+    """Return True if a trial's loss is predicted to get as low as that of the best trials.
 
-    Only where a metric is searched for: a time to the target has no value short of the target.
+    It is False if the goal is a time, if the best trials reached the target, or if the trial is
+    likely to diverge.
     """
     if trial.goal.is_time or float(trial.prediction.p_diverges) > 1.0 - rules.min_probability:
         return False
@@ -52,7 +57,7 @@ def _is_as_good_as_the_best(trial: PlannedTrial, rules: PrunerRules) -> bool:
 
 
 def _miss_of_the_target(trial: PlannedTrial, rules: PrunerRules) -> str | None:
-    """Return why a trial is unlikely to reach the target within its horizon, if it is."""
+    """Return, in words, that a trial is unlikely to reach the target in its horizon, or None."""
     prediction, horizon = trial.prediction, int(trial.prediction.max_steps)
     least = rules.min_probability
     if trial.goal.is_time and incumbent(trial.study, trial.others) is None:
@@ -74,7 +79,7 @@ def _miss_of_the_target(trial: PlannedTrial, rules: PrunerRules) -> str | None:
 
 
 def _cost_beside_the_best(trial: PlannedTrial, rules: PrunerRules) -> str | None:
-    """Return why a trial costs too much in comparison with the best one, if it does."""
+    """Return, in words, that a trial costs too much in comparison with the best one, or None."""
     if rules.max_cost_ratio is None:
         return None
     best = incumbent(trial.study, trial.others)
@@ -92,7 +97,7 @@ def _cost_beside_the_best(trial: PlannedTrial, rules: PrunerRules) -> str | None
 
 
 def _excess_of_the_study_budget(trial: PlannedTrial) -> str | None:
-    """Return why a trial does not fit into what is left of the study's budget, if it does not."""
+    """Return, in words, that a trial exceeds the rest of the study's budget, or None."""
     budget = trial.goal.study_budget
     if budget is None:
         return None

@@ -1,4 +1,4 @@
-"""Why a trial runs although something speaks against it."""
+"""The reasons for which a trial runs in spite of an objection."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 def override_of(
     trial: PlannedTrial, verdict: Verdict, rules: PrunerRules, *, shadow: bool, seed: int
 ) -> tuple[Override, str] | None:
-    """Return why a trial runs in spite of its prediction, also in words; None if it does not."""
+    """Return why a trial runs in spite of an objection, as a kind and in words, or None.
+
+    None means that it is skipped. The study is warned once if trials with the same objection
+    reached the target, or if none of its trials ran.
+    """
     objection, reason = verdict
     if not trial.predictor.calibration.trusted:
         return Override.UNTRUSTED, f"predictions are {trial.predictor.calibration.fault}"
@@ -45,7 +49,7 @@ def override_of(
     if n_skipped >= _most_in_a_row(progress, rules):
         _warn_where_nothing_ran(trial, n_skipped, reason, rules)
         return Override.TURN, f"runs after {n_skipped} skipped trials in a row"
-    # The same for every process that asks.
+    # The draw is the same in every process that asks.
     if np.random.default_rng((seed, trial.number)).random() < rules.audit:
         return Override.AUDIT, "runs to see whether skipping would have been right"
     return None
@@ -54,10 +58,10 @@ def override_of(
 def _progress_of_similar_trials(
     trials: Sequence[FrozenTrial], objection: Objection, most: int
 ) -> list[float]:
-    """Return how far the newest trials with the same objection got that ran nevertheless.
+    """Return the progress of finished trials that ran in spite of the same objection.
 
-    At the target the progress is one. Oldest first, and at most so many; trials without a curve
-    are left out.
+    Progress is zero at the initial loss and one at the target. The result has the newest ``most``
+    trials with a loss curve, oldest first; it is empty if the objection is about cost.
     """
     if objection not in (Objection.DIVERGES, Objection.BUDGET):
         return []
@@ -73,9 +77,10 @@ def _progress_of_similar_trials(
 
 
 def _refuting_trials(progress: Sequence[float], rules: PrunerRules) -> str | None:
-    """Return as text how many trials refute an objection, as in ``3 of 5``; None if too few do.
+    """Return the number of trials that refute an objection as text, as ``3 of 5``; None if few do.
 
-    ``progress`` says how far the trials got that ran in spite of it, one being the target.
+    ``progress`` holds the progress of trials that ran in spite of it, one at the target. At least
+    ``rules.n_refuting``, and more than half, must have reached ``rules.nearly_reached``.
     """
     n_reached = sum(share >= rules.nearly_reached for share in progress)
     if n_reached < rules.n_refuting or 2 * n_reached <= len(progress):
@@ -84,7 +89,10 @@ def _refuting_trials(progress: Sequence[float], rules: PrunerRules) -> str | Non
 
 
 def _most_in_a_row(progress: Sequence[float], rules: PrunerRules) -> int:
-    """Return after how many skipped trials in a row one runs: fewer if the last did well."""
+    """Return the number of skipped trials in a row after which one runs.
+
+    It is smaller if the last trial that ran in spite of the objection made good progress.
+    """
     did_well = bool(progress) and progress[-1] >= rules.half_way
     return max(1, rules.max_consecutive // (rules.sooner if did_well else 1))
 
@@ -92,7 +100,7 @@ def _most_in_a_row(progress: Sequence[float], rules: PrunerRules) -> int:
 def _warn_where_nothing_ran(
     trial: PlannedTrial, n_skipped: int, reason: str, rules: PrunerRules
 ) -> None:
-    """Warn where all trials of a study were skipped: predictions may be to blame."""
+    """Warn once if at least ``rules.n_skipped_to_warn`` trials, and no others, were skipped."""
     all_skipped = rules.n_skipped_to_warn <= n_skipped == len(trial.others)
     if all_skipped and not trial.predictor.observations:
         warn_that_nothing_ran(trial.study, n_skipped, reason)

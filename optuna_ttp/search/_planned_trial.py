@@ -1,4 +1,4 @@
-"""A trial before its first step: its configuration, what is predicted for it, and its study."""
+"""A trial before its first step: its configuration, its prediction and its study."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from optuna_ttp.study import Configuration
 
 
-# The bounds of the logarithm of the steps over the budget: no storage takes infinity.
+# The logarithm of steps over budget is clipped to this, because storages refuse infinity.
 _LARGEST_LOG_EXCESS = 50.0
 
-# What speaks against a trial, and the reason in words.
+# An objection to a trial, and its reason in words.
 Verdict = tuple[Objection, str]
 
 
@@ -42,9 +42,9 @@ class PlannedTrial:
         goal: The goal of the search.
         predictor: The predictor as the other trials have corrected it.
         configuration: The trial's hyperparameters.
-        budget_steps: The trial's limit in optimiser steps; infinity where it has none.
-        horizon: The limit with the tolerance, or the predictor's horizon where there is none.
-        prediction: What is predicted for the configuration within that horizon.
+        budget_steps: The trial's limit in optimiser steps; infinity if it has none.
+        horizon: The limit times the tolerance in steps; without a limit, the predictor's horizon.
+        prediction: The prediction for the configuration within that horizon.
     """
 
     study: Study
@@ -68,7 +68,7 @@ class PlannedTrial:
         configuration: Configuration,
         tolerance: float,
     ) -> PlannedTrial:
-        """Predict a trial up to its limit times the tolerance."""
+        """Predict a trial up to its limit times ``tolerance``, at least one step."""
         clipped = configuration.clipped(predictor.n_samples)
         budget_steps = float(goal.steps(predictor, np.array(clipped.batch_size)))
         horizon = predictor.max_steps if math.isinf(budget_steps) else tolerance * budget_steps
@@ -79,29 +79,29 @@ class PlannedTrial:
 
     @property
     def predicted_seconds(self) -> float:
-        """The predicted seconds; the predicted steps where the time of a step is not known."""
+        """The predicted seconds, or the predicted steps if the seconds per step are not known."""
         seconds = float(self.prediction.seconds)
         return float(self.prediction.steps) if math.isnan(seconds) else seconds
 
     @property
     def log_steps(self) -> float:
-        """Logarithm of the predicted steps, also beyond the horizon: the interval's middle."""
+        """Middle of the interval of the logarithm of predicted steps, also beyond the horizon."""
         steps_low, steps_high = self.prediction.steps_low, self.prediction.steps_high
         return 0.5 * float(np.log(steps_low) + np.log(steps_high))
 
     @property
     def log_excess(self) -> float:
-        """Logarithm of the predicted steps over the horizon, within bounds that storages take."""
+        """Logarithm of the predicted steps over the horizon, clipped to [-50, 50]."""
         steps = float(self.prediction.steps)
         log_steps = math.log(steps) if math.isfinite(steps) else self.log_steps
         excess = log_steps - math.log(self.horizon)
         return float(np.clip(excess, -_LARGEST_LOG_EXCESS, _LARGEST_LOG_EXCESS))
 
     def probability_within(self, ratio: float) -> float:
-        """Return the probability that the trial takes at most so many times its predicted time.
+        """Return the probability that the trial takes at most ``ratio`` times its predicted time.
 
-        The logarithm of the time is normally distributed; its standard deviation is that of the
-        80 % interval, one where the interval is not finite.
+        The logarithm of the time is normally distributed; its standard deviation comes from the
+        80 % interval, and is one if that is not finite.
         """
         width = float(np.log(self.prediction.steps_high) - np.log(self.prediction.steps_low))
         sd = max(width / (2.0 * Z_90), 1e-6) if math.isfinite(width) else 1.0

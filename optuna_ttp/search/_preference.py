@@ -1,4 +1,4 @@
-"""Which configurations to try next, from what is expected of them and what was seen."""
+"""The preference among configurations, by their forecasts and by the study's values."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from optuna_ttp.search._surrogate import Surrogate
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What the trials of a study say about configurations.
+    """The configurations and values of a study's trials.
 
     Attributes:
         tried: All configurations that ran, run or were skipped.
-        known: Those of them that have a value.
-        values: Their values, smaller is better, shape ``(k,)``; infinite where training failed.
+        known: The k tried configurations that have a value.
+        values: The values of ``known``, smaller is better, shape ``(k,)``; infinite for a trial
+            that the pruner stopped or whose training failed.
     """
 
     tried: Candidates
@@ -34,10 +35,11 @@ class Evidence:
 class Preference:
     """How good configurations are expected to be, in nats, from predictions and from values.
 
-    The pool has candidates of the whole search space, and the forecast is theirs; ``expected``
-    gives the forecast of other candidates. What is searched for is a time to the target
-    (``is_time``) or a metric. A metric does not get better behind the depth
-    ``best_depth`` of the training loss. ``cooling`` is the exponent of the cost.
+    ``pool`` has candidates of the whole search space, ``forecast`` is their forecast, and
+    ``expected`` computes the forecast of other candidates. The goal is a time to the target
+    (``is_time``) or a metric. A metric gets no better once the depth of the training loss, the
+    logarithm of the initial loss over the loss, exceeds ``best_depth``. ``cooling`` is the
+    exponent of the cost.
     """
 
     def __init__(
@@ -95,10 +97,11 @@ class Preference:
     def weigh(
         self, candidates: Candidates, forecast: Forecast | None = None
     ) -> NDArray[np.float64]:
-        """Return what to add to the logarithm of how good a base sampler finds candidates.
+        """Return nats to add to a base sampler's log acquisition values of K candidates, ``(K,)``.
 
-        In nats, shape ``(K,)``: the predicted merit and the logarithm of the probability of
-        success; where a metric is searched for also the logarithms of stability and cost.
+        They are the predicted merit plus the logarithm of the probability of success; if the goal
+        is a metric, minus penalties of an unstable learning rate, of the lag of momentum and of
+        the cost. ``forecast`` is the forecast of the candidates, computed by default.
         """
         if not len(candidates):
             return np.zeros(0)
@@ -109,15 +112,15 @@ class Preference:
         # Training that recovers from loss spikes may fit the data, and generalises worse.
         merit = merit - np.logaddexp(0.0, 2.0 * np.log(forecast.stability / self._rules.unsteady))
         merit = merit - self._rules.lag_nats * np.minimum(forecast.lag / self._rules.lag, 1.0)
-        # Cost cooling (Lee et al., 2020): the less is left to spend, the less cost counts.
+        # Cost cooling (Lee et al., 2020): cost counts less when less of the budget is left.
         merit = merit - self._cooling * (forecast.log_cost - self._median_cost)
         return merit + forecast.log_success
 
     def _metric_merit(self, candidates: Candidates, forecast: Forecast) -> NDArray[np.float64]:
         """Return how good the metrics of K candidates are expected to be, in nats, ``(K,)``.
 
-        By the rank of the predicted depth, and of the Gaussian process as far as it has proved
-        right.
+        The rank of the predicted depth counts, and the rank by the Gaussian process with the
+        weight of its skill.
         """
         merit = self._agreement * self._ranked(forecast)
         if self._surrogate is None:
@@ -131,19 +134,18 @@ class Preference:
         return (1.0 - share) * merit + 2.0 * share * learned
 
     def is_tried(self, candidates: Candidates) -> NDArray[np.bool_]:
-        """Return which candidates are what was tried, or nearly so, shape ``(K,)``."""
+        """Return a mask of the candidates within ``rules.same`` of a tried one, shape ``(K,)``."""
         if self._tried is None or not len(candidates):
             return np.zeros(len(candidates), dtype=bool)
         distance, _ = self._tried.query(candidates.coordinates, p=math.inf)
         return np.asarray(distance < self._rules.same)
 
     def best(self, n: int, *, repeat: bool) -> list[int]:
-        """Return up to ``n`` places in the pool to try next, spread out, best first.
+        """Return indices of up to ``n`` candidates of the pool to try next, best first.
 
-        Cheap candidates that are predicted to succeed and lie far from what was tried, in the
-        manner of the cost-effective initial design of CArBO (Lee et al., 2020, "Cost-aware
-        Bayesian optimization", arXiv 2003.10870, section 4). With ``repeat``, what was tried may
-        be tried again.
+        Candidates that score high and lie far from tried ones come first, as in the cost-effective
+        initial design of CArBO (Lee et al., 2020, "Cost-aware Bayesian optimization", arXiv
+        2003.10870, section 4). Tried ones are left out unless ``repeat`` holds or all were tried.
         """
         from scipy.spatial import cKDTree
 
@@ -166,8 +168,8 @@ class Preference:
         return chosen
 
     def _timed(self, forecast: Forecast) -> NDArray[np.float64]:
-        """Return by how many standard deviations each is slower than the fastest, negative."""
-        # What is never reached is no better than the slowest that is.
+        """Return ``(fastest - log time) / sd`` of K candidates in nats, shape ``(K,)``."""
+        # A candidate that never reaches the target counts as the slowest one that does.
         reached = self._sorted[np.isfinite(self._sorted)]
         slowest = -reached[0] if len(reached) else 0.0
         fastest = -reached[-1] if len(reached) else 0.0
@@ -175,18 +177,25 @@ class Preference:
         return (fastest - logs) / forecast.sd
 
     def _raw_merit(self, forecast: Forecast) -> NDArray[np.float64]:
-        """Return what candidates are ranked by, larger is better: their speed or their depth."""
+        """Return the number by which K candidates are ranked, larger is better, shape ``(K,)``.
+
+        It is minus the logarithm of the seconds, or the depth of the loss up to a saturation.
+        """
         if self._is_time:
             return -forecast.log_seconds
         return np.minimum(forecast.depth, min(self._best_depth, self._rules.saturated_depth))
 
     def _ranked(self, forecast: Forecast) -> NDArray[np.float64]:
-        """Return nats from the rank among the pool, zero for the best."""
+        """Return nats by the rank in the pool, ``-rank_nats`` to zero for the best, ``(K,)``."""
         rank = np.searchsorted(self._sorted, self._raw_merit(forecast), side="right")
         return np.asarray(self._rules.rank_nats * (rank / len(self.pool) - 1.0))
 
     def _features(self, candidates: Candidates, forecast: Forecast) -> NDArray[np.float64]:
-        """Return what a metric depends on, shape ``(K, 3)``: depth, stability and noise."""
+        """Return the depth of the loss and the logarithms of stability and gradient noise.
+
+        They are the Gaussian process's features of K candidates, shape ``(K, 3)``; the noise is
+        ``learning rate / (1 - momentum) / batch size``.
+        """
         return np.stack(
             [
                 forecast.depth,

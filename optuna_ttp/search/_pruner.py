@@ -67,42 +67,42 @@ _logger = get_logger("optuna.ttp.pruner")
 
 # The constraint that says by how much a trial is predicted to exceed its budget.
 CONSTRAINT = "ttp_budget"
-# Trials that run in spite of their prediction only because skipping must not go on are stopped
-# once they cannot win any more; those that are to show what skipping costs run to their end.
+# Trials with these overrides are stopped once an observation shows that they cannot win. Trials of
+# an audit and of shadow mode run to their end, because they measure the cost of skipping.
 _UNWILLING = (Override.TURN, Override.REFUTED, Override.UNTRUSTED)
 
 
 class TTPPruner(BasePruner):
     """Stops hopeless trials: before their first step by prediction, then by their own curve.
 
-    **Before the first step** a trial is skipped where training is predicted to diverge; to miss
-    the target within the trial's budget; to cost more than a multiple of what the best trial was
-    predicted to cost (:class:`~optuna_ttp.PrunerRules`); or not to fit into what is left of the
-    study's budget. With :class:`~optuna_ttp.BestMetric` a trial that is predicted to miss the
-    target runs all the same where its training loss is predicted to get as low as that of any
-    among the best quarter of the completed trials: the target is not what their value depends on.
+    **Before the first step** a trial is skipped if its training is predicted to diverge, to miss
+    the target within the trial's budget, to cost more than a multiple of the best trial's
+    predicted cost (:class:`~optuna_ttp.PrunerRules`), or to exceed the rest of the study's budget.
+    With :class:`~optuna_ttp.BestMetric` a trial that is predicted to miss the target still runs if
+    its training loss is predicted to get as low as that of one of the best quarter of the
+    completed trials, because their values do not depend on the target.
 
-    The decision is made the first time that the objective calls ``trial.should_prune()``: call it
-    once the hyperparameters are suggested, before training, or the steps before that call are
-    paid for. A :exc:`~optuna_ttp.CallOrderWarning` says so where it is called too early.
+    The decision is made when the objective first calls ``trial.should_prune()``: call it after the
+    hyperparameters are suggested and before training, or the steps before that call cannot be
+    saved. A :exc:`~optuna_ttp.CallOrderWarning` warns of a call that is too early.
 
-    **During training**, where the objective records its loss with
-    :class:`~optuna_ttp.TrainingLog`, the time that is left is predicted from the trial's own
-    curve after a fifth of the steps that it may take, and the trial is stopped once its chance to
-    reach the target, or to get as far as those best trials, within its budget is below two per
-    cent; with :class:`~optuna_ttp.FastestToTarget` also once its chance to be faster than the best
-    trial is. A trial is also stopped once its loss has been back where it began for as long as it
-    was below, and for twice the time in which it was predicted to be halved. Two facts, which are
-    no predictions, stop trials whatever is thought of predictions: that the loss has been infinite
-    or NaN for three steps and more; and, with :class:`~optuna_ttp.FastestToTarget`, that more time
-    has passed than the fastest trial took, by the seconds of their steps as they were measured, or
-    with the same batch size. Otherwise the wrapped pruner decides.
+    **During training**, if the objective records its loss with
+    :class:`~optuna_ttp.TrainingLog`, the remaining time is predicted from the trial's own curve
+    after a fifth of its budget. The trial is stopped once its chance to reach the target (or the
+    loss of those best trials) within its budget is below two per cent; with
+    :class:`~optuna_ttp.FastestToTarget` also once its chance to be faster than the best trial is.
+    A trial is also stopped if its loss has returned to the initial loss and stayed there for as
+    long as it was below, and for twice the time in which it was predicted to be halved. Two
+    observations stop trials even if predictions are not trusted: the loss has been infinite or NaN
+    for at least three steps; or, with :class:`~optuna_ttp.FastestToTarget`, the trial has taken
+    longer than the fastest trial, by measured seconds per step or at the same batch size.
+    Otherwise the wrapped pruner decides.
 
-    Of any eleven trials in a row at least one runs, whatever is predicted. No trial is skipped
-    while predictions prove worse than a rule of thumb, nor for a reason that was given for trials
-    which ran nevertheless and mostly reached the target. A trial that runs in spite of its
-    prediction is stopped by those two facts only, and one that is drawn for an audit by nothing.
-    :class:`~optuna_ttp.PrunerRules` has these numbers.
+    Of any eleven trials in a row at least one runs. No trial is skipped while predictions are
+    less accurate than a rule of thumb, nor for a reason in spite of which other trials ran and
+    mostly reached the target. A trial that runs in spite of its prediction is stopped by those two
+    observations only, and a trial of an audit by nothing. :class:`~optuna_ttp.PrunerRules` has
+    these numbers.
 
     Example:
         >>> def objective(trial):
@@ -116,24 +116,24 @@ class TTPPruner(BasePruner):
         predictor:
             Predicts the training time of a configuration.
         goal:
-            What is searched for, and what a trial and the study may take:
-            :class:`~optuna_ttp.BestMetric` or :class:`~optuna_ttp.FastestToTarget`. By default it
-            is that of the study's :class:`~optuna_ttp.TTPSampler`; where neither has one, trials
-            are compared by the study's own values, and a warning says so.
+            The goal of the search with its limits: :class:`~optuna_ttp.BestMetric` or
+            :class:`~optuna_ttp.FastestToTarget`. By default the goal of the study's
+            :class:`~optuna_ttp.TTPSampler`; if neither has one, trials are compared by the study's
+            own values, and a warning is given.
         wrapped_pruner:
             Any pruner of Optuna, which is asked about running trials. None by default.
         hyperparameters:
-            Which trial parameter is which hyperparameter. The parameters ``"learning_rate"``,
+            The map from trial parameters to hyperparameters. The parameters ``"learning_rate"``,
             ``"batch_size"`` and ``"momentum"`` by default.
         shadow:
-            Write down what would have been decided, and stop nothing. Off by default. The wrapped
-            pruner decides as ever.
+            Record the decisions with the trials, but stop no trial. Off by default. The wrapped
+            pruner is still asked.
         constraint:
-            Set the constraint ``"ttp_budget"`` of every trial (with Optuna 5): the logarithm of
-            its predicted steps over its budget, for samplers that heed constraints. Trials above
-            zero do not count as feasible. Off by default.
+            Set the constraint ``"ttp_budget"`` of every trial (with Optuna 5), the logarithm of
+            its predicted steps over its budget times the tolerance, for samplers that use
+            constraints. A trial is feasible if it is not above zero. Off by default.
         seed:
-            Of the draws that choose trials for the audit. Zero by default.
+            The seed of the draws that choose trials for the audit. Zero by default.
         rules:
             Settings for experts, such as the tolerance and the share of audits.
 
@@ -181,7 +181,7 @@ class TTPPruner(BasePruner):
         self._has_logged_names = False
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Decide about a trial; where nothing speaks against it, ask the wrapped pruner.
+        """Decide about a trial, record the decision with it, and else ask the wrapped pruner.
 
         Args:
             study:
@@ -190,7 +190,7 @@ class TTPPruner(BasePruner):
                 The running trial.
 
         Returns:
-            Whether to stop the trial.
+            True if the trial should stop, by this pruner or by the wrapped one.
 
         Raises:
             ValueError:
@@ -224,7 +224,7 @@ class TTPPruner(BasePruner):
                 The trial of the objective.
 
         Returns:
-            Whether to stop it, and why. Of a finished trial: what was decided before it ended.
+            The decision with its reason. For a finished trial, the decision before it ended.
 
         Raises:
             TypeError:
@@ -244,7 +244,7 @@ class TTPPruner(BasePruner):
         return decision
 
     def _decision(self, study: Study, trial: FrozenTrial) -> Decision:
-        """Decide about a trial: before its first step, and again as its curve grows."""
+        """Decide about a trial before its first step, and again as its loss curve grows."""
         if trial.state.is_finished():
             return self._decision_about_finished(trial)
         decided = remembered(study, self, trial)
@@ -256,7 +256,7 @@ class TTPPruner(BasePruner):
         return decided.decision
 
     def _decision_about_finished(self, trial: FrozenTrial) -> Decision:
-        """Return what was decided about a trial before it ended."""
+        """Return the last decision before a trial ended; it does not prune if there is none."""
         record = decision_of(trial)
         if record is None:
             reason = f"trial {trial.number} has ended, and nothing was decided before"
@@ -264,9 +264,9 @@ class TTPPruner(BasePruner):
         return DecidedTrial.of(None, record, shadow=self._shadow).decision
 
     def _first_decision(self, study: Study, trial: FrozenTrial) -> DecidedTrial:
-        """Return what another process has decided already, or decide and write it down."""
+        """Return a trial's stored decision, or decide before its first step and store that."""
         trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
-        # The storage knows where another process asked before, as ask-and-tell may do.
+        # With ask-and-tell another process may have decided and stored its decision.
         stored = next((t for t in trials if t.number == trial.number), None)
         record = None if stored is None else record_of(stored)
         if record is not None and record.decision is not None and record.prediction is not None:
@@ -302,7 +302,7 @@ class TTPPruner(BasePruner):
     def _run_without_prediction(
         self, study: Study, trial: FrozenTrial, others: Sequence[FrozenTrial]
     ) -> DecidedTrial:
-        """Let a trial run whose hyperparameters are not known, and say what may be wrong."""
+        """Let a trial without known hyperparameters run, store that, and warn of likely causes."""
         warn_of_early_call(study, trial, others, self._map)
         if self._map == HyperparameterMap() and trial.params and not self._has_logged_names:
             self._has_logged_names = True
@@ -318,7 +318,7 @@ class TTPPruner(BasePruner):
         return DecidedTrial.of(None, decision, shadow=self._shadow, n_params=n_params)
 
     def _decision_before_training(self, trial: PlannedTrial) -> DecisionRecord:
-        """Skip a trial that something speaks against, unless it has a reason to run."""
+        """Return the decision to skip a trial with an objection but no override, or to run it."""
         verdict = objection_to(trial, self._rules)
         if verdict is None:
             return DecisionRecord(Action.RUN, trial.prediction.summary)
@@ -331,7 +331,10 @@ class TTPPruner(BasePruner):
         return DecisionRecord(Action.RUN, f"{text}, although {reason}", objection, kind)
 
     def _decide_by_curve(self, study: Study, trial: FrozenTrial, decided: DecidedTrial) -> None:
-        """Decide again once a running trial has recorded more of its curve."""
+        """Stop a running trial, changing ``decided``, if its newly recorded loss curve says so.
+
+        Nothing happens without a prediction or new losses, or if an override forbids the stop.
+        """
         if decided.prediction is None or self._rules.min_chance == 0.0:
             return
         trial = as_logged(study, trial)
@@ -359,8 +362,11 @@ class TTPPruner(BasePruner):
         stop_reason: StopReason,
         seconds_per_step: float,
     ) -> None:
-        """Stop a running trial, or write down in shadow mode that it would have been stopped."""
-        # What it runs in spite of stays known: whether that was right is seen by its curve.
+        """Change ``decided`` to stop a running trial and store that; in shadow mode only note it.
+
+        ``seconds_per_step`` turns the steps that are saved into seconds, NaN if unknown.
+        """
+        # An earlier objection is kept, so that its correctness can be judged by the curve.
         objection = decided.record.objection or Objection.CHANCE
         decision = replace(decided.record, objection=objection)
         if self._shadow:

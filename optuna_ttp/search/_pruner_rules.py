@@ -1,4 +1,4 @@
-"""The tuned numbers of the pruner, each with what it was chosen on."""
+"""The tuned numbers of the pruner, each with the evidence for its value."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from optuna_ttp.study import ThrownBackRules
 
 @dataclass(frozen=True)
 class RunningTrialRules:
-    """The tuned numbers behind whether a running trial still has a chance.
+    """The tuned numbers that decide when a running trial is stopped.
 
     Attributes:
-        earliest: No trial is stopped by its own curve before so large a share of the steps that
-            it may take. Not ablated yet.
-        nearly_done: A trial runs to its end where so large a share of its steps is left, or was
-            too much: there is nothing to save any more. Not ablated yet.
-        n_not_finite: Steps without a finite loss after which none is to be expected: weights that
-            are NaN stay it, a single loss may be that of a batch that overflowed.
-        thrown_back: When the loss is back where it began and will not come down.
+        earliest: Smallest share of the allowed steps after which a trial is stopped by its own
+            curve. Not ablated yet.
+        nearly_done: A trial is not stopped if its steps differ from its budget by at most this
+            share of the budget, because almost nothing can be saved. Not ablated yet.
+        n_not_finite: Steps in a row without a finite loss after which a trial is stopped: weights
+            that are NaN remain NaN, but one such loss may come from a batch that overflowed.
+        thrown_back: The rules of a loss that returned to its initial value and stays there.
     """
 
     earliest: float = 0.2
@@ -40,46 +40,47 @@ class PrunerRules:
 
     Args:
         tolerance:
-            Skip only what is predicted to take more than so many times a trial's limit, because
-            predictions are not exact. 1.5 by default.
+            The factor of a trial's limit up to which its predicted steps do not count against it,
+            because predictions are not exact. 1.5 by default.
         min_probability:
-            Skip what reaches the target within that with a smaller probability, before its first
-            step. 0.5 by default: what is more likely to miss it.
+            Skip a trial before its first step if its probability of reaching the target within
+            the limit times the tolerance is smaller. 0.5 by default.
         min_probability_at_first:
-            The same with :class:`~optuna_ttp.FastestToTarget` while no trial has completed. 0.2
-            by default: trials with at least 20 % probability are not skipped for this reason,
-            because one of them may be the only one that gets to the target. Not ablated yet.
+            The probability that replaces ``min_probability`` if it is smaller, with
+            :class:`~optuna_ttp.FastestToTarget` while no trial has completed: a trial that is
+            unlikely to reach the target may be the only one that does. 0.2 by default. Not
+            ablated yet.
         max_cost_ratio:
-            Skip what is predicted to take more than so many times what the best trial was
-            predicted to take. No limit by default.
+            Skip a trial if its predicted seconds are more than this factor times those of the best
+            trial. No limit by default.
         min_chance:
-            Stop running trials whose chance is smaller. 0.02 by default; zero never does.
+            Stop a running trial if its chance of success is smaller. 0.02 by default; zero never
+            stops one.
         max_consecutive:
-            After so many skipped trials in a row one runs regardless, so that a study cannot
-            starve. Ten by default.
+            The number of skipped trials in a row after which one trial runs regardless, so that a
+            study always has trials that run. Ten by default.
         sooner:
-            After a trial that ran in spite of its prediction and got half of the way to the
-            target, the next one's turn comes so many times as soon. Three by default; not ablated
-            yet.
+            The divisor of ``max_consecutive`` after a trial that ran in spite of its prediction
+            made the progress ``half_way``. Three by default; not ablated yet.
         audit:
-            The share of those that were to be skipped which run anyway, drawn at random, so that
-            :func:`~optuna_ttp.report` can tell how often skipping is wrong. None by default.
+            The share of the trials to be skipped that run anyway, drawn at random, so that
+            :func:`~optuna_ttp.report` can tell how often skipping is wrong. Zero by default.
         n_refuting:
-            A reason to skip counts no more once so many trials that it was given for reached the
-            target, more than half of the newest that ran. Two by default; not ablated yet.
+            A reason to skip is ignored once this many trials that ran in spite of it reached the
+            target, and more than half of the newest ones. Two by default; not ablated yet.
         most_refuting:
-            How many of the newest count for that. Ten by default; not ablated yet.
+            The number of newest trials that count for that. Ten by default; not ablated yet.
         nearly_reached:
-            So large a share of the way to the target counts as reached. 0.9 by default; not
-            ablated yet.
+            The share of the progress to the target, by the logarithm of the loss, that counts as
+            reached. 0.9 by default; not ablated yet.
         half_way:
-            So large a share of the way makes the next turn come sooner. 0.5 by default; not
-            ablated yet.
+            The share of the progress to the target from which ``sooner`` applies. 0.5 by default;
+            not ablated yet.
         n_skipped_to_warn:
-            Where so many trials were all skipped, a warning says that nobody knows whether
-            predictions are right. Five by default.
+            The least number of trials, all of them skipped, at which a warning says that
+            predictions are still unchecked. Five by default.
         running_trial:
-            The numbers behind whether a running trial still has a chance.
+            The numbers that decide when a running trial is stopped.
 
     Raises:
         ValueError:

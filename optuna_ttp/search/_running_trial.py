@@ -1,4 +1,4 @@
-"""Whether a running trial still has a chance, by the curve of its own training loss."""
+"""The check of whether a running trial can still succeed, by its own training-loss curve."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StopReason:
-    """Why a running trial is given up.
+    """The reason why a running trial is stopped.
 
     Attributes:
         text: The reason in words.
-        is_observed: Whether it is what was seen, and not a prediction.
-        steps_left: The steps that the trial would have gone on for.
-        log_sd: Standard deviation of their logarithm.
+        is_observed: True if the reason is an observation, False if it is a prediction.
+        steps_left: The predicted steps that the trial would still have taken; NaN if unknown.
+        log_sd: Standard deviation of the logarithm of ``steps_left``.
     """
 
     text: str
@@ -52,13 +52,13 @@ class StopReason:
 
 @dataclass(frozen=True)
 class _Limit:
-    """What a running trial has to reach, and in how many steps.
+    """The aim of a running trial, and the number of steps in which it must be reached.
 
     Attributes:
         steps: The number of steps.
-        text: What has to be reached, in words.
-        note: What the number of steps comes from, in words.
-        is_measured: Whether the number of steps is what was seen, and not a prediction.
+        text: The aim, in words.
+        note: The origin of the number of steps, in words; empty if it is the trial's budget.
+        is_measured: True if the number of steps is an observation, False if it is predicted.
     """
 
     steps: float
@@ -68,7 +68,7 @@ class _Limit:
 
 
 def lost_for_good(trial: FrozenTrial, rules: PrunerRules) -> StopReason | None:
-    """Return why a trial is lost whose loss has not been finite for several steps."""
+    """Return a stop reason if a trial's last losses were not finite for several steps, or None."""
     n_steps = lost_steps(trial)
     if n_steps < rules.running_trial.n_not_finite:
         return None
@@ -78,7 +78,7 @@ def lost_for_good(trial: FrozenTrial, rules: PrunerRules) -> StopReason | None:
 
 @dataclass(frozen=True, eq=False)
 class RunningTrialCheck:
-    """Checks running trials of a study: is there still a chance, and enough of it?
+    """Checks whether running trials of a study can still succeed.
 
     Attributes:
         study: The study.
@@ -95,7 +95,10 @@ class RunningTrialCheck:
     def stop_reason(
         self, trial: FrozenTrial, prediction: PredictionRecord, curve: LossCurve
     ) -> StopReason | None:
-        """Return why a trial has no chance; None where it has one, or nobody knows."""
+        """Return why a trial has no chance to succeed, or None if it has one or this is unknown.
+
+        ``prediction`` was made before the trial, ``curve`` is its training-loss curve so far.
+        """
         running = observation_of(trial, prediction, InitialLoss.of(self.predictor))
         if not isinstance(running, Observation):
             return None
@@ -112,10 +115,11 @@ class RunningTrialCheck:
         return reason or self._thrown_back(running, curve, budget)
 
     def _aim(self, trials: Sequence[FrozenTrial]) -> tuple[float, str]:
-        """Return the depth that a running trial has to reach, and what that is in words.
+        """Return the depth that a running trial has to reach, and that aim in words.
 
-        Where a metric is searched for the depth is infinite before a trial has completed: nobody
-        knows whether the best ones reach the target.
+        The depth is the logarithm of initial loss over loss: the target's, or for a metric that
+        of the best ``trials`` if it is smaller. For a metric it is infinite, and stops no trial,
+        before a trial with a curve has completed.
         """
         target = self.predictor.target_depth
         if self.goal.is_time:
@@ -128,7 +132,7 @@ class RunningTrialCheck:
     def _limit(
         self, trials: Sequence[FrozenTrial], running: Observation, budget: float, aim: str
     ) -> _Limit:
-        """Return how many steps a trial may take: its budget, or what the fastest one took."""
+        """Return the limit of a trial: its budget, or the time of the fastest trial if smaller."""
         limit = _Limit(budget, f"{aim} within its budget of {budget:,.0f} steps")
         if not self.goal.is_time:
             return limit
@@ -147,7 +151,11 @@ class RunningTrialCheck:
         limit: _Limit,
         budget: float,
     ) -> StopReason | None:
-        """Return why a trial does not get to a depth within its limit, if it does not."""
+        """Return why a trial will not reach a depth within its limit of steps, or None.
+
+        Either it has already taken longer than the fastest trial, or the chance by its predicted
+        remaining steps is below ``rules.min_chance`` and predictions are trusted.
+        """
         n_steps = running.n_steps
         remaining = self.predictor.remaining_steps(running, prediction.configuration, depth)
         if limit.note and n_steps >= limit.steps:
@@ -171,7 +179,7 @@ class RunningTrialCheck:
     def _thrown_back(
         self, running: Observation, curve: LossCurve, budget: float
     ) -> StopReason | None:
-        """Return why a trial is given up whose loss is back where it began, if it is."""
+        """Return a stop reason if a trial's loss is back at its initial value, else None."""
         early = curve.n_steps < self.rules.running_trial.earliest * budget
         if (early and math.isfinite(budget)) or not self.predictor.calibration.trusted:
             return None
@@ -187,7 +195,7 @@ class RunningTrialCheck:
 
 
 def _chance(remaining: tuple[float, float], steps: float) -> float:
-    """Return the probability that so many steps are enough.
+    """Return the probability that a trial needs at most ``steps`` further steps.
 
     ``remaining`` has the predicted steps and the standard deviation of their logarithm.
     """

@@ -1,4 +1,4 @@
-"""The sampler: predicted time and success weigh what its base sampler finds good."""
+"""The sampler: a base sampler weighted by predicted time and probability of success."""
 
 from __future__ import annotations
 
@@ -73,46 +73,44 @@ if TYPE_CHECKING:
 
 _logger = get_logger("optuna.ttp.sampler")
 
-# Samplers whose acquisition function can be weighed.
+# Samplers to whose acquisition function weights can be added.
 _WEIGHED = (GPSampler, TPESampler)
-# Samplers that do without being asked about some trials. Their first ones may be ours.
+# Samplers that need not be asked about every trial, so that the design can replace them at first.
 _PATIENT = (RandomSampler, TPESampler, GPSampler, CmaEsSampler)
 # Samplers whose independent proposals are random draws that do not depend on each other.
 _INDEPENDENT = (*_PATIENT, NSGAIIISampler, NSGAIISampler, QMCSampler)
 
 
 class TTPSampler(BaseSampler):
-    """Weighs what its base sampler finds good by predicted time and probability of success.
+    """Weights its base sampler's proposals by predicted time and probability of success.
 
     The first trials are a cheap, spread-out design among the configurations that are predicted to
     reach the target (the cost-effective initial design of CArBO: Lee et al., 2020, "Cost-aware
-    Bayesian optimization", arXiv 2003.10870). Then predictions are a prior of where the optimum is
-    (piBO: Hvarfner et al., 2022, "piBO: Augmenting acquisition functions with user beliefs for
-    Bayesian optimization", arXiv 2204.11051):
-    ``log a(x) + w_n (m(x) + log p(x) - alpha log c(x))`` with the base sampler's acquisition
-    function ``a``; how good ``m`` the configuration is predicted to be; the probability ``p`` that
-    training neither diverges nor misses the target; the predicted cost ``c``, whose exponent
-    ``alpha`` is the share of the study's budget that is left (cost cooling, CArBO section 3); and
-    a weight ``w_n`` that falls with the number of trials ``n``, and with the measured trust in
-    predictions (see :class:`~optuna_ttp.Calibration`). A share of the trials after the design is
-    left to the base sampler. So are all once predictions turn out neither to rank the trials that
-    ran nor to come close.
+    Bayesian optimization", arXiv 2003.10870). Then predictions are a prior of the optimum (piBO:
+    Hvarfner et al., 2022, "piBO: Augmenting acquisition functions with user beliefs for Bayesian
+    optimization", arXiv 2204.11051): the configuration ``x`` with the largest
+    ``log a(x) + w_n (m(x) + log p(x) - alpha log c(x))`` is chosen. Here ``a`` is the base
+    sampler's acquisition function; ``m`` the predicted merit; ``p`` the probability that training
+    neither diverges nor misses the target; ``c`` the predicted cost, whose exponent ``alpha`` is
+    the share of the study's budget that is left (cost cooling, CArBO section 3); and ``w_n`` a
+    weight that is the measured trust in predictions (see :class:`~optuna_ttp.Calibration`) and
+    falls with the number of trials ``n``. The base sampler alone decides about a share of the
+    trials after the design, and about all trials while predictions are not trusted.
 
-    Two questions can be asked. With :class:`~optuna_ttp.FastestToTarget`, which configuration is
-    the fastest to the predictor's target: ``m`` is the logarithm of the predicted time, in units
-    of its error. With :class:`~optuna_ttp.BestMetric`, which one is best at the end of a trial's
-    budget: ``m`` ranks configurations by the depth that their training loss is predicted to get to
-    by then, up to where the validation loss is predicted to turn; as values come in, a Gaussian
-    process of the values over
-    predicted depth, stability and noise takes its place, as far as it proves right. A trial that
-    :class:`~optuna_ttp.TTPPruner` stopped, or whose training loss became infinite or NaN, counts
-    as one of the worst.
+    With :class:`~optuna_ttp.FastestToTarget` the merit ``m`` is minus the logarithm of the
+    predicted time to the target, in units of its error, and the cost is left out. With
+    :class:`~optuna_ttp.BestMetric` it is the rank of the predicted depth (the logarithm of initial
+    loss over loss) of the training loss at the end of a trial's budget, up to the depth at which
+    the validation loss is predicted to be lowest. As values come in, a Gaussian process of the
+    values over predicted depth, stability and gradient noise replaces it, weighted by its skill. A
+    trial that :class:`~optuna_ttp.TTPPruner` stopped, or whose training loss became infinite or
+    NaN, counts as one of the worst.
 
-    :class:`~optuna.samplers.TPESampler` and :class:`~optuna.samplers.GPSampler` are weighed in one
-    pass over their own candidates. Of others the independent proposals are drawn a few times, and
-    the best of them is taken; their relative proposals are used as they are. Parameters other than
-    learning rate, batch size and momentum are the base sampler's; in a search space that has none
-    of the three, this sampler is its base sampler.
+    :class:`~optuna.samplers.TPESampler` and :class:`~optuna.samplers.GPSampler` are weighted in
+    one pass over their own candidates. Other base samplers draw several independent proposals, of
+    which the best is taken; their relative proposals are used unchanged. Parameters other than
+    learning rate, batch size and momentum are left to the base sampler; in a search space without
+    these three, the base sampler decides alone.
 
     Example:
         >>> study = optuna.create_study(
@@ -123,27 +121,27 @@ class TTPSampler(BaseSampler):
         predictor:
             Predicts the training time of a configuration.
         goal:
-            What is searched for, and what a trial and the study may take:
-            :class:`~optuna_ttp.BestMetric` or :class:`~optuna_ttp.FastestToTarget`. By default it
-            is that of the study's :class:`~optuna_ttp.TTPPruner`; where neither has one, trials
-            are compared by the study's own values, and a warning says so.
+            The goal of the search with its limits: :class:`~optuna_ttp.BestMetric` or
+            :class:`~optuna_ttp.FastestToTarget`. By default the goal of the study's
+            :class:`~optuna_ttp.TTPPruner`; if neither has one, trials are compared by the study's
+            own values, and a warning is given.
         base_sampler:
             Any sampler of Optuna. A :class:`~optuna.samplers.TPESampler` with the same seed by
             default.
         hyperparameters:
-            Which trial parameter is which hyperparameter. The parameters ``"learning_rate"``,
+            The map from trial parameters to hyperparameters. The parameters ``"learning_rate"``,
             ``"batch_size"`` and ``"momentum"`` by default.
         search_space:
             Distributions of the parameters that the map reads, so that they are chosen together
             from the first trial on. By default they are taken from the finished trials.
         allow_duplicates:
-            Whether a configuration that ran may be proposed again, as makes sense where the
-            objective is noisy. Off by default. Where the search space has other parameters, the
-            three may be proposed again with other values of those.
+            True if a configuration that ran may be proposed again, as for a noisy objective. Off
+            by default. In a search space with other parameters, a learning rate, batch size and
+            momentum may always be proposed again with other values of those.
         seed:
-            Of the design and of the draws that leave trials to the base sampler, and of the
-            default base sampler. Where a study goes on with a new sampler, the number of its
-            first trial counts, too. Random by default.
+            The seed of the design, of the draws that leave trials to the base sampler, and of the
+            default base sampler. A sampler that joins a study after its first trial also uses the
+            number of its own first trial. Random by default.
         rules:
             Settings for experts, such as the length of the design.
 
@@ -199,10 +197,10 @@ class TTPSampler(BaseSampler):
         self._base.reseed_rng()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Pass the call on to the base sampler.
+        """Warn of a goal that does not fit the study, and call the base sampler's method.
 
-        A sampler that joins a study after its first trial draws other random numbers than the one
-        that began it with the same seed: it would propose the same again.
+        A sampler that joins a study after its first trial reseeds itself from its seed and the
+        trial's number, because the same seed alone would propose the same trials again.
 
         Args:
             study:
@@ -233,7 +231,7 @@ class TTPSampler(BaseSampler):
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """Return the base sampler's search space and the parameters that the map reads.
+        """Return the base sampler's search space joined with the parameters that the map reads.
 
         Args:
             study:
@@ -242,7 +240,7 @@ class TTPSampler(BaseSampler):
                 The new trial.
 
         Returns:
-            Distributions by name.
+            Distributions by the name of the parameter.
         """
         space = self._base.infer_relative_search_space(study, trial)
         return {**self._space_of_map(study), **space}
@@ -250,7 +248,7 @@ class TTPSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Choose a configuration.
+        """Choose the values of a new trial's parameters.
 
         Args:
             study:
@@ -258,12 +256,13 @@ class TTPSampler(BaseSampler):
             trial:
                 The new trial.
             search_space:
-                What :meth:`infer_relative_search_space` returned.
+                The result of :meth:`infer_relative_search_space`.
 
         Returns:
-            Values by name.
+            Values by the name of the parameter. A parameter that is left out is sampled
+            independently once the trial suggests it.
         """
-        # What the base sampler would get without us, in its own order: its draws depend on it.
+        # The base sampler gets its own search space in its own order: its draws depend on it.
         inferred = self._base.infer_relative_search_space(study, trial)
         base_space = {name: search_space[name] for name in inferred if name in search_space}
         choice = self._choice(study, trial, search_space)
@@ -287,7 +286,7 @@ class TTPSampler(BaseSampler):
                 return self._complete(study, trial, search_space, relative or chosen or {})
         relative = self._base.sample_relative(study, trial, base_space)
         if relative or not isinstance(base, _INDEPENDENT):
-            # Where a parameter is left out, the base sampler is asked once the trial suggests it.
+            # If a parameter is left out, the base sampler is asked once the trial suggests it.
             return relative
         candidates = [
             self._complete(study, trial, search_space, {}) for _ in range(self._rules.n_candidates)
@@ -303,7 +302,7 @@ class TTPSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """Pass the call on to the base sampler.
+        """Return the base sampler's value of one parameter.
 
         Args:
             study:
@@ -313,7 +312,7 @@ class TTPSampler(BaseSampler):
             param_name:
                 The parameter's name.
             param_distribution:
-                Its distribution.
+                The parameter's distribution.
 
         Returns:
             The base sampler's value.
@@ -327,7 +326,7 @@ class TTPSampler(BaseSampler):
         state: TrialState,
         values: Sequence[float] | None,
     ) -> None:
-        """Write down what is predicted for the trial, unless the pruner did.
+        """Store a prediction with a trial that did not fail and has none; call the base sampler.
 
         Args:
             study:
@@ -335,9 +334,9 @@ class TTPSampler(BaseSampler):
             trial:
                 The trial that is about to finish.
             state:
-                Its state.
+                The state in which the trial will finish.
             values:
-                Its objective values.
+                The objective values of the trial.
 
         Raises:
             ValueError:
@@ -350,11 +349,11 @@ class TTPSampler(BaseSampler):
             self._base.after_trial(study, trial, state, values)
 
     def _record_prediction(self, study: Study, trial: FrozenTrial, state: TrialState) -> None:
-        """Write down what was to be expected of a trial for which the pruner predicted nothing."""
+        """Store a prediction of a finishing trial; warn if the study's pruner was never asked."""
         try:
             configuration = resolve_for_trial(self._map, study, trial)
         except MissingParameterError:
-            # A pruned trial may not have got as far as suggesting its parameters.
+            # A trial may have been pruned before it suggested its parameters.
             if state == TrialState.COMPLETE:
                 raise
             return
@@ -364,7 +363,7 @@ class TTPSampler(BaseSampler):
             warn_of_missing_call(study, trial)
         started = time.perf_counter()
         trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
-        # Nothing is learned from this trial itself.
+        # The prediction must not depend on this trial's own curve.
         others = [t for t in trials if t.number != trial.number]
         predictor = self._learner.informed(study, others)
         configuration = configuration.clipped(predictor.n_samples)
@@ -378,7 +377,7 @@ class TTPSampler(BaseSampler):
         write_record(study, trial, TrialRecord(trial.number, record, decision_of(trial)))
 
     def _space_of_map(self, study: Study) -> dict[str, BaseDistribution]:
-        """Return the distributions of the parameters that the map reads, where all are known."""
+        """Return the distributions of parameters that the map reads, or none if one is unknown."""
         if self._given_space is not None:
             return without_singles(self._given_space)
         if not isinstance(innermost_sampler(self._base), _INDEPENDENT):
@@ -388,7 +387,11 @@ class TTPSampler(BaseSampler):
     def _choice(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> Choice | None:
-        """Return how to choose a trial's parameters; None where the base sampler is to decide."""
+        """Return the choice of a trial's parameters, or None if the base sampler decides alone.
+
+        That is so if a parameter that the map reads is unknown, if the trial is left to
+        exploration, if predictions are not trusted, or if there is nothing to choose from.
+        """
         trials = trials_of(study, (*FINISHED, TrialState.RUNNING), since_asked=True)
         known_space = {**intersection(study, self), **(self._given_space or {})}
         settled = settled_params(study, trial, trials, self._base, known_space)
@@ -436,7 +439,7 @@ class TTPSampler(BaseSampler):
         )
 
     def _explores(self, n_before: int) -> bool:
-        """Draw whether a trial is left to the base sampler. The design spreads out by itself."""
+        """Draw True if the base sampler decides about a trial; the design is left out of it."""
         explores = self._rng.random() < self._rules.exploration
         after_design = n_before >= self._rules.n_design_trials
         return explores and (after_design or self._rules.exploration == 1.0)
@@ -449,10 +452,10 @@ class TTPSampler(BaseSampler):
         fixed: dict[str, Any],
         settled: dict[str, Any],
     ) -> Pool:
-        """Return the candidates of a search space with these values fixed, the same every time."""
+        """Return the candidates of a search space with these fixed values, made at first use."""
 
         def make() -> Candidates:
-            # The same ones again after the study was put aside.
+            # A new generator per pool gives the same candidates when the study is resumed.
             rng = np.random.default_rng(self._pool_seed)
             params = [{**settled, **p} for p in drawn(space, rng, self._rules)]
             return Candidates.of(params, partial(resolved, self._map, predictor))
@@ -462,16 +465,16 @@ class TTPSampler(BaseSampler):
     def _expected(
         self, goal: Goal, predictor: SearchPredictor, candidates: Candidates
     ) -> Forecast:
-        """Return what a predictor expects of candidates, for trials with the limits of a goal."""
+        """Return a predictor's forecast of candidates for trials with the limits of a goal."""
         limit = goal.steps(predictor, candidates.batch_size)
         rules = self._rules.forecast
         return Forecast.of(predictor, candidates, limit, rules, ends_at_target=goal.is_time)
 
     def _weight(self, trust: float, n_before: int) -> float:
-        """Return the weight of predictions beside the base sampler's acquisition function.
+        """Return the weight ``w_n`` of predictions, in [0, 1] (piBO).
 
-        It is the trust in predictions, one where that is not known, and falls with the number of
-        trials (piBO).
+        It is the trust in predictions, at least ``least_trust`` and one if unknown (NaN), times
+        ``min(1, prior_trials / n_before)``.
         """
         weight = 1.0 if math.isnan(trust) else min(1.0, max(self._rules.least_trust, trust))
         return weight * min(1.0, self._rules.prior_trials / max(n_before, 1))
@@ -483,7 +486,10 @@ class TTPSampler(BaseSampler):
         search_space: Mapping[str, BaseDistribution],
         relative: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Return chosen values with those that the base sampler draws for the other parameters."""
+        """Return chosen values, with the base sampler's draws for the other parameters.
+
+        A base sampler whose draws depend on each other is not asked.
+        """
         candidate = {name: value for name, value in relative.items() if name in search_space}
         if not isinstance(innermost_sampler(self._base), _INDEPENDENT):
             return candidate

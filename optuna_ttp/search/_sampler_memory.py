@@ -1,4 +1,4 @@
-"""What a sampler remembers of a study: its search spaces, their candidates, its trials."""
+"""A sampler's memory of a study: its search spaces, their candidates and its trials."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
     from optuna_ttp.study import Configuration
 
 
-# Fixed parameters make a search space of their own; so many of these are remembered.
+# The largest number of pools that are kept; each set of fixed parameters has its own pool.
 _MOST_POOLS = 32
 
 Expected = Callable[["Goal", "SearchPredictor", Candidates], "Forecast"]
 
 
 class Pool:
-    """Candidates of a search space, and what was last expected of them."""
+    """Candidates of a search space with their last forecast."""
 
     def __init__(self, candidates: Candidates) -> None:
         self.candidates = candidates
         self._last: tuple[SearchPredictor, Goal, Forecast] | None = None
 
     def forecast(self, predictor: SearchPredictor, goal: Goal, expected: Expected) -> Forecast:
-        """Return what is expected of the candidates, computed once for a predictor and a goal."""
+        """Return the candidates' forecast; it is kept until the predictor or the goal changes."""
         last = self._last
         if last is None or last[0] is not predictor or last[1] != goal:
             last = predictor, goal, expected(goal, predictor, self.candidates)
@@ -58,12 +58,12 @@ class Pool:
 
 
 class _FinishedTrials:
-    """The finished trials of a study, as far as they were looked at.
+    """The finished trials of a study that were read so far.
 
     Attributes:
         numbers: The numbers of the trials.
-        tried: Their configurations, as far as they have one.
-        values: The configurations of those with a value, and the values, smaller is better.
+        tried: The configurations of the trials that have one.
+        values: Pairs of configuration and value of the trials with both, smaller is better.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class _FinishedTrials:
         self.values: list[tuple[Configuration, float]] = []
 
     def add(self, number: int, configuration: Configuration | None, value: float) -> None:
-        """Add a trial; a value that is NaN is not known."""
+        """Add a trial; a value that is unknown is NaN, and is not kept."""
         self.numbers.add(number)
         if configuration is not None:
             self.tried.append(configuration)
@@ -81,7 +81,7 @@ class _FinishedTrials:
 
 
 class _Memory:
-    """What one sampler remembers of a study."""
+    """One sampler's memory of a study: its search space, its pools and its finished trials."""
 
     def __init__(self) -> None:
         self.intersection = IntersectionSearchSpace(include_pruned=True)
@@ -90,7 +90,7 @@ class _Memory:
 
 
 def intersection(study: Study, sampler: BaseSampler) -> dict[str, BaseDistribution]:
-    """Return the distributions that all finished trials of a study have in common."""
+    """Return the distributions, by name, that all completed and pruned trials have in common."""
     state = state_of(study)
     with state.lock:
         memory = state.part_of(sampler, _Memory)
@@ -100,7 +100,7 @@ def intersection(study: Study, sampler: BaseSampler) -> dict[str, BaseDistributi
 def pool(
     study: Study, sampler: BaseSampler, key: tuple[Any, ...], make: Callable[[], Candidates]
 ) -> Pool:
-    """Return the candidates of a search space, made when they are first needed."""
+    """Return the pool that is kept under ``key``; at the first call it is made by ``make``."""
     state = state_of(study)
     with state.lock:
         pools = state.part_of(sampler, _Memory).pools
@@ -118,9 +118,10 @@ def evidence(
     resolve: Resolve,
     n_newest_values: int,
 ) -> tuple[Evidence, int]:
-    """Return the evidence of a study's trials, and how many running ones have no parameters yet.
+    """Return the evidence of trials, and the number of running trials without hyperparameters.
 
-    The evidence has all configurations that were tried, and the newest ``n_newest_values`` values.
+    The evidence has all tried configurations and the newest ``n_newest_values`` values. Finished
+    trials are read once and then remembered with the study.
     """
     running: list[Configuration] = []
     n_undecided = 0
@@ -145,9 +146,10 @@ def evidence(
 
 
 def _value(study: Study, trial: FrozenTrial) -> float:
-    """Return a finished trial's value, smaller is better; NaN where it is not known.
+    """Return a finished trial's value, smaller is better; NaN if it is unknown.
 
-    A trial that our pruner stopped, or whose loss was lost for good, counts as infinitely bad.
+    The value of a pruned trial that TTPPruner stopped, or whose last losses were not finite, is
+    infinity; with several objectives every value is NaN.
     """
     if is_multi_objective(study):
         return math.nan

@@ -1,4 +1,4 @@
-"""The tuned numbers of the sampler, each with what it was chosen on."""
+"""The tuned numbers of the sampler, each with the evidence for its value."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from optuna_ttp._util.checks import check_number
 
 @dataclass(frozen=True)
 class ForecastRules:
-    """The tuned numbers behind what is expected of a configuration.
+    """The tuned numbers of a configuration's forecast.
 
     Attributes:
         largest_sd: Standard deviation of the logarithm of a predicted time before three trials
-            have shown it, and the largest that they can show. Not ablated yet.
-        least_sd: The least one that they can show. Not ablated yet.
-        least_probability: The least probability of success that is told from none. Not ablated
-            yet.
+            were observed, and the largest after that. Not ablated yet.
+        least_sd: The smallest such standard deviation. Not ablated yet.
+        least_probability: Lower bound of the probability of success. Not ablated yet.
     """
 
     largest_sd: float = math.log(2.0)
@@ -29,7 +28,7 @@ class ForecastRules:
 
 @dataclass(frozen=True)
 class PreferenceRules:
-    """The tuned numbers behind how good a configuration is expected to be.
+    """The tuned numbers of the preference among configurations.
 
     The recorded tasks are those of ``benchmarks/search``; ``benchmarks/search/parts.py`` searches
     40 parts of their grids, and counts the average trials that a search takes.
@@ -37,31 +36,31 @@ class PreferenceRules:
     Attributes:
         same: Configurations that differ by less in the logarithms of learning rate, batch size
             and ``1 / (1 - m)`` are the same. Not ablated yet.
-        time_spread_nats: What a search for a time gives for the distance from all that was tried.
-            Little, because predictions rank well from the first trial on: the 40 searches took
+        time_spread_nats: Nats for the distance from all tried configurations if the goal is a
+            time. Few, because predictions rank well from the first trial on: the 40 searches took
             2.2, 2.1, 1.9, 1.8 and 1.9 average trials (geometric mean) with 3, 1.5, 0.75, 0.35 and
             no nats.
-        metric_spread_nats: The same where a metric is searched for: 3.2, 3.1, 3.0, 3.0 and 2.9
-            average trials with 1, 0.5, 0.25, 0.12 and no nats.
-        spread: The distance that gets all of these nats, as a share of the space's extent. Not
-            ablated yet.
-        rank_nats: Nats from the worst to the best by rank. Not ablated yet.
-        saturated_depth: Depth of the training loss (logarithm of the initial over the present
-            one) behind which it says no more about a metric: 2 % of its initial value. On the
-            recorded tasks of draw 0 the best metrics lie at predicted depths from 3.3 to 4.6.
-        unsteady: A learning rate of so many times the largest stable one halves the odds of a
-            good metric. On the same tasks the best metrics lie at 0.02 to 0.7 times, and none
+        metric_spread_nats: Nats for that distance if the goal is a metric: 3.2, 3.1, 3.0, 3.0 and
+            2.9 average trials with 1, 0.5, 0.25, 0.12 and no nats.
+        spread: The distance, as a share of the space's extent, at which all of these nats are
+            given; fewer are given in proportion below it. Not ablated yet.
+        rank_nats: Nats between the worst and the best rank. Not ablated yet.
+        saturated_depth: Depth of the training loss (logarithm of the initial loss over the loss)
+            above which it does not improve a metric: 2 % of the initial loss. On the recorded
+            tasks of draw 0 the best metrics lie at predicted depths from 3.3 to 4.6.
+        unsteady: The learning rate over the largest stable one at which the odds of a good metric
+            are halved. On the same tasks the best metrics lie at 0.02 to 0.7 times, and none
             above 1.5 times.
-        lag: Momentum that lags behind by so large a share of a trial's steps loses all of
-            ``lag_nats``. Among the 30 configurations that rank best without this rule, momenta of
+        lag: The delay of momentum, as a share of a trial's steps, at which all of ``lag_nats`` are
+            subtracted. Among the 30 configurations that rank best without this rule, momenta of
             0.99 have values that rank lower by 0.15 on the digits and the first draw of the
             regression, and as high as others on the other three.
-        lag_nats: What it loses. The 40 searches take 2.9 average trials without it, 2.6 with 0.6
-            and 2.7 with 1.5 nats.
-        fewest_values: From so many values on a Gaussian process of the values is fitted. Not
-            ablated yet.
-        prior_values: How many values the agreement with the first ones counts as much as. Not
-            ablated yet.
+        lag_nats: Nats subtracted for that delay. The 40 searches take 2.9 average trials without
+            them, 2.6 with 0.6 and 2.7 with 1.5 nats.
+        fewest_values: Least number of values to which a Gaussian process is fitted. Not ablated
+            yet.
+        prior_values: The number of values as much as which the prior assumption counts that
+            predictions rank the values perfectly. Not ablated yet.
         noise: Standard deviation of the noise of normal scores in that Gaussian process. Not
             ablated yet.
     """
@@ -89,32 +88,31 @@ class SamplerRules:
 
     Args:
         n_design_trials:
-            How many trials the design has. Five by default; not ablated yet.
+            The number of trials of the initial design. Five by default; not ablated yet.
         n_candidates:
-            How many independent proposals to choose from. Eight by default; one leaves the base
-            sampler alone.
+            The number of independent proposals of which the best is chosen. Eight by default; with
+            one the base sampler decides about all trials.
         exploration:
             The share of trials after the design that are left to the base sampler. 0.1 by
             default; with one, all trials are. Not ablated yet.
         prior_trials:
-            The weight of predictions falls with the number of trials as this over that number
-            (piBO). 30 by default; not ablated yet.
+            The number of trials from which on the weight of predictions falls, as this number over
+            the number of trials (piBO). 30 by default; not ablated yet.
         least_trust:
-            Predictions that are trusted weigh at least this much: their errors are known to do no
-            harm. 0.3 by default; not ablated yet.
+            The least weight of predictions while they are trusted, before ``prior_trials``
+            reduces it. 0.3 by default; not ablated yet.
         n_newest_values:
-            How many of the newest values are learned from. 100 by default, for the time that it
-            takes.
+            The number of newest values from which is learned. 100 by default, to limit the time.
         n_drawn:
-            How many configurations of a space that is not a small grid are compared. 512 by
-            default, for the time that it takes.
+            The number of random configurations that are compared if the space is not a grid of at
+            most ``largest_grid``. 512 by default, to limit the time.
         largest_grid:
-            Up to how many configurations of a grid are all compared. 2,048 by default, for the
-            time that it takes.
+            The largest number of configurations of a grid that are all compared. 2,048 by default,
+            to limit the time.
         preference:
-            The numbers behind how good a configuration is expected to be.
+            The numbers of the preference among configurations.
         forecast:
-            The numbers behind what is expected of a configuration.
+            The numbers of a configuration's forecast.
 
     Raises:
         ValueError:

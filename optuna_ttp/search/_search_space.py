@@ -1,4 +1,4 @@
-"""The parameters that a sampler chooses: their distributions, and those that are settled."""
+"""The distributions of the parameters that a sampler chooses, and the values already settled."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def without_singles(space: Space) -> dict[str, BaseDistribution]:
 def space_of_map(
     study: Study, mapping: HyperparameterMap, intersection: Space
 ) -> dict[str, BaseDistribution]:
-    """Return the distributions of the parameters that a map reads; none unless all are known.
+    """Return the distributions of the parameters that a map reads; empty unless all are known.
 
-    ``intersection`` has those that all finished trials have in common.
+    ``intersection`` has the distributions that all finished trials have in common. Those with a
+    single value are left out.
     """
     names = mapping.parameters_read(_example_params(study))
     if not names or not names <= set(intersection):
@@ -60,7 +61,7 @@ def space_of_map(
 
 
 def _example_params(study: Study) -> dict[str, Any]:
-    """Return the parameters of the newest trial that has any."""
+    """Return the parameters of the newest completed or pruned trial that has any, or none."""
     states = (TrialState.COMPLETE, TrialState.PRUNED)
     for trial in reversed(trials_of(study, states, since_asked=True)):
         if trial.params:
@@ -75,7 +76,11 @@ def settled_params(
     base: BaseSampler,
     space: Space,
 ) -> dict[str, Any]:
-    """Return values that are settled before sampling: fixed, suggested, or the only possible."""
+    """Return the values by name that are settled before a trial is sampled.
+
+    These are the only values of their distributions in ``space``, values that a sampler or an
+    enqueued trial has fixed, and values that the trial has suggested.
+    """
     stored = next((t for t in reversed(trials) if t.number == trial.number), None)
     singles = {n: single_value(d) for n, d in space.items() if d.single()}
     fixed = fixed_params(study, trial, stored)

@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """A Gaussian process of the values over what predictions say of a configuration.
+    """A Gaussian process of the values over predicted features of configurations.
 
     Attributes:
-        x: Features of the k trials with a value, of mean zero and standard deviation one over the
-            search space, shape ``(k, F)``.
+        x: Standardised features of the k trials with a value, ``(features - mean) / sd``, shape
+            ``(k, F)``.
         solved: Inverse covariance times the normal scores of the values, shape ``(k,)``.
         inverse: Inverse covariance, shape ``(k, k)``.
-        mean: Mean of the features as they come, over the search space, shape ``(F,)``.
-        sd: Their standard deviation, shape ``(F,)``.
-        skill: From zero to one, how well values are ranked that were left out.
+        mean: Mean of each raw feature over the search space, shape ``(F,)``.
+        sd: Standard deviation of each raw feature over the search space, shape ``(F,)``.
+        skill: Agreement in rank of the values with their leave-one-out predictions, in [0, 1].
     """
 
     x: NDArray[np.float64]
@@ -38,20 +38,21 @@ class Surrogate:
         sd: NDArray[np.float64],
         noise: float,
     ) -> Surrogate:
-        """Fit the process to values, smaller is better, of features ``x`` with ``(k, F)``.
+        """Fit the process to k values, smaller is better, at standardised features ``x``.
 
-        ``noise`` is the standard deviation of the noise of a value's normal score.
+        ``mean`` and ``sd`` standardise raw features; ``noise`` is the standard deviation of the
+        noise of a value's normal score.
         """
         from scipy.special import ndtri
         from scipy.stats import kendalltau
         from scipy.stats import rankdata
 
-        # Normal scores: a loss that blew up is worst, not a million times worse.
+        # Normal scores depend on ranks only, so that a huge loss is not an outlier.
         y = np.asarray(ndtri((rankdata(values) - 0.5) / len(values)), dtype=np.float64)
         kernel = _kernel(x, x) + noise**2 * np.eye(len(x))
         inverse = np.linalg.inv(kernel)
         solved = inverse @ y
-        # Left out one at a time (Rasmussen and Williams, 2006, equation 5.12).
+        # These are the leave-one-out predictions (Rasmussen and Williams, 2006, equation 5.12).
         held_out = y - solved / np.diag(inverse)
         tau = float(np.nan_to_num(kendalltau(held_out, y).statistic))
         n = len(y)
@@ -59,9 +60,9 @@ class Surrogate:
         return cls(x, solved, np.asarray(inverse, dtype=np.float64), mean, sd, skill)
 
     def optimistic(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return how good K features ``(K, F)`` may be: mean and one standard deviation, ``(K,)``.
+        """Return minus the mean plus one standard deviation at raw features ``(K, F)``, ``(K,)``.
 
-        Larger is better; the features are as they come.
+        Both are of the normal score of the value; larger is better.
         """
         k = _kernel((features - self.mean) / self.sd, self.x)
         variance = 1.0 - ((k @ self.inverse) * k).sum(axis=1)
@@ -75,5 +76,5 @@ def _kernel(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float6
 
 
 def finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return values with the largest number in place of what is not finite, of the same shape."""
+    """Return values in which the largest float replaces infinity and NaN, of the same shape."""
     return np.where(np.isfinite(values), values, np.finfo(np.float64).max)
