@@ -17,16 +17,11 @@ class Search:
     """A finished search.
 
     Attributes:
-        name:
-            The name that is printed.
-        study:
-            The Optuna study.
-        head_start:
-            Seconds spent before the first trial.
-        seconds:
-            Seconds that the search took, including the head start.
-        budget:
-            Seconds that it should have taken.
+        name: The name that is printed.
+        study: The Optuna study.
+        head_start: Seconds spent before the first trial.
+        seconds: Seconds that the search took, including the head start.
+        budget: Seconds that it should have taken.
     """
 
     name: str

@@ -17,10 +17,8 @@ class FineTuning:
     """A pretrained network with a new head, and the data to fine-tune it on.
 
     Attributes:
-        model:
-            A network that was pretrained on the digits 0 to 4 and has a new head for 5 to 9.
-        train:
-            Images of shape ``(N, 1, 8, 8)`` and labels of shape ``(N,)``.
+        model: A network that was pretrained on the digits 0 to 4 and has a new head for 5 to 9.
+        train: Images of shape ``(N, 1, 8, 8)`` and labels of shape ``(N,)``.
     """
 
     model: torch.nn.Module

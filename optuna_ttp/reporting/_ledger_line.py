@@ -120,14 +120,10 @@ class TypicalCost:
     """What the trials of a study took that were not skipped.
 
     Attributes:
-        seconds:
-            Their mean seconds; NaN where none ran.
-        share:
-            The mean share of their budget that they used; one where none had a budget.
-        seconds_sd:
-            Standard deviation of their seconds; NaN where fewer than two ran.
-        share_sd:
-            Standard deviation of the share; NaN where fewer than two had a budget.
+        seconds: Their mean seconds; NaN where none ran.
+        share: The mean share of their budget that they used; one where none had a budget.
+        seconds_sd: Standard deviation of their seconds; NaN where fewer than two ran.
+        share_sd: Standard deviation of the share; NaN where fewer than two had a budget.
     """
 
     seconds: float

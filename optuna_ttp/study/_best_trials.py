@@ -27,10 +27,8 @@ class BestTrialsRules:
     """Which completed trials count as the best ones.
 
     Attributes:
-        share:
-            This share of the completed trials. Not ablated yet.
-        most:
-            At most so many, because their curves are read for every decision.
+        share: This share of the completed trials. Not ablated yet.
+        most: At most so many, because their curves are read for every decision.
     """
 
     share: float = 0.25

@@ -24,36 +24,26 @@ class CurveRules:
     """Which curves cannot be those of the task.
 
     Attributes:
-        too_high:
-            A first loss above so many times the initial one is another loss. Not ablated yet.
-        too_low:
-            A first loss below this share of the initial one is another loss. Not ablated yet.
-        low_errors:
-            It is not, if it may be the luck of a small mini-batch: it must be too low by so many
-            standard deviations. Not ablated yet.
-        high_errors:
-            The same for a loss that is too high. Not ablated yet.
-        risen:
-            A curve that begins late may have gone up before, by so many times. Not ablated yet.
-        mild:
-            It has not gone up that far if the learning rate is below this share of the largest
+        too_high: A first loss above so many times the initial one is another loss. Not ablated
+            yet.
+        too_low: A first loss below this share of the initial one is another loss. Not ablated yet.
+        low_errors: It is not, if it may be the luck of a small mini-batch: it must be too low by
+            so many standard deviations. Not ablated yet.
+        high_errors: The same for a loss that is too high. Not ablated yet.
+        risen: A curve that begins late may have gone up before, by so many times. Not ablated yet.
+        mild: It has not gone up that far if the learning rate is below this share of the largest
             stable one. Not ablated yet.
-        like_a_sum:
-            The loss is a sum over the batch if the logarithm of how much too high it is is so
-            close to that of the batch size. Not ablated yet.
-        late:
-            A curve that begins after so many steps, still at the initial loss, and falls soon, was
-            counted from another start. Not ablated yet.
-        still:
-            It is still at the initial loss if it differs by less than this share. Not ablated yet.
-        half:
-            It falls soon if its loss is below this share of its first one within twice the steps
+        like_a_sum: The loss is a sum over the batch if the logarithm of how much too high it is is
+            so close to that of the batch size. Not ablated yet.
+        late: A curve that begins after so many steps, still at the initial loss, and falls soon,
+            was counted from another start. Not ablated yet.
+        still: It is still at the initial loss if it differs by less than this share. Not ablated
+            yet.
+        half: It falls soon if its loss is below this share of its first one within twice the steps
             that it began after. Not ablated yet.
-        jump:
-            A gap in the steps that is so many times as large as those beside it makes them no
+        jump: A gap in the steps that is so many times as large as those beside it makes them no
             numbers of optimiser steps. Not ablated yet.
-        least_noise:
-            No first loss is surer than this share of the initial loss. Not ablated yet.
+        least_noise: No first loss is surer than this share of the initial loss. Not ablated yet.
     """
 
     too_high: float = 1.8
@@ -78,10 +68,8 @@ class InitialLoss:
     """The task's training loss at the pretrained weights, before the first step.
 
     Attributes:
-        mean:
-            The mean over all samples.
-        sd:
-            Standard deviation of the losses of single samples.
+        mean: The mean over all samples.
+        sd: Standard deviation of the losses of single samples.
     """
 
     mean: float
@@ -165,14 +153,10 @@ class CurveStart:
     """How the curve of a trial begins.
 
     Attributes:
-        batch_size:
-            The trial's batch size.
-        spacing:
-            Steps between the first losses; NaN for fewer than two.
-        ratio:
-            The first loss over the initial training loss; NaN if the curve begins later.
-        noise:
-            The standard deviation of that ratio, by the luck of the mini-batch.
+        batch_size: The trial's batch size.
+        spacing: Steps between the first losses; NaN for fewer than two.
+        ratio: The first loss over the initial training loss; NaN if the curve begins later.
+        noise: The standard deviation of that ratio, by the luck of the mini-batch.
     """
 
     batch_size: int

@@ -39,12 +39,11 @@ class CurveRecord:
     """The training-loss curve of a trial.
 
     Attributes:
-        curve:
-            The smoothed curve, rounded to what is stored. It has no point if no loss was finite.
-        first_loss:
-            The first finite loss that was recorded, not smoothed; NaN if there is none.
-        seconds_per_step:
-            Median of the seconds from one step to the next; NaN if it was not measured.
+        curve: The smoothed curve, rounded to what is stored. It has no point if no loss was
+            finite.
+        first_loss: The first finite loss that was recorded, not smoothed; NaN if there is none.
+        seconds_per_step: Median of the seconds from one step to the next; NaN if it was not
+            measured.
     """
 
     curve: LossCurve
@@ -120,11 +119,9 @@ class ReportedCurveRecord:
     """How the values that a trial reports are to be read as its training loss.
 
     Attributes:
-        steps_per_report:
-            Optimiser steps from one report to the next.
-        averaged:
-            Whether a value is the mean over the mini-batches of its steps, or the training loss
-            after them.
+        steps_per_report: Optimiser steps from one report to the next.
+        averaged: Whether a value is the mean over the mini-batches of its steps, or the training
+            loss after them.
     """
 
     steps_per_report: int

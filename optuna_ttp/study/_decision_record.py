@@ -55,18 +55,13 @@ class DecisionRecord:
     """What was decided about a trial.
 
     Attributes:
-        action:
-            What is done with the trial.
-        reason:
-            The reason in words.
-        objection:
-            What speaks against the trial, if anything does.
-        override:
-            Why the trial runs nevertheless, if it does.
-        seconds_left:
-            Of a stopped trial: the seconds that it would have gone on for, NaN if unknown.
-        log_sd:
-            Of a stopped trial: the standard deviation of the logarithm of those seconds.
+        action: What is done with the trial.
+        reason: The reason in words.
+        objection: What speaks against the trial, if anything does.
+        override: Why the trial runs nevertheless, if it does.
+        seconds_left: Of a stopped trial: the seconds that it would have gone on for, NaN if
+            unknown.
+        log_sd: Of a stopped trial: the standard deviation of the logarithm of those seconds.
     """
 
     action: Action

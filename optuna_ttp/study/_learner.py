@@ -50,18 +50,14 @@ class LearnerRules:
     """How often a predictor learns from a study, and from what.
 
     Attributes:
-        n_every:
-            While fewer trials are finished, the predictor learns from every one, and from what
-            running ones have recorded. Not ablated yet.
-        most_awaited:
-            It learns anew after so many further trials at the latest, so that its cost does not
-            grow with the study (``benchmarks/search/overhead.py``).
-        most_predicted_late:
-            Of finished trials without a prediction only the newest so many are predicted
-            afterwards. Not ablated yet.
-        most_predictors:
-            What so many predictors have learned from one study is remembered. Sampler and pruner
-            have two at most.
+        n_every: While fewer trials are finished, the predictor learns from every one, and from
+            what running ones have recorded. Not ablated yet.
+        most_awaited: It learns anew after so many further trials at the latest, so that its cost
+            does not grow with the study (``benchmarks/search/overhead.py``).
+        most_predicted_late: Of finished trials without a prediction only the newest so many are
+            predicted afterwards. Not ablated yet.
+        most_predictors: What so many predictors have learned from one study is remembered. Sampler
+            and pruner have two at most.
     """
 
     n_every: int = 8
@@ -100,14 +96,10 @@ class _Learned:
     """What a predictor has learned from a study.
 
     Attributes:
-        given:
-            The predictor before it learned. It is kept alive, and recognised by its identity.
-        predictor:
-            The predictor as the trials have corrected it.
-        n_finished:
-            From how many finished trials it has learned.
-        running:
-            The numbers of the running trials it has learned from, and how far they had come.
+        given: The predictor before it learned. It is kept alive, and recognised by its identity.
+        predictor: The predictor as the trials have corrected it.
+        n_finished: From how many finished trials it has learned.
+        running: The numbers of the running trials it has learned from, and how far they had come.
     """
 
     given: SearchPredictor
@@ -120,11 +112,10 @@ class LearnerMemory:
     """What is remembered of a study's trials and of what was learned from them.
 
     Attributes:
-        observations:
-            What finished trials tell, by the fingerprint of the task and the number of the trial.
-        starts:
-            How the curves begin that can be used as far as each one tells alone, by the number of
-            the finished trial.
+        observations: What finished trials tell, by the fingerprint of the task and the number of
+            the trial.
+        starts: How the curves begin that can be used as far as each one tells alone, by the number
+            of the finished trial.
     """
 
     def __init__(self) -> None:

@@ -37,17 +37,14 @@ class FirstPassageRecord:
     """The predicted first passage times, as a calibration needs them once the trial has run.
 
     Attributes:
-        predicted:
-            Logarithms of the predicted steps to each of ``DEPTHS``, as simulated; NaN below the
-            target. Shape ``(P,)``.
-        expected:
-            The same as corrected by earlier trials, shape ``(P,)``.
-        growth:
-            Logarithms of the kernel's correction that was simulated with, at ``KNOTS``, ``(M,)``.
-        covariates:
-            The configuration's covariates, shape ``(F,)``.
-        instability:
-            Learning rate over the largest stable one at each of ``DEPTHS``, shape ``(P,)``.
+        predicted: Logarithms of the predicted steps to each of ``DEPTHS``, as simulated; NaN below
+            the target. Shape ``(P,)``.
+        expected: The same as corrected by earlier trials, shape ``(P,)``.
+        growth: Logarithms of the kernel's correction that was simulated with, at ``KNOTS``,
+            ``(M,)``.
+        covariates: The configuration's covariates, shape ``(F,)``.
+        instability: Learning rate over the largest stable one at each of ``DEPTHS``, shape
+            ``(P,)``.
     """
 
     predicted: tuple[float, ...]
@@ -94,40 +91,23 @@ class PredictionRecord:
     """What was predicted for a trial. Numbers that are not known are NaN.
 
     Attributes:
-        fingerprint:
-            The fingerprint of the task; empty if unknown.
-        spectrum_seconds:
-            Seconds that the spectrum behind the prediction took to compute.
-        initial_loss:
-            Training loss of the task at the pretrained weights.
-        initial_loss_sd:
-            Standard deviation of the losses of single samples there.
-        target:
-            The target's value.
-        learning_rate:
-            The trial's learning rate.
-        batch_size:
-            Its batch size, at most the number of samples.
-        momentum:
-            Its momentum.
-        outcome:
-            The predicted outcome.
-        steps:
-            Predicted optimiser steps to the target; NaN if it is not reached.
-        seconds:
-            The same in seconds.
-        stability:
-            Learning rate over the largest stable one.
-        budget_steps:
-            Steps that the trial may take; NaN if it has no budget.
-        budget_seconds:
-            The same in seconds.
-        max_steps:
-            The horizon of the prediction, in steps.
-        prediction_seconds:
-            Seconds that the prediction took.
-        first_passages:
-            What a calibration needs; :obj:`None` if it was not written.
+        fingerprint: The fingerprint of the task; empty if unknown.
+        spectrum_seconds: Seconds that the spectrum behind the prediction took to compute.
+        initial_loss: Training loss of the task at the pretrained weights.
+        initial_loss_sd: Standard deviation of the losses of single samples there.
+        target: The target's value.
+        learning_rate: The trial's learning rate.
+        batch_size: Its batch size, at most the number of samples.
+        momentum: Its momentum.
+        outcome: The predicted outcome.
+        steps: Predicted optimiser steps to the target; NaN if it is not reached.
+        seconds: The same in seconds.
+        stability: Learning rate over the largest stable one.
+        budget_steps: Steps that the trial may take; NaN if it has no budget.
+        budget_seconds: The same in seconds.
+        max_steps: The horizon of the prediction, in steps.
+        prediction_seconds: Seconds that the prediction took.
+        first_passages: What a calibration needs; :obj:`None` if it was not written.
     """
 
     fingerprint: str

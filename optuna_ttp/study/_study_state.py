@@ -28,8 +28,7 @@ class StudyState:
     it: whoever reads a part and then changes it holds :attr:`lock`.
 
     Attributes:
-        lock:
-            It is re-entrant, because an open training log may be closed by the garbage collector
+        lock: It is re-entrant, because an open training log may be closed by the garbage collector
             at any moment.
     """
 

@@ -39,16 +39,12 @@ class TrainingLogRules:
     """When a log writes its curve to the trial.
 
     Attributes:
-        first_write:
-            After so many losses it is written for the first time, then after twice as many each
-            time: what is written as training goes on survives a killed process.
-        more:
-            If somebody asks about the running trial, it is written once so many times as many
+        first_write: After so many losses it is written for the first time, then after twice as
+            many each time: what is written as training goes on survives a killed process.
+        more: If somebody asks about the running trial, it is written once so many times as many
             losses were recorded as are written. Not ablated yet.
-        few:
-            But not before so many times this many. Not ablated yet.
-        most_steps:
-            Nobody takes so many optimiser steps: larger numbers are no steps.
+        few: But not before so many times this many. Not ablated yet.
+        most_steps: Nobody takes so many optimiser steps: larger numbers are no steps.
     """
 
     first_write: int = 32

@@ -34,12 +34,9 @@ class TrialRecord:
     """What was predicted and decided for a trial before its first step, and decided later.
 
     Attributes:
-        number:
-            The trial's number.
-        prediction:
-            What was predicted, if anything was.
-        decision:
-            What was decided, if anything was.
+        number: The trial's number.
+        prediction: What was predicted, if anything was.
+        decision: What was decided, if anything was.
     """
 
     number: int

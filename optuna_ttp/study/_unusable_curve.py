@@ -34,13 +34,10 @@ class UnusableCurve:
     """Why a curve, or part of it, cannot be learned from.
 
     Attributes:
-        kind:
-            What is wrong with the curve.
-        reason:
-            The same in words.
-        what:
-            What is left out, with a place for the number of the trial. The training-loss curve by
-            default.
+        kind: What is wrong with the curve.
+        reason: The same in words.
+        what: What is left out, with a place for the number of the trial. The training-loss curve
+            by default.
     """
 
     kind: CurveFault
