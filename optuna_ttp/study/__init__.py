@@ -1,4 +1,4 @@
-"""What is written on and read from the trials of an Optuna study."""
+"""The records stored with the trials of an Optuna study, and learning from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The attributes of trials, and reading of values that another program may have stored there."""
+"""The attributes of trials, and checks of values that another program may have stored there."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
 
-# All that is known of a trial before it runs is one attribute: every write is a journey to the
-# database.
+# Prediction and decision share one attribute, because every write is a request to the database.
 RECORD = "ttp:record"
-# An objective with a clock of its own may write what a trial took, {"trial": number, "seconds":
-# ...}; otherwise it is the time from the trial's start to its end.
+# An objective with its own clock may write {"trial": number, "seconds": ...}; otherwise a trial's
+# seconds are the time from its start to its end.
 PAID = "ttp:paid"
-# The curve of its training loss is another attribute, which grows while the trial runs.
+# The curve of the training loss is another attribute, which grows while the trial runs.
 CURVE = "ttp:curve"
 _TYPES_IN_LISTS = frozenset({int, float, type(None)})
-# What reading a value that does not fit raises.
+# The exceptions that reading a value of the wrong kind may raise.
 MALFORMED = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 
 
 class Word(str, Enum):
-    """A word that is stored as it is, and printed as it is."""
+    """An enumeration member that is stored and printed as its value."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -39,14 +38,14 @@ class Word(str, Enum):
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """Return a dictionary as it is; raise TypeError if the value is none."""
+    """Return a value that is a dictionary unchanged; raise TypeError for any other value."""
     if not isinstance(value, dict):
         raise TypeError(f"A dictionary was expected but got {value!r}.")
     return value
 
 
 def number(value: Any) -> float:
-    """Return a number, NaN for :obj:`None` and infinity; raise TypeError for anything else."""
+    """Return a number as a float, NaN for None or infinity; raise TypeError for other values."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -55,7 +54,7 @@ def number(value: Any) -> float:
 
 
 def positive(value: Any) -> float:
-    """Return a number above zero; raise ValueError if the value is not one."""
+    """Return a number above zero as a float; raise ValueError if it is not, TypeError if none."""
     result = number(value)
     if not result > 0.0:
         raise ValueError(f"A positive number was expected but got {value!r}.")
@@ -63,7 +62,7 @@ def positive(value: Any) -> float:
 
 
 def count(value: Any) -> int:
-    """Return a whole number that is not negative; raise ValueError if the value is not one."""
+    """Return a number as an int; raise ValueError if it is negative or not a whole number."""
     result = number(value)
     if not (result >= 0.0 and result.is_integer()):
         raise ValueError(f"A count was expected but got {value!r}.")
@@ -71,29 +70,33 @@ def count(value: Any) -> int:
 
 
 def numbers(values: Any) -> NDArray[np.float64]:
-    """Return a list of numbers as an array, NaN for each :obj:`None`; it may hold infinity."""
-    # The types are looked at together, because long lists are read at every decision.
+    """Return a list of n numbers, which may be infinite, as an array ``(n,)``; None gives NaN.
+
+    Raise TypeError for any other value.
+    """
+    # All types are checked at once, because long lists are read at every decision.
     if not isinstance(values, list | tuple) or not set(map(type, values)) <= _TYPES_IN_LISTS:
         raise TypeError(f"A list of numbers was expected but got {values!r}.")
     return np.array(values, dtype=np.float64)
 
 
 def text(value: Any) -> str:
-    """Return a text as it is; raise TypeError if the value is none."""
+    """Return a value that is a string unchanged; raise TypeError for any other value."""
     if not isinstance(value, str):
         raise TypeError(f"A text was expected but got {value!r}.")
     return value
 
 
 def or_none(value: float) -> float | None:
-    """Return a number as JSON takes it, which has neither NaN nor infinity."""
+    """Return a finite number unchanged, and None for NaN and infinity, which JSON lacks."""
     return value if math.isfinite(value) else None
 
 
 def attribute_of(trial: BaseTrial, key: str) -> dict[str, Any] | None:
-    """Return the attribute that was written on this very trial under a key, or :obj:`None`.
+    """Return the dictionary that was stored with a trial under a key, or None.
 
-    A retried trial carries the attributes of the trial that it repeats; those do not count.
+    A retried trial has copies of the attributes of the trial that it repeats; the number in the
+    attribute ``"trial"`` tells them apart, and copies are ignored.
     """
     value = trial.user_attrs.get(key)
     if not isinstance(value, dict) or value.get("trial") != trial.number:

@@ -1,4 +1,4 @@
-"""The best trials of a study so far, and how far their training got."""
+"""The best trials of a study so far, and the training losses that they reached."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BestTrialsRules:
-    """Which completed trials count as the best ones.
+    """The number of completed trials that count as the best ones.
 
     Attributes:
-        share: This share of the completed trials. Not ablated yet.
-        most: At most so many, because their curves are read for every decision.
+        share: The share of the completed trials, rounded up. Not ablated yet.
+        most: The largest number of trials, because their curves are read for every decision.
     """
 
     share: float = 0.25
@@ -39,17 +39,16 @@ RULES = BestTrialsRules()
 
 
 def incumbent(study: Study, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    """Return the best completed trial, if one has completed and there is a single objective."""
+    """Return the best completed trial; None if there is none or there are several objectives."""
     best = _ranked(study, trials)
     return best[0] if best else None
 
 
 def best_depth(study: Study, trials: Sequence[FrozenTrial], predictor: SearchPredictor) -> float:
-    """Return how far training has to get at least for a value among the best ones.
+    """Return the smallest depth of the training loss at which one of the best trials ended.
 
-    That is the logarithm of the initial training loss over the last one of that trial among the
-    best that got least far; infinity if none of them has a curve. The predictor knows the initial
-    training loss.
+    Depth is the logarithm of the predictor's initial training loss over the smoothed loss. It is
+    infinite if none of the best trials has a usable loss curve.
     """
     ranked = _ranked(study, trials)
     best = ranked[: min(RULES.most, math.ceil(RULES.share * len(ranked)))]
@@ -61,7 +60,7 @@ def best_depth(study: Study, trials: Sequence[FrozenTrial], predictor: SearchPre
 
 
 def _ranked(study: Study, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Return the completed trials, best first."""
+    """Return the completed trials, best first; none if the study has several objectives."""
     if is_multi_objective(study):
         return []
     sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0

@@ -1,4 +1,4 @@
-"""Why training-loss curves cannot be those of the task: each one alone, or several together."""
+"""Checks of whether training-loss curves can belong to the task, each alone and all together."""
 
 from __future__ import annotations
 
@@ -21,29 +21,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CurveRules:
-    """Which curves cannot be those of the task.
+    """The numbers that decide which curves cannot belong to the task. None is ablated yet.
 
     Attributes:
-        too_high: A first loss above so many times the initial one is another loss. Not ablated
-            yet.
-        too_low: A first loss below this share of the initial one is another loss. Not ablated yet.
-        low_errors: It is not, if it may be the luck of a small mini-batch: it must be too low by
-            so many standard deviations. Not ablated yet.
-        high_errors: The same for a loss that is too high. Not ablated yet.
-        risen: A curve that begins late may have gone up before, by so many times. Not ablated yet.
-        mild: It has not gone up that far if the learning rate is below this share of the largest
-            stable one. Not ablated yet.
-        like_a_sum: The loss is a sum over the batch if the logarithm of how much too high it is is
-            so close to that of the batch size. Not ablated yet.
-        late: A curve that begins after so many steps, still at the initial loss, and falls soon,
-            was counted from another start. Not ablated yet.
-        still: It is still at the initial loss if it differs by less than this share. Not ablated
-            yet.
-        half: It falls soon if its loss is below this share of its first one within twice the steps
-            that it began after. Not ablated yet.
-        jump: A gap in the steps that is so many times as large as those beside it makes them no
-            numbers of optimiser steps. Not ablated yet.
-        least_noise: No first loss is surer than this share of the initial loss. Not ablated yet.
+        too_high: A first loss above this factor of the initial loss is of another loss function.
+        too_low: A first loss below this share of the initial loss is of another loss function.
+        low_errors: A first loss is too low only by at least this many standard deviations of a
+            mini-batch's loss, because small mini-batches vary.
+        high_errors: A first loss is too high only by at least this many standard deviations.
+        risen: The factor that replaces ``too_high`` if a curve begins after the first step,
+            because the loss may have risen before.
+        mild: With ``risen`` a loss is too high only if the learning rate is below this share of
+            the largest stable one, because larger ones let a loss rise.
+        like_a_sum: A loss that is too high is a sum over the batch if the logarithm of its factor
+            differs by less than this from the logarithm of the batch size.
+        late: A curve that begins at this step or later, still at the initial loss, and soon falls
+            has its steps counted from another start.
+        still: The first loss is still at the initial loss if it differs by less than this share.
+        half: The curve soon falls if within twice its first step its loss is below this share of
+            its first loss.
+        jump: A gap in the steps of more than this factor of both gaps beside it shows that they
+            are no numbers of optimiser steps.
+        least_noise: Lower bound of the standard deviation of a first loss over the initial loss.
     """
 
     too_high: float = 1.8
@@ -77,7 +76,7 @@ class InitialLoss:
 
     @classmethod
     def of(cls, predictor: SearchPredictor) -> InitialLoss:
-        """Take it from a predictor, which knows the task."""
+        """Return the initial loss of a predictor's task."""
         return cls(predictor.initial_loss, predictor.initial_loss_sd)
 
     def noise(self, batch_size: int) -> float:
@@ -87,9 +86,10 @@ class InitialLoss:
     def objection(
         self, record: CurveRecord, batch_size: int, stability: float = math.nan
     ) -> UnusableCurve | None:
-        """Return why a curve is not that of the task's training loss, or :obj:`None`.
+        """Return why a curve cannot be of the task's training loss, or None if it can be.
 
-        ``stability`` is the learning rate over the largest stable one, NaN if unknown.
+        ``stability`` is the learning rate over the largest stable one, NaN if unknown. The curve
+        has at least one loss.
         """
         ratio, noise = record.first_loss / self.mean, self.noise(batch_size)
         loss = f"its first loss, {record.first_loss:.4g}, is"
@@ -133,7 +133,7 @@ class InitialLoss:
 
 
 def jump_in(record: CurveRecord) -> UnusableCurve | None:
-    """Return why steps that jump and go on as before are no numbers of optimiser steps."""
+    """Return a reason if a curve's steps jump once and then go on as before, else None."""
     gaps = np.diff(record.curve.steps)
     if len(gaps) < 3:
         return None
@@ -150,13 +150,13 @@ def jump_in(record: CurveRecord) -> UnusableCurve | None:
 
 @dataclass(frozen=True)
 class CurveStart:
-    """How the curve of a trial begins.
+    """The beginning of a trial's curve.
 
     Attributes:
         batch_size: The trial's batch size.
-        spacing: Steps between the first losses; NaN for fewer than two.
-        ratio: The first loss over the initial training loss; NaN if the curve begins later.
-        noise: The standard deviation of that ratio, by the luck of the mini-batch.
+        spacing: The smallest difference of recorded steps; NaN for fewer than two losses.
+        ratio: The first loss over the initial training loss; NaN if its step is not zero.
+        noise: The standard deviation of ``ratio`` over random mini-batches.
     """
 
     batch_size: int
@@ -168,7 +168,7 @@ class CurveStart:
     def of(
         cls, record: CurveRecord, prediction: PredictionRecord, initial: InitialLoss
     ) -> CurveStart:
-        """Look at a curve, with what was predicted for the trial."""
+        """Return the beginning of a trial's curve; the prediction has the trial's batch size."""
         steps = record.curve.steps
         return cls(
             prediction.batch_size,
@@ -179,16 +179,16 @@ class CurveStart:
 
 
 def joint_objections(starts: Mapping[int, CurveStart]) -> dict[int, UnusableCurve]:
-    """Return which curves cannot be used, by what several of them have in common.
+    """Return the reasons against curves that only several of them together show, by trial number.
 
-    The starts are those of curves that can be used as far as each one tells alone. They, and the
-    reasons, are by the number of the trial.
+    ``starts`` has the beginnings of the curves that passed the checks of single curves, by the
+    number of the trial.
     """
     return _counted_in_samples(starts) or _too_low(starts)
 
 
 def _counted_in_samples(starts: Mapping[int, CurveStart]) -> dict[int, UnusableCurve]:
-    """Return the curves whose losses are as many steps apart as the batch has samples."""
+    """Return the curves spaced by their batch size in steps, if most are, at two batch sizes."""
     several = {n: start for n, start in starts.items() if start.batch_size > 1}
     alike = {n: s.batch_size for n, s in several.items() if s.spacing == s.batch_size}
     if len(set(alike.values())) < 2 or 2 * len(alike) <= len(several):
@@ -198,7 +198,7 @@ def _counted_in_samples(starts: Mapping[int, CurveStart]) -> dict[int, UnusableC
 
 
 def _too_low(starts: Mapping[int, CurveStart]) -> dict[int, UnusableCurve]:
-    """Return the curves with too low a first loss of a small batch; a single one may be luck."""
+    """Return the curves with too low a first loss, if the mean over at least two is too low."""
     known = {n: start for n, start in starts.items() if math.isfinite(start.ratio)}
     if len(known) < 2:
         return {}

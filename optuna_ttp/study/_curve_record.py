@@ -1,4 +1,4 @@
-"""What is written on a trial of its training loss, by a log or as how to read its reports."""
+"""The record of a trial's training loss: a curve, or how to read the trial's reports as one."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ class CurveRecord:
     """The training-loss curve of a trial.
 
     Attributes:
-        curve: The smoothed curve, rounded to what is stored. It has no point if no loss was
-            finite.
+        curve: The smoothed curve, rounded as it is stored; it has no point if no loss was finite.
         first_loss: The first finite loss that was recorded, not smoothed; NaN if there is none.
         seconds_per_step: Median of the seconds from one step to the next; NaN if it was not
             measured.
@@ -54,9 +53,9 @@ class CurveRecord:
     def of(
         cls, losses: ArrayLike, steps: ArrayLike, seconds_per_step: float = math.nan
     ) -> CurveRecord:
-        """Smooth the losses of mini-batches, recorded before these steps, both of shape ``(T,)``.
+        """Smooth mini-batch losses, each from before the step of the same place, shape ``(T,)``.
 
-        Raise ValueError if there are none, or they cannot be the losses of a training.
+        Raise ValueError if there are none, or a loss or a step is impossible.
         """
         values = np.asarray(losses, dtype=np.float64)
         curve = LossCurve.of(values, steps)
@@ -70,7 +69,7 @@ class CurveRecord:
         return cls(rounded, first_loss, float(f"{seconds_per_step:.4g}"))
 
     def followed_by(self, later: CurveRecord) -> CurveRecord:
-        """Return this curve with one behind it that goes on where this one ended."""
+        """Return this record joined with the record of the steps after its last one."""
         joined = replace(
             later.curve,
             steps=np.concatenate([self.curve.steps, later.curve.steps]),
@@ -95,7 +94,7 @@ class CurveRecord:
 
     @classmethod
     def from_json(cls, values: Any) -> CurveRecord | None:
-        """Read what :meth:`to_json` returned; :obj:`None` if the values are no curve."""
+        """Read the result of :meth:`to_json`; return None if the values are not a curve."""
         try:
             values = mapping(values)
             curve = LossCurve(
@@ -116,12 +115,12 @@ class CurveRecord:
 
 @dataclass(frozen=True)
 class ReportedCurveRecord:
-    """How the values that a trial reports are to be read as its training loss.
+    """The meaning of the values that a trial reports, if they are its training loss.
 
     Attributes:
         steps_per_report: Optimiser steps from one report to the next.
-        averaged: Whether a value is the mean over the mini-batches of its steps, or the training
-            loss after them.
+        averaged: True if a value is the mean over the mini-batches of its steps, False if it is
+            the training loss after them.
     """
 
     steps_per_report: int
@@ -133,7 +132,7 @@ class ReportedCurveRecord:
 
     @classmethod
     def from_json(cls, values: Any) -> ReportedCurveRecord | None:
-        """Read what :meth:`to_json` returned; :obj:`None` if the values are no such record."""
+        """Read the result of :meth:`to_json`; return None if the values are no such record."""
         try:
             per_report = int(positive(count(mapping(values)["steps_per_report"])))
             return cls(per_report, bool(values["averaged"]))
@@ -141,12 +140,12 @@ class ReportedCurveRecord:
             return None
 
     def read(self, values: Mapping[int, float]) -> CurveRecord:
-        """Return the curve that a trial has reported, from one value at least by its number.
+        """Return the curve of a trial's reports, at least one value by the number of the report.
 
         Raise ValueError if a value or a number is negative.
         """
         reports = sorted(values)
-        # A mean over steps is that of their middle.
+        # A mean over steps counts as the loss of their middle.
         per_report = self.steps_per_report
         ahead = 0.5 * (per_report - 1) if self.averaged else float(per_report)
         steps = np.array([n * per_report + ahead for n in reports])
@@ -160,12 +159,12 @@ StoredCurve = CurveRecord | ReportedCurveRecord | UnusableCurve
 
 
 def stored_curve(values: dict[str, Any] | None) -> StoredCurve | None:
-    """Read the attribute that a trial's curve is stored in, :obj:`None` if it is malformed."""
+    """Read the attribute of a trial's curve; return None if there is none or it is malformed."""
     if values is None:
         return None
     if "steps_per_report" in values:
         return ReportedCurveRecord.from_json(values)
-    # This is what a log has refused.
+    # A log stores why it has refused its losses.
     if "unusable" in values:
         try:
             return UnusableCurve(
@@ -177,14 +176,15 @@ def stored_curve(values: dict[str, Any] | None) -> StoredCurve | None:
 
 
 def curve_attribute(trial: BaseTrial) -> dict[str, Any] | None:
-    """Return the attribute in which the curve of this very trial is stored."""
+    """Return the stored attribute of a trial's own curve, not of a trial it repeats, or None."""
     return attribute_of(trial, CURVE)
 
 
 def curve_of(trial: FrozenTrial) -> CurveRecord | UnusableCurve | None:
-    """Return a trial's curve with at least one loss, made of its reports if they are the loss.
+    """Return a trial's recorded curve with at least one loss, from its reports if they are losses.
 
-    Return why there is none, or :obj:`None` if nothing was recorded.
+    Return an :class:`UnusableCurve` with the reason if there is none, or None if nothing was
+    recorded.
     """
     stored = stored_curve(curve_attribute(trial))
     if isinstance(stored, ReportedCurveRecord):
@@ -195,16 +195,16 @@ def curve_of(trial: FrozenTrial) -> CurveRecord | UnusableCurve | None:
 
 
 def observed_curve(trial: FrozenTrial) -> LossCurve | None:
-    """Return the smoothed training-loss curve of a trial, :obj:`None` if none can be used."""
+    """Return the smoothed training-loss curve of a trial, or None if it has no usable one."""
     record = curve_of(trial)
     return record.curve if isinstance(record, CurveRecord) else None
 
 
 def lost_steps(trial: FrozenTrial) -> int:
-    """Return for how many steps a trial's loss has been infinite or NaN by now.
+    """Return the number of steps for which a trial's last losses were infinite or NaN.
 
-    It is zero if the last loss is finite, or if one that is not may be an accident. Of reports
-    that all are not finite, each counts as one.
+    It is zero if the last loss is finite, or is a single one that may come from an overflow. If
+    a trial reported only losses that are not finite, it is the number of its reports.
     """
     record = curve_of(trial)
     if isinstance(record, CurveRecord):
@@ -218,7 +218,7 @@ def lost_steps(trial: FrozenTrial) -> int:
 
 
 def measured_seconds(trial: FrozenTrial) -> float:
-    """Return the median of the seconds that a step of a trial took; NaN if not measured."""
+    """Return the median of a trial's seconds per step; NaN if they were not measured."""
     record = curve_of(trial)
     return record.seconds_per_step if isinstance(record, CurveRecord) else math.nan
 
@@ -244,13 +244,13 @@ def _rounded(values: NDArray[np.float64], form: str) -> NDArray[np.float64]:
 
 
 def _is_possible(curve: LossCurve, first_loss: float) -> bool:
-    """Return whether these can be the numbers of a curve, so that they can be computed with."""
+    """Return True if stored numbers are in their ranges and can be used as a curve."""
     steps, losses, errors = curve.steps, curve.losses, curve.errors
     if not len(steps) == len(losses) == len(errors):
         return False
     if not len(steps):
         return True
-    # Comparisons with NaN are false. A log writes no loss below 1e-30, and no error above 1.5.
+    # Comparisons with NaN are False. A log writes no loss below 1e-30, and no error above 1.5.
     ascending = len(steps) == 1 or np.diff(steps).min() > 0.0
     begins_and_ends = steps[0] >= 0.0 and steps[-1] <= curve.n_steps
     positive_losses = losses.min() > 1e-40 and losses.max() < 1e305 and first_loss >= 0.0

@@ -1,4 +1,4 @@
-"""What the pruner decides about a trial, and why."""
+"""The decision of the pruner about a trial."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a trial should stop, and why.
+    """The decision of whether a trial should stop, with its reason.
 
     Example:
         >>> decision = pruner.decide(trial)
@@ -16,9 +16,9 @@ class Decision:
 
     Attributes:
         prune:
-            Whether the trial should stop. A decision itself is true if it should.
+            True if the trial should stop. ``bool(decision)`` gives the same.
         reason:
-            Why it should stop, or why it may run, in words.
+            The reason why the trial should stop or may run, in words.
     """
 
     prune: bool

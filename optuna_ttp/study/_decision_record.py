@@ -1,4 +1,4 @@
-"""What is written on a trial of the pruner's decision about it."""
+"""The record of the pruner's decision that is stored with a trial."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from optuna_ttp.study._attributes import Word
 
 
 class Action(Word):
-    """What is done with a trial: it runs, is skipped before its first step, or stopped later."""
+    """The action on a trial: it runs, is skipped before its first step, or is stopped later."""
 
     RUN = "run"
     SKIP = "skip"
@@ -23,10 +23,10 @@ class Action(Word):
 
 
 class Objection(Word):
-    """What speaks against a trial.
+    """The objection to a trial.
 
-    It is predicted to diverge, to miss its own budget, to cost too much in comparison with the
-    best trial, or to exceed the budget of the study; or, once it runs, it has no chance any more.
+    The trial is predicted to diverge, to miss the target within its own budget, to cost too much
+    beside the best trial, or to exceed the study's budget; or its loss curve shows no chance.
     """
 
     DIVERGES = "diverges"
@@ -37,10 +37,10 @@ class Objection(Word):
 
 
 class Override(Word):
-    """Why a trial runs although something speaks against it.
+    """The reason why a trial runs in spite of an objection.
 
-    Predictions are not trusted; trials with the same objection did well; nothing is skipped in
-    shadow mode; too many trials in a row were skipped; or it was drawn for the audit.
+    Predictions are not trusted; trials with the same objection did well; no trial is skipped in
+    shadow mode; too many trials in a row were skipped; or the trial was drawn for the audit.
     """
 
     UNTRUSTED = "untrusted"
@@ -52,16 +52,15 @@ class Override(Word):
 
 @dataclass(frozen=True)
 class DecisionRecord:
-    """What was decided about a trial.
+    """The decision about a trial, as it is stored.
 
     Attributes:
-        action: What is done with the trial.
+        action: The action on the trial.
         reason: The reason in words.
-        objection: What speaks against the trial, if anything does.
-        override: Why the trial runs nevertheless, if it does.
-        seconds_left: Of a stopped trial: the seconds that it would have gone on for, NaN if
-            unknown.
-        log_sd: Of a stopped trial: the standard deviation of the logarithm of those seconds.
+        objection: The objection to the trial, or None.
+        override: The reason why the trial runs in spite of an objection, or None.
+        seconds_left: Seconds that a stopped trial would still have taken, NaN if unknown.
+        log_sd: Standard deviation of the logarithm of ``seconds_left``.
     """
 
     action: Action
@@ -85,7 +84,7 @@ class DecisionRecord:
 
     @classmethod
     def from_json(cls, values: Any) -> DecisionRecord | None:
-        """Read what :meth:`to_json` returned; :obj:`None` if the values are no decision."""
+        """Read the result of :meth:`to_json`; return None if the values are no decision."""
         try:
             values = mapping(values)
             objection, override = values.get("kind"), values.get("override")

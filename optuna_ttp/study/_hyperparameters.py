@@ -1,4 +1,4 @@
-"""Which trial parameter is which hyperparameter."""
+"""The map from trial parameters to learning rate, batch size and momentum."""
 
 from __future__ import annotations
 
@@ -21,22 +21,14 @@ _EXAMPLES: Mapping[str, float] = {"learning_rate": 0.01, "batch_size": 32, "mome
 
 
 class Configuration(NamedTuple):
-    """Values of the three hyperparameters."""
+    """Values of the three hyperparameters of a trial."""
 
     learning_rate: float
     batch_size: int
     momentum: float
 
     def clipped(self, n_samples: int) -> Configuration:
-        """Return the configuration with at most N samples a batch: no data loader gives more.
-
-        Args:
-            n_samples:
-                How many samples are trained on.
-
-        Returns:
-            The configuration.
-        """
+        """Return the configuration with at most ``n_samples`` per batch, as data loaders give."""
         return self._replace(batch_size=min(self.batch_size, n_samples))
 
 
@@ -46,14 +38,14 @@ class MissingParameterError(ValueError):
 
 @dataclass(frozen=True)
 class HyperparameterMap:
-    """Where learning rate, batch size and momentum come from.
+    """The map from a trial's parameters to its learning rate, batch size and momentum.
 
     Each is the name of a trial parameter, a fixed number, or a function of the trial's parameters
-    (a mapping from names to values). A function may return :obj:`None` where the hyperparameter
-    means nothing, for example in the branch of a conditional space that uses another optimiser:
+    (a mapping from names to values). A function may return :obj:`None` if the trial has no such
+    hyperparameter, for example in the branch of a conditional space that uses another optimiser:
     such a trial gets no prediction. A batch size above the number of samples counts as that
-    number, which is all that a data loader gives. A sampler or pruner with a lambda cannot be
-    pickled; use a function of a module where that matters.
+    number, because a data loader gives no more. A sampler or pruner with a lambda cannot be
+    pickled; use a function of a module if it must be.
 
     Example:
         >>> mapping = HyperparameterMap(
@@ -64,16 +56,16 @@ class HyperparameterMap:
 
     Args:
         learning_rate:
-            The parameter called ``"learning_rate"`` by default.
+            The source of the learning rate. The parameter ``"learning_rate"`` by default.
         batch_size:
-            The parameter called ``"batch_size"`` by default.
+            The source of the batch size. The parameter ``"batch_size"`` by default.
         momentum:
-            The parameter called ``"momentum"`` by default; where a trial has none, the momentum of
-            the predictor's optimiser.
+            The source of the momentum. The parameter ``"momentum"`` by default; if a trial lacks
+            it, the momentum of the predictor's optimiser.
 
     Raises:
         TypeError:
-            If a source is no name, number or function of one argument.
+            If a source is neither a name nor a number nor a function of one argument.
         ValueError:
             If a fixed number is out of its range.
     """
@@ -106,18 +98,17 @@ class HyperparameterMap:
 
         Args:
             params:
-                The trial's parameters.
+                The trial's parameters, values by name.
 
         Returns:
-            The three values, or :obj:`None` where a function says that it does not apply, or
-            where the map is the default one and the trial has none of its parameters.
+            The three values, or :obj:`None` if a function returned :obj:`None`, or if the map is
+            the default one and the trial has none of its parameters.
 
         Raises:
             MissingParameterError:
-                If the trial lacks a parameter. The default map is not meant for every study, and
-                may lack all three; any other map is meant for the trial at hand.
+                If the trial lacks a parameter that the map reads.
             TypeError:
-                If a value is no number.
+                If a value is not a number.
             ValueError:
                 If the batch size is not a whole number, or a function fails.
         """
@@ -161,10 +152,11 @@ class HyperparameterMap:
 
         Args:
             params:
-                An example of the trial's parameters, for the functions to read.
+                An example of a trial's parameters, with which the functions are called.
 
         Returns:
-            Names, also of parameters that the example lacks, unless there is a default for them.
+            The names, also of parameters that the example lacks. A missing momentum parameter is
+            left out if the map has a default momentum.
         """
         read: set[str] = set()
         for field, source in self._sources():
@@ -176,15 +168,15 @@ class HyperparameterMap:
         return frozenset(read)
 
     def with_default_momentum(self, momentum: float | None) -> HyperparameterMap:
-        """Return this map for an optimiser whose momentum is known.
+        """Return a copy of this map, equal to it, with a default momentum.
 
         Args:
             momentum:
-                The momentum of a trial that lacks the parameter which it would be read from.
-                :obj:`None` means that such a trial is refused.
+                The momentum of a trial without the momentum parameter. With :obj:`None` such a
+                trial raises :exc:`MissingParameterError`.
 
         Returns:
-            A map that is equal to this one.
+            The copy.
         """
         twin = copy.copy(self)
         object.__setattr__(twin, "_default_momentum", momentum)
@@ -204,19 +196,7 @@ class HyperparameterMap:
 
 
 def map_or_default(hyperparameters: HyperparameterMap | None) -> HyperparameterMap:
-    """Return an argument called ``hyperparameters``, or what it is by default.
-
-    Args:
-        hyperparameters:
-            The argument.
-
-    Returns:
-        A map.
-
-    Raises:
-        TypeError:
-            If it is anything else than a map.
-    """
+    """Return the argument ``hyperparameters``, or the default map for None; else TypeError."""
     if hyperparameters is None:
         return HyperparameterMap()
     if not isinstance(hyperparameters, HyperparameterMap):
@@ -246,13 +226,16 @@ def _takes_one(function: Callable[..., Any]) -> bool:
         inspect.signature(function).bind({})
     except TypeError:
         return False
-    except ValueError:  # Some functions that are written in C do not tell.
+    except ValueError:  # Some functions that are written in C have no signature.
         return True
     return True
 
 
 def _read(field: str, source: Source, params: Mapping[str, Any]) -> tuple[Any, str | None]:
-    """The value, and the name of the parameter that is missing for it."""
+    """Return a field's value and None, or None and the name of the missing parameter.
+
+    Raise ValueError if the source is a function that fails for another reason.
+    """
     if isinstance(source, str):
         return (params[source], None) if source in params else (None, source)
     if not callable(source):
@@ -261,7 +244,7 @@ def _read(field: str, source: Source, params: Mapping[str, Any]) -> tuple[Any, s
         return source(params), None
     except Exception as error:
         missing = error.args[0] if isinstance(error, KeyError) and error.args else None
-        # A function may look something up in a table of its own, too.
+        # A KeyError may also come from a dictionary of the function itself.
         if missing is not None and missing not in params and missing in _asked(source, params):
             return None, str(missing)
         raise ValueError(
@@ -271,16 +254,16 @@ def _read(field: str, source: Source, params: Mapping[str, Any]) -> tuple[Any, s
 
 
 def _asked(source: Callable[[Mapping[str, Any]], Any], params: Mapping[str, Any]) -> set[str]:
-    """The names that a function asks for, up to where it fails."""
+    """Return the names of the parameters that a function reads, until it returns or fails."""
     recorder = _Recorder(params)
-    # What is wrong with it is said when it is resolved.
+    # The exception is raised again when the map is resolved.
     with contextlib.suppress(Exception):
         source(recorder)
     return recorder.read
 
 
 class _Recorder(Mapping[str, Any]):
-    """Parameters that remember which of them were read."""
+    """A mapping of parameters that collects the names that were looked up, in ``read``."""
 
     def __init__(self, params: Mapping[str, Any]) -> None:
         self._params = params

@@ -1,4 +1,4 @@
-"""What a study's trials teach a predictor."""
+"""Correction of a predictor by the trials of a study."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ _Predictor = TypeVar("_Predictor", bound="SearchPredictor")
 
 @dataclass(frozen=True)
 class LearnerRules:
-    """How often a predictor learns from a study, and from what.
+    """The numbers that decide when a predictor learns from a study, and from which trials.
 
     Attributes:
-        n_every: While fewer trials are finished, the predictor learns from every one, and from
-            what running ones have recorded. Not ablated yet.
-        most_awaited: It learns anew after so many further trials at the latest, so that its cost
-            does not grow with the study (``benchmarks/search/overhead.py``).
-        most_predicted_late: Of finished trials without a prediction only the newest so many are
-            predicted afterwards. Not ablated yet.
-        most_predictors: What so many predictors have learned from one study is remembered. Sampler
-            and pruner have two at most.
+        n_every: While fewer trials are finished, the predictor learns from every trial, also from
+            the curves of running ones. Not ablated yet.
+        most_awaited: The largest number of further finished trials after which it learns again, so
+            that its cost does not grow with the study (``benchmarks/search/overhead.py``).
+        most_predicted_late: Finished trials without a prediction are predicted afterwards only if
+            they are among this number of newest trials. Not ablated yet.
+        most_predictors: The largest number of corrected predictors that are remembered per study.
+            Sampler and pruner have two at most.
     """
 
     n_every: int = 8
@@ -74,32 +74,31 @@ def observations_of(
     predictor: SearchPredictor,
     hyperparameters: HyperparameterMap | None = None,
 ) -> list[Observation]:
-    """Return what a study's trials tell about a predictor, one observation for each trial.
+    """Return one observation per trial of a study that has a usable curve, by trial number.
 
-    Finished, pruned, failed and running trials count alike, in the order of their numbers, if
-    they have a usable curve and no prediction for another task. A finished trial for which nothing
-    was predicted before it ran, because its process was killed or another sampler began the
-    study, is predicted now, by the predictor as it is. The study is warned once of each kind of
-    curve that cannot be used. By default the parameters have the names of the hyperparameters.
+    Completed, pruned, failed and running trials count alike, except for those with a prediction
+    for another task. A finished trial without a prediction, because its process was killed or
+    another sampler began the study, is predicted now by the given predictor. The study is warned
+    once of each kind of unusable curve. ``hyperparameters`` is the default map by default.
     """
     trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
     return _observations(study, predictor, trials, hyperparameters or HyperparameterMap())
 
 
 def informed_by(study: optuna.Study, predictor: _Predictor) -> _Predictor:
-    """Return the predictor as a study's trials have corrected its steps and its seconds."""
+    """Return a predictor whose steps and seconds are corrected by all trials of a study."""
     return predictor.informed(observations_of(study, predictor))
 
 
 @dataclass(frozen=True)
 class _Learned:
-    """What a predictor has learned from a study.
+    """A predictor that was corrected by a study's trials.
 
     Attributes:
-        given: The predictor before it learned. It is kept alive, and recognised by its identity.
-        predictor: The predictor as the trials have corrected it.
-        n_finished: From how many finished trials it has learned.
-        running: The numbers of the running trials it has learned from, and how far they had come.
+        given: The predictor before it learned, which is recognised by its identity.
+        predictor: The corrected predictor.
+        n_finished: The number of finished trials from which it has learned.
+        running: Pairs of trial number and recorded steps of the running trials it learned from.
     """
 
     given: SearchPredictor
@@ -109,13 +108,13 @@ class _Learned:
 
 
 class LearnerMemory:
-    """What is remembered of a study's trials and of what was learned from them.
+    """The observations of a study's finished trials, and the predictors corrected by them.
 
     Attributes:
-        observations: What finished trials tell, by the fingerprint of the task and the number of
-            the trial.
-        starts: How the curves begin that can be used as far as each one tells alone, by the number
-            of the finished trial.
+        observations: The observations of finished trials (None if a trial has none), by the
+            fingerprint of the task and the number of the trial.
+        starts: The beginnings of the finished trials' curves that passed the checks of single
+            curves, by the number of the trial.
     """
 
     def __init__(self) -> None:
@@ -124,22 +123,22 @@ class LearnerMemory:
         self._learned: list[_Learned] = []
 
     def learned_by(self, predictor: SearchPredictor) -> _Learned | None:
-        """Return what a predictor has learned, :obj:`None` where it has learned nothing yet."""
+        """Return the corrected version of a predictor, or None if it has not learned yet."""
         return next((one for one in self._learned if one.given is predictor), None)
 
     def remember(self, learned: _Learned) -> None:
-        """Remember what a predictor has learned; what it had learned before is forgotten."""
+        """Keep the corrected version of a predictor in place of its earlier one."""
         others = [one for one in self._learned if one.given is not learned.given]
         self._learned = [*others, learned][-RULES.most_predictors :]
 
 
 class Learner:
-    """Keeps a predictor informed by a study's trials, at a cost that does not grow with them.
+    """Corrects a predictor by a study's trials, at a cost that does not grow with their number.
 
-    Every finished trial counts at first, and while there are fewer than eight also what running
-    ones have recorded. Later it learns anew from every second trial, every fourth, and so on up to
-    every thirty-second. When it learns depends on the trials alone, so that a study which was put
-    aside goes on as it would have.
+    Up to 15 finished trials it learns again after each one, and with fewer than eight also when
+    running trials have recorded more. Then it learns again after every second finished trial,
+    from 32 on after every fourth, and so on up to every 32nd. This depends on the trials alone, so
+    that a study gives the same predictions after it was interrupted.
     """
 
     def __init__(self, predictor: SearchPredictor, hyperparameters: HyperparameterMap) -> None:
@@ -147,7 +146,10 @@ class Learner:
         self._map = hyperparameters
 
     def informed(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> SearchPredictor:
-        """Return the predictor as a study's trials, finished and running, have corrected it."""
+        """Return the predictor corrected by finished and running trials of a study.
+
+        The study is warned if the observations contradict its predictions or its curves.
+        """
         finished = [trial for trial in trials if trial.state in FINISHED]
         doublings = max(0, (len(finished) // RULES.n_every).bit_length() - 1)
         n_finished = len(finished) - len(finished) % min(2**doublings, RULES.most_awaited)
@@ -161,9 +163,9 @@ class Learner:
             if isinstance(record, CurveRecord)
         )
         state = state_of(study)
-        # Another thread waits, and then finds what was learned here.
+        # Another thread waits for the lock, and then uses the predictor that was corrected here.
         with state.lock:
-            # Sampler and pruner of a study mostly have the same predictor: they learn together.
+            # Sampler and pruner mostly share a predictor, and then share its corrected version.
             memory = state.part(LearnerMemory)
             last = memory.learned_by(self._predictor)
             if last is not None and (last.n_finished, last.running) == (n_finished, running):
@@ -176,7 +178,7 @@ class Learner:
             return informed
 
     def last(self, study: optuna.Study) -> SearchPredictor:
-        """Return the predictor as it was last corrected, or as it was given."""
+        """Return the predictor as it was last corrected, or unchanged if it has not learned."""
         last = state_of(study).part(LearnerMemory).learned_by(self._predictor)
         return self._predictor if last is None else last.predictor
 
@@ -187,7 +189,10 @@ def _observations(
     trials: Sequence[FrozenTrial],
     mapping: HyperparameterMap,
 ) -> list[Observation]:
-    """Return what these trials tell, apart from curves that only several together give away."""
+    """Return the observations of trials by trial number, without those of joint objections.
+
+    Observations of finished trials are read once and then remembered with the study.
+    """
     memory = state_of(study).part(LearnerMemory)
     known = memory.observations.setdefault(predictor.fingerprint, {})
     ordered = sorted(trials, key=lambda t: t.number)
@@ -217,11 +222,11 @@ def observation_in(
     predictor: SearchPredictor,
     hyperparameters: HyperparameterMap | None,
 ) -> Observation | None:
-    """Return the observation that a trial's curve gives, and warn of a curve that is not usable.
+    """Return the observation of a trial's curve; warn the study once per kind of unusable curve.
 
-    It is :obj:`None` if the trial has no prediction for the predictor's task, or no usable curve.
-    With ``hyperparameters`` a trial without a prediction is predicted now. How a finished trial's
-    curve starts is remembered with the study.
+    It is None if the trial has no prediction for the predictor's task, or no usable curve. With
+    ``hyperparameters`` a trial without a prediction is predicted now. The beginning of a finished
+    trial's curve is remembered with the study.
     """
     prediction = prediction_of(trial)
     if prediction is None and hyperparameters is not None:
@@ -252,7 +257,7 @@ def observation_in(
 
 
 def _warn_of_gaps(study: optuna.Study, number: int, n_gaps: int) -> None:
-    """Warn that losses of a trial are left out, if there are any."""
+    """Warn that ``n_gaps`` losses of a trial are left out, unless it is zero."""
     if n_gaps:
         some = "A loss of trial {} is" if n_gaps == 1 else f"{n_gaps:,} losses of trial {{}} are"
         reason = "NaN or infinite, while training went on"
@@ -262,16 +267,16 @@ def _warn_of_gaps(study: optuna.Study, number: int, n_gaps: int) -> None:
 def _late_prediction(
     trial: FrozenTrial, predictor: SearchPredictor, mapping: HyperparameterMap
 ) -> PredictionRecord | UnusableCurve | None:
-    """Return what would have been predicted for a trial that has a curve.
+    """Return a predictor's prediction for a trial that ran without one.
 
-    The given predictor has not learned from the trial. Return why it cannot predict, or
-    :obj:`None` if there is nothing to say.
+    The predictor must not have learned from the trial. Return the reason if the trial's parameters
+    lack the hyperparameters, or None if it has no curve or the map does not apply to it.
     """
     if curve_attribute(trial) is None:
         return None
     started = time.perf_counter()
     mapping = mapping.with_default_momentum(predictor.default_momentum)
-    # In a branch of a conditional space that has no prediction, a decision was written.
+    # A trial in a branch of a conditional space without predictions has a stored decision.
     is_decided = decision_of(trial) is not None
     try:
         configuration = mapping.resolve(trial.params)
@@ -295,7 +300,7 @@ def _late_prediction(
 
 
 def _nameless(trial: FrozenTrial) -> UnusableCurve:
-    """Return that the hyperparameters of a trial are not among its parameters."""
+    """Return the reason that a trial's hyperparameters are not among its parameters."""
     names = ", ".join(map(repr, sorted(trial.params)))
     return UnusableCurve(
         CurveFault.NAMES,

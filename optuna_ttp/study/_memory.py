@@ -1,4 +1,4 @@
-"""What the trials of one study tell the next one on the same task."""
+"""Memory of observed trials for later studies on the same task."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _logger = get_logger("optuna.ttp.memory")
 _Predictor = TypeVar("_Predictor", bound="SearchPredictor")
 
 _KIND = "observations"
-# So many of the newest trials are kept: as many as a calibration looks at.
+# The number of newest trials that are kept, the same as a calibration uses.
 _MOST = 128
 
 
 class Memory:
-    """Keeps observed trials beside the spectrum, for the next study on the same task.
+    """Stores observed trials beside the spectrum, for later studies on the same task.
 
-    What is remembered corrects predictions, but :func:`~optuna_ttp.report` counts the trials of
-    its own study alone.
+    Stored trials correct the predictions of later studies, but are not counted by
+    :func:`~optuna_ttp.report`.
 
     Example:
         >>> memory = Memory(store)
@@ -45,13 +45,13 @@ class Memory:
 
     Args:
         store:
-            Where the spectrum is.
+            The store that holds the spectrum.
         hyperparameters:
-            Which trial parameter is which hyperparameter, as for the sampler and the pruner.
+            The map from trial parameters to hyperparameters, as for the sampler and the pruner.
 
     Raises:
         TypeError:
-            If ``store`` is no :class:`~optuna_ttp.SpectrumStore`.
+            If ``store`` is not a :class:`~optuna_ttp.SpectrumStore`.
     """
 
     def __init__(
@@ -68,21 +68,20 @@ class Memory:
         return f"Memory({self._store!r})"
 
     def recall(self, predictor: _Predictor) -> _Predictor:
-        """Return the predictor as the trials of earlier studies have corrected it.
+        """Return the predictor corrected by the stored trials of earlier studies on its task.
 
         Args:
             predictor:
-                Knows the task.
+                The predictor of the task.
 
         Returns:
-            A predictor that shares everything else with this one; this one where nothing is
-            remembered.
+            A predictor that is otherwise equal, or the same object if no trial is stored.
 
         Raises:
             StoreError:
                 If the database fails.
             TypeError:
-                If ``predictor`` is none.
+                If ``predictor`` is not a predictor.
         """
         check_predictor(predictor)
         self._predictor = predictor
@@ -95,13 +94,15 @@ class Memory:
         return predictor.informed(observations)
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Remember a trial that has finished: a callback of :meth:`optuna.Study.optimize`.
+        """Store the observation of a finished trial; nothing if it has no usable loss curve.
+
+        This makes the object a callback of :meth:`optuna.Study.optimize`.
 
         Args:
             study:
                 The study.
             trial:
-                The trial.
+                The trial that has finished.
 
         Raises:
             RuntimeError:
@@ -125,7 +126,7 @@ class Memory:
 
 
 def _read(values: Any) -> Observation | None:
-    """Return a remembered trial, None if it cannot be read."""
+    """Return a stored observation; log a warning and return None if it cannot be read."""
     try:
         return Observation.from_json(values)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a trial tells about a predictor: what was predicted for it beside what was seen."""
+"""The observation of a trial: its predicted beside its observed first passage times."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from optuna_ttp.study._prediction_record import PredictionRecord
 
 
-# How far above the target a curve may end and count as having reached it.
+# The factor of the target up to which the end of a curve counts as having reached it.
 AT_TARGET = 1.05
 
 
 def final_loss(trial: FrozenTrial, initial: InitialLoss) -> float:
-    """Return the smoothed training loss that a trial ended at.
+    """Return the last smoothed training loss of a trial.
 
-    It is NaN if nothing was recorded, or another loss than the task's, whose initial one is given.
+    It is NaN if no curve was recorded, or if it cannot belong to the task with this initial loss.
     """
     record = curve_of(trial)
     if not isinstance(record, CurveRecord):
@@ -49,9 +49,10 @@ def final_loss(trial: FrozenTrial, initial: InitialLoss) -> float:
 def observation_of(
     trial: FrozenTrial, prediction: PredictionRecord, initial: InitialLoss
 ) -> Observation | UnusableCurve | None:
-    """Return what a trial tells about the predictor of its task, whose initial loss is given.
+    """Return the observation of a trial on a task with this initial loss, for its calibration.
 
-    Return why it tells nothing, or :obj:`None` if nothing was recorded.
+    Return an :class:`UnusableCurve` with the reason if its curve cannot be used, or None if no
+    curve or no predicted first passage times were recorded.
     """
     record = curve_of(trial)
     if not isinstance(record, CurveRecord):
@@ -86,11 +87,11 @@ def observation_of(
 
 
 def progress_to_target(trial: FrozenTrial) -> float:
-    """Return how far a finished trial has come to the loss that was predicted for it, in time.
+    """Return the progress of a trial to its target within its budget: one at the target.
 
-    That is the logarithm of the initial loss over its lowest smoothed one within its budget, or
-    the horizon if it has none, less a standard error, over the same of the target; NaN if no
-    curve tells, or nothing was predicted.
+    That is ``log(initial / lowest) / log(initial / (1.05 target))``. ``lowest`` is the lowest
+    smoothed loss minus a standard error, within the budget or else the prediction's horizon. It is
+    NaN without a usable curve or a prediction.
     """
     prediction, curve = prediction_of(trial), observed_curve(trial)
     if curve is None or prediction is None:
@@ -108,15 +109,16 @@ def progress_to_target(trial: FrozenTrial) -> float:
 
 
 def observed_steps(trial: FrozenTrial, predictor: SearchPredictor) -> float:
-    """Return the step at which a trial's smoothed training loss was at the predictor's target.
+    """Return the step at which a trial's smoothed training loss reached the predictor's target.
 
-    It is infinity if the target was not reached, NaN if nothing was recorded.
+    It is infinity if the target was not reached, and NaN if the trial has no usable curve or the
+    target is not a training loss.
     """
     curve = observed_curve(trial)
     if curve is None or predictor.target.quantity != "loss":
         return math.nan
     step = predictor.target.first_passage(curve.steps, curve.losses)
-    # A trial that stops at its target ends on it, give or take the noise of the last batches.
+    # A trial that stops at its target ends near it, up to the noise of the last batches.
     if not np.isfinite(step) and curve.losses[-1] <= AT_TARGET * predictor.target.value:
         return float(curve.steps[-1])
     return step

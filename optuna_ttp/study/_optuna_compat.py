@@ -1,4 +1,4 @@
-"""Every private touch of Optuna (4.8 to 5.x), and nothing else."""
+"""All uses of private attributes and methods of Optuna (4.8 to 5.x)."""
 
 from __future__ import annotations
 
@@ -26,27 +26,26 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _T = TypeVar("_T")
 
 
-# The attribute of a storage object under which we keep what is remembered of its studies.
+# The attribute of a storage object that holds the state of its studies.
 _REMEMBERED = "_optuna_ttp_remembered"
 
 
 class _RememberedStudies(dict[int, Any]):
-    """What is remembered of a storage's studies, by their id; a pickled or copied one is empty."""
+    """The state of a storage's studies, by their id; pickled and copied ones are empty."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
 
 def remembered_for(study: optuna.Study, make: Callable[[], _T]) -> _T:
-    """Return the object that is remembered of a study, made at the first call.
+    """Return the object that is kept for a study in this process; ``make`` makes it at first use.
 
-    It is an attribute of the study's storage object. That is the one object that sampler, pruner,
-    training log and report of a study share, it ends when nobody uses the study any more, and no
-    module has to keep a registry of studies. The id alone does not tell studies apart: it is the
-    same in any two in-memory storages.
+    It is kept in an attribute of the study's storage object, which sampler, pruner, training log
+    and report of a study share, and which ends with the study. A registry by id would not do: the
+    ids of studies in two in-memory storages are the same.
     """
     studies = vars(study._storage).get(_REMEMBERED)
-    # Setting a default is atomic, so that threads get the same objects.
+    # The method setdefault is atomic, so that threads get the same objects.
     if studies is None:
         studies = vars(study._storage).setdefault(_REMEMBERED, _RememberedStudies())
     if study._study_id not in studies:
@@ -60,7 +59,7 @@ def write_user_attr(study: optuna.Study, trial: FrozenTrial, key: str, value: An
 
 
 def has_constraints() -> bool:
-    """Return whether trials have constraints, as from Optuna 5 on."""
+    """Return True if Optuna's trials have constraints, that is, from Optuna 5 on."""
     return hasattr(optuna.trial.Trial, "set_constraint")
 
 
@@ -70,12 +69,12 @@ def write_constraint(study: optuna.Study, trial: FrozenTrial, key: str, value: f
 
 
 def frozen(trial: optuna.trial.Trial) -> FrozenTrial:
-    """Return a running trial as the storage has it."""
+    """Return a copy of a running trial from the storage."""
     return trial.study._storage.get_trial(trial._trial_id)
 
 
 def fail_trial(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Mark a trial that cannot begin as failed, so that it does not stay running for ever."""
+    """Set the state of a trial that cannot begin to failed, so that it does not remain running."""
     study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
@@ -85,9 +84,10 @@ def trials_of(
     *,
     since_asked: bool = False,
 ) -> list[FrozenTrial]:
-    """Return the trials in these states without copying them. They must not be changed.
+    """Return a study's trials in these states, uncopied, so that they must not be changed.
 
-    With ``since_asked`` they are read at most once for a trial, together with its sampler.
+    With ``since_asked`` they may be as old as the last new trial of this thread, because Optuna's
+    samplers cache them; otherwise they are read from the storage.
     """
     return study._get_trials(deepcopy=False, states=states, use_cache=since_asked)
 
@@ -95,9 +95,9 @@ def trials_of(
 def fixed_params(
     study: optuna.Study, trial: FrozenTrial, stored: FrozenTrial | None = None
 ) -> dict[str, Any]:
-    """Return what an enqueued trial, or a sampler around the one in use, has fixed.
+    """Return the parameters, by name, that an enqueued trial or the study's sampler has fixed.
 
-    ``stored`` is the running trial as it was just read from the storage, if it was.
+    ``stored`` is a newer version of the running trial from the storage, if there is one.
     """
     fixed = inner_fixed_params(study.sampler)
     attributes = trial.system_attrs if stored is None else stored.system_attrs
@@ -105,7 +105,7 @@ def fixed_params(
 
 
 def inner_fixed_params(sampler: BaseSampler) -> dict[str, Any]:
-    """Return what a sampler has fixed of its own base sampler's parameters."""
+    """Return the parameters, by name, that nested PartialFixedSamplers fix; empty if none is."""
     fixed: dict[str, Any] = {}
     while isinstance(sampler, optuna.samplers.PartialFixedSampler):
         fixed = {**sampler._fixed_params, **fixed}
@@ -114,19 +114,19 @@ def inner_fixed_params(sampler: BaseSampler) -> dict[str, Any]:
 
 
 def single_value(distribution: BaseDistribution) -> Any:
-    """Return the first value of a distribution, the only one where ``single()`` holds."""
+    """Return the first value of a distribution, its only value if ``single()`` is True."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[0]
     return distribution.low  # type: ignore[attr-defined]
 
 
 def is_multi_objective(study: optuna.Study) -> bool:
-    """Tell whether a study, or a bracket of one, has several objectives."""
+    """Return True if a study, or a Hyperband bracket of it, has several objectives."""
     return len(study.directions) > 1
 
 
 def innermost_sampler(sampler: BaseSampler) -> BaseSampler:
-    """Return the sampler inside of any :class:`~optuna.samplers.PartialFixedSampler`."""
+    """Return the sampler inside nested PartialFixedSamplers, or the sampler itself."""
     while isinstance(sampler, optuna.samplers.PartialFixedSampler):
         sampler = sampler._base_sampler
     return sampler
@@ -141,32 +141,31 @@ def weighed(
     propose: Callable[[int], list[dict[str, Any]]],
     call: Callable[[BaseSampler], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Call a sampler with something added to its acquisition function, in one pass.
+    """Return the result of ``call`` for a copy of a sampler with a weighted acquisition function.
 
-    The sampler scores its own candidates, draws no more than once, and itself tells other workers
-    what it chose, as their constant liar needs it. It is used through a copy, because threads may
-    share it. ``weigh`` gives what to add to the logarithm of how good candidates are; ``propose``
-    gives up to so many further candidates, with all or some of the parameters. Return what
-    ``call`` returns for the copy.
+    The copy scores its own candidates once, adds ``weigh(candidates)`` to its log acquisition
+    values, shape ``(K,)``, and as usual stores its choice for the constant liar of other workers.
+    A TPE sampler also scores the up to n candidates of ``propose(n)``, which may lack parameters.
+    It is a copy because threads may share the sampler, whose state is updated in the end.
     """
     mixin = _WeighedTPE if isinstance(base, TPESampler) else _WeighedGP
     copied: Any = object.__new__(_mixed(mixin, type(base)))
     copied.__dict__.update(base.__dict__)
     copied.__dict__.update(_weigh=weigh, _propose=propose)
     result = call(copied)
-    # What it keeps between calls, such as the starting point of the next fit.
+    # The sampler keeps its state between calls, such as the starting point of the next fit.
     base.__dict__.update({k: v for k, v in copied.__dict__.items() if k in base.__dict__})
     return result
 
 
 @lru_cache
 def _mixed(mixin: type, base: type) -> type:
-    """Return the class of a sampler that is weighed; made once for each class of sampler."""
+    """Return a subclass of a sampler's class with the mixin, made once per pair of classes."""
     return type(f"Weighed{base.__name__}", (mixin, base), {})
 
 
 class _WeighedTPE:
-    """A TPE sampler whose candidates are weighed, and are joined by proposed ones."""
+    """Mixin of a TPE sampler that adds proposed candidates and weights all candidates."""
 
     _weigh: Weigh
     _propose: Callable[[int], list[dict[str, Any]]]
@@ -183,8 +182,8 @@ class _WeighedTPE:
     ) -> NDArray[np.float64]:
         n = len(next(iter(samples.values())))
         ours = self._propose(n // 2)
-        # Side by side with those that it has drawn itself from what is good. Parameters that ours
-        # lack are as it has drawn them.
+        # Proposed candidates are appended to the sampler's own ones. Parameters that they lack are
+        # copied from the sampler's own candidates.
         for name, values in samples.items():
             distribution = self._space[name]
             further = values[: len(ours)].copy()
@@ -202,7 +201,7 @@ class _WeighedTPE:
 
 
 class _WeighedGP:
-    """A Gaussian-process sampler that also weighs random points with its own best one."""
+    """Mixin of a GP sampler that weights random points and the sampler's own best point."""
 
     _weigh: Weigh
     _propose: Callable[[int], list[dict[str, Any]]]

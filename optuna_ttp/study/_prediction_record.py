@@ -1,4 +1,4 @@
-"""What is written on a trial of the prediction that was made for it."""
+"""The record of a prediction that is stored with its trial."""
 
 from __future__ import annotations
 
@@ -28,23 +28,21 @@ if TYPE_CHECKING:
     from optuna_ttp.prediction import Prediction
 
 
-# Logarithms of numbers of steps and of the growth of the kernel are nowhere near this.
+# Upper bound of a stored logarithm's magnitude; those of steps and kernel growth are far smaller.
 _LARGEST_LOGARITHM = 300.0
 
 
 @dataclass(frozen=True)
 class FirstPassageRecord:
-    """The predicted first passage times, as a calibration needs them once the trial has run.
+    """The predicted first passage times of a trial, stored for its later calibration.
 
     Attributes:
         predicted: Logarithms of the predicted steps to each of ``DEPTHS``, as simulated; NaN below
             the target. Shape ``(P,)``.
-        expected: The same as corrected by earlier trials, shape ``(P,)``.
-        growth: Logarithms of the kernel's correction that was simulated with, at ``KNOTS``,
-            ``(M,)``.
+        expected: Logarithms of these steps as corrected by earlier trials, shape ``(P,)``.
+        growth: Logarithms of the simulated growth of the kernel at ``KNOTS``, shape ``(M,)``.
         covariates: The configuration's covariates, shape ``(F,)``.
-        instability: Learning rate over the largest stable one at each of ``DEPTHS``, shape
-            ``(P,)``.
+        instability: Learning rate over the largest stable one at each of ``DEPTHS``, ``(P,)``.
     """
 
     predicted: tuple[float, ...]
@@ -55,7 +53,7 @@ class FirstPassageRecord:
 
     @classmethod
     def of(cls, prediction: Prediction) -> FirstPassageRecord:
-        """Take them from a prediction, rounded to what is stored."""
+        """Return the record of a prediction, rounded as it is stored."""
         return cls(
             _rounded(prediction.log_first_passage_times),
             _rounded(prediction.expected_log_first_passage_times),
@@ -70,7 +68,7 @@ class FirstPassageRecord:
 
     @classmethod
     def from_json(cls, values: Any) -> FirstPassageRecord:
-        """Read what :meth:`to_json` returned; raise one of ``MALFORMED`` if that is impossible."""
+        """Read the result of :meth:`to_json`; raise one of ``MALFORMED`` for other values."""
         record = cls(**{name: _tuple(mapping(values)[name]) for name in cls.__annotations__})
         lengths = {name: len(value) for name, value in vars(record).items()}
         n_levels = len(DEPTHS)
@@ -88,26 +86,26 @@ class FirstPassageRecord:
 
 @dataclass(frozen=True)
 class PredictionRecord:
-    """What was predicted for a trial. Numbers that are not known are NaN.
+    """The prediction for a trial, as it is stored. Unknown numbers are NaN.
 
     Attributes:
         fingerprint: The fingerprint of the task; empty if unknown.
         spectrum_seconds: Seconds that the spectrum behind the prediction took to compute.
         initial_loss: Training loss of the task at the pretrained weights.
-        initial_loss_sd: Standard deviation of the losses of single samples there.
+        initial_loss_sd: Standard deviation of the initial losses of single samples.
         target: The target's value.
         learning_rate: The trial's learning rate.
-        batch_size: Its batch size, at most the number of samples.
-        momentum: Its momentum.
+        batch_size: The trial's batch size, at most the number of samples.
+        momentum: The trial's momentum.
         outcome: The predicted outcome.
         steps: Predicted optimiser steps to the target; NaN if it is not reached.
-        seconds: The same in seconds.
+        seconds: Predicted seconds to the target.
         stability: Learning rate over the largest stable one.
-        budget_steps: Steps that the trial may take; NaN if it has no budget.
-        budget_seconds: The same in seconds.
+        budget_steps: The trial's budget in optimiser steps; NaN if it has none.
+        budget_seconds: The trial's budget in seconds.
         max_steps: The horizon of the prediction, in steps.
         prediction_seconds: Seconds that the prediction took.
-        first_passages: What a calibration needs; :obj:`None` if it was not written.
+        first_passages: The predicted first passage times; None if they were not stored.
     """
 
     fingerprint: str
@@ -135,7 +133,7 @@ class PredictionRecord:
 
     @property
     def cost(self) -> float:
-        """Predicted seconds, steps if the time of a step is not known; NaN if nothing finite."""
+        """Predicted seconds, or steps if the seconds are unknown; NaN if both are."""
         return self.steps if math.isnan(self.seconds) else self.seconds
 
     def to_json(self) -> dict[str, Any]:
@@ -152,10 +150,10 @@ class PredictionRecord:
 
     @classmethod
     def from_json(cls, values: Any) -> PredictionRecord | None:
-        """Read what :meth:`to_json` returned; :obj:`None` if the values are no prediction.
+        """Read the result of :meth:`to_json`; return None if the values are no prediction.
 
-        Numbers may be missing, but not the configuration, nor what a calibration needs if it has
-        anything of it.
+        The configuration and the outcome must be there, and first passage times must be complete
+        if there are any; other values may be missing.
         """
         try:
             values = mapping(values)
@@ -184,12 +182,12 @@ class PredictionRecord:
         return record if record.is_possible() else None
 
     def is_possible(self) -> bool:
-        """Return whether the numbers are in their ranges, so that they can be computed with."""
+        """Return True if the numbers are in their ranges, so that they can be used."""
         if self.first_passages is not None and math.isnan(
             self.initial_loss + self.initial_loss_sd
         ):
             return False
-        # What is unknown, and NaN, is neither below nor above anything.
+        # Unknown numbers are NaN, for which all comparisons are False.
         impossible = self.initial_loss <= 0.0 or self.initial_loss_sd < 0.0 or self.target <= 0.0
         return 0.0 <= self.momentum < 1.0 and not impossible
 
@@ -199,7 +197,7 @@ def _rounded(values: NDArray[np.float64], digits: str = "{:.4f}") -> tuple[float
 
 
 def _tuple(values: Any) -> tuple[float, ...]:
-    """Return a list of numbers as a tuple, NaN for each :obj:`None` and infinity."""
+    """Return a list of numbers as a tuple, with NaN for each None and infinity."""
     return tuple(v if math.isfinite(v) else math.nan for v in numbers(values).tolist())
 
 

@@ -1,4 +1,4 @@
-"""From a prediction to what is written of it on a trial."""
+"""Conversion of a prediction into the record that is stored with a trial."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def record_prediction(
     budget_steps: float,
     prediction_seconds: float,
 ) -> PredictionRecord:
-    """Take down a prediction for a trial that may take so many steps, or infinitely many."""
+    """Return the record of a prediction for a trial; infinite ``budget_steps`` mean no budget."""
     budget_seconds = budget_steps * float(predictor.seconds_per_step(configuration.batch_size))
     return PredictionRecord(
         fingerprint=predictor.fingerprint,

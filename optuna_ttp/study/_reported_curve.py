@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 def learn_from_reports(
     trial: optuna.trial.Trial, *, steps_per_report: int = 1, averaged: bool = True
 ) -> None:
-    """Say that what a trial reports is the training loss, so that predictions learn from it.
+    """Declare that a trial reports its training loss, so that predictions learn from the reports.
 
-    Call it once in the objective, before training, in place of a
-    :class:`~optuna_ttp.TrainingLog`, which counts instead where the trial has both. Without it
-    reports are never taken for training losses: most objectives report a validation metric.
+    Call it once in the objective, before training, instead of using a
+    :class:`~optuna_ttp.TrainingLog`; if a trial has both, the log counts. Without this call,
+    reports are not read as training losses, because most objectives report a validation metric.
 
     Example:
         >>> def objective(trial):
@@ -38,16 +38,16 @@ def learn_from_reports(
         trial:
             The trial of the objective.
         steps_per_report:
-            Optimiser steps from one number of ``trial.report(value, number)``, which counts from
-            zero, to the next. One by default: the loss of each step, before the step.
+            The optimiser steps per report, where the numbers of ``trial.report(value, number)``
+            count from zero. One by default: the loss before each step.
         averaged:
-            Whether a value is the mean over the mini-batches of its steps (the default), or the
-            training loss after them.
+            True (the default) if a value is the mean over the mini-batches of its steps, False if
+            it is the training loss after them.
 
     Raises:
         TypeError:
-            If ``trial`` is no trial, ``steps_per_report`` no whole number, or ``averaged`` no
-            boolean.
+            If ``trial`` is not a trial, ``steps_per_report`` not a whole number, or ``averaged``
+            not a boolean.
         ValueError:
             If ``steps_per_report`` is not positive.
     """

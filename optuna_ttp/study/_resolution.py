@@ -1,4 +1,4 @@
-"""A trial's hyperparameters, and whether a missing one is conditional or a wrong name."""
+"""A trial's hyperparameters, with missing parameters told apart: conditional or wrongly named."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 def resolve_for_trial(
     mapping: HyperparameterMap, study: Study, trial: FrozenTrial
 ) -> Configuration | None:
-    """Return a trial's hyperparameters, with its parameters suggested.
+    """Return the hyperparameters of a trial whose parameters have been suggested.
 
-    It is :obj:`None` if the map does not apply to the trial, because a parameter that it reads
-    belongs to another branch of a conditional space. Raise ValueError if no trial of the study has
-    that parameter: its name is wrong.
+    It is None if the map does not apply to the trial, for example because a parameter that it
+    reads belongs to another branch of a conditional space. Raise MissingParameterError if no trial
+    of the study has that parameter, so that its name must be wrong.
     """
     try:
         return mapping.resolve(trial.params)

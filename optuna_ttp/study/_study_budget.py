@@ -1,4 +1,4 @@
-"""What a whole study may take."""
+"""The budget of a whole study."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _logger = get_logger("optuna.ttp.budget")
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class StudyBudget:
-    """What a whole study may take, and whether another trial is worth starting.
+    """The budget of all trials of a study, in seconds or in optimiser steps.
 
-    As a callback it stops the study once what is left is less than the quickest trial so far is
-    likely to take. As part of the goal of a search it makes :class:`~optuna_ttp.TTPPruner` skip
-    trials that are predicted not to fit into what is left, and :class:`~optuna_ttp.TTPSampler`
-    give less weight to predicted cost the less is left.
+    As a callback it stops the study once less is left than the quickest completed trial took. As
+    part of the goal of a search it makes :class:`~optuna_ttp.TTPPruner` skip trials whose
+    predicted cost exceeds the rest of the budget, and :class:`~optuna_ttp.TTPSampler` give less
+    weight to the predicted cost as the rest becomes smaller.
 
     Example:
         >>> budget = StudyBudget(seconds=3600)
@@ -45,17 +45,17 @@ class StudyBudget:
 
     Args:
         seconds:
-            Seconds of all trials, added up over the workers. What was spent before the first
-            trial, on a spectrum, does not count.
+            The sum of the seconds of all trials of all workers. Seconds before the first trial, as
+            for a spectrum, do not count.
         steps:
-            Optimiser steps of all trials, as far as they are recorded with
+            The sum of the optimiser steps of all trials that are recorded with
             :class:`~optuna_ttp.TrainingLog`.
 
     Raises:
         ValueError:
-            If not exactly one of them is given, or it is not positive.
+            If not exactly one of the two is given, or it is not positive and finite.
         TypeError:
-            If it is not a number.
+            If the given one is not a number.
     """
 
     seconds: float | None = None
@@ -74,7 +74,7 @@ class StudyBudget:
 
     @property
     def in_seconds(self) -> bool:
-        """Whether the budget is in seconds, and not in steps."""
+        """True if the budget is in seconds, False if it is in steps."""
         return self.seconds is not None
 
     @property
@@ -88,7 +88,7 @@ class StudyBudget:
         return f"StudyBudget({'seconds' if self.in_seconds else 'steps'}={self.limit:g})"
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Stop the study where no other trial is worth starting.
+        """Stop the study if less is left than the quickest completed trial took.
 
         Args:
             study:
@@ -107,31 +107,31 @@ class StudyBudget:
             study.stop()
 
     def left(self, trials: Sequence[FrozenTrial]) -> float:
-        """Return what is left. May be negative.
+        """Return the rest of the budget.
 
         Args:
             trials:
                 Finished and running trials of the study.
 
         Returns:
-            Seconds or steps.
+            The rest in seconds or steps, negative if more was spent.
         """
         return self.limit - sum(self._spent(trial) for trial in trials)
 
     def share_left(self, trials: Sequence[FrozenTrial]) -> float:
-        """Return which share of the budget is left.
+        """Return the rest of the budget as a share of the budget.
 
         Args:
             trials:
                 Finished and running trials of the study.
 
         Returns:
-            From zero to one.
+            The share, from zero to one.
         """
         return min(1.0, max(0.0, self.left(trials) / self.limit))
 
     def _spent(self, trial: FrozenTrial) -> float:
-        """Return the seconds or steps that a trial has taken so far, zero if nobody knows."""
+        """Return the seconds or steps that a trial has taken so far, zero if they are unknown."""
         if not self.in_seconds:
             curve = observed_curve(trial)
             return 0.0 if curve is None else float(curve.n_steps)
@@ -144,23 +144,23 @@ class StudyBudget:
         return max(0.0, (now - trial.datetime_start).total_seconds())
 
     def _least(self, trials: Sequence[FrozenTrial]) -> float:
-        """Return the least that a completed trial took, zero while none has completed."""
+        """Return the fewest seconds or steps of a completed trial, zero if none has completed."""
         spent = [self._spent(t) for t in trials if t.state == TrialState.COMPLETE]
         return min(spent, default=0.0)
 
     def fits(self, trials: Sequence[FrozenTrial], seconds: float, steps: float) -> bool:
-        """Tell whether another trial fits into what is left.
+        """Return whether another trial fits into the rest of the budget.
 
         Args:
             trials:
-                Finished and running trials of the study, but for the one in question.
+                Finished and running trials of the study, without the other trial.
             seconds:
-                What it is predicted to take.
+                The predicted seconds of the other trial, NaN if unknown.
             steps:
-                The same in steps.
+                The predicted steps of the other trial, NaN if unknown.
 
         Returns:
-            The answer; yes where its cost is not known.
+            True if the trial fits, or if its cost is unknown.
         """
         cost = seconds if self.in_seconds else steps
         return not cost > self.left(trials)

@@ -1,4 +1,4 @@
-"""What this process remembers of one study."""
+"""The state of one study in this process."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _T = TypeVar("_T")
 
 
 class StudyState:
-    """All that this process remembers of one study, shared by everything that works on the study.
+    """The state of one study in this process, shared by its sampler, pruner, logs and report.
 
-    It consists of parts, one object for each class that has something to remember. The state ends
-    with the storage object of the study, and is neither pickled nor copied with it. Threads share
-    it: whoever reads a part and then changes it holds :attr:`lock`.
+    It consists of parts, one object per class that has a state. It ends with the storage object of
+    the study, and is neither pickled nor copied with it. Threads share it: code that reads a part
+    and then changes it must hold ``lock``.
 
     Attributes:
-        lock: It is re-entrant, because an open training log may be closed by the garbage collector
-            at any moment.
+        lock: A re-entrant lock, because the garbage collector may close an open training log at
+            any moment.
     """
 
     def __init__(self) -> None:
@@ -38,14 +38,17 @@ class StudyState:
         self._owned: WeakKeyDictionary[object, Any] = WeakKeyDictionary()
 
     def part(self, make: Callable[[], _T]) -> _T:
-        """Return the part that a class or function without arguments makes, one for the study."""
+        """Return the study's part of the class ``make``, which is called at first use."""
         with self.lock:
             if make not in self._shared:
                 self._shared[make] = make()
             return cast(_T, self._shared[make])
 
     def part_of(self, owner: object, make: Callable[[], _T]) -> _T:
-        """Return the part of one sampler or pruner; it is forgotten together with its owner."""
+        """Return the part of one sampler or pruner, made by ``make`` at first use.
+
+        It is deleted together with its owner.
+        """
         with self.lock:
             if owner not in self._owned:
                 self._owned[owner] = make()
@@ -53,5 +56,5 @@ class StudyState:
 
 
 def state_of(study: optuna.Study) -> StudyState:
-    """Return the state of a study; the same object for every object of the study."""
+    """Return the state of a study, the same for every Study object on the same storage object."""
     return remembered_for(study, StudyState)

@@ -1,4 +1,4 @@
-"""What a study is warned of, each kind once."""
+"""The warnings of a study, each kind given once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _logger = get_logger("optuna.ttp.warnings")
-# What to do, by the kind of the reason; what is not in here is no mean loss of mini-batches.
+# Advice by the fault of a curve; for other faults the advice is to log mean losses.
 _ADVICE: Mapping[CurveFault, str] = {
     CurveFault.EMPTY: (
         "Record a loss at every optimiser step, with TrainingLog.step or Trial.report."
@@ -48,18 +48,18 @@ _CHECK = (
     "Check that steps are optimiser steps and losses means over the mini-batch "
     "(steps_per_report?), and that the spectrum is that of this network, these data and this loss."
 )
-# So many curves of which none comes down are strange. Not ablated yet.
+# The least number of curves for a warning that none of them falls. Not ablated yet.
 _NONE_FALLS = 5
 
 
 class _Warned(set[str]):
-    """What a study was warned of: kinds of unusable curves, and names of the warnings below."""
+    """The warnings given for a study: kinds of unusable curves and names of other warnings."""
 
 
 def warn_of_curve(study: optuna.Study | None, number: int, unusable: UnusableCurve) -> None:
-    """Warn that a trial's curve is left out, if it is the first of its kind in the study.
+    """Warn that a trial's curve is left out, if its fault is new in the study; else log it.
 
-    Others are logged for debugging. The study is :obj:`None` for a trial outside of one.
+    For a trial without a study (None) the warning is always given.
     """
     text = f"{unusable.what.format(number)}: {unusable.reason}."
     if study is not None and not is_first_warning(study, f"curve: {unusable.kind}"):
@@ -73,9 +73,9 @@ def warn_of_curve(study: optuna.Study | None, number: int, unusable: UnusableCur
 
 
 def warn_that_nothing_ran(study: optuna.Study, n_skipped: int, reason: str) -> None:
-    """Warn once that every trial was skipped, and none has shown whether predictions are right.
+    """Warn once per study that all ``n_skipped`` trials were skipped, so that none was checked.
 
-    The reason is why the next one should be skipped, too.
+    ``reason`` is the reason, in words, for which the next trial would also be skipped.
     """
     if not is_first_warning(study, "nothing ran"):
         return
@@ -89,7 +89,7 @@ def warn_that_nothing_ran(study: optuna.Study, n_skipped: int, reason: str) -> N
 
 
 def warn_that_skipping_is_wrong(study: optuna.Study, count: str) -> None:
-    """Warn once that so many trials reached the target although they were to be skipped."""
+    """Warn once per study that ``count`` trials, as ``3 of 5``, refuted a reason to skip them."""
     if not is_first_warning(study, "refuted"):
         return
     warn_caller(
@@ -101,14 +101,14 @@ def warn_that_skipping_is_wrong(study: optuna.Study, count: str) -> None:
 
 
 def warn_of_predictions(study: optuna.Study, predictor: SearchPredictor) -> None:
-    """Warn of what a predictor has learned that speaks against its predictions or the curves."""
+    """Warn once per kind if a corrected predictor's observations contradict its predictions."""
     _warn_that_no_loss_falls(study, predictor)
     _warn_of_distrust(study, predictor.calibration)
     _warn_of_first_steps(study, predictor.calibration)
 
 
 def is_first_warning(study: optuna.Study, warning: str) -> bool:
-    """Return whether a study was not warned of something yet, and note that it is now."""
+    """Return True at the first call with this name of a warning for a study, then False."""
     state = state_of(study)
     with state.lock:
         warned = state.part(_Warned)
@@ -118,7 +118,7 @@ def is_first_warning(study: optuna.Study, warning: str) -> bool:
 
 
 def _warn_that_no_loss_falls(study: optuna.Study, predictor: SearchPredictor) -> None:
-    """Warn once that none of several curves has come down: they may be of something else."""
+    """Warn once if at least five loss curves were observed and none has fallen by 5 %."""
     n_curves = len(predictor.observations)
     if n_curves < _NONE_FALLS:
         return
@@ -135,7 +135,10 @@ def _warn_that_no_loss_falls(study: optuna.Study, predictor: SearchPredictor) ->
 
 
 def _warn_of_distrust(study: optuna.Study, calibration: Calibration) -> None:
-    """Say that predictions are not trusted, at first by a warning, or are trusted again."""
+    """Tell that predictions are no longer trusted, first by a warning and then by the log.
+
+    If they are trusted again after that, log it.
+    """
     if calibration.trusted:
         warned = state_of(study).part(_Warned)
         if "distrust" in warned:
@@ -168,7 +171,10 @@ def _warn_of_distrust(study: optuna.Study, calibration: Calibration) -> None:
 
 
 def _warn_of_first_steps(study: optuna.Study, calibration: Calibration) -> None:
-    """Warn once that the first steps are not as predicted: no trial can be to blame for that."""
+    """Warn once if the first steps of trials are faster or slower than predicted.
+
+    There the network is still the pretrained one, so that the cause is not a single trial.
+    """
     if calibration.starts_as_predicted or not is_first_warning(study, "first steps"):
         return
     warn_caller(
