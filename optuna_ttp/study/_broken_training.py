@@ -1,4 +1,4 @@
-"""When a training has broken down: its loss is back where it began and will not come down."""
+"""Broken trainings, whose loss has returned to its initial value and does not fall again."""
 
 from __future__ import annotations
 
@@ -14,18 +14,15 @@ from optuna_ttp.calibration import LossCurve
 
 @dataclass(frozen=True)
 class BrokenTrainingRules:
-    """When a whole trial has broken down, so that its times are not learned from.
+    """The numbers that decide whether a whole trial is broken and counts as diverged.
 
     Attributes:
-        not_learned:
-            A loss above this share of the one at the start is back where it began. 0.9 tells it
-            from slow progress on the recorded runs (``benchmarks/search/parts.py``).
-        spike:
-            Only if the loss rose above so many times its first one. Without this one trial
+        not_learned: The last loss must be above this share of the first loss. 0.9 tells it from
+            slow progress on the recorded runs (``benchmarks/search/parts.py``).
+        spike: The loss must have risen above this factor of the first loss. Without this one trial
             sequence of eight changes, and no average time (``benchmarks/search/ablate.py``).
-        ample:
-            Only after so many times the steps in which the loss was predicted to be halved. Not
-            ablated yet.
+        ample: The trial must be longer than this factor of the steps in which its loss was
+            predicted to be halved. Not ablated yet.
     """
 
     not_learned: float = 0.9
@@ -35,21 +32,18 @@ class BrokenTrainingRules:
 
 @dataclass(frozen=True)
 class ThrownBackRules:
-    """When the loss of a running trial is back where it began, so that the trial is stopped.
+    """The numbers that decide whether the loss of a running trial has returned to its start.
 
-    A wrong answer costs a trial, so that this looks back to when the loss was last below its
-    start.
+    Such a trial is stopped, and a wrong answer costs a trial. So the steps are counted from when
+    the loss was last below its start.
 
     Attributes:
-        not_learned:
-            As for a whole trial.
-        ample:
-            A trial is stopped after so many times the steps in which its loss was predicted to be
-            halved, and as many as it took to get below its start. 32 of the 1,608 recorded runs
-            are, at 56 % of their epochs; none of them reaches the target all the same, and none
-            is close to the best.
-        errors:
-            A loss was below its start only if it was by so many standard errors: noise alone
+        not_learned: The loss is below its start if it is below this share of the initial loss.
+        ample: The loss must have been back for more than this factor of the steps in which it was
+            predicted to be halved, and for more steps than until it was last below. 32 of the
+            1,608 recorded runs are stopped, at 56 % of their epochs; none of them reaches the
+            target, and none is close to the best.
+        errors: The loss must have been below its start by this many standard errors, because noise
             takes a curve below its start and back. Without this searches take 1.5 % longer, as
             they do without the whole rule (``benchmarks/search/ablate.py``).
     """
@@ -63,11 +57,11 @@ RULES = BrokenTrainingRules()
 
 
 def broke_down(curve: LossCurve, predicted: NDArray[np.float64]) -> bool:
-    """Tell whether a trial's loss went through a spike and stayed above its start, in ample time.
+    """Return True if a trial's loss rose in a spike and ended near its first loss or above.
 
-    A network that is thrown where its gradients vanish ends with the loss of a guess: its loss is
-    finite, but it comes down no more than one that is not. ``predicted`` holds the logarithms of
-    the predicted steps to each of ``DEPTHS``, NaN where there are none.
+    The trial must have had more steps than the predicted ones to half of the loss, by a factor.
+    Such a network has vanishing gradients: its loss is finite, but does not fall any more.
+    ``predicted`` has the logarithms of the predicted steps to each of ``DEPTHS``, NaN if unknown.
     """
     first, last = float(curve.losses[0]), float(curve.losses[-1])
     if not (curve.losses.max() > RULES.spike * first and last > RULES.not_learned * first):
@@ -84,11 +78,11 @@ def is_thrown_back(
     initial_loss: float,
     rules: ThrownBackRules,
 ) -> bool:
-    """Tell whether a running trial is back where it began, in ample time to be elsewhere.
+    """Return True if a running trial's loss fell, returned to ``initial_loss`` and stayed there.
 
-    ``predicted`` and ``expected`` hold the logarithms of the predicted steps to each of
-    ``DEPTHS``, as simulated and as corrected by earlier trials; the later of the two counts. The
-    loss at the pretrained weights is ``initial_loss``.
+    ``predicted`` and ``expected`` have the logarithms of the predicted steps to each of
+    ``DEPTHS``, as simulated and as corrected by earlier trials; the larger steps count.
+    ``initial_loss`` is the loss at the pretrained weights.
     """
     start = rules.not_learned * initial_loss
     below = np.flatnonzero(curve.losses * np.exp(rules.errors * curve.errors) < start)
@@ -102,9 +96,9 @@ def is_thrown_back(
 
 
 def _log_steps_to_half(log_steps: NDArray[np.float64]) -> float:
-    """Return the predicted logarithm of the steps to half of the loss; infinity if there is none.
+    """Return the logarithm of the predicted steps to half of the loss; infinity if unknown.
 
-    That is the deepest level down to a half that has a prediction.
+    If that is unknown, the lowest loss level above a half that has a prediction counts.
     """
     to_half = log_steps[np.isfinite(log_steps) & (math.log(2.0) + 1e-9 >= DEPTHS)]
     return float(to_half[-1]) if len(to_half) else math.inf
