@@ -1,4 +1,4 @@
-"""How the outputs move when the weights move: a task in, the eigenpairs of its empirical NTK out.
+"""Computation of the eigenpairs of the empirical neural tangent kernel (NTK) of a task.
 
 With outputs ``f`` of shape ``(N, C)`` and trainable weights ``w`` of shape ``(D,)``, the Jacobian
 is ``J = df/dw`` of shape ``(N C, D)`` and the empirical neural tangent kernel

@@ -1,4 +1,4 @@
-"""Computing in the precision that was asked for, whatever surrounds the call."""
+"""Computing in the requested precision, also inside :class:`torch.autocast`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def without_autocast(
 ) -> Callable[_Parameters, _Result]:
     """Turn an enclosing :class:`torch.autocast` off while a function runs.
 
-    Products of rows would be rounded to half precision by it, and a model under it is another one
-    than that which is trained in the precision that was asked for.
+    Autocast would round products of rows to half precision, and would change the function that
+    the model computes.
     """
 
     @wraps(function)

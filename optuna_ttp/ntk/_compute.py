@@ -1,4 +1,4 @@
-"""From a task to its spectrum."""
+"""Computation of the spectrum of a task: the public function :func:`compute_spectrum`."""
 
 from __future__ import annotations
 
@@ -74,59 +74,61 @@ def compute_spectrum(
         task:
             The model with its data and loss.
         rank:
-            Keep at most so many eigenpairs. All that rise above rounding errors by default.
+            The largest number of eigenpairs. By default all whose eigenvalue exceeds the rounding
+            error; 100 with the engine ``"matrix_free"``.
         explained_trace:
-            Keep the fewest eigenpairs that hold this share of the trace of the kernel, and beside
-            them four that stand for what the initial residual sees of the others, see
-            :meth:`Spectrum.truncate`. All by default.
+            Keep the fewest eigenpairs whose eigenvalues sum to this share of the trace of the
+            kernel, and four Ritz pairs that replace the dropped eigenpairs in the decay of the
+            initial residual, see :meth:`Spectrum.truncate`. All eigenpairs by default.
         engine:
-            ``"exact"``; ``"sketch"``, a random projection of the Jacobian whose width is chosen
-            by the times that it predicts; ``"refined_sketch"``, with the leading 100 eigenpairs,
-            and what validation samples see of them, refined by two more passes over the data;
-            ``"matrix_free"``, the leading ``rank`` eigenpairs (100 by default) from products with
-            the kernel, in memory that grows with N C alone, and beside them a dozen or two Ritz
-            pairs that stand for what the residual sees of the others; or ``"auto"`` (the default)
-            for a choice by N, C, D and memory between the exact one, the sketch and the last, see
-            :func:`~optuna_ttp.ntk.resolve_engine`. A task with learning-rate multipliers
-            other than one needs the exact engine, which ``"auto"`` then takes.
+            ``"exact"``, the whole kernel; ``"sketch"``, a random projection of the Jacobian, as
+            wide as accurate predicted times need; ``"refined_sketch"``, a sketch whose leading
+            100 eigenpairs are refined by two more passes over the data; ``"matrix_free"``, the
+            leading ``rank`` eigenpairs from products with the kernel, in memory proportional to
+            N C, and one or two dozen Ritz pairs that replace the other eigenpairs; or ``"auto"``
+            (the default), one of ``"exact"``, ``"sketch"`` and ``"matrix_free"``, chosen by
+            N, C, D and ``max_memory``, see :func:`~optuna_ttp.ntk.resolve_engine`. Only the exact
+            engine supports learning-rate multipliers other than one.
         dtype:
             Precision of the Jacobian: ``"float32"`` (the default), ``"float64"``, or
             ``"bfloat16"``, for the exact engine: computed in single precision, held in half the
             memory, and multiplied with sums in single precision. Eigenpairs are always computed
             in double precision.
         device:
-            Where to compute. A GPU where there is one by default, else where the model is.
+            The device to compute on. By default a GPU if one is available, else the model's.
         max_memory:
             The memory budget for rows of the Jacobian and for the kernel matrix, in bytes. 4 GiB
             by default.
         measure_speed:
-            Time a few training steps, so that predictions can be given in seconds. On by default.
+            True to time a few training steps, so that predictions can be given in seconds (the
+            default). If False, ``throughput`` of the spectrum is :obj:`None`.
         probe:
-            Measure how far the network is from its linearisation, by 16 backward passes over the
-            data: without that, no prediction can say that it is unreliable. On by default.
+            True to compare the network with its linearisation, by up to 16 backward passes over
+            the data (the default). If False, ``probe`` of the spectrum is :obj:`None`, and
+            predictions cannot say that they are unreliable.
         show_progress_bar:
-            Show a progress bar where the standard error stream is a terminal. On by default.
+            Show a progress bar if the standard error stream is a terminal. True by default.
         seed:
-            The seed of the projection of a sketch, of where products start, and of the samples on
-            which gradients are checked. Zero by default.
+            The seed of a sketch's projection, of the start vectors of ``"matrix_free"``, and of
+            the samples and directions in which gradients are checked. Zero by default.
         checkpoint:
             An object that stores finished blocks of the kernel, so that an interrupted computation
-            goes on where it stopped. Only for the exact engine, which makes blocks. None by
-            default.
+            resumes from them. Only for the exact engine. None by default.
         distributed:
             Share the work with the other processes of the default group of
             :mod:`torch.distributed`, as under ``torchrun``; all must be given the same task, and
-            get the same spectrum. Only for the exact engine. Off by default.
+            get the same spectrum. Only for the exact engine. False by default.
 
     Returns:
-        The spectrum with its metadata.
+        The spectrum with its metadata. An :exc:`~optuna_ttp.ApproximationWarning` says if it is
+        less accurate, or holds less of the trace, than asked for.
 
     Raises:
         TypeError:
             If the task is not a :class:`FineTuningTask`, or the memory budget not a number.
         ValueError:
-            If a setting is out of its range, the memory does not suffice, or the task cannot be
-            differentiated; see :func:`~optuna_ttp.ntk.exact_kernel`.
+            If a setting is out of its range or not supported by the engine, the memory does not
+            suffice, or the task cannot be differentiated.
         JacobianMismatchError:
             If rows of the Jacobian differ from those of plain automatic differentiation.
     """
@@ -162,7 +164,7 @@ def compute_spectrum(
                 "seed": settings.seed,
                 "measure_speed": measure_speed,
                 "probe": probe,
-                # The memory chooses an engine only where none was asked for.
+                # The memory budget only matters for the choice of an engine.
                 "max_memory": max_memory if engine == "auto" else None,
             },
         )
@@ -184,7 +186,7 @@ def compute_spectrum(
     throughput = None
     if measure_speed:
         timed = partial(measure_throughput, task, device=settings.device)
-        # Alone the first process is not slowed down by the others, and all get the same times.
+        # The other processes wait meanwhile, so that they do not slow the timed steps down.
         throughput = by_first(timed) if distributed else timed()
     metadata = SpectrumMetadata(
         fingerprint=fingerprint,
@@ -216,7 +218,7 @@ def compute_spectrum(
 
 
 def _check_engine_checkpoint(engine: str, checkpoint: KernelCheckpoint | None) -> None:
-    """Raise ValueError or TypeError if a checkpoint is none, or the engine makes no blocks."""
+    """Raise TypeError if a checkpoint lacks methods, ValueError if the engine is not "exact"."""
     if checkpoint is not None and engine != "exact":
         raise ValueError(
             f'checkpoint must be None for the engine "{engine}" but got {checkpoint!r}: it '
@@ -233,7 +235,7 @@ def _spectrum(
     throughput: Throughput | None,
     metadata: SpectrumMetadata,
 ) -> Spectrum:
-    """Return the spectrum that an engine's result makes, with the validation samples' part."""
+    """Build the spectrum from an engine's eigenpairs, with features of the validation samples."""
     validation = None
     if decomposition.validation_features is not None and task.validation is not None:
         validation = Validation(
@@ -259,7 +261,7 @@ def _spectrum(
 
 
 def _within_reach(spectrum: Spectrum, explained_trace: float) -> float:
-    """Return the share of the trace that was asked for, or what the leading eigenpairs hold."""
+    """Return ``explained_trace``, or the share that the pairs hold, with a warning, if smaller."""
     share = spectrum.explained_trace
     if spectrum.metadata.engine == "matrix_free" and share < explained_trace:
         warn_caller(

@@ -1,4 +1,4 @@
-"""What every engine gives: the leading eigenpairs, and what else the dynamics need."""
+"""Decompositions of the exact kernel and of a sketch into leading eigenpairs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def exact_decomposition(
     checkpoint: KernelCheckpoint | None,
     distributed: bool,
 ) -> Decomposition:
-    """Decompose the exact kernel, see :func:`~optuna_ttp.ntk.exact_kernel`."""
+    """Compute the exact kernel and its leading ``rank`` eigenpairs (by default all)."""
     kernel = exact_kernel(task, checkpoint=checkpoint, distributed=distributed, **vars(settings))
     pairs = eigenpairs(kernel.gram, rank=rank)
     decay_factors = None
@@ -66,14 +66,14 @@ def sketched_decomposition(
     refined: bool,
     rank: int | None,
 ) -> Decomposition:
-    """Decompose a sketch that is wide enough for the predicted times.
+    """Decompose a sketch that is wide enough for accurate predicted times.
 
-    The width is doubled until the times of gradient flow to 50, 25 and 10 % of the initial loss
-    have a standard error of at most 3 %, and are off by at most as much on average, see
-    :func:`~optuna_ttp.ntk.engines._sketch_error.sketch_error`, or the memory does not allow more;
-    then there is an :exc:`~optuna_ttp.ApproximationWarning`. What is reported is the bar that nine
-    errors in ten are within. With ``refined`` the leading eigenpairs are refined by two more
-    passes, and the bar is that of the sketch before, an upper bound.
+    The width is doubled until the standard error and the bias of the times of gradient flow to 50,
+    25 and 10 % of the initial loss are at most 3 %, see
+    :func:`~optuna_ttp.ntk.engines._sketch_error.sketch_error`. If the memory does not allow that,
+    an :exc:`~optuna_ttp.ApproximationWarning` is given. ``time_error`` of the result is the error
+    that nine sketches in ten do not exceed. With ``refined`` the leading eigenpairs are refined by
+    two more passes; then ``time_error`` is an upper bound, that of the sketch before.
     """
     width = CHOICE.sketch_width
     check_sketch_memory(task, settings.dtype.itemsize, settings.max_memory)
@@ -97,8 +97,8 @@ def sketched_decomposition(
         features, others = refine(
             task, features, pairs, settings, others=others, n_refined=SKETCHES.n_refined
         )
-        # The error is at most that of the sketch before. An error bar made of the refined groups
-        # would be too small, because they chose what is refined: it held 64 % of the errors
+        # The error is at most that of the unrefined sketch. An error bar from the refined groups
+        # would be too small, because they determine the refined pairs: it held 64 % of the errors
         # (benchmarks/engine/coverage.py).
         pairs = eigenpairs_of_features(features, trace=sketch.trace)
     if not error.expected <= SKETCHES.time_error:
@@ -122,7 +122,7 @@ def sketched_decomposition(
 def _validation_features(
     features: torch.Tensor, others: torch.Tensor | None, pairs: Eigenpairs
 ) -> NDArray[np.floating[Any]] | None:
-    """Return ``J_v J^T V Lambda^(-1/2)``, ``(N_v C, r)``, from both kinds of samples' features."""
+    """Return ``J_v J^T V Lambda^(-1/2)``, ``(N_v C, r)``, or None without validation samples."""
     if others is None:
         return None
     whitened = torch.as_tensor(pairs.eigenvectors / np.sqrt(pairs.eigenvalues)).to(others)

@@ -1,4 +1,4 @@
-"""Where, and in which precision, a Jacobian is computed."""
+"""The device and the precision in which a Jacobian is computed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ HELD = {"bfloat16": torch.bfloat16}
 
 
 def resolve_dtype(dtype: str, engine: str) -> tuple[torch.dtype, torch.dtype | None]:
-    """Return the precision that a Jacobian is computed in, and that it is held in if that differs.
+    """Return the precision for computing a Jacobian, and the one for holding it, None if equal.
 
-    ValueError is raised if there is no such precision, or the engine holds no Jacobian.
+    ValueError is raised if ``dtype`` is unknown, or is ``"bfloat16"`` for an engine but "exact".
     """
     if dtype in HELD:
         if engine != "exact":
@@ -36,9 +36,9 @@ def resolve_dtype(dtype: str, engine: str) -> tuple[torch.dtype, torch.dtype | N
 
 
 def resolve_device(task: FineTuningTask, device: str | torch.device | None) -> torch.device:
-    """Return where to compute: as asked, else on a GPU where there is one, else with the model.
+    """Return ``device`` if it is given, else a GPU if one is available, else the model's device.
 
-    ValueError is raised if the device that was asked for cannot be used here.
+    ValueError is raised if ``device`` cannot be used on this machine.
     """
     if device is not None:
         return check_device(device)

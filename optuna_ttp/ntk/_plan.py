@@ -1,4 +1,4 @@
-"""What computing a spectrum is going to take, before it is computed."""
+"""The plan of a spectrum: engine, estimated seconds and bytes, before it is computed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from optuna_ttp.ntk.engines._rules import CHOICE
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How the gradients of one parameter are made and multiplied.
+    """How the gradients of one parameter are computed and multiplied.
 
-    ``claimed_by`` is the module that answers for it, empty for the whole network; ``derivative``
-    is ``"rule"``, or ``"vmap"`` or ``"loop"`` where the module is differentiated for all samples
-    at once, or one after the other; ``method`` is ``"rows"``, ``"panels"``, ``"ghost"`` or
-    ``"separable"``. ``flops`` are those of making rows and multiplying them, ``bytes`` are held
-    for all samples.
+    ``claimed_by`` is the module whose derivative gives them, empty for the whole network;
+    ``derivative`` is ``"rule"`` for a formula of the layer, or ``"vmap"`` or ``"loop"`` if the
+    module is differentiated for all samples at once or one by one; ``method`` is ``"rows"``,
+    ``"panels"``, ``"ghost"`` or ``"separable"``. ``flops`` count computing rows and multiplying
+    them, ``bytes`` the memory, both for all samples.
     """
 
     name: str
@@ -32,11 +32,11 @@ class SpectrumPlan:
     """How a spectrum is going to be computed; printing it shows a table.
 
     ``seconds`` are the estimated wall-clock seconds of the Jacobian and the kernel,
-    ``trace_seconds`` those of them in which the trace is estimated (zero where it is exact),
+    ``trace_seconds`` the part of them for estimating the trace (zero if the trace is exact),
     ``bytes`` the estimated peak of memory on top of the model and the data, and ``minimum_bytes``
     the smallest ``max_memory`` that suffices. ``batch_size`` samples go through the network
-    together, the Jacobian of ``block_size`` is held, and ``stream_size`` are streamed past a
-    block.
+    together; the Jacobian of ``block_size`` samples is held and multiplied with that of
+    ``stream_size`` other samples at a time. ``layers`` has one entry per parameter.
     """
 
     engine: str
@@ -72,7 +72,7 @@ class SpectrumPlan:
         return "\n".join(lines)
 
     def _of_width(self) -> list[str]:
-        """Return a line on the width of a sketch."""
+        """Return one line on the width of a sketch, none for other engines."""
         if not self.engine.endswith("sketch"):
             return []
         width = CHOICE.sketch_width
@@ -82,7 +82,7 @@ class SpectrumPlan:
         ]
 
     def _of_trace(self) -> list[str]:
-        """Return a line on how the trace is estimated."""
+        """Return one line on the time to estimate the trace, none if the trace is exact."""
         if not self.trace_seconds:
             return []
         took = _duration(self.trace_seconds)
@@ -90,7 +90,7 @@ class SpectrumPlan:
 
 
 def _duration(seconds: float) -> str:
-    """Return seconds in words."""
+    """Return seconds as a text in seconds, minutes or hours, such as ``"3 min"``."""
     if seconds < 100.0:
         return f"{seconds:.2g} s"
     if seconds < 6000.0:

@@ -1,4 +1,4 @@
-"""How far the weights have to go, without a step of training."""
+"""Comparison of the network with its linearisation, without a training step."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProbeRules:
-    """Where and how closely the linearisation is compared with the network.
+    """Tuned numbers of the comparison of the network with its linearisation.
 
     Attributes:
         fractions:
-            Shares of the reducible loss at which it is compared; each takes two passes over the
-            data. With twice as many, the growth that is predicted between them changes by 1 % on
-            average and 12 % at most, over nine networks of benchmarks/search.
+            Loss levels of the comparison, as shares of the reducible loss; each takes two passes
+            over the data. With twice as many, the growth that is predicted between them changes
+            by 1 % on average and 12 % at most, over nine networks of benchmarks/search.
         max_steps:
-            Steps of the linearised path after which what is not reached is not looked at.
+            Largest number of gradient steps on the linearised path; loss levels that are not
+            reached by then are left out.
         linear:
-            Outputs that are so close, relatively, to the linearised ones at every point are
-            linear.
+            Largest relative deviation of outputs and kernel from a network that counts as linear.
         max_unseen:
-            The largest share of a gradient that may be estimated because the spectrum does not see
-            it; otherwise it is computed.
+            The largest share of a squared gradient that may be estimated from the trace because
+            the eigenvectors do not contain it; if it is larger, the gradient is computed.
     """
 
     fractions: tuple[float, ...] = (0.85, 0.7, 0.35, 0.15, 0.05)
@@ -61,20 +61,19 @@ def probe_linearisation(
     batch_size: int = 64,
     distributed: bool = False,
 ) -> Spectrum:
-    """Find out how far the weights have to go to each loss; return the spectrum with its probe.
+    """Compare network and linearisation at five loss levels; return the spectrum with its probe.
 
     Gradient flow takes the linearised network to ``theta`` in the coordinates of the spectrum's
-    eigenpairs; that is a displacement ``J^T V Lambda^(-1/2) theta`` of the weights, one backward
-    pass over the data. A linearisation holds while the weights change little compared with what
-    they are (Chizat, Oyallon and Bach, NeurIPS 2019, arXiv 1812.07956). A new head is small, so it
-    is the first to change a lot, and with it the kernel; see
-    :meth:`optuna_ttp.dynamics.KernelGrowth.from_probe`. What the network's outputs and its kernel
-    really are at the displaced weights, along the gradient that training follows there, shows how
-    far that holds.
+    eigenpairs, which is a displacement ``J^T V Lambda^(-1/2) theta`` of the weights. At each
+    displacement the :class:`~optuna_ttp.spectrum.Probe` holds its size relative to the weights,
+    the deviation of the network's outputs from the linearised ones, and the kernel along the
+    gradient of the loss over that at the pretrained weights. A linearisation holds while weights
+    change little relative to their norm (Chizat, Oyallon and Bach, NeurIPS 2019, arXiv
+    1812.07956); :meth:`optuna_ttp.dynamics.KernelGrowth.from_probe` uses the measurements.
 
     ``batch_size`` samples go through the network together. With ``distributed``, points of the
-    path are shared with the other processes of the default group. There is no probe where the loss
-    is zero already.
+    path are shared with the other processes of the default group. If the initial loss is zero, the
+    spectrum is returned without a probe.
     """
     model = LinearisedModel.from_spectrum(spectrum, dtype=torch.float64)
     initial = float(model.loss(model.initial_outputs[None]))
@@ -101,14 +100,14 @@ def probe_linearisation(
                 _largest(frozen, change),
                 away / moved if math.isfinite(away) else math.inf,
                 ratio,
-                # With a head of zeros the outputs are linear on the way, but the kernel is not.
+                # With a head of zeros the outputs are linear on the path, but the kernel is not.
                 away <= RULES.linear * moved and abs(ratio - 1.0) <= RULES.linear + unseen,
             )
 
         path = _path(model)
         points = shared_out(looked_at, path) if distributed else [looked_at(p) for p in path]
     if all(point.is_linear for point in points):
-        # However far the weights go, the kernel is the same everywhere.
+        # The kernel of a linear network does not depend on its weights.
         points = [replace(point, displacement=0.0, ratio=1.0) for point in points]
     probe = Probe(
         np.array([1.0, *(point.fraction for point in points)]),
@@ -121,7 +120,7 @@ def probe_linearisation(
 
 @dataclass(frozen=True)
 class _Point:
-    """What is seen at a point of the path, see :class:`Probe`."""
+    """Measurements at one point of the path; :class:`Probe` explains the first four."""
 
     fraction: float
     displacement: float
@@ -132,7 +131,7 @@ class _Point:
 
 @torch.inference_mode()
 def _path(model: LinearisedModel) -> list[torch.Tensor]:
-    """Return the states where gradient flow first is at the fractions of the initial loss."""
+    """Return the first states ``theta``, ``(r,)``, at or below each loss level that is reached."""
     theta = model.features.new_zeros((1, model.rank))
     points: list[torch.Tensor] = []
     initial, floor = float(model.loss(model.initial_outputs[None])), model.loss_floor
@@ -143,7 +142,7 @@ def _path(model: LinearisedModel) -> list[torch.Tensor]:
     for _ in range(RULES.max_steps):
         if not goals:
             break
-        # Outputs take the most time, and both the gradient and the loss are made of them.
+        # Outputs take the most time, so that they are computed once for gradient and loss.
         residuals = model.residuals(outputs, model.soft_targets, model.normalisers)
         theta = theta - rate * (residuals.reshape(1, -1) @ flat)
         outputs = model.outputs(theta)
@@ -163,7 +162,7 @@ def _displaced(
     dtype: torch.dtype,
     batch_size: int,
 ) -> tuple[torch.Tensor, float]:
-    """Return the network's own outputs at the displaced weights, and ``u^T J c J^T u`` there."""
+    """Return outputs and ``u^T J c J^T u``, at weights plus ``change`` for residuals ``u``."""
     start = dict(frozen.parameters)
     frozen.replace_parameters(
         {
@@ -177,7 +176,7 @@ def _displaced(
 
 
 def _squared(task: FineTuningTask, scaled: list[torch.Tensor]) -> float:
-    """Return ``u^T J c J^T u`` from ``c J^T u``; infinite where it overflows."""
+    """Return ``u^T J c J^T u`` from ``c J^T u``, a list by parameter; infinity on overflow."""
     factors = task.multipliers.values()
     total = sum(float(g.double().square().sum()) / c for g, c in zip(scaled, factors, strict=True))
     return total if math.isfinite(total) else math.inf
@@ -186,7 +185,7 @@ def _squared(task: FineTuningTask, scaled: list[torch.Tensor]) -> float:
 def _squared_gradient(spectrum: Spectrum, residuals: NDArray[np.float64]) -> tuple[float, float]:
     """Return ``u^T J c J^T u`` at the pretrained weights, and the share of it that is estimated.
 
-    What the spectrum's eigenvectors do not see is taken to lie evenly among the others.
+    ``residuals`` are ``u``, ``(N C,)``. All dropped eigenvalues are taken to equal their mean.
     """
     seen = residuals @ spectrum.eigenvectors
     known = float(np.square(seen) @ spectrum.eigenvalues)
@@ -199,7 +198,7 @@ def _squared_gradient(spectrum: Spectrum, residuals: NDArray[np.float64]) -> tup
 
 
 def _largest(frozen: FrozenModel, change: list[torch.Tensor]) -> float:
-    """Return the largest ``|w - w_0| / |w_0|`` of a weight matrix."""
+    """Return the largest ``|d| / |w|`` of tensors ``w`` of two or more axes and changes ``d``."""
     changes = [0.0]
     for w, d in zip(frozen.parameters.values(), change, strict=True):
         # Biases and scales are moved by few gradients and often start at zero.
@@ -219,7 +218,7 @@ def _pulled(
     dtype: torch.dtype,
     batch_size: int,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return outputs in double precision, and ``c J^T u`` for weights ``u`` of the outputs."""
+    """Return outputs, ``(N, C)``, and ``c J^T u`` by parameter for output weights ``u (N, C)``."""
     parameters = list(frozen.parameters.values())
     total = [torch.zeros_like(p) for p in parameters]
     outputs_so_far = []

@@ -1,4 +1,4 @@
-"""Several processes that compute one spectrum: what each does, and how their errors are shared."""
+"""Functions for several processes that compute one spectrum, and that share their errors."""
 
 from __future__ import annotations
 
@@ -31,13 +31,12 @@ _KINDS: dict[str, type[Exception]] = {
 
 
 def _release_default_group() -> None:
-    """Let go of the group that is the default of arguments of PyTorch's own functions.
+    """Remove process groups from the default arguments of ``torch.distributed.nn.functional``.
 
-    ``torch.distributed.nn`` is imported by the compiler, which may first be needed in the middle
-    of a computation. A group that is there by then becomes the default of its functions, outlives
-    ``destroy_process_group``, and with it threads that abort the process if they let go of a
-    tensor while the interpreter ends. Without a group at import the default is :obj:`None`, which
-    means the same.
+    PyTorch's compiler imports that module, perhaps in the middle of a computation. A group that
+    exists by then becomes the default of its functions and outlives ``destroy_process_group``; its
+    threads abort the process if they release a tensor while the interpreter ends. The default
+    :obj:`None`, which the functions have if there is no group at import, means the same.
     """
     if not distributed.is_available():
         return
@@ -54,12 +53,12 @@ _release_default_group()
 
 
 def has_group() -> bool:
-    """Return whether there is a group of processes."""
+    """Return whether the default group of ``torch.distributed`` is initialised."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def check_group() -> None:
-    """Raise ValueError if there is no group of processes."""
+    """Raise ValueError if the default group of ``torch.distributed`` is not initialised."""
     if not has_group():
         raise ValueError(
             "distributed=True needs a group of processes: call "
@@ -74,7 +73,7 @@ def check_same_task(task: FineTuningTask, settings: Mapping[str, object]) -> Non
     described_here = {"fingerprint": task.fingerprint, **described}
     if all(other == described_here for other in gathered_objects(described_here)):
         return
-    # The parts are hashed only now that they are needed: all weights are read once more.
+    # The parts are hashed only if they are needed, because all weights are read once more.
     parts = gathered_objects({**task.part_fingerprints(), **described})
     different = [
         (rank, name)
@@ -93,9 +92,9 @@ def check_same_task(task: FineTuningTask, settings: Mapping[str, object]) -> Non
 
 
 def gathered_objects(here: _Object) -> list[_Object]:
-    """Return what each process has, in all of them.
+    """Return a list of the objects ``here`` of all processes, by rank, in every process.
 
-    RuntimeError is raised if another process has ended.
+    The objects must be picklable. RuntimeError is raised if another process has ended.
     """
     gathered: list[Any] = [None] * distributed.get_world_size()
     try:
@@ -111,10 +110,10 @@ def gathered_objects(here: _Object) -> list[_Object]:
 
 
 def together(run: Callable[[], _Object]) -> _Object:
-    """Run something that may go wrong in one process only; then it does in all of them.
+    """Call ``run`` in every process and return its result; an error in one is raised in all.
 
-    Else the others would wait for it. What it raises in any of the processes, the others raise as
-    well, as :exc:`RuntimeError` if it is not one of their common errors.
+    Otherwise the processes without an error would wait forever. They raise ValueError, TypeError
+    and JacobianMismatchError as such, and any other error as :exc:`RuntimeError`.
     """
     result: _Object | None = None
     error: Exception | None = None
@@ -128,7 +127,7 @@ def together(run: Callable[[], _Object]) -> _Object:
     )
     names = [f[2] for f in failures if f is not None and f[2]]
     if names:
-        # Then all processes look for the same other module.
+        # All processes must then replace the same modules by the modules around them.
         raise UnclaimedError(frozenset().union(*names), "do not run for all samples") from error
     if error is not None:
         raise error
@@ -140,24 +139,24 @@ def together(run: Callable[[], _Object]) -> _Object:
 
 
 def shared_out(run: Callable[[_Item], _Object], items: Sequence[_Item]) -> list[_Object]:
-    """Run something for every item, each in one of the processes; return all results in all.
+    """Call ``run`` for every item, each in one of the processes; return all results, in order.
 
-    Results must be what can be pickled. Errors are those of :func:`together`.
+    Every process gets the results, which must be picklable. Errors are those of :func:`together`.
     """
     n_processes = distributed.get_world_size()
-    # The first process has the fewest, because some things are for it alone, see by_first().
+    # The first process gets the fewest items, because it alone computes those of by_first().
     items_here = items[n_processes - 1 - distributed.get_rank() :: n_processes]
     parts = gathered_objects(together(lambda: [run(item) for item in items_here]))
     return [parts[n_processes - 1 - k % n_processes][k // n_processes] for k in range(len(items))]
 
 
 def in_all(run: Callable[[], _Object], *, distributed: bool) -> _Object:
-    """Run something in every process; what it raises in one of them is raised in all."""
+    """Return ``run()``; with ``distributed``, an error in one process is raised in all."""
     return together(run) if distributed and has_group() else run()
 
 
 def by_first(run: Callable[[], _Object]) -> _Object:
-    """Run something in the first process, and give the result, which is pickled, to all.
+    """Call ``run`` in the first process only; return its result, which is pickled, in all.
 
     Errors are those of :func:`together`.
     """

@@ -1,4 +1,4 @@
-"""What every engine is told beside the task."""
+"""The settings of an engine, which are the same for all engines."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Where and how precisely an engine computes, and in how much memory.
+    """Device, precision, memory budget and seed of an engine.
 
-    ``dtype`` is the precision of the Jacobian, and ``held`` that which it is held in, if another.
-    ``max_memory`` are bytes for what is held of the Jacobian and for the result. ``seed`` is that
-    of what is random: projections, where products start, and what gradients are checked on.
+    ``dtype`` is the precision for computing the Jacobian, ``held`` the precision for storing it
+    (None for ``dtype``). ``max_memory`` is the budget in bytes for the stored part of the Jacobian
+    and for the result. ``seed`` is for projections, start vectors and the checks of gradients.
     """
 
     device: torch.device
@@ -26,5 +26,5 @@ class EngineSettings:
 
     @property
     def place(self) -> dict[str, Any]:
-        """Return device and precision as arguments of a tensor."""
+        """Return device and ``dtype`` as keyword arguments of functions that make a tensor."""
         return {"device": self.device, "dtype": self.dtype}

@@ -1,7 +1,7 @@
-"""Rows of the Jacobian: which module answers for which weights, and what is held of them.
+"""Computation and storage of the rows of the Jacobian.
 
-The tape records the calls of layers; claims say whose rule makes which parameter's gradient,
-checked against plain automatic differentiation; a layout says how each parameter's part is held.
+The tape records the calls of layers; claims name the module that computes each parameter's
+gradient, checked against plain automatic differentiation; a layout says how it is stored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which module answers for which parameter, and the gradients that it makes."""
+"""Claims: the modules that compute the gradients of parameters."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Claim:
-    """A module and the parameters whose gradients it makes.
+    """A module and the parameters whose gradients it computes.
 
     ``module`` is its name in the adapter, empty for the whole network. ``kind`` is ``"rule"``, or
-    a local derivative: ``"vmap"`` for all samples at once, ``"loop"`` for one after the other.
+    a local derivative: ``"vmap"`` for all samples at once, ``"loop"`` for one at a time.
     ``parameters`` are pairs of the name among the trainable parameters and the name in the module.
-    With ``expand`` the output is shared by all samples and given to each as a copy.
+    With ``expand`` an output that all samples share is replaced by one copy per sample.
     """
 
     module: str
@@ -43,13 +43,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Claims:
-    """The claims for all trainable parameters, with what was learned of the modules' calls.
+    """The claims for all trainable parameters, with properties of the modules' calls.
 
     Inputs of the modules ``copied`` must be copied; no output depends on the parameters
-    ``unused``. ``shapes`` are of the factors of each parameter's gradient for one sample,
-    :obj:`None` where it only comes as a row. For the n-th call of a module, ``batched`` says which
-    tensors among its arguments have an axis of samples, and ``shared`` whether all samples share
-    its output.
+    ``unused``. ``shapes`` are the shapes of the factors of each parameter's gradient for one
+    sample, :obj:`None` if the gradient is a row. By module and number of the call, ``batched`` has
+    one flag per tensor among the arguments, True if it has an axis of samples, and ``shared`` is
+    True if all samples share the output.
     """
 
     claims: tuple[Claim, ...]
@@ -60,7 +60,7 @@ class Claims:
     shared: dict[tuple[str, int], bool]
 
     def tape(self, frozen: FrozenModel) -> Tape:
-        """Return a tape that watches the claiming modules."""
+        """Return a tape that records the calls of the claiming modules."""
         watched: dict[str, bool] = {}
         for claim in self.claims:
             watched[claim.module] = watched.get(claim.module, False) or claim.expand
@@ -68,15 +68,15 @@ class Claims:
 
     @property
     def replayed(self) -> tuple[str, ...]:
-        """Return the names of the modules without a rule, which are run again to differentiate."""
+        """Return the names of the modules without a rule, which run again to be differentiated."""
         return tuple(dict.fromkeys(c.module for c in self.claims if c.kind != "rule"))
 
     def gradients(
         self, recording: Recording, cotangents: Cotangents
     ) -> Iterator[tuple[str, Contribution]]:
-        """Yield every contribution to a parameter's gradient; those of one parameter add up.
+        """Yield contributions to gradients, by parameter; those of one parameter add up.
 
-        The cotangents of the recording are removed once they are used, to free their memory.
+        ``cotangents`` is emptied module by module, to free memory.
         """
         for module in list(cotangents):
             calls = zip(recording.calls[module], cotangents.pop(module), strict=True)
@@ -91,7 +91,7 @@ class Claims:
 
 
 class OverwrittenError(JacobianMismatchError):
-    """Raised where the inputs of a module were overwritten after the call."""
+    """Raised if the inputs of a module were overwritten after the call."""
 
     def __init__(self, module: str) -> None:
         super().__init__(
@@ -102,7 +102,7 @@ class OverwrittenError(JacobianMismatchError):
 
 
 class UnclaimedError(JacobianMismatchError):
-    """Raised where a layer cannot make gradients of named parameters for some of the samples."""
+    """Raised if a claim does not give the gradients of ``names`` for some of the samples."""
 
     def __init__(self, names: Iterable[str], reason: str) -> None:
         self.names = frozenset(names)
@@ -118,9 +118,9 @@ def claim_gradients(
 ) -> Iterator[tuple[str, Contribution]]:
     """Yield the gradients that one call contributes to the parameters of one claim.
 
-    ``cotangents`` are, for each output tensor of the call, one a class. ``batched`` says which
-    tensors among the arguments have an axis of samples, where that is known. UnclaimedError is
-    raised if the outputs of the module have no axis of samples.
+    ``cotangents`` has one list per output tensor of the call, with one cotangent per class.
+    ``batched`` has one flag per tensor among the arguments, True if it has an axis of samples
+    (None if unknown). UnclaimedError is raised if the module's outputs have no axis of samples.
     """
     if any(len(shape) == 0 or shape[0] != call.batch_size for shape in call.shapes):
         names = [name for name, _ in claim.parameters]

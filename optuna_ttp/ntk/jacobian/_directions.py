@@ -1,10 +1,9 @@
 """Products with the Jacobian and its transpose, one direction at a time.
 
 A vector-Jacobian product is a backward pass, a Jacobian-vector product a pass in forward mode.
-Neither ever makes a row of the Jacobian, so that the number of outputs does not matter. Where
-forward mode is not implemented, attention switches to plain matrix products, and in the end two
-backward passes take the place of the forward one: ``J^T u`` is linear in ``u``, and its derivative
-with respect to ``u`` in the direction ``w`` is ``J w``.
+Neither computes a row of the Jacobian, so that the cost does not depend on the number of outputs.
+If forward mode fails, it is tried with attention as plain matrix products, and then replaced by
+two backward passes: ``J^T u`` is linear in ``u``, with the derivative ``J w`` along ``w``.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _MODES = ("forward", "forward of plain attention", "two backward passes")
 class Directions:
     """Products with the Jacobian ``J`` of a task, without any of its rows.
 
-    ``n_together`` is how many directions in the space of the weights fit half of the memory.
+    ``n_together`` is the number of vectors of all weights that fit half of the memory budget.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class Directions:
 
     @property
     def mode(self) -> str:
-        """Return how Jacobian-vector products are made."""
+        """Return the name of the method for Jacobian-vector products that is in use."""
         return _MODES[self._mode]
 
     def images(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -68,9 +67,9 @@ class Directions:
         return torch.cat(parts, 1)
 
     def adjoint(self, vectors: torch.Tensor) -> list[list[torch.Tensor]]:
-        """Return ``J^T V`` for ``V`` of shape ``(N C, b)``, as ``b`` lists, one for each column.
+        """Return ``J^T V`` for ``V`` of shape ``(N C, b)``, as ``b`` lists, one per column.
 
-        A list has one tensor for each trainable parameter, of the parameter's shape.
+        A list has one tensor per trainable parameter, of the parameter's shape.
         """
         parameters = list(self._frozen.parameters.values())
         totals = [[torch.zeros_like(p) for p in parameters] for _ in range(vectors.shape[1])]
@@ -97,8 +96,8 @@ class Directions:
     def forward(self, task: FineTuningTask, directions: list[list[torch.Tensor]]) -> torch.Tensor:
         """Return ``J W`` of shape ``(N C, b)``, in double precision.
 
-        The samples are those of ``task``, its own or those held out; ``directions`` are, for each
-        of ``b``, a tensor for each trainable parameter.
+        ``J`` is for the samples of ``task``; ``directions`` are the ``b`` columns of ``W``, each a
+        list of one tensor per trainable parameter.
         """
         parts = [
             self._batch_forward(inputs, directions)
@@ -107,7 +106,7 @@ class Directions:
         return torch.cat(parts).flatten(0, 1)
 
     def _batch_forward(self, inputs: object, directions: list[list[torch.Tensor]]) -> torch.Tensor:
-        """Return ``J W`` of a batch, ``(B, C, b)``, in the first mode that works."""
+        """Return ``J W`` of a batch, ``(B, C, b)``, by the first mode that works and is right."""
         while True:
             try:
                 with _plain_attention(self._mode > 0):
@@ -126,7 +125,7 @@ class Directions:
                 return images
 
     def _forward_mode(self, inputs: object, directions: list[list[torch.Tensor]]) -> torch.Tensor:
-        """Return ``J W`` of a batch in forward mode."""
+        """Return ``J W`` of a batch, ``(B, C, b)``, in forward mode."""
         _load_forward_mode()
         before = self._frozen.parameters
         tangents = []
@@ -148,7 +147,7 @@ class Directions:
     def _two_backward_passes(
         self, inputs: object, directions: list[list[torch.Tensor]]
     ) -> torch.Tensor:
-        """Return ``J W`` of a batch as the derivative of ``J^T u`` with respect to ``u``."""
+        """Return ``J W`` of a batch, ``(B, C, b)``, as the derivative of ``J^T u`` by ``u``."""
         parameters = list(self._frozen.parameters.values())
         outputs = self._frozen(inputs)
         cotangent = torch.zeros_like(outputs, requires_grad=True)
@@ -166,7 +165,7 @@ class Directions:
         return torch.stack(tangents, -1)
 
     def _check(self, inputs: object, direction: list[torch.Tensor], image: torch.Tensor) -> None:
-        """Raise JacobianMismatchError unless a product is what plain reverse mode has for it."""
+        """Raise JacobianMismatchError unless ``|J w|^2`` is ``(J^T J w) . w`` by reverse mode."""
         parameters = list(self._frozen.parameters.values())
         outputs = self._frozen(inputs)
         self._frozen.find_precision(outputs)
@@ -191,9 +190,9 @@ class Directions:
 
 @cache
 def _load_forward_mode() -> None:
-    """Let PyTorch compile its derivatives for forward mode, which it does once a process."""
+    """Make PyTorch compile its derivatives for forward mode, once per process."""
     with warnings.catch_warnings():
-        # PyTorch does so by means that it has itself deprecated.
+        # PyTorch compiles them with a function that it has deprecated.
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
         with forward_ad.dual_level():
             forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
@@ -201,7 +200,7 @@ def _load_forward_mode() -> None:
 
 @contextmanager
 def _plain_attention(on: bool) -> Iterator[None]:
-    """Compute attention as matrix products, which forward mode can differentiate."""
+    """If ``on``, compute attention as matrix products, which forward mode can differentiate."""
     if not on:
         yield
         return

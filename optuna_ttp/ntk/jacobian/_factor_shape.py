@@ -1,4 +1,4 @@
-"""Sizes of the factors of a gradient."""
+"""The shape of the factors of a gradient."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from optuna_ttp.ntk.layers._factors import Factors
 
 @dataclass(frozen=True)
 class FactorShape:
-    """Sizes of the factors of one sample's gradient of a weight matrix, with the names of Factors.
+    """The shape of the :class:`Factors` of one sample's gradient of a weight matrix.
 
-    ``source_size`` counts the elements of what the inputs are made from; with ``is_table`` these
-    are indices.
+    ``groups``, ``width``, ``positions`` and ``n_rows`` are ``G``, ``o``, ``S`` and ``k``;
+    ``source_size`` counts the elements of all sources, which are indices with ``is_table``.
     """
 
     groups: int
@@ -26,7 +26,7 @@ class FactorShape:
 
     @classmethod
     def of(cls, factors: Factors) -> FactorShape:
-        """Return the shape of factors."""
+        """Return the shape of one sample's part of ``factors``."""
         groups, _, width, positions, n_rows = factors.shape
         return cls(
             groups,
@@ -39,7 +39,7 @@ class FactorShape:
         )
 
     def plus(self, other: FactorShape | None) -> FactorShape | None:
-        """Return the shape of the factors of a sum, or :obj:`None` if the two do not fit."""
+        """Return the shape of merged factors, or :obj:`None` if the two cannot be merged."""
         if other is None or self._layout() != other._layout():
             return None
         return replace(
@@ -49,5 +49,5 @@ class FactorShape:
         )
 
     def _layout(self) -> tuple[int, int, int, bool, bool]:
-        """Return what must be equal for two factors to be added up."""
+        """Return the sizes that two factors must share to be merged."""
         return self.groups, self.width, self.n_rows, self.is_table, self.transposed

@@ -1,10 +1,9 @@
-"""Finding out which module answers for which parameter, on a few samples.
+"""The choice, on a few samples, of the module that computes each parameter's gradient.
 
-A parameter belongs to the layer that owns it, if there is a rule for that layer. Where there is
-none, or the rule's gradient is not the true one (the parameter is used by other code than the
-layer's own, the layer's output has no axis of samples, its inputs were overwritten), the layer is
-differentiated on its own; where that is wrong as well, the module around it, and so on up to the
-whole network, sample by sample, which is right for everything that can be differentiated.
+The first choice is the rule of the layer that owns the parameter. If there is no rule, or its
+gradient is not the true one (other code uses the parameter as well, or the layer's output has no
+axis of samples), automatic differentiation of the layer alone is tried, then of the modules around
+it, from the inside outwards. The last choice is the whole network, one sample at a time.
 """
 
 from __future__ import annotations
@@ -46,12 +45,12 @@ def find_claims(
     seed: int,
     lifts: Mapping[str, int] | None = None,
 ) -> Claims:
-    """Find, on a few samples, the innermost modules whose gradients are the true ones.
+    """Return for every parameter a claim of the innermost module with the true gradient.
 
-    ``inputs`` are ``batch_size`` samples as one batch, and ``seed`` that of the directions in
-    which gradients are compared. ``lifts`` says, by parameter, how many modules around its layer
-    are passed over because they were wrong for other samples. JacobianMismatchError is raised if
-    not even the whole network, sample by sample, gives the true gradients.
+    ``inputs`` are one batch of ``batch_size`` samples; ``seed`` is for the random directions in
+    which gradients are compared. ``lifts`` gives, by parameter, the number of innermost modules to
+    skip because they failed for other samples. JacobianMismatchError is raised if the whole
+    network, differentiated sample by sample, does not give the true gradients either.
     """
     truth, outputs, directions = _true_gradients(frozen, inputs, seed)
     lifts = lifts or {}
@@ -72,7 +71,7 @@ def find_claims(
                 raise
             copied = copied | {error.module}
             continue
-        # Parameters that only other samples reach still need a module that runs for these.
+        # A parameter in lifts moves outputs of other samples: its module must run for these too.
         wrong |= {n for n in lifts if n not in claims.shapes}
         if not wrong:
             return claims
@@ -88,7 +87,7 @@ def find_claims(
 
 
 def _first_level(chain: _Options, n_lifts: int) -> int:
-    """Return the first option whose module lies some steps further out than the first one."""
+    """Return the index of the first option after skipping the ``n_lifts`` innermost modules."""
     modules = list(dict.fromkeys(tuple(c.module for c in option) for option in chain))
     if n_lifts >= len(modules):
         return len(chain) - 1
@@ -96,7 +95,7 @@ def _first_level(chain: _Options, n_lifts: int) -> int:
 
 
 def _candidates(frozen: FrozenModel) -> dict[str, _Options]:
-    """Return, for each trainable parameter, what to try in turn: lists of claims that add up."""
+    """Return the options of each parameter in order; the claims of one option are added up."""
     owners: dict[str, list[str]] = {n: [] for n in frozen.parameters}
     modules = dict(frozen.adapter.named_modules(remove_duplicate=False))
     local_names: dict[tuple[str, str], str] = {}
@@ -106,7 +105,7 @@ def _candidates(frozen: FrozenModel) -> dict[str, _Options]:
             name = frozen.original_names.get(id(parameter), "")
             if name not in frozen.parameters:
                 continue
-            # The same module under two names is called, and hooked, once.
+            # A module with two names is hooked, and its calls are recorded, under one of them.
             if (id(module), name) in seen:
                 continue
             seen.add((id(module), name))
@@ -124,7 +123,7 @@ def _options(
     modules: dict[str, torch.nn.Module],
     local_names: dict[tuple[str, str], str],
 ) -> _Options:
-    """Return the claims to try for one parameter: rule, local derivative, modules around it."""
+    """Return a parameter's options in order: rule, local derivative, modules around its owners."""
     pairs = {owner: (name, local_names[(owner, name)]) for owner in owners}
     options: _Options = []
     rules = {owner: rule_for(modules[owner]) for owner in owners}
@@ -134,7 +133,7 @@ def _options(
     for kind in ("vmap", "loop"):
         options.append([Claim(o, kind, (pairs[o],)) for o in owners])
     above = _common_ancestor(owners)
-    # The owner itself has been tried.
+    # A single owner is an option already.
     for ancestor in _ancestors(above, include_self=len(owners) > 1):
         inside = owners[0][len(ancestor) :].removeprefix(".")
         local = ".".join(filter(None, (inside, pairs[owners[0]][1])))
@@ -144,7 +143,7 @@ def _options(
 
 
 def _ancestors(name: str, *, include_self: bool) -> Iterator[str]:
-    """Yield the names of the modules around a module, from the inside to the whole network."""
+    """Yield the names of the modules that contain a module, the innermost first, ``""`` last."""
     if include_self or not name:
         yield name
     while name:
@@ -153,7 +152,7 @@ def _ancestors(name: str, *, include_self: bool) -> Iterator[str]:
 
 
 def _common_ancestor(names: list[str]) -> str:
-    """Return the name of the innermost module that contains all of some modules."""
+    """Return the name of the innermost module that contains all named modules."""
     split = [n.split(".") for n in names]
     common: list[str] = []
     for parts in zip(*split, strict=False):
@@ -164,7 +163,7 @@ def _common_ancestor(names: list[str]) -> str:
 
 
 def _claims_at(chains: dict[str, _Options], levels: dict[str, int]) -> tuple[Claim, ...]:
-    """Return the chosen claims; those of one module and kind are joined, so that it runs once."""
+    """Return option ``levels[name]`` of each parameter, with one claim per module and kind."""
     joined: dict[tuple[str, str, bool], Claim] = {}
     for name, level in levels.items():
         for claim in chains[name][level]:
@@ -177,11 +176,11 @@ def _claims_at(chains: dict[str, _Options], levels: dict[str, int]) -> tuple[Cla
 def _true_gradients(
     frozen: FrozenModel, inputs: Any, seed: int
 ) -> tuple[_Truth, torch.Tensor, torch.Tensor]:
-    """Return each sample's gradient in a random direction of the outputs, by plain reverse mode.
+    """Return gradients ``J_b^T u_b`` of each sample ``b``, outputs and random directions ``u``.
 
-    The outputs and the directions, both ``(B, C)``, come with it. All samples go through the
-    network in the same batch as with the tape: in a batch of another size a unit may be rounded to
-    the other side of a kink.
+    The gradients are dictionaries by parameter, computed by plain reverse mode; outputs and
+    directions are ``(B, C)``. The batch is as large as with the tape, because in batches of other
+    sizes a unit may be rounded to the other side of a kink.
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = frozen.parameters
@@ -209,7 +208,7 @@ def _wrong_parameters(
     outputs: torch.Tensor,
     directions: torch.Tensor,
 ) -> set[str]:
-    """Return the parameters whose claimed gradient is not the true one, or cannot be computed."""
+    """Return parameters whose claims fail or differ from ``truth``; fill in ``claims.shapes``."""
     expanded = {n for c in claims.claims if c.expand for n, _ in c.parameters}
     claimed: dict[str, torch.Tensor | None] = {}
     wrong: set[str] = set()
@@ -217,7 +216,7 @@ def _wrong_parameters(
         try:
             recording = tape.record(inputs, batch_size)
         except Exception:
-            # The only difference from before are the copies, on which a module may raise anything.
+            # The only change is that shared outputs have copies, with which any module may fail.
             if not expanded:
                 raise
             return expanded
@@ -244,7 +243,7 @@ def _wrong_parameters(
                                 rows = total + rows
                             claims.shapes[name], claimed[name] = shape, rows
                     except Exception:
-                        # A module may raise anything when it is given parts of its inputs.
+                        # A module may raise any exception if it is given parts of its inputs.
                         wrong |= names
     return wrong | set(_deviating(claimed, truth, wrong, frozen.precision))
 
@@ -252,12 +251,12 @@ def _wrong_parameters(
 def _deviating(
     claimed: dict[str, torch.Tensor | None], truth: _Truth, skip: set[str], precision: torch.dtype
 ) -> Iterable[str]:
-    """Yield the parameters whose gradient differs from the true one by more than rounding."""
+    """Yield parameters not in ``skip`` whose gradient deviates by more than rounding."""
     relative, absolute = CHECKS.claim_tolerances[precision]
     for b, gradients in enumerate(map(_dense, truth)):
         norms = {n: float(g.norm()) for n, g in gradients.items()}
         total = math.hypot(*norms.values())
-        # What is not finite is refused later, with the sample's number.
+        # Gradients that are not finite raise an error later, which names the sample.
         if not math.isfinite(total):
             continue
         for name, gradient in gradients.items():
@@ -274,7 +273,7 @@ def _deviating(
 
 
 def _dense(gradients: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-    """Return the gradients that there are, sparse ones as dense tensors."""
+    """Return the gradients that are not None, sparse ones as dense tensors."""
     return {
         n: g if g.layout == torch.strided else g.to_dense()
         for n, g in gradients.items()

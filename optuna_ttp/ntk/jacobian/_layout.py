@@ -1,4 +1,4 @@
-"""How each parameter's part of the kernel is computed, and what that costs."""
+"""The choice of how each parameter's part of the Jacobian is stored and multiplied."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """How one parameter's part of the Jacobian is held and multiplied, and what that costs.
+    """How one parameter's part of the Jacobian is stored and multiplied, and the cost of that.
 
-    The method is ``"rows"``, which are held and multiplied; ``"panels"``, where inputs and
-    cotangents are held, and rows made from them slice by slice when they are multiplied;
-    ``"ghost"``, where the kernel is contracted from inputs and cotangents without rows; or
-    ``"separable"``, where cotangents are products of a channel's weight and a pattern. Flops for a
-    sample are those of making rows, for a pair those of the product; scratch is for unfolded
-    inputs while it is multiplied.
+    The method is ``"rows"``, which are stored and multiplied; ``"panels"``, which are slices of
+    rows, computed from stored inputs and cotangents when they are multiplied; ``"ghost"``, which
+    contracts stored inputs and cotangents without rows; or ``"separable"``, for cotangents that
+    are products of a channel's weight and a pattern. ``flops_per_sample`` are for computing rows,
+    ``flops_per_pair`` for their product; ``scratch_per_sample`` are bytes for unfolded inputs.
     """
 
     name: str
@@ -39,12 +38,12 @@ class ParameterLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """How all parameters are held, and which columns their rows have.
+    """How all parameters are stored, and the columns of their rows in one common tensor.
 
-    Parameters that are held as rows come first, by multiplier. ``offsets`` are the first columns
-    of those whose rows are held together with those of others; large ones are held on their own.
+    Parameters stored as rows come first, sorted by multiplier. ``offsets`` are the first columns
+    of small parameters in the common tensor, of ``n_columns`` columns; large ones have their own.
     ``sections`` are ranges of columns of one multiplier, as (start, stop, multiplier). ``held`` is
-    the precision of what is held, that of the Jacobian by default.
+    the precision of storage, None for that of the Jacobian.
     """
 
     parameters: tuple[ParameterLayout, ...]
@@ -55,17 +54,17 @@ class Layout:
 
     @property
     def bytes_per_sample(self) -> int:
-        """Return the bytes that are held for one sample."""
+        """Return the bytes of storage for one sample."""
         return sum(p.bytes_per_sample for p in self.parameters)
 
     @property
     def scratch_per_sample(self) -> int:
-        """Return the bytes for unfolded inputs while a parameter is multiplied."""
+        """Return the bytes for one sample's unfolded inputs while a parameter is multiplied."""
         return max((p.scratch_per_sample for p in self.parameters), default=0)
 
     @property
     def has_multipliers(self) -> bool:
-        """Return whether a learning-rate multiplier is not one."""
+        """Return whether any learning-rate multiplier is not one."""
         of_sections = any(multiplier != 1.0 for _, _, multiplier in self.sections)
         return of_sections or any(p.multiplier != 1.0 for p in self.parameters)
 
@@ -81,13 +80,13 @@ def make_layout(
     itemsize: int,
     held: torch.dtype | None = None,
 ) -> Layout:
-    """Choose for each parameter the cheapest way to hold and multiply its part of the Jacobian.
+    """Choose for each parameter the cheapest way to store and multiply its part of the Jacobian.
 
-    Multiplying rows takes ``C^2 G o k`` multiplications for a pair of samples, the ghost form ``G
-    (S^2 k + C o S^2 + C^2 o S)``. ``sizes`` are the weights of each parameter that moves an
-    output; ``shapes`` are of its factors, :obj:`None` where only rows can be computed;
-    ``separable`` are those whose cotangents are products of a channel's weight and a pattern;
-    ``itemsize`` and ``held`` are the bytes and the precision of what is held.
+    A product of rows takes ``C^2 G o k`` multiplications per pair of samples, the ghost form ``G
+    (S^2 k + C o S^2 + C^2 o S)``. ``n_weights`` are the numbers of weights of each used parameter;
+    ``shapes`` are those of its factors, :obj:`None` if only rows can be computed; ``separable``
+    are the parameters whose cotangents are products of a channel's weight and a pattern;
+    ``itemsize`` and ``held`` are the bytes of a number and the precision of storage.
     """
     parameters = [
         _parameter_layout(
@@ -120,7 +119,7 @@ def make_layout(
 
 
 def _is_alone(parameter: ParameterLayout, shape: FactorShape | None) -> bool:
-    """Return whether rows are written where they stay by the product that makes them."""
+    """Return whether a parameter's rows have a tensor of their own, as large products do."""
     return shape is not None and not shape.is_table and parameter.n_weights >= LAYOUTS.n_alone
 
 
@@ -134,7 +133,7 @@ def _parameter_layout(
     itemsize: int,
     separable: bool,
 ) -> ParameterLayout:
-    """Choose how one parameter is held, by the costs of :func:`make_layout`."""
+    """Choose how one parameter is stored, by the costs that :func:`make_layout` states."""
     row_bytes = n_outputs * n_weights * itemsize
     product = 2.0 * n_outputs**2 * n_weights
     if shape is None:
@@ -151,7 +150,7 @@ def _parameter_layout(
         if row_bytes <= factor_bytes:
             return ParameterLayout(name, n_weights, multiplier, "rows", row_bytes, making, product)
         return ParameterLayout(name, n_weights, multiplier, "ghost", factor_bytes, 0.0, ghost)
-    # Unfolded inputs are made in single precision at least.
+    # Unfolded inputs are in single precision at least.
     unfolded = g * k * s * max(4, itemsize)
     if separable:
         held = g * o * (n_outputs + k) * itemsize
@@ -159,7 +158,7 @@ def _parameter_layout(
         return ParameterLayout(
             name, n_weights, multiplier, "separable", held, 2.0 * n_weights * s, once
         )
-    # Both halves of the triangle have the same number of pairs.
+    # Only the lower triangle is multiplied: this is the number of pairs per sample.
     pairs = LAYOUTS.triangle * n_samples
     if LAYOUTS.ghost_overhead * ghost * pairs < product * pairs + making:
         return ParameterLayout(

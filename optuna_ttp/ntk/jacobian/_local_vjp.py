@@ -25,10 +25,10 @@ def local_rows(
 ) -> dict[str, torch.Tensor]:
     """Run a module again for each sample alone; return rows ``(B, C, p)`` of the named parameters.
 
-    ``cotangents`` are, for each output tensor that carries a gradient, one a class. With ``loop``
-    samples go one after the other in plain reverse mode, which any module allows; otherwise all at
-    once by :func:`torch.func.vmap`. ``batched`` says which tensors among the arguments are taken
-    apart by samples: by default those whose first axis has the length of the batch.
+    ``cotangents`` has one list per output tensor that carries a gradient, with one cotangent per
+    class. With ``loop`` samples go one at a time in plain reverse mode, which any module allows;
+    otherwise all at once by :func:`torch.func.vmap`. ``batched`` has one flag per tensor among the
+    arguments, True to split it by samples: by default if its first axis is as long as the batch.
     """
     stacked = [torch.stack(per_class, 1) for per_class in cotangents]
     flags = batched_arguments(call)
@@ -41,7 +41,7 @@ def local_rows(
 
 
 def batched_arguments(call: Call) -> tuple[bool, ...]:
-    """Return which tensors among the arguments have a first axis as long as the batch."""
+    """Return one flag per tensor among the arguments: its first axis is as long as the batch."""
     tensors = tensors_of((call.args, call.kwargs))
     return tuple(t.ndim > 0 and len(t) == call.batch_size for t in tensors)
 
@@ -52,7 +52,7 @@ def _vectorised(
     names: tuple[str, ...],
     batched: tuple[bool, ...],
 ) -> list[torch.Tensor]:
-    """Return rows ``(B, C, ...)`` of each parameter with all samples at once."""
+    """Return rows ``(B, C, *shape)`` of each parameter, for all samples at once."""
     tensors = tensors_of((call.args, call.kwargs))
 
     def one_sample(
@@ -76,9 +76,9 @@ def _vectorised(
 
     parts = [t for t, flag in zip(tensors, batched, strict=True) if flag]
     with warnings.catch_warnings():
-        # Operations without a vectorised derivative are looped over inside, which is slower.
+        # PyTorch loops over operations without a vectorised derivative, which is slower.
         warnings.filterwarnings("ignore", message="There is a performance drop because")
-        # Weights of other modules among the arguments would leave a graph.
+        # If weights of other modules are among the arguments, the rows have a graph.
         return [r.detach() for r in vmap(one_sample)(parts, cotangents)]
 
 
@@ -88,7 +88,7 @@ def _looped(
     names: tuple[str, ...],
     batched: tuple[bool, ...],
 ) -> list[torch.Tensor]:
-    """Return rows ``(B, C, ...)`` of each parameter, one sample after the other."""
+    """Return rows ``(B, C, *shape)`` of each parameter, for one sample at a time."""
     n_classes = cotangents[0].shape[1]
     rows: list[list[torch.Tensor]] = [[] for _ in names]
     for b in range(call.batch_size):

@@ -1,4 +1,4 @@
-"""What every engine needs to know of a network before it differentiates all samples."""
+"""The choice of claims and layout on a few samples, before all samples are differentiated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Preparation:
-    """Claims and layout, and the bytes that a sample takes while it is differentiated."""
+    """Claims, layout, and the bytes that one sample takes while it is differentiated."""
 
     claims: Claims
     layout: Layout
@@ -47,7 +47,7 @@ def prepare(
     settings: EngineSettings,
     lifts: Mapping[str, int] | None = None,
 ) -> Preparation:
-    """Differentiate a few samples: find claims and layout, and count what a sample takes.
+    """Differentiate a few samples to find claims, layout and the bytes of a sample.
 
     ``lifts`` are as for :func:`~optuna_ttp.ntk.jacobian._find_claims.find_claims`.
     """
@@ -75,10 +75,10 @@ def prepare(
     replayed = set(claims.replayed)
     elements = 0
     for module, calls in recording.calls.items():
-        # Cotangents are of one output at a time, or of all, which are then copied in order.
+        # There are cotangents of one output at a time, or of all outputs and a copy of them.
         n_cotangents = 2 * task.n_outputs if batched or module in replayed else 1
         for call in calls:
-            # What operations between layers keep is about as large as what they are given.
+            # Operations between layers keep about as many elements as they are given.
             elements += (n_cotangents + 1) * sum(s.numel() for s in call.shapes)
             elements += sum(t.numel() for t in tensors_of((call.args, call.kwargs)))
     per_sample = itemsize * (
@@ -88,9 +88,9 @@ def prepare(
 
 
 def _gathered_elements(layout: Layout, claims: Claims, n_outputs: int) -> int:
-    """Return how many elements a sample needs, beside activations, until its rows are made.
+    """Return the number of elements that one sample needs, beside its activations.
 
-    These are cotangents of all outputs, and unfolded inputs.
+    These are cotangents of all outputs, unfolded inputs, and rows of local derivatives.
     """
     cotangents = unfolded = rows = 0
     for parameter in layout.parameters:
@@ -100,13 +100,13 @@ def _gathered_elements(layout: Layout, claims: Claims, n_outputs: int) -> int:
         elif parameter.method in ("rows", "separable") and not shape.is_table:
             positions = shape.groups * shape.positions
             cotangents += n_outputs * shape.width * positions
-            # Inputs of one parameter are unfolded after those of the other.
+            # The inputs of one parameter are unfolded at a time.
             unfolded = max(unfolded, shape.n_rows * positions)
     return cotangents + unfolded + rows
 
 
 def _separable(claims: Claims, recording: Recording, seed: int) -> frozenset[str]:
-    """Return the parameters whose cotangents have the same pattern in two random directions."""
+    """Return the parameters with separable cotangents, by two random directions of the outputs."""
     n_outputs = recording.outputs.shape[1]
     if n_outputs == 1:
         return frozenset()
@@ -126,11 +126,11 @@ def _separable(claims: Claims, recording: Recording, seed: int) -> frozenset[str
 
 
 def lifting(run: Callable[[Mapping[str, int]], _Result]) -> _Result:
-    """Run something again as long as a layer turns out to be wrong about its parameters.
+    """Call ``run(lifts)`` until it raises no UnclaimedError, at most 21 times; return its result.
 
-    A layer that only some samples reach, such as an expert, is right for the samples that are
-    looked at first and wrong for others: the module around it answers for it then. ``run`` is
-    given what :func:`prepare` takes as ``lifts``.
+    A layer that only some samples reach, such as an expert, gives true gradients for the first
+    samples but not for others. Each UnclaimedError adds one to the ``lifts`` of its parameters, so
+    that :func:`prepare` takes the module around the layer.
     """
     lifts: Counter[str] = Counter()
     for _ in range(CHECKS.max_lifts):

@@ -1,4 +1,4 @@
-"""Tuned numbers of how gradients are checked, and of how their parts of the Jacobian are held."""
+"""Tuned numbers of the checks of gradients, and of the storage of the Jacobian."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import torch
 
 @dataclass(frozen=True)
 class CheckRules:
-    """On how many samples, and how strictly, gradients are compared with plain reverse mode.
+    """Numbers of samples and tolerances for comparing gradients with plain reverse mode.
 
     Attributes:
         n_claim_samples:
             Samples on which gradients of layers are compared with those of the whole network.
             Not ablated yet.
         n_single_samples:
-            Samples, evenly spread, whose outputs in a batch are compared with those alone. Not
-            ablated yet.
+            Samples, evenly spread, whose outputs in a batch are compared with their outputs alone.
+            Not ablated yet.
         max_lifts:
-            Modules around a layer that are tried; few networks are nested so deeply.
+            How often modules further out are chosen before an error; few networks are as deep.
         claim_tolerances:
-            By precision, the relative deviation of a parameter's gradient that is rounding, and
-            the same of all gradients together: some gradients are zero but for rounding.
+            By precision, the largest deviation of a parameter's gradient relative to its norm, and
+            relative to that of all gradients, for gradients that are zero but for rounding.
         product_tolerances:
-            By precision, the deviation of ``u . (J w)`` from ``(J^T u) . w``, which are the same
-            number, relative to the norms of both.
+            By precision, the largest relative difference of ``u . (J w)`` and ``(J^T u) . w``,
+            which are equal but for rounding.
         kernel_tolerances:
-            By precision, the deviation of an entry of the kernel relative to the norms of both
-            rows. In a batch of another size units are rounded to the other side of a kink, and
+            By precision, the largest deviation of an entry of the kernel relative to the norms of
+            both rows. Batches of other sizes round some units to the other side of a kink, and
             models that cast to half precision inside round differently.
         roundings:
-            Roundings of a cotangent that counts as a product of a channel's weight and a pattern,
-            relative to the largest cotangent of the same output: those of few operations.
+            Largest deviation of cotangents from products of a channel's weight and a pattern, in
+            units of the rounding error of the largest cotangent of the same output.
     """
 
     n_claim_samples: int = 3
@@ -58,21 +58,19 @@ class CheckRules:
 
 @dataclass(frozen=True)
 class LayoutRules:
-    """What decides how a parameter's part of the Jacobian is held.
+    """Numbers that decide how a parameter's part of the Jacobian is stored.
 
     Attributes:
         ghost_overhead:
-            How much longer the ghost form takes for a flop than one large matrix product, because
-            it moves more memory. Not ablated yet.
+            Time of a flop of the ghost form over that of a flop of one large matrix product. It is
+            longer because more memory is moved. Not ablated yet.
         triangle:
-            The share of all pairs of rows that is multiplied where the product is symmetric: the
-            block-lower triangle.
+            The share of all pairs of rows that is multiplied in a symmetric product: the lower
+            triangle in tiles.
         n_alone:
-            Weights from which on a parameter's rows are not held together with those of others.
-            Not ablated yet.
+            Fewest weights of a parameter whose rows have a tensor of their own. Not ablated yet.
         direction_batch:
-            Samples that go through the network together for products with one direction. Not
-            ablated yet.
+            Batch size for products with directions of the weights. Not ablated yet.
     """
 
     ghost_overhead: float = 1.4

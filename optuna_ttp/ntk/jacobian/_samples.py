@@ -1,4 +1,4 @@
-"""Reading samples into states: one forward pass and C backward passes a batch."""
+"""Differentiation of samples, batch by batch: one forward and C backward passes per batch."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 
 class SampleReader:
-    """Differentiates samples of a task, batch by batch, and returns what is held of them.
+    """Differentiates samples of a task, batch by batch, and returns their stored Jacobian.
 
-    ``claims`` say which module makes which gradient, and ``tape`` is attached to the model for
-    them; ``reference`` are the outputs ``(N, C)`` that larger batches gave; ``advance`` is called
-    with the number of rows that were made.
+    ``claims`` say which module computes which gradient, and ``tape`` must be attached to these
+    modules; ``reference`` are the outputs ``(N, C)`` to compare with; ``advance`` is called with
+    the number of rows after each batch.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SampleReader:
     def read(
         self, layout: Layout, start: int, stop: int, *, weight_outputs: bool = True
     ) -> tuple[BlockState, NDArray[np.float64]]:
-        """Differentiate a range of samples.
+        """Differentiate the samples from ``start`` up to, but without, ``stop``.
 
         Returns their state, and ``J diag(c) w`` of shape ``(stop - start, C)`` (zeros without
         ``weight_outputs``).
@@ -89,10 +89,10 @@ class SampleReader:
     def _gradients(
         self, recording: Recording
     ) -> Iterator[tuple[slice, Iterator[tuple[str, Contribution]]]]:
-        """Yield gradients class by class, so that only one class's cotangents are held.
+        """Yield ranges of outputs with their contributions, by default one output at a time.
 
-        Modules that are differentiated on their own run again for that, so they wait for all
-        classes.
+        On a GPU all outputs are one range. Modules without a rule, which run again to be
+        differentiated, come last, for all outputs at once.
         """
         n_outputs = recording.outputs.shape[1]
         directions = []
@@ -107,7 +107,7 @@ class SampleReader:
                 yield everything, self._claims.gradients(recording, cotangents)
                 return
             except (RuntimeError, NotImplementedError):
-                # Not every operation has a vectorised derivative; one by one gives the same.
+                # Not every operation has a vectorised derivative: one pass per output does.
                 self._batched = False
         waiting: Cotangents = {}
         for c, direction in enumerate(directions):
@@ -119,7 +119,7 @@ class SampleReader:
             yield everything, self._claims.gradients(recording, waiting)
 
     def _recordings(self, start: int, stop: int) -> Iterator[tuple[int, Recording]]:
-        """Yield the first sample of each batch with its recording."""
+        """Yield the index of each batch's first sample, and its recording."""
         for first in range(start, stop, self._batch_size):
             batch_size = min(self._batch_size, stop - first)
             batches = self._task.batches(batch_size, self.device, self._dtype, start=first)
@@ -128,13 +128,13 @@ class SampleReader:
             yield first, self._record(inputs, batch_size, first)
 
     def _record(self, inputs: Any, batch_size: int, first: int) -> Recording:
-        """Record a batch and check its outputs."""
+        """Record a batch; raise ValueError if its outputs differ from the reference."""
         recording = self._tape.record(inputs, batch_size)
         check_same_outputs(recording.outputs, self._reference, first)
         return recording
 
     def _check_unused(self, recording: Recording) -> None:
-        """Raise UnclaimedError if a parameter that moved no output before does so here."""
+        """Raise UnclaimedError if outputs depend on a parameter that the claims call unused."""
         unused = [self._frozen.parameters[n] for n in self._claims.unused]
         if not unused:
             return
@@ -156,9 +156,9 @@ def check_singles(
     reference: NDArray[np.float64],
     settings: EngineSettings,
 ) -> None:
-    """Raise ValueError if a batch of one has another shape, other outputs, or no gradient.
+    """Raise ValueError if some samples alone give other outputs, a wrong shape or no gradient.
 
-    ``reference`` are the outputs ``(N, C)`` that larger batches gave.
+    ``reference`` are the outputs ``(N, C)`` of all samples in larger batches.
     """
     n = task.n_samples
     for k in sorted({int(i) for i in np.linspace(0, n - 1, min(n, CHECKS.n_single_samples))}):
@@ -178,9 +178,9 @@ def check_singles(
 
 
 def check_same_outputs(outputs: torch.Tensor, reference: NDArray[np.float64], first: int) -> None:
-    """Raise ValueError if outputs depend on which other samples are in the batch.
+    """Raise ValueError if the outputs of a sample depend on the other samples of its batch.
 
-    ``outputs`` are of a batch whose first sample has the number ``first``; ``reference`` are those
+    ``outputs`` are of a batch whose first sample has the index ``first``; ``reference`` are those
     of all samples, ``(N, C)``, from batches of other sizes.
     """
     expected = reference[first : first + len(outputs)]

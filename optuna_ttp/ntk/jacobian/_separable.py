@@ -1,8 +1,8 @@
-"""Gradients of weight matrices behind which only channels are weighted and positions are pooled.
+"""Gradients of weight matrices whose cotangents are products ``u[n, c, o] m[n, o, s]``.
 
 Between the last convolution of most networks and their outputs there are element-wise operations,
-a mean over positions and a linear layer. Cotangents there are products: how much a channel counts
-for an output, and where the channel is active. One row for each channel then does for all outputs.
+a mean over positions and a linear layer. Cotangents are then the weight ``u`` of channel ``o`` for
+output ``c`` times a pattern ``m`` over positions, so that one row per channel serves all outputs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from optuna_ttp.ntk.layers._rules import PRODUCTS
 
 @dataclass(frozen=True, eq=False)
 class Separated:
-    """A gradient as few products, ``G[n, c, o, :] = sum_r weights[n, c, o, r] rows[n, o, r, :]``.
+    """The gradient ``G[n, c, o, :] = sum_r weights[n, c, o, r] rows[n, o, r, :]`` of R terms.
 
-    Where cotangents are ``D[n, c, o, s] = u[n, c, o] m[n, o, s]`` there is one term, and the row
-    is ``sum_s m[n, o, s] A[n, :, s]``. The shapes are ``(B, C, O, R)``, with the channels ``O = G
-    o`` of all groups, and ``(B, O, R, k)``.
+    If cotangents are ``D[n, c, o, s] = u[n, c, o] m[n, o, s]``, there is one term, and the row is
+    ``sum_s m[n, o, s] A[n, :, s]``. ``weights`` have shape ``(B, C, O, R)``, with the channels ``O
+    = G o`` of all groups, and ``rows`` have shape ``(B, O, R, k)``.
     """
 
     weights: torch.Tensor
@@ -37,7 +37,7 @@ class Separated:
         return Separated(self.weights.to(dtype), self.rows.to(dtype))
 
     def of(self, samples: slice) -> Separated:
-        """Return the gradients of some samples."""
+        """Return the gradients of a range of samples."""
         return Separated(self.weights[samples], self.rows[samples])
 
     def gradient(self) -> torch.Tensor:
@@ -75,10 +75,10 @@ class Separated:
 def gathered_terms(
     whole: Separated | None, part: Separated, samples: slice, n_samples: int
 ) -> Separated:
-    """Write the terms of some samples into the memory ``whole`` for all ``n_samples``; return it.
+    """Write the terms of some samples into the memory ``whole`` of all ``n_samples``; return it.
 
-    ``part`` may have more terms than those before; then the memory is made anew. ``whole`` is
-    :obj:`None` at first.
+    New memory is allocated, and ``whole`` copied to it, if ``whole`` is :obj:`None` or ``part``
+    has more terms.
     """
     n_terms = part.rows.shape[2]
     if whole is None or whole.rows.shape[2] < n_terms:
@@ -98,18 +98,17 @@ def gathered_terms(
 def is_separable(factors: Factors) -> bool:
     """Return whether all cotangents are products of a channel's weight and a pattern.
 
-    The factors are of two or more directions of the outputs.
+    ``factors`` must be of two or more directions of the outputs: one is always a product.
     """
-    # Where inputs come first in a weight, terms by channel would not lie as the weight does.
+    # In a transposed weight, inputs come first, but in rows of terms channels do.
     plain = factors.expand is not None and not factors.transposed
     return plain and _split(factors) is not None
 
 
 def separate(factors: Factors) -> Separated:
-    """Write a gradient for all outputs as a sum of few products.
+    """Write a gradient for all outputs as a sum of terms.
 
-    That is one term where the cotangents allow it; otherwise as many as there are outputs, which
-    is right for all cotangents.
+    That is one term if all cotangents are products of a weight and a pattern, else C terms.
     """
     inputs = input_side(factors)
     batch, groups, classes, width = joined(factors.cotangents).shape[:4]
@@ -126,7 +125,7 @@ def separate(factors: Factors) -> Separated:
 
 
 def _split(factors: Factors) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return ``u`` of shape ``(B, G, C, o)`` and ``m`` of shape ``(B, G, o, S)`` if they exist."""
+    """Return ``u``, ``(B, G, C, o)``, and ``m``, ``(B, G, o, S)``; None unless ``D = u m``."""
     d = joined(factors.cotangents)
     largest, which = d.square().sum(-1).max(2)
     patterns = torch.take_along_dim(d, which[:, :, None, :, None], 2)
@@ -139,11 +138,11 @@ def _split(factors: Factors) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 def separated_gram(left: Separated, right: Separated, *, symmetric: bool) -> torch.Tensor:
-    """Return ``sum G_left G_right``, of shape ``(B C, B' C)``, in double precision.
+    """Return inner products of gradients, of shape ``(B C, B' C)``, in double precision.
 
-    ``Theta[n c, m c'] = sum_o u[n, c, o] u[m, c', o] (g[n, o] . g[m, o])``: the rows are
-    multiplied once for all pairs of outputs. With ``symmetric`` both sides are the same, and only
-    the lower triangle is filled, by samples.
+    ``Theta[n c, m c'] = sum_o u[n, c, o] u[m, c', o] (g[n, o] . g[m, o])`` for weights ``u`` and
+    rows ``g``, which are multiplied once for all pairs of outputs. With ``symmetric`` both sides
+    must be the same, and entries with ``m > n`` need not be filled.
     """
     n_left, classes, width, rank = left.weights.shape
     n_right, _, _, other_rank = right.weights.shape

@@ -1,4 +1,4 @@
-"""What is held of the Jacobian for some samples, and the products of two such states."""
+"""The stored Jacobian of some samples, and the products of two of them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from optuna_ttp.ntk.layers._rules import PRODUCTS
 
 @dataclass(frozen=True, eq=False)
 class BlockState:
-    """The Jacobian of ``n`` samples: rows for some parameters, factors for the others.
+    """The Jacobian of ``n`` samples: rows for some parameters, factors or terms for the others.
 
-    ``rows``, of shape ``(n C, columns of the layout)``, are those of small parameters together;
-    ``matrices`` are by parameter those of large ones, each of shape ``(n C, p)``.
+    ``rows``, of shape ``(n C, columns of the layout)``, holds the rows of all small parameters;
+    ``matrices`` holds those of large parameters by name, each of shape ``(n C, p)``.
     """
 
     n_samples: int
@@ -37,7 +37,7 @@ class BlockState:
     separated: dict[str, Separated]
 
     def check_finite(self, first: int, n_outputs: int) -> None:
-        """Raise ValueError if a gradient is not finite; ``first`` numbers the first sample."""
+        """Raise ValueError if a gradient is not finite; ``first`` is the first sample's index."""
         finite = torch.isfinite(self.rows).all(1).reshape(self.n_samples, n_outputs)
         for matrix in self.matrices.values():
             finite &= torch.isfinite(matrix).all(1).reshape(finite.shape)
@@ -57,7 +57,7 @@ class BlockState:
 
 
 class StateBuilder:
-    """Gathers the gradients of ``n_samples`` samples, batch by batch, as the layout holds them."""
+    """Collects gradients of ``n_samples`` samples, batch by batch, in the form of the layout."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class StateBuilder:
         self._parts: dict[str, list[Factors]] = {
             p.name: [] for p in layout.parameters if p.method in ("ghost", "panels")
         }
-        # This is memory for the factors of all samples, None if batches have different lengths.
+        # This is memory for the factors of all samples, None if batches differ in positions.
         self._whole: dict[str, Factors | None] = {}
         # This is memory for the cotangents of a batch, used by one batch after the other.
         self._scratch: dict[str, tuple[torch.Tensor, ...]] = {}
@@ -94,7 +94,7 @@ class StateBuilder:
         self._batch = slice(0, 0)
 
     def begin(self, batch_size: int) -> None:
-        """Start the next batch of samples."""
+        """Start the next batch, of ``batch_size`` samples."""
         self._batch = slice(self._batch.stop, self._batch.stop + batch_size)
         self._pending: dict[str, Factors] = {}
         self._written: set[str] = set()
@@ -104,7 +104,7 @@ class StateBuilder:
         gradients: Iterator[tuple[str, Contribution]],
         classes: slice,
     ) -> None:
-        """Add the contributions to each parameter's gradient of some outputs of the batch."""
+        """Add contributions to parameters' gradients, for the outputs ``classes`` of the batch."""
         gathered: dict[str, Factors] = {}
         for name, contribution in gradients:
             parameter = self._parameters[name]
@@ -115,16 +115,16 @@ class StateBuilder:
                 if known is None or known.fits(scaled):
                     gathered[name] = scaled if known is None else known.merged(scaled)
                     continue
-                # The same weight is laid out in two ways, as by a table that is also a projection.
+                # Two layers use the weight in two layouts, such as a table and a projection.
                 contribution, root = scaled.rows(), 1.0
             self._add_rows(name, contribution, classes, root)
         for name, factors in gathered.items():
             self._put(name, factors, classes)
 
     def end(self, weights: dict[str, torch.Tensor] | None) -> torch.Tensor:
-        """Finish the batch; return ``J diag(c) w`` of shape ``(B, C)`` for the parameters ``w``.
+        """Finish the batch; return ``J diag(c) w``, ``(B, C)``, for parameters ``w`` by name.
 
-        Zeros are returned without ``weights``. UnclaimedError is raised if a layer did not run.
+        Without ``weights`` that is zero. UnclaimedError is raised if a layer did not run.
         """
         missing = (self._parts.keys() | self._separable) - self._pending.keys()
         if missing:
@@ -132,7 +132,7 @@ class StateBuilder:
         inner = torch.zeros((self._batch.stop - self._batch.start, self._n_outputs)).double()
         for name in list(self._pending):
             factors = self._pending.pop(name)
-            # Cached inputs are needed once more, for this batch only.
+            # Caches are dropped, so that they do not outlive the batch.
             factors = replace(factors, caches=())
             if name in self._parts:
                 if weights is not None:
@@ -147,7 +147,7 @@ class StateBuilder:
                     known, separated.to(self._held), self._batch, self._n_samples
                 )
             elif name in self._matrices and name not in self._written:
-                # One product for all outputs is faster than one after the other.
+                # One product for all outputs is faster than one product per output.
                 target = self._matrices[name][self._batch]
                 if self._held == self._dtype:
                     factors.write_rows(target)
@@ -161,14 +161,14 @@ class StateBuilder:
     def _inner(
         self, name: str, gradient: Factors | Separated, weights: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """Return what one parameter contributes to ``J diag(c) w``."""
+        """Return one parameter's contribution to ``J diag(c) w``, ``(B, C)``."""
         # The gradient is scaled by the root of the multiplier, and so is w.
         root = self._parameters[name].multiplier ** 0.5
         inner: torch.Tensor = root * gradient.inner(weights[name].detach()).double().cpu()
         return inner
 
     def _weight_outputs(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return what the rows of the batch contribute to ``J diag(c) w``."""
+        """Return the contribution of parameters held as rows to ``J diag(c) w``, ``(B, C)``."""
         together: list[torch.Tensor] = []
         total = torch.zeros((self._batch.stop - self._batch.start, self._n_outputs))
         for p in self._layout.parameters:
@@ -185,7 +185,7 @@ class StateBuilder:
         return total
 
     def finish(self) -> BlockState:
-        """Return the state of all samples."""
+        """Return the state of all samples, once, after the last batch."""
         self._scratch.clear()
         factors = {}
         for name in list(self._parts):
@@ -202,11 +202,11 @@ class StateBuilder:
     def _add_rows(
         self, name: str, rows: torch.Tensor, classes: slice, factor: float = 1.0
     ) -> None:
-        """Add ``factor`` times rows ``(B, c, p)`` to those of some outputs of the batch."""
+        """Add ``factor`` times rows ``(B, c, p)`` to those of the outputs ``classes``."""
         self._target(name)[self._batch, classes].add_(rows, alpha=factor)
 
     def _target(self, name: str) -> torch.Tensor:
-        """Return where a parameter's rows are held, zero in the batch if nothing was written."""
+        """Return a view ``(n, C, p)`` of a parameter's rows, zeroed for the batch at first use."""
         if name not in self._matrices:
             offset = self._layout.offsets[name]
             return self._rows[..., offset : offset + self._parameters[name].n_weights]
@@ -216,7 +216,7 @@ class StateBuilder:
         return self._matrices[name]
 
     def _put(self, name: str, factors: Factors, classes: slice) -> None:
-        """Add cotangents of some outputs to those of the others."""
+        """Write the cotangents of the outputs ``classes`` beside those of the other outputs."""
         if name not in self._pending:
             memory = self._memory(name, factors)
             self._pending[name] = replace(factors, cotangents=memory)
@@ -226,7 +226,7 @@ class StateBuilder:
             whole_part[:, :, classes] = part
 
     def _memory(self, name: str, factors: Factors) -> tuple[torch.Tensor, ...]:
-        """Return where the cotangents of all outputs of a batch are gathered."""
+        """Return memory for the cotangents of all outputs of a batch, one tensor per call."""
         several = len(factors.cotangents[0]) < self._n_samples or self._held != self._dtype
         if name in self._parts and several:
             if name not in self._whole:
@@ -249,12 +249,12 @@ class StateBuilder:
         return tuple(h[: shape[0]] for h, shape in zip(held, shapes, strict=True))
 
     def _keep(self, name: str, factors: Factors) -> None:
-        """Store the factors of a batch beside those of the batches before."""
+        """Store the factors of a batch beside those of earlier batches."""
         whole, parts = self._whole.get(name), self._parts[name]
         if whole is not None and _same_shapes(whole, factors):
             for all_, some in zip(whole.sources, factors.sources, strict=True):
                 all_[self._batch] = some
-            # These views are needed if a later batch turns out to have another length.
+            # These views are used if a later batch has another number of positions.
             sources = tuple(t[self._batch] for t in whole.sources)
             parts.append(replace(factors, sources=sources))
             return
@@ -263,7 +263,7 @@ class StateBuilder:
 
 
 def _empty_like(factors: Factors, n_samples: int, n_outputs: int, dtype: torch.dtype) -> Factors:
-    """Return memory for the factors of all outputs of so many samples."""
+    """Return uninitialised factors of ``n_samples`` samples and all outputs, without caches."""
 
     def memory(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
         kind = dtype if tensor.is_floating_point() else tensor.dtype
@@ -275,7 +275,7 @@ def _empty_like(factors: Factors, n_samples: int, n_outputs: int, dtype: torch.d
 
 
 def _same_shapes(whole: Factors, part: Factors) -> bool:
-    """Return whether both are of calls with the same numbers of positions."""
+    """Return whether both have as many calls, with the same numbers of positions."""
     if len(whole.sources) != len(part.sources):
         return False
     sources = zip(whole.sources, part.sources, strict=True)
@@ -286,7 +286,7 @@ def _same_shapes(whole: Factors, part: Factors) -> bool:
 
 
 def _for_all(cotangent: torch.Tensor, n_outputs: int) -> torch.Tensor:
-    """Return memory for the cotangents of all outputs, laid out like those of one."""
+    """Return memory ``(B, G, n_outputs, o, S)`` with the strides of a cotangent of one output."""
     batch, groups, _, width, positions = cotangent.shape
     if cotangent.stride(3) != 1 or positions == 1:
         return cotangent.new_empty((batch, groups, n_outputs, width, positions))
@@ -311,8 +311,8 @@ def multiply(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return ``J_left diag(c) J_right^T`` and ``J_left diag(c)^2 J_right^T``, in double precision.
 
-    The second is :obj:`None` where all multipliers are one. Where ``left`` and ``right`` are the
-    same object, only the lower half is multiplied.
+    The second is :obj:`None` if all multipliers are one. If ``left`` and ``right`` are the same
+    object, only the lower triangle is multiplied, and then mirrored.
     """
     n_outputs = len(left.rows) // left.n_samples
     device = sums_device(left.rows.device)
@@ -362,7 +362,7 @@ def multiply(
 
 
 def _mirror(matrix: torch.Tensor) -> None:
-    """Make the upper triangle that of the lower one, without a second matrix."""
+    """Copy the lower triangle of a square matrix to the upper one, in place."""
     for start in range(0, len(matrix), PRODUCTS.max_tile):
         stop = min(start + PRODUCTS.max_tile, len(matrix))
         block = matrix[start:stop, start:stop]
@@ -371,7 +371,7 @@ def _mirror(matrix: torch.Tensor) -> None:
 
 
 class _Sums:
-    """Adds products of rows to the kernel, only the block-lower triangle where it is symmetric."""
+    """Adds products to ``J c J^T`` and ``J c^2 J^T``; if ``symmetric``, to lower blocks only."""
 
     def __init__(
         self,
@@ -385,14 +385,14 @@ class _Sums:
         self._dtype = dtype
 
     def add(self, left: torch.Tensor, right: torch.Tensor, multiplier: float) -> None:
-        """Add ``left right^T``, in pieces that the processor's cache holds."""
+        """Add ``left right^T``, in pieces that fit the processor's cache."""
         for column in range(0, left.shape[1], PRODUCTS.columns):
             columns = slice(column, column + PRODUCTS.columns)
             one, other = (t[:, columns].to(self._dtype) for t in (left, right))
             self._add_chunk(one, other, multiplier)
 
     def add_product(self, product: torch.Tensor, multiplier: float) -> None:
-        """Add a product that is made already."""
+        """Add a matrix of products; ``multiplier`` times it goes to ``J c^2 J^T``."""
         total, stretched = self._matrices
         assert total is not None
         total += product

@@ -1,4 +1,4 @@
-"""The tape: which layers were called with what, and where the gradients of their outputs flow."""
+"""The tape, which records arguments, outputs and graph edges of the calls of layers."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 Gradients: TypeAlias = "tuple[torch.Tensor | None, ...]"
-"""What :func:`torch.autograd.grad` gives for outputs that some inputs do not move."""
+"""The gradients of :func:`torch.autograd.grad`, None for inputs that no output depends on."""
 
 Cotangents: TypeAlias = "dict[str, list[list[list[torch.Tensor]]]]"
-"""By module: for each call, for each of its output tensors, one cotangent a class."""
+"""By module name: lists by call, by output tensor of the call, and by class, of cotangents."""
 
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """One batch: outputs ``(B, C)`` with their graph, and by module its calls, in order."""
+    """One batch: outputs ``(B, C)`` with their graph, and the calls of each module, in order."""
 
     outputs: torch.Tensor
     calls: dict[str, list[Call]]
@@ -46,12 +46,12 @@ class Recording:
         batched: bool = False,
         retain_graph: bool = False,
     ) -> Cotangents:
-        """Differentiate the outputs in the outputs of every call, in each direction ``(B, C)``.
+        """Differentiate the outputs by the outputs of every call, in each direction ``(B, C)``.
 
-        Returns by module: for each call, for each of its output tensors, one cotangent a
-        direction. Samples do not mix, so that one backward pass gives all samples' rows for one
-        direction; and because nothing is differentiated in parameters, no gradient of a weight is
-        summed. With ``batched`` one pass is vectorised over all directions.
+        Returns lists by module, call, output tensor and direction. One backward pass per direction
+        gives the cotangents of all samples, because samples do not mix; gradients of parameters
+        are not computed. With ``batched`` one pass is vectorised over all directions.
+        ``retain_graph`` is as in :func:`torch.autograd.grad`.
         """
         edges = [e for calls in self.calls.values() for call in calls for e in call.edges]
         shapes = [s for calls in self.calls.values() for call in calls for s in call.shapes]
@@ -64,7 +64,7 @@ class Recording:
                 edges,
                 torch.stack(directions),
                 is_grads_batched=True,
-                # Where this fails half-way, one pass after the other must still be possible.
+                # If this pass fails, single passes must still be possible.
                 retain_graph=True,
                 allow_unused=True,
             )
@@ -94,7 +94,7 @@ class Recording:
 
 
 def join_classes(gathered: Cotangents, module: str, more: list[list[list[torch.Tensor]]]) -> None:
-    """Append the cotangents of further classes to those of a module, in ``gathered``."""
+    """Append the cotangents of more classes to those of a module in ``gathered``, in place."""
     if module not in gathered:
         gathered[module] = more
         return
@@ -106,10 +106,10 @@ def join_classes(gathered: Cotangents, module: str, more: list[list[list[torch.T
 class Tape:
     """Records the calls of chosen modules while the network runs.
 
-    ``watched`` maps a module's name to whether an output that is shared by all samples (a position
-    embedding) is given to each of them as its own copy. The inputs of the modules ``copied`` are
-    copied, because later operations overwrite them. ``shared`` says whether the output of the n-th
-    call of a module is shared by all samples; what is not known is looked at, and added.
+    ``watched`` has the names of these modules, with True if an output that all samples share (a
+    position embedding) is replaced by one copy per sample. The inputs of the modules ``copied``
+    are copied, because later operations overwrite them. ``shared`` tells, by module and number of
+    the call, whether all samples share its output; the tape adds missing entries.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Tape:
 
     @contextmanager
     def attached(self) -> Iterator[Tape]:
-        """Hang the hooks on the modules, and take them off at the end."""
+        """Register the hooks on the modules, and remove them at the end."""
         modules = dict(self._frozen.adapter.named_modules(remove_duplicate=False))
         with ExitStack() as stack:
             for name, expand in self._watched.items():
@@ -145,7 +145,7 @@ class Tape:
             yield self
 
     def record(self, inputs: Any, batch_size: int) -> Recording:
-        """Run the network on a batch as the task reads it; return the outputs and the calls."""
+        """Run the network on a batch of ``batch_size`` samples; return its outputs and calls."""
         self._calls = {name: [] for name in self._watched}
         self._n_calls = dict.fromkeys(self._watched, 0)
         self._begun = {name: [] for name in self._watched}
@@ -157,7 +157,7 @@ class Tape:
             self._calls = None
 
     def _pre_hook(self, name: str) -> Callable[..., None]:
-        """Return a hook that notes the arguments of a call."""
+        """Return a forward pre-hook that stores arguments and state of a call."""
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._calls is None:
@@ -178,7 +178,7 @@ class Tape:
         return hook
 
     def _hook(self, name: str, expand: bool) -> Callable[..., Any]:
-        """Return a hook that records a call once its output is known."""
+        """Return a forward hook that records a call, and replaces an output that samples share."""
 
         def hook(
             module: torch.nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any
@@ -202,9 +202,9 @@ class Tape:
         return hook
 
     def _is_shared(self, key: tuple[str, int], output: torch.Tensor) -> bool:
-        """Return whether all samples share an output, as it was when that was first looked at.
+        """Return whether all samples share the output of a call, as decided at its first batch.
 
-        The length of its first axis may later happen to be that of the batch.
+        The length of its first axis may equal the size of a later batch by chance.
         """
         if key not in self._shared:
             self._shared[key] = len(output) != self._batch_size
@@ -213,7 +213,7 @@ class Tape:
     def _expanded(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give each sample its own copy of the first input as well."""
+        """Return the arguments with one copy per sample of the first tensor."""
         remaining = [True]
 
         def expand(tensor: torch.Tensor) -> torch.Tensor:
@@ -226,7 +226,7 @@ class Tape:
         return map_tensors((args, kwargs), expand, keep_types=True)  # type: ignore[no-any-return]
 
     def _call(self, name: str, module: torch.nn.Module, begun: _Begun, output: Any) -> Call | None:
-        """Return the record of a call, or :obj:`None` where no output carries a gradient."""
+        """Return the record of a call, or :obj:`None` if no output carries a gradient."""
         tensors = tensors_of(output)
         positions = tuple(i for i, t in enumerate(tensors) if t.requires_grad)
         if not positions:
@@ -247,7 +247,7 @@ class Tape:
 
 @dataclass(frozen=True, eq=False)
 class _Begun:
-    """A call that has not returned: what its :class:`Call` holds of the time before it."""
+    """A call that has not returned; :class:`Call` explains the fields."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

@@ -1,3 +1,3 @@
-"""How layers make the gradients of their parameters: a file for each kind of layer, a registry."""
+"""Formulas for the gradients of parameters, by kind of layer, and a registry of them."""
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from optuna_ttp.ntk.layers._rule import scale_and_shift
 
 
 def batch_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
-    """Return the gradients of ``y = w (x - mean) / sqrt(variance + eps) + b`` by channel."""
+    """Return gradients of ``w`` and ``b`` in ``y = w (x - mean) / sqrt(variance + eps) + b``."""
     module: Any = call.module
     x = call.input.flatten(2) if call.input.ndim > 2 else call.input[..., None]
     state = call.state

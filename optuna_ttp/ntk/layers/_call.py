@@ -18,13 +18,13 @@ from optuna_ttp.task import tensors_of
 class Call:
     """A call of a module for a batch of ``B`` samples.
 
-    Arguments are detached, and copies with ``is_copied``, because the module or a later operation
-    writes to them; ``versions`` says how often each of their tensors had been written to before
-    the call. ``state`` are the module's parameters and buffers before the call. ``positions`` says
-    which of the tensors in the output carry a gradient, ``shapes`` and ``edges`` their shapes and
-    where their gradients flow: captured at once, because an activation that works in place would
-    otherwise change what is differentiated. ``cache`` holds what rules make of the inputs alone,
-    so that it is made once for all classes.
+    Arguments are detached; with ``is_copied`` they are copies, because the module or a later
+    operation writes to the originals. ``versions`` are the version counters of their tensors
+    before the call. ``state`` are the module's parameters and buffers before the call.
+    ``positions`` are the indices of the output tensors that carry a gradient, ``shapes`` and
+    ``edges`` their shapes and edges of the autograd graph, captured at once because an in-place
+    activation would replace them. ``cache`` holds tensors that depend on the inputs alone, so that
+    rules compute them once for all classes.
     """
 
     module: torch.nn.Module
@@ -51,16 +51,16 @@ class Call:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Return the precision of the parameters; activations under autocast may differ."""
+        """Return the precision of the trained parameters; activations may have another."""
         return next(t.dtype for t in self.state.values() if t.requires_grad)
 
     @property
     def is_intact(self) -> bool:
-        """Return whether neither the module nor later operations have written to the arguments."""
+        """Return whether no operation has written to the arguments since the call."""
         return tuple(t._version for t in self._tensors) == self.versions
 
     def cached(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return what ``make`` returns, which is called the first time that a key is asked for."""
+        """Return the tensor stored under ``key``; ``make()`` computes it at the first request."""
         if key not in self.cache:
             self.cache[key] = make()
         return self.cache[key]

@@ -1,4 +1,4 @@
-"""The rules of group and instance normalisation: statistics of each sample, a weight a channel."""
+"""The rules of group and instance normalisation: statistics per sample, one weight per channel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optuna_ttp.ntk.layers._rule import scale_and_shift
 
 
 def group_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
-    """Return the gradients of group normalisation."""
+    """Return the gradients of scale and shift of group normalisation."""
     module: Any = call.module
 
     def make() -> torch.Tensor:
@@ -24,7 +24,7 @@ def group_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribu
 
 
 def instance_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
-    """Return the gradients of instance normalisation."""
+    """Return the gradients of scale and shift of instance normalisation."""
     module: Any = call.module
 
     def make() -> torch.Tensor:
@@ -36,6 +36,6 @@ def instance_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contr
 def _by_channel(
     call: Call, normalised: torch.Tensor, cotangents: list[torch.Tensor]
 ) -> dict[str, Contribution]:
-    """Return the gradients of one scale and one shift a channel, for inputs ``(B, k, S)``."""
+    """Return gradients of a scale and a shift per channel for normalised inputs ``(B, k, S)``."""
     parts = [t.reshape(normalised.shape) for t in cotangents]
     return scale_and_shift(call, normalised, parts, sum_over=(2,))

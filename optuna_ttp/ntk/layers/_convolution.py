@@ -12,7 +12,7 @@ from optuna_ttp.ntk.layers._rule import convolution_gradients
 
 
 def convolution(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
-    """Return the gradients of a convolution of the module's inputs."""
+    """Return the gradients of the weight and the bias of a convolution."""
     module: Any = call.module
     padding = tuple(module._reversed_padding_repeated_twice)
     return convolution_gradients(call, call.input, cotangents, padding, module.padding_mode)

@@ -16,16 +16,16 @@ from optuna_ttp.ntk.layers._rules import PRODUCTS
 class Factors:
     """The gradient of a weight matrix, ``G[n, g, c] = D[n, g, c] A[n, g]^T``, not multiplied out.
 
-    For a linear layer ``A`` are its inputs and ``D`` the derivatives of output ``c`` with respect
-    to its outputs, at the ``S`` positions (tokens) where the layer is applied: the gradient is
-    ``sum_s D[:, s] A[:, s]^T``. A convolution is one on unfolded inputs, with ``g`` its groups
-    (Rochette, Manoel and Tramel, 2019, arXiv 1912.06015).
+    For a linear layer ``A`` are its inputs and ``D`` the derivatives of the network's output ``c``
+    with respect to the layer's outputs, at the ``S`` positions (tokens) where the layer is
+    applied: the gradient is ``sum_s D[:, s] A[:, s]^T``. A convolution is a linear layer on
+    unfolded inputs with groups ``g`` (Rochette, Manoel and Tramel, 2019, arXiv 1912.06015).
 
-    There is one of ``sources``, ``cotangents`` and ``caches`` a call of the layer. ``expand``
-    makes ``A`` of shape ``(B, G, k, S)`` from a source ``(B, ...)``, and a cache holds it once it
-    is made; without it the source indexes a table, and ``A`` is one-hot. Cotangents are ``D``, of
-    shape ``(B, G, C, o, S)``, and ``n_rows`` is ``k``. With ``transposed`` the weight is laid out
-    as ``(G, k, o)``, not ``(G, o, k)``.
+    ``sources``, ``cotangents`` and ``caches`` have one entry per call of the layer. ``expand``
+    computes ``A`` of shape ``(B, G, k, S)`` from a source ``(B, ...)``, and the cache keeps it. If
+    ``expand`` is None, sources ``(B, S)`` index the rows of a table, and ``A`` is one-hot.
+    Cotangents are ``D``, of shape ``(B, G, C, o, S)``, and ``n_rows`` is ``k``. With
+    ``transposed`` the weight is laid out as ``(G, k, o)``, not ``(G, o, k)``.
     """
 
     sources: tuple[torch.Tensor, ...]
@@ -37,7 +37,7 @@ class Factors:
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """Return ``(G, C, o, S, k)`` with the positions of all calls together."""
+        """Return ``(G, C, o, S, k)``, where ``S`` counts the positions of all calls."""
         _, groups, classes, width, _ = self.cotangents[0].shape
         positions = sum(d.shape[-1] for d in self.cotangents)
         return groups, classes, width, positions, self.n_rows
@@ -58,7 +58,7 @@ class Factors:
         )
 
     def fits(self, other: Factors) -> bool:
-        """Return whether both are factors of the same layout, so that they can be merged."""
+        """Return whether both have the same shapes and layout, so that they can be merged."""
         return (self.n_rows, self.transposed, self.expand is None) == (
             other.n_rows,
             other.transposed,
@@ -66,13 +66,13 @@ class Factors:
         ) and self.cotangents[0].shape[:4] == other.cotangents[0].shape[:4]
 
     def to(self, dtype: torch.dtype) -> Factors:
-        """Return the factors in another precision; indices stay what they are."""
+        """Return the factors in another precision, without caches; indices are not converted."""
         sources = tuple(s.to(dtype) if s.is_floating_point() else s for s in self.sources)
         cotangents = tuple(d.to(dtype) for d in self.cotangents)
         return replace(self, sources=sources, cotangents=cotangents, caches=())
 
     def of(self, samples: slice) -> Factors:
-        """Return the factors of some samples."""
+        """Return the factors of a range of samples, without caches."""
         return replace(
             self,
             sources=tuple(s[samples] for s in self.sources),
@@ -82,7 +82,7 @@ class Factors:
 
     @staticmethod
     def concatenate(parts: list[Factors]) -> Factors:
-        """Return the factors of all samples of the parts, in order."""
+        """Join batches along the axis of samples, padded if their numbers of positions differ."""
         if len(parts) == 1:
             return parts[0]
         if len({tuple(s.shape[1:] for s in p.sources) for p in parts}) > 1:
@@ -94,7 +94,7 @@ class Factors:
         )
 
     def inputs(self) -> list[torch.Tensor]:
-        """Return ``A`` of each source, of shape ``(B, G, k, S)``."""
+        """Return ``A``, of shape ``(B, G, k, S)``, for each call; caches are filled."""
         assert self.expand is not None
         if not self.caches:
             return [self.expand(source) for source in self.sources]
@@ -106,7 +106,7 @@ class Factors:
         return made
 
     def rows(self) -> torch.Tensor:
-        """Return the gradient as the weight is laid out, flattened: ``(B, C, G o k)``."""
+        """Return the gradient, flattened like the weight: ``(B, C, G o k)``."""
         if self.expand is None:
             return self._table_rows()
         total: torch.Tensor | None = None
@@ -121,7 +121,7 @@ class Factors:
     def write_rows(self, target: torch.Tensor) -> None:
         """Write the gradient to a contiguous tensor of the shape of :meth:`rows`.
 
-        It is multiplied right into its place where the layout allows that.
+        For one group and one call, the product is computed in place.
         """
         plain = self.expand is not None and not self.transposed
         if plain and len(self.sources) == 1 and self.shape[0] == 1:
@@ -131,7 +131,7 @@ class Factors:
             target.copy_(self.rows())
 
     def panels(self, n_columns: int) -> Iterator[torch.Tensor]:
-        """Yield the gradient in slices of about ``n_columns`` columns, ``(B C, columns)``."""
+        """Yield slices ``(B C, columns)`` of the gradient, each of about ``n_columns`` columns."""
         assert self.expand is not None
         inputs = self.inputs()
         groups, classes, width, _, n_rows = self.shape
@@ -155,7 +155,7 @@ class Factors:
         return torch.stack(parts).sum((0, 2))
 
     def _outputs(self, k: int, weight: torch.Tensor) -> torch.Tensor:
-        """Return what the layer gives without its bias in its ``k``-th call, ``(B, G, o, S)``."""
+        """Return the outputs ``(B, G, o, S)`` of call ``k`` for a weight, without bias."""
         groups, _, width, _, n_rows = self.shape
         if self.expand is None:
             looked_up = torch.nn.functional.embedding(self.sources[k], weight)
@@ -166,7 +166,7 @@ class Factors:
         return matrix @ self.expand(self.sources[k])
 
     def _table_rows(self) -> torch.Tensor:
-        """Return the rows of a table that integers index, ``(B, C, k o)``."""
+        """Return the gradient with respect to a table that integers index, ``(B, C, k o)``."""
         first = self.cotangents[0]
         _, classes, width, _, _ = self.shape
         rows = first.new_zeros((len(first), classes, self.n_rows, width))
@@ -177,12 +177,12 @@ class Factors:
 
 
 def ghost_gram(left: Factors, right: Factors, *, symmetric: bool) -> torch.Tensor:
-    """Return ``sum G_left G_right`` without the gradients, ``(B C, B' C)``, in double precision.
+    """Return inner products of gradients, ``(B C, B' C)``, without making the gradients.
 
-    ``Theta[n c, m c'] = sum_{s t} (A_n^T A_m)[s, t] (D_nc^T D_mc')[s, t]`` is the "ghost" form
-    (Goodfellow, 2015, arXiv 1510.01799, for norms; Novak, Sohl-Dickstein and Schoenholz, 2022,
-    arXiv 2206.08720, for kernels). It pays off where there are few positions and wide layers. With
-    ``symmetric`` both sides are the same, and only the lower triangle is filled, by samples.
+    ``Theta[n c, m c'] = sum_{s t} (A_n^T A_m)[s, t] (D_nc^T D_mc')[s, t]``, in double precision,
+    is the "ghost" form (Goodfellow, 2015, arXiv 1510.01799, for norms; Novak, Sohl-Dickstein and
+    Schoenholz, 2022, arXiv 2206.08720, for kernels). It is fast for few positions and wide layers.
+    With ``symmetric`` both sides must be the same, and only entries with ``m <= n`` are filled.
     """
     groups, classes, _, positions, _ = left.shape
     other_positions = right.shape[3]
@@ -191,7 +191,7 @@ def ghost_gram(left: Factors, right: Factors, *, symmetric: bool) -> torch.Tenso
     total = torch.zeros((n_left, classes, n_right, classes), dtype=torch.float64, device=device)
     d_left, d_right = joined(left.cotangents), joined(right.cotangents)
     a_right = input_side(right)
-    # Nothing is held twice where both are the same.
+    # If both sides are the same, their inputs are held once.
     a_left = a_right if symmetric else input_side(left)
     for group in range(groups):
         dl, dr = d_left[:, group], d_right[:, group]
@@ -219,7 +219,7 @@ def ghost_gram(left: Factors, right: Factors, *, symmetric: bool) -> torch.Tenso
 
 
 def _input_products(left: Factors, one: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Return ``A_n^T A_m`` of one sample ``n`` and several ``m``, of shape ``(m, S, S')``."""
+    """Return ``A_n^T A_m``, ``(m, S, S')``, of inputs ``(S, k)``, ``(m, S', k)``, or indices."""
     dtype = left.cotangents[0].dtype
     if left.expand is None:
         return (one[:, None] == others[:, None]).to(dtype)
@@ -244,14 +244,14 @@ def _contract(left: torch.Tensor, inputs: torch.Tensor, right: torch.Tensor) -> 
 
 
 def input_side(factors: Factors) -> torch.Tensor:
-    """Return all positions of all calls: indices ``(B, S)``, or inputs ``(B, G, k, S)``."""
+    """Join the inputs ``(B, G, k, S)`` of all calls, or the indices ``(B, S)`` of a table."""
     if factors.expand is None:
         return torch.cat(factors.sources, 1)
     return joined(tuple(factors.inputs()))
 
 
 def _padded(parts: list[Factors]) -> list[Factors]:
-    """Return batches of different lengths as equally long ones; added positions count nothing."""
+    """Pad batches to the same number of positions; cotangents of added positions are zero."""
     joined = [(input_side(p), joined(p.cotangents)) for p in parts]
     longest = max(d.shape[-1] for _, d in joined)
     pad = torch.nn.functional.pad
@@ -267,12 +267,12 @@ def _padded(parts: list[Factors]) -> list[Factors]:
 
 
 def _unchanged(inputs: torch.Tensor) -> torch.Tensor:
-    """Return the inputs: they are made already."""
+    """Return the argument, as ``expand`` of factors whose sources are the inputs themselves."""
     return inputs
 
 
 def joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Return the positions of all calls together, from one tensor ``(..., S)`` a call."""
+    """Join tensors ``(..., S)``, one per call, along their last axis."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
@@ -294,14 +294,14 @@ def outer(
 
 
 def sums_device(device: torch.device) -> torch.device:
-    """Return where sums in double precision are kept: on the CPU for Apple's devices."""
+    """Return the device for sums in double precision, which is the CPU for Apple's."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def chunked_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return ``left right^T`` of ``(a, K)`` and ``(b, K)``.
+    """Return ``left right^T``, ``(a, b)``, of matrices ``(a, K)`` and ``(b, K)``.
 
-    Where there are many columns, parts of it are summed in double precision.
+    For ``K`` above 2^14 the result is in double precision, a sum of products of chunks.
     """
     if left.shape[1] <= PRODUCTS.chunk:
         return left @ right.T

@@ -1,4 +1,4 @@
-"""The patches of its inputs that a convolution sees."""
+"""The patches of its inputs that a convolution multiplies with its weight."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def patches(
     groups: int,
     n_positions: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
-    """Return the patches that a convolution sees, ``(B, G, channels kernel, S)``.
+    """Return the patches of inputs ``(B, G channels, ...)`` as ``(B, G, channels kernel, S)``.
 
-    The inputs ``(B, G channels, ...)`` have any number of axes of positions. ``n_positions`` says
-    how many positions there are along each of them where the inputs must be padded at their ends.
+    There may be any number of axes of positions. If ``n_positions`` gives the number of output
+    positions along each axis, the inputs are padded at their ends to give as many.
     """
     if any(padding):
         x = functional.pad(x, padding, mode="constant" if mode == "zeros" else mode)
     if n_positions is not None:
-        # A transposed convolution's output padding lets outputs hang over at the end.
+        # The output padding of a transposed convolution adds positions at the end.
         needed = [
             (n - 1) * s + (k - 1) * d + 1
             for n, s, k, d in zip(n_positions, stride, kernel, dilation, strict=True)

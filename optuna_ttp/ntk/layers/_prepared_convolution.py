@@ -17,15 +17,15 @@ from optuna_ttp.task import functional_call
 
 
 def prepared_convolution(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
-    """Return the gradients of a convolution of what the module makes of its inputs."""
+    """Return the gradients of a module that changes its inputs and then convolves them once."""
     inputs = call.cached("convolved", partial(_convolved, call))
     return convolution_gradients(call, inputs, cotangents, (), "zeros")
 
 
 def _convolved(call: Call) -> torch.Tensor:
-    """Return what a module convolves with its own weight to get its output, padded.
+    """Run the module; return the padded tensor that it convolves with its own weight.
 
-    Raise JacobianMismatchError if the module does anything else.
+    JacobianMismatchError is raised if its output is not one convolution with its own settings.
     """
     module: Any = call.module
     state = {name: tensor.detach() for name, tensor in call.state.items()}
@@ -46,7 +46,7 @@ def _convolved(call: Call) -> torch.Tensor:
 
 
 def _per_axis(value: Any, n_axes: int) -> list[int]:
-    """Return a setting of a convolution as one number an axis."""
+    """Return a setting of a convolution as a list of one number per axis."""
     return [value] * n_axes if isinstance(value, int) else list(value)
 
 

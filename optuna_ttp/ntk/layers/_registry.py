@@ -1,4 +1,4 @@
-"""Which rule makes the gradients of which kind of layer."""
+"""The registry of rules: which rule computes the gradients of which kind of layer."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ if hasattr(torch.nn, "RMSNorm"):
 
 
 def rule_for(module: torch.nn.Module) -> Rule | None:
-    """Return the rule of a layer, or :obj:`None` where only a local derivative is possible.
+    """Return the rule of a module, or :obj:`None` if no rule applies to it.
 
-    A subclass counts as its base where it computes the same: it has the base's ``forward`` and
-    plain parameters.
+    A subclass of a layer has the rule of its base if it has the base's ``forward`` and plain
+    parameters; another subclass of a convolution has that of prepared convolutions.
     """
     for kind, rule in _RULES:
         if isinstance(module, kind):
@@ -60,7 +60,7 @@ def rule_for(module: torch.nn.Module) -> Rule | None:
 
 
 def _computes_like(module: torch.nn.Module, kind: type[Any]) -> bool:
-    """Return whether a module has the ``forward`` and the plain parameters of a kind of layer."""
+    """Return whether a module has the ``forward`` and the parameters of its base ``kind``."""
     for name in ("forward", "_conv_forward"):
         if getattr(type(module), name, None) is not getattr(kind, name, None):
             return False
@@ -68,12 +68,12 @@ def _computes_like(module: torch.nn.Module, kind: type[Any]) -> bool:
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
-    """Return whether the weight is used as it is and nothing depends on the other samples."""
+    """Return whether the weight is used unchanged and no output depends on other samples."""
     if getattr(module, "parametrizations", None) is not None or "weight" not in module._parameters:
         return False
     if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
         return module.running_mean is not None
     if isinstance(module, torch.nn.Embedding):
-        # A largest norm changes the weights before they are used, not the derivative in them.
+        # max_norm changes the weights before they are used, not the derivative in them.
         return not module.scale_grad_by_freq
     return True

@@ -1,6 +1,6 @@
-"""What a rule of a layer is, and the steps that several rules share.
+"""The type of a layer's rule, and functions that several rules share.
 
-A rule knows the mathematics of one kind of layer and nothing of hooks. Index conventions: ``b``
+A rule computes the gradients of the parameters of one kind of layer. Index conventions: ``b``
 samples, ``c`` outputs of the network, ``g`` groups, ``o`` outputs of the layer in a group, ``k``
 inputs (fan-in) in a group, ``s`` positions (tokens, pixels).
 """
@@ -23,11 +23,11 @@ Contribution: TypeAlias = "Factors | torch.Tensor"
 """The gradient of one parameter: factors, or rows of shape ``(B, C, p)``."""
 
 Rule: TypeAlias = Callable[[Call, list[torch.Tensor]], dict[str, Contribution]]
-"""Takes a call and the cotangent of its output for each class; returns the gradients by name."""
+"""Takes a call and one cotangent of its output per class; returns gradients by parameter name."""
 
 
 def trainable_names(call: Call) -> set[str]:
-    """Return the names of the module's tensors that are trained."""
+    """Return the names of the module's parameters that are trained."""
     return {name for name, tensor in call.state.items() if tensor.requires_grad}
 
 
@@ -42,8 +42,9 @@ def weight_and_bias(
 ) -> dict[str, Contribution]:
     """Return the gradients of ``y_s = W a_s + b`` for cotangents of shape ``(B, G, C, o, S)``.
 
-    ``expand`` makes the inputs ``a`` of shape ``(B, G, k, S)`` from ``source``, and ``n_rows`` is
-    ``k``. The weight is laid out as ``(G, o, k)``, or as ``(G, k, o)`` with ``transposed``.
+    ``expand`` computes the inputs ``a`` of shape ``(B, G, k, S)`` from ``source``, and ``n_rows``
+    is ``k``. The weight is laid out as ``(G, o, k)``, or as ``(G, k, o)`` with ``transposed``.
+    Only trained parameters are in the result: factors of ``"weight"``, rows of ``"bias"``.
     """
     contributions: dict[str, Contribution] = {}
     names = trainable_names(call)
@@ -60,7 +61,7 @@ def weight_and_bias(
 def linear_gradients(
     call: Call, cotangents: list[torch.Tensor], *, transposed: bool = False
 ) -> dict[str, Contribution]:
-    """Return the gradients of ``y_s = W x_s + b``; with ``transposed`` the weight is ``W^T``."""
+    """Return gradients of ``y_s = W x_s + b``; with ``transposed`` the weight stores ``W^T``."""
     x = call.input.flatten(1, -2) if call.input.ndim > 2 else call.input[:, None]
     parts = [d.flatten(1, -2) if d.ndim > 2 else d[:, None] for d in cotangents]
     d = stacked([p.transpose(1, 2) for p in parts], 1)[:, None]
@@ -79,9 +80,10 @@ def convolution_gradients(
     padding: tuple[int, ...],
     mode: str,
 ) -> dict[str, Contribution]:
-    """Return the gradients of a module that convolves ``inputs``, padded, with its own weight.
+    """Return the gradients of a module that convolves ``inputs`` with its own weight.
 
-    It is a linear layer on patches, for each group of channels.
+    It is a linear layer on the patches of each group of channels. ``padding`` and ``mode`` are
+    those of :func:`torch.nn.functional.pad`, with "zeros" for "constant".
     """
     module: Any = call.module
     d = stacked([t.flatten(2).unflatten(1, (module.groups, -1)) for t in cotangents], 2)
@@ -104,9 +106,9 @@ def scale_and_shift(
     *,
     sum_over: tuple[int, ...],
 ) -> dict[str, Contribution]:
-    """Return the gradients of ``y = w x + b`` by element: ``sum_s d_s x_s`` and ``sum_s d_s``.
+    """Return the rows of ``y = w x + b``, element by element: ``sum_s d_s x_s``, ``sum_s d_s``.
 
-    ``normalised`` is ``x``, of the shape of each cotangent; ``sum_over`` are the axes of the
+    ``normalised`` is ``x``, of the shape of each cotangent ``d``; ``sum_over`` are the axes of the
     positions ``s``.
     """
 
@@ -124,5 +126,5 @@ def scale_and_shift(
 
 
 def stacked(parts: list[torch.Tensor], axis: int) -> torch.Tensor:
-    """Return the parts along a new axis; a single part is not copied."""
+    """Return the parts, of equal shape, along a new axis; a single part is not copied."""
     return parts[0].unsqueeze(axis) if len(parts) == 1 else torch.stack(parts, axis)

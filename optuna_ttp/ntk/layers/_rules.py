@@ -1,4 +1,4 @@
-"""Tuned numbers of the products that rows and factors are made by."""
+"""Tuned numbers of the products of rows and of factors."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ProductRules:
-    """How large the pieces are in which products of gradients are made.
+    """Sizes of the pieces in which products of gradients are computed.
 
     Attributes:
         chunk:
-            Terms that are summed in the Jacobian's own precision. In single precision the many
-            small products would drown in the sum of those before them: with 22 million weights
-            that took 0.2 % from every entry of the kernel.
+            Number of terms that are summed in the Jacobian's precision. In a longer sum in single
+            precision, small terms are rounded away: with 22 million weights every entry of the
+            kernel was 0.2 % too small.
         scratch:
-            Elements of what is made on the way: about what a processor's cache holds.
+            Elements of a temporary tensor, chosen to fit a processor's cache.
         columns:
-            Columns of rows that are multiplied at a time: what the processor's cache holds of
-            many rows.
+            Columns of rows that are multiplied at a time, chosen to fit a processor's cache.
         panel:
-            Columns of rows that are made of factors at a time. Not ablated yet.
+            Columns of rows that are computed from factors at a time. Not ablated yet.
         n_tiles:
-            Pieces of the triangle of a symmetric product, of which half a piece each is wasted.
+            Tiles into which the rows of a symmetric product are cut. Half of each tile on the
+            diagonal is computed in vain.
         min_tile:
-            Fewest rows of such a piece. Not ablated yet.
+            Fewest rows of a tile. Not ablated yet.
         max_tile:
-            Most rows of such a piece. Not ablated yet.
+            Most rows of a tile. Not ablated yet.
     """
 
     chunk: int = 2**14

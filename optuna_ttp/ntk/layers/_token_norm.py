@@ -1,4 +1,4 @@
-"""The rules of layer and RMS normalisation: statistics of each token, one weight an element."""
+"""The rules of layer and RMS normalisation: statistics per token, one weight per element."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from optuna_ttp.ntk.layers._rule import scale_and_shift
 
 
 def layer_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
-    """Return the gradients of layer normalisation."""
+    """Return the gradients of scale and shift of layer normalisation."""
     return _by_element(functional.layer_norm, call, cotangents)
 
 
 def rms_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
-    """Return the gradients of RMS normalisation, which PyTorch has from 2.4 on."""
+    """Return the gradient of the scale of RMS normalisation, which PyTorch has from 2.4 on."""
     return _by_element(functional.rms_norm, call, cotangents)
 
 
 def _by_element(
     normalise: Callable[..., torch.Tensor], call: Call, cotangents: list[torch.Tensor]
 ) -> dict[str, Contribution]:
-    """Return the gradients of one scale and one shift an element of the normalised axes."""
+    """Return the gradients of one scale and one shift per element of the normalised axes."""
     module: Any = call.module
     shape = tuple(module.normalized_shape)
     normalised = call.cached("normalised", lambda: normalise(call.input, shape, eps=module.eps))

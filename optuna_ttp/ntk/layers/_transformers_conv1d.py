@@ -10,7 +10,7 @@ from optuna_ttp.ntk.layers._rule import linear_gradients
 
 
 def is_transformers_conv1d(module: torch.nn.Module) -> bool:
-    """Return whether a module is that class, which need not be installed."""
+    """Return whether a module is ``Conv1D`` of transformers, which need not be installed."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 

@@ -16,10 +16,10 @@ from optuna_ttp.ntk.layers._rule import trainable_names
 
 
 def transposed_convolution(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
-    """Return the gradients of a transposed convolution, in which inputs and outputs change roles.
+    """Return the gradients of a transposed convolution ``y = conv_transpose(x, W)``.
 
-    ``y = conv_transpose(x, W)`` is linear in both; its derivative with respect to ``W`` in the
-    direction of a cotangent ``d`` is that of the convolution of ``d`` with ``W``, read at ``x``.
+    ``<d, conv_transpose(x, W)> = <conv(d, W), x>``, so that the gradient of ``W`` for a cotangent
+    ``d`` is that of a convolution with the inputs ``d`` and the cotangent ``x``.
     """
     names = trainable_names(call)
     contributions: dict[str, Contribution] = {}
