@@ -1,3 +1,3 @@
-"""The engines: each turns a task into the kernel, or into its leading eigenpairs."""
+"""The engines: each computes the kernel of a task, or the kernel's leading eigenpairs."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where finished blocks of the kernel can be kept."""
+"""The protocol of an object that stores finished blocks of the kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def check_checkpoint(checkpoint: Any) -> None:
-    """Raise TypeError unless it has the methods of :class:`KernelCheckpoint` or is :obj:`None`."""
+    """Raise TypeError unless ``checkpoint`` is :obj:`None` or a :class:`KernelCheckpoint`."""
     methods = [getattr(checkpoint, name, None) for name in ("save_block", "load_block")]
     is_one = all(map(callable, methods)) and not isinstance(checkpoint, type)
     if checkpoint is not None and not is_one:
@@ -25,8 +25,8 @@ def load_arrays(
 ) -> list[NDArray[np.floating[Any]]] | None:
     """Return the arrays of a block that was saved under a key.
 
-    Returns :obj:`None` where there are none of these shapes, or one is not finite. TypeError is
-    raised if the checkpoint returns something else than arrays.
+    Returns :obj:`None` if there is no block, it has other shapes, or a number is not finite.
+    TypeError is raised if the checkpoint returns anything but a list of floating-point arrays.
     """
     arrays: Any = checkpoint.load_block(key)
     if arrays is None:
@@ -51,13 +51,12 @@ def load_arrays(
 class KernelCheckpoint(Protocol):
     """Stores finished blocks of the kernel of one task and one set of settings.
 
-    A block is only saved when it is complete: interrupting the computation loses at most one.
-    Blocks of another size than those that are looked for, and those with what is not finite, are
-    computed again.
+    A block is saved as soon as it is complete, so that an interruption loses at most one block.
+    Blocks of other shapes, or with numbers that are not finite, are computed again.
     """
 
     def save_block(self, key: tuple[int, int], arrays: list[NDArray[np.floating[Any]]]) -> None:
-        """Save the arrays of a block; its key are the first samples of its rows and columns."""
+        """Save the arrays of a block under the indices of its first row's and column's samples."""
 
     def load_block(self, key: tuple[int, int]) -> list[NDArray[np.floating[Any]]] | None:
-        """Return the arrays that were saved under a key, or :obj:`None`."""
+        """Return the arrays that were saved under a key, or :obj:`None` if there are none."""

@@ -1,4 +1,4 @@
-"""Which engine computes a spectrum."""
+"""The choice of the engine that computes a spectrum."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ENGINES = ("exact", "sketch", "refined_sketch", "matrix_free")
 def resolve_engine(
     task: FineTuningTask, engine: str = "auto", *, max_memory: int = 4 * 2**30
 ) -> tuple[str, str]:
-    """Return the name of the engine that ``"auto"`` stands for, and the reason for it.
+    """Return the name of the engine, chosen if ``engine`` is ``"auto"``, and the reason in words.
 
-    The choice only depends on N, C, D and the memory budget in bytes, not on the machine, so that
-    a spectrum that was stored is found again. TypeError or ValueError is raised if an argument is
-    not what it must be, or the engine does not support the task's learning-rate multipliers.
+    The choice depends on N, C, D, multipliers and the memory budget in bytes, not on the machine,
+    so that a stored spectrum is found again. TypeError or ValueError is raised if an argument is
+    invalid, or the engine does not support the task's learning-rate multipliers.
     """
     check_task(task)
     check_memory(max_memory)
@@ -54,7 +54,7 @@ def resolve_engine(
 
 
 def check_multipliers(task: FineTuningTask, engine: str) -> None:
-    """Raise ValueError if a learning-rate multiplier is not one, as only "exact" supports them."""
+    """Raise ValueError that names ``engine`` if a learning-rate multiplier is not one."""
     for name, factor in task.multipliers.items():
         if factor != 1.0:
             raise ValueError(
@@ -64,9 +64,9 @@ def check_multipliers(task: FineTuningTask, engine: str) -> None:
 
 
 def check_sketch_memory(task: FineTuningTask, itemsize: int, max_memory: float) -> int:
-    """Return the bytes that the narrowest sketch takes; raise ValueError if it does not fit.
+    """Return the bytes of the narrowest sketch; raise ValueError if they exceed ``max_memory``.
 
-    ``itemsize`` are the bytes of a number.
+    ``itemsize`` is the number of bytes per number.
     """
     n_rows = task.n_samples * task.n_outputs
     # The sketch is held together with a copy.
@@ -77,7 +77,7 @@ def check_sketch_memory(task: FineTuningTask, itemsize: int, max_memory: float) 
 
 
 def widest_sketch(task: FineTuningTask, dtype: str, *, max_memory: int = 4 * 2**30) -> int:
-    """Return how many numbers a row a sketch may have at most under a memory budget in bytes."""
+    """Return the largest width of a sketch, from 4096 to 32768, for a memory budget in bytes."""
     row_bytes = 2 * (8 if dtype == "float64" else 4) * task.n_samples * task.n_outputs
     width = CHOICE.sketch_width
     while width < CHOICE.max_sketch_width and 2 * width * row_bytes <= max_memory:

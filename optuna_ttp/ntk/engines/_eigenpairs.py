@@ -18,8 +18,8 @@ from optuna_ttp.ntk.layers._rules import PRODUCTS
 class Eigenpairs:
     """The largest eigenpairs of a symmetric positive semi-definite matrix.
 
-    The ``r`` eigenvalues are positive and descend, eigenvectors are orthonormal columns of shape
-    ``(N C, r)``, and the trace is that of the whole matrix, the dropped eigenvalues included.
+    The ``r`` eigenvalues are positive and descend, the eigenvectors are orthonormal columns of
+    shape ``(N C, r)``, and the trace is that of the whole matrix, with all eigenvalues.
     """
 
     eigenvalues: NDArray[np.float64]
@@ -29,11 +29,11 @@ class Eigenpairs:
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """The leading eigenpairs of the kernel with what else an engine makes of the Jacobian.
+    """The result of an engine: the leading eigenpairs of the kernel, and products with them.
 
     ``weight_outputs`` are ``J diag(c) w_0``, of shape ``(N, C)``, and ``validation_features``
-    ``J_v J^T V Lambda^(-1/2)``, of shape ``(N_v C, r)``, where there are validation samples. The
-    other fields have the names of :class:`~optuna_ttp.Spectrum` and of its metadata.
+    ``J_v J^T V Lambda^(-1/2)``, of shape ``(N_v C, r)``, None without validation samples. The
+    other fields are those of :class:`~optuna_ttp.Spectrum` and of its metadata.
     """
 
     pairs: Eigenpairs
@@ -50,9 +50,9 @@ class Decomposition:
 def eigenpairs(gram: NDArray[Any], *, rank: int | None = None) -> Eigenpairs:
     """Decompose a kernel matrix of shape ``(n, n)`` in double precision.
 
-    Returns at most ``rank`` pairs, those whose eigenvalue is above the rounding error of the
-    input's precision. ValueError is raised if the matrix is zero (no trainable parameter moves any
-    output), or not finite.
+    Returns the pairs whose eigenvalues are above the rounding error of the input's precision, at
+    most the leading ``rank``. ValueError is raised if the matrix is not finite, or has no positive
+    trace (no output depends on a trainable parameter).
     """
     n = len(gram)
     trace = float(np.trace(gram, dtype=np.float64))
@@ -90,10 +90,10 @@ def eigenpairs_of_features(
     rank: int | None = None,
     trace: float | None = None,
 ) -> Eigenpairs:
-    """Decompose ``Z Z^T`` without forming it where ``Z``, ``(n, d)``, has fewer columns than rows.
+    """Return the leading ``rank`` eigenpairs (by default all) of ``Z Z^T`` for ``Z``, ``(n, d)``.
 
-    ``Z^T Z = V S^2 V^T`` is decomposed instead, and ``Z V S^(-1)`` are the eigenvectors. ``trace``
-    is that of the matrix that ``Z Z^T`` stands for, where it is known better.
+    If ``d < n``, ``Z^T Z = V S^2 V^T`` is decomposed instead, and ``Z V S^(-1)`` are the
+    eigenvectors. The result has the ``trace`` that is given, by default that of ``Z Z^T``.
     """
     n, width = features.shape
     if n <= width:
@@ -110,7 +110,7 @@ def eigenpairs_of_features(
 
 
 def _products(matrix: torch.Tensor) -> NDArray[Any]:
-    """Return ``M^T M``, with sums over many rows in double precision."""
+    """Return ``M^T M`` in the precision of ``M``, with sums over many rows in double precision."""
     total: torch.Tensor | None = None
     for start in range(0, len(matrix), PRODUCTS.chunk):
         piece = matrix[start : start + PRODUCTS.chunk]

@@ -1,9 +1,9 @@
-"""The exact engine: the whole kernel, layer by layer, without ever holding the Jacobian.
+"""The exact engine: the whole kernel, layer by layer, without storing the whole Jacobian.
 
 One forward and C backward passes give the inputs and output cotangents of all layers. Each layer's
-part of the kernel is then the cheaper of a product of rows, made slice by slice, and a contraction
-of inputs and cotangents; see :mod:`optuna_ttp.ntk.jacobian._layout` for what is counted. Memory is
-bounded: what is held of a block of samples stays, all later samples are streamed past it.
+part of the kernel is then a product of rows or a contraction of inputs and cotangents, whichever
+takes fewer operations, see :mod:`optuna_ttp.ntk.jacobian._layout`. Memory is bounded: the Jacobian
+of one block of samples is stored while all later samples are differentiated again.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ if TYPE_CHECKING:
 class Grouping:
     """How samples are grouped under a memory budget.
 
-    ``batch`` samples go through the network together; the Jacobian of ``held`` samples is held,
-    and they are multiplied with ``streamed`` others at a time. ``minimum`` is the smallest budget
-    in bytes that can be kept.
+    ``batch`` samples go through the network together; the Jacobian of ``held`` samples is stored,
+    and multiplied with that of ``streamed`` other samples at a time. ``minimum`` is the smallest
+    memory budget in bytes that suffices.
     """
 
     batch: int
@@ -77,18 +77,18 @@ def exact_kernel(
     distributed: bool = False,
     held: torch.dtype | None = None,
 ) -> Kernel:
-    """Compute the empirical NTK ``Theta = J J^T`` without ever holding the Jacobian.
+    """Compute the empirical NTK ``Theta = J J^T`` without storing the whole Jacobian.
 
-    Where what is needed of all samples fits ``max_memory`` bytes, each is differentiated once.
-    Otherwise, of ``K`` blocks of samples, what is held of block ``k`` stays while the samples
-    after it are differentiated again: ``(K + 1) / 2`` passes over the data in all. Validation
-    samples are differentiated once a block. The activations of one sample come on top of the
-    budget where nothing else fits.
+    If the stored form of all samples fits ``max_memory`` bytes, each sample is differentiated
+    once. Otherwise there are ``K`` blocks of samples, and while one is stored the samples of later
+    blocks are differentiated again, which makes ``(K + 1) / 2`` passes over the data. Validation
+    samples are differentiated once per block. Activations of one sample may exceed the budget.
 
-    A ``checkpoint`` keeps finished blocks. With ``distributed``, samples and weights are shared
+    A ``checkpoint`` stores finished blocks. With ``distributed``, samples and weights are shared
     with the other processes of the default group of :mod:`torch.distributed`, all of which must
-    call this with the same task; then what a process holds is not limited, and there is no
-    checkpoint. ``held`` is the precision that the Jacobian is held in, ``dtype`` by default.
+    call this with the same task; then stored rows are not limited to ``max_memory``, and nothing
+    is written to ``checkpoint``. ``held`` is the precision for storing the Jacobian, by default
+    ``dtype``.
 
     ValueError is raised if two samples do not fit the memory, a gradient is not finite, an output
     depends on no trainable parameter or on other samples, or processes were given different tasks;
@@ -112,7 +112,7 @@ def _kernel(
     distributed: bool,
     lifts: Mapping[str, int],
 ) -> Kernel:
-    """Compute the kernel with claims that are lifted where layers turned out to be wrong."""
+    """Compute the kernel once; ``lifts`` are as for :func:`prepare`, errors as above."""
     device, dtype = settings.device, settings.dtype
     reference = task.initial_outputs(device, dtype)
     held_out = None if task.validation is None else task.validation.initial_outputs(device, dtype)
@@ -170,7 +170,7 @@ def _kernel(
 def choose_grouping(
     task: FineTuningTask, preparation: Preparation, settings: EngineSettings
 ) -> Grouping:
-    """Choose how many samples are held so that everything fits ``max_memory`` bytes.
+    """Choose numbers of samples for batches and blocks that fit ``max_memory`` bytes.
 
     ValueError is raised if not even two samples fit.
     """
@@ -222,10 +222,10 @@ def expected_bytes(
     grouping: Grouping,
     dtype: torch.dtype,
 ) -> int:
-    """Return the bytes that computing the kernel takes at its peak, beside the model and the data.
+    """Return the peak of memory for computing the kernel in bytes, beside the model and the data.
 
-    Unlike :func:`choose_grouping`, which must not exceed the memory budget, it only counts what is
-    in use at the same time.
+    It is an estimate of the tensors that exist at the same time, not an upper bound like the count
+    of :func:`choose_grouping`.
     """
     itemsize = dtype.itemsize
     layout, n_outputs = preparation.layout, task.n_outputs
@@ -244,16 +244,16 @@ def expected_bytes(
     )
     if not any(p.method == "panels" for p in layout.parameters):
         panel = 0
-    # Entries of the result take memory only once they are written.
+    # Entries of the result take no memory before they are written.
     multiplying = tile + max(scratch + panel, results) if whole else tile + scratch + panel
     before = 0 if whole else results
-    # The weights are held in another layout, and two gradients of all are compared in the end.
+    # There is a copy of the weights, and at the end two gradients of all weights are compared.
     weights = 3 * task.n_parameters * itemsize
     return states + before + max(reading, multiplying) + weights
 
 
 def _cut(grouping: Grouping, n_samples: int) -> Grouping:
-    """Return blocks that are small enough to be worth storing one by one."""
+    """Return a grouping with about six blocks or more, whose products a checkpoint stores."""
     held = min(grouping.held, max(1, -(-n_samples // EXACT.n_checkpoint_blocks)))
     return replace(
         grouping, batch=min(grouping.batch, held), held=held, streamed=min(grouping.streamed, held)
@@ -261,12 +261,12 @@ def _cut(grouping: Grouping, n_samples: int) -> Grouping:
 
 
 def _blocks(n_samples: int, block_size: int, start: int = 0) -> list[slice]:
-    """Return the samples from ``start`` on in blocks."""
+    """Return slices of at most ``block_size`` samples from ``start`` up to ``n_samples``."""
     return [slice(s, min(s + block_size, n_samples)) for s in range(start, n_samples, block_size)]
 
 
 class _Assembly:
-    """Puts the kernel together from blocks of samples."""
+    """Computes the kernel block by block, with a checkpoint of finished blocks if there is one."""
 
     def __init__(
         self,
@@ -322,21 +322,21 @@ class _Assembly:
             self._cross[self._rows(held_out), self._rows(block)] = product.cpu().numpy()
 
     def kernel(self) -> Kernel:
-        """Return the finished kernel."""
+        """Return the kernel, which is complete after :meth:`add_block` of every block."""
         return Kernel(self._gram, self._cross, self._inner, self._stretched)
 
     def _state(self, block: slice) -> BlockState:
-        """Differentiate a block of samples."""
+        """Differentiate a block of samples; return its state, and store its ``J diag(c) w_0``."""
         state, inner = self._reader.read(self._layout, block.start, block.stop)
         self._inner[block] = inner
         return state
 
     def _rows(self, samples: slice) -> slice:
-        """Return the rows of the kernel that belong to samples."""
+        """Return the rows of the kernel that belong to a range of samples."""
         return slice(samples.start * self._n_outputs, samples.stop * self._n_outputs)
 
     def _matrices(self) -> Iterator[NDArray[Any]]:
-        """Yield the kernel, and its stretched form where there are multipliers."""
+        """Yield the kernel, and ``J diag(c)^2 J^T`` if multipliers are not all one."""
         yield self._gram
         if self._stretched is not None:
             yield self._stretched
@@ -358,7 +358,7 @@ class _Assembly:
             self._checkpoint.save_block((left.start, right.start), arrays)
 
     def _restore(self, left: slice, right: slice) -> bool:
-        """Fill the products of two blocks in from the checkpoint; return whether it had them."""
+        """Copy the products of two blocks from the checkpoint; return False if it has none."""
         if self._checkpoint is None:
             return False
         rows, columns = self._rows(left), self._rows(right)

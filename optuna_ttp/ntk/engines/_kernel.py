@@ -1,4 +1,4 @@
-"""The kernel, which is made of products of Jacobian rows."""
+"""The kernel matrix and other products of Jacobian rows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Kernel:
 
     With learning-rate multipliers ``c`` of the weights, ``gram`` is ``Theta = J diag(c) J^T``, the
     empirical NTK of shape ``(N C, N C)``: SGD on ``w`` with the learning rates ``c eta`` is SGD on
-    ``w / sqrt(c)`` with the learning rate ``eta``. ``cross`` is ``J_v diag(c) J^T`` with the
-    Jacobian of the validation samples, of shape ``(N_v C, N C)``, where there are any;
+    ``w / sqrt(c)`` with the learning rate ``eta``. ``cross`` is ``J_v diag(c) J^T``, of shape
+    ``(N_v C, N C)``, with the Jacobian ``J_v`` of the validation samples (None without any);
     ``weight_outputs`` are ``J diag(c) w_0`` with the trainable weights ``w_0``, of shape ``(N,
-    C)``; and ``stretched`` is ``J diag(c)^2 J^T`` where not all multipliers are 1.
+    C)``; and ``stretched`` is ``J diag(c)^2 J^T``, None if all multipliers are 1.
     """
 
     gram: NDArray[np.floating[Any]]

@@ -1,15 +1,15 @@
 """The matrix-free engine: leading eigenpairs from products ``J J^T V`` alone.
 
-Neither the kernel nor a wide sketch is held: memory grows with N C times a few hundred columns.
+Neither the kernel nor a wide sketch is stored: memory grows with N C times a few hundred columns.
 A block Krylov method with a Rayleigh-Ritz projection (Saad, "Numerical Methods for Large
 Eigenvalue Problems", 2011, chapter 6) starts at the leading space of a narrow sketch, or at
-random, and goes on with the residuals. What it returns is Nystrom's approximation from all
-products, which is one step further than the projection for no more passes (Tropp, Yurtsever, Udell
+random, and continues with the residuals. The result is Nystrom's approximation from all products,
+which is one step of subspace iteration more accurate than the projection (Tropp, Yurtsever, Udell
 and Cevher, NeurIPS 2017, arXiv 1706.05736).
 
-What the leading pairs do not hold still moves the outputs. How the loss falls depends on it only
-through what the residual sees of it, so that the residual is in the blocks from the start and
-a few Ritz pairs stand for the others.
+The rest of the kernel moves the outputs as well. The loss depends on it only through its products
+with the residual (the gradient of the loss by the outputs), so that the residual is in the first
+block, and a few Ritz pairs replace the other eigenpairs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class _AllPairs:
-    """Eigenpairs and Ritz pairs, together in descending order."""
+    """``r`` eigenpairs and Ritz pairs: descending values ``(r,)`` and vectors ``(N C, r)``."""
 
     values: torch.Tensor
     vectors: torch.Tensor
@@ -63,12 +63,11 @@ def leading_pairs(
 ) -> Decomposition:
     """Compute the leading ``rank`` eigenpairs of the kernel of a task, 100 by default.
 
-    Where there are few outputs, rows of the Jacobian are made, used and thrown away, one batch
-    after the other. Where there are many, products go through the network one direction at a time.
-    Ritz pairs come beside the eigenpairs. There is an :exc:`~optuna_ttp.ApproximationWarning`
-    where some have not converged, or the times of gradient flow with the Ritz pairs have not.
-    Errors are those of :func:`~optuna_ttp.ntk.exact_kernel`; all learning-rate multipliers must be
-    one.
+    For few outputs, rows of the Jacobian are computed and used one batch at a time; for many, the
+    kernel is multiplied by forward and backward passes for one direction at a time. Ritz pairs are
+    added. An :exc:`~optuna_ttp.ApproximationWarning` is given if eigenpairs, or the predicted
+    times of gradient flow, have not converged. Errors are those of
+    :func:`~optuna_ttp.ntk.exact_kernel`; also ValueError for learning-rate multipliers but one.
     """
     check_multipliers(task, "matrix_free")
     n_rows = task.n_samples * task.n_outputs
@@ -81,23 +80,23 @@ def leading_pairs(
 
 
 def columns_of(task: FineTuningTask, rank: int | None) -> int:
-    """Return how many vectors a block of products has where ``rank`` pairs are wanted."""
+    """Return the vectors per block for ``rank`` pairs: 2.5 times as many, or ten more."""
     n_rows = task.n_samples * task.n_outputs
     n_wanted = min(n_rows, PAIRS.n_pairs if rank is None else rank)
     return min(n_rows, n_wanted + max(10, int(PAIRS.extra_columns * n_wanted)))
 
 
 def sketch_width(n_rows: int, dtype: torch.dtype, max_memory: int) -> int:
-    """Return how wide the sketch is where products start, for ``n_rows`` outputs N C."""
+    """Return the width of the sketch that gives the start vectors, for ``n_rows = N C``."""
     itemsize = dtype.itemsize
     width = int(PAIRS.sketch_share * max_memory / (n_rows * itemsize))
     return max(N_GROUPS, min(PAIRS.max_sketch_width, width) // N_GROUPS * N_GROUPS)
 
 
 def check_vectors_memory(task: FineTuningTask, n_columns: int, max_memory: float) -> int:
-    """Return the bytes that a block of vectors takes; raise ValueError if they do not fit.
+    """Return the bytes of a block of vectors and of one vector of weights in single precision.
 
-    The bytes are in single precision, and those of the weights are added.
+    ValueError is raised if they exceed ``max_memory``.
     """
     n_rows = task.n_samples * task.n_outputs
     minimum = 4 * (n_rows * n_columns + task.n_parameters)
@@ -113,18 +112,18 @@ def check_vectors_memory(task: FineTuningTask, n_columns: int, max_memory: float
 def by_directions(
     task: FineTuningTask, n_columns: int, dtype: torch.dtype, max_memory: int
 ) -> bool:
-    """Return whether there are so many outputs that products go one direction at a time."""
+    """Return whether products by direction take fewer passes than products by rows."""
     itemsize = dtype.itemsize
-    # Products of the rows with the vectors must be held; else rows are made again by groups.
+    # J^T V must fit the memory; else rows are computed again for each group of parameters.
     n_groups = -(-2 * task.n_parameters * n_columns * itemsize // max_memory)
-    # Rows take backward passes and as much again, twice; a direction takes a pass each way.
+    # Rows are computed twice, for J^T V and J W; a direction takes a forward and a backward pass.
     return 2 * n_groups * (2 * task.n_outputs + 1) > 4 * n_columns
 
 
 def _by_rows(
     task: FineTuningTask, settings: EngineSettings, n_wanted: int, n_columns: int
 ) -> Decomposition:
-    """Compute the pairs from products that make rows of the Jacobian, batch by batch."""
+    """Compute the pairs from products that compute rows of the Jacobian, batch by batch."""
     n_rows = task.n_samples * task.n_outputs
     width = sketch_width(n_rows, settings.dtype, settings.max_memory)
     sketch = sketch_jacobian(task, settings, width=width)
@@ -135,7 +134,7 @@ def _by_rows(
     del sketch
     start = eigenpairs_of_features(features, rank=n_columns).eigenvectors
     del features
-    # They are in single precision, because they are held to the end for another start.
+    # Single precision saves memory: they are held in case the run starts again with lifts.
     vectors = _filled(torch.as_tensor(start), n_columns, settings.seed).float()
     del start
     follower = PathFollower(task, task.initial_outputs(settings.device, settings.dtype))
@@ -168,7 +167,7 @@ def _by_rows(
 def _by_directions(
     task: FineTuningTask, settings: EngineSettings, n_wanted: int, n_columns: int
 ) -> Decomposition:
-    """Compute the pairs from products that go through the network one direction at a time."""
+    """Compute the pairs from passes through the network for one direction at a time."""
     generator = torch.Generator().manual_seed(settings.seed)
     n_rows = task.n_samples * task.n_outputs
     reference = task.initial_outputs(settings.device, settings.dtype)
@@ -210,9 +209,9 @@ def _by_directions(
 
 
 def probes_of(n_columns: int) -> int:
-    """Return how many random sign vectors estimate the trace that the eigenpairs do not explain.
+    """Return the number of random sign vectors that estimate the rest of the trace.
 
-    The number grows with the ``n_columns`` vectors that the kernel is multiplied with at a time.
+    It is a tenth of ``n_columns``, the vectors of a block, and at least ten.
     """
     return max(PAIRS.min_probes, n_columns // PAIRS.columns_a_probe)
 
@@ -224,11 +223,11 @@ def _estimated_trace(
     n_columns: int,
     generator: torch.Generator,
 ) -> tuple[float, float]:
-    """Return an estimate of the trace, and its standard error as a share of it.
+    """Return an estimate of the trace, and its standard error relative to the trace.
 
-    The pairs hold their part of the trace; random signs that they do not know estimate that of the
-    rest (Hutch++: Meyer, Musco, Musco and Woodruff, SOSA 2021, arXiv 2010.09649). Those that the
-    products started at would find less of it than there is.
+    The eigenvalues are added to a mean over new random signs, orthogonal to ``basis``, for the
+    rest (Hutch++: Meyer, Musco, Musco and Woodruff, SOSA 2021, arXiv 2010.09649). The signs of the
+    start would underestimate the rest, because the basis was computed from them.
     """
     n_probes = probes_of(n_columns)
     signs = torch.randint(2, (len(basis), n_probes), generator=generator, dtype=torch.float64)
@@ -240,7 +239,7 @@ def _estimated_trace(
 
 
 def _filled(start: torch.Tensor, n_columns: int, seed: int) -> torch.Tensor:
-    """Return start vectors, with random ones beside them where the sketch has too few."""
+    """Return start vectors, filled up to ``n_columns`` with random ones if there are fewer."""
     missing = n_columns - start.shape[1]
     if missing <= 0:
         return start
@@ -255,12 +254,12 @@ def _krylov(
     n_wanted: int,
     follower: PathFollower,
 ) -> _AllPairs:
-    """Compute leading eigenpairs, and Ritz pairs for what the residual sees of the others.
+    """Compute ``n_wanted`` leading eigenpairs, and Ritz pairs for the rest of the kernel.
 
-    The residual is in the block from its start, and what the kernel makes of it in the next one,
-    so that the Ritz values with all of the basis are the points of Gauss' quadrature of its
-    spectral measure for no more passes. Where the eigenpairs have converged and the residual's
-    path has not, a few columns more are multiplied.
+    The residual is a column of the first block, and its product with the kernel of the second, so
+    that the Ritz values of the whole basis are the points of Gauss' quadrature of its spectral
+    measure. If the eigenpairs have converged but the times have not, blocks of a few columns
+    follow. An ApproximationWarning is given if pairs or times have not converged.
     """
     residual = follower.residual
     n_columns = start.shape[1]
@@ -282,7 +281,7 @@ def _krylov(
         before = path
         leading = mixing[:, :n_columns]
         residuals = images @ leading - (basis @ leading) * values[:n_columns]
-        # Pairs at the level of rounding errors are dropped in the end.
+        # Pairs below the rounding error are dropped at the end.
         floor = float(values[0]) * torch.finfo(torch.float32).eps
         norms = residuals[:, :n_wanted].norm(dim=0)
         limits = values[:n_wanted].clamp(min=floor)
@@ -293,17 +292,17 @@ def _krylov(
             break
         others = mixing[:, n_wanted:]
         seen = others @ (others.T @ (basis.T @ path.residuals))
-        # The path needs the residual itself, and what the kernel makes of its other part.
+        # The path needs the residual, and the image of its part outside the wanted pairs.
         new = [_remainder(path.residuals, basis), _remainder(images @ seen, basis)]
         if open_.any():
-            # All columns go on, not only those that are open: a pass over the data costs more.
+            # All columns continue, because more passes over the data would cost more.
             new.append(residuals)
         elif moved <= PAIRS.time_error or n_narrow == PAIRS.max_narrow_blocks:
             break
         else:
             n_narrow += 1
         added = torch.cat(new, 1)[:, :n_left]
-        # They are released first, because products take the most memory.
+        # These are released first, because products take the most memory.
         del new, residuals, leading
         if added.shape[1] == 0:
             moved = 0.0
@@ -332,11 +331,11 @@ def _with_ritz_pairs(
     path: ResidualPath,
     moved: float,
 ) -> _AllPairs:
-    """Return the leading pairs, and as many Ritz pairs as keep the times of ``path``.
+    """Return the leading pairs, and as many Ritz pairs as reproduce the times of ``path``.
 
-    ``leading`` is what :func:`nystrom` gives, ``ritz`` makes Ritz pairs, and ``moved`` is by how
-    much the last block of products changed the times. There is an
-    :exc:`~optuna_ttp.ApproximationWarning` where the times are uncertain.
+    ``leading`` is the result of :func:`nystrom`, ``ritz`` computes Ritz pairs, and ``moved`` is
+    the relative change of the times by the last block. An ApproximationWarning is given if the
+    times are uncertain by more than 10 %.
     """
     vectors, leading_values, _ = leading
     smallest = float(leading_values[0]) * torch.finfo(torch.float32).eps
@@ -365,7 +364,7 @@ def _with_ritz_pairs(
 
 
 def _remainder(columns: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Return what a basis does not have of some columns, where that is more than rounding."""
+    """Return the parts of columns orthogonal to a basis, without those of rounding errors."""
     norms = columns.norm(dim=0)
     left = columns - basis @ (basis.T @ columns)
     return left[:, left.norm(dim=0) > PAIRS.rounding * norms]
@@ -380,9 +379,10 @@ def _condensed(
     residuals: torch.Tensor,
     n_powers: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return Ritz pairs, orthogonal to the leading eigenvectors, of what residuals see of others.
+    """Return values ``(m,)`` and vectors ``(N C, m)`` of Ritz pairs for the rest of the kernel.
 
-    They are those of the block Krylov space of the residuals and the other Ritz pairs.
+    They are orthogonal to the ``leading`` eigenvectors, and span the block Krylov space, with
+    ``n_powers`` blocks, of the part of ``residuals`` in the other Ritz vectors.
     """
     n_leading = leading.shape[1]
     others, rest = mixing[:, n_leading:], values[n_leading:]
@@ -393,7 +393,7 @@ def _condensed(
     for _ in range(n_powers - 1):
         more = rest[:, None] * powers[-1]
         powers.append(more / more.norm(dim=0).clamp(min=1e-300))
-    # The residual at the start is taken whole: leading vectors are not quite in this basis.
+    # The first residual is taken whole, because leading vectors are not quite in this basis.
     coordinates = torch.cat([inside[:, :1], others @ torch.cat(powers, 1)], 1)
     columns = basis @ coordinates
     columns = columns - leading @ (leading.T @ columns)
@@ -403,7 +403,7 @@ def _condensed(
     squares, axes = torch.linalg.eigh(columns.T @ columns)
     good = squares > PAIRS.rounding**2
     whitening = axes[:, good] / squares[good].sqrt()
-    # The kernel maps leading vectors to themselves, and these are orthogonal to them.
+    # The kernel maps the leading space to itself, and these columns are orthogonal to it.
     inner = whitening.T @ (columns.T @ (images @ coordinates)) @ whitening
     ritz_values, turned = torch.linalg.eigh((inner + inner.T) / 2)
     return ritz_values.flip(0), columns @ (whitening @ turned.flip(1))

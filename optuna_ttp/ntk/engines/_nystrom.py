@@ -10,15 +10,15 @@ def nystrom(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return orthonormal eigenvectors ``U`` and eigenvalues of ``Y (V^T Y)^(-1) Y^T``, descending.
 
-    ``V``, ``(n, p)``, has orthonormal columns, and ``Y = Theta V``. They are those of ``L^(-1) Y^T
-    Y L^(-T)`` with ``L L^T = V^T Y``, so that nothing of the size of ``Y`` is held beside what is
-    returned. The third are weights ``W`` with ``U = Y W``, up to rounding. ValueError is raised if
-    the kernel overflowed.
+    ``vectors`` are ``V``, ``(n, p)``, with orthonormal columns; ``images`` are ``Y = Theta V``.
+    The third result is ``W`` with ``U = Y W`` up to rounding; at most ``n_wanted`` pairs are
+    returned. The eigenvalues are those of the small matrix ``L^(-1) Y^T Y L^(-T)`` with ``L L^T =
+    V^T Y``. ValueError is raised if ``Y`` is not finite.
     """
     check_overflow(images)
     inner, squares = vectors.T @ images, images.T @ images
     inner = (inner + inner.T) / 2
-    # The images were made in single precision: with a smaller shift there may be no root.
+    # The images were computed in single precision: a smaller shift may leave no Cholesky root.
     shift = 1e-6 * float(torch.linalg.matrix_norm(squares, 2)) ** 0.5
     identity = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
     root = torch.linalg.cholesky(inner + shift * identity)
@@ -33,7 +33,7 @@ def nystrom(
 
 
 def check_overflow(images: torch.Tensor) -> None:
-    """Raise ValueError if products with the kernel are not finite."""
+    """Raise ValueError if ``images``, products with the kernel, are not finite."""
     if not torch.isfinite(images).all():
         raise ValueError(
             "The kernel must be finite but overflowed. Scale the inputs, or compute with "

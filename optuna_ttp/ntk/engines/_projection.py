@@ -10,22 +10,22 @@ from optuna_ttp.ntk.layers._factors import Factors
 
 
 class Projection(Protocol):
-    """Maps rows of ``p`` weights of a parameter to ``width`` numbers, in G independent ways."""
+    """Maps rows of ``p`` weights of a parameter to ``width`` numbers, by G independent maps."""
 
     def add(self, target: torch.Tensor, name: str, rows: torch.Tensor) -> None:
         """Add the projected rows ``(B, C, p)`` of a parameter to ``(B, C, G, width)``."""
 
     def add_table(self, target: torch.Tensor, name: str, factors: Factors) -> None:
-        """Add the projected gradient of a table that integers index, without making its rows."""
+        """Add the projected gradient of a table that integers index to ``(B, C, G, width)``."""
 
 
 class SignFold:
     """Random signs, then a fold: weight ``j`` is added to number ``(j + shift) mod width``.
 
-    A count sketch (Charikar, Chen and Farach-Colton, 2002) whose buckets are not random but
-    neighbours apart; with random signs the inner products are right in expectation all the same.
-    One pass over the rows, no matrix. All groups fold alike, so that the rows are read once; with
-    signs of their own their errors are uncorrelated nevertheless.
+    It is a count sketch (Charikar, Chen and Farach-Colton, 2002) with regular instead of random
+    buckets; the random signs keep inner products right in expectation. All groups have the same
+    buckets, so that the rows are read once, but different signs, so that their errors are
+    uncorrelated.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class SignFold:
         self._shifts: dict[str, int] = {}
         for name, n in n_weights.items():
             signs = torch.randint(2, (n_groups, n), generator=generator, dtype=torch.int8)
-            # A sign takes a byte; those of one parameter become floats when they are needed.
+            # A sign takes one byte; add() converts those of one parameter to floats.
             self._signs[name] = (2 * signs - 1).to(device)
             self._shifts[name] = int(torch.randint(width, (), generator=generator))
 
     def add(self, target: torch.Tensor, name: str, rows: torch.Tensor) -> None:
-        """Add rows, see :meth:`Projection.add`."""
+        """Add projected rows, see :meth:`Projection.add`."""
         shift, width = self._shifts[name], self._width
         signs = self._signs[name].to(rows.dtype)
         n = rows.shape[-1]
@@ -59,7 +59,7 @@ class SignFold:
             target[..., : some.stop - start].addcmul_(rows[..., some], signs[:, some])
 
     def add_table(self, target: torch.Tensor, name: str, factors: Factors) -> None:
-        """Add a table, see :meth:`Projection.add_table`."""
+        """Add a table's projected gradient, see :meth:`Projection.add_table`."""
         columns = factors.shape[2]
         signs = self._signs[name].unflatten(1, (-1, columns))
         within = torch.arange(columns, device=target.device)

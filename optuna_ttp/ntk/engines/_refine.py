@@ -30,16 +30,13 @@ def refine(
     """Replace the leading part of a sketch ``Z``, ``(N C, d)``, by products with the Jacobian.
 
     For the leading ``n_refined`` eigenvectors ``V`` of the sketch, ``Theta V = J (J^T V)`` is
-    computed in two more passes over the data, and ``Theta V (V^T Theta V)^(-1) (Theta V)^T`` takes
-    the place of the sketch there (Nystrom's method, stabilised as in Tropp, Yurtsever, Udell and
-    Cevher, NeurIPS 2017, arXiv 1706.05736). That is one step of subspace iteration further than a
-    Rayleigh-Ritz projection, for one more pass.
+    computed in two more passes over the data (more if ``J^T V`` exceeds the memory budget), and
+    the sketch is replaced in their space by ``Theta V (V^T Theta V)^(-1) (Theta V)^T`` (Nystrom's
+    method, stabilised as in Tropp, Yurtsever, Udell and Cevher, NeurIPS 2017, arXiv 1706.05736).
 
-    The validation samples' sketch ``Z_v``, ``others``, is refined alike, for one pass over them:
-    with ``J_v (J^T V)`` the leading part is extended to them, and what is left of the sketch there
-    is what that does not explain. Returns features whose products are the refined kernel, and
-    those of the validation samples. Where ``J^T V`` takes more than the memory budget, more
-    passes are made.
+    Returns features ``Z'``, with one column more per refined pair, whose products ``Z' Z'^T`` are
+    the refined kernel, and likewise those of the validation samples, whose sketch is ``others``
+    (None without it): ``J_v (J^T V)`` extends the leading part to them.
     """
     n = min(n_refined, len(pairs.eigenvalues))
     vectors = torch.as_tensor(pairs.eigenvectors[:, :n], **settings.place)

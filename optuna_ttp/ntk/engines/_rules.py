@@ -5,27 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-# Independent projections of which a sketch is the mean; its error bar is made of their halves.
+# A sketch is the mean of four independent projections; their halves give its error bar.
 N_GROUPS = 4
 
 
 @dataclass(frozen=True)
 class ChoiceRules:
-    """What decides which engine computes a spectrum.
+    """Limits that decide which engine computes a spectrum.
 
     Attributes:
         kernel_share:
             The share of the memory budget that the kernel may take. Not ablated yet.
         max_product:
-            Multiplications that the product of all rows may take; the contraction needs a
-            fraction of them. Not ablated yet.
+            Most multiplications in a product of all rows; contractions need a fraction of them.
+            Not ablated yet.
         sketch_width:
-            Numbers a row of the first, narrowest sketch. Not ablated yet.
+            Numbers per row of the first, narrowest sketch. Not ablated yet.
         max_sketch_width:
-            Numbers a row of the widest sketch. Not ablated yet.
+            Numbers per row of the widest sketch. Not ablated yet.
         max_outputs:
-            Outputs up to which a sketch is made: it makes a backward pass for each output of each
-            sample, products a few hundred in all.
+            Most outputs for a sketch, which takes a backward pass per output of each batch, while
+            matrix-free products take a few hundred in all.
     """
 
     kernel_share: float = 0.5
@@ -41,16 +41,16 @@ class ExactRules:
 
     Attributes:
         batch_bytes:
-            Bytes for activations and cotangents of the samples that go through the network
-            together: more of them hardly make it faster.
+            Bytes for the activations and cotangents of a batch on a CPU; larger batches are hardly
+            faster.
         gpu_batch_bytes:
-            The same on a GPU.
+            Bytes for the activations and cotangents of a batch on a GPU.
         max_batch:
-            Most samples in a batch: fewer than the outputs are first computed in, so that samples
-            see other neighbours.
+            Most samples in a batch: fewer than in the batches of the reference outputs, so that
+            an influence of other samples in the batch shows.
         n_checkpoint_blocks:
-            Blocks that samples are cut in with a checkpoint; their products are stored one by one.
-            Not ablated yet.
+            Blocks of samples with a checkpoint, if the memory does not need more of them; the
+            product of each pair of blocks is stored. Not ablated yet.
     """
 
     batch_bytes: int = 200 * 2**20
@@ -61,29 +61,29 @@ class ExactRules:
 
 @dataclass(frozen=True)
 class SketchRules:
-    """How a sketch is made, refined and judged.
+    """Tuned numbers of the sketch, its refinement and its error bar.
 
     Attributes:
         time_error:
-            By how much the predicted times may be off because of the projection, before the
-            sketch is made twice as wide.
+            Largest relative error of the predicted times by the projection; if it is larger, the
+            width of the sketch is doubled.
         n_refined:
-            Leading eigenpairs that are refined: 100, and half as many for the sake of the last of
-            these.
+            Leading eigenpairs that are refined: 100, and 50 more so that the last of the 100
+            converge.
         max_exact_weights:
-            Parameters with so many weights stay exact, the smallest first. Not ablated yet.
+            Most weights of a parameter that is not projected. Not ablated yet.
         exact_share:
-            Columns that these have together, at most, for each one of the sketch. Not ablated yet.
+            Most columns of all such parameters, relative to the width. Not ablated yet.
         batch_bytes:
-            Bytes for what goes through the network together. Not ablated yet.
+            Bytes for the activations and the stored Jacobian of a batch. Not ablated yet.
         max_batch:
             Most samples in a batch. Not ablated yet.
         min_rank:
-            Directions in which the error bar follows gradient flow, at least.
+            Fewest eigenpairs on which gradient flow is followed for the error bar.
         n_entries:
-            Numbers that these directions have together: as many as take a second or so.
+            Most numbers in their eigenvectors if there are more pairs: they take about a second.
         error_quantile:
-            Student's t of three degrees of freedom at 90 %.
+            The 95 % quantile of Student's t with three degrees of freedom: 90 % are within it.
     """
 
     time_error: float = 0.03
@@ -99,42 +99,41 @@ class SketchRules:
 
 @dataclass(frozen=True)
 class PairRules:
-    """How the matrix-free engine computes leading eigenpairs.
+    """Tuned numbers of the matrix-free engine.
 
     Attributes:
         n_pairs:
-            Leading pairs where neither their number nor a share of the trace is asked for.
+            Leading eigenpairs if no rank is given.
         extra_columns:
-            Columns beside those of the pairs, for the sake of the last of these, as a share of
-            them. Not ablated yet.
+            Additional columns of a block relative to the number of pairs; they make the last pairs
+            converge. Not ablated yet.
         pair_tolerance:
-            Residual ``|Theta v - lambda v|`` relative to ``lambda`` at which a pair has converged.
-            The eigenvalue is off by about the square of that, relative to the gap behind the
-            block.
+            Residual ``|Theta v - lambda v|`` relative to ``lambda`` below which a pair has
+            converged. The error of the eigenvalue is about the square of that, relative to the gap
+            behind the block.
         max_blocks:
-            Blocks of products at most. Not ablated yet.
+            Most blocks of products. Not ablated yet.
         max_sketch_width:
-            Numbers a row of the sketch at the start, at most. Not ablated yet.
+            Most numbers per row of the sketch for the start vectors. Not ablated yet.
         sketch_share:
-            The share of the memory budget for that sketch, whose columns are held about three
-            times: half of it.
+            The share of the memory budget for that sketch: a half over three, because its columns
+            are held about three times.
         time_error:
-            By how much the times of training may change with the last block of products: what is
-            left then is about a tenth of that. Narrow blocks cost a pass each way for few columns,
-            so nearly as much.
+            Largest relative change of the predicted times by the last block of products; the error
+            is then about a tenth of it.
         condensed_error:
-            By how much the times may change if only the Ritz pairs stand for the others.
+            Largest relative change of the times if Ritz pairs replace the other eigenpairs.
         max_narrow_blocks:
-            Blocks of a few columns at most, for the sake of the times alone. Not ablated yet.
+            Most blocks of a few columns, which only improve the times. Not ablated yet.
         n_powers:
-            Ritz pairs are those of the residuals on the path and of what the kernel makes of them,
-            so many together; the second where the first do not suffice.
+            Numbers of Krylov blocks of the residuals that the Ritz pairs span; the second is used
+            if the times with the first are not accurate.
         rounding:
-            Shares of a column that are less count as nothing.
+            Largest remainder of a column, relative to its norm, that counts as zero.
         min_probes:
-            Vectors of random signs that estimate a trace, at least.
+            Fewest vectors of random signs that estimate a trace.
         columns_a_probe:
-            And one for so many columns of a block.
+            Columns of a block per vector of random signs.
     """
 
     n_pairs: int = 100

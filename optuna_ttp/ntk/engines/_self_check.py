@@ -1,4 +1,4 @@
-"""The kernel against plain automatic differentiation, on every computation."""
+"""Checks of the kernel against plain automatic differentiation, in every computation."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def check_rows(
     kernel: Kernel,
     settings: EngineSettings,
 ) -> None:
-    """Raise JacobianMismatchError if entries of the kernel are not those of plain reverse mode.
+    """Raise JacobianMismatchError if entries of the kernel differ from plain reverse mode.
 
-    Two random rows are differentiated as they are, a backward pass each through a batch of one,
-    and their products compared with their entries of the kernel. The error names the layer whose
-    gradients differ most.
+    Two random rows are computed by one backward pass each through a batch of one, and their three
+    products compared with the entries of the kernel. The error names the parameter whose gradients
+    differ most.
     """
     rng = np.random.default_rng(settings.seed)
     chosen = [
@@ -67,8 +67,8 @@ def check_row_norms(
 ) -> None:
     """Raise JacobianMismatchError if the squared norm of a random row is not that of reverse mode.
 
-    ``norms`` are the squared norms ``(B, C)`` of a batch whose first sample has the number
-    ``first``. If the random row is of none of its samples, nothing is compared.
+    ``norms`` are the squared norms ``(B, C)`` of a batch whose first sample has the index
+    ``first``. Nothing is compared if the random row is not in this batch.
     """
     rng = np.random.default_rng(settings.seed)
     n, c = int(rng.integers(task.n_samples)), int(rng.integers(task.n_outputs))
@@ -94,7 +94,7 @@ def _plain_row(
     c: int,
     settings: EngineSettings,
 ) -> dict[str, torch.Tensor]:
-    """Return the gradient of one output of one sample, by parameter, by plain reverse mode."""
+    """Return the gradient of output ``c`` of sample ``n`` by parameter, by plain reverse mode."""
     inputs, _ = next(task.batches(1, settings.device, settings.dtype, start=n))
     gradients = torch.autograd.grad(
         frozen(inputs)[0, c],
@@ -111,10 +111,10 @@ def _plain_row(
 def _product(
     one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], multipliers: dict[str, float]
 ) -> float:
-    """Return the product of two rows, in double precision, with the parameters' multipliers."""
+    """Return the inner product of two rows, weighted by multipliers, in double precision."""
     total = 0.0
     for name, g in one.items():
-        # A vectorised dot product of single precision loses digits over millions of weights.
+        # A dot product of millions of numbers in single precision loses digits.
         left, right = g.flatten().cpu(), other[name].flatten().cpu()
         for start in range(0, len(left), 2**20):
             part = left[start : start + 2**20].double() @ right[start : start + 2**20].double()
@@ -130,7 +130,7 @@ def _culprit(
     plain: dict[str, torch.Tensor],
     settings: EngineSettings,
 ) -> str:
-    """Return a sentence that says which layer's gradient differs most from the plain one."""
+    """Return a sentence with the parameter whose gradient differs most from ``plain``."""
     from optuna_ttp.ntk.layers._factors import Factors
 
     n, c = row

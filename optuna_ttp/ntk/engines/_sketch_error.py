@@ -1,10 +1,10 @@
-"""How far the times that a sketch predicts may be off: its error bar.
+"""The error bar of the times that a sketch predicts.
 
 A sketch is the mean of four independent groups of columns, each right in expectation. The three
 ways to make two halves of them give three differences, which are uncorrelated and whose halves
 have the variance of the whole (balanced repeated replication: McCarthy, "Pseudo-replication: half
-samples", Review of the International Statistical Institute 37, 1969). What the projection does to
-times on average falls with the width, so that the halves have twice as much of it as the whole.
+samples", Review of the International Statistical Institute 37, 1969). The bias of the times is
+inversely proportional to the width, so that the halves have twice the bias of the whole.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from optuna_ttp.ntk.engines._rules import SKETCHES
 class SketchError:
     """Relative errors of the times to half, a quarter and a tenth of the reducible loss.
 
-    For the largest of the three, ``expected`` is the standard error, or what the projection does
-    on average, and ``bar`` is what nine errors in ten are within.
+    ``expected`` is the largest standard error or bias of the three times; ``bar`` is the largest
+    half-width of an interval that contains 90 % of the errors.
     """
 
     expected: float
@@ -37,13 +37,12 @@ class SketchError:
 def sketch_error(
     follower: PathFollower, features: torch.Tensor, n_exact: int, pairs: Eigenpairs
 ) -> SketchError:
-    """Estimate by how much the times that a sketch predicts may be off.
+    """Estimate the relative error of the times that a sketch predicts.
 
     ``features`` are ``Z`` of shape ``(N C, e + d)``: ``e = n_exact`` exact columns, then four
-    groups of ``d / 4``; ``pairs`` are the eigenpairs of ``Z Z^T``, as many as there are or at
-    least 200 and as many as have a million entries. Where training does not get to half of the
-    loss, the times are those to shares of what it gets to; the error is infinite where no time is
-    known.
+    groups of ``d / 4``; ``pairs`` are the eigenpairs of ``Z Z^T``, of which the leading ones, at
+    least 200, are used. If training does not reach half of the loss, the times are those to shares
+    of the reduction that it reaches; the error is infinite if there is no such time.
     """
     rank = min(len(pairs.eigenvalues), max(SKETCHES.min_rank, SKETCHES.n_entries // len(features)))
     basis = torch.as_tensor(pairs.eigenvectors[:, :rank])
@@ -58,7 +57,7 @@ def sketch_error(
     squares = [(g @ g.T).double().cpu() for g in (exact, *groups)]
     halves = []
     for chosen in combinations(range(N_GROUPS), N_GROUPS // 2):
-        # Groups are scaled for a mean of four.
+        # Groups are scaled for a mean of four, so that a half counts twice.
         inner = squares[0] + 2.0 * sum(squares[1 + k] for k in chosen)
         eigenvalues, mixing = torch.linalg.eigh(inner)
         halves.append(follower.follow(basis, mixing.flip(1), eigenvalues.flip(0)))
