@@ -39,7 +39,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "PrunerRules.sooner": (1,),
     "PrunerRules.n_refuting": (_MANY,),
     "PrunerRules.most_refuting": (_MANY,),
-    "PrunerRules.nearly_reached": (1.0,),
     "PrunerRules.half_way": (_INF,),
     "PrunerRules.n_skipped_to_warn": (_MANY,),
     "RunningTrialRules.earliest": (0.0,),

@@ -80,9 +80,9 @@ def _refuting_trials(progress: Sequence[float], rules: PrunerRules) -> str | Non
     """Return the number of trials that refute an objection as text, as ``3 of 5``; None if few do.
 
     ``progress`` holds the progress of trials that ran in spite of it, one at the target. At least
-    ``rules.n_refuting``, and more than half, must have reached ``rules.nearly_reached``.
+    ``rules.n_refuting``, and more than half, must have reached the target.
     """
-    n_reached = sum(share >= rules.nearly_reached for share in progress)
+    n_reached = sum(share >= 1.0 for share in progress)
     if n_reached < rules.n_refuting or 2 * n_reached <= len(progress):
         return None
     return f"{n_reached} of {len(progress)}"

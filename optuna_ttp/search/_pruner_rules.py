@@ -70,9 +70,6 @@ class PrunerRules:
             target, and more than half of the newest ones. Two by default; not ablated yet.
         most_refuting:
             The number of newest trials that count for that. Ten by default; not ablated yet.
-        nearly_reached:
-            The share of the progress to the target, by the logarithm of the loss, that counts as
-            reached. 0.9 by default; not ablated yet.
         half_way:
             The share of the progress to the target from which ``sooner`` applies. 0.5 by default;
             not ablated yet.
@@ -99,7 +96,6 @@ class PrunerRules:
     audit: float = 0.0
     n_refuting: int = 2
     most_refuting: int = 10
-    nearly_reached: float = 0.9
     half_way: float = 0.5
     n_skipped_to_warn: int = 5
     running_trial: RunningTrialRules = field(default_factory=RunningTrialRules)
