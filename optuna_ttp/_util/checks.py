@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise TypeError if the value of the argument ``name`` is not a number."""
+    """Raise TypeError if the value of the argument ``name`` is no number; bools are none."""
     if (
         isinstance(value, bool | str)
         or np.ndim(value) != 0

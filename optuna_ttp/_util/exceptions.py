@@ -48,7 +48,7 @@ class UnreliablePredictionWarning(OptunaTTPWarning):
 
 
 class GoalWarning(OptunaTTPWarning):
-    """A search has no goal, its sampler's and pruner's differ, or it contradicts the study."""
+    """A search's goal is missing, contradicts the study, or differs between sampler and pruner."""
 
 
 class CallOrderWarning(OptunaTTPWarning):

@@ -16,7 +16,6 @@ def lazy_names(
     """Return ``__getattr__`` and ``__dir__`` of a package whose names are imported on first use.
 
     ``modules`` maps each module below the package to the names that the package exports from it.
-    So ``import optuna_ttp`` stays quick, and sampler and pruner do not load torch.
     """
     home = {name: module for module, names in modules.items() for name in names}
 

@@ -84,7 +84,7 @@ def _part(name: str, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]
 
 
 def _of_kind(kind: str, name: str, value: Any) -> Any:
-    """Return the value; raise TypeError if ``kind`` is "str", "int" or "float" and it is not."""
+    """Return the value; raise TypeError if ``kind``, "str", "int" or "float", is not its type."""
     expected: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int)}
     if not isinstance(value, expected.get(kind, (object,))):
         raise TypeError(f"{name} must be a {kind} but got {type(value).__name__}")

@@ -19,7 +19,7 @@ class Probe:
             Training loss of the linearised network divided by its initial loss, descending from 1.
         relative_displacements:
             ``|w - w_0| / |w_0|`` of the weight matrix for which it is largest, usually that of
-            the new head; infinite where a matrix starts at zero.
+            the new head; infinite if a matrix starts at zero.
         output_deviations:
             ``|f(w) - f_lin| / |f_lin - f_0|``, with the network's outputs ``f(w)`` at the
             displaced weights, the linearised outputs ``f_lin`` and the initial outputs ``f_0``.

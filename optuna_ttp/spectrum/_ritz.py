@@ -14,8 +14,8 @@ class RitzRules:
 
     Attributes:
         n_pairs:
-            The number of Ritz pairs. Chosen on the digits network truncated to 95 % of the trace,
-            where two pairs bring the error of predicted times from 19 % to nothing; networks
+            The number of Ritz pairs. Chosen on the digits network truncated to 95 % of the trace:
+            two pairs reduce the error of its predicted times from 19 % to nothing; networks
             whose trace is dominated by few directions need more.
         remainder:
             Length of a new Krylov vector up to which it is rounding error. Not ablated yet.

@@ -167,9 +167,8 @@ class Spectrum:
                 Keep at most this number of pairs. All by default.
             explained_trace:
                 Keep the fewest pairs whose eigenvalues sum up to this share of the trace, and, as
-                far as the rank allows, up to four Ritz pairs in place of the other pairs, with
-                nearly their loss curve (:func:`~optuna_ttp.spectrum._ritz.ritz_pairs`). All pairs
-                by default.
+                far as the rank allows, up to four Ritz pairs in place of the others, with nearly
+                their loss curve (:func:`~optuna_ttp.spectrum._ritz.ritz_pairs`). All by default.
 
         Returns:
             A new spectrum, or this one if no pair is dropped.
@@ -205,7 +204,7 @@ class Spectrum:
         return replace(self, metadata=metadata, **arrays)
 
     def _arrays_by_pair(self) -> tuple[Any, ...]:
-        """Return the fields that have one entry for each eigenpair."""
+        """Return eigenvalues, eigenvectors, validation and decay factors: the fields by pair."""
         return self.eigenvalues, self.eigenvectors, self.validation, self.decay_factors
 
     def to_pieces(
@@ -306,7 +305,7 @@ class Spectrum:
 
 
 def _is_finite(array: NDArray[Any]) -> bool:
-    """Return whether all values are finite, looking at about a million at a time."""
+    """Return whether all values are finite, checking about a million at a time."""
     # A mask of the whole array would take a quarter of a large array's memory again.
     rows = max(1, 2**20 * len(array) // max(1, array.size))
     return all(

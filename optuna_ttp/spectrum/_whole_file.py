@@ -27,7 +27,7 @@ def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
             for piece in pieces:
                 file.write(piece)
             file.flush()
-            # Otherwise a power cut may leave the new name with an empty file behind it.
+            # Otherwise a power cut may leave an empty file under the new name.
             os.fsync(file.fileno())
         partial.replace(path)
     finally:

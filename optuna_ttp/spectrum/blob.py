@@ -8,7 +8,7 @@ Integers are little-endian. A blob is a head and, array after array, its chunks:
             32 bytes  SHA-256 of format, length and header
             L bytes   header: JSON, {"meta": {...}, "arrays": [{"name", "dtype", "shape", "order",
                       "codec"}, ...]}
-    chunk   4 bytes   length M of what is stored
+    chunk   4 bytes   length M of the stored bytes
             32 bytes  SHA-256 of the head's SHA-256, the chunk's number (8 bytes) and the M bytes
             M bytes   the bytes of at most 2 MiB of the array, as they are ("raw") or by zlib
 
@@ -259,7 +259,7 @@ def _read_head(stream: Readable) -> tuple[dict[str, Any], list[_Layout], bytes, 
     text = bytes(stream.read(length))
     if hashlib.sha256(fixed[8:14] + text).digest() != binding:
         raise DamagedSpectrumError("the checksum of its header does not match")
-    # After the checksum: a flipped bit in the format is damage, not another version.
+    # Checked after the checksum: a flipped bit in the format is damage, not another version.
     if written_as != FORMAT:
         raise DamagedSpectrumError(
             f"it must have format {FORMAT} but got {written_as}; another version of optuna_ttp "

@@ -179,7 +179,7 @@ class _Computation:
         return stored
 
     def _probed(self, stored: Spectrum) -> Spectrum:
-        """Return a spectrum with its linearisation probed, and store it in the old one's place."""
+        """Return the spectrum with its linearisation probed, and replace the stored one by it."""
         from optuna_ttp.ntk import probe_linearisation
         from optuna_ttp.ntk import resolve_device
 

@@ -165,7 +165,7 @@ class Database:
         return False
 
     def _open(self) -> sa.Engine:
-        """Return the database's engine after making or upgrading its tables; raise StoreError."""
+        """Return the database's engine, with its tables made or upgraded, or raise StoreError."""
         is_sqlite = self._url.get_backend_name() == "sqlite"
         try:
             engine = sa.create_engine(self._url, **_engine_arguments(self._url, is_sqlite))
@@ -180,7 +180,7 @@ class Database:
         return engine
 
     def _failure(self, verb: str, error: Exception) -> StoreError:
-        """Return a StoreError of one line, without secrets, that says that ``verb`` failed."""
+        """Return a StoreError, one line without secrets: "Could not {verb} the store ..."."""
         reason = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
         for secret in (self._url.password, *self._url.query.values()):
             if secret:

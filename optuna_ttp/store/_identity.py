@@ -28,9 +28,10 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
 
 
 def complete(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings by name as plain Python values, defaults for missing or unread ones.
+    """Return all settings by name as plain Python values.
 
-    Raises TypeError if one is unknown, ValueError if one is out of its range.
+    A setting that is missing, or that the engine does not read, has its default. Raises TypeError
+    if one is unknown, ValueError if one is out of its range.
     """
     unknown = sorted(set(settings) - set(SETTING_DEFAULTS))
     if unknown:
@@ -53,8 +54,8 @@ def complete(settings: dict[str, Any]) -> dict[str, Any]:
 def key(fingerprint: str, settings: dict[str, Any]) -> str:
     """Return the key of a row, 64 hexadecimal digits, for a task's fingerprint and settings.
 
-    Only settings that differ from their defaults are part of it: a version that knows one setting
-    more still finds what is stored.
+    Only settings that differ from their defaults are part of it, so that a version with one more
+    setting still finds the stored spectra.
     """
     changed = {k: v for k, v in complete(settings).items() if v != SETTING_DEFAULTS[k]}
     text = json.dumps([fingerprint, changed], sort_keys=True)

@@ -24,7 +24,7 @@ _logger = get_logger("optuna.ttp.store")
 
 @dataclass(frozen=True)
 class Holding:
-    """A lease's holder (process and machine), and its seconds so far by the database's clock."""
+    """The process and machine that hold a lease, and the seconds since they acquired it."""
 
     holder: str
     seconds: float

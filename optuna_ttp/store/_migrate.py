@@ -20,7 +20,7 @@ from optuna_ttp.store._schema import VERSION_TABLE
 MIGRATIONS = Path(__file__).parent / "migrations"
 """The folder that Alembic reads the revisions from."""
 _version = sa.table(VERSION_TABLE, sa.column("version_num", sa.String(32)))
-# Any number that nobody else takes: the first bytes of "optuna_ttp".
+# A number that no other program locks: the first bytes of "optuna_ttp".
 _ADVISORY_LOCK = 0x6F7074756E615F74
 
 

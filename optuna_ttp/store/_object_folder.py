@@ -31,7 +31,7 @@ class ObjectFolder:
             raise StoreError(f"Could not make the folder {self._path}: {error}") from error
 
     def write(self, pieces: Iterable[bytes], digest: blob.Digest) -> int:
-        """Write a file and return its bytes; its name is ``digest``, complete after all pieces.
+        """Write a file and return its bytes; ``digest`` is its name once all pieces are made.
 
         Raises StoreError if the file cannot be written.
         """
@@ -97,7 +97,7 @@ class ObjectFolder:
 
     def _file(self, name: str) -> Path:
         """Return the path of a digest's file; raise DamagedSpectrumError if it is no digest."""
-        # The name comes from a row, which anybody may have written.
+        # The name comes from a row, which may be forged.
         if not _is_name(name):
             raise DamagedSpectrumError("its file has an impossible name")
         return self._path / name[:2] / name

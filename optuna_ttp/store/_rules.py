@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StoreRules:
-    """Waiting times and limits of the store. None of them changes what is stored.
+    """Waiting times and limits of the store. None of them changes a stored spectrum.
 
     Attributes:
         busy_seconds:

@@ -87,7 +87,10 @@ class SpectrumTable:
     def put(
         self, spectrum: Spectrum, settings: dict[str, Any], *, overwrite: bool = False
     ) -> bool:
-        """Store a spectrum and return True, or False if its key has one and not ``overwrite``."""
+        """Store a spectrum and return True; return False if its key has one, and keep that.
+
+        With ``overwrite`` the new one replaces it.
+        """
         key = key_of(spectrum.metadata.fingerprint, settings)
         here = spectra.c.key == key
 

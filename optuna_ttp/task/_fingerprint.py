@@ -42,7 +42,7 @@ def hash_value(digest: hashlib._Hash, value: Any) -> None:
         for element in value:
             hash_value(digest, element)
     elif isinstance(value, set | frozenset):
-        # Their order differs between processes.
+        # The order of a set differs between processes.
         digest.update(f"set {sorted(map(plain_repr, value))}".encode())
     elif isinstance(value, CodeType):
         digest.update(value.co_code)
@@ -82,7 +82,7 @@ def hash_function(digest: hashlib._Hash, function: Callable[..., Any] | None) ->
             try:
                 value = cell.cell_contents
             except ValueError:
-                # Not assigned yet.
+                # The variable is not assigned yet.
                 continue
             # Mutable values, such as a list that counts calls, are no settings.
             if isinstance(value, (*_PLAIN, tuple, torch.Tensor, torch.nn.Module, FunctionType)):

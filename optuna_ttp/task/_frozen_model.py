@@ -64,7 +64,7 @@ class FrozenModel:
             self._state[name] = value
 
     def replace_parameters(self, parameters: dict[str, torch.Tensor]) -> None:
-        """Use other trainable parameters of the same names from now on; the user's stay as is."""
+        """Use other trainable parameters, by the same names, in all later calls."""
         self.parameters = parameters
         self._state.update(parameters)
 

@@ -27,7 +27,7 @@ def locked(model: torch.nn.Module) -> Iterator[None]:
     with _NEW:
         locks = {id(m): _LOCKS.setdefault(m, threading.RLock()) for m in model.modules()}
     with ExitStack() as stack:
-        # In the same order everywhere, so that threads never wait for one another.
+        # All threads lock in the same order, so that two threads never wait for each other.
         for _, lock in sorted(locks.items()):
             stack.enter_context(lock)
         yield

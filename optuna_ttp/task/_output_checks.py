@@ -29,7 +29,7 @@ class InputsError(ValueError):
 
 @contextmanager
 def naming_inputs(inputs: Any) -> Iterator[None]:
-    """Turn a RuntimeError or IndexError of the model, except out of memory, into InputsError."""
+    """Turn a RuntimeError (but out of memory) or IndexError of the model into an InputsError."""
     try:
         yield
     except torch.cuda.OutOfMemoryError:

@@ -20,7 +20,7 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def check_parameters(model: torch.nn.Module) -> None:
-    """Raise TypeError or ValueError if weights are complex, not finite or not replaceable."""
+    """Raise TypeError or ValueError if no weight is trainable, or one is complex or not finite."""
     _check_kinds(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:

@@ -85,7 +85,7 @@ def _around(
 
 
 def _apply(function: Callable[..., Any], preserve: Any, *args: Any) -> Any:
-    """Stand in for ``checkpoint``'s re-entrant form: return a plain call's result, if inside."""
+    """Stand in for ``checkpoint``'s re-entrant form: call the function plainly, if inside."""
     if not hasattr(_local, "training"):
         return _original_apply(function, preserve, *args)
     _run_again(function, args, {})

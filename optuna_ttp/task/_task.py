@@ -163,7 +163,7 @@ class FineTuningTask:
         self._hash_weights(digest)
         hash_function(digest, self.forward)
         digest.update(self._data_digest)
-        # Only where they are used, so that fingerprints without them stay.
+        # Only if they are used, so that the fingerprints of tasks without them stay the same.
         if any(factor != 1.0 for factor in self.multipliers.values()):
             digest.update(json.dumps(self.multipliers, sort_keys=True).encode())
         if self.validation is not None:
@@ -344,7 +344,7 @@ class FineTuningTask:
         return outputs
 
     def _validation_task(self, data: Any) -> FineTuningTask | None:
-        """Return a task of the validation samples, if any; errors name the argument."""
+        """Return a task of the validation samples, None for None; errors name the argument."""
         if data is None:
             return None
         try:
