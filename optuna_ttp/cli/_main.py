@@ -12,7 +12,7 @@ from optuna_ttp.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with its arguments, those of the process by default; return the status."""
+    """Run ``optuna-ttp`` with arguments (the process's by default) and return its exit status."""
     options = _parser().parse_args(arguments)
     if options.command == "store":
         return _store_command.run(options)

@@ -117,7 +117,7 @@ def _list(store: SpectrumStore, options: argparse.Namespace) -> int:
 
 
 def _show(store: SpectrumStore, options: argparse.Namespace) -> int:
-    """Print the origin, the settings and the sizes of one spectrum, one a line."""
+    """Print the origin, the settings and the sizes of one spectrum, one per line."""
     stored = _chosen(store, options.key)
     for name, value in {**stored.provenance, **stored.settings, **vars(stored)}.items():
         if name not in ("provenance", "settings"):
@@ -126,7 +126,7 @@ def _show(store: SpectrumStore, options: argparse.Namespace) -> int:
 
 
 def _verify(store: SpectrumStore, options: argparse.Namespace) -> int:
-    """Read all spectra and print which are damaged."""
+    """Read all spectra and print the damaged ones; return 1 if there are any, else 0."""
     verification = store.verify(put_aside=options.put_aside)
     if verification.is_clean:
         print(f"{_count(verification.n_checked)} read; all of them are as they were written.")
@@ -143,7 +143,7 @@ def _verify(store: SpectrumStore, options: argparse.Namespace) -> int:
 
 
 def _prune(store: SpectrumStore, options: argparse.Namespace) -> int:
-    """Delete damaged and unfinished data and spectra above the size limit, and print how much."""
+    """Delete damaged and unfinished data and spectra above the size limit, and print counts."""
     pruning = store.prune(max_bytes=options.max_size)
     print(
         f"Deleted: {_count(pruning.n_evicted)} above the size limit, {pruning.n_quarantined} "
@@ -172,7 +172,7 @@ def _import(store: SpectrumStore, options: argparse.Namespace) -> int:
 
 
 def _chosen(store: SpectrumStore, beginning: str) -> StoredSpectrum:
-    """Return the only stored spectrum whose key begins like this."""
+    """Return the stored spectrum whose key has this beginning; LookupError if not exactly one."""
     matching = [stored for stored in store.list() if stored.key.startswith(beginning)]
     if len(matching) != 1:
         raise LookupError(f"The key {beginning!r} must name one spectrum but got {len(matching)}.")
@@ -180,12 +180,12 @@ def _chosen(store: SpectrumStore, beginning: str) -> StoredSpectrum:
 
 
 def _count(n_spectra: int) -> str:
-    """Return a number of spectra in words."""
+    """Return a number of spectra as text, such as ``1 spectrum``."""
     return f"{n_spectra} {'spectrum' if n_spectra == 1 else 'spectra'}"
 
 
 def _shown_size(n_bytes: int) -> str:
-    """Return a number of bytes in KiB, MiB or GiB."""
+    """Return a number of bytes as text in KiB, MiB or GiB."""
     if n_bytes < 2**20:
         return f"{n_bytes / 2**10:.1f} KiB"
     return f"{n_bytes / 2**20:.1f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.1f} GiB"

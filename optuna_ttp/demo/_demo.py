@@ -32,12 +32,13 @@ _EXPLAINED_TRACE = 0.99
 
 
 def run(*, seconds: float, seed: int, picture: Path | None) -> None:
-    """Run both searches, for so many seconds each, print what happened, and draw the picture.
+    """Run both searches for ``seconds`` each, print their results, and draw them into a file.
 
-    ``picture`` is the file to draw into, or :obj:`None`.
+    ``picture`` is that file, or None for no picture. This sets Optuna's verbosity and PyTorch's
+    number of threads.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # The network is too small for more threads to help, and threads suffer from busy cores.
+    # The network is too small for more threads to help, and busy cores slow threads down.
     torch.set_num_threads(1)
     plain, wrapped, predictor = compare(
         seconds=seconds, seed=seed, say=lambda line: print(line, flush=True)
@@ -51,10 +52,10 @@ def run(*, seconds: float, seed: int, picture: Path | None) -> None:
 def compare(
     *, seconds: float, seed: int, say: Callable[[str], None]
 ) -> tuple[Search, Search, TrainingTimePredictor]:
-    """Pretrain, compute the spectrum, and search twice, each time for so many seconds.
+    """Pretrain, compute the spectrum, and search twice, each time for ``seconds``.
 
-    Returns the plain search, the wrapped search and the predictor. ``say`` gets a line of text at
-    every stage.
+    Return the plain search, the wrapped search and the predictor. ``say`` is called with a line of
+    text at every stage.
     """
     started = time.perf_counter()
     tuning = pretrain(seed)
@@ -83,7 +84,7 @@ def compare(
 
 
 def _spectrum_twice(task: FineTuningTask, say: Callable[[str], None]) -> Spectrum:
-    """Get the spectrum from a new store twice, and say how long each time took."""
+    """Return the spectrum from a new store; get it twice and report the seconds of each time."""
     with tempfile.TemporaryDirectory() as folder:
         store = SpectrumStore(f"sqlite:///{Path(folder) / 'ttp.db'}")
         for how in ("The spectrum was computed", "The second time it was read from the store"):
@@ -101,9 +102,9 @@ def search(
     predictor: TrainingTimePredictor,
     wrapped: bool,
 ) -> Search:
-    """Search with TPE and the median pruner, which are wrapped by ours if ``wrapped``.
+    """Search with TPE and the median pruner, inside TTPSampler and TTPPruner if ``wrapped``.
 
-    The budget ``seconds`` includes the seconds that the spectrum took. ``seed`` determines the
+    The budget ``seconds`` then includes the seconds of the spectrum. ``seed`` determines the
     samplers and the training.
     """
     sampler: optuna.samplers.BaseSampler = optuna.samplers.TPESampler(seed=seed)

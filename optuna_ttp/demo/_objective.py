@@ -22,12 +22,12 @@ MAX_EPOCHS = 30
 def make_objective(
     tuning: FineTuning, *, target_loss: float, throughput: Throughput, seed: int
 ) -> Callable[[optuna.Trial], float]:
-    """Return an objective as a user would write it: how fast can this network be fine-tuned?
+    """Return an objective, as a user would write it, for the fastest fine-tuning of a network.
 
     Its value is the number of seconds of training until the mean of the last five mini-batch
     losses is at or below ``target_loss``. A trial that needs more than 30 epochs is pruned.
-    ``throughput`` turns steps into seconds, the same for all trials, so that a busy machine does
-    not decide which trial was the fastest. ``seed`` determines the order of the samples.
+    ``throughput`` turns steps into seconds, so that values do not depend on how busy the machine
+    is. ``seed`` determines the order of the samples.
     """
 
     def objective(trial: optuna.Trial) -> float:

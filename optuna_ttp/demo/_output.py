@@ -1,4 +1,4 @@
-"""What the demo prints and draws."""
+"""The printed and drawn output of the demo."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def one_line(search: Search) -> str:
-    """Return in one line what a search found and what it took."""
+    """Return the best value, the trials and the seconds of a search as one line of text."""
     value, seconds = search.best
     best = f"fastest fine-tuning {value:.3f} s, found after {seconds:.1f} s"
     if math.isnan(value):
@@ -39,7 +39,7 @@ def one_line(search: Search) -> str:
 
 
 def print_outcome(plain: Search, wrapped: Search, predictor: TrainingTimePredictor) -> None:
-    """Print predictions, skipped trials, the report's summary and which search was faster."""
+    """Print predictions, skipped trials, the report's summary and a comparison of the searches."""
     ledger = report(wrapped.study)
     print("\nPredicted and real steps to the target of the trained trials:")
     _print_predictions(wrapped.study, predictor)
@@ -52,7 +52,7 @@ def print_outcome(plain: Search, wrapped: Search, predictor: TrainingTimePredict
 
 
 def _print_predictions(study: optuna.Study, predictor: TrainingTimePredictor) -> None:
-    """Print predicted beside observed steps, and by which factor they differ."""
+    """Print predicted and observed steps per trial, and the typical factor between them."""
     rows = []
     for record in report(study).records:
         observed = observed_steps(study.trials[record.number], predictor)
@@ -100,7 +100,7 @@ def _print_skipped(ledger: Report) -> None:
 
 
 def _print_verdict(plain: Search, wrapped: Search) -> None:
-    """Print when the wrapped search was as good as the best of the plain one."""
+    """Print the seconds after which the wrapped search had the plain search's best value."""
     value, seconds = plain.best
     if math.isnan(value):
         print("The plain search found nothing that the wrapped search could be compared with.")

@@ -1,4 +1,4 @@
-"""What a search of the demo found and what it took."""
+"""The result and the cost of a search of the demo."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Search:
         study: The Optuna study.
         head_start: Seconds spent before the first trial.
         seconds: Seconds that the search took, including the head start.
-        budget: Seconds that it should have taken.
+        budget: Seconds that the search was given.
     """
 
     name: str
@@ -32,13 +32,13 @@ class Search:
 
     @property
     def best(self) -> tuple[float, float]:
-        """The best value within the budget, and after how many seconds it was reached."""
+        """The best value within the budget and the seconds until it was found; NaN if none."""
         times, values = best_over_time(self.study, head_start=self.head_start)
         within = [(v, t) for t, v in zip(times, values, strict=True) if t <= self.budget]
         return within[-1] if within else (math.nan, math.nan)
 
     def seconds_to(self, value: float) -> float:
-        """Return the seconds until the best value was at least as good as this one, or NaN."""
+        """Return the seconds until a value of at most ``value`` was found, NaN if none was."""
         times, values = best_over_time(self.study, head_start=self.head_start)
         return next((t for t, v in zip(times, values, strict=True) if v <= value), math.nan)
 

@@ -26,7 +26,7 @@ class FineTuning:
 
 
 def pretrain(seed: int = 0, *, steps: int = 300, n_train: int = N_TRAIN) -> FineTuning:
-    """Pretrain the network with so many optimiser steps and give it a new head.
+    """Return the network, pretrained for ``steps`` optimiser steps, with a new head, and its data.
 
     ``seed`` determines the weights, the split of the data and the batches; ``n_train`` is the
     number of samples to fine-tune on.
@@ -62,7 +62,7 @@ def train(
     steps: int,
     generator: torch.Generator,
 ) -> Iterator[float]:
-    """Train a model with SGD in place and yield the mini-batch loss of each step."""
+    """Train a model with SGD in place, and yield the mini-batch loss before each of ``steps``."""
     images, labels = data
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=momentum)
     model.train()
@@ -81,7 +81,7 @@ def train(
 
 
 def _digits(classes: range, generator: torch.Generator) -> Data:
-    """Return the images of some consecutive digits and their labels from zero on, shuffled."""
+    """Return images ``(N, 1, 8, 8)`` of consecutive digits, shuffled, with labels from zero on."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

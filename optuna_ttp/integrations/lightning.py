@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class TrainingLogCallback(Callback):
     """Records the loss that ``training_step`` returns with a :class:`~optuna_ttp.TrainingLog`.
 
-    One loss is recorded for each optimiser step; where gradients are accumulated, it is the mean
-    over the batches of the step. With manual optimisation, ``training_step`` has to return a
-    dictionary with the key ``"loss"``.
+    One loss is recorded per optimiser step; if gradients are accumulated, it is the mean over the
+    batches of the step. With manual optimisation, ``training_step`` has to return a dictionary
+    with the key ``"loss"``.
 
     The curve is written to the trial when fitting ends, also by an exception such as
     :exc:`optuna.TrialPruned`, and each time the number of recorded losses has doubled.
@@ -54,7 +54,7 @@ class TrainingLogCallback(Callback):
         self._losses: list[Any] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from the step at which training is resumed."""
+        """Set the first step to the trainer's, which is not zero if training is resumed."""
         self._n_done = trainer.global_step
         self._losses.clear()
 
@@ -66,7 +66,7 @@ class TrainingLogCallback(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Record the loss after its optimiser step."""
+        """Collect a batch's loss, and after an optimiser step record the mean of its batches."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is not None:
             # The trainer has divided it by the number of batches that it accumulates.

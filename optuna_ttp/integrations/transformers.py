@@ -22,17 +22,16 @@ if TYPE_CHECKING:
 
 
 class TrainingLogCallback(TrainerCallback):  # type: ignore[misc]
-    """Records what the trainer logs as ``"loss"`` with a :class:`~optuna_ttp.TrainingLog`.
+    """Records the loss that the trainer logs, with a :class:`~optuna_ttp.TrainingLog`.
 
-    The trainer logs the mean over the optimiser steps since it logged last, so it is recorded for
-    the step in the middle of them. Choose a small ``logging_steps``: the curve has no more points
-    than the trainer logs, and its first part tells most. The trainer hides losses that are NaN or
-    infinite unless ``logging_nan_inf_filter=False``.
+    The trainer logs the mean over the optimiser steps since its last log under ``"loss"``, which
+    is recorded for the step in their middle. Choose a small ``logging_steps``: the curve has one
+    point per log, and its first part corrects predictions most. The trainer hides losses that are
+    NaN or infinite unless ``logging_nan_inf_filter=False``.
 
     The curve is written to the trial when training ends, at the end of each epoch, after each
     evaluation, and each time the number of recorded losses has doubled, so that a trial that is
-    pruned after an evaluation has its curve. Call :meth:`close` where training may
-    end by another exception.
+    pruned after an evaluation has its curve. Call :meth:`close` if another exception may end it.
 
     Example:
         >>> def objective(trial):
@@ -62,7 +61,7 @@ class TrainingLogCallback(TrainerCallback):  # type: ignore[misc]
         self._n_logged = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count from the step at which training is resumed."""
+        """Set the first step to the trainer's, which is not zero if training is resumed."""
         self._n_logged = int(state.global_step)
 
     def on_log(
@@ -73,9 +72,9 @@ class TrainingLogCallback(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Record the mean loss since the trainer logged last."""
+        """Record the mean loss since the trainer's last log, on the main process."""
         n_steps = int(state.global_step)
-        # Validation losses and the summary at the end come under other names.
+        # Validation losses and the summary at the end have other names.
         if logs is None or "loss" not in logs or n_steps <= self._n_logged:
             return
         if state.is_world_process_zero:

@@ -1,4 +1,4 @@
-"""What was predicted, decided and paid for every trial, and what that saved."""
+"""The report of predictions, decisions, costs and savings of a study's trials."""
 
 from __future__ import annotations
 

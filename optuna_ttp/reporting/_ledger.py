@@ -28,7 +28,7 @@ from optuna_ttp.study import UnusableCurve
 
 
 def report(study: optuna.Study) -> Report:
-    """Report what was predicted, decided and paid for every trial of a study.
+    """Report the prediction, the decision and the seconds of every trial of a study.
 
     Example:
         >>> print(optuna_ttp.report(study))
@@ -39,7 +39,7 @@ def report(study: optuna.Study) -> Report:
             :class:`~optuna_ttp.TTPPruner` was used have no prediction and no decision.
 
     Returns:
-        The report. It is a table with a summary when printed, and has the lines and the sums as
+        The report. It prints as a table with a summary, and has the lines and the sums as
         attributes.
 
     Raises:
@@ -60,9 +60,10 @@ def report(study: optuna.Study) -> Report:
 
 
 def _learned(study: optuna.Study, trials: list[FrozenTrial]) -> tuple[Calibration, dict[int, str]]:
-    """Return what trials of the newest trial's task say about its predictions.
+    """Return a calibration of the newest predicted trial's task, and unusable loss curves.
 
-    The second value tells by the trial's number why a loss curve says nothing.
+    The calibration uses all trials of that task. The second value has the reasons why loss curves
+    cannot be used, in words, by trial number.
     """
     observations: dict[str, dict[int, Observation]] = {}
     starts: dict[int, CurveStart] = {}
@@ -95,8 +96,8 @@ def _learned(study: optuna.Study, trials: list[FrozenTrial]) -> tuple[Calibratio
 def _best(study: optuna.Study, trials: list[FrozenTrial]) -> int | None:
     """Return the number of the best completed trial of a study with one objective.
 
-    It is :obj:`None` for several objectives, or if every completed trial was to be skipped and ran
-    nevertheless, because then the best of them may be as bad as it was predicted to be.
+    It is None for several objectives, or if every completed trial ran only in spite of an
+    objection, because then even the best one may be bad.
     """
     done = [t for t in trials if t.state == TrialState.COMPLETE and t.values]
     decisions = map(decision_of, done)

@@ -1,4 +1,4 @@
-"""What is known of one trial: its prediction, the decision about it, and what it took."""
+"""One line of a report: a trial's prediction, the decision about it, and its seconds."""
 
 from __future__ import annotations
 
@@ -32,42 +32,42 @@ class LedgerLine:
         number:
             The trial's number.
         state:
-            The name of its state in Optuna.
+            The name of the trial's state in Optuna.
         params:
-            Its parameters.
+            The trial's parameters, values by name.
         outcome:
-            The predicted outcome, or :obj:`None` where nothing was predicted.
+            The predicted outcome, or :obj:`None` if there is no prediction.
         predicted_steps:
             Predicted optimiser steps to the target.
         predicted_seconds:
             Predicted seconds to the target.
         decision:
             ``"run"``, ``"skip"`` (before its first step), ``"stop"`` (while it ran), or
-            :obj:`None` where nothing was decided.
+            :obj:`None` if there was no decision.
         kind:
-            Why its prediction or its loss curve was bad: ``"diverges"``, ``"budget"``, ``"cost"``,
-            ``"study_budget"`` or ``"chance"``; :obj:`None` where it was not.
+            The objection to the trial: ``"diverges"``, ``"budget"``, ``"cost"``,
+            ``"study_budget"`` or ``"chance"``; :obj:`None` if there was none.
         override:
-            Why it ran despite that: ``"untrusted"``, ``"refuted"``, ``"shadow"``, ``"turn"`` or
-            ``"audit"``; :obj:`None` for all other trials.
+            The reason why it ran despite the objection: ``"untrusted"``, ``"refuted"``,
+            ``"shadow"``, ``"turn"`` or ``"audit"``; :obj:`None` for all other trials.
         reason:
             The reason of the decision, in words.
         paid_seconds:
             Seconds from the trial's start to its end.
         avoided_seconds:
-            Estimated seconds that the decision avoided. For a skipped trial this is the share of
-            its budget that the trials which ran used on average, or their mean seconds where there
-            is no budget; for a stopped trial it is how much longer it was predicted to run.
+            Estimated seconds that the decision avoided. For a skipped trial this is its budget
+            times the average share that trials which ran used of theirs, or without a budget their
+            mean seconds; for a stopped trial it is the predicted rest of its training.
         avoided_sd:
             The standard deviation of that estimate, in seconds.
         prediction_seconds:
-            Seconds that its prediction took.
+            Seconds that the prediction took.
         value:
-            Its objective value, where it has a single one.
+            The objective value, if there is a single one.
         was_wrong:
-            For a trial that ran despite its prediction: whether skipping it would have been wrong,
-            because it reached the target within its budget or became the best trial. :obj:`None`
-            for all other trials, and where this cannot be known.
+            For a trial that ran despite its prediction: True if skipping it would have been wrong,
+            because it reached the target within its budget or became the best trial, else False.
+            :obj:`None` for all other trials, and if this is unknown.
     """
 
     number: int
@@ -89,7 +89,7 @@ class LedgerLine:
 
     @classmethod
     def of(cls, trial: FrozenTrial, typical: TypicalCost, best: int | None) -> LedgerLine:
-        """Read a trial. ``best`` is the number of the best trial, if there is one."""
+        """Return the line of a trial; ``best`` is the number of the study's best trial or None."""
         prediction, decision = prediction_of(trial), decision_of(trial)
         avoided, avoided_sd = typical.avoided(prediction, decision)
         values = trial.values or []
@@ -117,13 +117,13 @@ class LedgerLine:
 
 @dataclass(frozen=True)
 class TypicalCost:
-    """What the trials of a study took that were not skipped.
+    """The cost of a study's finished trials that were not skipped.
 
     Attributes:
-        seconds: Their mean seconds; NaN where none ran.
-        share: The mean share of their budget that they used; one where none had a budget.
-        seconds_sd: Standard deviation of their seconds; NaN where fewer than two ran.
-        share_sd: Standard deviation of the share; NaN where fewer than two had a budget.
+        seconds: Mean seconds of these trials; NaN if there are none.
+        share: Mean share of its budget that a trial used; one if none had a budget.
+        seconds_sd: Standard deviation of the seconds; NaN for fewer than two trials.
+        share_sd: Standard deviation of the share; NaN for fewer than two trials with a budget.
     """
 
     seconds: float
@@ -133,7 +133,7 @@ class TypicalCost:
 
     @classmethod
     def of(cls, trials: Sequence[FrozenTrial]) -> TypicalCost:
-        """Return the mean and the standard deviation over the trials that were not skipped."""
+        """Return the cost of the trials among ``trials`` that finished and were not skipped."""
         seconds, shares = [], []
         for trial in trials:
             paid = paid_seconds(trial)
@@ -154,7 +154,7 @@ class TypicalCost:
     def avoided(
         self, prediction: PredictionRecord | None, decision: DecisionRecord | None
     ) -> tuple[float, float]:
-        """Return the seconds that a decision avoided, and their standard deviation."""
+        """Return the seconds that a decision avoided, and their standard deviation; else zeros."""
         if decision is None or decision.action == Action.RUN:
             return 0.0, 0.0
         if decision.action == Action.STOP:
@@ -167,7 +167,7 @@ class TypicalCost:
 
 
 def _was_wrong(trial: FrozenTrial, best: int | None) -> bool | None:
-    """Return whether a trial did well although its prediction was bad; None if unknown."""
+    """Return True if a trial reached its target or is the best, else False; None if unknown."""
     if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
         return None
     if trial.number == best:

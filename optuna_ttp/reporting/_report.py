@@ -1,4 +1,4 @@
-"""What was predicted, decided and paid in a study, line by line and in all."""
+"""The report of a study: one line per trial, and the sums."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from optuna_ttp.reporting._ledger_line import LedgerLine
 
 
-# So many of the curves that cannot be learned from are named.
+# The number of unusable curves whose reasons are printed.
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was predicted, decided and paid in a study. :func:`~optuna_ttp.report` makes it.
+    """The predictions, decisions and seconds of a study's trials, by :func:`~optuna_ttp.report`.
 
     Example:
         >>> ledger = optuna_ttp.report(study)
@@ -33,15 +33,15 @@ class Report:
 
     Attributes:
         records:
-            One line for each trial, in the order of their numbers. See :meth:`to_dicts`.
+            One line per trial, in the order of their numbers. See :meth:`to_dicts`.
         spectrum_seconds:
             Seconds that computing the spectra behind the predictions took, even if they were read
             from a store.
         calibration:
-            What the study's trials say about the predictions that were made for them, for the task
-            of the newest trial.
+            The accuracy of the study's predictions for the task of the newest trial, and how its
+            trials correct them.
         unusable:
-            Why nothing could be learned from the training-loss curve of a trial, by its number.
+            The reasons why training-loss curves could not be used, in words, by trial number.
     """
 
     records: tuple[LedgerLine, ...]
@@ -69,7 +69,7 @@ class Report:
 
     @property
     def n_audited(self) -> int:
-        """The number of trials that ran despite their prediction and show whether it was right.
+        """The number of trials that ran despite an objection and show whether it was right.
 
         They ran as an audit, in shadow mode, because many trials in a row had been skipped, or
         because predictions were not accurate.
@@ -90,7 +90,7 @@ class Report:
 
         Returns:
             The share, and the lower and upper end of its Jeffreys interval (Brown, Cai and
-            DasGupta, 2001, section 3.1.2). They are NaN, 0 and 1 where nothing was audited.
+            DasGupta, 2001, section 3.1.2). They are NaN, 0 and 1 if no trial was audited.
         """
         from scipy.stats import beta
 
@@ -106,14 +106,13 @@ class Report:
     def saved_sd(self) -> float:
         """Standard deviation of :attr:`saved_seconds`.
 
-        It comes from how much the trials that ran differ in the seconds they took, or in the share
-        of their budget that they used. Zero where nothing was skipped, NaN where fewer than two
-        trials ran.
+        It comes from the differences between the trials that ran in seconds, or in the used share
+        of their budgets. It is zero if no trial was skipped, and NaN if fewer than two trials ran.
         """
         deviations = [r.avoided_sd for r in self.records if r.avoided_seconds > 0]
         if not deviations:
             return 0.0
-        # The mean of those that ran is uncertain in the same way for all that were skipped.
+        # All skipped trials share the error of the mean over the trials that ran.
         single = sum(sd**2 for sd in deviations)
         common = sum(deviations) ** 2 / max(self._n_ran, 1)
         return math.sqrt(single + common)
@@ -141,15 +140,15 @@ class Report:
 
     @property
     def saved_seconds(self) -> float:
-        """The seconds avoided, minus those of the predictions and of the spectra.
+        """The avoided seconds minus the seconds of the predictions and of the spectra.
 
-        This is an estimate, because nobody knows when a wrapped pruner, or an objective that ends
+        This is an estimate, because it is unknown when a wrapped pruner, or an objective that ends
         at a NaN, would have stopped the skipped trials. It may be negative.
         """
         return self.avoided_seconds - self.prediction_seconds - self.spectrum_seconds
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Return one dictionary for each trial, for a data frame or a file."""
+        """Return one dictionary per trial, with the attributes of its line, for a data frame."""
         return [dict(vars(record)) for record in self.records]
 
     def __str__(self) -> str:
@@ -171,7 +170,7 @@ class Report:
         return lines
 
     def _summary(self) -> list[str]:
-        """Return sentences on what was decided, paid, saved and learned."""
+        """Return sentences on the decisions, the seconds paid and saved, and the calibration."""
         lines = [
             f"{len(self.records)} trials: {self.n_skipped} skipped because of their prediction, "
             f"{self.n_stopped} stopped while they ran. They took {self.paid_seconds:.1f} s; "
@@ -210,16 +209,16 @@ def _decision(line: LedgerLine) -> str:
     """Return the decision about a trial and its reason."""
     if line.decision is None:
         return "-"
-    # The column of the predicted steps says already what was predicted for a trial that runs.
+    # The column of the predicted steps already has the prediction for a trial that runs.
     reason = line.reason.removeprefix("predicted: ").removeprefix("converges: ")
     return f"{line.decision}: {reason}" if reason else line.decision
 
 
 def _sum(values: Iterable[float]) -> float:
-    """Return the sum of the values that are known."""
+    """Return the sum of the finite values."""
     return float(sum(value for value in values if math.isfinite(value)))
 
 
 def _number(value: float, form: str) -> str:
-    """Return a number in the given format, or a dash where it is not known."""
+    """Return a number in the given format, or a dash if it is not finite."""
     return format(value, form) if math.isfinite(value) else "-"

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingLogRules:
-    """When a log writes its curve to the trial.
+    """The numbers that decide when a log writes its curve to the trial.
 
     Attributes:
         first_write: After so many losses it is written for the first time, then after twice as
@@ -59,10 +59,10 @@ RULES = TrainingLogRules()
 class TrainingLog:
     """Records a trial's training loss, so that predictions can be checked and corrected.
 
-    A trial has one: what a second one records is left out, unless it goes on where the first one
-    ended. A loss that is not a finite number while later ones are, or a single one at the end of a
-    curve that has come down, is left out, as where one mini-batch has overflowed; otherwise a
-    curve that ends with such losses is that of a trial that diverged.
+    Use one log per trial: the losses of a second log are ignored, unless its steps begin where the
+    first log ended. A loss that is not finite is ignored if a later loss is finite, or if it is a
+    single one at the end of a curve that has fallen, because one mini-batch may overflow; a curve
+    that otherwise ends with such losses is the curve of a trial that diverged.
 
     Example:
         >>> with TrainingLog(trial) as log:
@@ -74,13 +74,13 @@ class TrainingLog:
         trial:
             The trial of the objective.
         measure_speed:
-            Measure the seconds a step, too, from one recorded loss to the next. On by default.
-            Turn it off where losses are recorded when training is over. Without them a search
-            depends on its seeds alone, and can be repeated exactly.
+            Measure the seconds per step, too, from one recorded loss to the next. On by default.
+            Turn it off if losses are recorded after training, or if a search must depend on its
+            seeds alone so that it can be repeated exactly.
 
     Raises:
         TypeError:
-            If ``trial`` is no trial, or ``measure_speed`` no boolean.
+            If ``trial`` is not a trial, or ``measure_speed`` not a boolean.
     """
 
     def __init__(self, trial: optuna.trial.Trial, *, measure_speed: bool = True) -> None:
@@ -96,7 +96,7 @@ class TrainingLog:
         self._n_written = 0
         self._unusable: UnusableCurve | None = None
         self._written: dict[str, Any] | None = None
-        # What an earlier log of the trial has written, which this one continues.
+        # The curve of an earlier log of the trial, which this log continues.
         self._earlier: CurveRecord | None = None
         self._warned_kinds: set[CurveFault] = set()
         study = getattr(trial, "study", None)
@@ -107,17 +107,17 @@ class TrainingLog:
                 state.part(_OpenLogs).add(self)
 
     def is_of(self, trial: FrozenTrial) -> bool:
-        """Whether this is the log of a trial of the same study."""
+        """Return True if this log belongs to a trial of the same study, by its number."""
         return self._trial.number == trial.number
 
     @property
     def is_behind(self) -> bool:
-        """Whether losses were recorded that are not written yet."""
+        """True if recorded losses are not written yet, and the curve is usable."""
         return self._unusable is None and len(self._losses) > self._n_written
 
     @property
     def is_much_behind(self) -> bool:
-        """Whether many more losses were recorded than are written."""
+        """True if at least 1.5 times as many losses are recorded as written, and at least 9."""
         enough = RULES.more * max(self._n_written, RULES.few)
         return self.is_behind and len(self._losses) >= enough
 
@@ -125,7 +125,7 @@ class TrainingLog:
         return self
 
     def __del__(self) -> None:
-        # A log that nobody has closed ends with its objective.
+        # A log that was not closed is deleted when its objective returns.
         if getattr(self, "_losses", None) and self.is_behind:
             with contextlib.suppress(Exception):
                 self.write()
@@ -136,7 +136,7 @@ class TrainingLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # A pruned or failed trial's curve is an observation like any other, however short.
+        # Predictions also learn from a pruned or failed trial's curve, however short it is.
         if kind is None:
             self.close()
         else:
@@ -145,16 +145,19 @@ class TrainingLog:
     def step(self, loss: SupportsFloat, step: int | None = None) -> None:
         """Record the mini-batch loss of one optimiser step, as a mean over the batch.
 
+        A negative loss, or a step that is not larger than the last one, makes the whole curve
+        unusable and warns once.
+
         Args:
             loss:
-                The loss before the step. A tensor of one element will do.
+                The loss before the step, a number or a tensor of one element.
             step:
-                The number of optimiser steps done before, where not every step is recorded. One
-                more than at the last call by default.
+                The number of optimiser steps done before this one. By default one more than at the
+                last call, zero at the first.
 
         Raises:
             TypeError:
-                If the loss is no number, or the step no whole number.
+                If the loss is not a number, or the step not a whole number.
         """
         value = _number(loss)
         last = self._steps[-1] if self._steps else -1
@@ -169,7 +172,7 @@ class TrainingLog:
             self._losses.append(value)
             self._steps.append(place)
             self._times.append(time.perf_counter())
-            # What is written as training goes on survives a killed process.
+            # The written part of a curve survives a killed process.
             if len(self._losses) == self._next_write:
                 self._next_write *= 2
                 self.write()
@@ -179,7 +182,7 @@ class TrainingLog:
 
         Warns:
             UnusableCurveWarning:
-                If it has fewer than two losses.
+                If fewer than two losses were recorded.
         """
         if self._unusable is None and len(self._losses) < 2:
             few = (CurveFault.EMPTY, "it is empty")
@@ -189,10 +192,11 @@ class TrainingLog:
         self.write()
 
     def write(self) -> dict[str, Any] | None:
-        """Write the curve to the trial as far as it has come.
+        """Write the curve recorded so far to the trial.
 
         Returns:
-            What was written, if anything.
+            The written attribute, or None if no loss was recorded, another log has written a
+            curve, or the trial has finished.
         """
         if self._unusable is None and not self._losses:
             return None
@@ -209,15 +213,18 @@ class TrainingLog:
         return self._written
 
     def _record(self) -> CurveRecord | UnusableCurve:
-        """Return what is to be stored."""
+        """Return the curve to be stored, joined with an earlier log's, or why it is unusable."""
         if self._unusable is not None:
             return self._unusable
         record = CurveRecord.of(self._losses, self._steps, self._seconds_per_step())
         return record if self._earlier is None else self._earlier.followed_by(record)
 
     def _continues(self, stored: StoredCurve | None) -> bool:
-        """Return whether this log goes on where another one of the trial ended; warn if not."""
-        # Another log of the trial may have had nothing to say.
+        """Return True if this log may write in place of another log's ``stored`` curve.
+
+        It may if there is no usable curve, or if its steps follow the stored ones; else warn once.
+        """
+        # Another log of the trial may have recorded too little.
         is_empty = isinstance(stored, UnusableCurve) and stored.kind in (
             CurveFault.EMPTY,
             CurveFault.SHORT,
@@ -237,20 +244,20 @@ class TrainingLog:
         return False
 
     def _refuse(self, kind: CurveFault, reason: str) -> None:
-        """Leave the curve out, and warn once."""
+        """Mark this log's curve as unusable, and warn at the first fault."""
         if self._unusable is None:
             self._unusable = UnusableCurve(kind, reason)
             self._warn(self._unusable)
 
     def _warn(self, what: UnusableCurve) -> None:
-        """Warn of something, once for this log."""
+        """Warn that a curve is left out, once per kind for this log."""
         if what.kind not in self._warned_kinds:
             self._warned_kinds.add(what.kind)
             study = getattr(self._trial, "study", None)
             warn_of_curve(study, self._trial.number, what)
 
     def _seconds_per_step(self) -> float:
-        """Return the median over the steps, which pauses for validation do not change."""
+        """Return the median of the seconds per step (pauses do not change it); NaN if unknown."""
         if not self._measure_speed or len(self._times) < 3:
             return math.nan
         return float(np.median(np.diff(self._times) / np.diff(self._steps)))
@@ -268,10 +275,10 @@ def _logs_of(study: optuna.Study, trial: FrozenTrial) -> list[TrainingLog]:
 
 
 def as_logged(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial:
-    """Return a running trial with what its log in this process has recorded meanwhile.
+    """Return a running trial with the curve of its log in this process.
 
-    That is the trial itself, as the storage has it, or a copy with the newer curve. The log is
-    written to the storage if it has become half as long again.
+    It is the trial itself, or a copy with a newer curve: a log that has become half as long again
+    is written to the storage first.
     """
     for log in _logs_of(study, trial):
         if log.is_much_behind:
@@ -283,7 +290,7 @@ def as_logged(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial:
 
 
 def unwritten(stored: StoredCurve | None) -> UnusableCurve:
-    """Return why a curve, or its end behind what is stored, is missing: its trial has ended."""
+    """Return the fault that a curve, or its part after ``stored``, was not written in time."""
     n_steps = stored.curve.n_steps if isinstance(stored, CurveRecord) else 0
     if not n_steps:
         return UnusableCurve(CurveFault.FINISHED, "the trial ended before it was written")
@@ -293,9 +300,9 @@ def unwritten(stored: StoredCurve | None) -> UnusableCurve:
 
 
 def unclosed(study: optuna.Study, trial: FrozenTrial) -> UnusableCurve | None:
-    """Return why the curve of a finished trial, or its end, is missing.
+    """Return the fault of a finished trial with a log in this process that has unwritten losses.
 
-    That is so if the trial's log is still open in this process; :obj:`None` if nothing is missing.
+    It is None if no loss is missing.
     """
     for log in _logs_of(study, trial):
         if log.is_behind:
@@ -304,7 +311,7 @@ def unclosed(study: optuna.Study, trial: FrozenTrial) -> UnusableCurve | None:
 
 
 def _number(loss: Any) -> float:
-    """Return the loss as a number, without the warning of a tensor that requires gradients."""
+    """Return a loss as a float, without a tensor's warning about gradients; else TypeError."""
     item = getattr(loss, "item", None)
     try:
         if isinstance(loss, bool | str | bytes):
@@ -320,7 +327,10 @@ def _number(loss: Any) -> float:
 
 
 def _place(step: Any) -> int | None:
-    """Return the number of steps, None if it is not whole or impossible."""
+    """Return a number of steps as an int; None if it is a fraction, negative or above 1e12.
+
+    Raise TypeError if it is not a number.
+    """
     plain = step.item() if getattr(step, "shape", None) == () else step
     if isinstance(plain, float):
         if not plain.is_integer():

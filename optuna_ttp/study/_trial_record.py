@@ -1,4 +1,4 @@
-"""What is written on a trial before it runs, and how it is read."""
+"""The record of prediction and decision that is stored with a trial."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """What was predicted and decided for a trial before its first step, and decided later.
+    """The prediction for a trial and the newest decision about it.
 
     Attributes:
         number: The trial's number.
-        prediction: What was predicted, if anything was.
-        decision: What was decided, if anything was.
+        prediction: The prediction before the first step, or None.
+        decision: The newest decision about the trial, or None.
     """
 
     number: int
@@ -54,9 +54,9 @@ class TrialRecord:
 
     @classmethod
     def from_json(cls, values: Any) -> TrialRecord | None:
-        """Read what :meth:`to_json` returned; :obj:`None` if the values are no record.
+        """Read the result of :meth:`to_json`; return None if the values are no record.
 
-        A malformed prediction or decision is left out.
+        A malformed prediction or decision becomes None.
         """
         try:
             values = mapping(values)
@@ -71,32 +71,35 @@ class TrialRecord:
 
 
 def record_of(trial: BaseTrial) -> TrialRecord | None:
-    """Return what is written on a trial."""
+    """Return the record that is stored with a trial, or None."""
     return TrialRecord.from_json(attribute_of(trial, RECORD))
 
 
 def prediction_of(trial: BaseTrial) -> PredictionRecord | None:
-    """Return what was predicted for a trial."""
+    """Return the prediction that is stored with a trial, or None."""
     return PredictionRecord.from_json((attribute_of(trial, RECORD) or {}).get("prediction"))
 
 
 def decision_of(trial: BaseTrial) -> DecisionRecord | None:
-    """Return what was decided about a trial."""
+    """Return the decision that is stored with a trial, or None."""
     return DecisionRecord.from_json((attribute_of(trial, RECORD) or {}).get("decision"))
 
 
 def write_record(study: optuna.Study, trial: FrozenTrial, record: TrialRecord) -> None:
-    """Write down what was predicted and decided for a running trial."""
+    """Store a record with a running trial, in place of an earlier one."""
     write_user_attr(study, trial, RECORD, record.to_json())
 
 
 def n_skipped_in_a_row(trials: Sequence[FrozenTrial]) -> int:
-    """Return how many of the newest trials were skipped without one that ran, or still runs."""
+    """Return the number of skipped trials after the newest trial that ran.
+
+    Running trials without a decision are passed over.
+    """
     n_skipped = 0
     for trial in sorted(trials, key=lambda t: t.number, reverse=True):
         decision = decision_of(trial)
         if decision is None and trial.state == TrialState.RUNNING:
-            continue  # Nothing is decided about it yet.
+            continue  # The decision about this trial is not made yet.
         if decision is None or decision.action != Action.SKIP:
             break
         n_skipped += 1
@@ -104,7 +107,7 @@ def n_skipped_in_a_row(trials: Sequence[FrozenTrial]) -> int:
 
 
 def paid_seconds(trial: FrozenTrial) -> float:
-    """Return the seconds that a trial took; NaN if it is not finished."""
+    """Return the seconds that a trial took, by its own clock if stored; NaN if it is running."""
     try:
         seconds = number(mapping(attribute_of(trial, PAID))["seconds"])
     except MALFORMED:

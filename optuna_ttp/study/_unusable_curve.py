@@ -1,4 +1,4 @@
-"""Why a training-loss curve cannot be learned from."""
+"""The reasons why a training-loss curve cannot be used to correct predictions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from optuna_ttp.study._attributes import Word
 
 
 class CurveFault(Word):
-    """What is wrong with a training-loss curve. A study warns once of each."""
+    """The fault of a training-loss curve. A study warns once of each."""
 
     EMPTY = "empty"
     SHORT = "short"
@@ -31,13 +31,13 @@ class CurveFault(Word):
 
 @dataclass(frozen=True)
 class UnusableCurve:
-    """Why a curve, or part of it, cannot be learned from.
+    """The reason why a curve, or part of it, cannot be used to correct predictions.
 
     Attributes:
-        kind: What is wrong with the curve.
-        reason: The same in words.
-        what: What is left out, with a place for the number of the trial. The training-loss curve
-            by default.
+        kind: The fault of the curve.
+        reason: The fault in words.
+        what: The beginning of the warning: the part that is left out, with ``{}`` for the number
+            of the trial. The whole training-loss curve by default.
     """
 
     kind: CurveFault

@@ -7,10 +7,9 @@ Subclass :class:`PrunerTestCase` in a test module and give it a fixture named ``
     ...     def pruner(self, request):
     ...         return request.param  # called without arguments, it makes a new pruner
 
-Override a test with ``pass`` where a pruner is meant to behave differently. Optuna's own pruners
-pass all tests, except :class:`~optuna.pruners.SuccessiveHalvingPruner` with
-``min_resource="auto"``, which uses what it learned from the trials of one study in all others.
-The suite needs pytest.
+Override a test with ``pass`` if a pruner is meant to behave differently. Optuna's own pruners pass
+all tests, except :class:`~optuna.pruners.SuccessiveHalvingPruner` with ``min_resource="auto"``,
+which uses the resource of the first study in all later ones. The suite needs pytest.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _N_STEPS = 8
 
 
 class PrunerTestCase:
-    """Tests of what Optuna and its samplers expect of any pruner.
+    """Tests of the behaviour that Optuna and its samplers expect of any pruner.
 
     Trials report at the steps 0, 1, 2 and so on. Unless a test says otherwise, the finished trials
     of a study have good values.
@@ -52,18 +51,18 @@ class PrunerTestCase:
 
         Raises:
             NotImplementedError:
-                If a subclass does not.
+                If a subclass does not override it.
         """
         raise NotImplementedError("Give a fixture `pruner` that returns a function.")
 
     @_DIRECTIONS
     def test_the_first_trial_runs(self, pruner: PrunerFactory, direction: Direction) -> None:
-        """The first trial is not pruned, because there is none to compare it with."""
+        """The first trial is not pruned, because there are no other trials to compare it with."""
         study = _study(pruner(), direction)
         assert _run(study, [1.0 / (step + 1) for step in range(_N_STEPS)]) == _N_STEPS
 
     def test_nothing_is_reported_yet(self, pruner: PrunerFactory) -> None:
-        """A trial may ask before it has reported anything."""
+        """A pruner answers with a bool before a trial has reported a value."""
         study = _study(pruner())
         answer = study.ask(_space()).should_prune()
         assert _is_bool(answer)
@@ -87,7 +86,7 @@ class PrunerTestCase:
     def test_directions_mirror_each_other(
         self, pruner: PrunerFactory, direction: Direction
     ) -> None:
-        """Maximising the negative value prunes what minimising the value prunes."""
+        """A pruner prunes the same trials whether the value or its negative is optimised."""
         lengths = []
         for mirrored in get_args(Direction):
             sign = 1.0 if mirrored == "minimize" else -1.0
@@ -177,7 +176,7 @@ class PrunerTestCase:
 
     @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
     def test_ask_and_tell_by_number(self, pruner: PrunerFactory) -> None:
-        """A trial may be told by its number, by code other than that which asked for it."""
+        """A trial may be told by its number, as by code that did not ask for it."""
         study = _study(pruner(), n_good=2)
         trial = study.ask(_space())
         trial.report(1.0, 0)
@@ -221,7 +220,7 @@ def _study(pruner: BasePruner, direction: Direction = "minimize", n_good: int = 
 
 
 def _run(study: optuna.Study, reports: list[float]) -> int:
-    """Run a trial with these reports and return after how many of them it was pruned."""
+    """Run a trial with these reports, and return the step of its pruning, or their number."""
     trial = study.ask(_space())
     for step, value in enumerate(reports):
         trial.report(value, step)

@@ -1,3 +1,3 @@
-"""Plots of predictions and of what they saved. See :mod:`optuna_ttp.visualization.matplotlib`."""
+"""Plots of predictions and decisions. See :mod:`optuna_ttp.visualization.matplotlib`."""
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def label_plainly(axis: Axis) -> None:
 
 
 def resolve_axes(ax: Axes | None) -> Axes:
-    """Return the given axes, or those of a new figure, which needs Matplotlib."""
+    """Return the given axes, or for None new axes; raise ImportError without Matplotlib."""
     if ax is not None:
         return ax
     try:

@@ -1,4 +1,4 @@
-"""Which configurations ran, and which were skipped or stopped."""
+"""The plot of the configurations that ran, were skipped or were stopped."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def plot_decisions(study: optuna.Study, *, ax: Axes | None = None) -> Axes:
 
 
 def _label_batch_sizes(ax: Axes, batch_sizes: set[float]) -> None:
-    """Label the vertical axis with the batch sizes themselves where they are few."""
+    """Label the vertical axis with the batch sizes themselves if there are at most eight."""
     if 0 < len(batch_sizes) <= _MOST_LABELS:
         ax.set_yticks(sorted(batch_sizes))
     ax.yaxis.set_major_formatter("{x:g}")
 
 
 def _points_by_group(study: optuna.Study) -> defaultdict[str, list[tuple[float, float]]]:
-    """Return effective learning rate and batch size of the study's trials by their label."""
+    """Return pairs of effective learning rate and batch size of finished trials, by label."""
     points: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     for trial in trials_of(study):
         prediction = prediction_of(trial)

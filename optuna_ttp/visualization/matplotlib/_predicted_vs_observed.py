@@ -1,4 +1,4 @@
-"""Predicted against observed training time."""
+"""The plot of predicted against observed training time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plot_predicted_vs_observed(
         study:
             A study with a :class:`~optuna_ttp.TTPSampler` or a :class:`~optuna_ttp.TTPPruner`.
         predictor:
-            The predictor of the sampler or the pruner, whose target is the one plotted.
+            The predictor of the sampler or the pruner, whose target counts.
         ax:
             Axes to draw into. A new figure by default.
 

@@ -1,4 +1,4 @@
-"""The best value against the seconds spent."""
+"""The plot of the best value against the seconds spent."""
 
 from __future__ import annotations
 
