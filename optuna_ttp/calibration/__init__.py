@@ -1,20 +1,21 @@
-"""Observed loss curves in; a corrected clock, its uncertainty and a measure of trust out.
+"""Corrections of predicted times, their uncertainty and trust in them, from observed loss curves.
 
-The clock's error is mostly one function ``u`` of the depth, shared by all configurations of a
-task: the logarithm of what the kernel is multiplied by, on top of the growth that a prediction was
-simulated with. What is left depends a little on the configuration. Both are learned together from
-the times at which observed trials first passed a fixed set of loss levels.
+The error of predicted times is mostly one function ``u`` of the depth, the logarithm of the
+initial loss over the loss, that all configurations of a task share: the logarithm of a factor on
+the kernel, on top of the growth that a prediction was simulated with. The rest depends a little on
+the configuration. Both are learned together from the times at which observed trials first passed a
+fixed set of loss levels.
 
-Without momentum ``u`` divides the time between two levels by ``exp(u)``. Momentum has to pick up
-speed first: along the path of the linearised network, with ``tau`` the intrinsic time, ``l`` the
-lag ``m / (1 - m)`` and ``K`` the growth, the heavy ball is ``tau' = sqrt(K) v``,
-``l v' = sqrt(K) - v``. Simulated first passage times are turned into intrinsic times by this
-equation with the growth that they were simulated with, and back into steps with the corrected one.
+Without momentum ``u`` divides the time between two levels by ``exp(u)``. Momentum first has to
+build up: along the path of the linearised network, with ``tau`` the intrinsic time, ``l`` the lag
+``m / (1 - m)`` and ``K`` the growth, the heavy ball is ``tau' = sqrt(K) v``,
+``l v' = sqrt(K) - v``. By this equation simulated first passage times are converted to intrinsic
+times with the growth of the simulation, and back to steps with the corrected growth.
 
 The logarithms of the times are linearised about the current estimate (Gauss-Newton); the posterior
 of ``u`` and of the configurations' effects is that of a Bayesian linear regression, in closed
-form. ``u`` has a Gaussian-process prior whose slope is smooth, so that a depth that was never seen
-is uncertain. The scale of the errors is learned too (conjugate inverse gamma), which makes
+form. ``u`` has a Gaussian-process prior whose slope is smooth, so that it is uncertain at depths
+without observations. The scale of the errors is learned too (conjugate inverse gamma), which makes
 predictive distributions Student's t.
 """
 

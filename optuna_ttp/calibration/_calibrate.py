@@ -1,4 +1,4 @@
-"""The posterior of the clock's correction, from observed trials."""
+"""The posterior of the corrections of predicted times, from observed trials."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def calibrate(
     *,
     rules: CalibrationRules = RULES,
 ) -> Calibration:
-    """Return what trials, oldest first, say about a predictor.
+    """Return the calibration of a predictor by observed trials, oldest first.
 
-    Trials of which nothing was seen are left out, and only the newest 128 shape the correction.
-    The prior is that of a usual network by default. Also says how good the predictions were that
-    were made before each trial.
+    Trials that passed no level are left out, and only the newest 128 trials determine the
+    correction. By default the prior is that of a usual pretrained network. The result also has
+    the errors of the predictions that were made before each trial ran.
     """
     every = [o for o in observations if _n_seen(o) > 0]
     usable = every[-rules.fit.most_trials :]
@@ -84,7 +84,7 @@ def calibrate(
 
 
 def _n_seen(observation: Observation) -> int:
-    """Return how many levels a trial with a prediction was seen to pass."""
+    """Return the number of levels that a trial passed; zero if it has no prediction."""
     if not np.isfinite(observation.predicted).any() or observation.n_steps < 1:
         return 0
     return int(np.isfinite(observation.observed).sum())
@@ -93,7 +93,7 @@ def _n_seen(observation: Observation) -> int:
 def _limit(
     observations: Sequence[Observation], failures: Booleans, rules: DivergenceRules
 ) -> DivergenceLimit:
-    """Return from which learning rate on trials fail; only those count that do or pass a level."""
+    """Return the limit learned from trials with ``failures``, ``(n,)``, or that passed a level."""
     counted = [
         # At the first level the kernel has hardly grown.
         (o.instability[0], failure)

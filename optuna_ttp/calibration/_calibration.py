@@ -1,4 +1,4 @@
-"""What observed trials say about a predictor."""
+"""The corrections of a predictor that observed trials give."""
 
 from __future__ import annotations
 
@@ -26,44 +26,45 @@ from optuna_ttp.calibration._trials import wildness
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
-    """What observed trials say about a predictor.
+    """Corrections of predicted times by observed trials, and the errors of earlier predictions.
 
     Attributes:
         weights:
-            Posterior mean of ``u`` at :data:`KNOTS` and of the covariates' effects, ``(W,)``.
+            Posterior mean of ``u`` (the logarithm of the factor on the kernel) at :data:`KNOTS`
+            and of the effects of covariates and instability, ``(W,)``.
         covariance:
             Posterior covariance of the weights, ``(W, W)``.
         scale:
-            Scale of the errors' variance. One by default.
+            Factor on the variance of stable trials' errors. One by default.
         instability_scale:
-            Scale of the variance that comes with instability. One by default.
+            Factor on the variance that instability adds. One by default.
         degrees_of_freedom:
-            Those of the predictive Student's t. Two by default.
+            The degrees of freedom of the predictive Student's t. Two by default.
         n_observed:
             The number of trials that were learned from. Zero by default.
         rank_agreement:
-            Kendall's tau of times as predicted before each trial and as observed; NaN for fewer
-            than two trials.
+            Kendall's tau between the times predicted before each trial and the observed times;
+            NaN for fewer than two trials.
         log_error:
-            Root mean square of log(observed / predicted before the trial), where trials near the
-            edge of stability weigh less; NaN for no trials.
+            Root mean square of log(observed / predicted before the trial), in which trials near
+            the edge of stability weigh less; NaN for no trials.
         baseline_error:
-            The same error of the better of two rules without a spectrum, ``c / eta_e`` and
-            ``c / eta_e + m / (1 - m)``, with ``c`` from the trials before; NaN for fewer than two.
+            The same error of the better of two trivial rules, ``c / eta_e`` and
+            ``c / eta_e + m / (1 - m)``, with ``c`` from earlier trials; NaN for fewer than two.
         compared_error:
-            :attr:`log_error` over those trials that the rules can be compared on.
+            :attr:`log_error` over the trials for which the rules have a prediction.
         n_compared:
-            What those trials weigh: one for each that is far from the edge of stability.
+            The sum of these trials' weights, which are one far from the edge of stability.
         superiority:
-            The rule's advantage, as a sum of squared errors, over its standard deviation.
+            The sum of predictions' minus the rule's squared errors, over its standard deviation.
         calm_start:
-            Logarithm of how much faster than simulated trials far from the edge of stability
-            began; NaN where there are none.
+            Logarithm of the simulated over the observed time of the first levels, from trials far
+            from the edge of stability; NaN if there are none.
         divergence:
-            From which learning rate on training does not recover.
+            The learning rate above which training does not recover.
         failure:
-            From which learning rate on trials do not do as predicted: they diverge, or take more
-            than twice as long.
+            The learning rate above which trials diverge or take more than twice as long as
+            predicted.
         rules:
             The tuned numbers that it was learned with. Those of the package by default.
     """
@@ -91,11 +92,12 @@ class Calibration:
     def none(
         cls, prior_scale: PriorScale | None = None, rules: CalibrationRules = RULES
     ) -> Calibration:
-        """Return what is known before any trial: simulated times are not corrected.
+        """Return the calibration before any trial, which does not change simulated times.
 
         Args:
             prior_scale:
-                How far the network may be from its linearisation. That of a usual one by default.
+                How far the network may be from its linearisation. By default as far as a usual
+                pretrained network.
             rules:
                 The tuned numbers to learn with. Those of the package by default.
 
@@ -137,7 +139,7 @@ class Calibration:
 
     @property
     def log_growth(self) -> NDArray[np.float64]:
-        """Logarithm of the correction of the kernel at :data:`KNOTS`, shape ``(M,)``."""
+        """The correction ``u``, logarithm of the kernel's factor, at :data:`KNOTS`, ``(M,)``."""
         return self.weights[: len(KNOTS)]
 
     @property
@@ -147,10 +149,10 @@ class Calibration:
 
     @property
     def trust(self) -> float:
-        """Share of the better trivial rule's squared error that predictions avoid, at most one.
+        """One minus the mean squared error of predictions over that of the better trivial rule.
 
-        Every trial was predicted before it was learned from. Negative where the rule is better.
-        Trials near the edge of stability, about which no spectrum says much, weigh less. Errors of
+        Every prediction was made before its trial ran. Trust is negative if the rule is better.
+        Trials near the edge of stability, which no spectrum predicts well, weigh less. Errors of
         20 % are added to both sides, so that small errors do not decide. NaN for fewer than three
         trials.
         """
@@ -162,15 +164,15 @@ class Calibration:
 
     @property
     def trusted(self) -> bool:
-        """Whether predictions may decide about trials of a search.
+        """True if predictions may decide about trials of a search.
 
-        They may not where they are off by more than a factor 1.65 and a trivial rule's squared
-        error is less, or less than twice as much, where they are off by more than a factor e or
-        do not rank the trials (Kendall's tau below 0.2). Five trials must say so, or three that
-        are off by more than e and have twice the rule's squared error; and surely: that they are
-        off by e and unranked, or ranked backwards (a tau of at most -0.75), or by a difference
-        above its own standard deviation. The last two do not count where one trial, or trials near
-        the edge of stability alone, say so.
+        They are distrusted after three trials if the typical error is above a factor e, trust is
+        below -1 (twice the rule's squared error), and Kendall's tau is below 0.2 or the rule's
+        superiority is significant (at least 1.05). After five trials they are distrusted if the
+        typical error is above a factor 1.65, trust is below zero (below 0.5 if tau is below 0.2
+        or the error above e), and one of three holds: the superiority is significant, tau is at
+        most -0.75, or the error is above e with tau below 0.2. Superiority and a tau of -0.75 do
+        not count if :attr:`n_compared` is below 0.5, as it is for trials near the edge alone.
         """
         rules = self.rules.trust
         gross = self.log_error > rules.gross_error
@@ -188,36 +190,35 @@ class Calibration:
 
     @property
     def fault(self) -> str:
-        """What is wrong with predictions that are not trusted, in words."""
+        """A text that says what is wrong with predictions that are not trusted."""
         if self.trust < 0.0:
             return "worse than a rule of thumb"
         return "far off and in no order"
 
     @property
     def start_factor(self) -> float:
-        """How many times as fast as predicted training is in its first steps.
+        """The speed of training in its first steps over the predicted speed.
 
-        The network is still the pretrained one there, so with its own spectrum this is close to
-        one, however the kernel grows later.
+        The first steps happen at almost the pretrained weights, so with the right spectrum this
+        is close to one, however the kernel grows later.
         """
         return math.exp(self.log_growth[0])
 
     @property
     def starts_as_predicted(self) -> bool:
-        """Whether :attr:`start_factor` is close to one, as far as three trials or more show.
+        """False if :attr:`start_factor` is too far from one for the right spectrum.
 
-        Not where it is more than half as much again, or two thirds, and three standard deviations
-        away, predictions were typically off by more than 28 %, and trials far from the edge of
-        stability say so, too, if it is less than four times: fast trials say little about it.
-        With the right spectra of the recorded runs in benchmarks/accuracy it was never more than
-        1.42 times away after one, three or five trials; with those of shuffled eigenvectors and
-        other data sets, as far as predictions were still trusted, mostly 1.2 to 1.8 times.
+        This needs three trials, typical errors of predictions above 28 %, and a factor above 1.49
+        or below its inverse, by more than three standard deviations. Unless the factor is above
+        four or below a quarter, :attr:`calm_start` must also be above 0.25 in the same direction,
+        since trials near the edge of stability show little. :class:`FirstStepRules` has the
+        evidence.
         """
         rules = self.rules.first_steps
         away = abs(float(self.log_growth[0]))
         known = away > rules.deviation_sds * float(self.log_growth_sd[0])
         enough = self.n_observed >= self.rules.trust.min_observations
-        # Not where large steps alone say so.
+        # Trials with large steps alone are no evidence.
         calm = self.calm_start * math.copysign(1.0, float(self.log_growth[0]))
         shown = calm > rules.calm_deviation or away > rules.gross_deviation
         off = away > rules.deviation and known and shown
@@ -230,10 +231,10 @@ class Calibration:
 
         Args:
             simulated:
-                Their simulated times.
+                The simulated times of the configurations.
 
         Returns:
-            Logarithms of the corrected times and their standard deviation, both ``(K, P)``.
+            Logarithms of the corrected times and their standard deviations, both ``(K, P)``.
         """
         errors = self.rules.errors
         logs, slopes = corrected(simulated, self.weights, self.rules.growth_prior)
@@ -246,25 +247,25 @@ class Calibration:
     def remaining(
         self, running: Observation, depths: NDArray[np.float64], log_steps: NDArray[np.float64]
     ) -> tuple[float, float]:
-        """Return how long a running trial still takes to the last level, given its curve so far.
+        """Return the steps that a running trial still needs to the last level, given its curve.
 
-        Its errors so far are taken for the error common to its levels, as far as they are larger
-        than what single levels scatter by; the remaining time is stretched by the part of this
-        error that is expected to last until the target. A trial that is later than can be
-        explained is taken to lose as many steps again.
+        The error common to its levels is estimated from its errors so far, which also scatter
+        from level to level; the remaining time is stretched by the part of the common error that
+        is expected to last until the target. A trial whose delay is larger than the errors
+        explain is expected to lose as many steps again.
 
         Args:
             running:
-                What was predicted for the trial and seen of it so far.
+                The prediction of the trial and its observed curve so far.
             depths:
-                Loss levels, ascending, for this trial alone, shape ``(P,)``: the first ones
-                are :data:`DEPTHS`, the last is the target.
+                Depths, ascending, for this trial alone, shape ``(P,)``: the first ones are
+                :data:`DEPTHS`, the last is the target.
             log_steps:
-                As simulated with :attr:`Observation.growth`, shape ``(P,)``.
+                Logarithms of the steps simulated with :attr:`Observation.growth`, ``(P,)``.
 
         Returns:
-            Steps from :attr:`Observation.n_steps` on, and the standard deviation of their
-            logarithm. Infinite where the target is out of reach.
+            Steps from :attr:`Observation.n_steps` on (infinite if the target is not reached), and
+            the standard deviation of their logarithm.
         """
         logs, sd = self.correct(
             SimulatedFirstPassages(
@@ -280,7 +281,7 @@ class Calibration:
         if not math.isfinite(goal):
             return math.inf, spread
         stacked = Trials.of([running], self.rules.errors)
-        # A level that should have been passed by now has not been: it is later.
+        # A level that should have been passed by now, but has not been, gives a bound.
         observed, errors = stacked.with_bounds(logs[:, : len(DEPTHS)])
         known = np.flatnonzero(np.isfinite(observed[0]) & np.isfinite(logs[0, : len(DEPTHS)]))
         known = known[DEPTHS[known] < depths[-1]]
@@ -305,8 +306,8 @@ class Calibration:
         total_steps = expected * math.exp(error) + left * math.exp(there)
         late = float(away[j])
         if late > self.rules.errors.unexplained_sds * sd[0, j]:
-            # No error that the model knows of explains this. Whatever has cost so many steps will
-            # cost as many again, but no more than if the whole trial went at this pace.
+            # No error of the model explains this delay. Its cause is expected to cost as many
+            # steps again, but no more than if the whole trial went on at this pace.
             lost = min(passed - expected, left * math.expm1(late))
             total_steps = max(total_steps, passed + left + lost)
         rest = total_steps - running.n_steps
@@ -315,11 +316,11 @@ class Calibration:
         return max(rest, 1.0), math.sqrt(total)
 
     def expected(self, simulated: SimulatedFirstPassages) -> NDArray[np.float64]:
-        """Return corrected times without their deviation, which is quick for many configurations.
+        """Return corrected times without standard deviations, which is faster.
 
         Args:
             simulated:
-                Their simulated times.
+                The simulated times of the configurations.
 
         Returns:
             Logarithms of the corrected times, ``(K, P)``.

@@ -1,4 +1,4 @@
-"""From which learning rate on training fails: what is known, and what trials show."""
+"""The learning rate above which training fails: a prior, and its update by trials."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from optuna_ttp.calibration._rules import DivergenceRules
 from optuna_ttp.calibration._rules import RULES
 
 
-# Logarithms of the learning rate over the stability limit at which the belief is tabulated.
+# Values of `log c` at which the distribution is tabulated.
 _GRID = np.log(4.2) + np.linspace(-6.0, 6.0, 241)
 
 
 @dataclass(frozen=True, eq=False)
 class DivergenceLimit:
-    """What is believed about the learning rate from which on a network does not recover.
+    """The distribution of the learning rate above which a network does not recover.
 
     Above the stability limit a network first goes through a loss spike, from which it may recover:
-    the catapult of Lewkowycz et al., 2020 (arXiv 2003.02218). How far above it still does, differs
-    from network to network. With ``s`` the learning rate over the largest stable one, a trial
-    diverges with probability ``expit(log(s / c) / w)``; ``log c`` is the network's, normally
-    distributed until trials are observed. The same form says, with other rules, from which
-    learning rate on trials do not do as predicted.
+    the catapult of Lewkowycz et al., 2020 (arXiv 2003.02218). Up to which learning rate it does,
+    differs from network to network. With ``s`` the learning rate over the largest stable one, a
+    trial diverges with probability ``expit(log(s / c) / w)``; ``log c`` is a number of the
+    network, normally distributed until trials are observed. With other rules the same form gives
+    the learning rate above which trials diverge or take longer than predicted.
     """
 
     probabilities: Floats
-    """Of ``log c`` on a grid, summing to one."""
+    """Probabilities of ``log c`` on a fixed grid, summing to one, shape ``(241,)``."""
     rules: DivergenceRules = RULES.divergence
-    """Its prior and its width ``w``."""
+    """The prior of ``log c``, and the width ``w``."""
 
     @classmethod
     def of(
@@ -40,9 +40,9 @@ class DivergenceLimit:
         diverged: ArrayLike = (),
         rules: DivergenceRules = RULES.divergence,
     ) -> DivergenceLimit:
-        """Return the posterior after n trials at ``s``, shape ``(n,)``, some of which diverged.
+        """Return the posterior after n trials at ``s = stability``, with ``diverged``, ``(n,)``.
 
-        Without trials half of all networks diverge at ``s`` of 4.2.
+        Without trials it is the prior: half of all networks diverge at ``s`` of 4.2.
         """
         log_density = -0.5 * ((_GRID - np.log(rules.half)) / rules.network_sd) ** 2
         # A curvature of next to nothing makes a stability of zero.
@@ -54,7 +54,7 @@ class DivergenceLimit:
         return cls(density / density.sum(), rules)
 
     def probability(self, stability: ArrayLike) -> Floats:
-        """Return how likely training at ``s``, of any shape, never recovers."""
+        """Return the probability that training at ``s``, of any shape, never recovers."""
         from scipy.special import expit
 
         with np.errstate(divide="ignore"):

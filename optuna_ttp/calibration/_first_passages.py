@@ -1,4 +1,4 @@
-"""The simulated times at which loss levels are passed, and what their errors depend on."""
+"""Simulated first passage times, and the variables that their errors depend on."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from optuna_ttp._util.arrays import Floats
 
 @dataclass(frozen=True, eq=False)
 class SimulatedFirstPassages:
-    """Simulated times of K configurations at P levels, and what their errors may depend on."""
+    """Simulated times of K configurations at P levels, and the variables of their errors."""
 
     depths: Floats
-    """Loss levels, ascending, shape ``(K, P)``, or ``(1, P)`` where all have the same."""
+    """Depths of the levels, ascending, shape ``(K, P)``, or ``(1, P)`` if all have the same."""
     log_steps: Floats
-    """Logarithm of the predicted step at each, as simulated, shape ``(K, P)``; NaN behind a
-    curve's end."""
+    """Logarithm of the simulated step at each depth, shape ``(K, P)``; NaN after a curve's end."""
     growth: Floats
-    """Logarithm of the correction that they were simulated with, at :data:`KNOTS`, shape ``(K,
-    M)``, or ``(1, M)``."""
+    """Correction ``u`` of the kernel in the simulation, at :data:`KNOTS`, shape ``(K, M)`` or
+    ``(1, M)``."""
     covariates: Floats
     """See :func:`covariates`, shape ``(K, F)``."""
     instability: Floats
     """See :class:`Observation`, shape ``(K, P)``."""
     lag: Floats
-    """Steps by which momentum lags behind, shape ``(K,)``."""
+    """Steps ``m / (1 - m)`` by which momentum delays a gradient, shape ``(K,)``."""
 
 
 def covariates(effective_step: Floats, noise_scale: Floats) -> Floats:
-    """Return what the errors of K configurations may depend on beside the depth, ``(K, 2)``.
+    """Return the two variables ``(K, 2)`` that errors depend on beside the depth.
 
     These are the effective step ``eta_e h_1`` (effective learning rate times largest curvature)
     and five times the effective step times the noise scale ``gamma = (N - B) / ((N - 1) B)``. The
     kernel's growth multiplies both as training goes on, and the speed depends on the logarithm of
-    one plus them: configurations that take larger steps come out slower than predicted, on all
-    networks in benchmarks/accuracy, and the more so the further the kernel has grown.
+    one plus them: configurations with larger steps are slower than predicted, on all networks in
+    benchmarks/accuracy, and the more so the further the kernel has grown. Arguments are ``(K,)``.
     """
     return np.stack([effective_step, 5.0 * effective_step * noise_scale], axis=1)

@@ -1,4 +1,4 @@
-"""How good predictions were: before each trial, and of its first steps."""
+"""The errors of predictions that were made before each trial, and of its first steps."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from optuna_ttp.calibration._trials import wildness
 
 
 class HeldOut(NamedTuple):
-    """How good predictions were, compared with two trivial rules."""
+    """The errors of predictions, compared with those of two trivial rules; see Calibration."""
 
     rank_agreement: float
-    """Kendall's tau."""
+    """Kendall's tau between predicted and observed times."""
     log_error: float
-    """Root mean square of the logarithmic errors."""
+    """Weighted root mean square of the logarithmic errors."""
     baseline_error: float
-    """That of the better of the rules."""
+    """The same error of the better of the rules."""
     compared_error: float
-    """That of the predictions over those trials that the rules predict."""
+    """:attr:`log_error` over the trials that the rules predict."""
     n_compared: float
-    """What those trials weigh. A calm one weighs one."""
+    """The sum of these trials' weights; that of a trial far from the edge of stability is one."""
     superiority: float
-    """The sum of how much less the squared errors of the rule are than those of predictions, over
-    its standard deviation if no trial knew of another."""
+    """The weighted sum of predictions' minus the rule's squared errors, over its standard
+    deviation for independent trials."""
 
 
 def held_out(observations: Sequence[Observation], rules: CalibrationRules) -> HeldOut:
-    """Compare what was predicted before each trial, oldest first, with what was then seen of it.
+    """Compare the corrected times predicted before each trial, oldest first, with observed times.
 
-    The two trivial rules are ``c / eta_e`` and ``c / eta_e + m / (1 - m)``, with ``c`` from the
-    trials before.
+    The two trivial rules are ``c / eta_e`` and ``c / eta_e + m / (1 - m)``, with ``c`` the mean
+    over the trials before.
     """
     trust = rules.trust
     observed = np.array([o.observed for o in observations])
     expected = np.array([o.expected for o in observations])
     rates = np.log([[o.effective_learning_rate] for o in observations])
     lags = np.array([[o.lag] for o in observations])
-    # Every trial counts once, with the deepest level that it was seen on.
+    # Every trial counts once, with the deepest level that it passed.
     times = np.where(np.isfinite(expected), observed, np.nan)
     times = np.where(np.isfinite(times).any(axis=1, keepdims=True), times, observed)
     chosen = (np.arange(len(observed)), deepest(times))
@@ -56,10 +56,10 @@ def held_out(observations: Sequence[Observation], rules: CalibrationRules) -> He
     intrinsic = _mean_before(np.log(np.maximum(np.exp(observed) - lags, 1.0)) + rates)
     shifted = np.log(np.exp(intrinsic - rates) + lags)
     trivial = np.stack([(observed - plain)[chosen], (observed - shifted)[chosen]])
-    # Old errors are forgotten: what was learned since may have mended them.
+    # Old errors are left out: corrections learned since may have removed them.
     recent = np.arange(len(observed)) >= len(observed) - trust.n_recent
     compared = np.isfinite(trivial).all(axis=0) & recent
-    # What is near the edge of stability may be off whatever the spectrum.
+    # Trials near the edge of stability may have large errors with any spectrum.
     wild = wildness(np.array([o.instability for o in observations]), rules.errors)[chosen]
     weights = 1.0 / (1.0 + (wild / trust.calm_sd) ** 2)
     squared = _mean_square(trivial[:, compared], weights[compared])
@@ -82,10 +82,10 @@ def held_out(observations: Sequence[Observation], rules: CalibrationRules) -> He
 
 
 def calm_start(observations: Sequence[Observation], rules: CalibrationRules) -> float:
-    """Return the logarithm of how much faster than simulated trials passed their first levels.
+    """Return the mean of log(simulated / observed time) of the first levels of trials.
 
-    It is a mean in which trials near the edge of stability weigh little; NaN where all trials
-    weigh less than a single calm one.
+    Trials near the edge of stability weigh little; NaN if all trials together weigh less than a
+    single trial far from it.
     """
     first = rules.first_steps
     early = -math.log(first.fraction) + 1e-9 >= DEPTHS
@@ -104,14 +104,14 @@ def calm_start(observations: Sequence[Observation], rules: CalibrationRules) -> 
 
 
 def _mean_square(errors: Floats, weights: Floats) -> Floats:
-    """Return weighted mean squares over the last axis; NaN where it is empty."""
+    """Return weighted mean squares over the last axis; NaN if it is empty."""
     if not len(weights):
         return np.full(errors.shape[:-1], np.nan)
     return np.asarray(np.square(errors) @ weights / weights.sum())
 
 
 def _mean_before(values: Floats) -> Floats:
-    """Return for each row the mean over the rows above it, NaNs left out."""
+    """Return, for each row, the column means over the rows above it, without NaNs; or NaN."""
     known = np.isfinite(values)
     total = np.cumsum(np.where(known, values, 0.0), axis=0) - np.where(known, values, 0.0)
     count = np.cumsum(known, axis=0) - known
@@ -119,7 +119,7 @@ def _mean_before(values: Floats) -> Floats:
 
 
 def _kendall(first: ArrayLike, second: ArrayLike) -> float:
-    """Return Kendall's tau; NaN for fewer than two values, zero where one side has no order."""
+    """Return Kendall's tau; NaN for fewer than two values, zero if all values of a side tie."""
     if np.size(first) < 2:
         return math.nan
     from scipy.stats import kendalltau

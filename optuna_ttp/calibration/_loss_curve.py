@@ -1,4 +1,4 @@
-"""A trial's training loss: from noisy mini-batch losses to first passage times."""
+"""A trial's smoothed training-loss curve, and its first passage times of loss levels."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from optuna_ttp._util.arrays import Floats
 from optuna_ttp._util.arrays import Integers
 
 
-# A loss so large means that sums of losses overflow; the curve ends there.
+# Sums of losses above this would overflow; such a loss counts as infinite.
 _BLOWN_UP = 1e300
 
 
 @dataclass(frozen=True)
 class LossCurveRules:
-    """How mini-batch losses are smoothed. Not ablated where no reason is given."""
+    """The smoothing of mini-batch losses. Numbers without a reason were not ablated."""
 
     spacing: float = 1.05
-    """The next recorded step over the last one."""
+    """Ratio of successive recorded steps, once it exceeds one step."""
     window: float = 0.1
     """Share of the step that the smoothing window covers on each side: wide enough for mini-batch
     noise, narrow on the logarithmic scale on which training times differ."""
     min_half: int = 2
-    """Least number of points of the window on each side."""
+    """Least number of losses in the window on each side."""
     slope_factor: float = 1.25
-    """The slope of a curve is taken over this factor of the step to each side."""
+    """The slope of a curve at a step is measured between the step over and times this factor."""
     sure_errors: float = 4.0
-    """Standard errors by which a loss was surely lower before: a spike that is no noise does not
-    undo that a level was passed."""
+    """Standard errors by which a loss above an earlier loss is a spike, not noise: the spike does
+    not undo that a level was passed."""
     probable_errors: float = 2.0
-    """Standard errors by which it probably was, so that later times are less sure."""
+    """Standard errors by which it is probably a spike, so that later times are less certain."""
     excess_noise: float = 4.0
-    """Errors grow by this many times the noise, because where noise is as large as the fall, the
-    slope is noise too. Measured: with noise of half the loss, first passage times of shallow
-    levels are otherwise further off than their errors say; on the recorded runs predictions do
-    not depend on it."""
+    """Errors are multiplied by one plus this times the noise, because the slope is noise too if
+    the noise is as large as the fall. Measured: with noise of half the loss, first passage times
+    of shallow levels otherwise have larger errors than estimated; on the recorded runs predictions
+    do not depend on it."""
     most_error: float = 1.5
-    """Largest error of a logarithmic time: a less sure one tells nothing."""
+    """Largest standard error of a logarithmic time; such a time has hardly any weight."""
     unknown_error: float = 0.5
-    """Standard error of the loss where there are too few points to tell."""
+    """Standard error of the loss's logarithm if too few losses are known to estimate it."""
     n_neighbours: int = 3
-    """Windows to each side whose scatter is pooled: five points tell little about their own."""
+    """Number of windows to each side whose variance is averaged: five losses give a poor one."""
 
 
 RULES = LossCurveRules()
@@ -52,10 +52,10 @@ RULES = LossCurveRules()
 
 @dataclass(frozen=True, eq=False)
 class LossCurve:
-    """A smoothed training-loss curve, with how sure it is."""
+    """A smoothed training-loss curve with its standard errors."""
 
     steps: Floats
-    """Optimiser steps done, ascending, shape ``(P,)``."""
+    """Optimiser steps done before each loss, ascending, shape ``(P,)``."""
     losses: Floats
     """Smoothed training loss at these steps, positive, shape ``(P,)``."""
     errors: Floats
@@ -63,38 +63,38 @@ class LossCurve:
     n_steps: int
     """Optimiser steps of the trial so far."""
     diverged: bool = False
-    """Whether the loss became infinite or NaN, and stayed so."""
+    """True if the loss became infinite or NaN, and stayed so."""
     n_gaps: int = 0
-    """How many losses were infinite or NaN while training went on, and are left out."""
+    """The number of infinite or NaN losses that are left out, if training went on after them."""
     rules: LossCurveRules = RULES
 
     @classmethod
     def of(
         cls, losses: ArrayLike, steps: ArrayLike | None = None, rules: LossCurveRules = RULES
     ) -> LossCurve:
-        """Smooth the losses of mini-batches before the steps, by default 0, 1, 2, ..., ``(T,)``.
+        """Return the smoothed curve of mini-batch losses at steps, both of shape ``(T,)``.
 
-        Losses that are infinite or NaN are left out. Where they are the last ones, but for a
-        single one after a loss below the first, the curve is that of a training that diverged.
-        The window covers 10 % of the step on each side, at least two points. An exponential is
-        laid through it, because a plain mean of a falling curve is late: most of all at the end of
-        the curve, where a trial that stops at its target would never seem to reach it. The scatter
-        of the losses within the window gives the standard error. The curve has every step at first
-        and then steps 5 % apart. A :class:`ValueError` is raised where there are no losses, they
-        are negative, or the steps do not ascend.
+        By default the steps are 0, 1, 2, .... Infinite and NaN losses are left out. If the last
+        losses are, training has diverged, unless only the last one is and the loss had fallen.
+        The window covers 10 % of the step on each side, at least two losses. An exponential is
+        fitted to it, because a plain mean of a falling curve lags behind: most of all at the end
+        of the curve, so that a trial that stops at its target would never seem to reach it. The
+        scatter of the losses within the window gives the standard error. The curve has every step
+        at first and then steps 5 % apart. A :class:`ValueError` is raised if there are no losses,
+        a loss is negative, or the steps do not ascend.
         """
         values = np.asarray(losses, dtype=np.float64)
         places = np.asarray(range(len(values)) if steps is None else steps, dtype=np.float64)
         _check(values, places)
         n_steps = int(places[-1]) + 1
         good = np.abs(values) < _BLOWN_UP
-        # A single one at the end of a curve that has come down may be a batch that overflowed.
+        # A single bad loss at the end of a curve that has fallen may be one batch's overflow.
         by_chance = len(good) > 2 and good[-2] and values[good][-1] < values[good][0]
         diverged = not good[-1] and not by_chance
-        # Weights that are NaN stay NaN. Where the loss is a number again, a batch caused the gap.
+        # NaN weights stay NaN. If the loss is finite again, a single batch caused the gap.
         n_gaps = int(np.flatnonzero(good)[-1] + 1 - good.sum()) if good.any() else 0
         n_gaps += int(by_chance and not good[-1])
-        # Single precision rounds a tiny loss to zero.
+        # Zero losses, which single precision makes of tiny ones, have no logarithm.
         values, places = np.maximum(values[good], 1e-30), places[good]
         chosen = _recorded(len(values), rules.spacing)
         smoothed, errors = _smoothed(values, places, chosen, rules)
@@ -103,10 +103,10 @@ class LossCurve:
     def log_first_passage_times(self, levels: Floats) -> tuple[Floats, Floats]:
         """Return logarithms of the steps at which the loss first fell below L levels, ``(L,)``.
 
-        The curve is made monotone first (isotonic regression of the logarithm of the loss): noise
-        would make every first passage early otherwise. Also returns their standard errors: that of
-        the loss over the slope of the curve, and a third of a step. Both are NaN where the loss
-        did not fall that far.
+        The curve is made monotone first (isotonic regression of the logarithm of the loss), since
+        noise would otherwise make every first passage early. The second array has their standard
+        errors: the error of the loss over the slope of the curve, and a third of a step. Both
+        arrays are NaN at levels that the loss did not reach. Levels are losses.
         """
         rules = self.rules
         times = np.full(len(levels), np.nan)
@@ -122,7 +122,7 @@ class LossCurve:
         falling = isotonic_regression(logs, weights=weights, increasing=False).x
         wanted = np.log(levels)
         inside = (wanted < falling[0]) & (wanted >= falling[-1])
-        # The first of equal values is where the level is reached.
+        # A level is reached at the first of equal values.
         first = np.concatenate([[True], np.diff(falling) < 0])
         steps, falling, errors_there = self.steps[first], falling[first], self.errors[first]
         crossing = np.interp(-wanted[inside], -falling, steps)
@@ -143,24 +143,24 @@ class LossCurve:
 
     @property
     def lost(self) -> float:
-        """Steps that the loss probably spent above where it had been before: in spikes."""
+        """The number of steps that the loss probably spent in spikes, above an earlier loss."""
         return float(self._lost()[-1]) if len(self.steps) else 0.0
 
     @property
     def has_risen(self) -> bool:
-        """Whether the loss is probably above where it had been before."""
+        """True if the loss at the last step is probably above an earlier loss."""
         return bool(len(self.steps) and self._spiked(self.rules.probable_errors)[-1])
 
     def _lowest_before(self, margin: float) -> Floats:
-        """Return what the logarithm of the loss had surely fallen to by each step, ``(P,)``."""
+        """Return the lowest log loss plus ``margin`` standard errors up to each step, ``(P,)``."""
         return np.minimum.accumulate(np.log(self.losses) + margin * self.errors)
 
     def _spiked(self, margin: float) -> Booleans:
-        """Return where the loss was above what it had been before, by so many errors, ``(P,)``."""
+        """Return a mask ``(P,)``: the loss exceeds an earlier one by ``margin`` errors of both."""
         return np.asarray(np.log(self.losses) - margin * self.errors > self._lowest_before(margin))
 
     def _lost(self) -> Floats:
-        """Return how many steps were probably lost in spikes by each step, ``(P,)``."""
+        """Return the number of steps that spikes probably took up to each step, ``(P,)``."""
         lost = np.where(
             self._spiked(self.rules.probable_errors), np.diff(self.steps, prepend=0.0), 0.0
         )
@@ -168,7 +168,7 @@ class LossCurve:
 
 
 def _check(values: Floats, places: Floats) -> None:
-    """Raise an error that says what is wrong with losses and steps."""
+    """Raise ValueError if losses ``values`` and steps ``places`` are no loss curve."""
     if values.ndim != 1 or values.shape != places.shape:
         raise ValueError(
             "losses and steps must be lists of the same length but got shapes "
@@ -185,7 +185,10 @@ def _check(values: Floats, places: Floats) -> None:
 def _smoothed(
     values: Floats, places: Floats, chosen: Integers, rules: LossCurveRules
 ) -> tuple[Floats, Floats]:
-    """Return smoothed losses at the chosen points and standard errors of their logarithms."""
+    """Return smoothed losses at the ``chosen`` indices, and standard errors of their logarithms.
+
+    Both have the shape of ``chosen``; losses ``values`` and steps ``places`` have one shape.
+    """
     smoothed, variances, leverages = (np.full(len(chosen), np.nan) for _ in range(3))
     for row, t in enumerate(chosen):
         half = max(rules.min_half, int(t * rules.window))
@@ -201,7 +204,7 @@ def _smoothed(
         slope = float(centred @ relative) / spread
         scatter = relative - slope * centred
         variances[row] = float(scatter @ scatter) / (len(part) - 2)
-        # An exponential through the window: its mean is above its middle, and far above its end.
+        # The mean of an exponential over the window is above its value at the step.
         rate = np.clip(slope, -1.0, 1.0)
         smoothed[row] = mean / float(np.exp(rate * x).mean())
         leverages[row] = 1.0 / len(part) + float(x.mean() ** 2) / spread
@@ -211,7 +214,7 @@ def _smoothed(
 
 
 def _pooled(variances: Floats, n_neighbours: int) -> Floats:
-    """Return means of variances over neighbouring windows; NaN where the variance is unknown."""
+    """Return means of variances over neighbouring windows; NaN if the window's own is unknown."""
     known = np.isfinite(variances)
     if not known.any():
         return variances
@@ -222,7 +225,7 @@ def _pooled(variances: Floats, n_neighbours: int) -> Floats:
 
 
 def _recorded(n_losses: int, spacing: float) -> Integers:
-    """Return the places of every loss at first, then some percent apart, and of the last one."""
+    """Return indices of recorded losses: all at first, then with a ratio, and the last one."""
     points = [0]
     while points[-1] < n_losses - 1:
         points.append(max(points[-1] + 1, int(points[-1] * spacing)))

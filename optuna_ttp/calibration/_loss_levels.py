@@ -1,4 +1,4 @@
-"""The depths at which curves are compared, and those between which corrections are learned."""
+"""The loss levels at which curves are compared, and the depths of the correction's knots."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-# Loss levels: the training loss over the initial one, and its negative logarithm.
+# Loss levels: the training loss over the initial one, and (depth) its negative logarithm.
 # fmt: off
 FRACTIONS = np.array([
     0.95, 0.9, 0.82, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.07, 0.05, 0.03,
@@ -20,9 +20,9 @@ N_COVARIATES = 2
 
 
 def deepest(rows: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the place of the deepest level with a value that is not NaN, -1 where none has one.
+    """Return the index of the last finite value along the last axis, the levels; -1 if none is.
 
-    The levels are in the last axis of the rows, which the result does not have.
+    The result has the shape of ``rows`` without the last axis.
     """
     known = np.isfinite(rows)
     last = known.shape[-1] - 1 - known[..., ::-1].argmax(axis=-1)

@@ -1,4 +1,4 @@
-"""What was predicted for a trial before it ran, and what was seen of it."""
+"""The prediction for a trial before it ran, and the observed times of the trial."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from optuna_ttp.calibration._rules import RULES
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Observation:
-    """What was predicted for a trial before it ran, and what was seen of it."""
+    """The prediction for a trial before it ran, and the observed times of the trial."""
 
     predicted: Floats
-    """Logarithm of the predicted step at each of :data:`DEPTHS`, as simulated; NaN behind the end
-    of the simulation. Shape ``(P,)``."""
+    """Logarithm of the simulated step at each of the P :data:`DEPTHS`, shape ``(P,)``; NaN after
+    the end of the simulation."""
     expected: Floats
-    """The same as corrected by what had been learned then."""
+    """These logarithms, corrected by the calibration of that time, shape ``(P,)``."""
     growth: Floats
-    """Logarithm of the correction of the kernel that it was simulated with, at :data:`KNOTS`,
-    shape ``(M,)``."""
+    """Logarithm of the correction of the kernel in the simulation, at :data:`KNOTS`, shape
+    ``(M,)``."""
     covariates: Floats
-    """Of the configuration, shape ``(F,)``; see :func:`covariates`."""
+    """The configuration's :func:`covariates`, shape ``(F,)``."""
     instability: Floats
-    """Learning rate over the largest stable one, times what the kernel was predicted to have grown
-    by, at each of :data:`DEPTHS`, shape ``(P,)``."""
+    """Learning rate over the largest stable one, times the predicted growth of the kernel at each
+    of :data:`DEPTHS`, shape ``(P,)``."""
     effective_learning_rate: float
     """``eta / (1 - m)``."""
     lag: float
-    """Steps by which momentum lags behind."""
+    """Steps ``m / (1 - m)`` by which momentum delays a gradient."""
     observed: Floats
-    """Logarithm of the step at which each of :data:`DEPTHS` was passed; NaN where not seen."""
+    """Logarithm of the step at which each of :data:`DEPTHS` was passed, ``(P,)``; NaN if not."""
     errors: Floats
-    """Its standard error."""
+    """Standard errors of the observed logarithms, shape ``(P,)``."""
     n_steps: float
-    """Steps that the trial has taken."""
+    """The number of steps that the trial has taken."""
     diverged: bool = False
-    """Whether its loss became infinite or NaN, or stayed where a spike had left it."""
+    """True if the loss became infinite or NaN, or never recovered from a spike."""
     batch_size: int = 0
-    """Of the configuration; zero where it is not known."""
+    """The batch size of the configuration; zero if it is not known."""
     seconds_per_step: float = math.nan
-    """Median over its steps; NaN where it was not measured."""
+    """Median of the seconds of the trial's steps; NaN if they were not measured."""
     lost: float = 0.0
-    """Steps that it probably lost in loss spikes."""
+    """The number of steps that the trial probably lost in loss spikes."""
 
     def __repr__(self) -> str:
         passed = int(np.isfinite(self.observed).sum())
@@ -63,23 +63,21 @@ class Observation:
 
     @property
     def bound(self) -> float:
-        """Logarithm of the steps in which the trial did not pass its next level.
+        """Logarithm of the steps, without those lost, in which the next level was not passed.
 
-        Minus infinity where it diverged: nobody knows how late a trial would have been that never
-        came back.
+        It is a lower bound of that level's time; minus infinity, no bound, for a diverged trial.
         """
         return -math.inf if self.diverged else math.log(max(self.n_steps - self.lost, 1.0))
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values that JSON takes; NaN as :obj:`None`."""
+        """Return the fields by name as values that JSON can store; NaN becomes :obj:`None`."""
         return {name: _plain(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Observation:
-        """Read what :meth:`to_json` returned.
+        """Return the observation whose :meth:`to_json` returned these values.
 
-        A :class:`ValueError` says that the values are no observation, or one of another version of
-        this package.
+        A :class:`ValueError` is raised if the values are no observation of this version.
         """
         lengths = {"growth": len(KNOTS), "covariates": N_COVARIATES}
         try:
@@ -98,11 +96,14 @@ class Observation:
 def failed(
     observations: Sequence[Observation], late_factor: float = RULES.fit.late_factor
 ) -> Booleans:
-    """Tell which of n trials diverged, or missed their next level by a factor of its time."""
+    """Return a mask ``(n,)`` of trials that diverged or are late at their next level.
+
+    A trial is late if it takes more than ``late_factor`` times the expected time of that level.
+    """
     if not observations:
         return np.zeros(0, dtype=bool)
     following = deepest(np.array([o.observed for o in observations])) + 1
-    # Nothing follows the last level.
+    # No level follows the last one, so that its time is NaN.
     expected = np.full((len(observations), len(DEPTHS) + 1), np.nan)
     expected[:, :-1] = [o.expected for o in observations]
     bounds = np.array([o.bound for o in observations])
@@ -111,7 +112,7 @@ def failed(
 
 
 def _plain(value: Any) -> Any:
-    """Return a value, or the values of an array, as JSON has them; NaN as :obj:`None`."""
+    """Return a number or an array as JSON stores it; not finite numbers become :obj:`None`."""
     if isinstance(value, np.ndarray):
         return [_plain(v) for v in value]
     if isinstance(value, float | np.floating):
@@ -120,7 +121,7 @@ def _plain(value: Any) -> Any:
 
 
 def _unplain(value: Any) -> Any:
-    """Return the value, or the array, that :func:`_plain` made plain."""
+    """Return the number or array of which :func:`_plain` returned the value."""
     if isinstance(value, list):
         return np.array([math.nan if v is None else v for v in value], dtype=np.float64)
     return math.nan if value is None else value

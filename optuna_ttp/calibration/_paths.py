@@ -1,4 +1,4 @@
-"""The corrected clock: in how many steps the heavy ball follows a simulated path."""
+"""Corrected times: the steps in which a heavy ball follows a simulated path."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def corrected(
 ) -> tuple[Floats, Floats]:
     """Return corrected logarithmic times, ``(K, P)``, and their derivatives, ``(K, P, W)``.
 
-    The derivatives are those by the weights: ``u`` at :data:`KNOTS` and the effects of the
-    covariates and of instability, ``(W,)``.
+    The derivatives are with respect to the ``weights`` ``(W,)``: ``u`` at :data:`KNOTS` and the
+    effects of the covariates and of instability.
     """
     times, slopes = Paths.of(simulated, weights, rules).times(derivatives=True)
     return np.log(times), slopes / times[:, :, None]
@@ -27,24 +27,24 @@ def corrected(
 
 @dataclass(frozen=True, eq=False)
 class Paths:
-    """Simulated paths from level to level, and how much faster training follows them."""
+    """Simulated paths from level to level, and the corrected speed at which they are followed."""
 
     before: Floats
-    """Simulated steps between the levels, ``(K, P)``."""
+    """Simulated steps from the previous level to each level, ``(K, P)``."""
     roots: Floats
-    """Square roots of the growth that was simulated with, up to a factor, ``(K, P)``."""
+    """Square roots of the kernel's growth in the simulation, up to a factor, ``(K, P)``."""
     faster: Floats
-    """The same of the corrected growth."""
+    """Square roots of the corrected growth, up to the same factor, ``(K, P)``."""
     slopes: Floats
     """Derivatives of the logarithm of the corrected growth by the weights, ``(K, P, W)``."""
     lag: Floats
-    """Shape ``(K,)``."""
+    """Steps by which momentum delays a gradient, ``(K,)``."""
 
     @classmethod
     def of(
         cls, simulated: SimulatedFirstPassages, weights: Floats, rules: GrowthPriorRules
     ) -> Paths:
-        """Return the paths of simulated times with the growth that weights ``(W,)`` correct."""
+        """Return the paths of simulated times, with the growth corrected by weights ``(W,)``."""
         depths, instability = simulated.depths, simulated.instability
         steps = np.exp(simulated.log_steps)
         before = np.maximum(np.diff(steps, axis=1, prepend=0.0), 1e-6 * steps)
@@ -62,14 +62,14 @@ class Paths:
                 np.log1p(
                     simulated.covariates[:, None, :] * (bounded / instability[:, :1])[:, :, None]
                 ),
-                # Far above the edge as far as it goes: there networks differ most.
+                # Instability is not bounded here: far above the edge networks differ most.
                 np.log1p(np.broadcast_to(instability, shape) / rules.instability_from)[:, :, None],
             ],
             axis=2,
         )
         known_growth = np.einsum("kpm,km->kp", hats, simulated.growth)
         log_speed = slopes @ weights - known_growth
-        # Any multiple of the growth does: it cancels.
+        # A constant factor on the growth cancels.
         roots = np.sqrt(grown) * np.exp(0.5 * known_growth)
         most = rules.most_log_speed
         faster = roots * np.exp(0.5 * np.clip(log_speed, -most, most))
@@ -79,7 +79,7 @@ class Paths:
     def times(self, *, derivatives: bool = False) -> tuple[Floats, Floats]:
         """Return corrected times at the levels, ``(K, P)``, and their derivatives ``(K, P, W)``.
 
-        The derivatives by the weights are zeros where they are not wanted.
+        The derivatives are with respect to the weights; they are zeros unless requested.
         """
         lag, shape = self.lag, self.faster.shape
         speed, new_speed = np.zeros_like(lag), np.zeros_like(lag)
@@ -94,7 +94,7 @@ class Paths:
             decay, settled = np.exp(-t / lag), -np.expm1(-t / lag)
             reached = new_speed + (new_root - new_speed) * settled
             if derivatives:
-                # Implicit: the time keeps solving its equation as root and speed change.
+                # Implicit differentiation of the equation that the time solves.
                 by_root = gone / new_root + new_root * (t - lag * settled)
                 by_speed = new_root * lag * settled
                 root_slope = 0.5 * new_root[:, None] * self.slopes[:, j]
@@ -111,7 +111,7 @@ class Paths:
 
 
 def _hats(depths: Floats) -> Floats:
-    """Return the weights ``(..., M)`` of linear interpolation between the knots at depths."""
+    """Return the weights ``(..., M)`` of the knots in linear interpolation at depths ``(...)``."""
     place = np.interp(np.nan_to_num(depths), KNOTS, np.arange(len(KNOTS)))
     hats: Floats = np.maximum(0.0, 1.0 - np.abs(place[..., None] - np.arange(len(KNOTS))))
     return hats

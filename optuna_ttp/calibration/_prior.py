@@ -1,4 +1,4 @@
-"""What is believed of the clock's errors before any trial."""
+"""The prior of the errors of predicted times, before any trial."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from optuna_ttp.calibration._rules import GrowthPriorRules
 
 @dataclass(frozen=True)
 class PriorScale:
-    """How far a network may be from its linearisation, before any trial."""
+    """Factors on prior standard deviations: how far a network may be from its linearisation."""
 
     growth: float = 1.0
-    """Factor of the prior standard deviation of the kernel's growth."""
+    """Factor on the prior standard deviation of the correction ``u``."""
     scatter: float = 1.5
-    """Factor of what sets a trial apart from the others, as far as is known: the standard
-    deviations of its logarithmic times, of what instability adds to them, and of the effects of
-    its configuration. That of a usual pretrained network by default."""
+    """Factor on the standard deviations of differences between trials: of their logarithmic
+    times, of the part that instability adds, and of the effects of the configurations. By default
+    that of a usual pretrained network."""
 
     @property
     def scales(self) -> tuple[float, float]:
-        """The factors of two variances of logarithmic times, before any trial.
+        """The factors on two variances of logarithmic times, before any trial.
 
-        They are those of the errors of stable trials, and of what instability adds.
+        The first is on the variance of stable trials, the second on what instability adds to it.
         """
         return self.scatter**2, self.scatter**1.5
 
 
 @lru_cache(maxsize=16)
 def prior(prior_scale: PriorScale, rules: GrowthPriorRules) -> tuple[Floats, Floats]:
-    """Return mean ``(W,)`` and covariance ``(W, W)`` of the weights before any trial.
+    """Return the prior mean ``(W,)`` and covariance ``(W, W)`` of the weights, before any trial.
 
-    The weights are ``u`` at :data:`KNOTS`, an integrated Gaussian process in the depth, and the
-    effects of the covariates and of instability.
+    The weights are the correction ``u`` at :data:`KNOTS`, an integrated Gaussian process in the
+    depth, and the effects of the covariates and of instability.
     """
     grid = np.linspace(0.0, KNOTS[-1], 241)
     apart = (grid[:, None] - grid[None, :]) / rules.slope_length

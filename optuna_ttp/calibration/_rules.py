@@ -1,4 +1,4 @@
-"""The tuned numbers of the calibration, and what each of them was chosen on.
+"""The tuned numbers of the calibration, and the data that each of them was chosen on.
 
 An ablation passes ``CalibrationRules`` with other numbers to :func:`calibrate`; the calibration
 keeps them for its corrections and for its trust.
@@ -13,78 +13,78 @@ import math
 
 @dataclass(frozen=True)
 class ErrorRules:
-    """How far the logarithmic times of a trial are expected to be off.
+    """The expected errors of the logarithmic times of a trial.
 
-    The numbers maximise together, roughly, the likelihood of held-out times after one to five
+    Together the numbers roughly maximise the likelihood of held-out times after one to five
     trials of the first draw of each network in benchmarks/accuracy; the other draws test them.
     """
 
     trial_sd: float = 0.02
     """Standard deviation of the error that neighbouring levels of a trial have in common."""
     trial_length: float = 0.7
-    """Depth over which levels have that error in common."""
+    """Correlation length of that error, as a difference of depths."""
     level_sd: float = 0.025
     """Standard deviation of the errors of single levels."""
     instability_sd: float = 0.175
-    """Standard deviation that comes with instability, a factor e of it."""
+    """Standard deviation that each factor e of instability adds."""
     instability_from: float = 0.6
-    """Product of stability and kernel growth from which on instability makes times scatter."""
+    """Product of stability and kernel growth above which instability makes times scatter."""
     catapult_sd: float = 1.0
-    """Standard deviation of a trial's delay by a loss spike at the start."""
+    """Standard deviation of the logarithm of a delay by a loss spike at the start of a trial."""
     catapult_from: float = 0.3
-    """Learning rate over the largest stable one from which on such a spike is expected."""
+    """Learning rate over the largest stable one above which such a spike is expected."""
     scale_weight: float = 2.0
     """Weight of the prior of the errors' scale, in trials."""
     censored_error: float = 0.15
-    """Error of the bound that a trial gives that stopped before its next level."""
+    """Standard error of the lower bound from a trial that stopped before its next level."""
     unexplained_sds: float = 4.0
-    """A running trial that is later by so many standard deviations is late for no reason that the
-    model knows of, and loses as many steps again."""
+    """A running trial that is later by more than this many standard deviations has a delay that
+    the model does not explain, and is expected to lose as many steps again."""
 
 
 @dataclass(frozen=True)
 class GrowthPriorRules:
-    """What is believed before any trial of the clock's correction, and how far it goes.
+    """The prior of the correction of predicted times, and the bounds of the correction.
 
-    Chosen together with :class:`ErrorRules`, on the same likelihood.
+    Chosen together with :class:`ErrorRules`, by the same likelihood.
     """
 
     slope_sd: float = 0.35
     """Standard deviation of the slope of ``u`` per unit of depth."""
     slope_length: float = 0.6
-    """Depth over which the slope stays about the same."""
+    """Correlation length of the slope, as a difference of depths."""
     start_sd: float = 0.15
     """Standard deviation of ``u`` at depth zero."""
     effects: tuple[float, float, float] = (-0.09, -0.09, 0.0)
     """Means of the effects of the covariates and of instability on the logarithm of the speed:
     large steps are slower than predicted on all networks in benchmarks/accuracy."""
     effect_sds: tuple[float, float, float] = (0.07, 0.1, 0.14)
-    """Their standard deviations."""
+    """Standard deviations of these effects."""
     instability_from: float = 1.3
-    """Product of stability and kernel growth from which on instability changes the speed."""
+    """Product of stability and kernel growth above which instability changes the speed."""
     edge: float = 1.0
-    """That product at which the kernel stops growing."""
+    """The product of stability and kernel growth at which the kernel stops growing."""
     most_log_speed: float = 12.0
-    """Corrections beyond this logarithm are cut off, so that all numbers stay finite."""
+    """Largest absolute logarithm of a corrected speed, so that all numbers stay finite."""
 
 
 @dataclass(frozen=True)
 class FitRules:
-    """How the posterior is found. Not ablated where no reason is given."""
+    """The computation of the posterior. Numbers without a reason were not ablated."""
 
     robustness: float = 4.0
-    """Degrees of freedom with which a trial that does not fit loses its weight."""
+    """Degrees of freedom of the Student's t by which a trial that does not fit weighs less."""
     n_rounds: int = 4
-    """Gauss-Newton steps."""
+    """Number of Gauss-Newton steps."""
     most_trials: int = 128
-    """The newest trials that shape the correction: enough, and quick."""
+    """Number of newest trials that determine the correction: enough, and fast."""
     late_factor: float = 2.0
-    """A trial that misses its next level by so many times the expected time has failed."""
+    """A trial has failed if its next level takes more than this factor times the expected time."""
 
 
 @dataclass(frozen=True)
 class FirstStepRules:
-    """When training begins otherwise than a spectrum says, so that it may be the wrong one.
+    """The limits beyond which the first steps of training contradict a spectrum.
 
     Chosen on the recorded runs in benchmarks/accuracy: with the right spectra training was never
     more than 1.42 times as fast or slow as predicted after one, three or five trials; with those
@@ -93,83 +93,85 @@ class FirstStepRules:
     """
 
     fraction: float = 0.7
-    """Share of the initial loss until which the network is still the pretrained one."""
+    """Share of the initial loss down to which the weights count as the pretrained ones."""
     level_sd: float = 0.05
-    """Errors of single levels, as a standard deviation, that are of no interest."""
+    """Standard deviation of ordinary errors of single levels."""
     calm_sd: float = 0.2
-    """Those of a whole trial; trials that instability makes scatter more weigh less."""
+    """Standard deviation of ordinary errors of a whole trial; trials with more instability than
+    this weigh less."""
     least_weight: float = 1.0
-    """Trials that weigh less than so many calm ones together are not looked at."""
+    """Least sum of the trials' weights; a trial without instability has the weight one."""
     deviation: float = 0.4
     """Logarithm of a correction of the first steps that is too large for the right spectrum."""
     deviation_sds: float = 3.0
-    """Standard deviations that it must be away."""
+    """Standard deviations that this logarithm must be away from zero."""
     least_error: float = 0.25
-    """Logarithmic errors of predictions below this make no correction too large."""
+    """No correction is too large if the typical logarithmic error of predictions is below this."""
     calm_deviation: float = 0.25
-    """What trials far from the edge of stability must say of it alone."""
+    """Least deviation of trials far from the edge of stability, in the same direction."""
     gross_deviation: float = math.log(4.0)
-    """A correction that is too large whatever these trials say."""
+    """Logarithm of a correction that is too large even without such trials."""
 
 
 @dataclass(frozen=True)
 class TrustRules:
-    """When predictions are distrusted, compared with rules of thumb.
+    """The limits beyond which predictions are distrusted, compared with two trivial rules.
 
     Chosen on the recorded runs in benchmarks/accuracy, in many orders of the trials, with the
     right spectra and with shuffled eigenvectors.
     """
 
     min_observations: int = 3
-    """Trials from which on predictions are compared; one order of 200 looks grossly wrong after
-    three where the spectrum is right, six of ten where its eigenvectors are shuffled."""
+    """Least number of trials to compare predictions. After three trials one order of 200 looks
+    grossly wrong with the right spectrum, six of ten with shuffled eigenvectors."""
     min_distrust: int = 5
-    """Trials from which on predictions that are not grossly wrong may be distrusted."""
+    """Least number of trials to distrust predictions that are not grossly wrong."""
     gross_error: float = 1.0
     """Typical logarithmic errors above this (a factor e) are gross."""
     gross_trust: float = -1.0
-    """With gross errors three trials are enough where twice the rule's squared error is made."""
+    """With gross errors and a trust below this (twice the rule's squared error) three trials are
+    enough."""
     harmless_error: float = 0.5
-    """Typical logarithmic errors below this (a factor 1.65) do no harm, whatever a rule does."""
+    """Typical logarithmic errors below this (a factor 1.65) are harmless, whatever the rule's."""
     added_error: float = 0.2
-    """Error that is added to those of both, so that no comparison hangs on a hair."""
+    """Error that is added to those of predictions and rule, so that small ones do not decide."""
     clear_trust: float = 0.5
-    """Share of the rule's squared error that unranked or grossly wrong predictions must avoid."""
+    """Least trust of predictions that do not rank the trials or have gross errors."""
     min_agreement: float = 0.2
     """Kendall's tau below which predictions do not rank the trials."""
     backwards: float = -0.75
-    """Kendall's tau of predictions that rank them backwards: of five trials one pair at most may
-    be in order (by chance in 4 %)."""
+    """Kendall's tau up to which predictions rank trials backwards: at most one pair of five trials
+    is in order (probability 4 % by chance)."""
     least_superiority: float = 1.05
-    """The rule's advantage over its own standard deviation that is no accident of one trial.
-    Without this and the next one the right spectrum of the residual net in benchmarks/accuracy was
-    distrusted after five trials in 24 of 100 orders, with them in six, and in no search of
-    benchmarks/search (40 looked at); shuffled predictions are found out nearly as often."""
+    """Least advantage of the rule, over its own standard deviation, that one trial alone does not
+    explain. Without this and the next number the right spectrum of the residual net in
+    benchmarks/accuracy was distrusted after five trials in 24 of 100 orders, with them in six, and
+    in none of 40 searches of benchmarks/search; shuffled ones are detected nearly as often."""
     least_compared: float = 0.5
-    """What the compared trials must weigh together, in calm trials, where errors are not gross."""
+    """Least sum of the compared trials' weights for superiority and backward ranks to count."""
     n_recent: int = 15
-    """The newest trials that say how good predictions are: what was learned may have mended older
-    errors."""
+    """Number of newest trials whose errors count: corrections may have removed older errors."""
     most_compared: int = 256
-    """The newest trials that are compared with rules which learn from the trials before."""
+    """Number of newest trials that are compared with rules, which learn from earlier trials."""
     unreached_error: float = 3.0
-    """What counts as the error where a prediction was out of reach."""
+    """The logarithmic error of a prediction that the level is not reached."""
     calm_sd: float = 0.2
-    """Errors, as a standard deviation, of trials that weigh one; instability makes them weigh
-    less."""
+    """Standard deviation of the errors of trials with the weight one; instability that adds more
+    to the errors makes a trial weigh less."""
 
 
 @dataclass(frozen=True)
 class DivergenceRules:
-    """From which learning rate over the stability limit on trials fail, before any trial."""
+    """The prior of the learning rate, over the largest stable one, above which trials fail."""
 
     half: float = 4.2
-    """Where half of all networks do not recover in 60 steps: the geometric mean of the 16 real
-    limits in benchmarks/accuracy/results/stability.csv, two small networks with two losses."""
+    """Its median, above which half of all networks do not recover in 60 steps: the geometric mean
+    of the 16 real limits, of two small networks with two losses, in
+    benchmarks/accuracy/results/stability.csv."""
     network_sd: float = 1.0
-    """Standard deviation of its logarithm from network to network, of the same 16 limits."""
+    """Standard deviation of its logarithm between networks, from the same 16 limits."""
     width: float = 0.25
-    """Its spread from configuration to configuration, as the width of a logistic function."""
+    """Width of the logistic function of its logarithm, for configurations of one network."""
 
 
 @dataclass(frozen=True)
@@ -177,21 +179,21 @@ class CalibrationRules:
     """All rules by which a predictor learns from trials."""
 
     errors: ErrorRules = field(default_factory=ErrorRules)
-    """Of the errors of logarithmic times."""
+    """The rules of the errors of logarithmic times."""
     growth_prior: GrowthPriorRules = field(default_factory=GrowthPriorRules)
-    """Of the correction."""
+    """The rules of the correction's prior."""
     fit: FitRules = field(default_factory=FitRules)
-    """Of the posterior."""
+    """The rules of the posterior."""
     first_steps: FirstStepRules = field(default_factory=FirstStepRules)
-    """Of how training begins."""
+    """The rules by which the first steps of training contradict a spectrum."""
     trust: TrustRules = field(default_factory=TrustRules)
-    """Of what is trusted."""
+    """The rules by which predictions are trusted."""
     divergence: DivergenceRules = field(default_factory=DivergenceRules)
-    """Of training that does not recover."""
+    """The rules of training that does not recover."""
     failure: DivergenceRules = field(default_factory=lambda: DivergenceRules(1.0, 1.2))
-    """Of trials that diverge or are late. Of the configurations above the stability limit that are
-    predicted to reach their target on the first draws in benchmarks/search, 41 of 47 of the
-    digits' do, and 3 of 73 of the other four tasks'."""
+    """The rules of trials that diverge or are late. On the first draws in benchmarks/search, of
+    the configurations above the stability limit that are predicted to reach their target, 41 of
+    47 do so on digits, and 3 of 73 on the other four tasks."""
 
 
 RULES = CalibrationRules()

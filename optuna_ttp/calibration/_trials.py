@@ -1,4 +1,4 @@
-"""Observed trials, stacked, and the errors that their times are expected to have."""
+"""Stacked observations of trials, and the expected errors of their times."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from optuna_ttp.calibration._rules import ErrorRules
 
 @dataclass(frozen=True, eq=False)
 class Trials:
-    """The observations of n trials, stacked."""
+    """The observations of n trials, stacked along the first axis."""
 
     simulated: SimulatedFirstPassages
-    """Their simulated times, which go on behind the end of a simulation as they were going."""
+    """Simulated times, extrapolated to the levels after the end of a simulation."""
     observed: Floats
-    """Logarithms of observed times, ``(n, P)``; NaN where not seen, or not predicted."""
+    """Logarithms of observed times, ``(n, P)``; NaN if not observed or not predicted."""
     errors: Floats
-    """Their standard errors, ``(n, P)``."""
+    """Standard errors of these logarithms, ``(n, P)``."""
     bound: Floats
-    """See :attr:`Observation.bound`, ``(n,)``."""
+    """:attr:`Observation.bound` of each trial, ``(n,)``."""
     delay: Floats
-    """Logarithm of the share of a trial's steps that it lost in loss spikes, ``(n,)``."""
+    """Logarithm of a trial's steps over its steps without those lost in spikes, ``(n,)``."""
     predicted: Booleans
-    """Which levels were within the simulation, ``(n, P)``."""
+    """True for levels that the simulation reached, ``(n, P)``."""
     rules: ErrorRules
-    """Of the errors."""
+    """The rules of the expected errors."""
 
     @classmethod
     def of(cls, observations: Sequence[Observation], rules: ErrorRules) -> Trials:
-        """Stack observations of trials for each of which something was predicted."""
+        """Return the stacked observations of trials, each with a prediction at some level."""
         return cls(
             SimulatedFirstPassages(
                 DEPTHS[None, :],
@@ -48,7 +48,7 @@ class Trials:
                 np.array([o.instability for o in observations]),
                 np.array([o.lag for o in observations]),
             ),
-            # Times behind the target, where nothing was predicted, cannot be compared.
+            # Times after the target, which have no prediction, cannot be compared.
             np.array(
                 [np.where(np.isfinite(o.predicted), o.observed, np.nan) for o in observations]
             ),
@@ -60,10 +60,10 @@ class Trials:
         )
 
     def with_bounds(self, logs: Floats) -> tuple[Floats, Floats]:
-        """Return observed logarithmic times and their errors, both ``(n, P)``, given the expected.
+        """Return observed logarithmic times and their errors, ``(n, P)``, with bounds added.
 
-        Where a trial should have passed its next level by its end, that end is a bound of its
-        time.
+        If by the expected ``logs``, ``(n, P)``, a trial should have passed its next level before
+        its end, the bound takes the place of the missing observed time.
         """
         observed, errors = self.observed.copy(), self.errors.copy()
         last = deepest(observed)
@@ -72,7 +72,7 @@ class Trials:
         late = self.predicted[rows, following] & (logs[rows, following] < self.bound[rows])
         rows, following = rows[late], following[late]
         observed[rows, following] = self.bound[rows]
-        # A spike may have delayed it by any part of that, as far as one is to be expected.
+        # A spike, if one is to be expected, may have caused any part of the delay.
         away = self.bound[rows] - logs[rows, following]
         spike = np.minimum(catapult(self.simulated.instability[rows], self.rules), 1.0)
         errors[rows, following] = np.hypot(
@@ -81,7 +81,10 @@ class Trials:
         return observed, errors
 
     def precision(self, errors: Floats, seen: Booleans, scales: tuple[float, float]) -> Floats:
-        """Return the inverse covariance ``(n, P, P)`` of each trial's errors; zero if not seen."""
+        """Return inverse covariances ``(n, P, P)`` of the trials' errors at ``seen`` levels.
+
+        ``errors`` and ``seen`` are ``(n, P)``, ``scales`` as in :meth:`scales`; zero if not seen.
+        """
         both = seen[:, :, None] & seen[:, None, :]
         common = self.common(scales)
         level_variance = np.nan_to_num(errors) ** 2 + scales[0] * self.rules.level_sd**2
@@ -90,11 +93,11 @@ class Trials:
         return np.where(both, np.linalg.inv(covariance), 0.0)
 
     def common(self, scales: tuple[float, float]) -> Floats:
-        """Return the covariance of what the levels of a trial have in common, ``(n, P, P)``."""
+        """Return the covariance ``(n, P, P)`` of the errors that a trial's levels share."""
         rules = self.rules
         apart = (DEPTHS[:, None] - DEPTHS[None, :]) / rules.trial_length
         wild = wildness(self.simulated.instability, rules)
-        # What comes with instability stays with the trial from then on.
+        # An error that instability causes at one level stays at all later levels.
         lasting = np.minimum(wild[:, :, None], wild[:, None, :]) ** 2
         calm = scales[0] * rules.trial_sd**2 * np.exp(-0.5 * apart**2)
         return np.asarray(calm + scales[1] * lasting)
@@ -102,7 +105,7 @@ class Trials:
     def ratios(
         self, away: Floats, errors: Floats, seen: Booleans, scales: tuple[float, float]
     ) -> Floats:
-        """Return the mean squared error of each trial over what is expected of it, ``(n,)``."""
+        """Return means over seen levels of ``away**2`` over its expected value, ``(n,)``."""
         calm, wild = self._variances(scales)
         whole = wild + calm + np.nan_to_num(errors) ** 2
         return np.asarray((_shares(seen) * away**2 / whole).sum(axis=1))
@@ -115,10 +118,14 @@ class Trials:
         importance: Floats,
         expected: tuple[float, float],
     ) -> tuple[float, float]:
-        """Return scales of the errors' variances: of calm trials, and of what instability adds."""
+        """Return factors on two variances: that of stable trials, and that instability adds.
+
+        Errors ``away``, their standard ``errors`` and ``seen`` are ``(n, P)``, ``importance`` are
+        the weights of the trials, ``(n,)``, and ``expected`` the factors before any trial.
+        """
         calm, wild = self._variances(expected)
         whole = wild + calm + np.nan_to_num(errors) ** 2
-        # A trial counts for the one or the other by what its errors are expected to come from.
+        # A trial counts for the factor that its errors are expected to come from.
         unstable = (_shares(seen) * wild / whole).sum(axis=1)
         ratio = self.ratios(away, errors, seen, expected)
         stable = importance * (1.0 - unstable)
@@ -130,18 +137,18 @@ class Trials:
         return expected[0] * float(one), expected[1] * float(two)
 
     def _variances(self, scales: tuple[float, float]) -> tuple[float, Floats]:
-        """Return the variance of a calm trial's errors, and what instability adds, ``(n, P)``."""
+        """Return the variance of a stable trial, and the variance by instability, ``(n, P)``."""
         calm = scales[0] * (self.rules.trial_sd**2 + self.rules.level_sd**2)
         return calm, scales[1] * wildness(self.simulated.instability, self.rules) ** 2
 
 
 def _shares(seen: Booleans) -> Floats:
-    """Return the weights ``(n, P)`` with which seen levels of a trial are averaged."""
+    """Return weights ``(n, P)``, equal for all seen levels of a trial, that sum to one."""
     return np.asarray(seen / np.maximum(seen.sum(axis=1), 1)[:, None])
 
 
 def _extended(log_steps: Floats) -> Floats:
-    """Return logarithmic times ``(P,)`` that go on behind a simulation's end as they went."""
+    """Return logarithmic times ``(P,)``, extrapolated in the depth after a simulation's end."""
     known = np.flatnonzero(np.isfinite(log_steps))
     last = known[-1]
     slope = 0.5
@@ -153,19 +160,19 @@ def _extended(log_steps: Floats) -> Floats:
 
 
 def wildness(instability: Floats, rules: ErrorRules) -> Floats:
-    """Return the standard deviation of logarithmic times that comes with instability.
+    """Return the standard deviation of logarithmic times that instability causes.
 
-    The instability of :class:`Observation` has the levels in its last axis, and so has the result:
-    what was unstable once stays so.
+    ``instability``, see :class:`Observation`, has the levels in its last axis; the result has the
+    same shape and never falls along the levels.
     """
     lasting = np.log1p(np.fmax.accumulate(instability, axis=-1) / rules.instability_from)
     return rules.instability_sd * lasting + catapult(instability, rules)[..., None]
 
 
 def catapult(instability: Floats, rules: ErrorRules) -> Floats:
-    """Return the standard deviation that comes with a loss spike at the start of training.
+    """Return the standard deviation that a loss spike at the start of training causes.
 
-    It depends on the instability at the first level; the last axis, that of the levels, goes.
+    It depends on the instability at the first level; the result lacks the last axis, the levels.
     """
     share = instability[..., 0] / (instability[..., 0] + rules.catapult_from)
     return np.asarray(rules.catapult_sd * share**3)

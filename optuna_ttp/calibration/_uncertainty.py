@@ -1,4 +1,4 @@
-"""How sure a predicted training time is."""
+"""The uncertainty of predicted training times before any trial."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Z_90 = 1.2816
 
 @dataclass(frozen=True)
 class UncertaintyRules:
-    """How sure a predicted time is before any trial, and when linearisation is unreliable.
+    """The uncertainty of predicted times before any trial, and limits of linearisation.
 
     The standard deviations were chosen on the first draw of every network in benchmarks/accuracy,
     by the score of 80 % intervals (Gneiting and Raftery, 2007, equation 43), where displacement
@@ -28,49 +28,49 @@ class UncertaintyRules:
     """
 
     shallow_sd: float = 0.05
-    """Standard deviation of the logarithm of a predicted time at the start."""
+    """Standard deviation of the logarithm of a predicted time at the initial loss."""
     depth_sd: float = 0.02
-    """What every factor e that the loss falls adds to it."""
+    """Standard deviation that every factor e by which the loss falls adds."""
     unknown_sd: float = 0.5
-    """That of linearisation where there is no probe."""
+    """Standard deviation due to linearisation without a probe."""
     mismatch_sd: float = 0.3
-    """That of linearisation for every factor e of the kernel's mismatch."""
+    """Standard deviation due to linearisation for every factor e of the kernel's mismatch."""
     most_sd: float = 2.0
-    """Its largest value, and the largest mismatch that scales the prior."""
+    """Largest standard deviation due to linearisation, and largest mismatch in the prior scale."""
     mismatch_fraction: float = 0.5
-    """Share of the initial loss at which the probe is asked how wrong a kernel is."""
+    """Share of the initial loss at which the prior scale takes the kernel's mismatch."""
     deviation_fraction: float = 0.25
-    """Share of the initial loss at which it is asked how far configurations may differ."""
+    """Share of the initial loss at which the prior scale takes the deviation of the outputs."""
     least_growth: float = 0.7
-    """Scale of the growth's prior without any mismatch."""
+    """Factor on the prior of the growth without any mismatch."""
     growth_mismatch: float = 1.5
-    """What a mismatch adds to it, where the outputs are as predicted."""
+    """Addition to this factor per mismatch, if the outputs do not deviate."""
     least_scatter: float = 0.5
-    """Scale of the scatter's prior without any deviation, whose square root is added."""
+    """Factor on the prior of the scatter, to which the square root of the deviation is added."""
     most_deviation: float = 16.0
-    """Largest deviation that scales the prior."""
+    """Largest deviation in the prior scale."""
     unreliable_displacement: float = 1.0
-    """A weight matrix that changes by as much as it was has left its linearisation."""
+    """Relative change of a weight matrix from which on linearisation is unreliable."""
     unreliable_deviation: float = 1.0
-    """So have outputs that are as far off as they moved."""
+    """Deviation of the outputs, over their movement, from which on it is unreliable."""
     unreliable_mismatch: float = math.log(3.0)
-    """So has a kernel of three times the predicted one, or a third."""
+    """Logarithm of the factor between kernel and prediction from which on it is unreliable."""
 
 
 RULES = UncertaintyRules()
 
 
 def displacement(probe: Probe | None, fraction: float) -> float:
-    """Return ``|w - w_0| / |w_0|`` of the weight matrix that changes most on the way to a depth.
+    """Return ``|w - w_0| / |w_0|`` of the weight matrix that changes most, at a loss fraction.
 
-    The depth is given as the fraction of the initial training loss; beyond the deepest point of
-    the probe the displacement is that of the deepest point. NaN without a probe.
+    ``fraction`` is the training loss over the initial one; below the lowest fraction of the probe
+    the displacement is that at the lowest fraction. NaN without a probe.
     """
     return math.nan if probe is None else _at(probe, probe.relative_displacements, fraction)
 
 
 def deviation(probe: Probe | None, fraction: float) -> float:
-    """Return ``|f - f_lin| / |f_lin - f_0|`` of the outputs at a fraction of the initial loss."""
+    """Return ``|f - f_lin| / |f_lin - f_0|`` of the outputs at a loss fraction; NaN if unknown."""
     return math.nan if probe is None else _at(probe, probe.output_deviations, fraction)
 
 
@@ -90,7 +90,10 @@ def kernel_mismatch(probe: Probe | None, fraction: float) -> float:
 
 
 def _at(probe: Probe, values: Floats, fraction: float) -> float:
-    """Interpolate values of a probe in the logarithm of the loss."""
+    """Return values ``(P,)`` of a probe, interpolated in the logarithm of the loss fraction.
+
+    If a value is not finite, the result is the largest value, or zero at the initial loss.
+    """
     depths = -np.log(probe.fractions)
     wanted = -np.log(max(fraction, 1e-12))
     if np.isnan(wanted):
@@ -101,11 +104,11 @@ def _at(probe: Probe, values: Floats, fraction: float) -> float:
 
 
 def is_reliable(probe: Probe | None, fraction: float, rules: UncertaintyRules = RULES) -> bool:
-    """Tell whether the network is still close to its linearisation at a fraction of the loss.
+    """Return True if the network is close to its linearisation at a fraction of the initial loss.
 
-    That is: no weight matrix has to change by as much as it was, the outputs at the changed
-    weights are closer to the linearised ones than these are to the initial ones, and the kernel
-    there is within a factor of three of the predicted one. True without a probe.
+    That is the case if every weight matrix changes by less than its own norm, the outputs at the
+    changed weights are closer to the linearised outputs than these are to the initial ones, and
+    the kernel is within a factor of three of the predicted kernel. True without a probe.
     """
     return not (
         displacement(probe, fraction) >= rules.unreliable_displacement
@@ -117,9 +120,10 @@ def is_reliable(probe: Probe | None, fraction: float, rules: UncertaintyRules = 
 def linearisation_sd(
     probe: Probe | None, fraction: float, rules: UncertaintyRules = RULES
 ) -> float:
-    """Return the standard deviation of the logarithm of a time that comes from linearisation.
+    """Return the standard deviation of the logarithm of a time due to linearisation.
 
-    It grows with the depth and with :func:`kernel_mismatch`, up to about 2.
+    It grows as the ``fraction`` of the initial loss falls and with :func:`kernel_mismatch`, up to
+    about 2.
     """
     depth = -np.log(np.clip(fraction, 1e-3, 1.0)) if np.isfinite(fraction) else 1.0
     near = rules.shallow_sd + rules.depth_sd * float(depth)
@@ -130,11 +134,11 @@ def linearisation_sd(
 
 
 def prior_scale(probe: Probe | None, rules: UncertaintyRules = RULES) -> PriorScale:
-    """Return what a probe says about the errors that trials will show.
+    """Return the prior scale of the errors of trials, by the probe of the linearisation.
 
-    The further the outputs are from the linearised ones, the more the configurations differ. A
-    kernel that differs from the predicted one is wrong for all of them alike; but where the
-    outputs are further off than they moved, the probe was not on the path that training takes.
+    The scatter between trials grows with the deviation of the outputs. The growth's factor grows
+    with the mismatch of the kernel, which is the same for all configurations, but less so if the
+    outputs deviate by more than they moved, since then the probe is off the path of training.
     Without a probe the scale is that of a usual pretrained network.
     """
     if probe is None:
@@ -146,16 +150,17 @@ def prior_scale(probe: Probe | None, rules: UncertaintyRules = RULES) -> PriorSc
 
 
 def stability_sd(stability: Floats) -> Floats:
-    """Return what the nearness of the stability limit adds to the standard deviation.
+    """Return the standard deviation of log times that closeness to the stability limit adds.
 
-    Of learning rates over the largest stable one, any shape: zero up to half the limit, 0.25 at
-    the limit. Real training near the limit was 20 to 30 % slower than its linear simulation.
+    ``stability`` is the learning rate over the largest stable one, of any shape: zero up to half
+    the limit, 0.25 at the limit, at most 1. Real training near the limit was 20 to 30 % slower
+    than its linear simulation.
     """
     return np.clip(0.5 * (stability - 0.5), 0.0, 1.0)
 
 
 def probability_below(steps: Floats, sd: Floats, horizon: Integers) -> Floats:
-    """Return how likely log-normal times are at most the horizons, all of one shape.
+    """Return the probability that log-normal times are at most the horizons, in one shape.
 
     ``steps`` are the medians, infinite (probability zero) where the target is not reached; ``sd``
     are the standard deviations of the logarithms.

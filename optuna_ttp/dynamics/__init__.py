@@ -1,4 +1,4 @@
-"""How the loss falls: a spectrum and hyperparameters in, trajectories out."""
+"""Simulated training curves, computed from a spectrum and hyperparameters."""
 
 from __future__ import annotations
 

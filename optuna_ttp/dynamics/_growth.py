@@ -1,4 +1,4 @@
-"""How the kernel grows while the network is trained."""
+"""The growth of the kernel while the network is trained."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from optuna_ttp._util.arrays import Floats
 
 @dataclass(frozen=True)
 class GrowthRules:
-    """How the two estimates of a kernel's growth are joined."""
+    """The limit within which two estimates of a kernel's growth are averaged."""
 
     most_disagreement: float = math.log(3.0)
-    """Most that the kernel at the displaced weights may differ, as a logarithm, from what the
-    displacement says. Chosen on the first draw of each network in benchmarks/accuracy."""
+    """Largest difference of the estimates' logarithms that counts; the second estimate is clipped
+    to it. Chosen on the first draw of each network in benchmarks/accuracy."""
 
 
 RULES = GrowthRules()
@@ -24,15 +24,16 @@ RULES = GrowthRules()
 
 @dataclass(frozen=True, eq=False)
 class KernelGrowth:
-    """A factor ``kappa(l)`` on the kernel as a function of the loss ``l``, for all configurations.
+    """A factor ``kappa(l)`` by which the kernel is multiplied at the training loss ``l``.
 
-    The network's kernel is taken to be ``kappa(l) Theta``: its directions stay, its speed changes.
+    The kernel is ``kappa(l) Theta``: its eigenvectors stay as they are, its eigenvalues change.
     """
 
     fractions: Floats
-    """Training loss over the initial one, descending from 1, shape ``(P,)``."""
+    """Training loss over the initial training loss, descending from 1, shape ``(P,)``."""
     factors: Floats
-    """``kappa`` there, positive. Constant beyond the ends, log-log-linear in between."""
+    """``kappa`` at these fractions, positive, shape ``(P,)``. It is constant beyond the ends; in
+    between its logarithm is linear in the logarithm of the fraction."""
 
     @classmethod
     def from_probe(
@@ -42,23 +43,21 @@ class KernelGrowth:
         kernel_ratios: Floats,
         rules: GrowthRules = RULES,
     ) -> KernelGrowth:
-        """Predict the growth at loss fractions ``(P,)`` as the geometric mean of two estimates.
+        """Return the growth at loss fractions ``(P,)``: the geometric mean of two estimates.
 
-        Neither of them holds for all networks.
+        The first estimate is ``(1 + rho^2)^2`` with the head's relative displacement ``rho``,
+        ``(P,)``: a head ``W`` on features ``phi`` has the kernel ``|phi|^2`` from its own weights
+        and one proportional to ``|W|^2`` from the weights below it. If training moves the head by
+        ``rho |W_0|``, at a right angle to its random start, ``|W|^2`` is multiplied by
+        ``1 + rho^2``, and in a balanced network so are the features along the same directions.
 
-        From the displacement ``rho`` of the head alone: a head ``W`` on features ``phi`` has the
-        kernel ``|phi|^2`` from its own weights and one proportional to ``|W|^2`` from the weights
-        below it. Where training moves the head by ``rho |W_0|``, at a right angle to its random
-        start, ``|W|^2`` grows by ``1 + rho^2``, and so do, in a balanced network, the features
-        along the same directions: ``(1 + rho^2)^2``.
+        The second estimate is the kernel ratio ``|J(w)^T u|^2 / |J(w_0)^T u|^2``, ``(P,)``, along
+        the gradient ``u`` at the displaced weights ``w``. It includes the layers below the head,
+        but it is too large, because training follows the curved network and moves less far than
+        the linearised path. So it is clipped to between a third and three times the first one.
 
-        From the network at the displaced weights: ``|J(w)^T u|^2 / |J(w_0)^T u|^2`` along the
-        gradient ``u`` that training follows there. It also sees what happens below the head, but
-        it overshoots there, because training follows the curved network and goes less far than
-        the linearised path. So it is taken for at most three times the first one, or a third.
-
-        A heuristic of this package, not of the paper; ``benchmarks/accuracy`` measures it and each
-        of the two estimates alone. Points where one of both is not finite are left out.
+        This is a heuristic of this package, not of the paper; ``benchmarks/accuracy`` measures it
+        and each estimate alone. Points at which an estimate is not finite are left out.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             head = 2.0 * np.log1p(relative_displacements**2)
@@ -68,17 +67,17 @@ class KernelGrowth:
         return cls(fractions[known], np.exp(logs[known]))
 
     def at(self, fraction: Floats) -> Floats:
-        """Return ``kappa`` at losses over the initial one, of any shape."""
+        """Return ``kappa`` at fractions of the initial training loss, in the same shape."""
         with np.errstate(divide="ignore", invalid="ignore"):
             wanted = -np.log(np.maximum(fraction, 1e-300))
         logs = np.interp(wanted, -np.log(self.fractions), np.log(self.factors))
         return np.exp(logs)
 
     def times(self, depths: Floats, log_factors: Floats) -> KernelGrowth:
-        """Return the product of this growth and another one, at the points of both.
+        """Return the product of this growth and another growth, tabulated at the points of both.
 
-        The other one's logarithms ``(M,)`` are given at depths ``log(1 / fraction)``, ascending
-        from 0; it is constant beyond them.
+        ``log_factors`` are logarithms of the other growth at the depths ``log(1 / fraction)``,
+        both ``(M,)``, ascending from 0; beyond the last depth the other growth is constant.
         """
         depths_here = -np.log(self.fractions)
         every = np.union1d(depths_here, depths)
@@ -88,5 +87,5 @@ class KernelGrowth:
 
     @classmethod
     def none(cls) -> KernelGrowth:
-        """Return the growth of a kernel that does not grow."""
+        """Return the growth of a frozen kernel: ``kappa`` is one at every loss."""
         return cls(np.ones(1), np.ones(1))

@@ -36,17 +36,17 @@ class LinearisedModel:
     normalisers: torch.Tensor
     """``n`` of :class:`~optuna_ttp.Loss`, of shape ``(N,)``."""
     labels: torch.Tensor | None
-    """The class to be predicted, of shape ``(N,)``, or :obj:`None` for a single real target."""
+    """The class of each sample, of shape ``(N,)``, or :obj:`None` for a single real target."""
     kind: str
     """``"cross_entropy"`` or ``"mse"``."""
     pull: torch.Tensor | None = None
     """The pretrained weights in the coordinates of ``theta``, ``Lambda^(-1/2) V^T J w_0``, of
-    shape ``(r,)``: where weight decay pulls from. :obj:`None` where it is not known."""
+    shape ``(r,)``; weight decay shrinks ``pull + theta``. :obj:`None` if the spectrum lacks it."""
     validation: LinearisedModel | None = None
     """The same model on the validation samples, or :obj:`None`."""
     decay_factors: torch.Tensor | None = None
-    """What weight decay of ``theta`` is multiplied by, of shape ``(r,)``; see
-    :class:`~optuna_ttp.Spectrum`. :obj:`None` for one."""
+    """Factors on the weight decay of ``theta``, of shape ``(r,)``; see
+    :class:`~optuna_ttp.Spectrum`. :obj:`None` if all are one."""
 
     @classmethod
     def from_spectrum(
@@ -56,7 +56,7 @@ class LinearisedModel:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> LinearisedModel:
-        """Build the model of a spectrum's samples, and that of its validation samples if any."""
+        """Return the model of a spectrum, including its validation samples if it has any."""
         vectors = np.asarray(spectrum.eigenvectors, dtype=np.float64)
         roots = np.sqrt(spectrum.eigenvalues)
 
@@ -86,7 +86,7 @@ class LinearisedModel:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> LinearisedModel:
-        """Build the model of samples with features ``psi`` of shape ``(N C, r)``."""
+        """Return the model of N samples with features ``psi``, ``(N C, r)``, and their targets."""
         n_samples, n_outputs = initial_outputs.shape
         soft_targets, normalisers = loss.soft_targets(targets, n_outputs)
         labels = None
@@ -108,7 +108,10 @@ class LinearisedModel:
         )
 
     def restricted(self, samples: torch.Tensor) -> LinearisedModel:
-        """Return the model of the samples with these indices, in the same coordinates."""
+        """Return the model of the samples at the given indices ``(n,)``, in the same coordinates.
+
+        Pull, decay factors and the validation model stay as they are.
+        """
         samples = samples.to(self.features.device)
         return replace(
             self,
@@ -130,12 +133,12 @@ class LinearisedModel:
         return int(self.features.shape[2])
 
     def outputs(self, theta: torch.Tensor) -> torch.Tensor:
-        """Return the outputs for K states of shape ``(K, r)``: shape ``(K, N, C)``."""
+        """Return the outputs ``(K, N, C)`` at K states ``theta`` of shape ``(K, r)``."""
         flat = theta @ self.features.reshape(-1, self.rank).T
         return self.initial_outputs + flat.reshape(len(theta), *self.initial_outputs.shape)
 
     def loss(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return the loss over all samples for outputs ``(K, N, C)``: shape ``(K,)``."""
+        """Return the mean loss ``(K,)`` over all samples for outputs ``(K, N, C)``."""
         return self.batch_loss(outputs, self.soft_targets, self.normalisers)
 
     def batch_loss(
@@ -148,17 +151,17 @@ class LinearisedModel:
         return self.sample_losses(outputs, soft_targets).sum(dim=1) / normalisers.sum()
 
     def sample_losses(self, outputs: torch.Tensor, soft_targets: torch.Tensor) -> torch.Tensor:
-        """Return the loss ``(K, B)`` of each sample of a batch, before it is normalised."""
+        """Return the losses ``(K, B)``, not normalised, for ``(K, B, C)`` and ``(B, C)``."""
         if self.kind == "mse":
             return (outputs - soft_targets).square().mean(dim=2)
         return -(soft_targets * outputs.log_softmax(dim=2)).sum(dim=2)
 
     @property
     def loss_floor(self) -> float:
-        """The lowest training loss that any outputs have.
+        """The lowest possible training loss.
 
-        The entropy of the soft targets for the cross-entropy: zero without label smoothing. Zero
-        for the mean squared error.
+        For the cross-entropy this is the mean entropy of the soft targets (zero without label
+        smoothing), for the mean squared error zero.
         """
         if self.kind == "mse":
             return 0.0
@@ -167,7 +170,7 @@ class LinearisedModel:
         return max(0.0, float(entropy / self.normalisers.double().sum()))
 
     def accuracy(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return the share of samples classified rightly for outputs ``(K, N, C)``."""
+        """Return the share ``(K,)`` of correctly classified samples for outputs ``(K, N, C)``."""
         if self.labels is None:
             raise ValueError("A single real output has no accuracy.")
         return (outputs.argmax(dim=2) == self.labels).double().mean(dim=1)
@@ -179,33 +182,33 @@ class LinearisedModel:
         return output_gradients(self.kind, outputs, soft_targets, normalisers)
 
     def gradient(self, theta: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of the loss over all samples for K states ``(K, r)``."""
+        """Return the gradient ``(K, r)`` of the loss over all samples at states ``(K, r)``."""
         residuals = self.residuals(self.outputs(theta), self.soft_targets, self.normalisers)
         return residuals.reshape(len(theta), -1) @ self.features.reshape(-1, self.rank)
 
     @cached_property
     def sample_gradients(self) -> torch.Tensor:
-        """Each sample's gradient of the loss at the start, by ``theta``, of shape ``(N, r)``.
+        """The gradient of each sample's loss by ``theta`` at ``theta = 0``, of shape ``(N, r)``.
 
-        Their mean is the gradient of the training loss, and their products are those of the
-        network's own gradients, ``r_n^T Theta_nm r_m`` with the residuals ``r`` (the derivatives
-        of a sample's loss by its outputs): no further pass over the data is needed for them.
+        Their mean is the gradient of the training loss. The product of two of them equals that of
+        the network's gradients, ``r_n^T Theta_nm r_m`` with the residuals ``r`` (the derivatives
+        of a sample's loss by its outputs), so that no further pass over the data is needed.
         """
         whole = self.residuals(self.initial_outputs[None], self.soft_targets, self.normalisers)[0]
         return self.n_samples * torch.einsum("ncr,nc->nr", self.features, whole)
 
     @cached_property
     def gradient_variances(self) -> torch.Tensor:
-        """Variance over the samples of each entry of their gradients at the start, ``(r,)``.
+        """The variance over the samples of each entry of :attr:`sample_gradients`, ``(r,)``.
 
-        The diagonal of the paper's ``Sigma`` (equation 3) in the coordinates of ``theta``; its
-        sum is the trace of the gradient noise of a single sample.
+        This is the diagonal of the paper's ``Sigma`` (equation 3) in the coordinates of ``theta``;
+        its sum is the trace of the covariance of a single sample's gradient.
         """
         return self.sample_gradients.var(dim=0, correction=0)
 
     @cached_property
     def curvatures(self) -> Floats:
-        """Eigenvalues ``(r,)``, descending, of the Hessian at the start."""
+        """Eigenvalues ``(r,)``, descending, of the training loss's Hessian at ``theta = 0``."""
         return self.curvatures_at(self.initial_outputs)
 
     def curvatures_at(self, outputs: torch.Tensor) -> Floats:

@@ -1,4 +1,4 @@
-"""What SGD does at each simulated step, and how many of its steps are simulated as one."""
+"""The optimiser's settings at each simulated step, and how many real steps that stands for."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
 
 @dataclass(frozen=True)
 class SimulationRules:
-    """What a simulation approximates, when it ends. Not ablated where no reason is given."""
+    """The accuracy of a simulation, and when it ends. Numbers without a reason: not ablated."""
 
     coarse_step: float = 0.25
-    """Largest relative change of the steepest direction in one coarse step. The times are within
-    2 % of exact ones (tests/dynamics/test_strides.py)."""
+    """Largest relative change of the steepest direction in one coarse step, which stands for
+    several steps. Times are within 2 % of exact ones (tests/dynamics/test_strides.py)."""
     min_coarse_steps: int = 64
-    """A time to the target that was found in fewer coarse steps is found again in finer ones, and
-    shorter curves have none. Chosen with the coarse step."""
+    """Least number of coarse steps of a curve, and of those to its target: if there would be
+    fewer, the steps are made finer. Chosen with the coarse step."""
     blow_up: float = 100.0
-    """A loss so many times the initial one ends a curve."""
+    """A curve ends if its loss exceeds the initial loss by this factor."""
     edge: float = 0.8
-    """Share of the edge of stability up to which a kernel grows: swings at the edge itself never
-    die down."""
+    """Share of the stability limit up to which a kernel grows: at the limit itself oscillations
+    of the loss do not decay."""
     spacing: float = 1.04
-    """The next recorded step over the last one."""
+    """Ratio of successive recorded steps, once it exceeds one step."""
 
 
 RULES = SimulationRules()
@@ -47,15 +47,15 @@ def strides(
     steps_per_epoch: Integers,
     rules: SimulationRules,
 ) -> Integers:
-    """Return how many optimiser steps of K configurations are simulated as one: powers of two.
+    """Return the number of optimiser steps, a power of two, that are simulated as one, ``(K,)``.
 
     Where ``eta_e h_1`` is small (effective learning rate ``eta_e``, largest curvature ``h_1``),
     ``s`` steps of batch size ``B`` move the outputs like one step of batch size ``s B`` (the
     linear scaling rule: drift ``s eta_e`` and noise ``eta_e^2 s / B`` are the same). ``s`` is
     chosen so that ``s eta_e h_1`` is at most 0.25. That is coarse for the steepest direction, but
-    the time to a target is mostly set by directions many times flatter; where it is not, the
-    target is met after few coarse steps and found again in finer ones. All arrays are of shape
-    ``(K,)``.
+    the time to a target is mostly set by directions many times flatter; if it is not, the target
+    is reached after few coarse steps, and :func:`simulate` repeats the run with finer ones. All
+    arrays have the shape ``(K,)``.
     """
     effective = sgd.effective_learning_rate
     if not sgd.schedule.is_constant:
@@ -72,7 +72,7 @@ def strides(
 
 
 def effective_rates(sgd: SGDConfigurations, steps_per_epoch: int, n_steps: int) -> Floats:
-    """Return the effective learning rate ``eta (1 - d) / (1 - m)`` at every step, ``(K, T)``."""
+    """Return ``eta (1 - d) / (1 - m)`` of K configurations at each of T steps, ``(K, T)``."""
     rates, momenta = sgd.schedule.values(sgd.learning_rate, sgd.momentum, steps_per_epoch, n_steps)
     gain = np.where(momenta > 0, 1.0 - sgd.dampening[:, None], 1.0)
     return rates * gain / (1.0 - momenta)
@@ -80,7 +80,10 @@ def effective_rates(sgd: SGDConfigurations, steps_per_epoch: int, n_steps: int) 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Learning rate, momentum and gain of a step, each ``(K, 1)``; no gain where all are one."""
+    """The hyperparameters of K configurations at one step, each of shape ``(K, 1)``.
+
+    ``gain`` is the factor on a new gradient, ``1 - d`` with dampening ``d``; None if all are one.
+    """
 
     rate: torch.Tensor
     momentum: torch.Tensor
@@ -89,9 +92,10 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a group of K configurations does at each of its T (coarse) steps.
+    """The hyperparameters of K configurations at T simulated steps of ``stride`` real steps.
 
-    ``rates``, ``momenta`` and ``gain`` have shape ``(K, T)``, or ``(K, 1)`` where nothing changes.
+    ``rates``, ``momenta`` and ``gain`` (see :class:`Step`) are ``(K, T)``, or ``(K, 1)`` if they
+    are constant; ``nesterov`` (1 or 0) and weight ``decay`` (None if all are zero) ``(K, 1)``.
     """
 
     rates: torch.Tensor
@@ -110,7 +114,7 @@ class Plan:
         stride: int,
         n_steps: int,
     ) -> Plan:
-        """Lay out ``n_steps`` steps, each of which stands for ``stride`` optimiser steps."""
+        """Return a plan of ``n_steps`` simulated steps; an epoch has ``per_epoch`` real steps."""
         n_values = 1 if sgd.schedule.is_constant else n_steps * stride
         rates, momenta = sgd.schedule.values(sgd.learning_rate, sgd.momentum, per_epoch, n_values)
         gain = np.where(momenta > 0, 1.0 - sgd.dampening[:, None], 1.0)
@@ -127,21 +131,21 @@ class Plan:
 
     @cached_property
     def changes(self) -> bool:
-        """Whether the learning rate or the momentum changes from step to step."""
+        """True if the learning rate or the momentum may change from step to step."""
         return self.rates.shape[1] > 1
 
     @cached_property
     def looks_ahead(self) -> bool:
-        """Whether any momentum is Nesterov's."""
+        """True if any configuration uses Nesterov's momentum."""
         return bool((self.nesterov > 0).any())
 
     @cached_property
     def _dampens(self) -> bool:
-        """Whether any gradient is dampened."""
+        """True if any configuration dampens its gradients."""
         return bool((self.gain != 1.0).any())
 
     def at(self, step: int) -> Step:
-        """Return what the configurations do at a step; the last one goes on for ever."""
+        """Return the hyperparameters at a simulated step; after the last one they stay."""
         place = min(step, self.rates.shape[1] - 1)
         gain = self.gain[:, place, None] if self._dampens else None
         return Step(self.rates[:, place, None], self.momenta[:, place, None], gain)
@@ -161,12 +165,12 @@ class Plan:
 def _coarse_optimiser(
     rates: Floats, momenta: Floats, gain: Floats, nesterov: Booleans, stride: int
 ) -> tuple[Floats, Floats]:
-    """Return learning rate and momentum of the heavy ball whose one step stands for ``s`` steps.
+    """Return rates and momenta of heavy balls whose one step stands for ``s = stride`` steps.
 
-    It has the effective learning rate ``s eta_e`` and the lag ``(l - (s - 1) / 2) / s``, which
+    They have the effective learning rate ``s eta_e`` and the lag ``(l - (s - 1) / 2) / s``, which
     makes ``s`` times the rate of contraction (see :attr:`SGDConfigurations.lag`) to second order,
-    as long as this lag is not negative. Where a schedule changes them, they are means over ``s``
-    steps.
+    as long as this lag is not negative. Arrays have the shape ``(K, 1)``; with a schedule,
+    ``(K, T s)`` becomes ``(K, T)`` by means over ``s`` steps.
     """
     effective = rates * gain / (1.0 - momenta)
     lags = lag(momenta, nesterov)

@@ -1,4 +1,4 @@
-"""Where the residual goes while a linearised network learns, on a subspace of its outputs."""
+"""The residual of a linearised network during training, on a subspace of its outputs."""
 
 from __future__ import annotations
 
@@ -19,20 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PathRules:
-    """How a path is followed.
-
-    Attributes:
-        growth:
-            A step as a share of the time that has passed.
-        max_steps:
-            Steps at most: so many span seven decades of time.
-        fractions:
-            Shares of the reducible loss where the residual is recorded.
-    """
+    """The steps in which gradient flow is integrated, and where its residual is recorded."""
 
     growth: float = 0.1
+    """The length of a step over one plus the time so far."""
     max_steps: int = 170
+    """Largest number of steps; 170 of them span seven decades of time."""
     fractions: tuple[float, ...] = (0.5, 0.25, 0.1)
+    """Shares of the initial reducible loss at which the residual is recorded."""
 
 
 RULES = PathRules()
@@ -40,17 +34,18 @@ RULES = PathRules()
 
 @dataclass(frozen=True, eq=False)
 class ResidualPath:
-    """How far training gets, and where the residual points on the way.
+    """The loss and the residual along a path of gradient flow that starts at time zero.
 
     Attributes:
         times:
-            From zero, in units of the fastest mode's.
+            Ascending from zero, in units of the time constant of the fastest mode, ``(T,)``.
         left:
-            The share of the reducible loss that is left then, from 1 downwards.
+            Share of the reducible loss (that above the lowest possible one) at these times,
+            starting at 1, shape ``(T,)``.
         residuals:
-            Unit vectors of shape ``(N C, s)``: the gradient of the loss by the outputs at the
-            start, where half, a quarter and a tenth of the reducible loss is left, or at the end
-            where it does not get there. None where there is nothing to learn.
+            Unit vectors, ``(N C, s)``: the gradient of the loss by the outputs at the start and
+            once half, a quarter and a tenth of the reducible loss is left, or else at the end of
+            the path. ``s`` is zero if there is nothing to learn.
     """
 
     times: NDArray[np.float64]
@@ -58,13 +53,13 @@ class ResidualPath:
     residuals: torch.Tensor
 
     def time_difference(self, other: ResidualPath) -> float:
-        """Return the largest relative difference of the times of two paths of one follower."""
+        """Return the largest relative difference of the times (:func:`times_to`) of two paths."""
         times = times_to([self, other])
         return float((np.abs(times[0] - times[1]) / times.min(axis=0)).max(initial=0.0))
 
 
 class PathFollower:
-    """Follows the training of a task's linearised network on approximations of its kernel.
+    """Trains a task's linearised network by gradient flow on approximations of its kernel.
 
     Training starts at the outputs of the pretrained model, of shape ``(N, C)``.
     """
@@ -75,7 +70,7 @@ class PathFollower:
         self._outputs = torch.as_tensor(initial_outputs, dtype=torch.float64)
         self._targets, self._normalisers = torch.as_tensor(q), torch.as_tensor(n)
         self._unit: float | None = None
-        # At the largest the Hessian of a sample's loss by its outputs has.
+        # The largest eigenvalue that the Hessian of a sample's loss by its outputs can have.
         largest = 2.0 / task.n_outputs if self._kind == "mse" else 0.5 * float(q.sum(axis=1).max())
         self._curvature = largest / max(float(n.sum()), 1e-30)
         entropy = -torch.xlogy(
@@ -86,19 +81,19 @@ class PathFollower:
 
     @property
     def residual(self) -> torch.Tensor:
-        """Return the gradient of the loss by the initial outputs, of shape ``(N C, 1)``."""
+        """The gradient of the loss by the outputs at the initial outputs, shape ``(N C, 1)``."""
         return self._gradient(self._outputs.flatten())[:, None]
 
     def follow(
         self, basis: torch.Tensor, mixing: torch.Tensor, values: torch.Tensor
     ) -> ResidualPath:
-        """Train on the kernel ``Q M diag(values) M^T Q^T`` with ``Q`` of shape ``(N C, m)``.
+        """Return the path of gradient flow on the kernel ``Q M diag(values) M^T Q^T``.
 
-        The values descend; what is negative by rounding counts as zero. Returns the path of
-        gradient flow, by exponential Euler steps (Hochbruck and Ostermann, Acta Numerica 2010,
-        section 2): exact for the mean squared error, and for the cross-entropy slower than the
-        flow where its curvature is below the largest. All paths of one follower take the same
-        steps.
+        The basis ``Q`` has the shape ``(N C, m)``, ``mixing`` is ``M``, ``(m, k)``, and the
+        ``values`` ``(k,)`` descend; negative ones count as zero. Exponential Euler steps
+        (Hochbruck and Ostermann, Acta Numerica 2010, section 2) are exact for the mean squared
+        error; for the cross-entropy they are slower than the flow where its curvature is below
+        the largest. The unit of time is set by the first path of a follower.
         """
         start = self._outputs.flatten()
         values = values.clamp(min=0.0)
@@ -134,36 +129,36 @@ class PathFollower:
         return ResidualPath(np.array(times), np.array(left), columns)
 
     def _loss(self, outputs: torch.Tensor) -> float:
-        """Return the sum of the samples' losses."""
+        """Return the sum of the samples' losses for outputs ``(N C,)``."""
         shaped = outputs.reshape(self._targets.shape)
         if self._kind == "mse":
             return float((shaped - self._targets).square().mean(dim=1).sum())
         return float(-(self._targets * shaped.log_softmax(dim=1)).sum())
 
     def _gradient(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of the loss by the outputs, of shape ``(N C,)``."""
+        """Return the gradient of the mean loss by the outputs, at outputs; both ``(N C,)``."""
         shaped = outputs.reshape(1, *self._targets.shape)
         return output_gradients(self._kind, shaped, self._targets, self._normalisers).flatten()
 
 
 def times_to(paths: Sequence[ResidualPath]) -> NDArray[np.float64]:
-    """Return when P paths by the same follower reach the same levels, of shape ``(P, 3)``.
+    """Return the times ``(P, 3)`` at which P paths of one follower reach three loss levels.
 
-    The levels are half, a quarter and a tenth of the reducible loss where all get there; else 50,
-    75 and 90 % of what all get to. The shape is ``(P, 0)`` where one does not get anywhere.
+    The levels are half, a quarter and a tenth of the reducible loss if all paths reach them; else
+    50, 75 and 90 % of the smallest fall among the paths. ``(P, 0)`` if a path does not fall.
     """
     lowest = max(float(path.left.min()) for path in paths)
     if not lowest < 1.0:
         return np.empty((len(paths), 0))
     levels = np.array(RULES.fractions)
     if lowest > levels[-1]:
-        # The same shares of what is reached.
+        # The same shares of the fall that every path achieves.
         levels = 1.0 - (1.0 - lowest) * (1.0 - levels)
     return np.stack([_times(path, levels) for path in paths])
 
 
 def _times(path: ResidualPath, levels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return when some levels are reached, nearly exponentially between two steps."""
+    """Return the times ``(L,)`` of shares of the loss, interpolated in the loss's logarithm."""
     lowest = np.minimum.accumulate(path.left)
     falling = np.flatnonzero(np.diff(lowest, prepend=np.inf) < 0.0)
     return np.asarray(np.interp(-np.log(levels), -np.log(lowest[falling]), path.times[falling]))

@@ -18,10 +18,10 @@ Every = Literal["step", "epoch"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """What happens to the learning rate (and the momentum) from step to step.
+    """A schedule of the learning rate, and possibly of the momentum, over the steps of training.
 
     Made by one of the class methods. A schedule either multiplies the configuration's learning
-    rate by a number, or it is whatever a scheduler of :mod:`torch.optim.lr_scheduler` does.
+    rate by a number at each step, or it follows a scheduler of :mod:`torch.optim.lr_scheduler`.
 
     Example:
         >>> schedule = Schedule.cosine(total_steps=1000, warmup_steps=50)
@@ -29,12 +29,12 @@ class Schedule:
 
     Attributes:
         function:
-            From the number of steps (or epochs) done to the multiplier, or :obj:`None`.
+            Maps the number of steps (or epochs) done to the multiplier, or is :obj:`None`.
         factory:
-            From a :class:`torch.optim.Optimizer` to its scheduler, or :obj:`None`.
+            Maps a :class:`torch.optim.Optimizer` to its scheduler, or is :obj:`None`.
         every:
-            ``"step"`` where the schedule advances with every step, ``"epoch"`` where it does so at
-            the end of every pass over the data.
+            ``"step"`` if the schedule advances with every step, ``"epoch"`` if it does so at the
+            end of every pass over the data.
     """
 
     function: Callable[[int], float] | None = None
@@ -81,14 +81,18 @@ class Schedule:
 
         Args:
             step_size:
-                Positive.
+                The steps or epochs after which the learning rate is multiplied. Positive.
             gamma:
-                Positive. One tenth by default.
+                The factor. Positive. One tenth by default.
             every:
                 The unit of ``step_size``. Steps by default.
 
         Returns:
             The schedule of :class:`torch.optim.lr_scheduler.StepLR`.
+
+        Raises:
+            ValueError:
+                If an argument is out of its range.
         """
         _check_count("step_size", step_size)
         if not (math.isfinite(gamma) and gamma > 0):
@@ -103,7 +107,8 @@ class Schedule:
 
         Args:
             warmup_steps:
-                Step ``t`` is taken with the share ``(t + 1) / (warmup_steps + 1)``.
+                The length of the warm-up. Its step ``t``, from 0 on, has the share
+                ``(t + 1) / (warmup_steps + 1)`` of the learning rate.
             then:
                 A multiplying schedule that starts where the warm-up ends. Constant by default.
             every:
@@ -111,6 +116,11 @@ class Schedule:
 
         Returns:
             The schedule.
+
+        Raises:
+            ValueError:
+                If ``warmup_steps`` is not positive, or ``then`` is a torch schedule or has
+                another unit.
         """
         _check_count("warmup_steps", warmup_steps)
         after = Schedule() if then is None else then
@@ -132,16 +142,20 @@ class Schedule:
 
         Args:
             total_steps:
-                Warm-up included. The rate keeps its final value afterwards.
+                The length, warm-up included. The rate keeps its final value afterwards.
             final:
-                Share of the learning rate at the end. Zero by default.
+                The share of the learning rate at the end. Zero by default.
             warmup_steps:
-                None by default.
+                The length of the warm-up. Zero by default.
             every:
                 The unit of both lengths. Steps by default.
 
         Returns:
             The schedule of :class:`torch.optim.lr_scheduler.CosineAnnealingLR`.
+
+        Raises:
+            ValueError:
+                If an argument is out of its range.
         """
         _check_count("total_steps", total_steps)
         if not 0.0 <= final <= 1.0:
@@ -161,15 +175,15 @@ class Schedule:
 
     @classmethod
     def one_cycle(cls, total_steps: int, **settings: Any) -> Schedule:
-        """One cycle up to the configuration's learning rate and down again, momentum against it.
+        """Raise the learning rate up to the configuration's and lower it again, in one cycle.
 
         Args:
             total_steps:
                 Steps of the cycle. Training that goes on keeps the last learning rate.
             settings:
                 Other arguments of :class:`torch.optim.lr_scheduler.OneCycleLR`. Its momentum
-                cycles between 0.85 and 0.95 unless ``cycle_momentum=False`` is given, whatever
-                the configuration's momentum is.
+                cycles in the opposite direction, between 0.85 and 0.95 whatever the
+                configuration's momentum is, unless ``cycle_momentum=False`` is given.
 
         Returns:
             The schedule.
@@ -187,7 +201,7 @@ class Schedule:
 
     @classmethod
     def from_torch(cls, factory: Callable[[Any], Any], *, every: Every = "step") -> Schedule:
-        """Return a schedule that does what a scheduler of PyTorch does.
+        """Return a schedule that follows a scheduler of PyTorch.
 
         Example:
             >>> from torch.optim.lr_scheduler import ExponentialLR
@@ -195,7 +209,7 @@ class Schedule:
 
         Args:
             factory:
-                From an optimiser to its scheduler. It is called with an optimiser of one weight
+                Maps an optimiser to its scheduler. It is called with an optimiser of one weight
                 that has the configuration's learning rate and momentum.
             every:
                 When the training loop calls ``scheduler.step()``. After every step by default.
@@ -209,7 +223,7 @@ class Schedule:
 
     @property
     def is_constant(self) -> bool:
-        """Whether nothing changes."""
+        """True if the learning rate and the momentum stay constant."""
         return self.function is None and self.factory is None
 
     def values(
@@ -223,16 +237,16 @@ class Schedule:
 
         Args:
             learning_rate:
-                Shape ``(K,)``.
+                The configurations' learning rates, shape ``(K,)``.
             momentum:
-                Shape ``(K,)``.
+                The configurations' momenta, shape ``(K,)``.
             steps_per_epoch:
-                Optimiser steps a pass over the data.
+                Optimiser steps per pass over the data.
             n_steps:
-                How many steps T.
+                The number of steps T.
 
         Returns:
-            Two arrays of shape ``(K, T)``.
+            Learning rates and momenta, both of shape ``(K, T)``.
 
         Raises:
             ValueError:
@@ -262,7 +276,7 @@ class Schedule:
 
 
 def _multiplier(function: Callable[[int], float], t: int) -> float:
-    """Return a function's multiplier at ``t``, infinite where it overflows."""
+    """Return the multiplier ``function(t)``; infinity if it overflows."""
     try:
         return float(function(t))
     except OverflowError:
@@ -272,7 +286,11 @@ def _multiplier(function: Callable[[int], float], t: int) -> float:
 def _scheduled(
     factory: Callable[[Any], Any], rate: float, momentum: float, n_changes: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Run a scheduler of PyTorch on an optimiser of one weight; return rates and momenta."""
+    """Return learning rates and momenta ``(n_changes,)`` that a torch scheduler sets in turn.
+
+    It runs on an optimiser of one weight that starts with ``rate`` and ``momentum``. ValueError
+    if the factory returns no scheduler, or one that needs a metric.
+    """
     import torch
 
     weight = torch.zeros(1, requires_grad=True)
@@ -287,7 +305,7 @@ def _scheduled(
         )
     group = optimizer.param_groups[0]
     values = np.empty((2, n_changes))
-    # Behind its end OneCycleLR would overshoot once and then refuse.
+    # After its last step OneCycleLR would overshoot once and then raise an error.
     last = n_changes
     if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR):
         last = scheduler.total_steps - 1
@@ -310,7 +328,7 @@ def _check_count(name: str, value: int) -> None:
 def _check_values(
     values: NDArray[np.float64], good: NDArray[np.bool_], what: str, demand: str
 ) -> None:
-    """Raise an error that names the first step, of those in the last axis, with a bad value."""
+    """Raise ValueError that names the first step, in the last axis, at which a value is bad."""
     if not good.all():
         step = int(np.argmin(good.all(axis=0)))
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The paper's own equation, as a baseline: gradient flow, with and without noise."""
+"""The paper's equation, gradient flow with or without noise, as a baseline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from optuna_ttp.dynamics._trajectories import Record
 from optuna_ttp.dynamics._trajectories import Trajectories
 
 
-# Largest change of the steepest direction in one step of the integrator.
+# Largest relative change of the steepest direction in one step of the integrator.
 _CHANGE = {"ode": 1.0, "sde": 0.5}
 
 
@@ -97,7 +97,12 @@ def _integrate(
     records: list[Record],
     generator: torch.Generator,
 ) -> None:
-    """Integrate configurations whose steps are divided alike; append to their records."""
+    """Integrate K configurations with ``n_parts`` integrator steps per step; append to records.
+
+    ``effective`` has the effective learning rates ``(K, T)``; ``batch_size``, ``(K,)``, is None
+    for training without noise. A row of a record is (step, training loss, accuracy or NaN). A
+    configuration ends at its ``max_steps``, at the target, or when its loss blows up.
+    """
     theta = model.features.new_zeros((len(records), model.rank))
     active = np.arange(len(records))
     initial = float(model.loss(model.initial_outputs[None]))

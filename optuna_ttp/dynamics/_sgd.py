@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class SGD:
     """Stochastic gradient descent as :class:`torch.optim.SGD` does it.
 
-    It holds what all trials of a search share. The learning rate and the batch size are given with
-    each configuration, and the momentum may be.
+    It holds the settings that all trials of a search share. The learning rate and the batch size
+    are given with each configuration, and the momentum may be.
 
     Example:
         >>> predictor = TrainingTimePredictor(
@@ -35,12 +35,12 @@ class SGD:
             The momentum of configurations and trials that do not give one themselves, in [0, 1).
             By default it is zero for predictions, and a trial must have one.
         nesterov:
-            Whether Nesterov's momentum is used. Off by default.
+            True for Nesterov's momentum. False by default.
         dampening:
             The dampening of the momentum, in [0, 1). Zero by default.
         weight_decay:
-            The L2 weight decay. Zero by default. With learning-rate multipliers the decay of what
-            was learned is approximate, that of the pretrained weights is not.
+            The L2 weight decay. Zero by default. With learning-rate multipliers the decay of the
+            weights' change is approximate, that of the pretrained weights is exact.
 
     Raises:
         TypeError:
@@ -77,7 +77,7 @@ class SGD:
         momentum: ArrayLike,
         schedule: Schedule | None = None,
     ) -> SGDConfigurations:
-        """Return K configurations of this optimiser, as simulations take them.
+        """Return K configurations of this optimiser for a simulation.
 
         Args:
             learning_rate:

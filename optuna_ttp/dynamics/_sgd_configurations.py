@@ -37,7 +37,7 @@ class SGDConfigurations:
         weight_decay: ArrayLike = 0.0,
         schedule: Schedule | None = None,
     ) -> SGDConfigurations:
-        """Broadcast settings, each a number or of shape ``(K,)``, to K configurations."""
+        """Return K configurations; each setting is a number or has the shape ``(K,)``."""
         rate, momenta, damp, ahead, decay = np.broadcast_arrays(
             np.atleast_1d(np.asarray(learning_rate, dtype=np.float64)),
             np.asarray(momentum, dtype=np.float64),
@@ -64,22 +64,22 @@ class SGDConfigurations:
     def effective_learning_rate(self) -> Floats:
         """``eta (1 - d) / (1 - m)`` with dampening ``d``, before any schedule; shape ``(K,)``.
 
-        The step that a constant gradient leads to in the end (Zancato et al., NeurIPS 2020,
-        appendix E, for ``d = 0``). PyTorch ignores the dampening where there is no momentum.
+        The step per unit of a constant gradient once the momentum has built up (Zancato et al.,
+        NeurIPS 2020, appendix E, for ``d = 0``). PyTorch ignores dampening without momentum.
         """
         return self.learning_rate * self.gain / (1.0 - self.momentum)
 
     @property
     def gain(self) -> Floats:
-        """What a new gradient is multiplied by: ``1 - d``, or one without momentum; ``(K,)``."""
+        """The factor on a new gradient: ``1 - d``, or one without momentum; shape ``(K,)``."""
         return np.where(self.momentum > 0, 1.0 - self.dampening, 1.0)
 
     @property
     def lag(self) -> Floats:
-        """Steps by which momentum lags behind: ``m / (1 - m)``, Nesterov ``m^2 / (1 - m)``.
+        """Steps by which momentum delays a gradient: ``m / (1 - m)``, Nesterov ``m^2 / (1 - m)``.
 
         With curvature ``h`` and ``x = eta_e h`` both contract a direction at the rate
-        ``x + (lag + 1/2) x^2 + O(x^3)`` a step: expand the slow root of
+        ``x + (lag + 1/2) x^2 + O(x^3)`` per step: expand the slow root of
         ``z^2 - (1 + m - eta h) z + m = 0``, and of
         ``z^2 - (1 + m)(1 - eta h) z + m (1 - eta h) = 0`` for Nesterov's.
         """
@@ -87,5 +87,5 @@ class SGDConfigurations:
 
 
 def lag(momentum: Floats, nesterov: Booleans) -> Floats:
-    """Return :attr:`SGDConfigurations.lag` of momenta that ``nesterov`` broadcasts with."""
+    """Return :attr:`SGDConfigurations.lag` of momenta; ``nesterov`` is broadcast with them."""
     return np.where(nesterov, momentum**2, momentum) / (1.0 - momentum)

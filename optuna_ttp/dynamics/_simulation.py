@@ -54,17 +54,17 @@ def simulate(
     """Return the simulated curves of K configurations.
 
     They are recorded at every step at first and then at steps 4 % apart. Arrays are of shape
-    ``(K,)``. A curve ends after its ``max_steps``, where it reaches the target (unless
-    ``full_curves`` are wanted, which have the validation curves too), or where its loss blows up.
-    Several slow steps are simulated as one, see :func:`strides`, unless ``exact`` is set or a
-    smoothing of the mini-batches' losses is to be recorded. Batches are drawn from a permutation
-    an epoch, whose last batch may be smaller, or with replacement; ``seed`` decides their order.
+    ``(K,)``. A curve ends after its ``max_steps``, when it reaches the target (unless
+    ``full_curves`` is set, which also adds validation curves), or when its loss blows up. Several
+    slow steps are simulated as one, see :func:`strides`, unless ``exact`` or a smoothing of the
+    mini-batch losses is given. Batches are drawn from one permutation per epoch, whose last batch
+    may be smaller, or with replacement; ``seed`` decides their order.
 
-    ``growth`` multiplies the kernel as the loss falls; with a ``limit`` a kernel grows up to the
-    edge of stability only, where training holds it (Cohen et al., 2021, "Gradient descent on
-    neural networks typically occurs at the edge of stability", arXiv 2103.00065). Schedules that
-    advance with the epoch do so after ``steps_per_epoch`` steps, by default those of the model's
-    samples.
+    ``growth`` multiplies the kernel as the loss falls; with a ``limit`` the kernel grows only up
+    to the edge of stability, where training keeps it (Cohen et al., 2021, "Gradient descent on
+    neural networks typically occurs at the edge of stability", arXiv 2103.00065). A schedule per
+    epoch advances after ``steps_per_epoch`` steps, by default the batches in the model's samples.
+    Weight decay without :attr:`LinearisedModel.pull` raises a ValueError.
     """
     if sgd.weight_decay.any() and model.pull is None:
         raise ValueError("Weight decay needs a model that knows its pull.")
@@ -88,7 +88,7 @@ def simulate(
             members = todo[same.all(axis=0)]
             coarse_steps = np.ceil(max_steps[members] / span).astype(np.int64)
             coarse_batch = int(samples) * int(span)
-            # So many samples make no noise worth drawing them for.
+            # The noise of so many samples is negligible.
             if sampling == "shuffle" or coarse_batch > max(int(samples), 16 * model.n_samples):
                 coarse_batch = min(coarse_batch, model.n_samples)
             blown_up[members] = _simulate_group(
@@ -136,10 +136,10 @@ def _refined_strides(
     target: Target | None,
     min_coarse_steps: int,
 ) -> Integers:
-    """Return strides ``(K,)``: smaller where the target took under ``min_coarse_steps`` strides.
+    """Return strides ``(K,)``, smaller if the target took fewer than ``min_coarse_steps`` strides.
 
-    A stride is the number of optimiser steps that are simulated as one; times are wrong by up to
-    half of it early in training.
+    A stride is the number of optimiser steps that are simulated as one; early in training times
+    are wrong by up to half a stride.
     """
     refined = stride.copy()
     if target is None:
@@ -170,7 +170,11 @@ def _simulate_group(
     records: list[Record],
     rules: SimulationRules,
 ) -> Booleans:
-    """Train configurations that see the same batches, record them, and return which blew up."""
+    """Train K configurations on the same batches, append to their records, return which blew up.
+
+    A row of a record is the optimiser step and the values of ``quantities`` at that step. The
+    kernel grows by at most ``ceilings``; these and the returned mask have the shape ``(K,)``.
+    """
     theta = model.features.new_zeros((len(records), model.rank))
     velocity = torch.zeros_like(theta)
     filtered = None if smoothing is None else _Filter(smoothing)
@@ -209,7 +213,8 @@ def _simulate_group(
                 next_end = int(max_steps[active].min())
                 now = plan.at(step)
             if growth is not None:
-                # What has grown stays so while the loss swings: otherwise the swings feed on it.
+                # The growth follows the lowest loss so far: with the present loss it would
+                # amplify the oscillations of the loss.
                 lowest[active] = np.fmin(lowest[active], values[:, 0])
                 factors = growth.at(lowest[active, None] / initial)
                 factors = np.minimum(factors, ceilings[active, None])
@@ -224,8 +229,8 @@ def _simulate_group(
             gradient = gradient + plan.decay * (model.pull + moved)
         if plan.changes:
             now = plan.at(step)
-        # The Jacobian grows like the root of the kernel: a gradient enters the velocity with that
-        # of its own time, and the velocity moves the outputs with that of now.
+        # The Jacobian grows like the root of the kernel: a gradient enters the velocity with the
+        # root at the gradient's step, and the velocity moves the outputs with the present root.
         gradient = roots * gradient
         # PyTorch does not dampen the first gradient.
         damped = gradient if now.gain is None or step == 0 else gradient * now.gain
@@ -241,7 +246,7 @@ def _simulate_group(
 def _observe(
     model: LinearisedModel, theta: torch.Tensor, quantities: list[str], filtered: _Filter | None
 ) -> Floats:
-    """Return the recorded quantities of K states, of shape ``(K, Q)``."""
+    """Return the values ``(K, Q)`` of the named quantities at K states ``theta``, ``(K, r)``."""
     outputs = model.outputs(theta)
     columns = {"loss": model.loss(outputs)}
     if "accuracy" in quantities:
@@ -257,7 +262,7 @@ def _observe(
 
 
 class _Filter:
-    """A :class:`Smoothing` of K curves whose values come one step after the other."""
+    """Smooths K loss curves by a :class:`Smoothing`, one step after the other."""
 
     def __init__(self, smoothing: Smoothing) -> None:
         self._smoothing = smoothing
@@ -265,11 +270,11 @@ class _Filter:
 
     @property
     def value(self) -> torch.Tensor:
-        """The smoothed loss of each curve now, ``(K,)``."""
+        """The present smoothed loss of each curve, ``(K,)``."""
         return torch.stack(self._recent).mean(dim=0)
 
     def update(self, losses: torch.Tensor) -> None:
-        """Take the next loss of each curve, ``(K,)``."""
+        """Add the mini-batch loss of each curve at the next step, ``(K,)``."""
         width = self._smoothing.width
         if self._smoothing.kind == "exponential" and self._recent:
             self._recent = [width * self._recent[0] + (1.0 - width) * losses]
@@ -279,17 +284,17 @@ class _Filter:
                 self._recent = self._recent[-int(width) :]
 
     def restrict(self, chosen: torch.Tensor) -> None:
-        """Go on with the curves that a mask ``(K,)`` chooses."""
+        """Drop the curves that a mask ``(K,)`` does not choose."""
         self._recent = [losses[chosen] for losses in self._recent]
 
 
 def _batches(
     model: LinearisedModel, batch_size: int, sampling: Sampling, seed: int, *, across_epochs: bool
 ) -> Iterator[Batch]:
-    """Yield ``Psi_b (B C, r)``, ``f_0 (B C,)``, soft targets and normalisers, without end.
+    """Yield batches without end: ``Psi_b (B C, r)``, ``f_0 (B C,)``, targets and normalisers.
 
-    Each epoch ends with a smaller batch, as in training. The batch of a coarse step stands for
-    several of these, and goes on into the next epoch instead.
+    An epoch may end with a smaller batch, as in training; with ``across_epochs``, for coarse
+    steps, the last batch is filled up with samples of the next epoch instead.
     """
     n_samples, _, rank = model.features.shape
     whole = [model.features, model.initial_outputs, model.soft_targets, model.normalisers]

@@ -1,4 +1,4 @@
-"""How mini-batch losses are smoothed before a target is looked for."""
+"""Filters that smooth mini-batch losses before they are compared with the target."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Smoothing:
-    """How mini-batch losses are smoothed before they are compared with the target.
+    """A filter that smooths mini-batch losses before they are compared with the target.
 
     Training time is the first step at which the smoothed loss is at the target (Zancato et al.,
     NeurIPS 2020, section 5, which leaves the filter open). A smoothed curve lags behind, and a
@@ -24,7 +24,7 @@ class Smoothing:
         kind:
             ``"moving_average"`` or ``"exponential"``.
         width:
-            Steps of the window, or the weight of the past.
+            The number of losses in the moving average, or the weight of the past in [0, 1).
     """
 
     kind: Literal["moving_average", "exponential"]
@@ -40,11 +40,11 @@ class Smoothing:
 
     @classmethod
     def moving_average(cls, window: int) -> Smoothing:
-        """Return a filter that takes the mean of the last losses, of all while they are fewer.
+        """Return the filter that takes the mean of the last ``window`` losses, at first of fewer.
 
         Args:
             window:
-                The number of losses. One takes the mini-batch losses as they are.
+                The number of losses, at least one, which leaves the losses as they are.
 
         Returns:
             The filter.
@@ -57,7 +57,7 @@ class Smoothing:
 
         Args:
             weight:
-                The weight ``w`` of the past.
+                The weight ``w`` of the past, in [0, 1).
 
         Returns:
             The filter.
@@ -69,7 +69,7 @@ class Smoothing:
 
         Args:
             losses:
-                Curves with one value a step in the last axis.
+                Curves with one mini-batch loss per step in the last axis.
 
         Returns:
             Smoothed losses of the same shape.
@@ -89,6 +89,6 @@ class Smoothing:
         smoothed = np.cumsum(head, axis=-1) / np.arange(1, head.shape[-1] + 1)
         if values.shape[-1] <= window:
             return np.asarray(smoothed)
-        # Not a difference of cumulated sums: one infinite loss would spoil all that follow.
+        # Not a difference of cumulated sums: one infinite loss would make all later means NaN.
         windows = np.lib.stride_tricks.sliding_window_view(values[..., 1:], window, axis=-1)
         return np.concatenate([smoothed, windows.mean(axis=-1)], axis=-1)

@@ -16,19 +16,19 @@ from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
 
 @dataclass(frozen=True)
 class StabilityRules:
-    """How the noise of mini-batches is measured. Not ablated where no reason is given."""
+    """The accuracy of the measured mini-batch noise. Numbers without a reason: not ablated."""
 
     momenta: tuple[float, float] = (0.0, 0.9)
-    """Momenta between which the share of expressible noise is interpolated. The limits are within
-    4 % of those of all second moments (tests/dynamics/test_stability.py)."""
+    """Momenta between which the share ``xi`` of expressible noise is interpolated. The limits are
+    within 4 % of those of all second moments (tests/dynamics/test_stability.py)."""
     knots: tuple[float, ...] = (0.03, 0.3, 0.6, 0.9, 0.99)
-    """Shares of the full-batch limit between which it is interpolated. Chosen with the momenta."""
+    """Shares of the full-batch limit between which ``xi`` is interpolated. Chosen with momenta."""
     trace_share: float = 0.95
-    """Share of the Hessian's trace in the directions that noise is measured in."""
+    """Share of the Hessian's trace in the directions in which noise is measured."""
     most_directions: int = 64
-    """Most of these directions, for speed."""
+    """Largest number of these directions, for speed."""
     most_iterations: int = 50
-    """Most steps of a power iteration."""
+    """Largest number of steps of a power iteration."""
     tolerance: float = 2e-3
     """Relative change of the spectral radius at which the power iteration ends."""
 
@@ -38,58 +38,57 @@ RULES = StabilityRules()
 
 @dataclass(frozen=True, eq=False)
 class StabilityLimit:
-    """Where heavy-ball SGD stops being mean-square stable, for all batch sizes and momenta.
+    """The largest mean-square stable learning rate of heavy-ball SGD, by batch size and momentum.
 
-    Full batches are stable up to ``eta h_1 = 2 (1 + m)`` with the largest curvature ``h_1``. Of
-    mini-batches, the noise must not feed itself: with the per-sample Hessians ``H_i`` a covariance
-    ``P`` of the weights makes gradient noise of the covariance
+    Full batches are stable up to ``eta h_1 = 2 (1 + m)`` with the largest curvature ``h_1``. With
+    mini-batches the gradient noise must not amplify itself: with the per-sample Hessians ``H_i`` a
+    covariance ``P`` of the weights makes gradient noise of the covariance
     ``gamma N(P)``, ``N(P) = 1/N sum_i H_i P H_i - H P H``, with ``gamma = (N - B) / ((N - 1) B)``,
     ``1 / B`` with replacement; and heavy ball turns noise of the covariance ``M`` into weights of
-    the covariance ``eta^2 G * M`` in the eigenbasis of ``H``, entry by entry, with
-    :func:`_stationary_gain`. The limit is where the map ``P -> gamma eta^2 G * N(P)`` has the
-    spectral radius one (Mulayoff and Michaeli, 2024, arXiv 2306.07850, here with momentum).
+    the covariance ``eta^2 G * M`` in the eigenbasis of ``H``, entry by entry, with ``G`` of
+    :func:`_stationary_gain`. At the limit the map ``P -> gamma eta^2 G * N(P)`` has the spectral
+    radius one (Mulayoff and Michaeli, 2024, arXiv 2306.07850, here with momentum).
 
     With ``u = eta h_1 / (2 (1 + m))``, the share of the full-batch limit, that spectral radius is
     ``gamma (1 + m) / (1 - m) xi F(u)``, where ``F(u) = sum_k u h_k / (h_1 - u h_k)`` would be that
     of spectrally expressible noise ``N(P) = tr(H P) H`` (Velikanov, Kuznedelev and Yarotsky, 2022,
-    arXiv 2206.11124), and ``xi`` is how much of it there is: a sixth to a half for networks with
+    arXiv 2206.11124), and ``xi`` is the share of such noise: a sixth to a half for networks with
     several outputs, since the noise of one output hardly reaches the others. ``xi`` depends little
     on ``u`` and ``m``; it is measured by power iteration at a few of them, in the steepest
-    directions. One increasing function of one number a momentum is tabulated and inverted by
-    interpolation.
+    directions. ``log(xi F)``, which increases with ``u``, is tabulated for two momenta and
+    inverted by interpolation.
 
-    Nesterov's variant is stable up to ``eta h_1 = 2 (1 + m) / (1 + 2 m)`` on full batches; the
-    limit is taken to be lower by the same factor ``1 / (1 + 2 m)`` there and at most that of
-    heavy ball where noise decides.
+    Nesterov's variant is stable up to ``eta h_1 = 2 (1 + m) / (1 + 2 m)`` on full batches; on
+    mini-batches its limit is taken to be heavy ball's times the same factor ``1 / (1 + 2 m)``.
 
     Dampening ``d`` is a learning rate of ``(1 - d) eta``. Weight decay ``w`` adds to every
-    curvature: ``eta (h_1 + w) = 2 (1 + m)`` on full batches. On mini-batches the reciprocals of
-    both limits, that without decay and that of the decay alone, are added as they are there.
+    curvature: ``eta (h_1 + w) = 2 (1 + m)`` on full batches. That adds the reciprocals of two
+    limits, without decay and of decay alone, which is done for mini-batches, too.
     """
 
     largest_curvature: float
-    """``h_1``."""
+    """``h_1``; zero if the loss has no curvature."""
     n_samples: int
-    """N."""
+    """N, the number of samples that batches are drawn from."""
     log_u: Floats
-    """Knots of the table, ascending, shape ``(P,)``."""
+    """Logarithms of ``u`` in the table, ascending, shape ``(P,)``."""
     log_f: Floats
-    """``log(xi F)`` there, a row for momentum 0 and one for 0.9, shape ``(2, P)``."""
+    """``log(xi F)`` at these, a row for momentum 0 and one for 0.9, shape ``(2, P)``."""
     rules: StabilityRules = RULES
 
     @classmethod
     def of(
         cls, model: LinearisedModel, n_samples: int | None = None, rules: StabilityRules = RULES
     ) -> StabilityLimit:
-        """Tabulate the limits of a model, whose Hessian at the start counts.
+        """Return the limits by the Hessian of a model at its initial outputs.
 
-        ``n_samples`` is N where the model has only a subset of the samples.
+        ``n_samples`` is N if the model has only a subset of the samples.
         """
         n = model.n_samples if n_samples is None else n_samples
         largest = float(model.curvatures[0]) if len(model.curvatures) else 0.0
         if not largest > 0:
             return cls(0.0, n, np.zeros(1), np.zeros((len(rules.momenta), 1)), rules)
-        # Dense towards u = 1, where F has its pole.
+        # The table is dense towards u = 1, where F has its pole.
         distance = np.concatenate([np.geomspace(1e-9, 0.5, 400), np.linspace(0.5, 0.999, 200)[1:]])
         u = np.concatenate([np.geomspace(1e-9, 1e-3, 100), np.sort(1.0 - distance)[1:]])
         log_xi = np.log(_noise_shares(model, rules))
@@ -111,8 +110,8 @@ class StabilityLimit:
     ) -> Floats:
         """Return the largest stable learning rates of configurations of :class:`torch.optim.SGD`.
 
-        All arguments and the result have one shape; infinity where nothing is curved.
-        ``replacement`` says whether batches are drawn with replacement.
+        All arguments and the result have one shape; infinity if there is neither curvature nor
+        weight decay. ``replacement`` says whether batches are drawn with replacement.
         """
         without = self._without_decay(batch_size, momentum, nesterov, replacement)
         full = 2.0 * (1.0 + momentum) / np.where(nesterov, 1.0 + 2.0 * momentum, 1.0)
@@ -123,10 +122,7 @@ class StabilityLimit:
     def headroom(
         self, sgd: SGDConfigurations, batch_size: Integers, *, replacement: bool = False
     ) -> Floats:
-        """Return the largest stable learning rates over those of K configurations, ``(K,)``.
-
-        Infinite where nothing is curved.
-        """
+        """Return largest stable learning rates over those of K configurations, ``(K,)``."""
         largest = self.max_learning_rate(
             batch_size,
             sgd.momentum,
@@ -144,7 +140,7 @@ class StabilityLimit:
         nesterov: Booleans | bool,
         replacement: bool,
     ) -> Floats:
-        """Return the largest stable learning rates without weight decay and dampening."""
+        """Return :meth:`max_learning_rate` without weight decay and dampening."""
         if not self.largest_curvature > 0:
             return np.full(np.shape(batch_size), np.inf)
         n, b = self.n_samples, np.asarray(batch_size, dtype=np.float64)
@@ -161,14 +157,14 @@ class StabilityLimit:
 
 
 def _expressible(curvatures: Floats, u: Floats) -> Floats:
-    """Return ``F(u)`` of the class, shape ``(P,)``, for noise that is spectrally expressible."""
+    """Return ``F(u)`` of :class:`StabilityLimit`, ``(P,)``, for descending curvatures ``(r,)``."""
     shares = curvatures[curvatures > 0] / curvatures[0]
     x = u[:, None] * shares
     return np.asarray((x / (1.0 - x)).sum(axis=1))
 
 
 def _noise_shares(model: LinearisedModel, rules: StabilityRules) -> Floats:
-    """Return ``xi`` of the class at the rules' knots, of shape (momenta, knots)."""
+    """Return ``xi`` of :class:`StabilityLimit` at the rules' momenta and knots, a 2-D array."""
     rooted = model.rooted_features(model.initial_outputs).double()
     # Per-sample Hessians are Z_i^T Z_i with the mean H.
     rooted = rooted * (model.n_samples / model.normalisers.sum().double()).sqrt()
@@ -189,12 +185,16 @@ def _noise_shares(model: LinearisedModel, rules: StabilityRules) -> Floats:
         exponent = np.log(many / few) / np.log(expressible[1] / expressible[0])
     exponent = np.clip(np.nan_to_num(exponent, nan=0.0), 0.0, 1.0)
     shares = many / expressible[2] * (expressible[2] / expressible[1]) ** exponent
-    # All samples alike make no noise: the full-batch limit holds for mini-batches.
+    # Identical samples make no noise: the full-batch limit holds for mini-batches.
     return np.maximum(shares, 1e-9)
 
 
 def _noise_radii(rooted: torch.Tensor, h: torch.Tensor, rules: StabilityRules) -> Floats:
-    """Return spectral radii over ``(1 + m) / (1 - m)``, of shape (momenta, knots)."""
+    """Return spectral radii of ``eta^2 G * N``, over ``(1 + m) / (1 - m)``, (momenta, knots).
+
+    ``rooted`` are the ``Z_i`` of per-sample Hessians ``Z_i^T Z_i``, of shape ``(N, C, k)``, in
+    the eigenbasis of their mean, which has the descending eigenvalues ``h``, ``(k,)``.
+    """
     radii = np.empty((len(rules.momenta), len(rules.knots)))
     covariance = torch.eye(len(h), dtype=h.dtype, device=h.device)
     for row, momentum in enumerate(rules.momenta):
@@ -207,9 +207,9 @@ def _noise_radii(rooted: torch.Tensor, h: torch.Tensor, rules: StabilityRules) -
 
 
 def _stationary_gain(steps: torch.Tensor, momentum: float) -> torch.Tensor:
-    """Return covariances ``(k, k)`` of heavy balls driven by noise, over those of the noise.
+    """Return ``G``: stationary covariances ``(k, k)`` of heavy balls, over those of their noise.
 
-    The k directions have the steps ``eta h_k``, momentum ``m``.
+    ``steps`` are ``eta h_k`` of the k directions, which all have the momentum ``m``.
 
     Two modes ``x' = (1 + m - a) x - m x_- + n_a`` and ``y`` likewise with ``b``, with the noise
     covariance one, come to a stationary ``E[x y] = g``. With ``A = 1 + m - a``, ``B = 1 + m - b``:
@@ -229,9 +229,10 @@ def _spectral_radius(
     start: torch.Tensor,
     rules: StabilityRules,
 ) -> tuple[float, torch.Tensor]:
-    """Return the spectral radius of ``P -> response * N(P)`` and its covariance, iteratively.
+    """Return the spectral radius of ``P -> response * N(P)`` and the leading ``P``, ``(k, k)``.
 
-    The map takes covariances to covariances, so that its leading eigenvector is one.
+    The map takes covariances to covariances, so that power iteration from the covariance
+    ``start`` ends at one. Without noise the radius is zero, and ``start`` is returned.
     """
     radius = 0.0
     covariance = start / start.trace()

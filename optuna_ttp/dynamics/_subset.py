@@ -1,4 +1,4 @@
-"""How far training times on a subset of the samples are from those on all of them."""
+"""The difference between training times on a subset of the samples and on all samples."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from optuna_ttp.dynamics._target import Target
 
 @dataclass(frozen=True)
 class SubsetRules:
-    """How subsets of the samples are simulated. Not ablated yet."""
+    """The simulation of random subsets of the samples. Not ablated yet."""
 
     n_draws: int = 4
-    """Random subsets of each size, of whose times the mean is taken."""
+    """Number of random subsets of each size; the mean of their logarithmic times is taken."""
     change: float = 0.5
-    """By how much a full-batch step of the measurement moves the steepest direction."""
+    """Relative change of the steepest direction in one full-batch step of the simulation."""
     converged: float = 0.1
-    """Logarithmic times that differ by less count as converged."""
+    """Difference of logarithmic times up to which they count as converged."""
 
 
 RULES = SubsetRules()
@@ -35,7 +35,7 @@ RULES = SubsetRules()
 
 @dataclass(frozen=True, eq=False)
 class SampleConvergence:
-    """How the predicted training time depends on the number of samples."""
+    """The predicted training time as a function of the number of samples."""
 
     n_samples: Integers
     """Subset sizes, ascending to the number of samples of the spectrum, shape ``(J,)``."""
@@ -43,7 +43,7 @@ class SampleConvergence:
     """Logarithm of the intrinsic time ``eta_e T`` to the target, shape ``(J,)``, the mean over
     random subsets; infinite where a subset does not reach it."""
     log_spread: Floats
-    """Standard deviation over the random subsets, shape ``(J,)``; infinite likewise."""
+    """Standard deviation of that logarithm over the subsets, ``(J,)``; infinite likewise."""
     rules: SubsetRules = RULES
 
     @classmethod
@@ -57,10 +57,10 @@ class SampleConvergence:
         seed: int = 0,
         rules: SubsetRules = RULES,
     ) -> SampleConvergence:
-        """Predict full-batch training times of an eighth, a quarter, a half and all samples.
+        """Simulate full-batch training on an eighth, a quarter, a half and all of the samples.
 
-        The samples are those of the model; the subsets are random. A target loss is taken as the
-        same fraction of each subset's own initial loss.
+        The subsets of the model's samples are random. A target loss is converted to the same
+        fraction of each subset's initial loss.
         """
         n = model.n_samples
         subset_sizes = sorted({max(1, n // 8), max(1, n // 4), max(1, n // 2), n})
@@ -92,29 +92,28 @@ class SampleConvergence:
         return cls(np.array(subset_sizes), np.array(means), np.array(spreads), rules)
 
     def error(self, n_samples: int) -> float:
-        """Return by how much, as a standard deviation of the logarithm, times on N may differ.
+        """Return the standard deviation of the logarithm of the time on ``n_samples`` samples.
 
-        Zero for no more samples than the spectrum has.
+        It comes from knowing the time on the spectrum's samples only; zero if there are no more.
+        It has two parts: the standard deviation between random halves of the spectrum's samples,
+        over ``sqrt(2)``, which shrinks with more samples; and the drift, the root mean square
+        change of the logarithm in the last two doublings, once for every further doubling. A
+        drift that halves with every doubling, as in a power law, was overconfident: two thirds
+        of the intervals from a fifth to a half of 120 samples did not hold the real time.
 
-        Two parts: what random subsets of half of the spectrum's samples differ by, over
-        ``sqrt(2)``, which shrinks with more samples; and the drift, how much the time has moved
-        with each of the last two doublings (their root mean square), as much again with every
-        further doubling. A drift that halves with every doubling, as power laws have it, was too
-        sure of itself: of a fifth to a half of 120 samples two thirds of the intervals missed.
-
-        Extrapolating that difference (Aitken) and correcting the time by it made predictions
-        worse on a residual network, 34 % off instead of 16 % for the mean squared error and 32 %
-        instead of 22 % for the cross-entropy (250 of 2,000 samples, to 25 % of the initial loss;
-        benchmarks/accuracy/subset.py). So the time itself is left as it is.
+        Extrapolating the drift (Aitken) and correcting the time by it made predictions worse on
+        a residual network, 34 % off instead of 16 % for the mean squared error and 32 % instead
+        of 22 % for the cross-entropy (250 of 2,000 samples, to 25 % of the initial loss;
+        benchmarks/accuracy/subset.py). So the time itself is not corrected.
         """
         return self._error(int(self.n_samples[-1]), n_samples)
 
     def recommended(self, n_samples: int) -> int:
-        """Return how many of N samples are enough for a time within 10 % of that of all.
+        """Return how many of ``n_samples`` samples suffice for a time within 10 % of that of all.
 
-        That is the smallest of the subset sizes whose times are, and hardly scatter, or the
-        spectrum's own number of samples, doubled until :meth:`error` of as many would be small
-        enough; at most N.
+        It is the smallest subset size whose time differs by less from the spectrum's, with its
+        spread and :meth:`error` included. If there is none, the number of samples of the spectrum
+        is doubled until the error would be at most 10 %. The result is at most ``n_samples``.
         """
         converged = self.rules.converged
         for k, n_chosen in enumerate(self.n_samples[:-1]):
@@ -129,7 +128,7 @@ class SampleConvergence:
         return min(n_enough, n_samples)
 
     def _error(self, n_chosen: int, n_samples: int) -> float:
-        """Return :meth:`error` of the time on a subset of ``n_chosen`` samples."""
+        """Return :meth:`error` if the time were known on ``n_chosen`` samples."""
         if n_samples <= n_chosen:
             return 0.0
         doublings = math.log2(n_samples / n_chosen)

@@ -1,4 +1,4 @@
-"""Training times of thousands of configurations from a table of simulated ones."""
+"""Training times of thousands of configurations, interpolated in a table of simulated times."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from optuna_ttp.dynamics._trajectories import Trajectories
 
 @dataclass(frozen=True)
 class SurfaceRules:
-    """Where a surface is simulated. Not ablated where no reason is given."""
+    """The knots of a surface, and how long they are simulated. Not ablated without a reason."""
 
     momenta: tuple[float, ...] = (0.0, 0.6, 0.85, 0.95, 0.98, 0.995)
     """Momenta of the knots."""
@@ -32,21 +32,21 @@ class SurfaceRules:
     n_rates: int = 13
     """Number of learning rates of the knots."""
     slow: float = 0.05
-    """Change of the steepest direction a step below which training time is inverse in the step."""
+    """Change of the steepest direction per step below which the training time is inversely
+    proportional to the learning rate (the slow regime)."""
     fast: float = 8.0
-    """Largest learning rate over the full-batch stability limit: the predictor gives up there."""
+    """Largest learning rate over the full-batch stability limit: above it, training diverges."""
     patience: float = 5.0
-    """Knots that need so many times the slow regime's intrinsic time wander about and are given
-    up."""
+    """A knot's simulation stops after this factor times the slow regime's intrinsic time."""
     settling: float = 20.0
-    """And so many times the memory of the momentum, twice the time in which oscillations die
-    down."""
+    """To that it adds this factor times ``1 / (1 - m)``, twice the time in which oscillations
+    decay."""
     furthest: float = 3.0
-    """Behind the target a loss goes on falling for so long, as a logarithm of the steps."""
+    """Logarithm of the factor on the steps over which a loss is extrapolated past the target."""
 
 
 RULES = SurfaceRules()
-# See `ResponseSurface.retimed`.
+# The argument of `ResponseSurface.retimed`.
 Correction = Callable[[Floats, Floats, Floats, Floats, Floats], Floats]
 
 
@@ -55,7 +55,7 @@ class ResponseSurface:
     """Steps to one target as a function of learning rate, batch size and momentum.
 
     In the slow regime all configurations need the same intrinsic time ``eta_e T``, with the
-    effective learning rate ``eta_e = eta / (1 - m)``; its logarithm is smooth elsewhere. It is
+    effective learning rate ``eta_e = eta / (1 - m)``; elsewhere its logarithm is smooth. It is
     tabulated by simulation and interpolated linearly in three coordinates: ``-log(1 - m)``; the
     noise scale ``gamma = (N - B) / ((N - 1) B)``, in which the steps are linear to first order;
     and ``log(eta_e h_1)`` scaled to run from the slow regime to eight times the full-batch
@@ -63,24 +63,24 @@ class ResponseSurface:
     """
 
     momenta: Floats
-    """``-log(1 - m)`` of the knots, ascending."""
+    """``-log(1 - m)`` of the knots, ascending, a 1-D array."""
     noise_scales: Floats
-    """``gamma`` of the knots, ascending from zero."""
+    """``gamma`` of the knots, ascending from zero, a 1-D array."""
     log_tau: Floats
-    """Shape (momenta, noise scales, rates); infinite where the target was not reached."""
+    """Logarithm of the intrinsic time ``eta_e T`` to the target, of shape (momenta, noise scales,
+    rates); infinite if a knot does not reach the target."""
     depths: Floats
-    """Loss levels on the way to the target, logarithms of the initial loss over the loss,
-    ascending and ending with the target's own, shape ``(P,)``."""
+    """Depths of loss levels: logarithms of the initial loss over the loss, ascending and ending
+    with the depth of the target, shape ``(P,)``."""
     log_levels: Floats
-    """Logarithm of the intrinsic time ``eta_e t`` at each level, the same shape; NaN where a knot
-    does not get there, which may be on its way to a target that it misses."""
+    """Logarithm of the intrinsic time at each depth, of shape (momenta, noise scales, rates, P);
+    NaN if a knot does not reach it. A knot may reach depths but not the target."""
     curvature: float
-    """``h_1``."""
+    """``h_1``, the largest curvature."""
     n_samples: int
-    """N."""
+    """N, the number of samples that batches are drawn from."""
     slow_tau: float
-    """``eta_e t`` at the target where steps are small, or at the horizon where that is before the
-    target."""
+    """Intrinsic time to the target with small steps, or at the horizon if that comes first."""
     rules: SurfaceRules = RULES
 
     @classmethod
@@ -95,10 +95,10 @@ class ResponseSurface:
         rules: SurfaceRules = RULES,
         **settings: Any,
     ) -> ResponseSurface:
-        """Simulate an optimiser at the knots; the depths are the levels above the target.
+        """Return the surface of an optimiser, simulated at the knots.
 
-        Knots that take longer than ``max_steps`` count as out of reach. The settings are those of
-        :func:`simulate`.
+        Its depths are the given ``levels`` above the target, and the target's. Knots that take
+        longer than ``max_steps`` do not reach it. ``settings`` are arguments of :func:`simulate`.
         """
         curvature = max(float(model.curvatures[0]), 1e-30)
         n = model.n_samples
@@ -151,9 +151,9 @@ class ResponseSurface:
         )
 
     def patience(self, learning_rate: Floats, momentum: Floats) -> Floats:
-        """Return after how many steps ``(K,)`` configurations without a time were given up.
+        """Return the steps ``(K,)`` up to which the surface was simulated for configurations.
 
-        Configurations that may take more should be simulated.
+        Only a simulation can tell whether one of them reaches the target later.
         """
         effective = learning_rate / (1.0 - momentum)
         return _patience(self.slow_tau, effective, momentum, self.rules)
@@ -163,12 +163,12 @@ class ResponseSurface:
     ) -> tuple[Floats, Booleans]:
         """Return interpolated steps to the target, and where they are extrapolated, both ``(K,)``.
 
-        Steps are infinite beyond the fastest knot and where most of the surrounding knots do not
-        reach the target. They are extrapolated where the momentum or the noise scale is beyond the
+        Steps are infinite beyond the fastest knot and if most of the surrounding knots do not
+        reach the target. They are extrapolated if the momentum or the noise scale is beyond the
         outermost knot, or some but not all of the surrounding knots reach the target.
         """
         effective, points, outside, hopeless = self._points(learning_rate, batch_size, momentum)
-        # Knots out of reach take no part: the sum over the others, over their share.
+        # Knots that do not reach the target are left out of the interpolation.
         logs, share = self._interpolated(self.log_tau[..., None], points, effective, momentum)
         logs, share = logs[:, 0], share[:, 0]
         steps = np.where((share > 0.5) & ~hopeless, np.ceil(np.exp(logs)), np.inf)
@@ -179,8 +179,8 @@ class ResponseSurface:
     ) -> Floats:
         """Return interpolated logarithms of the steps at :attr:`depths`, ``(K, P)``.
 
-        They are known also on the way to a target that is missed; NaN where a level is not
-        reached.
+        NaN if a depth is not reached; depths that are reached have times, also if the target is
+        not reached.
         """
         effective, points, _, hopeless = self._points(learning_rate, batch_size, momentum)
         logs, share = self._interpolated(self.log_levels, points, effective, momentum)
@@ -192,8 +192,8 @@ class ResponseSurface:
     ) -> Floats:
         """Return the logarithm of the initial loss over the loss after some steps, ``(K,)``.
 
-        Behind the target the loss goes on falling as fast in the logarithm of the steps; where it
-        stays above a level it is at the last one that was passed.
+        Past the target the loss is taken to fall at the same rate in the logarithm of the steps; a
+        configuration that does not reach a depth stays at the one before. Zero if none is known.
         """
         logs = self.log_first_passage_times(learning_rate, batch_size, momentum)
         goal = np.log(np.maximum(steps, 1.0))
@@ -216,11 +216,11 @@ class ResponseSurface:
         return np.asarray(np.where(np.isfinite(logs[rows, last]), depths[last] + further, 0.0))
 
     def retimed(self, correct: Correction) -> ResponseSurface:
-        """Return a surface whose knots have the times that a correction makes of theirs.
+        """Return a surface whose times at the knots are corrected by a function.
 
-        The correction maps logarithms of steps at :attr:`depths`, ``(K, P)``, NaN behind a curve's
-        end, learning rates, noise scales and momenta ``(K,)`` and depths ``(1, P)`` to other
-        logarithms of the same shape.
+        ``correct`` maps logarithms of steps at :attr:`depths`, ``(K, P)``, NaN if not reached,
+        learning rates, noise scales and momenta ``(K,)`` and depths ``(1, P)`` to corrected
+        logarithms ``(K, P)``.
         """
         shape = self.log_tau.shape
         momentum, noise, effective = _knots(
@@ -243,12 +243,12 @@ class ResponseSurface:
     def _interpolated(
         self, table: Floats, points: Floats, effective: Floats, momentum: Floats
     ) -> tuple[Floats, Floats]:
-        """Return logarithms of steps, and which share of the surrounding knots has them.
+        """Return logarithms of steps, and the share of surrounding knots with a time, ``(K, P)``.
 
-        The table has intrinsic times, ``(momenta, noise scales, rates, P)``, and the results are
-        of shape ``(K, P)``. Slower than the slowest knots the distance to a level tends to that
-        without momentum, in proportion to the effective learning rate, and momentum lags behind by
-        as many steps as at the knots: of the time of a first level that may be nearly all.
+        ``table`` has logarithms of intrinsic times, of shape (momenta, noise scales, rates, P).
+        Below the slowest knots' learning rate the intrinsic time without the delay by momentum
+        tends to that of momentum zero, in proportion to the effective learning rate, and momentum
+        delays by as many steps as at the knots, which may be most of the time to a first level.
         """
         from scipy.interpolate import RegularGridInterpolator
 
@@ -282,10 +282,10 @@ class ResponseSurface:
     def _points(
         self, learning_rate: Floats, batch_size: Floats, momentum: Floats
     ) -> tuple[Floats, Floats, Booleans, Booleans]:
-        """Return effective learning rates, points on the axes, what is outside, what hopeless.
+        """Return effective learning rates, points on the axes, and masks: outside, hopeless.
 
-        Points of shape ``(K, 3)`` are clipped to the outermost knots; outside are momenta and
-        noise scales beyond them; hopeless are learning rates above the fastest knot.
+        Points, ``(K, 3)``, are clipped to the outermost knots. The masks ``(K,)`` are true for a
+        momentum or noise scale beyond these, and for a learning rate above the fastest knot.
         """
         effective = learning_rate / (1 - momentum)
         slow, fast = self.rules.slow, _fastest(momentum, self.rules)
@@ -303,11 +303,11 @@ class ResponseSurface:
 
 
 def _depths(curves: Trajectories, target: Target, levels: Floats, initial: float) -> Floats:
-    """Return the depths of the levels down to the target, and the target's, ascending."""
+    """Return the depths among ``levels`` above the target, and the target's depth, ascending."""
     if target.quantity == "loss":
         deepest = float(np.log(initial / target.value))
     else:
-        # As deep as most curves are where they reach the target.
+        # The median depth of the curves that reach the target.
         reached = np.isfinite(curves.crossings(target))
         lowest = [np.nanmin(row) for row in curves.curves["loss"][reached]]
         deepest = float(np.log(initial / np.median(lowest))) if lowest else float(levels[-1])
@@ -327,13 +327,13 @@ def _patience(slow_tau: float, effective: Floats, momentum: Floats, rules: Surfa
 def _knots(
     momenta: Floats, noises: NDArray[Any], n_rates: int, curvature: float, rules: SurfaceRules
 ) -> tuple[Floats, NDArray[Any], Floats]:
-    """Return momentum, batch size or noise scale, and effective learning rate of all knots."""
+    """Return momenta, ``noises`` and effective learning rates of all knots, as 3-D arrays."""
     m, b, u = np.meshgrid(momenta, noises, np.linspace(0, 1, n_rates), indexing="ij")
     return m, b, rules.slow * (_fastest(m, rules) / rules.slow) ** u / curvature
 
 
 def _fastest(momentum: Floats, rules: SurfaceRules) -> Floats:
-    """Return the largest effective learning rate of the surface times the curvature."""
+    """Return the largest effective learning rate of the knots times ``h_1``, by momentum."""
     return rules.fast * 2.0 * (1 + momentum) / (1 - momentum)
 
 

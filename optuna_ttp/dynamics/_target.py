@@ -16,27 +16,27 @@ Quantity = Literal["loss", "accuracy", "smoothed_loss", "validation_loss", "vali
 
 @dataclass(frozen=True)
 class Target:
-    """A value that a quantity has to reach, or how close it has to come to its last value."""
+    """A value that a quantity must reach, or a distance to its last value that it must reach."""
 
     quantity: Quantity
-    """What is watched. A loss is to fall to the value, an accuracy to rise to it."""
+    """The observed quantity. A loss must fall to the value, an accuracy must rise to it."""
     value: float
-    """The value to reach. Where ``settled`` is set, the share of the whole change."""
+    """The value to reach. If ``settled`` is set, a share of the quantity's whole change."""
     settled: bool = False
-    """The training time ``T_eps`` of the paper: the first step at which the quantity is within
-    ``eps = value * |L_0 - L_T|`` of its own value at the last step ``T`` of the curve (Zancato et
-    al., NeurIPS 2020, algorithm 1; what its epsilon is a percentage of the paper does not say).
-    Off by default."""
+    """True for the training time ``T_eps`` of the paper: the first step at which the quantity is
+    within ``eps = value * |L_0 - L_T|`` of its value at the last step ``T`` of the curve (Zancato
+    et al., NeurIPS 2020, algorithm 1, which leaves open to what the percentage refers). False by
+    default."""
 
     @property
     def is_loss(self) -> bool:
-        """Whether the quantity is to fall."""
+        """True if the quantity is a loss, which must fall to the value."""
         return self.quantity.endswith("loss")
 
     def reached(self, values: Floats) -> Booleans:
-        """Tell where values of the quantity, of any shape, have reached the target.
+        """Return a mask of the values, of any shape, that have reached the target.
 
-        It is nowhere known to be reached where the target depends on the end of the curve.
+        It is false everywhere if ``settled`` is set, since the end of the curve is not known.
         """
         if self.settled:
             return np.zeros(np.shape(values), dtype=bool)
@@ -46,15 +46,15 @@ class Target:
     def first_passage(self, steps: Floats, values: Floats) -> float:
         """Return the first whole step at which a curve ``(T,)`` is at its target.
 
-        This is :meth:`crossing`, rounded up; infinity where the target is not reached.
+        This is :meth:`crossing`, rounded up; infinity if the target is not reached.
         """
         return float(np.ceil(self.crossing(steps, values) - 1e-9))
 
     def crossing(self, steps: Floats, values: Floats) -> float:
-        """Return when a curve is at its target, in steps as a real number, or infinity.
+        """Return the step, a real number, at which a curve reaches its target, or infinity.
 
-        Steps ``(T,)`` ascend, values ``(T,)`` are NaN where they are unknown. Between two points
-        of the curve the quantity (the logarithm of a loss) is interpolated linearly in the step.
+        Steps ``(T,)`` ascend, values ``(T,)`` are NaN if they are unknown. Between two points of
+        the curve the quantity (the logarithm of a loss) is interpolated linearly in the step.
         """
         if self.settled:
             return self._settling(steps, values)
@@ -73,7 +73,7 @@ class Target:
         return float(steps[last - 1] + share * (steps[last] - steps[last - 1]))
 
     def _settling(self, steps: Floats, values: Floats) -> float:
-        """Return ``T_eps`` of the class."""
+        """Return ``T_eps``, see ``settled``; infinity for fewer than two known values."""
         known = np.flatnonzero(np.isfinite(values))
         if len(known) < 2:
             return float("inf")

@@ -1,4 +1,4 @@
-"""Simulated training curves, and when they reach a target or a loss level."""
+"""Simulated training curves, and the steps at which they reach a target or a loss level."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optuna_ttp.dynamics._target import Target
 
 
 Record = list[tuple[float, ...]]
-# No time is shorter, so that it has a logarithm.
+# The shortest time, in steps, so that its logarithm is finite.
 _EARLIEST = 0.1
 
 
@@ -30,15 +30,15 @@ class Trajectories:
     ``"smoothed_loss"`` is the smoothed loss of the mini-batches where a smoothing was asked
     for."""
     blown_up: Booleans
-    """Whether the loss became infinite, NaN or a hundred times the initial one, ``(K,)``."""
+    """True if the loss became infinite, NaN or a hundred times the initial loss, ``(K,)``."""
     strides: Integers
-    """Optimiser steps simulated as one, of shape ``(K,)``. One means exactly."""
+    """Optimiser steps per simulated step, ``(K,)``; if it is one, every step was simulated."""
 
     @classmethod
     def of_records(
         cls, records: list[Record], quantities: list[str], blown_up: Booleans, strides: Integers
     ) -> Trajectories:
-        """Return the curves of K records, padded with NaN to the length of the longest one.
+        """Return the curves of K records, padded with NaN to the length of the longest record.
 
         Each row of a record is a step and the values of the quantities at that step.
         """
@@ -49,25 +49,25 @@ class Trajectories:
         return cls(padded[0], dict(zip(quantities, padded[1:], strict=True)), blown_up, strides)
 
     def first_passage_times(self, target: Target) -> Floats:
-        """Return the whole step ``(K,)`` at which each curve is at the target.
+        """Return the first whole step, ``(K,)``, at which each curve is at the target.
 
-        Infinite where the target is not reached or the loss blew up.
+        Infinite if the target is not reached or the loss blew up.
         """
         return np.ceil(self.crossings(target) - 1e-9)
 
     def crossings(self, target: Target) -> Floats:
-        """Return when each curve is at the target, ``(K,)``, as :meth:`Target.crossing` does.
+        """Return the real-valued step ``(K,)`` of :meth:`Target.crossing` of each curve.
 
-        Infinite where the target is not reached or the loss blew up.
+        Infinite if the target is not reached or the loss blew up.
         """
         watched = self.curves[target.quantity]
         steps = [target.crossing(s, w) for s, w in zip(self.steps, watched, strict=True)]
         return np.where(self.blown_up, np.inf, np.array(steps, dtype=np.float64))
 
     def log_first_passage_times(self, levels: Floats) -> Floats:
-        """Return logarithms of the steps ``(K, P)`` at which curves first were at losses ``(P,)``.
+        """Return logarithms ``(K, P)`` of the steps at which curves first reach losses ``(P,)``.
 
-        NaN where a curve does not fall to a loss.
+        NaN if a curve does not fall to a loss.
         """
         if not self.steps.size:
             return np.full((len(self.steps), len(levels)), np.nan)

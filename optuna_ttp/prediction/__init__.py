@@ -1,4 +1,4 @@
-"""From hyperparameters to training time: the predictor and what it answers."""
+"""The predictor of training times from hyperparameters, and its predictions."""
 
 from __future__ import annotations
 

@@ -14,19 +14,9 @@ from optuna_ttp._util.arrays import Integers
 
 @dataclass(frozen=True, eq=False)
 class Configurations:
-    """K configurations, and the shape that they were given in.
+    """Checked hyperparameters and horizons, in steps, of K configurations, arrays ``(K,)``.
 
-    Attributes:
-        learning_rate:
-            Learning rates, shape ``(K,)``.
-        batch_size:
-            Batch sizes, shape ``(K,)``.
-        momentum:
-            Momenta, shape ``(K,)``.
-        max_steps:
-            The horizon of each in steps, shape ``(K,)``.
-        shape:
-            The shape of the arrays that answers are given in.
+    ``shape`` is the common shape of the arrays that the user gave; predictions have it, too.
     """
 
     learning_rate: Floats
@@ -44,9 +34,10 @@ class Configurations:
         max_steps: ArrayLike,
         n_samples: int,
     ) -> Configurations:
-        """Return configurations of one common shape, of at most N samples a batch.
+        """Return the configurations of arguments that are broadcast to one common shape.
 
-        Raise ValueError where a value is out of its range, or there is no configuration.
+        Batch sizes are at most ``n_samples``. ValueError if a value is out of its range, the
+        shapes do not go together or there is no configuration; TypeError if a value is no number.
         """
         rates, batch_sizes, momenta, horizons = _broadcast(
             learning_rate=learning_rate,
@@ -81,7 +72,7 @@ class Configurations:
         )
 
     def rows(self, chosen: Integers) -> Configurations:
-        """Return the configurations in the given places, in one dimension."""
+        """Return the configurations at the given indices ``(n,)``; their shape is ``(n,)``."""
         return Configurations(
             self.learning_rate[chosen],
             self.batch_size[chosen],
@@ -95,12 +86,12 @@ class Configurations:
 
     @property
     def lag(self) -> Floats:
-        """Steps by which momentum lags behind the gradient: ``m / (1 - m)``, shape ``(K,)``."""
+        """Steps by which momentum delays a gradient: ``m / (1 - m)``, shape ``(K,)``."""
         return self.momentum / (1.0 - self.momentum)
 
 
 def _broadcast(**arguments: ArrayLike) -> tuple[Floats, ...]:
-    """Return the arguments as numbers of one common shape."""
+    """Return the arguments as float arrays of one common shape; ValueError if there is none."""
     arrays = {name: _numbers(name, value) for name, value in arguments.items()}
     try:
         return np.broadcast_arrays(*arrays.values())
@@ -113,18 +104,18 @@ def _broadcast(**arguments: ArrayLike) -> tuple[Floats, ...]:
 
 
 def _numbers(name: str, value: ArrayLike) -> Floats:
-    """Return a value as an array of numbers; raise TypeError if it does not hold numbers."""
+    """Return a value as a float array; raise TypeError if it does not hold numbers."""
     try:
         array = np.asarray(value)
         if array.dtype.kind not in "bUS":
             return array.astype(np.float64)
     except (TypeError, ValueError, RuntimeError) as error:
-        # A tensor that wants gradients says what to do itself.
+        # The error of a tensor that requires gradients says how to convert it.
         raise TypeError(f"{name} must be numbers but got {value!r}: {error}") from error
     raise TypeError(f"{name} must be numbers but got {value!r}.")
 
 
 def _check_all(values: Floats, good: Booleans, message: str) -> None:
-    """Raise ValueError with the message and the first value that is not good."""
+    """Raise ValueError with the message and the first value whose ``good`` is false."""
     if not good.all():
         raise ValueError(f"{message} but got {values[~good].flat[0]}.")

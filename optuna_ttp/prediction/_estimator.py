@@ -1,4 +1,4 @@
-"""Times as trials have corrected them, from the simulation or from the response surface."""
+"""Predictions, from simulation or the response surface, corrected by observed trials."""
 
 from __future__ import annotations
 
@@ -42,15 +42,9 @@ from optuna_ttp.spectrum import Throughput
 
 @dataclass(frozen=True, eq=False)
 class Estimator:
-    """Corrects simulated times by what trials have taught, and answers many configurations.
+    """Predicts configurations: simulated times, corrected by the calibration.
 
-    Attributes:
-        simulator:
-            What simulates training, without corrections.
-        calibration:
-            What trials have taught.
-        throughput:
-            Seconds per step, or None where they were not measured.
+    ``throughput`` converts steps to seconds; it is None if no step was timed.
     """
 
     simulator: Simulator
@@ -62,9 +56,9 @@ class Estimator:
 
     @property
     def reliable(self) -> bool:
-        """Whether the network stays close to its linearisation on the way to the target.
+        """True if the network stays close to its linearisation on the way to the target.
 
-        Once trials were observed, they tell whether it is known how the kernel grows.
+        Once trials were observed: if the calibration is trusted and sure of the kernel's growth.
         """
         unknown = math.isnan(self.simulator.excess_fraction)
         fraction = self.simulator.loss_fraction
@@ -76,14 +70,14 @@ class Estimator:
 
     @property
     def log_growth(self) -> Floats:
-        """Logarithm of what trials multiply the predicted growth by, at :data:`KNOTS`."""
+        """Logarithm of the trials' factor on the predicted growth, at :data:`KNOTS`, ``(M,)``."""
         if self.simulator.settings.method != "linear" or not self.calibration.n_observed:
             return np.zeros(len(KNOTS))
         return self.calibration.log_growth
 
     @property
     def growth(self) -> KernelGrowth | None:
-        """What simulations multiply the kernel by: the predicted growth, corrected by trials."""
+        """The kernel's growth in simulations: the predicted growth, corrected by trials."""
         predicted = self.simulator.kernel_growth
         if not self.log_growth.any():
             return predicted
@@ -100,7 +94,7 @@ class Estimator:
         def correct(
             logs: Floats, learning_rate: Floats, noise: Floats, momentum: Floats, depths: Floats
         ) -> Floats:
-            """Return the corrected logarithms of times on the grid of the surface."""
+            """Return corrected logarithms of times at the knots of the surface, ``(K, P)``."""
             batch_size = simulator.n_samples / (1.0 + noise * (simulator.n_samples - 1))
             step = learning_rate / (1.0 - momentum) * float(simulator.model.curvatures[0])
             stability = learning_rate / simulator.max_learning_rate(batch_size, momentum)
@@ -118,7 +112,7 @@ class Estimator:
         return surface.retimed(correct)
 
     def seconds_per_step(self, batch_size: ArrayLike) -> Floats:
-        """Return the seconds of a training step, of the same shape; NaN if not measured."""
+        """Return the seconds per step at batch sizes of any shape; NaN if not measured."""
         if self.throughput is None:
             return np.full(np.shape(batch_size), np.nan)
         return self.throughput.seconds_per_step(batch_size)
@@ -130,19 +124,19 @@ class Estimator:
         )
 
     def is_hopeless(self, configurations: Configurations) -> Booleans:
-        """Tell which configurations blow up for sure, shape ``(K,)``."""
+        """Return a mask ``(K,)`` of configurations that are certain to blow up."""
         return self.stability(configurations) > RULES.hopeless_stability
 
     def predict(self, configurations: Configurations, *, full_curve: bool) -> Prediction:
-        """Simulate configurations, on request to the horizon, and correct their times."""
-        # Nobody needs the curve of a configuration that blows up, so it is not simulated.
+        """Return simulated predictions with curves to the target or, on request, the horizon."""
+        # The curve of a configuration that is certain to blow up is of no use.
         rows = np.flatnonzero(~self.is_hopeless(configurations))
         runs = self._simulated(configurations.rows(rows), full_curve=full_curve)
         times = self._times(runs).placed(len(configurations), rows)
         return self._prediction(configurations, times, self.log_growth)
 
     def estimate(self, configurations: Configurations) -> Prediction:
-        """Predict from the response surface; what it does not know is simulated."""
+        """Return the prediction by the response surface; what it does not cover is simulated."""
         hopeless = self.is_hopeless(configurations)
         surface = self.simulator.surface
         places = self._places(configurations)
@@ -151,7 +145,7 @@ class Estimator:
         longest = configurations.max_steps
         if surface is not None:
             depths, logs = surface.depths, surface.log_first_passage_times(*places)
-            # The surface ends at the predictor's horizon, and where it gave up.
+            # The surface was simulated up to the predictor's horizon or its patience.
             patience = surface.patience(places[0], places[2])
             end = np.minimum(patience, self.simulator.max_steps)
             outside |= ~np.isfinite(steps) & (longest > end)
@@ -165,10 +159,10 @@ class Estimator:
         return self._prediction(configurations, times, np.zeros(len(KNOTS)))
 
     def score(self, configurations: Configurations, *, simulate_outside: bool) -> Floats:
-        """Return seconds to the target, or steps where their time is not known, shape ``(K,)``.
+        """Return the seconds to the target, or the steps if no step was timed, shape ``(K,)``.
 
-        They are interpolated in the surface; what it would have to extrapolate is simulated on
-        request.
+        They are interpolated in the surface; with ``simulate_outside``, configurations that it
+        would have to extrapolate are simulated. Infinity if the target is not reached.
         """
         hopeless = self.is_hopeless(configurations)
         steps, outside = _steps_on(self.surface, self._places(configurations))
@@ -185,11 +179,14 @@ class Estimator:
         return np.asarray(steps * np.where(np.isnan(per_step), 1.0, per_step))
 
     def is_extrapolated(self, configurations: Configurations) -> Booleans:
-        """Tell where the response surface would have to extrapolate, shape ``(K,)``."""
+        """Return a mask ``(K,)`` of configurations that the surface would have to extrapolate."""
         return _steps_on(self.simulator.surface, self._places(configurations))[1]
 
     def depth_after(self, configurations: Configurations, steps: Floats) -> Floats:
-        """Return how deep the training loss is after some steps, zero where it is not known."""
+        """Return the depth ``(K,)`` after ``steps`` ``(K,)``: log(initial loss / training loss).
+
+        It is zero if there is no surface or the surface has no times for the configuration.
+        """
         if self.surface is None:
             return np.zeros(len(configurations))
         return self.surface.depth_after(*self._places(configurations), steps)
@@ -197,10 +194,10 @@ class Estimator:
     def remaining_steps(
         self, running: Observation, configuration: Configurations, depth: float | None
     ) -> tuple[float, float] | None:
-        """Return the steps that one running trial still needs to a depth, given its own curve.
+        """Return the steps that a running trial still needs to a depth, given its observed curve.
 
-        The second number is the standard deviation of their logarithm; None means that the
-        response surface does not know.
+        The second number is the standard deviation of their logarithm. None if the response
+        surface extrapolates or has no time at the depth. The depth is the target's if it is None.
         """
         surface, places = self.simulator.surface, self._places(configuration)
         if surface is None or surface.steps(*places)[1].any():
@@ -217,7 +214,7 @@ class Estimator:
         return self.calibration.remaining(running, depths, steps)
 
     def _places(self, configurations: Configurations) -> tuple[Floats, Floats, Floats]:
-        """Return where configurations are on the surface, which has the spectrum's samples."""
+        """Return learning rates, batch sizes with the surface's noise, and momenta, ``(K,)``."""
         batch_size = self.simulator.simulated_batch_size(configurations.batch_size)
         return configurations.learning_rate, batch_size.astype(np.float64), configurations.momentum
 
@@ -228,7 +225,7 @@ class Estimator:
         full_curve: bool = False,
         n_seeds: int | None = None,
     ) -> list[Trajectories]:
-        """Simulate with the corrected growth of the kernel."""
+        """Return simulations, one per seed, with the growth of the kernel that trials correct."""
         return self.simulator.run(
             configurations,
             growth=self.growth,
@@ -240,9 +237,9 @@ class Estimator:
     def _uncorrected(
         self, configurations: Configurations, max_steps: Integers
     ) -> FirstPassageTimes:
-        """Simulate as the surface is built: the corrections of trials come afterwards.
+        """Return times simulated as for the surface: the corrections of trials come afterwards.
 
-        Where trials were faster than predicted, the simulation goes on beyond the horizon.
+        If trials were faster than predicted, simulations go on beyond ``max_steps``, ``(K,)``.
         """
         slack = np.clip(self.log_growth.max(), 0.0, RULES.most_log_slack)
         horizon = np.ceil(math.exp(float(slack)) * max_steps).astype(np.int64)
@@ -254,15 +251,16 @@ class Estimator:
         return self._times(runs)
 
     def _times(self, runs: list[Trajectories]) -> FirstPassageTimes:
-        """Return the first passage times of simulations, one for each seed."""
+        """Return the first passage times of simulations, of which there is one per seed."""
         return FirstPassageTimes.of(runs, self.simulator.target, self.simulator.initial_loss)
 
     def _corrected(
         self, configurations: Configurations, times: FirstPassageTimes, growth: Floats
     ) -> tuple[Floats, Floats]:
-        """Return corrected logarithmic times, ``(K, P)``, and their deviation at the target.
+        """Return corrected logarithmic times, ``(K, P)``, and their SD at the target, ``(K,)``.
 
         ``growth`` is the logarithm of the correction that they were simulated with, at KNOTS.
+        Without observed trials the times stay as they are.
         """
         stability = self.stability(configurations)
         if not self.calibration.n_observed:
@@ -275,7 +273,7 @@ class Estimator:
                 + stability_sd(stability) ** 2
             )
             return times.log_steps, sd
-        # Loss levels below the target coincide with it in all rows.
+        # Loss levels below the target have its depth in all rows and need no correction of theirs.
         apart = (times.depths[:, :-1] < times.depths[:, -1:]).any(axis=0)
         columns = np.append(np.flatnonzero(apart), times.depths.shape[1] - 1)
         depths = times.depths[:, columns]
@@ -296,7 +294,7 @@ class Estimator:
     def _prediction(
         self, c: Configurations, times: FirstPassageTimes, growth: Floats
     ) -> Prediction:
-        """Return what simulated times say of configurations ``c``, as trials correct them.
+        """Return the prediction of configurations ``c`` from simulated times, with corrections.
 
         ``growth`` is the logarithm of the correction that they were simulated with, at KNOTS.
         """
@@ -349,14 +347,14 @@ class Estimator:
         return float(t.ppf(0.9, self.calibration.degrees_of_freedom))
 
     def _is_reliable(self, sd: Floats) -> Booleans:
-        """Tell of K predictions whether they are reliable, by the probe or by observed trials."""
+        """Return which predictions are reliable by the SD of their logarithmic times, ``(K,)``."""
         if not self.calibration.n_observed:
             return np.full(len(sd), self.reliable)
         return (sd < RULES.unreliable_sd) & self.calibration.trusted
 
 
 def unreliability(simulator: Simulator) -> str:
-    """Return the text of a warning: the network is far from its linearisation at the target."""
+    """Return the text of the warning that linearisation does not hold up to the target."""
     probe, fraction = simulator.spectrum.probe, simulator.loss_fraction
     return (
         f"At {simulator.excess_fraction:.0%} of the initial training loss the network is far from "
@@ -369,7 +367,7 @@ def unreliability(simulator: Simulator) -> str:
 
 
 def _outcomes(steps: Floats, blown_up: Booleans) -> NDArray[np.str_]:
-    """Return the outcomes, as strings, of K configurations: shapes ``(K,)``."""
+    """Return the outcomes ``(K,)`` as strings: blown up, else converged if steps are finite."""
     reached = np.where(np.isfinite(steps), Outcome.CONVERGES.value, Outcome.NOT_REACHED.value)
     return np.where(blown_up, Outcome.DIVERGES.value, reached)
 
@@ -377,7 +375,7 @@ def _outcomes(steps: Floats, blown_up: Booleans) -> NDArray[np.str_]:
 def _steps_on(
     surface: ResponseSurface | None, places: tuple[Floats, Floats, Floats]
 ) -> tuple[Floats, Booleans]:
-    """Return steps on a surface, and where they are extrapolated: all, where there is none."""
+    """Return steps and the mask of extrapolated ones; infinite and true if surface is None."""
     if surface is None:
         return np.full(len(places[0]), np.inf), np.ones(len(places[0]), dtype=bool)
     return surface.steps(*places)

@@ -1,4 +1,4 @@
-"""The times at which predicted curves pass the loss levels, down to the target, and the curves."""
+"""The predicted first passage times of the loss levels and the target, and predicted curves."""
 
 from __future__ import annotations
 
@@ -21,42 +21,32 @@ from optuna_ttp.dynamics import Trajectories
 
 @dataclass(frozen=True, eq=False)
 class FirstPassageTimes:
-    """Predicted times of K configurations at P loss levels, the last of which is the target.
-
-    Attributes:
-        depths:
-            Logarithm of the initial training loss over that of the level, shape ``(K, P)``. Levels
-            that are deeper than the target coincide with it.
-        log_steps:
-            Logarithm of the time in steps at each level, a mean over the seeds, shape ``(K, P)``;
-            NaN where the level is not reached.
-        log_sd:
-            Standard deviation over the seeds at the target, shape ``(K,)``.
-        blown_up:
-            Whether the loss blew up, shape ``(K,)``.
-        strides:
-            Steps that were simulated as one, shape ``(K,)``.
-        curve_steps:
-            Steps of the curves of the first seed, shape ``(K, T)``; NaN after a curve's end.
-        curves:
-            What was simulated at these steps, by name, each of shape ``(K, T)``.
-    """
+    """Predicted times of K configurations at P loss levels, the last of which is the target."""
 
     depths: Floats
+    """Logarithm of the initial training loss over the loss level, shape ``(K, P)``. Levels below
+    the target's loss are replaced by it."""
     log_steps: Floats
+    """Mean over the seeds of the logarithm of the steps to each level, shape ``(K, P)``; NaN if
+    the level is not reached."""
     log_sd: Floats
+    """Standard deviation over the seeds of that logarithm at the target, shape ``(K,)``."""
     blown_up: Booleans
+    """True if the loss blew up in most seeds, shape ``(K,)``."""
     strides: Integers
+    """Optimiser steps per simulated step, shape ``(K,)``."""
     curve_steps: Floats
+    """Steps of the curves of the first seed, shape ``(K, T)``; NaN after a curve's end."""
     curves: dict[str, Floats]
+    """Simulated quantities at these steps, by name, each of shape ``(K, T)``."""
 
     @classmethod
     def of(
         cls, runs: Sequence[Trajectories], target: Target, initial_loss: float
     ) -> FirstPassageTimes:
-        """Return the times of simulations, one a seed, that were made for a target.
+        """Return the times of simulations, one per seed, at the fixed levels and the target.
 
-        Where most seeds do not reach a level, its time is NaN.
+        A time is NaN if most seeds do not reach the level.
         """
         crossings = np.array([run.crossings(target) for run in runs])
         log_target, log_sd = _mean_over_seeds(np.log(np.maximum(crossings, 1e-9)))
@@ -68,7 +58,7 @@ class FirstPassageTimes:
         every_depth = np.append(DEPTHS, np.inf)[None, :]
         times = np.concatenate([levels, log_target[:, None]], axis=1)
         reached = np.isfinite(log_target)[:, None]
-        # A level that the mean over the seeds puts behind the target is passed with it.
+        # A level that the mean over the seeds puts after the target is passed with it.
         times = np.where(every_depth < bound, times, log_target[:, None])
         times = np.where(reached, np.fmin(times, log_target[:, None]), times)
         return cls(
@@ -85,10 +75,10 @@ class FirstPassageTimes:
     def interpolated(
         cls, depths: Floats, log_steps: Floats, blown_up: Booleans
     ) -> FirstPassageTimes:
-        """Return the times of a response surface, which has no curves.
+        """Return the times of a response surface, without curves.
 
-        The depths of the surface end with the target's and have the shape ``(Q,)``, its times
-        ``(K, Q)``; ``blown_up`` has the shape ``(K,)``.
+        Its ``depths`` ``(Q,)`` end with the target's, ``log_steps`` are its logarithmic times
+        ``(K, Q)``; rows with ``blown_up``, ``(K,)``, have NaN.
         """
         place = np.minimum(np.arange(len(DEPTHS) + 1), len(depths) - 1)
         logs = np.where(blown_up[:, None], np.nan, log_steps[:, place])
@@ -103,7 +93,7 @@ class FirstPassageTimes:
         )
 
     def placed(self, count: int, rows: Integers) -> FirstPassageTimes:
-        """Return these times as the given rows of ``count``; all other rows blow up."""
+        """Return ``count`` rows: these times at the indices ``rows``, all others blown up."""
 
         def among(value: Any, simulated: NDArray[Any]) -> NDArray[Any]:
             """Return an array that holds the value in all rows that were not simulated."""
@@ -122,7 +112,7 @@ class FirstPassageTimes:
         )
 
     def updated(self, other: FirstPassageTimes, rows: Integers) -> FirstPassageTimes:
-        """Return these times with other times in the given rows; the curves stay as they are."""
+        """Return these times with ``other`` at the indices ``rows``, but the same curves."""
 
         def merged(values: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
             values = values.copy()
@@ -138,14 +128,14 @@ class FirstPassageTimes:
         )
 
     def on_levels(self, values: Floats) -> Floats:
-        """Return values of shape ``(K, P)`` at the fixed levels alone, NaN below the target."""
+        """Return values ``(K, P)`` at the P - 1 fixed levels; NaN at levels below the target."""
         return np.where(DEPTHS[None, :] <= self.depths[:, -1:] + 1e-6, values[:, :-1], np.nan)
 
     def warped_curve_steps(self, log_steps: Floats) -> Floats:
-        """Stretch the steps of the curves so that they pass their levels at other times.
+        """Return steps ``(K, T)`` at which the curves pass their levels at corrected times.
 
-        The other times are logarithms of steps, shape ``(K, P)``. Behind its last level a curve
-        goes on as stretched there.
+        ``log_steps`` are logarithms of the corrected times, ``(K, P)``. Steps between levels are
+        interpolated linearly; after the last level they are stretched by the factor at that level.
         """
         result = self.curve_steps.copy()
         for row, before, after in zip(result, self.log_steps, log_steps, strict=True):
@@ -161,7 +151,7 @@ class FirstPassageTimes:
 def _depths_at_target(
     run: Trajectories, target: Target, initial_loss: float, log_target: Floats
 ) -> Floats:
-    """Return the depth of the training loss where each curve reaches the target, or NaN."""
+    """Return the depth ``(K,)`` of the training loss when each curve is at the target, or NaN."""
     if target.quantity == "loss" and not target.settled:
         return np.full(len(log_target), math.log(initial_loss / target.value))
     depths = np.full(len(log_target), math.nan)
@@ -173,7 +163,7 @@ def _depths_at_target(
 
 
 def _mean_over_seeds(logs: Floats) -> tuple[Floats, Floats]:
-    """Mean and standard deviation over the first axis; NaN where most are not finite."""
+    """Return mean and SD of the finite values along the first axis; NaN mean if most are not."""
     reached = np.isfinite(logs)
     n_reached = reached.sum(axis=0)
     mean = np.where(reached, logs, 0.0).sum(axis=0) / np.maximum(n_reached, 1)

@@ -1,4 +1,4 @@
-"""What training is predicted to do."""
+"""The predicted outcome of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is predicted for one configuration, or for many at once."""
+"""The predicted training times of one configuration, or of many at once."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _IN_WORDS = {
 class Prediction:
     """The predicted training time of one configuration or of an array of them.
 
-    Where :meth:`~optuna_ttp.TrainingTimePredictor.predict` was given scalars, the arrays have the
-    shape ``()``, and ``float(prediction.steps)`` or :attr:`outcome` read like plain values.
+    If :meth:`~optuna_ttp.TrainingTimePredictor.predict` is given scalars, the arrays have the
+    shape ``()``, and ``float(prediction.steps)`` and :attr:`outcome` are plain values.
 
     Attributes:
         learning_rate:
-            The configurations' learning rates. All attributes have their common shape, unless
-            another one is given.
+            The configurations' learning rates. All attributes have the common shape of the
+            hyperparameters, unless another shape is given here.
         batch_size:
             The configurations' batch sizes.
         momentum:
             The configurations' momenta.
         steps:
-            Optimiser steps to the target; infinity where it is not reached.
+            Optimiser steps to the target; infinity if it is not reached.
         steps_low:
             Lower end of the interval that holds the real steps in eight of ten cases.
         steps_high:
@@ -44,20 +44,20 @@ class Prediction:
         epochs:
             Passes over the data to the target.
         seconds:
-            Seconds of training to the target; NaN where the time of a step is not known.
+            Seconds of training to the target; NaN if the seconds per step are not known.
         outcomes:
             ``"converges"``, ``"diverges"`` or ``"not_reached"`` (within the horizon).
         p_converges:
             Probability that the target is reached within the horizon.
         p_diverges:
-            Probability that training never recovers. The rest to one is the probability of
-            ``"not_reached"``.
+            Probability that training diverges. The probability of ``"not_reached"`` is one minus
+            both probabilities.
         reliable:
-            Whether the network stays close to its linearisation on the way to the target. Once
-            trials were observed, whether the error that they leave is small: close to the edge of
+            True if the network stays close to its linearisation on the way to the target. Once
+            trials were observed, true if the predicted error is small: close to the edge of
             stability it may be large, although the predictor is reliable.
         stability:
-            Learning rate over the largest stable one. Training above one may go through a loss
+            Learning rate over the largest stable one. Above one, training may go through a loss
             spike, or never recover from it.
         max_steps:
             The horizon, in steps.
@@ -66,26 +66,25 @@ class Prediction:
         curve_steps:
             Steps of the predicted curves, along an additional last axis; NaN after their end.
         curves:
-            What was simulated at these steps, with the first of the seeds: ``"loss"``,
+            Simulated quantities at these steps, for the first of the seeds: ``"loss"``,
             ``"accuracy"`` (of classifiers), ``"validation_loss"`` and ``"validation_accuracy"``
-            (where the task has validation data and full curves were asked for, or the target is
-            one of them), and ``"smoothed_loss"`` (where the predictor has a smoothing).
+            (if the task has validation data and full curves were asked for, or the target is
+            one of them), and ``"smoothed_loss"`` (if the predictor has a smoothing).
         log_first_passage_times:
-            Logarithm of the step at which each of the loss levels
-            :data:`optuna_ttp.calibration.DEPTHS` is passed, as simulated, along an additional
-            last axis. It is NaN for levels below the target, and where a level is not reached.
-            This attribute and the next three are what a calibration needs to know of a
-            prediction once the trial has run.
+            Logarithm of the simulated step at which each of the loss levels
+            :data:`optuna_ttp.calibration.DEPTHS` is passed, along an additional last axis. It is
+            NaN for levels below the target, and if a level is not reached. A calibration uses
+            this attribute and those below once the trial has run.
         expected_log_first_passage_times:
             The same logarithms, corrected by observed trials.
         covariates:
-            What the errors of predicted times depend on, along an additional last axis. See
-            :func:`optuna_ttp.calibration.covariates`.
+            The variables that the errors of predicted times depend on, along an additional last
+            axis. See :func:`optuna_ttp.calibration.covariates`.
         instability:
             Learning rate over the largest stable one, times the predicted growth of the kernel,
             at the same loss levels. See :class:`optuna_ttp.calibration.Observation`.
         log_growth:
-            Logarithm of the correction of the kernel that was simulated with, at
+            Logarithm of the factor on the kernel's predicted growth in the simulation, at
             :data:`optuna_ttp.calibration.KNOTS`.
     """
 
@@ -114,7 +113,7 @@ class Prediction:
 
     @property
     def curve_losses(self) -> Floats:
-        """Training loss, over all samples, at :attr:`curve_steps`."""
+        """The training loss over all samples at :attr:`curve_steps`, of the same shape."""
         return self.curves["loss"]
 
     @property
@@ -123,7 +122,7 @@ class Prediction:
 
         Raises:
             ValueError:
-                If there are several; use :attr:`outcomes`.
+                If there are several configurations; use :attr:`outcomes` for them.
         """
         if self.outcomes.size != 1:
             raise ValueError(

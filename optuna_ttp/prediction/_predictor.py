@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 
 
 class TrainingTimePredictor(PredictorProperties):
-    """Predicts how long training takes until the training loss reaches a target, without training.
+    """Predicts the training time until a loss or an accuracy reaches a target, without training.
 
     The network is linearised at its pretrained weights, and mini-batch SGD is simulated on the
-    linearised model with the user's own learning rate, batch size and momentum. The training time
-    is the first step at which the watched quantity reaches the target (Zancato et al., NeurIPS
+    linearised model with the user's learning rate, batch size and momentum. The training time is
+    the first step at which the chosen quantity reaches the target (Zancato et al., NeurIPS
     2020, section 5). Exactly one of the ``target_`` arguments must be given.
 
     Example:
@@ -68,22 +68,22 @@ class TrainingTimePredictor(PredictorProperties):
         target_validation_accuracy:
             The validation accuracy to reach; the task must have validation data.
         target_epsilon:
-            The paper's ``T_eps``: the first step at which the training loss is within this share
-            of its whole change of its value at the horizon. See
+            The paper's ``T_eps``: the first step at which the training loss differs from its
+            value at the horizon by at most this share of its whole change. See
             :class:`~optuna_ttp.dynamics.Target`.
         optimizer:
             The optimiser that trains. ``SGD()`` by default, without momentum, dampening and
             weight decay.
         schedule:
-            A :class:`~optuna_ttp.Schedule`, or a function from the number of steps done to what
-            multiplies the learning rate. Constant by default.
+            A :class:`~optuna_ttp.Schedule`, or a function from the number of steps done to the
+            multiplier of the learning rate. Constant by default.
         max_steps:
             The horizon: a target that takes more steps is ``"not_reached"``. 10,000 by default.
         n_samples:
-            The number of samples that will be trained on, where the spectrum is that of a random
-            subset. Those of the spectrum by default.
+            The number of samples that will be trained on, if the spectrum is that of a random
+            subset. The number of samples of the spectrum by default.
         settings:
-            What experts may change: smoothing, sampling, seeds, device and more. See
+            Settings for experts: smoothing, sampling, seeds, device and more. See
             :class:`~optuna_ttp.PredictorSettings`.
 
     Raises:
@@ -167,9 +167,9 @@ class TrainingTimePredictor(PredictorProperties):
             max_steps:
                 The horizon in steps. The predictor's by default.
             full_curve:
-                Whether curves go on to the horizon, with those of the validation samples. By
-                default they end at the target. A configuration that is predicted to diverge has
-                no curve.
+                True for curves up to the horizon, which also adds the curves of the validation
+                samples. By default curves end at the target. A configuration whose learning rate
+                is more than eight times the largest stable one has no curve.
 
         Returns:
             The predicted steps, epochs, seconds, interval, outcomes and curves.
@@ -191,8 +191,9 @@ class TrainingTimePredictor(PredictorProperties):
     ) -> Prediction:
         """Predict as :meth:`predict` does, but from the response surface, and without curves.
 
-        A prediction takes milliseconds once the surface is built, see :meth:`score`. What the
-        surface would have to extrapolate is simulated. This is what sampler and pruner use.
+        A prediction takes milliseconds once the surface is built, see :meth:`score`.
+        Configurations that the surface would have to extrapolate are simulated. The sampler and
+        the pruner use this method.
 
         Args:
             learning_rate:
@@ -222,12 +223,12 @@ class TrainingTimePredictor(PredictorProperties):
         *,
         simulate_outside: bool = True,
     ) -> Floats:
-        """Return approximate seconds to the target for many configurations, in microseconds each.
+        """Return approximate seconds to the target, to rank many configurations by.
 
-        Candidates can be ranked by them. They are interpolated in a response surface, which is
-        built by simulation when it is first needed (this takes seconds), from the eigenpairs that
-        hold 95 % of the trace. Where the surface would have to extrapolate (see
-        :meth:`is_extrapolated`), configurations are simulated instead.
+        They are interpolated in a response surface, which is built by simulation when it is first
+        needed (this takes seconds), from the eigenpairs that hold 95 % of the trace; then a score
+        takes microseconds. Configurations that the surface would have to extrapolate (see
+        :meth:`is_extrapolated`) are simulated instead.
 
         Args:
             learning_rate:
@@ -237,12 +238,12 @@ class TrainingTimePredictor(PredictorProperties):
             momentum:
                 Momenta in [0, 1). The optimiser's by default.
             simulate_outside:
-                Whether to simulate where the surface would have to extrapolate. On by default;
-                turn it off where speed matters more.
+                False to extrapolate instead of simulating, if speed matters more. True by
+                default.
 
         Returns:
-            Seconds (steps where the time of a step is not known), of the common shape. They are
-            infinite where the target is out of reach or training is predicted to diverge.
+            Seconds (steps if the seconds per step are not known), of the common shape. They are
+            infinite if the target is not reached or training is predicted to diverge.
 
         Raises:
             ValueError:
@@ -255,7 +256,7 @@ class TrainingTimePredictor(PredictorProperties):
     def is_extrapolated(
         self, learning_rate: ArrayLike, batch_size: ArrayLike, momentum: ArrayLike | None = None
     ) -> Booleans:
-        """Tell where the response surface would have to extrapolate.
+        """Tell which configurations the response surface would have to extrapolate.
 
         Args:
             learning_rate:
@@ -267,8 +268,9 @@ class TrainingTimePredictor(PredictorProperties):
 
         Returns:
             Booleans of the common shape. True for momentum above 0.995, for batches of fewer than
-            four samples, at the border of what reaches the target, and everywhere if the learning
-            rate follows a schedule or the target depends on the end of the curve.
+            four samples, if only some of the simulated configurations nearby reach the target,
+            and always if the learning rate follows a schedule or the target depends on the end of
+            the curve.
         """
         configurations = self._configurations(learning_rate, batch_size, momentum)
         return self._estimator.is_extrapolated(configurations).reshape(configurations.shape)
@@ -276,7 +278,7 @@ class TrainingTimePredictor(PredictorProperties):
     def depth_after(
         self, learning_rate: Floats, batch_size: Integers, momentum: Floats, steps: Floats
     ) -> Floats:
-        """Return how deep the training loss is after some steps, from the response surface.
+        """Return the depth after some steps: the logarithm of initial over present training loss.
 
         Args:
             learning_rate:
@@ -289,10 +291,10 @@ class TrainingTimePredictor(PredictorProperties):
                 The steps of each configuration, shape ``(K,)``.
 
         Returns:
-            Logarithms of the initial loss over the loss, shape ``(K,)``. Behind the target the
-            loss is taken to go on falling as fast in the logarithm of the steps; where it stays
-            above a loss level it is taken to be at the last one that was passed. They are zero
-            where training is predicted to diverge, or nothing is known.
+            Depths by the response surface, shape ``(K,)``. Beyond the target the loss is taken to
+            fall at the same rate in the logarithm of the steps; a loss that does not reach a loss
+            level is taken to stay at the level above. Depths are zero if training is predicted to
+            diverge, or the surface has no times for the configuration.
         """
         configurations = self._configurations(learning_rate, batch_size, momentum)
         return self._estimator.depth_after(configurations, steps)
@@ -303,28 +305,28 @@ class TrainingTimePredictor(PredictorProperties):
         configuration: tuple[float, int, float],
         depth: float | None = None,
     ) -> tuple[float, float] | None:
-        """Return how long a running trial still takes, given its own curve.
+        """Return the steps that a running trial still needs, given its observed loss curve.
 
         See :meth:`~optuna_ttp.Calibration.remaining`.
 
         Args:
             running:
-                What was predicted for the trial by :meth:`estimate`, and observed of it so far.
+                The trial's prediction by :meth:`estimate`, and its observed curve so far.
             configuration:
-                Its learning rate, batch size and momentum.
+                The trial's learning rate, batch size and momentum.
             depth:
-                The depth to reach: the logarithm of the initial training loss over another one on
-                the way to the target. The target's by default.
+                The depth to reach: the logarithm of the initial training loss over a training
+                loss on the way to the target. The target's by default.
 
         Returns:
-            The steps after the last one that was observed, and the standard deviation of their
-            logarithm; :obj:`None` where the response surface does not know.
+            The steps after the last observed step, and the standard deviation of their logarithm;
+            :obj:`None` if the response surface does not cover the configuration and depth.
         """
         one = self._configurations(*([value] for value in configuration))
         return self._estimator.remaining_steps(running, one, depth)
 
     def seconds_per_step(self, batch_size: ArrayLike) -> Floats:
-        """Return the seconds of a training step; NaN where they were not measured.
+        """Return the seconds per training step; NaN if they were not measured.
 
         Args:
             batch_size:
@@ -370,11 +372,12 @@ class TrainingTimePredictor(PredictorProperties):
 
         Args:
             observations:
-                What was observed of trials, oldest first. Trials that this predictor has learned
-                from already count once.
+                Observed trials, oldest first. Trials that this predictor has already learned from
+                are not counted twice.
 
         Returns:
-            A new predictor that shares everything else with this one.
+            A new predictor that shares everything else with this one, or this one itself if no
+            trial is new.
         """
         # A trial that was remembered and is in the study again counts once.
         if self.observations:
@@ -396,11 +399,11 @@ class TrainingTimePredictor(PredictorProperties):
         return twin
 
     def calibrated(self, calibration: Calibration) -> TrainingTimePredictor:
-        """Return a predictor that corrects its times by what was learned from observed trials.
+        """Return a predictor that corrects its times by another calibration.
 
         Args:
             calibration:
-                See :func:`optuna_ttp.calibration.calibrate`.
+                The corrections, see :func:`optuna_ttp.calibration.calibrate`.
 
         Returns:
             A new predictor that shares everything else with this one.
@@ -418,10 +421,10 @@ class TrainingTimePredictor(PredictorProperties):
         momentum: float | None = None,
         device: str | None = None,
     ) -> TrainingTimePredictor:
-        """Train a few full-batch steps of one configuration, and learn from them.
+        """Train a few full-batch steps of one configuration, and learn from their losses.
 
-        Worth it where predictions are not :attr:`reliable`: the steps show how the kernel really
-        grows. The network is as it was afterwards.
+        This helps if predictions are not :attr:`reliable`: the losses show how the kernel really
+        grows. Afterwards the weights of the network are restored.
 
         Example:
             >>> if not predictor.reliable:
@@ -429,21 +432,21 @@ class TrainingTimePredictor(PredictorProperties):
 
         Args:
             task:
-                The task of the spectrum.
+                The task that the spectrum was computed for.
             steps:
                 The number of steps. Twenty by default.
             learning_rate:
                 The learning rate. By default the one that, with the momentum, is predicted to
-                bring the loss down furthest without coming near the stability limit.
+                give the lowest loss without coming near the stability limit.
             momentum:
-                The momentum. Zero or 0.9 by default.
+                The momentum. By default zero or 0.9, whichever gives the lower predicted loss;
+                zero if a learning rate is given.
             device:
-                The device that trains. By default the one of
-                :func:`~optuna_ttp.compute_spectrum`.
+                The device that trains. By default that of :func:`~optuna_ttp.compute_spectrum`.
 
         Returns:
-            A predictor that has learned from the steps. Its :attr:`short_run_seconds` are the
-            seconds that they took; the report charges them like those of the spectrum.
+            A predictor that has learned from the steps. Their seconds are added to its
+            :attr:`short_run_seconds`; the report counts them as it counts the spectrum's.
 
         Raises:
             FingerprintMismatchError:
@@ -453,7 +456,7 @@ class TrainingTimePredictor(PredictorProperties):
 
         Warns:
             UnreliablePredictionWarning:
-                If the loss did not come down enough to learn from, or rose without bound.
+                If the loss fell by too little to learn from, or rose without bound.
         """
         from optuna_ttp.prediction._short_run import observe_short_run
         from optuna_ttp.task import FineTuningTask
@@ -480,7 +483,7 @@ class TrainingTimePredictor(PredictorProperties):
         momentum: ArrayLike | None = None,
         max_steps: ArrayLike | None = None,
     ) -> Configurations:
-        """Return configurations of one shape, checked, with what was not given filled in."""
+        """Return checked configurations of one shape, with defaults for momentum and horizon."""
         return Configurations.of(
             learning_rate,
             batch_size,
@@ -491,6 +494,6 @@ class TrainingTimePredictor(PredictorProperties):
 
 
 def _identity(observation: Observation) -> tuple[float, ...]:
-    """Return what tells an observation from others, as far as it survives being stored."""
+    """Return numbers that identify an observation, also after it was stored as JSON."""
     seen = np.nansum(observation.observed), np.nansum(observation.predicted)
     return (*(round(float(s), 2) for s in seen), observation.n_steps, observation.lag)

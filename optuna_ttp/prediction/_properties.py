@@ -1,4 +1,4 @@
-"""What a predictor knows of its task, its target and its settings."""
+"""The read-only properties of a predictor."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class PredictorProperties:
 
     @property
     def setup_seconds(self) -> float:
-        """What the spectrum and the short training runs took together, in seconds."""
+        """The seconds that computing the spectrum and the short training runs took together."""
         return self.spectrum.metadata.compute_seconds + self.short_run_seconds
 
     @property
     def optimizer(self) -> SGD:
-        """The optimiser that trains."""
+        """The optimiser that training uses."""
         return self._estimator.simulator.optimizer
 
     @property
     def default_momentum(self) -> float | None:
-        """The momentum of what does not give one, or None where trials must give one."""
+        """The momentum of configurations without one, or None if every trial must give one."""
         return self.optimizer.momentum
 
     @property
@@ -56,12 +56,12 @@ class PredictorProperties:
 
     @property
     def settings(self) -> PredictorSettings:
-        """The settings that were given."""
+        """The settings for experts, as given."""
         return self._estimator.simulator.settings
 
     @property
     def kernel_growth(self) -> KernelGrowth | None:
-        """The predicted growth of the kernel, or None where it is frozen."""
+        """The predicted growth of the kernel, or None if the kernel is frozen."""
         return self._estimator.simulator.kernel_growth
 
     @property
@@ -76,33 +76,33 @@ class PredictorProperties:
 
     @property
     def target(self) -> Target:
-        """The quantity that is watched, and the value that it is to reach."""
+        """The quantity that training is to bring to a value, and this value."""
         return self._estimator.simulator.target
 
     @property
     def depth(self) -> float:
-        """Training loss over the initial one where the target is, on the linearised path.
+        """The training loss at the target over the initial one, on the linearised path.
 
-        The lowest loss that is possible with label smoothing counts as zero. It is NaN where the
-        target depends on the end of the curve.
+        Both are losses above the lowest loss that label smoothing makes possible. It is NaN if
+        the target depends on the end of the curve.
         """
         return self._estimator.simulator.excess_fraction
 
     @property
     def target_depth(self) -> float:
-        """Logarithm of the initial training loss over that at the target.
+        """The logarithm of the initial training loss over the training loss at the target.
 
-        Where the target is not a training loss, the loss is that of the linearised model at the
-        target. It is NaN where the target depends on the end of the curve.
+        If the target is not a training loss, the loss is that of the linearised model at the
+        target. It is NaN if the target depends on the end of the curve.
         """
         return -math.log(max(self._estimator.simulator.loss_fraction, 1e-300))
 
     @property
     def best_depth(self) -> float:
-        """The depth at which the validation loss is predicted to be lowest.
+        """The logarithm of initial over training loss when the validation loss is lowest.
 
-        It is that of slow full-batch training of the linearised network, and infinite without
-        validation data, or where more training always helps within 20,000 steps.
+        It is predicted for slow full-batch training of the linearised network; infinite without
+        validation data, or if the validation loss still falls after 20,000 steps.
         """
         return self._estimator.simulator.best_depth
 
@@ -118,25 +118,25 @@ class PredictorProperties:
 
     @property
     def throughput(self) -> Throughput | None:
-        """Seconds of a training step, or None where they were not measured."""
+        """The seconds per training step by batch size, or None if they were not measured."""
         return self._estimator.throughput
 
     @property
     def calibration(self) -> Calibration:
-        """What was learned from observed trials."""
+        """The corrections that were learned from observed trials, and their uncertainty."""
         return self._estimator.calibration
 
     @property
     def has_surface(self) -> bool:
-        """Whether times are a function of learning rate, batch size and momentum alone."""
+        """True if times depend on learning rate, batch size and momentum alone."""
         return self._estimator.simulator.has_surface
 
     @property
     def reliable(self) -> bool:
-        """Whether the network stays close to its linearisation on the way to the target.
+        """True if the network stays close to its linearisation on the way to the target.
 
-        See :func:`~optuna_ttp.calibration.is_reliable`. Once trials were observed, it says
-        whether they show how the kernel grows. :attr:`Prediction.reliable` is the same of single
-        configurations.
+        See :func:`~optuna_ttp.calibration.is_reliable`. Once trials were observed, it is true if
+        predictions are trusted and the growth of the kernel is known well enough.
+        :attr:`Prediction.reliable` says this of single configurations.
         """
         return self._estimator.reliable

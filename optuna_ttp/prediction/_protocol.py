@@ -1,4 +1,4 @@
-"""What a search asks of a predictor."""
+"""The interface of predictors that a search can use."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 
 class SearchPredictor(Protocol):
-    """What sampler, pruner, training log and report call on a predictor.
+    """The attributes and methods of a predictor that sampler, pruner, log and report use.
 
-    :class:`~optuna_ttp.TrainingTimePredictor` is the predictor of this package. Whatever else has
-    these attributes and methods can steer a search, too. "Depth" is the logarithm of the initial
-    training loss over a lower one.
+    :class:`~optuna_ttp.TrainingTimePredictor` is the predictor of this package; any other object
+    with these members can guide a search, too. "Depth" is the logarithm of the initial training
+    loss over a lower training loss.
     """
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of the task; predictions for other tasks are left out."""
+        """The fingerprint of the task; predictions for other tasks are ignored."""
 
     @property
     def setup_seconds(self) -> float:
-        """What the predictor cost before the first trial, in seconds."""
+        """The seconds that the predictor cost before the first trial."""
 
     @property
     def n_samples(self) -> int:
@@ -48,19 +48,19 @@ class SearchPredictor(Protocol):
 
     @property
     def default_momentum(self) -> float | None:
-        """The momentum of trials that do not give one, or None where they must give one."""
+        """The momentum of trials that do not give one, or None if every trial must give one."""
 
     @property
     def target(self) -> Target:
-        """The quantity that is watched, and the value that it is to reach."""
+        """The quantity that training is to bring to a value, and this value."""
 
     @property
     def target_depth(self) -> float:
-        """The depth at the target; NaN where it is not known in advance."""
+        """The depth at the target; NaN if it is not known in advance."""
 
     @property
     def best_depth(self) -> float:
-        """The depth at which the validation loss is predicted to be lowest, or infinity."""
+        """The depth at which the predicted validation loss is lowest; infinity if not known."""
 
     @property
     def initial_loss(self) -> float:
@@ -72,11 +72,11 @@ class SearchPredictor(Protocol):
 
     @property
     def throughput(self) -> Throughput | None:
-        """Seconds of a training step by batch size, or None where they were not measured."""
+        """The seconds per training step by batch size, or None if they were not measured."""
 
     @property
     def calibration(self) -> Calibration:
-        """What observed trials have taught, and how far predictions can be trusted."""
+        """The corrections learned from observed trials, and whether predictions are trusted."""
 
     @property
     def observations(self) -> tuple[Observation, ...]:
@@ -84,7 +84,7 @@ class SearchPredictor(Protocol):
 
     @property
     def has_surface(self) -> bool:
-        """Whether :meth:`score` of many configurations takes microseconds each."""
+        """True if :meth:`score` takes only microseconds per configuration."""
 
     def estimate(
         self,
@@ -94,7 +94,7 @@ class SearchPredictor(Protocol):
         *,
         max_steps: ArrayLike | None = None,
     ) -> Prediction:
-        """Predict configurations that are broadcast together, in milliseconds, without curves."""
+        """Predict configurations that are broadcast together, without curves, in milliseconds."""
 
     def score(
         self,
@@ -104,12 +104,12 @@ class SearchPredictor(Protocol):
         *,
         simulate_outside: bool = True,
     ) -> Floats:
-        """Return seconds to the target (steps where there is no throughput), to rank by."""
+        """Return seconds to the target (steps if :attr:`throughput` is None), to rank by."""
 
     def depth_after(
         self, learning_rate: Floats, batch_size: Integers, momentum: Floats, steps: Floats
     ) -> Floats:
-        """Return the depth of K configurations after some steps each; all of shape ``(K,)``."""
+        """Return the depth of K configurations after ``steps``; all arrays are ``(K,)``."""
 
     def remaining_steps(
         self,
@@ -117,29 +117,29 @@ class SearchPredictor(Protocol):
         configuration: tuple[float, int, float],
         depth: float | None = None,
     ) -> tuple[float, float] | None:
-        """Return how many steps a running trial still needs to a depth (the target's by default).
+        """Return the steps that a running trial still needs to a depth, by default the target's.
 
         The second number is the standard deviation of their logarithm. The configuration is the
-        learning rate, batch size and momentum. None means that nothing is known.
+        learning rate, batch size and momentum. None if the predictor cannot tell.
         """
 
     def seconds_per_step(self, batch_size: ArrayLike) -> Floats:
-        """Return the seconds of a training step, of the same shape; NaN where it is not known."""
+        """Return the seconds per training step, in the same shape; NaN if they are not known."""
 
     def max_learning_rate(
         self, batch_size: ArrayLike, momentum: ArrayLike | None = None
     ) -> Floats:
-        """Return the largest stable learning rate, of the common shape."""
+        """Return the largest stable learning rate, in the common shape of the arguments."""
 
     def informed(self, observations: Sequence[Observation]) -> Self:
-        """Return a predictor that has learned from more trials; itself where none is new."""
+        """Return a predictor that has learned from more trials; itself if no trial is new."""
 
 
 _MEMBERS = tuple(name for name in vars(SearchPredictor) if not name.startswith("_"))
 
 
 def check_predictor(value: Any) -> None:
-    """Raise TypeError if a value lacks what :class:`SearchPredictor` lists.
+    """Raise TypeError if a value lacks a member of :class:`SearchPredictor`.
 
     The names are looked up without reading properties, which may simulate for seconds.
     """

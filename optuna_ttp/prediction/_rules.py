@@ -1,4 +1,4 @@
-"""Numbers that predictions were tuned with."""
+"""The tuned numbers of predictions."""
 
 from __future__ import annotations
 
@@ -7,58 +7,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PredictionRules:
-    """When predictions give up, and how carefully they simulate.
-
-    Attributes:
-        hopeless_stability:
-            A learning rate above so many times the largest stable one diverges for sure. Above the
-            limit a network first goes through a loss spike, and most recover from it up to several
-            times the limit, where their curvature has dropped (Lewkowycz et al., 2020, arXiv
-            2003.02218). Chosen after the fact: at eight times the limit four of six runs of the
-            demo's network still came to 15 % of their initial loss
-            (``benchmarks/accuracy/results/digits.csv``).
-        unreliable_sd:
-            A prediction that trials have corrected is unreliable where the standard deviation of
-            its logarithm is larger than this. Not ablated yet.
-        margin:
-            Simulations go on for so many horizons where trials have corrected the times. Not
-            ablated yet.
-        most_log_slack:
-            Simulations without corrections go on for at most this factor's logarithm longer than
-            the horizon. Not ablated yet.
-        patience:
-            What the response surface gave up is simulated for so many times as long. Not ablated
-            yet.
-        few_steps:
-            Times of fewer steps are compared at smaller learning rates, because a difference of
-            one step would be one of more than three percent.
-        surface_trace:
-            The share of the trace that the eigenpairs of the response surface hold. The surface
-            ranks candidates; it does not promise times.
-        settled_subset_sd:
-            Standard deviation of the logarithm of a time to a share of the curve's end, where only
-            a subset of the samples is in the spectrum: both ends of the curve move, mostly
-            together. Not ablated yet.
-        short_run_shares:
-            Learning rates that a short training run chooses from, over the largest stable one. Not
-            ablated yet.
-        short_run_instability:
-            What the product of these shares and the kernel's growth may come to. Not ablated yet.
-        most_rise:
-            A short training run ends where its loss is so many times the initial one.
-    """
+    """The tuned numbers by which predictions simulate, correct and judge configurations."""
 
     hopeless_stability: float = 8.0
+    """A learning rate above this multiple of the largest stable one is predicted to diverge. Above
+    the limit a network first goes through a loss spike; most recover from it up to several times
+    the limit, since their curvature drops (Lewkowycz et al., 2020, arXiv 2003.02218). Chosen after
+    the fact: at eight times the limit four of six runs of the demo's network still came to 15 % of
+    their initial loss (``benchmarks/accuracy/results/digits.csv``)."""
     unreliable_sd: float = 0.4
+    """A prediction that trials have corrected is unreliable if the standard deviation of its
+    logarithm is at least this. Not ablated yet."""
     margin: float = 1.5
+    """Length of simulations, in horizons, once trials correct the times. Not ablated yet."""
     most_log_slack: float = 3.0
+    """Logarithm of the longest simulation without corrections, in horizons. Not ablated yet."""
     patience: float = 20.0
+    """A configuration that did not reach the target on the response surface is simulated for this
+    many times the surface's steps. Not ablated yet."""
     few_steps: int = 32
+    """Times of fewer steps are compared at smaller learning rates, because a difference of one
+    step would be one of more than three percent."""
     surface_trace: float = 0.95
+    """The share of the trace that the eigenpairs of the response surface hold. The surface ranks
+    candidates; its times may be less exact."""
     settled_subset_sd: float = 0.2
+    """Standard deviation of the logarithm of a time ``T_eps`` if the spectrum has only a subset of
+    the samples: both ends of the curve move, mostly together. Not ablated yet."""
     short_run_shares: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
+    """Learning rates that a short training run chooses from, over the largest stable one. Not
+    ablated yet."""
     short_run_instability: float = 0.3
+    """Largest product of such a share and the kernel's growth. Not ablated yet."""
     most_rise: float = 100.0
+    """A short training run ends if its loss exceeds the initial loss by this factor."""
 
 
 RULES = PredictionRules()

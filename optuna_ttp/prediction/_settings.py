@@ -31,12 +31,11 @@ class PredictorSettings:
 
     Args:
         throughput:
-            Seconds of a training step. By default what was measured with the spectrum.
+            The seconds per training step. By default those measured with the spectrum.
         smoothing:
-            The smoothing of the watched loss: the target counts for the smoothed loss of the
-            mini-batches, as a training log shows it, instead of the loss over all samples. A
-            ``target_loss``, ``target_fraction`` or ``target_epsilon`` is that of this curve. Off
-            by default.
+            A filter of the mini-batch losses: ``target_loss``, ``target_fraction`` and
+            ``target_epsilon`` then refer to the smoothed loss of the mini-batches, as a training
+            log shows it, instead of the loss over all samples. None by default.
         sampling:
             How mini-batches are drawn: ``"shuffle"`` takes a new permutation every epoch (the
             default), ``"replacement"`` draws every sample anew.
@@ -45,24 +44,24 @@ class PredictorSettings:
             model (the default). ``"sde"`` and ``"ode"`` solve equation 1 of Zancato et al.
             (NeurIPS 2020) with and without noise, as a baseline.
         kernel_growth:
-            What the kernel is multiplied by as the loss falls. ``"predicted"`` takes it from the
+            The factor on the kernel as the loss falls. ``"predicted"`` takes it from the
             spectrum's probe by :meth:`~optuna_ttp.dynamics.KernelGrowth.from_probe` (the default;
-            the kernel stays as it is where the spectrum has no probe, and for the paper's
-            equation). ``"frozen"`` keeps the kernel as it is. A
-            :class:`~optuna_ttp.dynamics.KernelGrowth` is taken as given.
+            the kernel stays as it is if the spectrum has no probe, and for the paper's equation).
+            ``"frozen"`` keeps the kernel as it is. A
+            :class:`~optuna_ttp.dynamics.KernelGrowth` is used as given.
         n_seeds:
-            How many orders of the samples are simulated; the prediction is their geometric mean.
-            Two by default.
+            The number of orders of the samples that are simulated; the prediction is their
+            geometric mean. Two by default.
         seed:
             The seed of the first order. Zero by default.
         device:
             The device that simulates. The CPU by default, which is faster for small spectra.
         exact:
-            Whether every single step is simulated, also of very slow configurations. By default
+            True to simulate every single step, also of very slow configurations. By default
             several of their steps are simulated as one; :attr:`Prediction.strides` says how many.
         calibration:
-            What was learned from observed trials, see
-            :meth:`~optuna_ttp.TrainingTimePredictor.calibrated`. Nothing by default.
+            Corrections that were learned from observed trials, see
+            :meth:`~optuna_ttp.TrainingTimePredictor.calibrated`. None by default.
 
     Raises:
         TypeError:

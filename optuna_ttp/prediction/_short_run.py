@@ -1,4 +1,4 @@
-"""A short training run: a few real steps of one configuration, and what they teach."""
+"""A short training run: a few real steps of one configuration, as an observation."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FrozenModel
 
 
-# Samples that go through the network together.
+# The number of samples that go through the network together.
 _CHUNK = 64
 
 
 def _chosen(
     estimator: Estimator, steps: int, learning_rate: float | None, momentum: float | None
 ) -> tuple[float, float]:
-    """Return the learning rate and momentum that come furthest in a few steps and stay stable.
+    """Return the stable learning rate and momentum with the lowest predicted loss after ``steps``.
 
-    What is given is taken as it is.
+    A given learning rate or momentum is used as it is; with a given learning rate, momentum is
+    zero by default.
     """
     if learning_rate is not None:
         return float(learning_rate), 0.0 if momentum is None else float(momentum)
@@ -57,7 +58,7 @@ def _chosen(
     # A loss may come out as zero where the simulated outputs grow without bound.
     depths = np.log(simulator.initial_loss / np.maximum(losses, 1e-30))[:, None]
     instability = simulator.instability(depths, shares)[:, 0]
-    # One of them is always slow enough.
+    # The smallest learning rates are always stable.
     stable = instability <= RULES.short_run_instability
     best = int(np.argmin(np.where(stable, losses, np.inf)))
     return float(rates[best]), float(momenta[best])
@@ -71,10 +72,10 @@ def observe_short_run(
     momentum: float | None,
     device: str | None,
 ) -> tuple[Observation, float, str]:
-    """Train a few full-batch steps of the given, or else a chosen, learning rate and momentum.
+    """Train a few full-batch steps with the given, or else a chosen, learning rate and momentum.
 
-    Return what was observed, the seconds that it took, and in words why nothing can be learned
-    from it, empty where something can.
+    Return the observation, the seconds of the training, and a text that says why nothing can be
+    learned from it, or an empty text. ValueError or TypeError if an argument is invalid.
     """
     given = {"learning_rate": learning_rate, "momentum": momentum}
     for name, value in given.items():
@@ -110,9 +111,9 @@ def observe_short_run(
 def _observation(
     estimator: Estimator, losses: Floats, steps: int, learning_rate: float, momentum: float
 ) -> Observation:
-    """Return what was predicted for a short training run, and what was observed."""
+    """Return the observation, with its prediction, of a run with losses ``(steps + 1,)``."""
     simulator = estimator.simulator
-    # All levels that the run passed count, also what is deeper than the target.
+    # The run counts at all levels that it passed, also at those below the target.
     target = Target("loss", min(np.nanmin(losses), 0.99 * simulator.initial_loss))
     deep = replace(estimator, simulator=replace(simulator, target=target))
     whole = Configurations.of(
@@ -145,13 +146,13 @@ def _train(
     steps: int,
     device: torch.device,
 ) -> Floats:
-    """Train the network for a few steps of full-batch gradient descent, and restore it.
+    """Train the network for a few steps of full-batch gradient descent, and restore its weights.
 
-    The steps are full-batch steps, because the losses of a few mini-batches would tell more about
-    the batches than about the network. The linearised model gives the loss and its gradient with
-    respect to the outputs; parameter groups have the learning rate times the task's multipliers.
-    Return the training loss over all samples before each step and after the last one, of shape
-    ``(steps + 1,)``; it is shorter where training blew up.
+    Full batches are used because the losses of a few mini-batches would tell more about the
+    batches than about the network. The linearised model gives the loss and its gradient with
+    respect to the outputs; each parameter has the learning rate times its multiplier in the task.
+    Return the training loss over all samples before each step and after the last step, of shape
+    ``(steps + 1,)``; it is shorter if training blew up.
     """
     losses: list[float] = []
     with task.frozen(device, torch.float32) as frozen:
@@ -180,7 +181,10 @@ def _gradient(
     *,
     wanted: bool,
 ) -> tuple[float, list[torch.Tensor]]:
-    """Training loss over all samples, and its gradient; zeros where that is not wanted."""
+    """Return the training loss over all samples and, if ``wanted``, its gradient, else zeros.
+
+    The gradient is a list with one tensor per parameter, of the parameter's shape.
+    """
     parameters = list(frozen.parameters.values())
     total = [torch.zeros_like(p) for p in parameters]
     whole = float(model.normalisers.sum())

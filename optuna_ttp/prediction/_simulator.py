@@ -1,4 +1,4 @@
-"""Simulated training of one task towards a target, before trials correct anything."""
+"""Simulated training of one task towards a target, without corrections by trials."""
 
 from __future__ import annotations
 
@@ -39,23 +39,8 @@ from optuna_ttp.spectrum import Spectrum
 class Simulator:
     """Simulates the training of one task on its linearised model, up to a target.
 
-    Attributes:
-        spectrum:
-            The Jacobian eigenspectrum of the task.
-        model:
-            The linearised model of the spectrum.
-        n_samples:
-            The number of samples that are trained on; the spectrum may hold a subset of them.
-        optimizer:
-            The optimiser that trains.
-        schedule:
-            The schedule of its learning rate.
-        settings:
-            The settings of experts.
-        target:
-            What is to be reached.
-        max_steps:
-            The horizon in optimiser steps.
+    ``model`` is the linearised model of ``spectrum``, ``n_samples`` the number of samples that are
+    trained on (the spectrum may have a subset of them), ``max_steps`` the horizon in steps.
     """
 
     spectrum: Spectrum
@@ -79,9 +64,10 @@ class Simulator:
         n_samples: int | None,
         settings: PredictorSettings,
     ) -> Simulator:
-        """Return the simulator of what a user gave, all of it checked.
+        """Return the simulator for the predictor's arguments; ValueError or TypeError if invalid.
 
-        Exactly one of the targets, by the names of the predictor's arguments, is not None.
+        ``targets`` has the target arguments by name, exactly one of which must not be None;
+        without ``n_samples`` it is that of the spectrum.
         """
         if not isinstance(spectrum, Spectrum):
             raise TypeError(f"spectrum must be a Spectrum but got {type(spectrum).__name__}.")
@@ -104,7 +90,7 @@ class Simulator:
         return cls(spectrum, model, count, optimizer, schedule, settings, target, max_steps)
 
     def __getstate__(self) -> dict[str, Any]:
-        # All of these are derived from the spectrum, and the model is larger than it.
+        # These are derived from the spectrum again; the model is larger than the spectrum.
         derived = ("model", "stability_limit", "kernel_growth", "surface")
         return {k: v for k, v in self.__dict__.items() if k not in derived}
 
@@ -116,7 +102,7 @@ class Simulator:
 
     @cached_property
     def kernel_growth(self) -> KernelGrowth | None:
-        """What the kernel is predicted to be multiplied by, or None where it is frozen."""
+        """The predicted factor on the kernel as the loss falls, or None if it is frozen."""
         growth, probe = self.settings.kernel_growth, self.spectrum.probe
         if isinstance(growth, KernelGrowth):
             return growth
@@ -128,12 +114,12 @@ class Simulator:
 
     @cached_property
     def stability_limit(self) -> StabilityLimit:
-        """The limit of stable learning rates at the pretrained weights, of all samples."""
+        """The limit of stable learning rates at the pretrained weights, for all samples."""
         return StabilityLimit.of(self.model, self.n_samples)
 
     @property
     def spectrum_stability_limit(self) -> StabilityLimit:
-        """The same limit for mini-batches that are drawn from the spectrum's samples alone."""
+        """:attr:`stability_limit` for mini-batches drawn from the spectrum's samples only."""
         return replace(self.stability_limit, n_samples=self.spectrum.n_samples)
 
     @cached_property
@@ -152,15 +138,15 @@ class Simulator:
 
     @property
     def slow_rate(self) -> float:
-        """A learning rate at which full-batch training is slow and surely stable."""
+        """A learning rate at which full-batch training is slow and stable: 0.5 / curvature."""
         return 0.5 / max(float(self.model.curvatures[0]), 1e-30)
 
     @cached_property
     def excess_fraction(self) -> float:
         """The training loss at the target over the initial one, above the lowest possible loss.
 
-        Label smoothing makes the lowest possible loss positive. Where the target is not a training
-        loss, this is that of slow training at the target; it is NaN where the target depends on
+        Label smoothing makes the lowest possible loss positive. If the target is not a training
+        loss, the loss is that of slow training at the target; it is NaN if the target depends on
         the end of the curve.
         """
         floor, initial = self.model.loss_floor, self.initial_loss
@@ -173,15 +159,15 @@ class Simulator:
 
     @cached_property
     def loss_fraction(self) -> float:
-        """The training loss at the target over the initial one, as the spectrum's probe has it."""
+        """The training loss at the target over the initial one, NaN like the excess fraction."""
         floor, initial = self.model.loss_floor, self.initial_loss
         return (self.excess_fraction * (initial - floor) + floor) / initial
 
     @cached_property
     def best_depth(self) -> float:
-        """The depth at which the validation loss of slow full-batch training is lowest.
+        """The depth, log(initial / training loss), at the lowest validation loss of a slow run.
 
-        It is infinite without validation data, or where more training helps for 20,000 steps.
+        It is infinite without validation data, or if that loss still falls after 20,000 steps.
         """
         if self.model.validation is None:
             return math.inf
@@ -196,7 +182,7 @@ class Simulator:
 
     @property
     def has_surface(self) -> bool:
-        """Whether times are a function of learning rate, batch size and momentum alone."""
+        """True if times depend on learning rate, batch size and momentum alone."""
         linear = self.settings.method == "linear"
         return bool(self.schedule.is_constant and not self.target.settled and linear)
 
@@ -204,7 +190,7 @@ class Simulator:
     def surface(self) -> ResponseSurface | None:
         """The response surface of simulated times, for many configurations at once.
 
-        None where times depend on more than the three hyperparameters, see :attr:`has_surface`.
+        None if times depend on more than the three hyperparameters, see :attr:`has_surface`.
         """
         if not self.has_surface:
             return None
@@ -227,14 +213,14 @@ class Simulator:
 
     @cached_property
     def sample_convergence(self) -> SampleConvergence:
-        """How predicted times depend on the number of samples of the spectrum."""
+        """Predicted times as a function of the number of samples in the spectrum."""
         return SampleConvergence.measure(
             self.model, self.target, growth=self.kernel_growth, seed=self.settings.seed
         )
 
     @cached_property
     def subset_sd(self) -> float:
-        """How much the samples outside the spectrum may change a time's logarithm."""
+        """The standard deviation of a log time due to samples that the spectrum lacks."""
         if self.n_samples == self.spectrum.n_samples:
             return 0.0
         if self.target.settled:
@@ -243,9 +229,9 @@ class Simulator:
 
     @cached_property
     def truncation_log_error(self) -> float:
-        """How much the dropped eigenpairs change a time's logarithm.
+        """The absolute change of a log time due to the eigenpairs that the spectrum lacks.
 
-        It is estimated by what dropping as much of the trace again changes.
+        It is estimated by dropping as much of the trace again; 1 if a target is not reached then.
         """
         explained, spectrum = self.spectrum.explained_trace, self.spectrum
         if explained > 1.0 - 1e-6 or self.target.settled:
@@ -278,27 +264,24 @@ class Simulator:
         )
 
     def covariates(self, configurations: Configurations) -> Floats:
-        """Return what the errors of predicted times depend on, a row for each configuration.
-
-        See :func:`optuna_ttp.calibration.covariates`.
-        """
+        """Return :func:`optuna_ttp.calibration.covariates` of K configurations, ``(K, 2)``."""
         n, batch_size = self.n_samples, configurations.batch_size
         step = configurations.learning_rate / (1.0 - configurations.momentum)
         noise = (n - batch_size) / (max(n - 1, 1) * batch_size)
         return covariates(step * float(self.model.curvatures[0]), noise)
 
     def instability(self, depths: Floats, stability: Floats) -> Floats:
-        """Return the learning rate over the largest stable one, times the predicted growth.
+        """Return the learning rate over the largest stable one, times the growth at depths.
 
-        The depths have the shape ``(K, P)`` or ``(1, P)``, the learning rates over the largest
-        stable ones ``(K,)``, and the result ``(K, P)``.
+        ``depths`` have the shape ``(K, P)`` or ``(1, P)``, ``stability``, the learning rates over
+        the largest stable ones, ``(K,)``, and the result ``(K, P)``.
         """
         if self.kernel_growth is None:
             return np.broadcast_to(stability[:, None], (len(stability), depths.shape[1]))
         return np.asarray(stability[:, None] * self.kernel_growth.at(np.exp(-depths)))
 
     def simulated_batch_size(self, batch_size: Integers) -> Integers:
-        """Return the batch sizes that make as much noise among the spectrum's samples, ``(K,)``.
+        """Return batch sizes ``(K,)`` with the same noise if drawn from the spectrum's samples.
 
         ``gamma = (N - B) / ((N - 1) B)`` on all ``N`` samples is that of
         ``N_0 / (1 + gamma (N_0 - 1))`` among the ``N_0`` samples of the spectrum.
@@ -319,15 +302,15 @@ class Simulator:
         full_curve: bool = False,
         n_seeds: int | None = None,
     ) -> list[Trajectories]:
-        """Simulate configurations up to the target, once for each seed of the settings.
+        """Return simulations up to the target, one per seed; by default seeds are the settings'.
 
-        The kernel is multiplied by the given growth, and simulations give up after ``margin``
-        horizons. With ``full_curve`` they go on to the horizon.
+        The kernel is multiplied by the given growth. Simulations end after ``margin`` horizons;
+        with ``full_curve`` they go on past the target. One seed does if nothing is random.
         """
         sgd = self.optimizer.configurations(
             configurations.learning_rate, configurations.momentum, self.schedule
         )
-        # The horizon counts real steps; the simulation's own clock runs a little differently.
+        # The horizon counts real steps, of which the corrected simulation may need more or fewer.
         max_steps = np.maximum(1, np.ceil(margin * configurations.max_steps)).astype(np.int64)
         batch_size = self.simulated_batch_size(configurations.batch_size)
         common = {
@@ -348,7 +331,7 @@ class Simulator:
     def _run(
         self, sgd: SGDConfigurations, batch_size: Integers, seed: int, common: dict[str, Any]
     ) -> Trajectories:
-        """Simulate one order of the samples by the method of the settings."""
+        """Return simulated curves of K configurations for the sample order of one seed."""
         if self.settings.method != "linear":
             return simulate_equation(
                 self.model, sgd, batch_size, method=self.settings.method, seed=seed, **common
@@ -374,7 +357,7 @@ def _slow_run(
     max_steps: int = 5_000,
     full_curves: bool = False,
 ) -> Trajectories:
-    """Simulate full-batch training of one configuration without momentum."""
+    """Return curves of full-batch training of one configuration without momentum."""
     return simulate(
         model,
         SGDConfigurations.of(np.array([learning_rate])),
@@ -388,5 +371,5 @@ def _slow_run(
 def _slow_first_passage_time(
     model: LinearisedModel, learning_rate: float, target: Target
 ) -> float:
-    """Return the steps of full batches to a target, infinity where it is not reached."""
+    """Return the full-batch steps to a target, infinity if it is not reached."""
     return float(_slow_run(model, learning_rate, target).first_passage_times(target)[0])

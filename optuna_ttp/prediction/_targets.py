@@ -1,4 +1,4 @@
-"""The target of a predictor, from the argument that its user gave."""
+"""The target of a predictor from the user's argument."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TrainingLoss = Literal["loss", "smoothed_loss"]
 def resolve_target(
     arguments: dict[str, float | None], model: LinearisedModel, settings: PredictorSettings
 ) -> Target:
-    """Return the one target that a user gave, among the arguments by their names.
+    """Return the target for the one argument, by name, that is not None.
 
-    Raise TypeError where it is not a number, and ValueError where not exactly one is given or
-    where it is out of its range for this model and these settings.
+    Raise TypeError if it is not a number, and ValueError if not exactly one argument is given or
+    it is out of its range for this model and these settings.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     if len(given) != 1:
@@ -63,7 +63,7 @@ def resolve_target(
 def _loss_target(
     name: str, loss: float, model: LinearisedModel, quantity: _TrainingLoss
 ) -> Target:
-    """Return a loss target, checked against what is possible."""
+    """Return a loss target; ValueError if not below the initial and above the lowest loss."""
     kind, watched = _watched(name, model)
     initial = float(watched.loss(watched.initial_outputs[None]))
     if not (math.isfinite(loss) and loss > 0.0):
@@ -84,7 +84,7 @@ def _loss_target(
 
 
 def _accuracy_target(name: str, accuracy: float, model: LinearisedModel) -> Target:
-    """Return an accuracy target, checked against what is possible."""
+    """Return an accuracy target; ValueError if it is not above the initial accuracy, at most 1."""
     kind, watched = _watched(name, model)
     if not 0.0 < accuracy <= 1.0:
         raise ValueError(f"{name} must be in (0, 1] but got {accuracy}.")
@@ -100,7 +100,7 @@ def _accuracy_target(name: str, accuracy: float, model: LinearisedModel) -> Targ
 
 
 def _watched(name: str, model: LinearisedModel) -> tuple[str, LinearisedModel]:
-    """Return which samples a target is about, in words, and their model."""
+    """Return "training" or "validation", which the target's name refers to, and its model."""
     kind = "validation" if "validation" in name else "training"
     watched = model.validation if kind == "validation" else model
     assert watched is not None
