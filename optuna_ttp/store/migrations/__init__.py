@@ -1,3 +1,3 @@
-"""The revisions of the store's tables, as Alembic wants them."""
+"""The revisions of the store's tables, in the layout that Alembic expects."""
 
 from __future__ import annotations

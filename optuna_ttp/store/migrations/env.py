@@ -1,4 +1,4 @@
-"""What Alembic runs: the revisions, in the transaction that the store has opened for them."""
+"""Alembic's entry point: it runs the revisions in the transaction that the store has opened."""
 
 from __future__ import annotations
 
