@@ -58,7 +58,7 @@ class SpectrumPlan:
             f"{self.engine}, about {_duration(self.seconds)}, {self.bytes / 2**30:.2g} GiB",
             f"  {self.n_samples} samples, {self.n_outputs} outputs, {self.n_parameters:,} weights",
             f"  {self.reason}",
-            f"  {self.batch_size} samples at a time, {self.block_size} held",
+            f"  {self.batch_size} samples in a batch, the Jacobian of {self.block_size} held",
             *self._of_width(),
             *self._of_trace(),
             f"  {'parameter':<44}{'weights':>12}  {'derivative':<11}{'product':<8}"
@@ -77,8 +77,8 @@ class SpectrumPlan:
             return []
         width = CHOICE.sketch_width
         return [
-            f"  {width} numbers a row; where predicted times need twice as many, as long again, "
-            "and so on"
+            f"  {width} numbers per row; the sketch is repeated with twice as many while "
+            "predicted times are not accurate"
         ]
 
     def _of_trace(self) -> list[str]:
@@ -86,7 +86,7 @@ class SpectrumPlan:
         if not self.trace_seconds:
             return []
         took = _duration(self.trace_seconds)
-        return [f"  the trace is an estimate, by random signs, in {took} of these"]
+        return [f"  the trace is an estimate by random signs, which takes {took} of that time"]
 
 
 def _duration(seconds: float) -> str:

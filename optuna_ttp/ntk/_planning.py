@@ -1,4 +1,4 @@
-"""Planning a spectrum: a few samples are differentiated, the rest is counted."""
+"""Planning a spectrum: a few samples are timed, and seconds and bytes of the rest estimated."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
-# So many samples are timed that the fixed costs of a batch are a small part.
+# With this number of timed samples, the fixed costs of a batch are a small part.
 _N_TIMED = 12
 _MATRIX = 1024
-# Blocks of products that the matrix-free engine usually makes.
+# This is the usual number of blocks of products of the matrix-free engine.
 _N_BLOCKS = 2
-# Directions that are timed.
+# This number of directions is timed.
 _N_DIRECTIONS = 4
 
 
 @dataclass(frozen=True)
 class _Estimate:
-    """What is going to be done, and what that takes."""
+    """Claims and layout (None without rows), grouping, and the estimated seconds and bytes."""
 
     preparation: Preparation | None
     seconds: float
@@ -77,13 +77,13 @@ def plan_spectrum(
     max_memory: int = 4 * 2**30,
     seed: int = 0,
 ) -> SpectrumPlan:
-    """Say how a spectrum would be computed, and what that takes, without computing it.
+    """Estimate how a spectrum would be computed, in what time and memory, without computing it.
 
-    A few samples are differentiated and timed, and a matrix product; the rest is counted. On a
-    CPU, what other programs take of the processor is not in the seconds. The eigenvectors, the
-    timing of training steps and the probe come on top. For a sketch the seconds are those of the
-    narrowest one, which has to be made anew twice as wide as long as its error bar is too large;
-    for the matrix-free engine those of two blocks of products, which most spectra take.
+    The derivatives of a few samples and a matrix product are timed, and extrapolated. On a CPU the
+    seconds exclude the processor time of other programs. They exclude the eigenvectors, the timing
+    of training steps and the probe. For a sketch they are for the narrowest one, which is repeated
+    with twice the width while its error bar is too large; for the matrix-free engine they are for
+    two blocks of products, which most spectra take.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -94,28 +94,29 @@ def plan_spectrum(
 
     Args:
         task:
-            What is fine-tuned.
+            The model with its data and loss.
         engine:
-            As for :func:`~optuna_ttp.compute_spectrum`. ``"auto"`` by default.
+            The engine, as for :func:`~optuna_ttp.compute_spectrum`. ``"auto"`` by default.
         rank:
-            As for :func:`~optuna_ttp.compute_spectrum`, for the matrix-free engine.
+            The number of eigenpairs of the matrix-free engine. 100 by default.
         dtype:
-            As for :func:`~optuna_ttp.compute_spectrum`. ``"float32"`` by default.
+            The precision, as for :func:`~optuna_ttp.compute_spectrum`. ``"float32"`` by default.
         device:
-            As for :func:`~optuna_ttp.compute_spectrum`.
+            The device. By default a GPU if one is available, else the model's.
         max_memory:
-            Bytes. 4 GiB by default.
+            The memory budget for rows of the Jacobian and the kernel in bytes. 4 GiB by default.
         seed:
-            Of the random directions in which gradients are compared. Zero by default.
+            The seed of the random directions in which gradients are compared. Zero by default.
 
     Returns:
-        The plan; print it.
+        The plan: engine, seconds, bytes, and one entry per parameter; printing it shows a table.
 
     Raises:
         TypeError:
-            As for :func:`~optuna_ttp.compute_spectrum`.
+            If the task is not a :class:`FineTuningTask`, or the memory budget not a number.
         ValueError:
-            Likewise; also where it does not fit the memory, with the smallest that would do.
+            If a setting is out of its range, the task cannot be differentiated, or the memory does
+            not suffice; the message says how much would.
     """
     check_task(task)
     check_truncation(rank, None)
@@ -156,7 +157,7 @@ def plan_spectrum(
 
 
 class _Planner:
-    """Plans for one task on one device."""
+    """Estimates seconds and bytes of each engine for one task with one set of settings."""
 
     def __init__(self, task: FineTuningTask, settings: EngineSettings) -> None:
         self._task, self._settings = task, settings
@@ -169,7 +170,7 @@ class _Planner:
         self._n_read = task.n_samples + n_held_out
 
     def exact(self) -> _Estimate:
-        """Plan the exact engine."""
+        """Return the estimate for the exact engine, from timed derivatives of a few samples."""
         task, device, dtype = self._task, self._device, self._dtype
 
         def measure(lifts: Mapping[str, int]) -> _Estimate:
@@ -207,7 +208,7 @@ class _Planner:
         return lifting(measure)
 
     def sketch(self, *, refined: bool) -> _Estimate:
-        """Plan a sketch of the narrowest width."""
+        """Return the estimate for the narrowest sketch, with ``refined`` and its refinement."""
         minimum = check_sketch_memory(self._task, self._itemsize, self._settings.max_memory)
 
         def measure(lifts: Mapping[str, int]) -> _Estimate:
@@ -225,7 +226,7 @@ class _Planner:
         return lifting(measure)
 
     def matrix_free(self, rank: int | None) -> _Estimate:
-        """Plan leading eigenpairs from products."""
+        """Return the estimate for ``rank`` eigenpairs by the matrix-free engine (None: 100)."""
         n_columns = columns_of(self._task, rank)
         minimum = check_vectors_memory(self._task, n_columns, self._settings.max_memory)
         if by_directions(self._task, n_columns, self._dtype, self._settings.max_memory):
@@ -241,10 +242,10 @@ class _Planner:
             seconds = 2.0 * setup + self._n_read * (
                 self._sketched(lifts) + _N_BLOCKS * self._multiplied(lifts, n_columns)
             )
-            # These are the basis, its images and what is made of both, then weights times vectors.
+            # These are the basis, its images and combinations; then products with the weights.
             vectors = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
             held = self._task.n_parameters * n_columns * self._itemsize
-            # One layer's part is made before it is added.
+            # The part of one layer is a tensor of its own before it is added.
             part = (
                 max(p.n_weights for p in preparation.layout.parameters)
                 * n_columns
@@ -259,7 +260,7 @@ class _Planner:
         return lifting(measure)
 
     def _directions(self, n_columns: int, minimum: int) -> _Estimate:
-        """Plan products that go through the network one direction at a time."""
+        """Return the estimate for matrix-free products by direction, ``n_columns`` at a time."""
         task, device, dtype = self._task, self._device, self._dtype
         clock = _Clock(device)
         reference = task.initial_outputs(device, dtype)
@@ -272,7 +273,7 @@ class _Planner:
             )
             seconds = _fastest(lambda: directions.images(vectors), device, 1)
         per_direction = self._n_read / self._n_timed * seconds / _N_DIRECTIONS
-        # The start is multiplied as well.
+        # The start vectors are multiplied as well.
         total = setup + (_N_BLOCKS + 1) * n_columns * per_direction
         held = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
         weights = task.n_parameters * directions.n_together * self._itemsize
@@ -285,7 +286,7 @@ class _Planner:
         return Passes(task, self._settings, lifts)
 
     def _sketched(self, lifts: Mapping[str, int]) -> float:
-        """Seconds of projecting one sample."""
+        """Return the seconds for projecting one sample, from a timed sketch of a few samples."""
         with self._passes(self._few, lifts) as passes:
             seconds = _fastest(
                 lambda: passes.sketch(CHOICE.sketch_width),
@@ -295,7 +296,7 @@ class _Planner:
         return seconds / self._few_read
 
     def _multiplied(self, lifts: Mapping[str, int], n_columns: int) -> float:
-        """Seconds of one sample's part in a product of the kernel and so many vectors."""
+        """Return the seconds per sample for a product of the kernel with ``n_columns`` vectors."""
         vectors = torch.ones(
             (self._n_timed * self._task.n_outputs, n_columns),
             dtype=self._dtype,
@@ -307,7 +308,7 @@ class _Planner:
 
     @property
     def _few_read(self) -> int:
-        """Samples that a sketch of the timed ones reads: validation samples as well."""
+        """The number of samples in a timed sketch: the timed ones and all validation samples."""
         return self._n_timed + self._n_read - self._task.n_samples
 
 
@@ -318,7 +319,7 @@ def _exact_seconds(
     per_sample: float,
     rate: float,
 ) -> float:
-    """Return the seconds of the exact engine from those of one sample and of a product."""
+    """Return the seconds of the exact engine for ``per_sample`` seconds and ``rate`` flops/s."""
     n = task.n_samples
     n_held_out = 0 if task.validation is None else task.validation.n_samples
     starts = range(0, n, grouping.held)
@@ -333,7 +334,7 @@ def _exact_seconds(
 
 
 def _layers(task: FineTuningTask, preparation: Preparation) -> tuple[LayerPlan, ...]:
-    """Return the plan of each parameter."""
+    """Return the plan of each parameter, in the order of the layout."""
     claims = {n: c for c in preparation.claims.claims for n, _ in c.parameters}
     return tuple(
         LayerPlan(
@@ -351,24 +352,24 @@ def _layers(task: FineTuningTask, preparation: Preparation) -> tuple[LayerPlan, 
 
 
 class _Clock:
-    """Seconds since it was made, without those that other programs took of the processor."""
+    """A stopwatch that starts when it is made, and on a CPU excludes time of other programs."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._wall, self._processor = time.perf_counter(), time.process_time()
 
     def seconds(self) -> float:
-        """Return the seconds until now."""
+        """Return the seconds since the start: on a CPU, the smaller of wall and processor time."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             return time.perf_counter() - self._wall
-        # With several threads the processor's time is the longer one.
+        # With several threads the processor time exceeds the wall time.
         processor = time.process_time() - self._processor
         return min(time.perf_counter() - self._wall, processor)
 
 
 def _fastest(function: Callable[[], object], device: torch.device, n_times: int) -> float:
-    """Return the seconds of the fastest of some calls."""
+    """Return the seconds of the fastest of ``n_times`` calls."""
     seconds = []
     for _ in range(n_times):
         clock = _Clock(device)
@@ -379,6 +380,6 @@ def _fastest(function: Callable[[], object], device: torch.device, n_times: int)
 
 @cache
 def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Return how many operations a second a matrix product makes, timed once a process."""
+    """Return the flops per second of a matrix product, timed once per process."""
     matrix = torch.ones((_MATRIX, _MATRIX), dtype=dtype, device=device)
     return 2.0 * _MATRIX**3 / _fastest(lambda: matrix @ matrix, device, 3)

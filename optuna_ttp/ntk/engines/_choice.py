@@ -37,7 +37,7 @@ def resolve_engine(
         raise ValueError(f"engine must be one of {known} but got {engine!r}.")
     n_rows = task.n_samples * task.n_outputs
     if any(factor != 1.0 for factor in task.multipliers.values()):
-        return "exact", "the only one that knows learning-rate multipliers"
+        return "exact", "the only engine that supports learning-rate multipliers"
     # An entry takes twelve bytes: its sum in double precision and the entry itself.
     if 12 * n_rows**2 > CHOICE.kernel_share * max_memory:
         reason = "the kernel would take too much memory"
@@ -59,7 +59,7 @@ def check_multipliers(task: FineTuningTask, engine: str) -> None:
         if factor != 1.0:
             raise ValueError(
                 f'learning_rate_multipliers must all be one for the engine "{engine}" but got '
-                f'{factor} for {name!r}. Use engine="exact", the only one that knows them.'
+                f'{factor} for {name!r}. Use engine="exact", the only one that supports them.'
             )
 
 

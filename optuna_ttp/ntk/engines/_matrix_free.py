@@ -355,8 +355,8 @@ def _with_ritz_pairs(
     if error > PAIRS.time_error:
         by_what = f"uncertain by {error:.0%}" if np.isfinite(error) else "of unknown error"
         warn_caller(
-            f"{n_leading} eigenpairs, and {n_ritz} Ritz pairs for what the residual sees of the "
-            f"others, leave predicted times {by_what}. Ask for a larger rank, or use "
+            f"{n_leading} eigenpairs, and {n_ritz} Ritz pairs for the rest of the kernel, leave "
+            f"predicted times {by_what}. Ask for a larger rank, or use "
             'engine="exact" or "sketch".',
             ApproximationWarning,
         )

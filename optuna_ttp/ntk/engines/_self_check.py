@@ -52,8 +52,8 @@ def check_rows(
         ):
             raise JacobianMismatchError(
                 f"The kernel of sample {chosen[a][0]}, output {chosen[a][1]} and sample "
-                f"{chosen[b][0]}, output {chosen[b][1]} must be {expected:.6g}, as plain "
-                f"automatic differentiation has it, but got {actual:.6g}. "
+                f"{chosen[b][0]}, output {chosen[b][1]} must be {expected:.6g}, the value of "
+                f"plain automatic differentiation, but got {actual:.6g}. "
                 + _culprit(task, frozen, claims, chosen[a], rows[a], settings)
             )
 
@@ -82,8 +82,8 @@ def check_row_norms(
         and abs(actual - expected) > CHECKS.kernel_tolerances[frozen.precision] * expected
     ):
         raise JacobianMismatchError(
-            f"The squared gradient of output {c} of sample {n} must be {expected:.6g}, as plain "
-            f"automatic differentiation has it, but got {actual:.6g}."
+            f"The squared gradient of output {c} of sample {n} must be {expected:.6g}, the value "
+            f"of plain automatic differentiation, but got {actual:.6g}."
         )
 
 

@@ -1,8 +1,8 @@
 """The exact kernel by several processes.
 
-Every process differentiates its share of the samples, and multiplies, for all samples, its share
-of the weights: what it holds of the others' weights goes to their owners. So nothing is made or
-multiplied twice, and the sum of what the owners have is the kernel, in every process.
+Every process differentiates its share of the samples for all weights, and receives the Jacobian of
+all samples for its share of the weights, whose part of the kernel it computes. So nothing is
+computed twice, and the sum of all parts is the kernel, in every process.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def sharded_kernel(
 ) -> Kernel:
     """Compute the kernel together with the other processes of the default group.
 
-    ``reader`` is of the training samples, ``others`` of the validation samples. ValueError is
-    raised if there are fewer samples than processes, or batches of different lengths.
+    ``reader`` is of the training samples, ``others`` of the validation samples (None without any).
+    ValueError is raised if there are fewer samples than processes, or batches whose layers have
+    different numbers of positions.
     """
     rank, n_processes = distributed.get_rank(), distributed.get_world_size()
     if task.n_samples < n_processes:
@@ -71,7 +72,7 @@ def sharded_kernel(
     if others is not None and task.validation is not None:
         n = task.validation.n_samples
         if n < n_processes:
-            # There are fewer samples than processes, so that each differentiates all of them.
+            # With fewer samples than processes, each process differentiates all of them.
             held_out, _ = together(lambda: others.read(layout, 0, n))
             left = _chosen(held_out, pieces[rank])
         else:
@@ -85,7 +86,7 @@ def sharded_kernel(
     def summed(part: torch.Tensor | None) -> NDArray[Any] | None:
         if part is None:
             return None
-        # Parts are added in double precision, as they are in one process.
+        # Parts are added in double precision, as in a single process.
         distributed.all_reduce(part)
         return part.cpu().numpy().astype(kind)
 
@@ -97,17 +98,17 @@ def sharded_kernel(
 
 
 def _shares(n_samples: int, n_processes: int) -> list[slice]:
-    """Return the samples of each process."""
+    """Return one slice of the samples per process, of about equal lengths."""
     bounds = [n_samples * k // n_processes for k in range(n_processes + 1)]
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some weights of one parameter, or some of the columns that are held together.
+    """Some weights of one parameter, or some columns of the common rows (``parameter`` is None).
 
-    From ``start`` to ``stop`` are columns, outputs of the layer for factors, or channels for what
-    is separable. ``flops`` are those of all products.
+    The range from ``start`` to ``stop`` is of columns for rows, of a layer's outputs for factors,
+    and of channels for separable gradients. ``flops`` count its products for all samples.
     """
 
     parameter: ParameterLayout | None
@@ -118,7 +119,7 @@ class _Piece:
 
 
 def _pieces(layout: Layout, state: BlockState, n_samples: int, n_outputs: int) -> list[_Piece]:
-    """Return all weights, none of them cut."""
+    """Return one piece per section of common columns and per other parameter, with its flops."""
     pairs = LAYOUTS.triangle * n_samples**2
     column = 2.0 * n_outputs**2 * pairs
     pieces = [
@@ -141,7 +142,7 @@ def _pieces(layout: Layout, state: BlockState, n_samples: int, n_outputs: int) -
 
 
 def _cut(pieces: list[_Piece], n_processes: int) -> list[list[_Piece]]:
-    """Return a share for each process: the line of pieces is cut where the cost before is one."""
+    """Cut the sequence of pieces into one list per process, with about equal flops."""
     total = sum(p.flops for p in pieces)
     owned: list[list[_Piece]] = [[] for _ in range(n_processes)]
     before = 0.0
@@ -163,7 +164,7 @@ def _cut(pieces: list[_Piece], n_processes: int) -> list[list[_Piece]]:
 
 
 def _layout_of(pieces: list[_Piece], held: torch.dtype | None) -> Layout:
-    """Return how one process holds its pieces."""
+    """Return the layout in which one process stores its pieces."""
     sections: list[tuple[int, int, float]] = []
     column = 0
     for p in pieces:
@@ -175,7 +176,7 @@ def _layout_of(pieces: list[_Piece], held: torch.dtype | None) -> Layout:
 
 
 def _tensors(state: BlockState, piece: _Piece) -> list[torch.Tensor]:
-    """Return what is held of a piece."""
+    """Return the tensors that store the piece of a state; the first axis is of samples or rows."""
     columns = slice(piece.start, piece.stop)
     if piece.parameter is None:
         return [state.rows[:, columns]]
@@ -192,7 +193,7 @@ def _tensors(state: BlockState, piece: _Piece) -> list[torch.Tensor]:
 def _assembled(
     like: BlockState, n_samples: int, pieces: list[_Piece], tensors: list[list[torch.Tensor]]
 ) -> BlockState:
-    """Return a state of pieces from what is held of each."""
+    """Return a state of ``n_samples`` samples from the tensors of pieces; see :func:`_tensors`."""
     rows: list[torch.Tensor] = []
     factors: dict[str, Factors] = {}
     matrices: dict[str, torch.Tensor] = {}
@@ -217,12 +218,12 @@ def _assembled(
 
 
 def _chosen(state: BlockState, pieces: list[_Piece]) -> BlockState:
-    """Return the state of some pieces only."""
+    """Return a state with some of the weights, those of the pieces."""
     return _assembled(state, state.n_samples, pieces, [_tensors(state, p) for p in pieces])
 
 
 def _exchanged(state: BlockState, shares: list[slice], pieces: list[list[_Piece]]) -> BlockState:
-    """Return the pieces of this process, of the samples of all."""
+    """Exchange tensors; return the state of all samples for the pieces of this process."""
     state = _alike(state)
     rank = distributed.get_rank()
     n_samples = [share.stop - share.start for share in shares]
@@ -230,7 +231,7 @@ def _exchanged(state: BlockState, shares: list[slice], pieces: list[list[_Piece]
     for owner, some in enumerate(pieces):
         for piece in some:
             rows = [
-                # There is a row for each output of a sample.
+                # A tensor has one entry per sample, or one per output of a sample.
                 _gathered(t, n_samples, len(t) // state.n_samples, owner)
                 for t in _tensors(state, piece)
             ]
@@ -242,11 +243,11 @@ def _exchanged(state: BlockState, shares: list[slice], pieces: list[list[_Piece]
 def _gathered(
     tensor: torch.Tensor, n_samples: Sequence[int], n_rows: int, owner: int
 ) -> torch.Tensor | None:
-    """Return the rows of all processes to their owner, and nothing to the others."""
+    """Send the rows of all processes to ``owner``; return them joined there, elsewhere None."""
     most = n_rows * max(n_samples)
     missing = most - len(tensor)
     kind = tensor.dtype
-    # They are sent as bytes, because not every backend supports half precision.
+    # Half precision is sent as bytes, because not every backend supports it.
     sent = tensor.contiguous().view(torch.uint8) if kind == torch.bfloat16 else tensor.contiguous()
     if missing:
         sent = torch.cat([sent, sent.new_zeros((missing, *sent.shape[1:]))])
@@ -260,9 +261,9 @@ def _gathered(
 
 
 def _alike(state: BlockState) -> BlockState:
-    """Return the state in shapes that all processes have.
+    """Return the state with separable terms padded to the same number in all processes.
 
-    ValueError is raised if batches have different lengths.
+    ValueError is raised if the shapes of factors differ between processes.
     """
     shapes = [
         (name, tuple(t.shape[1:]))
@@ -279,7 +280,7 @@ def _alike(state: BlockState) -> BlockState:
     pad = torch.nn.functional.pad
     separated = {}
     for name, s in state.separated.items():
-        # Some samples may need more terms than others.
+        # Some samples may have more terms than others.
         missing = max(ranks_there[name] for _, ranks_there in described) - ranks[name]
         separated[name] = Separated(pad(s.weights, (0, missing)), pad(s.rows, (0, 0, 0, missing)))
     return replace(state, separated=separated)

@@ -1,9 +1,9 @@
 """The sketching engine: a random projection of the Jacobian instead of the Jacobian.
 
-Each sample is differentiated once; its row for each output is projected to a few thousand numbers
-at once, so that time and memory grow with N, not with its square. Small parameters and the head
-stay exact. Four independent groups of columns give an error bar: each is right in expectation, see
-:mod:`optuna_ttp.ntk.engines._sketch_error`. Two more passes refine the leading eigenpairs, see
+Each sample is differentiated once, and its row for each output is projected to a few thousand
+numbers, so that time and memory grow with N, not with its square. Small parameters are not
+projected. Four independent groups of columns give an error bar, see
+:mod:`optuna_ttp.ntk.engines._sketch_error`; two more passes refine the leading eigenpairs, see
 :mod:`optuna_ttp.ntk.engines._refine`.
 """
 
@@ -54,10 +54,11 @@ if TYPE_CHECKING:
 class Sketch:
     """A projected Jacobian.
 
-    Columns that are ``exact``, of shape ``(N C, e)``, four independent ``groups`` of shape ``(N C,
-    d / 4)`` with the scale of the Jacobian, and the same five for the validation samples, if there
-    are any. ``weight_outputs`` are ``J w_0`` of shape ``(N, C)``; they and the trace are exact.
-    With ``is_exact`` the groups are zero.
+    ``exact`` are the columns of the small parameters, of shape ``(N C, e)``; ``groups`` are four
+    independent projections of the others, of shape ``(N C, d / 4)``, with ``E[g g^T]`` equal to
+    the others' part of the kernel. ``validation`` has the same five tensors for the validation
+    samples, and is empty without any. ``weight_outputs`` are ``J w_0`` of shape ``(N, C)``; they
+    and the trace are not approximated. With ``is_exact`` nothing is projected: groups are zero.
     """
 
     exact: torch.Tensor
@@ -68,16 +69,16 @@ class Sketch:
     is_exact: bool
 
     def features(self) -> torch.Tensor:
-        """Return ``Z`` with ``Z Z^T`` for the kernel: exact columns, then group after group."""
+        """Return ``Z``, ``(N C, e + d)``, for which ``Z Z^T`` approximates the kernel."""
         return _joined(self.exact, self.groups)
 
     def validation_features(self) -> torch.Tensor | None:
-        """Return the validation samples' ``Z``, or :obj:`None` without any."""
+        """Return ``Z``, ``(N_v C, e + d)``, of validation samples, or :obj:`None` without any."""
         return _joined(self.validation[0], self.validation[1:]) if self.validation else None
 
 
 def _joined(exact: torch.Tensor, groups: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Return exact columns and groups, scaled for their mean, beside each other."""
+    """Return the columns of ``exact``, then those of all groups over the root of their number."""
     return torch.cat([exact, *(len(groups) ** -0.5 * g for g in groups)], 1)
 
 
@@ -88,11 +89,10 @@ def sketch_jacobian(
     width: int,
     projection: Callable[..., Projection] = SignFold,
 ) -> Sketch:
-    """Project the Jacobian of a task to rows of ``width`` numbers, a quarter for each group.
+    """Project the Jacobian of a task to rows of ``width`` numbers, a quarter in each group.
 
-    All learning-rate multipliers must be one. Errors are those of
-    :func:`~optuna_ttp.ntk.exact_kernel`; ValueError also for a width that is not a positive
-    multiple of four.
+    Errors are those of :func:`~optuna_ttp.ntk.exact_kernel`; ValueError is also raised if a
+    learning-rate multiplier is not one, or ``width`` not a positive multiple of four.
     """
     check_multipliers(task, "sketch")
     if width < N_GROUPS or width % N_GROUPS:
@@ -106,7 +106,7 @@ def sketch_jacobian(
 
 
 class Passes:
-    """Passes over the data of a task with the same hooks.
+    """A context in which passes over the data of a task share the claims, layout and hooks.
 
     ``lifts`` are those of :func:`~optuna_ttp.ntk.jacobian._prepare.lifting`.
     """
@@ -142,16 +142,16 @@ class Passes:
 
     @property
     def preparation(self) -> Preparation:
-        """Return claims, and how a batch is held."""
+        """Return the claims, and the layout in which a batch is stored."""
         return replace(self._preparation, layout=self._layout)
 
     @property
     def batch_size(self) -> int:
-        """Return how many samples go through the network together."""
+        """Return the number of samples that go through the network together."""
         return self._batch_size
 
     def sketch_bytes(self, width: int) -> int:
-        """Return the bytes that a sketch takes at its peak, on top of the model and the data."""
+        """Return the peak of memory for a sketch in bytes, on top of the model and the data."""
         task = self._task
         itemsize = self._dtype.itemsize
         exact, projected = _split({p.name: p.n_weights for p in self._layout.parameters}, width)
@@ -159,12 +159,12 @@ class Passes:
         n_rows = (task.n_samples + n_held_out) * task.n_outputs
         rows = n_rows * (sum(exact.values()) + width) * itemsize
         held = self._layout.bytes_per_sample + self._preparation.bytes_per_sample
-        # Weights are held in another layout, and one gradient is compared; a sign takes a byte.
+        # There are copies of weights and of one gradient; a sign takes one byte.
         weights = 2 * task.n_parameters * itemsize + N_GROUPS * sum(projected.values())
         return rows + self._batch_size * held + 2 * PRODUCTS.scratch * itemsize + weights
 
     def sketch(self, width: int, projection: Callable[..., Projection] = SignFold) -> Sketch:
-        """Project the Jacobian to rows of ``width`` numbers."""
+        """Project the Jacobian to rows of ``width`` numbers, in one pass over all samples."""
         task = self._task
         n_weights = {p.name: p.n_weights for p in self._layout.parameters}
         exact, projected = _split(n_weights, width)
@@ -188,9 +188,9 @@ class Passes:
     ) -> tuple[torch.Tensor, ...]:
         """Return ``J (J^T V)`` for ``V`` of shape ``(N C, p)``, in double precision.
 
-        With ``own`` of the training samples, with ``others`` of the validation samples, ``J_v (J^T
-        V)``; the training samples come first. Where ``J^T V`` takes more than the memory
-        budget, more passes are made.
+        The result has that product with ``training``, then ``J_v (J^T V)``, of shape ``(N_v C,
+        p)``, with ``others``. If ``J^T V`` takes more than half of the memory budget, the
+        parameters are cut into groups with two passes each.
         """
         wanted: list[tuple[FineTuningTask, NDArray[np.float64]]] = []
         if training:
@@ -224,7 +224,7 @@ class Passes:
     def _products(
         self, vectors: torch.Tensor, names: frozenset[str], bar: tqdm[Any]
     ) -> dict[str, torch.Tensor]:
-        """Return ``J^T V`` of some parameters, by name."""
+        """Return ``J^T V``, ``(n_weights, p)``, of the parameters ``names``, by name."""
         n_outputs = self._task.n_outputs
         n_weights = {p.name: p.n_weights for p in self._layout.parameters}
         products: dict[str, torch.Tensor] = {}
@@ -252,7 +252,7 @@ class Passes:
         reference: NDArray[np.float64],
         bar: tqdm[Any],
     ) -> None:
-        """Add ``J W`` of some parameters to ``total``, for products ``W = J^T V`` by name."""
+        """Add ``J W``, ``(N C, p)``, to ``total`` for ``products`` ``W = J^T V`` by parameter."""
         n_outputs = task.n_outputs
         for first, state in self._states(task, reference, bar):
             rows = slice(first * n_outputs, (first + state.n_samples) * n_outputs)
@@ -276,7 +276,7 @@ class Passes:
         width: int,
         bar: tqdm[Any],
     ) -> tuple[tuple[torch.Tensor, ...], NDArray[np.float64], float]:
-        """Return exact columns and groups of one kind of samples, ``J w`` and the trace."""
+        """Return exact columns and groups of a task's samples, ``J w (N, C)`` and the trace."""
         n, c = task.n_samples, task.n_outputs
         like = self._settings.place
         exact = torch.zeros((n, c, sum(n_exact.values())), **like)
@@ -320,7 +320,7 @@ class Passes:
         reference: NDArray[np.float64],
         bar: tqdm[Any],
     ) -> Iterator[tuple[int, BlockState]]:
-        """Yield the first sample of each batch with its state."""
+        """Yield the index of each batch's first sample, and the batch's stored Jacobian."""
         reader = SampleReader(
             task,
             self._frozen,
@@ -338,7 +338,7 @@ class Passes:
             bar.update(last - first)
 
     def _gradients(self, state: BlockState) -> Iterator[tuple[str, Contribution | Separated]]:
-        """Yield the gradient of each parameter in a state."""
+        """Yield the name and the gradient of each parameter in a state."""
         rows = state.rows.unflatten(0, (state.n_samples, self._task.n_outputs))
         n_weights = {p.name: p.n_weights for p in self._layout.parameters}
         for name, offset in self._layout.offsets.items():
@@ -347,7 +347,7 @@ class Passes:
         yield from state.separated.items()
 
     def _bar(self, total: int) -> tqdm[Any]:
-        """Return a progress bar for a number of samples."""
+        """Return a progress bar for ``total`` samples, hidden if the settings say so."""
         return tqdm(
             total=total,
             desc="Sketched samples",
@@ -360,7 +360,7 @@ class Passes:
 def _layout_of_factors(
     task: FineTuningTask, frozen: FrozenModel, preparation: Preparation, dtype: torch.dtype
 ) -> Layout:
-    """Return a layout that holds factors: rows are made when they are projected, not before."""
+    """Return a layout that stores factors, of which rows are computed when they are projected."""
     parameters = tuple(
         replace(p, method="ghost" if shape.is_table else "panels")
         if (shape := preparation.claims.shapes[p.name]) is not None and p.method != "separable"
@@ -379,7 +379,7 @@ def _layout_of_factors(
 def _row_blocks(gradient: Contribution | Separated) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield a gradient's rows ``(B, C, p)`` and the slice of their B samples, block by block.
 
-    Blocks fit into the processor's cache; rows that are a tensor already are a single block.
+    Blocks fit into the processor's cache; a gradient that is a tensor is a single block.
     """
     if isinstance(gradient, torch.Tensor):
         yield slice(0, len(gradient)), gradient
@@ -422,7 +422,7 @@ def _split(n_weights: dict[str, int], width: int) -> tuple[dict[str, int], dict[
 
 
 def _table_norms(factors: Factors) -> torch.Tensor:
-    """Return squared norms of a table's rows: positions with the same index add up first."""
+    """Return the squared norms ``(B, C)`` of the rows of a table's gradient."""
     ids = torch.cat(factors.sources, 1)
     cotangents = torch.cat(factors.cotangents, -1)[:, 0]
     same = (ids[:, :, None] == ids[:, None]).to(cotangents)

@@ -183,8 +183,8 @@ class Directions:
             scale, abs(expected)
         ):
             raise JacobianMismatchError(
-                f"A product with the Jacobian by {self.mode} must be {expected:.6g} in its own "
-                f"direction, as reverse mode has it, but got {scale:.6g}."
+                f"A product with the Jacobian by {self.mode} must have the squared norm "
+                f"{expected:.6g}, the value of reverse mode, but got {scale:.6g}."
             )
 
 

@@ -454,4 +454,4 @@ def test_a_plan_says_that_a_sketch_may_become_wider() -> None:
     task = FineTuningTask(mlp(), vectors(9))
     told = {e: str(plan_spectrum(task, engine=e)) for e in ("sketch", "refined_sketch", "exact")}
     for engine, text in told.items():
-        assert ("4096 numbers a row" in text) == (engine != "exact")
+        assert ("4096 numbers per row" in text) == (engine != "exact")
