@@ -1,8 +1,8 @@
 """The demo: the same search on a real network twice, without and with predictions.
 
 A small convolutional network is pretrained on the digits 0 to 4 of scikit-learn's bundled set and
-fine-tuned to 5 to 9. Everything runs on the CPU and is seeded, but how many trials a search makes
-in a given time depends on the machine.
+fine-tuned to 5 to 9. Everything runs on the CPU and is seeded, but the number of trials of a
+search in a given time depends on the machine.
 """
 
 from __future__ import annotations

@@ -82,15 +82,15 @@ class TrainingLogCallback(TrainerCallback):  # type: ignore[misc]
         self._n_logged = n_steps
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the curve, because this is where trials are pruned."""
+        """Write the curve to the trial, because trials are pruned after an evaluation."""
         self._write(state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the curve, so that other workers learn from it."""
+        """Write the curve to the trial, so that other workers learn from it."""
         self._write(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the whole curve."""
+        """Write the whole curve to the trial, on the main process."""
         if state.is_world_process_zero:
             self.close()
 

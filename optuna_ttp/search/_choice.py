@@ -76,9 +76,10 @@ class Choice:
         return [self._params_of(j) for j in self.preference.best(n, repeat=self.repeat)]
 
     def next_of_design(self) -> dict[str, Any] | None:
-        """Return the parameters of the initial design's next candidate, None if there is none.
+        """Return the parameters to choose of the initial design's next candidate, or None.
 
-        Better candidates are left to the running trials that have not chosen their parameters yet.
+        It is the best candidate after ``n_undecided`` better ones, which are left to the running
+        trials that have not chosen their parameters yet.
         """
         places = self.preference.best(1 + self.n_undecided, repeat=self.repeat)
         return self._params_of(places[-1]) if places else None

@@ -65,15 +65,15 @@ class GoalOfHalf:
         if other is not None and is_first_warning(study, "different goals"):
             warn_caller(
                 f"TTPSampler and TTPPruner have different goals: {goal} and {other}. Give both "
-                "the same goal, or give it to one of them alone: the other one takes it over.",
+                "the same goal, or give it to one of them alone: the other one then uses it, too.",
                 GoalWarning,
             )
         maximised = list(study.directions) == [StudyDirection.MAXIMIZE]
         if goal.is_time and maximised and is_first_warning(study, "direction"):
             warn_caller(
                 f"The goal {goal} contradicts the study's direction: a time is never maximised. "
-                "Where the objective returns the time to the target, create the study with "
-                'direction="minimize"; where it returns a metric to be maximised, give the goal '
+                "If the objective returns the time to the target, create the study with "
+                'direction="minimize"; if it returns a metric to be maximised, give the goal '
                 "BestMetric(...).",
                 GoalWarning,
             )
@@ -84,9 +84,9 @@ class GoalOfHalf:
             return
         warn_caller(
             "The search has no goal, so trials are compared by the study's own values, up to the "
-            f"predictor's horizon of {self._predictor.max_steps:,} steps. Say what is searched "
-            "for: goal = BestMetric(max_epochs=3), where the objective returns a metric, or goal "
-            "= FastestToTarget(max_epochs=3), where it returns the time to the target; then "
+            f"predictor's horizon of {self._predictor.max_steps:,} steps. Give a goal: goal = "
+            "BestMetric(max_epochs=3) if the objective returns a metric, or goal = "
+            "FastestToTarget(max_epochs=3) if it returns the time to the target; then "
             "TTPSampler(predictor, goal) and TTPPruner(predictor, goal).",
             GoalWarning,
         )

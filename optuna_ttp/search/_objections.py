@@ -86,7 +86,7 @@ def _cost_beside_the_best(trial: PlannedTrial, rules: PrunerRules) -> str | None
     if best is None:
         return None
     record = prediction_of(best)
-    # NaN, where nothing was predicted for the best trial, is not below anything.
+    # Without a prediction for the best trial the ratio is NaN, and comparisons with it are False.
     ratio = trial.predicted_seconds / (math.nan if record is None else record.cost)
     if trial.probability_within(rules.max_cost_ratio / ratio) < rules.min_probability:
         return (

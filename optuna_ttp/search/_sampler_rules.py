@@ -35,7 +35,7 @@ class PreferenceRules:
 
     Attributes:
         same: Configurations that differ by less in the logarithms of learning rate, batch size
-            and ``1 / (1 - m)`` are the same. Not ablated yet.
+            and ``1 / (1 - momentum)`` are the same. Not ablated yet.
         time_spread_nats: Nats for the distance from all tried configurations if the goal is a
             time. Few, because predictions rank well from the first trial on: the 40 searches took
             2.2, 2.1, 1.9, 1.8 and 1.9 average trials (geometric mean) with 3, 1.5, 0.75, 0.35 and

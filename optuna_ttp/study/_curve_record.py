@@ -53,9 +53,9 @@ class CurveRecord:
     def of(
         cls, losses: ArrayLike, steps: ArrayLike, seconds_per_step: float = math.nan
     ) -> CurveRecord:
-        """Smooth mini-batch losses, each from before the step of the same place, shape ``(T,)``.
+        """Smooth mini-batch losses: ``losses[i]`` is the loss before step ``steps[i]``, ``(T,)``.
 
-        Raise ValueError if there are none, or a loss or a step is impossible.
+        Raise ValueError if there are none, if a loss is negative or if steps do not ascend.
         """
         values = np.asarray(losses, dtype=np.float64)
         curve = LossCurve.of(values, steps)

@@ -189,7 +189,7 @@ def _observations(
     trials: Sequence[FrozenTrial],
     mapping: HyperparameterMap,
 ) -> list[Observation]:
-    """Return the observations of trials by trial number, without those of joint objections.
+    """Return the observations of trials, ordered by number, without jointly excluded curves.
 
     Observations of finished trials are read once and then remembered with the study.
     """

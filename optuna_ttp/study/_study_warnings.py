@@ -36,11 +36,11 @@ _ADVICE: Mapping[CurveFault, str] = {
     CurveFault.JUMP: "Count the optimiser steps of this trial, from 0 on.",
     CurveFault.LATE: "Count the optimiser steps of this trial, from 0 on.",
     CurveFault.NAMES: (
-        "Say what its parameters are called now with HyperparameterMap, if that matters."
+        "Give the present names of its parameters with HyperparameterMap to learn from it."
     ),
     CurveFault.SAMPLES: "Count optimiser steps, not samples.",
-    CurveFault.SHORT: "One tells nothing; record more of them, where that matters.",
-    CurveFault.SECOND: "Use one TrainingLog a trial.",
+    CurveFault.SHORT: "Record more losses of a trial, so that predictions learn from it.",
+    CurveFault.SECOND: "Use one TrainingLog per trial.",
     CurveFault.STEPS: "Count the optimiser steps of this trial, from 0 on.",
 }
 _MEAN_LOSS = "Log the mean loss of each mini-batch."
@@ -80,7 +80,7 @@ def warn_that_nothing_ran(study: optuna.Study, n_skipped: int, reason: str) -> N
     if not is_first_warning(study, "nothing ran"):
         return
     warn_caller(
-        f"All {n_skipped} trials so far were skipped, so that nobody knows yet whether "
+        f"All {n_skipped} trials so far were skipped, so it is not known yet whether "
         f"predictions are right. The next one runs, although {reason}. Check that the target "
         "and the budget can be reached, that the search space holds good learning rates, and that "
         "the spectrum is that of this network, these data and this loss.",
@@ -128,8 +128,8 @@ def _warn_that_no_loss_falls(study: optuna.Study, predictor: SearchPredictor) ->
         return
     warn_caller(
         f"None of the training-loss curves of {n_curves} trials has come down by 5 %, so that "
-        "nothing is learned from them but that they were slow. Check that what is recorded is the "
-        "training loss, as a mean over the mini-batch, and neither a metric nor a constant.",
+        "predictions learn from them only that they were slow. Check that the recorded values are "
+        "training losses, as means over the mini-batch, and neither a metric nor a constant.",
         UnusableCurveWarning,
     )
 
@@ -180,6 +180,6 @@ def _warn_of_first_steps(study: optuna.Study, calibration: Calibration) -> None:
     warn_caller(
         f"Training begins {calibration.start_factor:.2g} times as fast as predicted "
         f"({calibration.n_observed} trials), in its first steps, where the network is still the "
-        f"pretrained one. {_CHECK} Predictions are corrected by what is learned.",
+        f"pretrained one. {_CHECK} Predictions are corrected by these observations.",
         UnreliablePredictionWarning,
     )

@@ -39,8 +39,8 @@ class TrainingLogRules:
     """The numbers that decide when a log writes its curve to the trial.
 
     Attributes:
-        first_write: After so many losses it is written for the first time, then after twice as
-            many each time: what is written as training goes on survives a killed process.
+        first_write: The number of losses at the first write; it doubles for each further write.
+            The written part of a curve survives a killed process.
         more: If somebody asks about the running trial, it is written once so many times as many
             losses were recorded as are written. Not ablated yet.
         few: But not before so many times this many. Not ablated yet.
