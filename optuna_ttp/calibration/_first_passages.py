@@ -21,9 +21,9 @@ class SimulatedFirstPassages:
     """Correction ``u`` of the kernel in the simulation, at :data:`KNOTS`, shape ``(K, M)`` or
     ``(1, M)``."""
     covariates: Floats
-    """See :func:`covariates`, shape ``(K, F)``."""
+    """The variables of :func:`covariates`, shape ``(K, F)``."""
     instability: Floats
-    """See :class:`Observation`, shape ``(K, P)``."""
+    """:attr:`Observation.instability` of each configuration, shape ``(K, P)``."""
     lag: Floats
     """Steps ``m / (1 - m)`` by which momentum delays a gradient, shape ``(K,)``."""
 

@@ -21,7 +21,7 @@ class LossCurveRules:
     """The smoothing of mini-batch losses. Numbers without a reason were not ablated."""
 
     spacing: float = 1.05
-    """Ratio of successive recorded steps, once it exceeds one step."""
+    """Ratio of successive recorded steps after the first ones, which are all recorded."""
     window: float = 0.1
     """Share of the step that the smoothing window covers on each side: wide enough for mini-batch
     noise, narrow on the logarithmic scale on which training times differ."""
@@ -77,7 +77,7 @@ class LossCurve:
         By default the steps are 0, 1, 2, .... Infinite and NaN losses are left out. If the last
         losses are, training has diverged, unless only the last one is and the loss had fallen.
         The window covers 10 % of the step on each side, at least two losses. An exponential is
-        fitted to it, because a plain mean of a falling curve lags behind: most of all at the end
+        fitted to it, because a plain mean of a falling curve is delayed: most of all at the end
         of the curve, so that a trial that stops at its target would never seem to reach it. The
         scatter of the losses within the window gives the standard error. The curve has every step
         at first and then steps 5 % apart. A :class:`ValueError` is raised if there are no losses,
@@ -94,7 +94,7 @@ class LossCurve:
         # NaN weights stay NaN. If the loss is finite again, a single batch caused the gap.
         n_gaps = int(np.flatnonzero(good)[-1] + 1 - good.sum()) if good.any() else 0
         n_gaps += int(by_chance and not good[-1])
-        # Zero losses, which single precision makes of tiny ones, have no logarithm.
+        # In single precision a tiny loss becomes zero, which has no logarithm.
         values, places = np.maximum(values[good], 1e-30), places[good]
         chosen = _recorded(len(values), rules.spacing)
         smoothed, errors = _smoothed(values, places, chosen, rules)

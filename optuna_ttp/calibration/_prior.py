@@ -28,7 +28,7 @@ class PriorScale:
     def scales(self) -> tuple[float, float]:
         """The factors on two variances of logarithmic times, before any trial.
 
-        The first is on the variance of stable trials, the second on what instability adds to it.
+        The first is on the variance of stable trials, the second on that which instability adds.
         """
         return self.scatter**2, self.scatter**1.5
 

@@ -75,11 +75,11 @@ def deviation(probe: Probe | None, fraction: float) -> float:
 
 
 def kernel_mismatch(probe: Probe | None, fraction: float) -> float:
-    """Return ``|log(ratio / kappa)|``: how far two estimates of the kernel's growth disagree.
+    """Return the difference ``|log(ratio / kappa)|`` of two estimates of the kernel's growth.
 
     ``ratio`` is the kernel ratio that the probe measured at a fraction of the initial loss, and
-    ``kappa = (1 + rho^2)^2`` is what the relative displacement ``rho`` of the weights there
-    predicts. :meth:`~optuna_ttp.dynamics.KernelGrowth.from_probe` uses both. NaN without a probe.
+    ``kappa = (1 + rho^2)^2`` the growth by the relative displacement ``rho`` of the weights.
+    :meth:`~optuna_ttp.dynamics.KernelGrowth.from_probe` uses both. NaN without a probe.
     """
     if probe is None:
         return math.nan
@@ -162,7 +162,7 @@ def stability_sd(stability: Floats) -> Floats:
 def probability_below(steps: Floats, sd: Floats, horizon: Integers) -> Floats:
     """Return the probability that log-normal times are at most the horizons, in one shape.
 
-    ``steps`` are the medians, infinite (probability zero) where the target is not reached; ``sd``
+    ``steps`` are the medians, infinite (probability zero) if the target is not reached; ``sd``
     are the standard deviations of the logarithms.
     """
     from scipy.special import ndtr

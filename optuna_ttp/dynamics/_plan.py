@@ -1,4 +1,4 @@
-"""The optimiser's settings at each simulated step, and how many real steps that stands for."""
+"""The optimiser's settings at each simulated step, which may stand for several real steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SimulationRules:
     """Share of the stability limit up to which a kernel grows: at the limit itself oscillations
     of the loss do not decay."""
     spacing: float = 1.04
-    """Ratio of successive recorded steps, once it exceeds one step."""
+    """Ratio of successive recorded steps after the first ones, which are all recorded."""
 
 
 RULES = SimulationRules()
@@ -49,7 +49,7 @@ def strides(
 ) -> Integers:
     """Return the number of optimiser steps, a power of two, that are simulated as one, ``(K,)``.
 
-    Where ``eta_e h_1`` is small (effective learning rate ``eta_e``, largest curvature ``h_1``),
+    If ``eta_e h_1`` is small (effective learning rate ``eta_e``, largest curvature ``h_1``),
     ``s`` steps of batch size ``B`` move the outputs like one step of batch size ``s B`` (the
     linear scaling rule: drift ``s eta_e`` and noise ``eta_e^2 s / B`` are the same). ``s`` is
     chosen so that ``s eta_e h_1`` is at most 0.25. That is coarse for the steepest direction, but

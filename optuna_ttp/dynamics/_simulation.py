@@ -1,6 +1,6 @@
 """Mini-batch SGD on the linearised model, simulated step by step.
 
-Nothing about the optimiser is approximated where the stride is one: the update of
+Nothing about the optimiser is approximated if the stride is one: the update of
 :class:`torch.optim.SGD` with momentum, dampening, Nesterov's variant, L2 weight decay and a
 schedule, on batches as a data loader draws them. Only linearisation and truncation remain as
 errors. Configurations with the same batch size advance together and see the same batches.

@@ -179,8 +179,8 @@ def _noise_shares(model: LinearisedModel, rules: StabilityRules) -> Floats:
     many = _noise_radii(rooted, h[:n_used], rules)
     curvatures, u = h.cpu().numpy(), np.array(rules.knots)
     expressible = [_expressible(curvatures[:k], u) for k in (half, n_used, len(curvatures))]
-    # The directions that are left out add what the later half of the used ones did: as much as
-    # expressible noise, or nothing where each sample has directions of its own.
+    # The omitted directions are taken to add as much as the later half of the used directions
+    # did: as much as expressible noise, or nothing if the directions of the samples are disjoint.
     with np.errstate(divide="ignore", invalid="ignore"):
         exponent = np.log(many / few) / np.log(expressible[1] / expressible[0])
     exponent = np.clip(np.nan_to_num(exponent, nan=0.0), 0.0, 1.0)

@@ -41,7 +41,7 @@ class SampleConvergence:
     """Subset sizes, ascending to the number of samples of the spectrum, shape ``(J,)``."""
     log_times: Floats
     """Logarithm of the intrinsic time ``eta_e T`` to the target, shape ``(J,)``, the mean over
-    random subsets; infinite where a subset does not reach it."""
+    random subsets; infinite if a subset does not reach it."""
     log_spread: Floats
     """Standard deviation of that logarithm over the subsets, ``(J,)``; infinite likewise."""
     rules: SubsetRules = RULES
@@ -109,11 +109,11 @@ class SampleConvergence:
         return self._error(int(self.n_samples[-1]), n_samples)
 
     def recommended(self, n_samples: int) -> int:
-        """Return how many of ``n_samples`` samples suffice for a time within 10 % of that of all.
+        """Return the number of samples that suffices for a time within 10 % of that on all N.
 
         It is the smallest subset size whose time differs by less from the spectrum's, with its
         spread and :meth:`error` included. If there is none, the number of samples of the spectrum
-        is doubled until the error would be at most 10 %. The result is at most ``n_samples``.
+        is doubled until the error would be at most 10 %. The result is at most ``N = n_samples``.
         """
         converged = self.rules.converged
         for k, n_chosen in enumerate(self.n_samples[:-1]):

@@ -23,7 +23,7 @@ from optuna_ttp.dynamics._trajectories import Trajectories
 
 @dataclass(frozen=True)
 class SurfaceRules:
-    """The knots of a surface, and how long they are simulated. Not ablated without a reason."""
+    """The knots of a surface and their simulations. Numbers without a reason: not ablated."""
 
     momenta: tuple[float, ...] = (0.0, 0.6, 0.85, 0.95, 0.98, 0.995)
     """Momenta of the knots."""
@@ -161,7 +161,7 @@ class ResponseSurface:
     def steps(
         self, learning_rate: Floats, batch_size: Floats, momentum: Floats
     ) -> tuple[Floats, Booleans]:
-        """Return interpolated steps to the target, and where they are extrapolated, both ``(K,)``.
+        """Return interpolated steps to the target, and a mask of extrapolated ones, both ``(K,)``.
 
         Steps are infinite beyond the fastest knot and if most of the surrounding knots do not
         reach the target. They are extrapolated if the momentum or the noise scale is beyond the
@@ -197,7 +197,7 @@ class ResponseSurface:
         """
         logs = self.log_first_passage_times(learning_rate, batch_size, momentum)
         goal = np.log(np.maximum(steps, 1.0))
-        # The first level is where the first step is, or before it.
+        # Depth zero is passed at the start, before the first level.
         logs = np.concatenate([np.minimum(logs[:, :1], 0.0) - 1.0, logs], axis=1)
         depths = np.concatenate([[0.0], self.depths])
         passed = np.logical_and.accumulate(np.nan_to_num(logs, nan=np.inf) <= goal[:, None], 1)
@@ -315,7 +315,7 @@ def _depths(curves: Trajectories, target: Target, levels: Floats, initial: float
 
 
 def _patience(slow_tau: float, effective: Floats, momentum: Floats, rules: SurfaceRules) -> Floats:
-    """Return after how many steps the simulation of a knot stops if it has not reached the target.
+    """Return the steps after which a knot's simulation stops if the target is not reached.
 
     These are ``patience * slow_tau / effective + settling / (1 - momentum)`` steps; ``effective``,
     the effective learning rates, and the result have the shape of ``momentum``.

@@ -26,9 +26,8 @@ class Trajectories:
     curves: dict[str, Floats]
     """Each recorded quantity at these steps, of shape ``(K, T)``; NaN after a curve's end.
     ``"loss"`` and ``"accuracy"`` are those of all training samples, ``"validation_loss"`` and
-    ``"validation_accuracy"`` those of the validation samples where there are any,
-    ``"smoothed_loss"`` is the smoothed loss of the mini-batches where a smoothing was asked
-    for."""
+    ``"validation_accuracy"`` those of the validation samples if there are any, and
+    ``"smoothed_loss"`` is the smoothed loss of the mini-batches if a smoothing is given."""
     blown_up: Booleans
     """True if the loss became infinite, NaN or a hundred times the initial loss, ``(K,)``."""
     strides: Integers

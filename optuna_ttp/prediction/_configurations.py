@@ -98,8 +98,8 @@ def _broadcast(**arguments: ArrayLike) -> tuple[Floats, ...]:
     except ValueError as error:
         shapes = ", ".join(f"{name} {a.shape}" for name, a in arrays.items() if a.ndim)
         raise ValueError(
-            f"{', '.join(arrays)} must have shapes that go together, one value a configuration, "
-            f"but got {shapes}."
+            f"{', '.join(arrays)} must have shapes that go together, one value per "
+            f"configuration, but got {shapes}."
         ) from error
 
 

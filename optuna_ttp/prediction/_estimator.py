@@ -136,7 +136,7 @@ class Estimator:
         return self._prediction(configurations, times, self.log_growth)
 
     def estimate(self, configurations: Configurations) -> Prediction:
-        """Return the prediction by the response surface; what it does not cover is simulated."""
+        """Return predictions by the surface; configurations outside of it are simulated."""
         hopeless = self.is_hopeless(configurations)
         surface = self.simulator.surface
         places = self._places(configurations)
@@ -359,10 +359,10 @@ def unreliability(simulator: Simulator) -> str:
     return (
         f"At {simulator.excess_fraction:.0%} of the initial training loss the network is far from "
         f"its linearisation: a weight matrix changes by {displacement(probe, fraction):.2g} times "
-        "what it was, and the kernel differs from the predicted one by a factor of "
-        f"{math.exp(kernel_mismatch(probe, fraction)):.2g}. The intervals say so. Twenty real "
-        "steps, predictor.short_run(task), correct much of it, and so do trials that are recorded "
-        "with TrainingLog; or choose a target that is less deep."
+        "its norm, and the kernel differs from the predicted one by a factor of "
+        f"{math.exp(kernel_mismatch(probe, fraction)):.2g}. The intervals are wider because of "
+        "this. A short training run of twenty steps, predictor.short_run(task), corrects much of "
+        "the error, as do trials recorded with TrainingLog; or choose an easier target."
     )
 
 
@@ -375,7 +375,10 @@ def _outcomes(steps: Floats, blown_up: Booleans) -> NDArray[np.str_]:
 def _steps_on(
     surface: ResponseSurface | None, places: tuple[Floats, Floats, Floats]
 ) -> tuple[Floats, Booleans]:
-    """Return steps and the mask of extrapolated ones; infinite and true if surface is None."""
+    """Return the steps ``(K,)`` to the target and a mask of extrapolated configurations.
+
+    Without a surface all steps are infinite and the mask is true.
+    """
     if surface is None:
         return np.full(len(places[0]), np.inf), np.ones(len(places[0]), dtype=bool)
     return surface.steps(*places)

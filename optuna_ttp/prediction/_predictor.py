@@ -256,7 +256,7 @@ class TrainingTimePredictor(PredictorProperties):
     def is_extrapolated(
         self, learning_rate: ArrayLike, batch_size: ArrayLike, momentum: ArrayLike | None = None
     ) -> Booleans:
-        """Tell which configurations the response surface would have to extrapolate.
+        """Return which configurations the response surface would have to extrapolate.
 
         Args:
             learning_rate:
@@ -357,7 +357,7 @@ class TrainingTimePredictor(PredictorProperties):
         return largest.reshape(c.shape)
 
     def sample_convergence(self) -> SampleConvergence:
-        """Return how the predicted time depends on the number of samples of the spectrum.
+        """Return the predicted time as a function of the number of samples of the spectrum.
 
         Its :meth:`~optuna_ttp.dynamics.SampleConvergence.recommended` says how many samples a
         spectrum should have.

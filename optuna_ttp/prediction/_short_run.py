@@ -55,7 +55,7 @@ def _chosen(
             for s, c in zip(prediction.curve_steps, prediction.curve_losses, strict=True)
         ]
     )
-    # A loss may come out as zero where the simulated outputs grow without bound.
+    # A simulated loss may be zero if the simulated outputs grow without bound.
     depths = np.log(simulator.initial_loss / np.maximum(losses, 1e-30))[:, None]
     instability = simulator.instability(depths, shares)[:, 0]
     # The smallest learning rates are always stable.

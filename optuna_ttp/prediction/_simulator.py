@@ -75,7 +75,7 @@ class Simulator:
         check_kind("settings", settings, PredictorSettings)
         if optimizer.weight_decay and spectrum.weight_outputs is None:
             raise ValueError(
-                "weight_decay needs a spectrum that knows what the weights contribute to the "
+                "weight_decay needs a spectrum that stores the weights' contribution to the "
                 "outputs but got one that was computed by an older version. Compute it again."
             )
         max_steps = check_count("max_steps", max_steps)
