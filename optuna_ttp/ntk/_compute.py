@@ -91,7 +91,7 @@ def compute_spectrum(
             engine supports learning-rate multipliers other than one.
         dtype:
             Precision of the Jacobian: ``"float32"`` (the default), ``"float64"``, or
-            ``"bfloat16"``, for the exact engine: computed in single precision, held in half the
+            ``"bfloat16"``, for the exact engine: computed in single precision, stored in half the
             memory, and multiplied with sums in single precision. Eigenpairs are always computed
             in double precision.
         device:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-# Precisions that a Jacobian is held in, but neither computed nor multiplied.
+# A Jacobian is stored, but neither computed nor multiplied, in these precisions.
 HELD = {"bfloat16": torch.bfloat16}
 
 

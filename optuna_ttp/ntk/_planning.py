@@ -283,6 +283,7 @@ class _Planner:
         return _Estimate(None, total + tracing, grouping, n_bytes, tracing)
 
     def _passes(self, task: FineTuningTask, lifts: Mapping[str, int]) -> Passes:
+        """Return passes over the data of a task with the settings of the planner."""
         return Passes(task, self._settings, lifts)
 
     def _sketched(self, lifts: Mapping[str, int]) -> float:
@@ -352,7 +353,7 @@ def _layers(task: FineTuningTask, preparation: Preparation) -> tuple[LayerPlan, 
 
 
 class _Clock:
-    """A stopwatch that starts when it is made, and on a CPU excludes time of other programs."""
+    """A stopwatch that starts at its construction; on a CPU it excludes other programs' time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -65,11 +65,11 @@ def probe_linearisation(
 
     Gradient flow takes the linearised network to ``theta`` in the coordinates of the spectrum's
     eigenpairs, which is a displacement ``J^T V Lambda^(-1/2) theta`` of the weights. At each
-    displacement the :class:`~optuna_ttp.spectrum.Probe` holds its size relative to the weights,
-    the deviation of the network's outputs from the linearised ones, and the kernel along the
-    gradient of the loss over that at the pretrained weights. A linearisation holds while weights
-    change little relative to their norm (Chizat, Oyallon and Bach, NeurIPS 2019, arXiv
-    1812.07956); :meth:`optuna_ttp.dynamics.KernelGrowth.from_probe` uses the measurements.
+    displacement the :class:`~optuna_ttp.spectrum.Probe` has the size relative to the weights, the
+    deviation of the network's outputs from the linearised ones, and the ratio of the kernels at
+    displaced and pretrained weights along the gradient of the loss. A linearisation is accurate
+    while weights change little relative to their norm (Chizat, Oyallon and Bach, NeurIPS 2019,
+    arXiv 1812.07956); :meth:`optuna_ttp.dynamics.KernelGrowth.from_probe` uses the measurements.
 
     ``batch_size`` samples go through the network together. With ``distributed``, points of the
     path are shared with the other processes of the default group. If the initial loss is zero, the

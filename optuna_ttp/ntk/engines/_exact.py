@@ -112,7 +112,7 @@ def _kernel(
     distributed: bool,
     lifts: Mapping[str, int],
 ) -> Kernel:
-    """Compute the kernel once; ``lifts`` are as for :func:`prepare`, errors as above."""
+    """Compute the kernel with ``lifts`` as for :func:`prepare`; see :func:`exact_kernel`."""
     device, dtype = settings.device, settings.dtype
     reference = task.initial_outputs(device, dtype)
     held_out = None if task.validation is None else task.validation.initial_outputs(device, dtype)
@@ -294,8 +294,8 @@ class _Assembly:
     def add_block(self, block: slice, streamed: int) -> None:
         """Write the products of the Jacobian rows of a block of training samples into the kernel.
 
-        The rows are multiplied with themselves, with those of all later training samples,
-        ``streamed`` samples at a time, and with those of the validation samples.
+        They are the products with the rows of the block, of all later training samples,
+        ``streamed`` samples at a time, and of the validation samples.
         """
         later = _blocks(self._n_samples, streamed, block.stop)
         state: BlockState | None = None

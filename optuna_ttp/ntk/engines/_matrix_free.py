@@ -80,7 +80,7 @@ def leading_pairs(
 
 
 def columns_of(task: FineTuningTask, rank: int | None) -> int:
-    """Return the vectors per block for ``rank`` pairs: 2.5 times as many, or ten more."""
+    """Return the number of vectors per block: 2.5 ``rank``, at least ten more, at most N C."""
     n_rows = task.n_samples * task.n_outputs
     n_wanted = min(n_rows, PAIRS.n_pairs if rank is None else rank)
     return min(n_rows, n_wanted + max(10, int(PAIRS.extra_columns * n_wanted)))
@@ -134,7 +134,7 @@ def _by_rows(
     del sketch
     start = eigenpairs_of_features(features, rank=n_columns).eigenvectors
     del features
-    # Single precision saves memory: they are held in case the run starts again with lifts.
+    # Single precision saves memory: they are stored until the end, for a second run.
     vectors = _filled(torch.as_tensor(start), n_columns, settings.seed).float()
     del start
     follower = PathFollower(task, task.initial_outputs(settings.device, settings.dtype))
@@ -364,7 +364,7 @@ def _with_ritz_pairs(
 
 
 def _remainder(columns: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Return the parts of columns orthogonal to a basis, without those of rounding errors."""
+    """Return the parts of columns orthogonal to a basis; parts at rounding level are dropped."""
     norms = columns.norm(dim=0)
     left = columns - basis @ (basis.T @ columns)
     return left[:, left.norm(dim=0) > PAIRS.rounding * norms]

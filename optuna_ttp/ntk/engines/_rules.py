@@ -81,7 +81,7 @@ class SketchRules:
         min_rank:
             Fewest eigenpairs on which gradient flow is followed for the error bar.
         n_entries:
-            Most numbers in their eigenvectors if there are more pairs: they take about a second.
+            Most numbers in the eigenvectors of more than ``min_rank`` pairs: they take a second.
         error_quantile:
             The 95 % quantile of Student's t with three degrees of freedom: 90 % are within it.
     """

@@ -193,7 +193,7 @@ def _tensors(state: BlockState, piece: _Piece) -> list[torch.Tensor]:
 def _assembled(
     like: BlockState, n_samples: int, pieces: list[_Piece], tensors: list[list[torch.Tensor]]
 ) -> BlockState:
-    """Return a state of ``n_samples`` samples from the tensors of pieces; see :func:`_tensors`."""
+    """Return a state from the tensors of each piece, with factors and terms as in ``like``."""
     rows: list[torch.Tensor] = []
     factors: dict[str, Factors] = {}
     matrices: dict[str, torch.Tensor] = {}
@@ -218,7 +218,7 @@ def _assembled(
 
 
 def _chosen(state: BlockState, pieces: list[_Piece]) -> BlockState:
-    """Return a state with some of the weights, those of the pieces."""
+    """Return the part of a state that belongs to the weights of the pieces."""
     return _assembled(state, state.n_samples, pieces, [_tensors(state, p) for p in pieces])
 
 

@@ -78,7 +78,7 @@ class Sketch:
 
 
 def _joined(exact: torch.Tensor, groups: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Return the columns of ``exact``, then those of all groups over the root of their number."""
+    """Return the columns of ``exact``, then those of the groups over the root of four."""
     return torch.cat([exact, *(len(groups) ** -0.5 * g for g in groups)], 1)
 
 

@@ -33,7 +33,7 @@ def local_rows(
     stacked = [torch.stack(per_class, 1) for per_class in cotangents]
     flags = batched_arguments(call)
     if batched is not None and len(batched) == len(flags):
-        # The length of another axis may happen to be that of this batch.
+        # Another axis may have the length of this batch by chance.
         flags = batched
     differentiate = _looped if loop else _vectorised
     rows = differentiate(call, stacked, names, flags)
@@ -126,7 +126,7 @@ def _looped(
 def _run(
     call: Call, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, ...]:
-    """Run a call's module again with other ``weights``; return the outputs that carried gradients.
+    """Run a call's module again with other ``weights``; return the outputs that carry gradients.
 
     Tied parameters stay one tensor, and parameters without a new weight are constants.
     """

@@ -400,6 +400,7 @@ class _Sums:
             stretched.add_(product, alpha=multiplier)
 
     def _add_chunk(self, left: torch.Tensor, right: torch.Tensor, multiplier: float) -> None:
+        """Add ``left right^T`` in tiles of rows."""
         total, stretched = self._matrices
         assert total is not None
         tile = min(PRODUCTS.max_tile, max(PRODUCTS.min_tile, len(left) // PRODUCTS.n_tiles))

@@ -41,6 +41,7 @@ class Call:
 
     @cached_property
     def _tensors(self) -> list[torch.Tensor]:
+        """The tensors among the arguments, in order."""
         return tensors_of((self.args, self.kwargs))
 
     @property

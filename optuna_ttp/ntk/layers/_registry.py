@@ -47,7 +47,7 @@ def rule_for(module: torch.nn.Module) -> Rule | None:
     """Return the rule of a module, or :obj:`None` if no rule applies to it.
 
     A subclass of a layer has the rule of its base if it has the base's ``forward`` and plain
-    parameters; another subclass of a convolution has that of prepared convolutions.
+    parameters; other subclasses of convolutions have the rule of prepared convolutions.
     """
     for kind, rule in _RULES:
         if isinstance(module, kind):
