@@ -88,7 +88,7 @@ def compute_spectrum(
             N C, and one or two dozen Ritz pairs that replace the other eigenpairs; or ``"auto"``
             (the default), one of ``"exact"``, ``"sketch"`` and ``"matrix_free"``, chosen by
             N, C, D and ``max_memory``, see :func:`~optuna_ttp.ntk.resolve_engine`. Only the exact
-            engine supports learning-rate multipliers other than one.
+            engine, which ``"auto"`` then takes, supports learning-rate multipliers but one.
         dtype:
             Precision of the Jacobian: ``"float32"`` (the default), ``"float64"``, or
             ``"bfloat16"``, for the exact engine: computed in single precision, stored in half the
@@ -103,7 +103,7 @@ def compute_spectrum(
             True to time a few training steps, so that predictions can be given in seconds (the
             default). If False, ``throughput`` of the spectrum is :obj:`None`.
         probe:
-            True to compare the network with its linearisation, by up to 16 backward passes over
+            True to compare the network with its linearisation, by 10 to 15 backward passes over
             the data (the default). If False, ``probe`` of the spectrum is :obj:`None`, and
             predictions cannot say that they are unreliable.
         show_progress_bar:

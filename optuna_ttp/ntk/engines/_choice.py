@@ -54,7 +54,7 @@ def resolve_engine(
 
 
 def check_multipliers(task: FineTuningTask, engine: str) -> None:
-    """Raise ValueError that names ``engine`` if a learning-rate multiplier is not one."""
+    """Raise ValueError, with the name ``engine``, if a learning-rate multiplier is not one."""
     for name, factor in task.multipliers.items():
         if factor != 1.0:
             raise ValueError(

@@ -74,7 +74,7 @@ class Claims:
     def gradients(
         self, recording: Recording, cotangents: Cotangents
     ) -> Iterator[tuple[str, Contribution]]:
-        """Yield contributions to gradients, by parameter; those of one parameter add up.
+        """Yield parameters' names with contributions to their gradients, which add up.
 
         ``cotangents`` is emptied module by module, to free memory.
         """
