@@ -89,10 +89,7 @@ def _refuting_trials(progress: Sequence[float], rules: PrunerRules) -> str | Non
 
 
 def _most_in_a_row(progress: Sequence[float], rules: PrunerRules) -> int:
-    """Return the number of skipped trials in a row after which one runs.
-
-    It is smaller if the last trial that ran in spite of the objection made good progress.
-    """
+    """Return the number of skipped trials in a row after which one runs; fewer after progress."""
     did_well = bool(progress) and progress[-1] >= rules.half_way
     return max(1, rules.max_consecutive // (rules.sooner if did_well else 1))
 

@@ -68,7 +68,7 @@ class PlannedTrial:
         configuration: Configuration,
         tolerance: float,
     ) -> PlannedTrial:
-        """Predict a trial up to its limit times ``tolerance``, at least one step."""
+        """Return a trial with its prediction up to its limit in steps times ``tolerance``."""
         clipped = configuration.clipped(predictor.n_samples)
         budget_steps = float(goal.steps(predictor, np.array(clipped.batch_size)))
         horizon = predictor.max_steps if math.isinf(budget_steps) else tolerance * budget_steps
@@ -85,7 +85,7 @@ class PlannedTrial:
 
     @property
     def log_steps(self) -> float:
-        """Middle of the interval of the logarithm of predicted steps, also beyond the horizon."""
+        """Logarithm of the predicted steps, the middle of its interval, beyond the horizon too."""
         steps_low, steps_high = self.prediction.steps_low, self.prediction.steps_high
         return 0.5 * float(np.log(steps_low) + np.log(steps_high))
 

@@ -51,8 +51,8 @@ class PrunerRules:
             unlikely to reach the target may be the only one that does. 0.2 by default. Not
             ablated yet.
         max_cost_ratio:
-            Skip a trial if its predicted seconds are more than this factor times those of the best
-            trial. No limit by default.
+            Skip a trial if its predicted seconds are probably more than this factor times the best
+            trial's predicted seconds. No limit by default.
         min_chance:
             Stop a running trial if its chance of success is smaller. 0.02 by default; zero never
             stops one.

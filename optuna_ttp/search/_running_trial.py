@@ -97,7 +97,8 @@ class RunningTrialCheck:
     ) -> StopReason | None:
         """Return why a trial has no chance to succeed, or None if it has one or this is unknown.
 
-        ``prediction`` was made before the trial, ``curve`` is its training-loss curve so far.
+        ``prediction`` was made before the trial, ``curve`` is its training-loss curve so far. The
+        result is None close to the end of its budget.
         """
         running = observation_of(trial, prediction, InitialLoss.of(self.predictor))
         if not isinstance(running, Observation):
@@ -132,7 +133,7 @@ class RunningTrialCheck:
     def _limit(
         self, trials: Sequence[FrozenTrial], running: Observation, budget: float, aim: str
     ) -> _Limit:
-        """Return the limit of a trial: its budget, or the time of the fastest trial if smaller."""
+        """Return a trial's limit: its budget, or for a time the fastest trial's steps if fewer."""
         limit = _Limit(budget, f"{aim} within its budget of {budget:,.0f} steps")
         if not self.goal.is_time:
             return limit
@@ -179,7 +180,10 @@ class RunningTrialCheck:
     def _thrown_back(
         self, running: Observation, curve: LossCurve, budget: float
     ) -> StopReason | None:
-        """Return a stop reason if a trial's loss is back at its initial value, else None."""
+        """Return a stop reason if a trial's loss is back at its initial value, else None.
+
+        It is None early in the budget, and while predictions are not trusted.
+        """
         early = curve.n_steps < self.rules.running_trial.earliest * budget
         if (early and math.isfinite(budget)) or not self.predictor.calibration.trusted:
             return None

@@ -439,7 +439,7 @@ class TTPSampler(BaseSampler):
         )
 
     def _explores(self, n_before: int) -> bool:
-        """Draw True if the base sampler decides about a trial; the design is left out of it."""
+        """Draw True if the base sampler decides alone; in the design only if exploration is 1."""
         explores = self._rng.random() < self._rules.exploration
         after_design = n_before >= self._rules.n_design_trials
         return explores and (after_design or self._rules.exploration == 1.0)

@@ -126,6 +126,7 @@ class InitialLoss:
         )
 
     def _is_counted_from_elsewhere(self, record: CurveRecord, noise: float) -> bool:
+        """Return True if a curve begins late, but with the initial loss and an early fall."""
         steps, losses = record.curve.steps, record.curve.losses
         soon = losses[steps <= 2 * steps[0]]
         is_still = noise < RULES.still and abs(losses[0] / self.mean - 1.0) < RULES.still
@@ -188,7 +189,10 @@ def joint_objections(starts: Mapping[int, CurveStart]) -> dict[int, UnusableCurv
 
 
 def _counted_in_samples(starts: Mapping[int, CurveStart]) -> dict[int, UnusableCurve]:
-    """Return the curves spaced by their batch size in steps, if most are, at two batch sizes."""
+    """Return the curves whose steps are their batch size apart, if most are, at two batch sizes.
+
+    Their trials counted samples instead of optimiser steps. The result is by trial number.
+    """
     several = {n: start for n, start in starts.items() if start.batch_size > 1}
     alike = {n: s.batch_size for n, s in several.items() if s.spacing == s.batch_size}
     if len(set(alike.values())) < 2 or 2 * len(alike) <= len(several):

@@ -74,7 +74,7 @@ def observations_of(
     predictor: SearchPredictor,
     hyperparameters: HyperparameterMap | None = None,
 ) -> list[Observation]:
-    """Return one observation per trial of a study that has a usable curve, by trial number.
+    """Return one observation per trial with a usable curve, in the order of the trials' numbers.
 
     Completed, pruned, failed and running trials count alike, except for those with a prediction
     for another task. A finished trial without a prediction, because its process was killed or

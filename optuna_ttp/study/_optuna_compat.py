@@ -69,7 +69,7 @@ def write_constraint(study: optuna.Study, trial: FrozenTrial, key: str, value: f
 
 
 def frozen(trial: optuna.trial.Trial) -> FrozenTrial:
-    """Return a copy of a running trial from the storage."""
+    """Return a running trial as the storage holds it; it must not be changed."""
     return trial.study._storage.get_trial(trial._trial_id)
 
 

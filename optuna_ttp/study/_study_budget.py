@@ -88,7 +88,7 @@ class StudyBudget:
         return f"StudyBudget({'seconds' if self.in_seconds else 'steps'}={self.limit:g})"
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Stop the study if less is left than the quickest completed trial took.
+        """Stop the study if nothing is left, or less than the quickest completed trial took.
 
         Args:
             study:

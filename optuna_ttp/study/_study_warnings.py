@@ -57,10 +57,7 @@ class _Warned(set[str]):
 
 
 def warn_of_curve(study: optuna.Study | None, number: int, unusable: UnusableCurve) -> None:
-    """Warn that a trial's curve is left out, if its fault is new in the study; else log it.
-
-    For a trial without a study (None) the warning is always given.
-    """
+    """Warn that a trial's curve is left out; log it if the study had a warning of its kind."""
     text = f"{unusable.what.format(number)}: {unusable.reason}."
     if study is not None and not is_first_warning(study, f"curve: {unusable.kind}"):
         _logger.debug(text)
@@ -135,10 +132,7 @@ def _warn_that_no_loss_falls(study: optuna.Study, predictor: SearchPredictor) ->
 
 
 def _warn_of_distrust(study: optuna.Study, calibration: Calibration) -> None:
-    """Tell that predictions are no longer trusted, first by a warning and then by the log.
-
-    If they are trusted again after that, log it.
-    """
+    """Warn at the first loss of trust in predictions; log later losses and returns of trust."""
     if calibration.trusted:
         warned = state_of(study).part(_Warned)
         if "distrust" in warned:

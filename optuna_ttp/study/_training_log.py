@@ -222,7 +222,7 @@ class TrainingLog:
     def _continues(self, stored: StoredCurve | None) -> bool:
         """Return True if this log may write in place of another log's ``stored`` curve.
 
-        It may if there is no usable curve, or if its steps follow the stored ones; else warn once.
+        It may if that has fewer than two losses, or if its own steps follow; else warn once.
         """
         # Another log of the trial may have recorded too little.
         is_empty = isinstance(stored, UnusableCurve) and stored.kind in (

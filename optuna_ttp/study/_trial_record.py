@@ -91,10 +91,7 @@ def write_record(study: optuna.Study, trial: FrozenTrial, record: TrialRecord) -
 
 
 def n_skipped_in_a_row(trials: Sequence[FrozenTrial]) -> int:
-    """Return the number of skipped trials after the newest trial that ran.
-
-    Running trials without a decision are passed over.
-    """
+    """Return the number of skipped trials after the newest one with another decision or end."""
     n_skipped = 0
     for trial in sorted(trials, key=lambda t: t.number, reverse=True):
         decision = decision_of(trial)
