@@ -93,7 +93,7 @@ def _n_seen(observation: Observation) -> int:
 def _limit(
     observations: Sequence[Observation], failures: Booleans, rules: DivergenceRules
 ) -> DivergenceLimit:
-    """Return the limit learned from trials with ``failures``, ``(n,)``, or that passed a level."""
+    """Return the limit learned from trials that failed (a mask ``(n,)``) or passed a level."""
     counted = [
         # At the first level the kernel has hardly grown.
         (o.instability[0], failure)

@@ -40,7 +40,7 @@ class DivergenceLimit:
         diverged: ArrayLike = (),
         rules: DivergenceRules = RULES.divergence,
     ) -> DivergenceLimit:
-        """Return the posterior after n trials at ``s = stability``, with ``diverged``, ``(n,)``.
+        """Return the posterior after n trials at ``s = stability``; ``diverged`` is a mask.
 
         Without trials it is the prior: half of all networks diverge at ``s`` of 4.2.
         """
@@ -54,7 +54,7 @@ class DivergenceLimit:
         return cls(density / density.sum(), rules)
 
     def probability(self, stability: ArrayLike) -> Floats:
-        """Return the probability that training at ``s``, of any shape, never recovers."""
+        """Return the probability, in the shape of ``s = stability``, of never recovering."""
         from scipy.special import expit
 
         with np.errstate(divide="ignore"):

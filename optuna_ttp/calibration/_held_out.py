@@ -111,7 +111,7 @@ def _mean_square(errors: Floats, weights: Floats) -> Floats:
 
 
 def _mean_before(values: Floats) -> Floats:
-    """Return, for each row, the column means over the rows above it, without NaNs; or NaN."""
+    """Return, for each row, the mean over the rows above it, without NaNs; NaN without any."""
     known = np.isfinite(values)
     total = np.cumsum(np.where(known, values, 0.0), axis=0) - np.where(known, values, 0.0)
     count = np.cumsum(known, axis=0) - known
@@ -119,7 +119,7 @@ def _mean_before(values: Floats) -> Floats:
 
 
 def _kendall(first: ArrayLike, second: ArrayLike) -> float:
-    """Return Kendall's tau; NaN for fewer than two values, zero if all values of a side tie."""
+    """Return Kendall's tau; NaN for fewer than two values, zero if all of one side are equal."""
     if np.size(first) < 2:
         return math.nan
     from scipy.stats import kendalltau

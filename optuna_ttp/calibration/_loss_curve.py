@@ -214,7 +214,7 @@ def _smoothed(
 
 
 def _pooled(variances: Floats, n_neighbours: int) -> Floats:
-    """Return means of variances over neighbouring windows; NaN if the window's own is unknown."""
+    """Return means of variances over windows up to ``n_neighbours`` away; NaN stays NaN."""
     known = np.isfinite(variances)
     if not known.any():
         return variances
@@ -225,7 +225,7 @@ def _pooled(variances: Floats, n_neighbours: int) -> Floats:
 
 
 def _recorded(n_losses: int, spacing: float) -> Integers:
-    """Return indices of recorded losses: all at first, then with a ratio, and the last one."""
+    """Return indices to record, ascending to the last: each ``spacing`` times the one before."""
     points = [0]
     while points[-1] < n_losses - 1:
         points.append(max(points[-1] + 1, int(points[-1] * spacing)))

@@ -93,7 +93,7 @@ class Trials:
         return np.where(both, np.linalg.inv(covariance), 0.0)
 
     def common(self, scales: tuple[float, float]) -> Floats:
-        """Return the covariance ``(n, P, P)`` of the errors that a trial's levels share."""
+        """Return the covariance ``(n, P, P)`` of a trial's shared errors, scaled by ``scales``."""
         rules = self.rules
         apart = (DEPTHS[:, None] - DEPTHS[None, :]) / rules.trial_length
         wild = wildness(self.simulated.instability, rules)
@@ -105,7 +105,7 @@ class Trials:
     def ratios(
         self, away: Floats, errors: Floats, seen: Booleans, scales: tuple[float, float]
     ) -> Floats:
-        """Return means over seen levels of ``away**2`` over its expected value, ``(n,)``."""
+        """Return the mean of ``away**2`` over its expected value at a trial's seen levels."""
         calm, wild = self._variances(scales)
         whole = wild + calm + np.nan_to_num(errors) ** 2
         return np.asarray((_shares(seen) * away**2 / whole).sum(axis=1))
@@ -137,7 +137,7 @@ class Trials:
         return expected[0] * float(one), expected[1] * float(two)
 
     def _variances(self, scales: tuple[float, float]) -> tuple[float, Floats]:
-        """Return the variance of a stable trial, and the variance by instability, ``(n, P)``."""
+        """Return the variance of a stable trial's errors, and that of instability ``(n, P)``."""
         calm = scales[0] * (self.rules.trial_sd**2 + self.rules.level_sd**2)
         return calm, scales[1] * wildness(self.simulated.instability, self.rules) ** 2
 
@@ -148,7 +148,7 @@ def _shares(seen: Booleans) -> Floats:
 
 
 def _extended(log_steps: Floats) -> Floats:
-    """Return logarithmic times ``(P,)``, extrapolated in the depth after a simulation's end."""
+    """Return log times ``(P,)``, extrapolated in the depth with a slope of at least 0.5."""
     known = np.flatnonzero(np.isfinite(log_steps))
     last = known[-1]
     slope = 0.5

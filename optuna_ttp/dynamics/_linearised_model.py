@@ -151,7 +151,7 @@ class LinearisedModel:
         return self.sample_losses(outputs, soft_targets).sum(dim=1) / normalisers.sum()
 
     def sample_losses(self, outputs: torch.Tensor, soft_targets: torch.Tensor) -> torch.Tensor:
-        """Return the losses ``(K, B)``, not normalised, for ``(K, B, C)`` and ``(B, C)``."""
+        """Return losses ``(K, B)`` before normalisation; targets have the shape ``(B, C)``."""
         if self.kind == "mse":
             return (outputs - soft_targets).square().mean(dim=2)
         return -(soft_targets * outputs.log_softmax(dim=2)).sum(dim=2)
@@ -182,7 +182,7 @@ class LinearisedModel:
         return output_gradients(self.kind, outputs, soft_targets, normalisers)
 
     def gradient(self, theta: torch.Tensor) -> torch.Tensor:
-        """Return the gradient ``(K, r)`` of the loss over all samples at states ``(K, r)``."""
+        """Return the gradient ``(K, r)`` of the training loss at states ``theta`` ``(K, r)``."""
         residuals = self.residuals(self.outputs(theta), self.soft_targets, self.normalisers)
         return residuals.reshape(len(theta), -1) @ self.features.reshape(-1, self.rank)
 

@@ -158,7 +158,7 @@ def times_to(paths: Sequence[ResidualPath]) -> NDArray[np.float64]:
 
 
 def _times(path: ResidualPath, levels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the times ``(L,)`` of shares of the loss, interpolated in the loss's logarithm."""
+    """Return the times ``(L,)`` at which a path reaches levels, linear in the log of the loss."""
     lowest = np.minimum.accumulate(path.left)
     falling = np.flatnonzero(np.diff(lowest, prepend=np.inf) < 0.0)
     return np.asarray(np.interp(-np.log(levels), -np.log(lowest[falling]), path.times[falling]))

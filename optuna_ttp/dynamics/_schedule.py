@@ -328,7 +328,7 @@ def _check_count(name: str, value: int) -> None:
 def _check_values(
     values: NDArray[np.float64], good: NDArray[np.bool_], what: str, demand: str
 ) -> None:
-    """Raise ValueError that names the first step, in the last axis, at which a value is bad."""
+    """Raise ValueError with the first step, along the last axis, with a value not ``good``."""
     if not good.all():
         step = int(np.argmin(good.all(axis=0)))
         raise ValueError(

@@ -138,7 +138,7 @@ def _integrate(
 
 
 def _runge_kutta(model: LinearisedModel, theta: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
-    """Return the states ``(K, r)`` after one step of the fourth-order Runge-Kutta method."""
+    """Return states ``(K, r)`` after a fourth-order Runge-Kutta step of length ``rate``."""
     first = model.gradient(theta)
     second = model.gradient(theta - 0.5 * rate * first)
     third = model.gradient(theta - 0.5 * rate * second)

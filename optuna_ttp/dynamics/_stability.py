@@ -122,7 +122,7 @@ class StabilityLimit:
     def headroom(
         self, sgd: SGDConfigurations, batch_size: Integers, *, replacement: bool = False
     ) -> Floats:
-        """Return largest stable learning rates over those of K configurations, ``(K,)``."""
+        """Return :meth:`max_learning_rate` over each configuration's learning rate, ``(K,)``."""
         largest = self.max_learning_rate(
             batch_size,
             sgd.momentum,
@@ -164,7 +164,7 @@ def _expressible(curvatures: Floats, u: Floats) -> Floats:
 
 
 def _noise_shares(model: LinearisedModel, rules: StabilityRules) -> Floats:
-    """Return ``xi`` of :class:`StabilityLimit` at the rules' momenta and knots, a 2-D array."""
+    """Return ``xi`` of :class:`StabilityLimit` at the rules' (momenta, knots), a 2-D array."""
     rooted = model.rooted_features(model.initial_outputs).double()
     # Per-sample Hessians are Z_i^T Z_i with the mean H.
     rooted = rooted * (model.n_samples / model.normalisers.sum().double()).sqrt()

@@ -327,7 +327,7 @@ def _patience(slow_tau: float, effective: Floats, momentum: Floats, rules: Surfa
 def _knots(
     momenta: Floats, noises: NDArray[Any], n_rates: int, curvature: float, rules: SurfaceRules
 ) -> tuple[Floats, NDArray[Any], Floats]:
-    """Return momenta, ``noises`` and effective learning rates of all knots, as 3-D arrays."""
+    """Return momenta, noises and effective learning rates of the grid of knots, 3-D arrays."""
     m, b, u = np.meshgrid(momenta, noises, np.linspace(0, 1, n_rates), indexing="ij")
     return m, b, rules.slow * (_fastest(m, rules) / rules.slow) ** u / curvature
 

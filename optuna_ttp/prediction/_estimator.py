@@ -94,7 +94,7 @@ class Estimator:
         def correct(
             logs: Floats, learning_rate: Floats, noise: Floats, momentum: Floats, depths: Floats
         ) -> Floats:
-            """Return corrected logarithms of times at the knots of the surface, ``(K, P)``."""
+            """Return ``logs`` ``(K, P)`` of the surface's times, corrected by the calibration."""
             batch_size = simulator.n_samples / (1.0 + noise * (simulator.n_samples - 1))
             step = learning_rate / (1.0 - momentum) * float(simulator.model.curvatures[0])
             stability = learning_rate / simulator.max_learning_rate(batch_size, momentum)
@@ -118,7 +118,7 @@ class Estimator:
         return self.throughput.seconds_per_step(batch_size)
 
     def stability(self, configurations: Configurations) -> Floats:
-        """Return learning rates over the largest stable ones, shape ``(K,)``."""
+        """Return each learning rate over the largest stable learning rate, shape ``(K,)``."""
         return configurations.learning_rate / self.simulator.max_learning_rate(
             configurations.batch_size, configurations.momentum
         )
@@ -128,7 +128,7 @@ class Estimator:
         return self.stability(configurations) > RULES.hopeless_stability
 
     def predict(self, configurations: Configurations, *, full_curve: bool) -> Prediction:
-        """Return simulated predictions with curves to the target or, on request, the horizon."""
+        """Return simulated predictions; curves end at the target or, if full, at the horizon."""
         # The curve of a configuration that is certain to blow up is of no use.
         rows = np.flatnonzero(~self.is_hopeless(configurations))
         runs = self._simulated(configurations.rows(rows), full_curve=full_curve)
@@ -225,7 +225,7 @@ class Estimator:
         full_curve: bool = False,
         n_seeds: int | None = None,
     ) -> list[Trajectories]:
-        """Return simulations, one per seed, with the growth of the kernel that trials correct."""
+        """Return simulations, one per seed, with the kernel's :attr:`growth`."""
         return self.simulator.run(
             configurations,
             growth=self.growth,

@@ -151,7 +151,7 @@ class FirstPassageTimes:
 def _depths_at_target(
     run: Trajectories, target: Target, initial_loss: float, log_target: Floats
 ) -> Floats:
-    """Return the depth ``(K,)`` of the training loss when each curve is at the target, or NaN."""
+    """Return depths ``(K,)`` of the training loss at the steps ``exp(log_target)``, or NaN."""
     if target.quantity == "loss" and not target.settled:
         return np.full(len(log_target), math.log(initial_loss / target.value))
     depths = np.full(len(log_target), math.nan)
@@ -163,7 +163,7 @@ def _depths_at_target(
 
 
 def _mean_over_seeds(logs: Floats) -> tuple[Floats, Floats]:
-    """Return mean and SD of the finite values along the first axis; NaN mean if most are not."""
+    """Return mean and SD of finite values along the first axis, the mean NaN if most are not."""
     reached = np.isfinite(logs)
     n_reached = reached.sum(axis=0)
     mean = np.where(reached, logs, 0.0).sum(axis=0) / np.maximum(n_reached, 1)

@@ -104,12 +104,12 @@ class SearchPredictor(Protocol):
         *,
         simulate_outside: bool = True,
     ) -> Floats:
-        """Return seconds to the target (steps if :attr:`throughput` is None), to rank by."""
+        """Return seconds to the target, or steps if :attr:`throughput` is None, or infinity."""
 
     def depth_after(
         self, learning_rate: Floats, batch_size: Integers, momentum: Floats, steps: Floats
     ) -> Floats:
-        """Return the depth of K configurations after ``steps``; all arrays are ``(K,)``."""
+        """Return the depths ``(K,)`` after ``steps`` ``(K,)``, zero if they are not known."""
 
     def remaining_steps(
         self,

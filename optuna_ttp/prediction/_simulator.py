@@ -357,7 +357,7 @@ def _slow_run(
     max_steps: int = 5_000,
     full_curves: bool = False,
 ) -> Trajectories:
-    """Return curves of full-batch training of one configuration without momentum."""
+    """Return the curves of full-batch training with one learning rate and no momentum."""
     return simulate(
         model,
         SGDConfigurations.of(np.array([learning_rate])),
