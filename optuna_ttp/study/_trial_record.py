@@ -91,7 +91,7 @@ def write_record(study: optuna.Study, trial: FrozenTrial, record: TrialRecord) -
 
 
 def n_skipped_in_a_row(trials: Sequence[FrozenTrial]) -> int:
-    """Return the number of skipped trials after the newest one with another decision or end."""
+    """Return the number of newest trials that were skipped, undecided running ones aside."""
     n_skipped = 0
     for trial in sorted(trials, key=lambda t: t.number, reverse=True):
         decision = decision_of(trial)
