@@ -16,7 +16,7 @@ def test_the_demo_prints_what_happened_and_draws_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "demo.png"
-    assert main(["demo", "--seconds", "12", "--picture", str(picture)]) == 0
+    assert main(["demo", "--seconds", "18", "--picture", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert "read from the store" in printed
     assert "TPE + median pruner: fastest fine-tuning" in printed
