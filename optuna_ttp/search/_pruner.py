@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.logging import get_logger
 from optuna.pruners import BasePruner
 from optuna.trial import TrialState
@@ -248,11 +249,16 @@ class TTPPruner(BasePruner):
         if trial.state.is_finished():
             return self._decision_about_finished(trial)
         decided = remembered(study, self, trial)
-        if decided is None:
-            decided = self._first_decision(study, trial)
-            remember(study, self, trial, decided)
-        if not decided.decision.prune:
-            self._decide_by_curve(study, trial, decided)
+        try:
+            if decided is None:
+                decided = self._first_decision(study, trial)
+                remember(study, self, trial, decided)
+            if not decided.decision.prune:
+                self._decide_by_curve(study, trial, decided)
+        except UpdateFinishedTrialError:
+            # After study.tell(trial) Optuna still asks with the trial as it was before it ended.
+            ended = next((t for t in trials_of(study) if t.number == trial.number), trial)
+            return self._decision_about_finished(ended)
         return decided.decision
 
     def _decision_about_finished(self, trial: FrozenTrial) -> Decision:
@@ -381,7 +387,8 @@ class TTPPruner(BasePruner):
                 log_sd=stop_reason.log_sd,
                 seconds_left=seconds if math.isfinite(seconds) else math.nan,
             )
+        write_record(study, trial, TrialRecord(trial.number, decided.prediction, decision))
+        decided.record = decision
+        if not self._shadow:
             decided.decision = Decision(True, stop_reason.text)
             _logger.info(f"Trial {trial.number} is stopped: {stop_reason.text}.")
-        decided.record = decision
-        write_record(study, trial, TrialRecord(trial.number, decided.prediction, decision))

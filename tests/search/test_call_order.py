@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import gc
+import math
 from typing import Any
 import warnings
 
@@ -189,6 +190,28 @@ def test_asking_for_the_first_time_after_the_end_says_so() -> None:
     decision = TTPPruner(quick_predictor(), BestMetric()).decide(trial)
     assert not decision
     assert decision.reason == "trial 0 has ended, and nothing was decided before"
+
+
+def test_asking_with_should_prune_for_the_first_time_after_the_end_stops_nothing() -> None:
+    study = _study()
+    trial = asked(study, DIVERGING)
+    with pytest.warns(CallOrderWarning):
+        study.tell(trial, 1.0)
+    assert not trial.should_prune()
+    assert decision_of(study.trials[0]) is None
+
+
+def test_asking_after_the_end_of_a_curve_that_broke_down_gives_what_was_decided_before() -> None:
+    study = _study()
+    trial = asked(study, FAST)
+    assert not trial.should_prune()
+    with TrainingLog(trial, measure_speed=False) as log:
+        for loss in (1.0, 0.9, *[math.nan] * 18):
+            log.step(loss)
+    study.tell(trial, 1.0)
+    assert not trial.should_prune()
+    decision = decision_of(study.trials[0])
+    assert decision is not None and decision.action == Action.RUN
 
 
 def test_asking_about_a_trial_of_the_past_is_refused() -> None:
