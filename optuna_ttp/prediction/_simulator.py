@@ -71,7 +71,8 @@ class Simulator:
         """
         if not isinstance(spectrum, Spectrum):
             raise TypeError(f"spectrum must be a Spectrum but got {type(spectrum).__name__}.")
-        check_kind("optimizer", optimizer, SGD)
+        if not isinstance(optimizer, SGD):
+            raise TypeError(f"optimizer must be an optuna_ttp.SGD but got {optimizer!r}.")
         check_kind("settings", settings, PredictorSettings)
         if optimizer.weight_decay and spectrum.weight_outputs is None:
             raise ValueError(

@@ -202,7 +202,7 @@ class Report:
         seconds = self.saved_seconds
         text = f"{abs(seconds):.1f} s were {'saved' if seconds >= 0 else 'lost'}"
         sd = self.saved_sd
-        return f"{text} (standard deviation {sd:.1f} s)" if sd > 0 else text
+        return f"{text} (standard deviation {sd:.1f} s)" if sd >= 0.05 else text
 
 
 def _decision(line: LedgerLine) -> str:

@@ -12,6 +12,7 @@ from optuna.study import StudyDirection
 from optuna_ttp._util.exceptions import GoalWarning
 from optuna_ttp._util.warn import warn_caller
 from optuna_ttp.search._goal import BestMetric
+from optuna_ttp.search._goal import FastestToTarget
 from optuna_ttp.search._goal import Goal
 from optuna_ttp.study import is_first_warning
 
@@ -34,7 +35,7 @@ class GoalOfHalf:
 
     def __init__(self, goal: Goal | None, predictor: SearchPredictor) -> None:
         if goal is not None:
-            if not isinstance(goal, Goal):
+            if not isinstance(goal, BestMetric | FastestToTarget):
                 raise TypeError(f"goal must be a BestMetric or FastestToTarget but got {goal!r}.")
             goal.check(predictor)
         self.given = goal
@@ -46,9 +47,8 @@ class GoalOfHalf:
         Warn once per study if there is no goal, if the two halves have different goals, or if a
         time is to be maximised; raise ValueError if the goal's limits do not fit the predictor.
         """
-        sampler, pruner = half_inside(study.sampler), half_inside(study.pruner)
-        halves = [half for half in (sampler, pruner) if half is not None]
-        goals = [half.given for half in halves if half.given is not None]
+        halves = (half_inside(study.sampler), half_inside(study.pruner), self)
+        goals = [half.given for half in halves if half is not None and half.given is not None]
         goal = self.given if self.given is not None else next(iter(goals), None)
         self._warn(study, goal, goals)
         if goal is None:
@@ -61,11 +61,11 @@ class GoalOfHalf:
         if goal is None:
             self._warn_of_no_goal(study)
             return
-        other = next((one for one in goals if one != goal), None)
+        other = next((one for one in goals if one != goals[0]), None)
         if other is not None and is_first_warning(study, "different goals"):
             warn_caller(
-                f"TTPSampler and TTPPruner have different goals: {goal} and {other}. Give both "
-                "the same goal, or give it to one of them alone: the other one then uses it, too.",
+                f"TTPSampler and TTPPruner have different goals: {goals[0]} and {other}. Give "
+                "both the same goal, or give it to one of them: the other one then uses it, too.",
                 GoalWarning,
             )
         maximised = list(study.directions) == [StudyDirection.MAXIMIZE]

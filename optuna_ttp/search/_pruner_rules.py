@@ -8,6 +8,8 @@ import math
 
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp._util.checks import check_number
+from optuna_ttp._util.checks import check_range
+from optuna_ttp._util.checks import check_whole
 from optuna_ttp.study import ThrownBackRules
 
 
@@ -29,6 +31,12 @@ class RunningTrialRules:
     nearly_done: float = 0.05
     n_not_finite: int = 3
     thrown_back: ThrownBackRules = field(default_factory=ThrownBackRules)
+
+    def __post_init__(self) -> None:
+        check_range("earliest", self.earliest, 0.0, 1.0)
+        check_range("nearly_done", self.nearly_done, 0.0, 1.0)
+        check_whole("n_not_finite", self.n_not_finite, 1)
+        check_kind("thrown_back", self.thrown_back, ThrownBackRules)
 
 
 @dataclass(frozen=True)
@@ -101,21 +109,18 @@ class PrunerRules:
     running_trial: RunningTrialRules = field(default_factory=RunningTrialRules)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name != "running_trial" and (name, value) != ("max_cost_ratio", None):
-                check_number(name, value)
+        check_number("tolerance", self.tolerance)
         if not 1 <= self.tolerance < math.inf:
             raise ValueError(f"tolerance must be finite and at least 1 but got {self.tolerance}.")
-        for name in ("min_probability", "min_probability_at_first", "min_chance", "audit"):
-            share = getattr(self, name)
-            if not 0.0 <= share <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1] but got {share}.")
-        if self.max_cost_ratio is not None and not 1.0 <= self.max_cost_ratio < math.inf:
-            raise ValueError(
-                f"max_cost_ratio must be finite and at least 1 but got {self.max_cost_ratio}."
-            )
-        for name in ("max_consecutive", "sooner", "n_refuting", "most_refuting"):
-            check_kind(name, getattr(self, name), int)
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 but got {getattr(self, name)}.")
+        shares = ("min_probability", "min_probability_at_first", "min_chance", "audit")
+        for name in (*shares, "nearly_reached"):
+            check_range(name, getattr(self, name), 0.0, 1.0)
+        check_range("half_way", self.half_way)
+        ratio = 1.0 if self.max_cost_ratio is None else self.max_cost_ratio
+        check_number("max_cost_ratio", ratio)
+        if not 1.0 <= ratio < math.inf:
+            raise ValueError(f"max_cost_ratio must be finite and at least 1 but got {ratio}.")
+        counts = ("max_consecutive", "sooner", "n_refuting", "most_refuting")
+        for name in (*counts, "n_skipped_to_warn"):
+            check_whole(name, getattr(self, name), 1)
         check_kind("running_trial", self.running_trial, RunningTrialRules)

@@ -7,7 +7,8 @@ from dataclasses import field
 import math
 
 from optuna_ttp._util.checks import check_kind
-from optuna_ttp._util.checks import check_number
+from optuna_ttp._util.checks import check_range
+from optuna_ttp._util.checks import check_whole
 
 
 @dataclass(frozen=True)
@@ -133,19 +134,14 @@ class SamplerRules:
     forecast: ForecastRules = field(default_factory=ForecastRules)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name not in ("preference", "forecast"):
-                check_number(name, value)
-        for name in ("n_design_trials", "n_candidates", "n_newest_values", "n_drawn"):
-            check_kind(name, getattr(self, name), int)
-        if self.n_design_trials < 0:
-            raise ValueError(
-                f"n_design_trials must not be negative but got {self.n_design_trials}."
-            )
+        for name in ("n_design_trials", "largest_grid"):
+            check_whole(name, getattr(self, name), 0)
         for name in ("n_candidates", "n_newest_values", "n_drawn"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 but got {getattr(self, name)}.")
-        if not 0.0 <= self.exploration <= 1.0:
-            raise ValueError(f"exploration must be in [0, 1] but got {self.exploration}.")
+            check_whole(name, getattr(self, name), 1)
+        check_range("exploration", self.exploration, 0.0, 1.0)
+        check_range("prior_trials", self.prior_trials)
+        check_range("least_trust", self.least_trust, 0.0, 1.0)
         check_kind("preference", self.preference, PreferenceRules)
         check_kind("forecast", self.forecast, ForecastRules)
+        for name, value in {**vars(self.preference), **vars(self.forecast)}.items():
+            check_range(name, value)

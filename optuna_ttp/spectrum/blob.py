@@ -253,7 +253,7 @@ def _read_head(stream: Readable) -> tuple[dict[str, Any], list[_Layout], bytes, 
     fixed = bytes(stream.read(_FIXED_HEAD.size))
     magic, written_as, length, binding = _FIXED_HEAD.unpack(fixed)
     if magic != MAGIC:
-        raise DamagedSpectrumError("it does not begin with the magic number of one")
+        raise DamagedSpectrumError("they do not begin with the magic number of one")
     if length > _MOST_HEADER:
         raise DamagedSpectrumError(f"its header must have at most 1 MiB but got {length} bytes")
     text = bytes(stream.read(length))

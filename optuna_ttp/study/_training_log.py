@@ -317,7 +317,7 @@ def _number(loss: Any) -> float:
         if isinstance(loss, bool | str | bytes):
             raise TypeError
         return float(loss if item is None else item())
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         shape = getattr(loss, "shape", None)
         got = repr(loss) if shape is None else f"a {type(loss).__name__} of shape {tuple(shape)}"
         raise TypeError(

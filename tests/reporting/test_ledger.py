@@ -219,6 +219,15 @@ def test_a_trial_that_runs_is_reported_without_saying_twice_that_it_was_predicte
     assert re.search(r"  run: 1\d steps ", line)
 
 
+def test_a_deviation_that_rounds_to_nothing_is_not_printed() -> None:
+    study = optuna.create_study()
+    for number, paid in enumerate((20.0, 20.01, 20.02)):
+        study.add_trial(_line(number, "run", paid=paid, value=1.0))
+    study.add_trial(_line(3, "skip", paid=1.0, steps=None))
+    assert 0.0 < report(study).saved_sd < 0.05
+    assert "standard deviation" not in str(report(study))
+
+
 def test_the_columns_of_a_report_are_aligned() -> None:
     study = _study()
     _run(study, FAST, DIVERGING)

@@ -82,6 +82,8 @@ def test_a_limit_must_be_a_positive_number(kind: type[Goal], name: str) -> None:
             kind(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=f"{name} must be a number but got '3'"):
         kind(**{name: "3"})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"{name} must not be too large for a float but got 1000"):
+        kind(**{name: 10**400})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="study_budget must be a StudyBudget but got 60"):
         kind(study_budget=60)  # type: ignore[arg-type]
 
@@ -90,6 +92,9 @@ def test_a_limit_must_be_a_positive_number(kind: type[Goal], name: str) -> None:
 def test_something_else_is_refused(half: Any) -> None:
     with pytest.raises(TypeError, match="goal must be a BestMetric or FastestToTarget but got 't"):
         half(quick_predictor(), "time")
+    # What both goals share does not say which of them is meant.
+    with pytest.raises(TypeError, match="goal must be a BestMetric or FastestToTarget but got Go"):
+        half(quick_predictor(), Goal(max_steps=3))
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -178,6 +183,13 @@ def test_a_decision_outside_of_the_pruners_study_needs_a_goal_too() -> None:
     pruner = TTPPruner(quick_predictor())
     with pytest.warns(GoalWarning, match="The search has no goal"):
         pruner.decide(asked(_study(None, None), FAST))
+
+
+def test_different_goals_are_named_in_the_order_of_their_halves() -> None:
+    study = _study(TTPSampler(quick_predictor(), FastestToTarget(), seed=0), None)
+    pruner = TTPPruner(quick_predictor(), BestMetric(max_epochs=3))
+    with pytest.warns(GoalWarning, match=r"FastestToTarget\(\) and BestMetric\(max_epochs=3\)"):
+        pruner.decide(asked(study, FAST))
 
 
 @pytest.mark.parametrize("half", [TTPSampler, TTPPruner])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ import pytest
 from optuna_ttp import HyperparameterMap
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
+from optuna_ttp.search import ForecastRules
+from optuna_ttp.search import PreferenceRules
 from optuna_ttp.study import MissingParameterError
 from optuna_ttp.study import prediction_of
 from tests.studies import add_observed
@@ -415,6 +418,11 @@ def test_several_objectives_with_our_pruner_are_refused() -> None:
         ({"n_candidates": 0}, "n_candidates must be at least 1 but got 0"),
         ({"exploration": -0.1}, r"exploration must be in \[0, 1\] but got -0.1"),
         ({"exploration": 1.1}, r"exploration must be in \[0, 1\] but got 1.1"),
+        ({"prior_trials": float("nan")}, "prior_trials must not be negative but got nan"),
+        ({"least_trust": -1.0}, r"least_trust must be in \[0, 1\] but got -1.0"),
+        ({"preference": PreferenceRules(lag=-1.0)}, "lag must not be negative but got -1.0"),
+        ({"forecast": ForecastRules(least_sd=math.nan)}, "least_sd must not be negative but got"),
+        ({"largest_grid": -1}, "largest_grid must not be negative but got -1"),
         ({"exploration": float("nan")}, r"exploration must be in \[0, 1\] but got nan"),
     ],
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib.figure import Figure
 import numpy as np
 import optuna
+import pytest
 
 from optuna_ttp import BestMetric
 from optuna_ttp import TrainingLog
@@ -112,6 +115,19 @@ def test_an_empty_study_gives_empty_plots() -> None:
         plot_value_over_time({"empty": study}, ax=Figure().subplots()),
     ):
         assert not [line for line in ax.lines if len(np.asarray(line.get_xdata()))]
+
+
+def test_what_is_no_study_is_named() -> None:
+    study: Any = "study"
+    for plot in (
+        plot_decisions,
+        lambda one: plot_predicted_vs_observed(one, small_predictor()),
+        lambda one: plot_value_over_time({"a": one}),
+    ):
+        with pytest.raises(TypeError, match="study must be a Study but got 'study'"):
+            plot(study)
+    with pytest.raises(TypeError, match="studies must be a Mapping but got <optuna"):
+        plot_value_over_time(optuna.create_study())  # type: ignore[arg-type]
 
 
 def test_without_axes_a_new_figure_is_made() -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import optuna
+
+from optuna_ttp._util.checks import check_kind
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,19 +16,19 @@ if TYPE_CHECKING:
 
 def label_plainly(axis: Axis) -> None:
     """Label a logarithmic axis with plain numbers, also if it spans less than a decade."""
-    from matplotlib.ticker import LogLocator
-    from matplotlib.ticker import NullFormatter
-    from matplotlib.ticker import StrMethodFormatter
+    from matplotlib import ticker
 
     low, high = axis.get_view_interval()
     narrow = high < 200 * low
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
-def resolve_axes(ax: Axes | None) -> Axes:
-    """Return the given axes, or for None new axes; raise ImportError without Matplotlib."""
+def resolve_axes(ax: Axes | None, *studies: optuna.Study) -> Axes:
+    """Return the given axes, or for None new axes; raise TypeError if a study is something else."""
+    for study in studies:
+        check_kind("study", study, optuna.Study)
     if ax is not None:
         return ax
     try:

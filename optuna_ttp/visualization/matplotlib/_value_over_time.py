@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from optuna_ttp._util.checks import check_kind
 from optuna_ttp.study import trials_of
 from optuna_ttp.visualization.matplotlib._axes import resolve_axes
 
@@ -81,8 +82,11 @@ def plot_value_over_time(
     Raises:
         ImportError:
             If Matplotlib is not installed.
+        TypeError:
+            If ``studies`` does not map names to studies.
     """
-    ax = resolve_axes(ax)
+    check_kind("studies", studies, Mapping)
+    ax = resolve_axes(ax, *studies.values())
     curves = {
         name: best_over_time(study, head_start=(head_start or {}).get(name, 0.0))
         for name, study in studies.items()
