@@ -62,10 +62,8 @@ class Report:
     @property
     def skipped_by_kind(self) -> dict[str, int]:
         """The number of trials that were skipped or stopped, by the kind of reason."""
-        kinds = [
-            r.kind or "other" for r in self.records if r.decision in (Action.SKIP, Action.STOP)
-        ]
-        return dict(sorted(Counter(kinds).items()))
+        ended = (r for r in self.records if r.decision in (Action.SKIP, Action.STOP))
+        return dict(sorted(Counter(r.kind or "other" for r in ended).items()))
 
     @property
     def n_audited(self) -> int:

@@ -33,8 +33,8 @@ class RunningTrialRules:
     thrown_back: ThrownBackRules = field(default_factory=ThrownBackRules)
 
     def __post_init__(self) -> None:
-        check_range("earliest", self.earliest, 0.0, 1.0)
-        check_range("nearly_done", self.nearly_done, 0.0, 1.0)
+        for name in ("earliest", "nearly_done"):
+            check_range(name, getattr(self, name), 0.0, 1.0)
         check_whole("n_not_finite", self.n_not_finite, 1)
         check_kind("thrown_back", self.thrown_back, ThrownBackRules)
 

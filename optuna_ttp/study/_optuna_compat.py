@@ -24,8 +24,6 @@ from optuna.trial import TrialState
 _N_POINTS = 512
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _T = TypeVar("_T")
-
-
 # The attribute of a storage object that holds the state of its studies.
 _REMEMBERED = "_optuna_ttp_remembered"
 
