@@ -27,19 +27,16 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must not be too large for a float but got {value!r:.20}...")
 
 
-def check_range(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
-    """Raise ValueError unless the number ``name`` is at least ``low`` and at most ``high``."""
+def check_range(
+    name: str, value: Any, low: float = 0.0, high: float = math.inf, kind: type = object
+) -> None:
+    """Raise unless ``name`` is a number of a type, at least ``low`` and at most ``high``."""
     check_number(name, value)
+    check_kind(name, value, kind)
     if not low <= value <= high:
         limits = "not be negative" if low == 0 else f"be at least {low:g}"
         limits = limits if high == math.inf else f"be in [{low:g}, {high:g}]"
         raise ValueError(f"{name} must {limits} but got {value}.")
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raise unless the value of the argument ``name`` is an integer of at least ``least``."""
-    check_range(name, value, least)
-    check_kind(name, value, int)
 
 
 def check_kind(name: str, value: Any, kind: type) -> None:

@@ -9,7 +9,6 @@ import math
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp._util.checks import check_number
 from optuna_ttp._util.checks import check_range
-from optuna_ttp._util.checks import check_whole
 from optuna_ttp.study import ThrownBackRules
 
 
@@ -35,7 +34,7 @@ class RunningTrialRules:
     def __post_init__(self) -> None:
         for name in ("earliest", "nearly_done"):
             check_range(name, getattr(self, name), 0.0, 1.0)
-        check_whole("n_not_finite", self.n_not_finite, 1)
+        check_range("n_not_finite", self.n_not_finite, 1, kind=int)
         check_kind("thrown_back", self.thrown_back, ThrownBackRules)
 
 
@@ -109,18 +108,15 @@ class PrunerRules:
     running_trial: RunningTrialRules = field(default_factory=RunningTrialRules)
 
     def __post_init__(self) -> None:
-        check_number("tolerance", self.tolerance)
-        if not 1 <= self.tolerance < math.inf:
-            raise ValueError(f"tolerance must be finite and at least 1 but got {self.tolerance}.")
-        shares = ("min_probability", "min_probability_at_first", "min_chance", "audit")
-        for name in (*shares, "nearly_reached"):
+        ratio = 1.0 if self.max_cost_ratio is None else self.max_cost_ratio
+        for name, value in (("tolerance", self.tolerance), ("max_cost_ratio", ratio)):
+            check_number(name, value)
+            if not 1.0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and at least 1 but got {value}.")
+        for name in ("min_probability", "min_probability_at_first", "min_chance", "audit"):
             check_range(name, getattr(self, name), 0.0, 1.0)
         check_range("half_way", self.half_way)
-        ratio = 1.0 if self.max_cost_ratio is None else self.max_cost_ratio
-        check_number("max_cost_ratio", ratio)
-        if not 1.0 <= ratio < math.inf:
-            raise ValueError(f"max_cost_ratio must be finite and at least 1 but got {ratio}.")
         counts = ("max_consecutive", "sooner", "n_refuting", "most_refuting")
         for name in (*counts, "n_skipped_to_warn"):
-            check_whole(name, getattr(self, name), 1)
+            check_range(name, getattr(self, name), 1, kind=int)
         check_kind("running_trial", self.running_trial, RunningTrialRules)

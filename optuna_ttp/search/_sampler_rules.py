@@ -8,7 +8,6 @@ import math
 
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp._util.checks import check_range
-from optuna_ttp._util.checks import check_whole
 
 
 @dataclass(frozen=True)
@@ -135,9 +134,9 @@ class SamplerRules:
 
     def __post_init__(self) -> None:
         for name in ("n_design_trials", "largest_grid"):
-            check_whole(name, getattr(self, name), 0)
+            check_range(name, getattr(self, name), 0, kind=int)
         for name in ("n_candidates", "n_newest_values", "n_drawn"):
-            check_whole(name, getattr(self, name), 1)
+            check_range(name, getattr(self, name), 1, kind=int)
         check_range("exploration", self.exploration, 0.0, 1.0)
         check_range("prior_trials", self.prior_trials)
         check_range("least_trust", self.least_trust, 0.0, 1.0)

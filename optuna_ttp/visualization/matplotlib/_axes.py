@@ -26,7 +26,7 @@ def label_plainly(axis: Axis) -> None:
 
 
 def resolve_axes(ax: Axes | None, *studies: optuna.Study) -> Axes:
-    """Return the given axes, or for None new axes; raise TypeError if a study is something else."""
+    """Return the given axes, or for None new axes; raise TypeError for what is no study."""
     for study in studies:
         check_kind("study", study, optuna.Study)
     if ax is not None:
