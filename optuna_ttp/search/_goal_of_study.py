@@ -38,7 +38,7 @@ class GoalOfHalf:
             if not isinstance(goal, BestMetric | FastestToTarget):
                 raise TypeError(f"goal must be a BestMetric or FastestToTarget but got {goal!r}.")
             goal.check(predictor)
-        self.given = goal
+        self.given: Goal | None = goal
         self._predictor = predictor
 
     def in_study(self, study: Study) -> Goal:

@@ -58,8 +58,6 @@ def plot_decisions(study: optuna.Study, *, ax: Axes | None = None) -> Axes:
     Raises:
         ImportError:
             If Matplotlib is not installed.
-        TypeError:
-            If ``study`` is not an :class:`optuna.Study`.
     """
     ax = resolve_axes(ax, study)
     points = _points_by_group(study)

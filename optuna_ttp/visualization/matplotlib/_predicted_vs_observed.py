@@ -46,8 +46,6 @@ def plot_predicted_vs_observed(
     Raises:
         ImportError:
             If Matplotlib is not installed.
-        TypeError:
-            If ``study`` is not an :class:`optuna.Study`.
     """
     ax = resolve_axes(ax, study)
     points = []

@@ -82,8 +82,6 @@ def plot_value_over_time(
     Raises:
         ImportError:
             If Matplotlib is not installed.
-        TypeError:
-            If ``studies`` does not map names to studies.
     """
     check_kind("studies", studies, Mapping)
     ax = resolve_axes(ax, *studies.values())
