@@ -42,7 +42,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "PrunerRules.half_way": (_INF,),
     "PrunerRules.n_skipped_to_warn": (_MANY,),
     "RunningTrialRules.earliest": (0.0,),
-    "RunningTrialRules.nearly_done": (0.0,),
     "RunningTrialRules.n_not_finite": (_MANY,),
     # Broken training: none counts as broken; a spike, ample steps and errors are not asked for.
     "BrokenTrainingRules.not_learned": (_INF,),

@@ -104,7 +104,7 @@ class RunningTrialCheck:
         if not isinstance(running, Observation):
             return None
         budget = float(self.goal.steps(self.predictor, np.array(prediction.batch_size)))
-        if abs(budget - curve.n_steps) <= self.rules.running_trial.nearly_done * budget:
+        if curve.n_steps == budget:
             return None
         trials = trials_of(self.study, (TrialState.COMPLETE,))
         depth, aim = self._aim(trials)

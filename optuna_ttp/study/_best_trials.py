@@ -27,7 +27,7 @@ class BestTrialsRules:
     """The number of completed trials that count as the best ones.
 
     Attributes:
-        share: The share of the completed trials, rounded up. Not ablated yet.
+        share: The share of the completed trials, rounded up. All change no time.
         most: The largest number of trials, because their curves are read for every decision.
     """
 

@@ -22,7 +22,7 @@ class BrokenTrainingRules:
         spike: The loss must have risen above this factor of the first loss. Without this one trial
             sequence of eight changes, and no average time (``benchmarks/search/ablate.py``).
         ample: The trial must be longer than this factor of the steps in which its loss was
-            predicted to be halved. Not ablated yet.
+            predicted to be halved. Changes nothing; guards trials that end soon.
     """
 
     not_learned: float = 0.9

