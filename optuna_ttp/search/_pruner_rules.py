@@ -29,8 +29,7 @@ class RunningTrialRules:
     thrown_back: ThrownBackRules = field(default_factory=ThrownBackRules)
 
     def __post_init__(self) -> None:
-        for name in ("earliest", "nearly_done"):
-            check_range(name, getattr(self, name), 0.0, 1.0)
+        check_range("earliest", self.earliest, 0.0, 1.0)
         check_range("n_not_finite", self.n_not_finite, 1, kind=int)
         check_kind("thrown_back", self.thrown_back, ThrownBackRules)
 

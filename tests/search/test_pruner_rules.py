@@ -168,7 +168,7 @@ def test_the_pruner_refuses_what_makes_no_sense(arguments: Any, message: str) ->
         make_pruner(**arguments)
 
 
-@pytest.mark.parametrize("name", ["earliest", "nearly_done", "n_not_finite"])
+@pytest.mark.parametrize("name", ["earliest", "n_not_finite"])
 def test_a_rule_for_running_trials_that_makes_no_sense_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
         RunningTrialRules(**{name: -1})  # type: ignore[arg-type]
