@@ -18,7 +18,7 @@ _BLOWN_UP = 1e300
 
 @dataclass(frozen=True)
 class LossCurveRules:
-    """The smoothing of mini-batch losses. Numbers without a reason were not ablated."""
+    """The smoothing of mini-batch losses, ablated in ``benchmarks/search/results/ablation.md``."""
 
     spacing: float = 1.05
     """Ratio of successive recorded steps after the first ones, which are all recorded."""

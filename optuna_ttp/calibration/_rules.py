@@ -70,7 +70,7 @@ class GrowthPriorRules:
 
 @dataclass(frozen=True)
 class FitRules:
-    """The computation of the posterior. Numbers without a reason were not ablated."""
+    """The computation of the posterior, ablated in ``benchmarks/search/results/ablation.md``."""
 
     robustness: float = 4.0
     """Degrees of freedom of the Student's t by which a trial that does not fit weighs less."""

@@ -65,7 +65,7 @@ class PrunerRules:
         sooner:
             The divisor of ``max_consecutive`` after a trial that ran in spite of its prediction
             made the progress ``half_way``. Three by default. Changes nothing on the recorded
-            tasks; guards a study whose predictions are wrong, as the next three do.
+            tasks; guards a study with wrong predictions, as ``n_refuting`` and ``half_way`` do.
         audit:
             The share of the trials to be skipped that run anyway, drawn at random, so that
             :func:`~optuna_ttp.report` can tell how often skipping is wrong. Zero by default.
@@ -73,7 +73,7 @@ class PrunerRules:
             A reason to skip is ignored once this many trials that ran in spite of it reached the
             target, and more than half of the newest ones. Two by default.
         most_refuting:
-            The number of newest trials that count for that. Ten by default.
+            The number of newest trials that count for that. Ten by default; limits the cost.
         half_way:
             The share of the progress to the target from which ``sooner`` applies. 0.5 by default.
         n_skipped_to_warn:
