@@ -144,7 +144,7 @@ class Calibration:
 
     @property
     def log_growth_sd(self) -> NDArray[np.float64]:
-        """Standard deviation of :attr:`log_growth`, shape ``(M,)``."""
+        """Posterior standard deviation of the correction ``u`` at the M :data:`KNOTS`."""
         return np.sqrt(np.diag(self.covariance)[: len(KNOTS)])
 
     @property

@@ -103,7 +103,7 @@ class Simulator:
 
     @cached_property
     def kernel_growth(self) -> KernelGrowth | None:
-        """The predicted factor on the kernel as the loss falls, or None if it is frozen."""
+        """The kernel's factor by loss; None if frozen, not linear, or unprobed and not given."""
         growth, probe = self.settings.kernel_growth, self.spectrum.probe
         if isinstance(growth, KernelGrowth):
             return growth

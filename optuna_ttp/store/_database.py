@@ -149,7 +149,7 @@ class Database:
             pause = min(2 * pause, 2.0)
 
     def _may_pass(self, error: sa.exc.SQLAlchemyError) -> bool:
-        """Return whether the transaction that raised an error may succeed a little later."""
+        """Return True for a lost connection, no server or a deadlock; never for SQLite locks."""
         if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
             return True
         original = getattr(error, "orig", None)

@@ -146,9 +146,9 @@ class Learner:
         self._map = hyperparameters
 
     def informed(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> SearchPredictor:
-        """Return the predictor corrected by finished and running trials of a study.
+        """Return the predictor corrected by finished and, while these are few, running trials.
 
-        The study is warned if the observations contradict its predictions or its curves.
+        It learns anew at some numbers of trials only (see the class), and may warn then.
         """
         finished = [trial for trial in trials if trial.state in FINISHED]
         doublings = max(0, (len(finished) // RULES.n_every).bit_length() - 1)
@@ -189,9 +189,9 @@ def _observations(
     trials: Sequence[FrozenTrial],
     mapping: HyperparameterMap,
 ) -> list[Observation]:
-    """Return the observations of trials, ordered by number, without jointly excluded curves.
+    """Return usable observations, ordered by the number of the trial; warn of unusable curves.
 
-    Observations of finished trials are read once and then remembered with the study.
+    Curves in :func:`joint_objections` are left out, too. Finished trials are read only once.
     """
     memory = state_of(study).part(LearnerMemory)
     known = memory.observations.setdefault(predictor.fingerprint, {})

@@ -68,7 +68,7 @@ class Memory:
         return f"Memory({self._store!r})"
 
     def recall(self, predictor: _Predictor) -> _Predictor:
-        """Return the predictor corrected by the stored trials of earlier studies on its task.
+        """Return the predictor corrected by earlier studies; later trials are stored for it.
 
         Args:
             predictor:

@@ -59,7 +59,7 @@ def _enter() -> None:
 
 
 def _leave() -> None:
-    """Restore the two functions, unless another thread still needs the replacements."""
+    """Restore ``checkpoint``'s two functions once no thread is in :func:`plain_checkpoints`."""
     owner: Any = checkpointing
     with _lock:
         _inside.pop()

@@ -59,7 +59,7 @@ class SignFold:
             target[..., : some.stop - start].addcmul_(rows[..., some], signs[:, some])
 
     def add_table(self, target: torch.Tensor, name: str, factors: Factors) -> None:
-        """Add a table's projected gradient, see :meth:`Projection.add_table`."""
+        """Add the projected gradient of a lookup table to ``target`` ``(B, C, G, width)``."""
         columns = factors.shape[2]
         signs = self._signs[name].unflatten(1, (-1, columns))
         within = torch.arange(columns, device=target.device)

@@ -431,7 +431,7 @@ def _table_norms(factors: Factors) -> torch.Tensor:
 
 
 def _table_product(factors: Factors, vectors: torch.Tensor) -> torch.Tensor:
-    """Return ``G^T V`` of a table, of shape ``(p, n)``, for ``V`` of shape ``(B C, n)``."""
+    """Return ``G^T V`` ``(p, n)``, ``p`` all weights of a lookup table; ``V`` is ``(B C, n)``."""
     width = factors.shape[2]
     total = vectors.new_zeros((factors.n_rows, width, vectors.shape[1]))
     for ids, cotangents in zip(factors.sources, factors.cotangents, strict=True):

@@ -140,9 +140,9 @@ def _split(factors: Factors) -> tuple[torch.Tensor, torch.Tensor] | None:
 def separated_gram(left: Separated, right: Separated, *, symmetric: bool) -> torch.Tensor:
     """Return inner products of gradients, of shape ``(B C, B' C)``, in double precision.
 
-    ``Theta[n c, m c'] = sum_o u[n, c, o] u[m, c', o] (g[n, o] . g[m, o])`` for weights ``u`` and
-    rows ``g``, which are multiplied once for all pairs of outputs. With ``symmetric`` both sides
-    must be the same, and entries with ``m > n`` need not be filled.
+    ``Theta[n c, m c'] = sum u[n, c, o, r] u[m, c', o, q] (g[n, o, r] . g[m, o, q])`` over o, r, q
+    for the ``weights`` u and ``rows`` g of :class:`Separated` (R terms). With ``symmetric`` both
+    sides must be the same, and entries with ``m > n`` may stay zero.
     """
     n_left, classes, width, rank = left.weights.shape
     n_right, _, _, other_rank = right.weights.shape

@@ -36,6 +36,6 @@ def instance_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contr
 def _by_channel(
     call: Call, normalised: torch.Tensor, cotangents: list[torch.Tensor]
 ) -> dict[str, Contribution]:
-    """Return gradients of a scale and a shift per channel for normalised inputs ``(B, k, S)``."""
+    """Return rows ``(B, C, k)`` of scale and shift from C cotangents; inputs are ``(B, k, S)``."""
     parts = [t.reshape(normalised.shape) for t in cotangents]
     return scale_and_shift(call, normalised, parts, sum_over=(2,))

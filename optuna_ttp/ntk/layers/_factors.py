@@ -145,7 +145,7 @@ class Factors:
             yield total.transpose(1, 2).reshape(len(total) * classes, -1)
 
     def inner(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return ``sum_{g, o, k} G[n, g, c, o, k] W[g, o, k]`` for a weight ``W``: ``(B, C)``."""
+        """Return inner products ``(B, C)`` of gradient and tensor, laid out as the weight."""
         outputs = [self._outputs(k, weight) for k in range(len(self.sources))]
         parts = [
             (d.flatten(3) @ y.flatten(2)[..., None]).squeeze(3)
@@ -155,7 +155,7 @@ class Factors:
         return torch.stack(parts).sum((0, 2))
 
     def _outputs(self, k: int, weight: torch.Tensor) -> torch.Tensor:
-        """Return the outputs ``(B, G, o, S)`` of call ``k`` for a weight, without bias."""
+        """Return call ``k``'s outputs ``(B, G, o, S)`` if the layer had this weight, no bias."""
         groups, _, width, _, n_rows = self.shape
         if self.expand is None:
             looked_up = torch.nn.functional.embedding(self.sources[k], weight)
