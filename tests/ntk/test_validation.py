@@ -131,7 +131,11 @@ def test_truncation_cuts_the_features(rank: int) -> None:
         ((torch.zeros(0, 6), torch.zeros(0).long()), ValueError, "validation_data: .*one sample"),
         ((torch.zeros(3, 6), torch.tensor([0, 1, 3])), ValueError, "validation_data: The labels"),
         ((torch.zeros(3, 6), torch.zeros(3)), TypeError, "validation_data: The targets"),
-        ((torch.zeros(3, 6), torch.zeros(2).long()), ValueError, "validation_data: .*one row"),
+        (
+            (torch.zeros(3, 6), torch.zeros(2).long()),
+            ValueError,
+            "validation_data: .*a row per sample",
+        ),
         (
             (torch.full((3, 6), math.nan), torch.zeros(3).long()),
             ValueError,
@@ -172,16 +176,16 @@ def test_inputs_of_another_type_or_range_are_refused() -> None:
     # Not among the first samples, which the model is tried on.
     large[-1] = 7
     for model, good, bad, form in (
-        (mlp, x, ids, r"\(6,\) a sample \(int64, from 0 to 1\)"),
-        (_tokens, ids, x, r"\(6,\) a sample \(float32\)"),
-        (_tokens, ids, ids + 4, r"\(6,\) a sample \(int64, from 4 to 5\)"),
+        (mlp, x, ids, r"\(6,\) per sample \(int64, from 0 to 1\)"),
+        (_tokens, ids, x, r"\(6,\) per sample \(float32\)"),
+        (_tokens, ids, ids + 4, r"\(6,\) per sample \(int64, from 4 to 5\)"),
     ):
         message = rf"The model cannot be run on inputs of shape {form}.*The model says: "
         with pytest.raises(ValueError, match=rf"^{message}"):
             FineTuningTask(model(), (bad, y))
         with pytest.raises(ValueError, match=rf"^validation_data: {message}"):
             FineTuningTask(model(), (good, y), validation_data=(bad, y))
-    with pytest.raises(ValueError, match=r"a sample \(int64, from 0 to 7\)"):
+    with pytest.raises(ValueError, match=r"per sample \(int64, from 0 to 7\)"):
         compute_spectrum(FineTuningTask(_tokens(), (large, y)), measure_speed=False)
 
 
