@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import fields
+import fcntl
 from functools import cache
+from functools import partial
 import math
 from typing import Any
 from typing import TYPE_CHECKING
@@ -170,6 +174,7 @@ def add_observed(
     observed: Callable[[float], float],
     rates: tuple[float, ...] = (0.05, 0.07, 0.1, 0.15, 0.22, 0.3),
     predictor: TrainingTimePredictor | None = None,
+    asking: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Run trials whose curves reach the target after so many steps as the function says.
 
@@ -178,9 +183,11 @@ def add_observed(
         observed: From predicted to observed steps.
         rates: The trials' learning rates.
         predictor: What predicts, where it is not `quick_predictor`.
+        asking: Held while a trial is asked for.
     """
     for rate in rates:
-        trial = asked(study, {**FAST, "learning_rate": rate})
+        with asking():
+            trial = asked(study, {**FAST, "learning_rate": rate})
         if isinstance(study.pruner, TTPPruner):
             assert not trial.should_prune()
         prediction = (predictor or quick_predictor()).predict(rate, 8, 0.0)
@@ -202,6 +209,14 @@ def work(storage_url: str, study_name: str, seed: int, n_trials: int) -> None:
     study.optimize(objective, n_trials=n_trials)
 
 
+@contextmanager
+def _one_process(storage_url: str) -> Iterator[None]:
+    """Let one process in at a time: on SQLite, Optuna may give two the same enqueued trial."""
+    with open(storage_url.removeprefix("sqlite:///") + ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def observe_and_predict(storage_url: str, rates: tuple[float, ...]) -> tuple[int, list[float]]:
     """What one of several processes learns: the number of trials behind it, and predictions."""
     predictor = quick_predictor()
@@ -211,7 +226,8 @@ def observe_and_predict(storage_url: str, rates: tuple[float, ...]) -> tuple[int
         sampler=TTPSampler(predictor, BestMetric(), seed=0),
         pruner=TTPPruner(predictor),
     )
-    add_observed(study, lambda steps: 2.0 * steps, rates)
+    asking = partial(_one_process, storage_url)
+    add_observed(study, lambda steps: 2.0 * steps, rates, asking=asking)
     calibration = informed_by(study, predictor).calibration
     prediction = predictor.calibrated(calibration).predict([0.05, 0.1], 8, 0.0)
     return calibration.n_observed, prediction.steps.tolist()
