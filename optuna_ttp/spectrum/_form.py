@@ -7,10 +7,12 @@ from dataclasses import asdict
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from optuna_ttp.spectrum._metadata import SpectrumMetadata
 from optuna_ttp.spectrum._probe import Probe
+from optuna_ttp.spectrum._sampled_jacobian import SampledJacobian
 from optuna_ttp.spectrum._throughput import Throughput
 from optuna_ttp.spectrum._validation import Validation
 from optuna_ttp.task import Loss
@@ -38,6 +40,12 @@ def header_and_arrays(
         part = spectrum[prefix]
         for key, value in (vars(part) if part is not None else {}).items():
             arrays[f"{prefix}.{key}"] = value
+    if spectrum["jacobian"] is not None:
+        # A header without this entry is one of a spectrum without columns.
+        header["parameter_names"] = list(spectrum["jacobian"].names)
+        for key, value in vars(spectrum["jacobian"]).items():
+            if isinstance(value, np.ndarray):
+                arrays[f"jacobian.{key}"] = value
     if throughput is not None:
         arrays["throughput_batch_sizes"] = throughput.batch_sizes
         arrays["throughput_seconds"] = throughput.seconds
@@ -60,7 +68,9 @@ def spectrum_fields(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> 
             arrays.pop("throughput_seconds"),
             _of_kind("str", "throughput_device", header["throughput_device"]),
         )
-    validation, probe = (_part(name, arrays) for name in ("validation", "probe"))
+    validation, probe, jacobian = (
+        _part(name, arrays) for name in ("validation", "probe", "jacobian")
+    )
     for name in ("eigenvalues", "eigenvectors", "initial_outputs"):
         if arrays[name].dtype.kind != "f":
             raise ValueError(f"{name} must be floats but got {arrays[name].dtype}")
@@ -70,6 +80,9 @@ def spectrum_fields(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> 
         "trace": float(header["trace"]),
         "validation": Validation(**validation) if validation else None,
         "probe": Probe(**probe) if probe else None,
+        "jacobian": SampledJacobian(names=tuple(header["parameter_names"]), **jacobian)
+        if jacobian
+        else None,
         "loss": Loss(**loss),
         "throughput": throughput,
         "metadata": SpectrumMetadata(**metadata),

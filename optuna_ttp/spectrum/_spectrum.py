@@ -20,6 +20,7 @@ from optuna_ttp.spectrum._form import spectrum_fields
 from optuna_ttp.spectrum._metadata import SpectrumMetadata
 from optuna_ttp.spectrum._probe import Probe
 from optuna_ttp.spectrum._ritz import RULES
+from optuna_ttp.spectrum._sampled_jacobian import SampledJacobian
 from optuna_ttp.spectrum._throughput import Throughput
 from optuna_ttp.spectrum._truncation import check_truncation
 from optuna_ttp.spectrum._truncation import condensed
@@ -72,6 +73,9 @@ class Spectrum:
             The arrays of the validation samples, or :obj:`None` if the task has none.
         probe:
             The network's distance from its linearisation, or :obj:`None` if it was not measured.
+        jacobian:
+            A sample of the Jacobian's columns, for optimisers that act on single weights, such as
+            Adam; :obj:`None` if the engine kept none.
     """
 
     eigenvalues: NDArray[np.float64]
@@ -86,6 +90,7 @@ class Spectrum:
     decay_factors: NDArray[np.float64] | None = None
     validation: Validation | None = None
     probe: Probe | None = None
+    jacobian: SampledJacobian | None = None
 
     def __post_init__(self) -> None:
         shape = self.initial_outputs.shape
@@ -118,6 +123,9 @@ class Spectrum:
             n_rows = int(np.prod(outputs.shape))
             arrays["validation.features"] = (self.validation.features, (n_rows, self.rank))
             arrays["validation.initial_outputs"] = (outputs, (len(outputs), shape[1]))
+        if self.jacobian is not None:
+            codes = self.jacobian.codes
+            arrays["jacobian.codes"] = (codes, (shape[0] * shape[1], self.jacobian.n_columns))
         if self.probe is not None:
             points = self.probe.fractions.shape
             arrays.update({f"probe.{k}": (v, points) for k, v in vars(self.probe).items()})
