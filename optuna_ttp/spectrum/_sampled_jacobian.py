@@ -98,4 +98,4 @@ class SampledJacobian:
     def _decoded(self, codes: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
         """Return codes times scales, in single precision or, of such codes, in double."""
         precision = np.float64 if codes.dtype == np.float64 else np.float32
-        return codes.astype(precision) * self.scales.astype(precision)
+        return np.asarray(codes.astype(precision) * self.scales.astype(precision))
