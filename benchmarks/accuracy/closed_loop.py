@@ -107,7 +107,7 @@ def learning_curves(
             ours, sd = our_times(calibration, task, left)
             logs = {"ours": ours, **other_times(task, seen, left, gp=count > 0 and repeat < most)}
             real = task.real[left]
-            inside = _inside(ours, sd, calibration, real)
+            held = inside(ours, sd, calibration, real)
             for group, members in (("all", left >= 0), ("mild", task.stability[left] < _MILD)):
                 counted = np.isfinite(real) & np.isfinite(ours) & members[:, None]
                 for method, predicted in logs.items():
@@ -122,7 +122,7 @@ def learning_curves(
                             "repeat": repeat,
                             "error": float(error[known].mean()) if known.any() else np.nan,
                             "median": float(np.median(error[known])) if known.any() else np.nan,
-                            "coverage": float(inside[counted].mean())
+                            "coverage": float(held[counted].mean())
                             if method == "ours"
                             else np.nan,
                             "width": float(np.exp(1.2816 * sd[counted]).mean())
@@ -133,12 +133,13 @@ def learning_curves(
     return rows
 
 
-def _inside(
+def inside(
     logs: NDArray[np.float64],
     sd: NDArray[np.float64],
     calibration: Calibration,
     real: NDArray[np.float64],
 ) -> NDArray[np.bool_]:
+    """Return which real times are in the 80 % intervals of predictions, all of one shape."""
     from scipy.stats import t
 
     half = t.ppf(0.9, calibration.degrees_of_freedom) * sd
@@ -201,6 +202,25 @@ def partial_errors(task: Task, n_repeats: int, *, seed: int = 1) -> list[float]:
     return errors
 
 
+def predicted_before(task: Task, chosen: NDArray[np.int64]) -> list[Observation]:
+    """Return chosen trials in their order, each predicted after learning from those before."""
+    trials: list[Observation] = []
+    for k in chosen:
+        one = task.observations[k]
+        logs, _ = calibrate(trials, task.prior_scale).correct(
+            SimulatedFirstPassages(
+                DEPTHS[None, :],
+                one.predicted[None],
+                np.zeros((1, len(KNOTS))),
+                one.covariates[None],
+                one.instability[None],
+                np.array([one.lag]),
+            )
+        )
+        trials.append(replace(one, expected=logs[0]))
+    return trials
+
+
 def trust_after_five(
     task: Task, n_repeats: int, *, seed: int = 2
 ) -> dict[str, list[float] | list[bool]]:
@@ -221,21 +241,8 @@ def trust_after_five(
     rng = np.random.default_rng(seed)
     learned = []
     for _ in range(n_repeats):
-        trials: list[Observation] = []
-        for k in rng.permutation(len(task.observations))[:5]:
-            one = task.observations[k]
-            logs, _ = calibrate(trials, task.prior_scale).correct(
-                SimulatedFirstPassages(
-                    DEPTHS[None, :],
-                    one.predicted[None],
-                    np.zeros((1, len(KNOTS))),
-                    one.covariates[None],
-                    one.instability[None],
-                    np.array([one.lag]),
-                )
-            )
-            trials.append(replace(one, expected=logs[0]))
-        learned.append(calibrate(trials, task.prior_scale))
+        chosen = rng.permutation(len(task.observations))[:5]
+        learned.append(calibrate(predicted_before(task, chosen), task.prior_scale))
     return {
         "trust": [c.trust for c in learned],
         "trusted": [c.trusted for c in learned],
@@ -243,13 +250,13 @@ def trust_after_five(
     }
 
 
-def _shuffled(spectrum: Spectrum, seed: int = 0) -> Spectrum:
-    """The eigenvectors' rows in another order: the right eigenvalues, the wrong directions."""
+def shuffled(spectrum: Spectrum, seed: int = 0) -> Spectrum:
+    """Return a spectrum with its eigenvectors' rows in another order: right eigenvalues only."""
     order = np.random.default_rng(seed).permutation(len(spectrum.eigenvectors))
     return replace(spectrum, eigenvectors=spectrum.eigenvectors[order])
 
 
-def _other(spectrum: Spectrum, other: Spectrum) -> Spectrum:
+def other_tasks(spectrum: Spectrum, other: Spectrum) -> Spectrum:
     """Return the outputs and targets of one with eigenpairs and probe from the other."""
     n = min(spectrum.n_samples, other.n_samples)
     return replace(
@@ -286,9 +293,9 @@ def main() -> None:
             extra["seed"][task.name] = seed_error(task)
             extra["partial"][task.name] = partial_errors(task, max(1, n_repeats // 10))
             extra["trust"][task.name] = {"right": trust_after_five(task, n_repeats)}
-            wrong = {"shuffled": _shuffled(spectrum)} if k == 0 else {}
+            wrong = {"shuffled": shuffled(spectrum)} if k == 0 else {}
             if k == 0 and len(spectra) > 1:
-                wrong["another task's"] = _other(spectrum, spectra[-1])
+                wrong["another task's"] = other_tasks(spectrum, spectra[-1])
             for kind, replacement in wrong.items():
                 mistaken = load_task(path, replacement, most=_MOST_WRONG)
                 extra["trust"][task.name][kind] = trust_after_five(mistaken, n_repeats)
