@@ -25,8 +25,13 @@ from optuna.distributions import IntDistribution
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.samplers import GPSampler
+from optuna.samplers import NSGAIISampler
+from optuna.samplers import QMCSampler
+from optuna.samplers import RandomSampler
+from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
 from optuna.testing.storages import StorageSupplier
+from optuna.trial import TrialState
 
 from optuna_ttp import BestMetric
 from optuna_ttp import FastestToTarget
@@ -37,6 +42,7 @@ from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
 from optuna_ttp.search import Goal
+from optuna_ttp.study import decision_of
 from optuna_ttp.study._learner import informed_by
 from tests.models import small_spectrum
 
@@ -239,3 +245,63 @@ def proposals(sampler: optuna.samplers.BaseSampler, n_trials: int) -> list[dict[
     # What is good has nothing to do with what is fast.
     study.optimize(lambda trial: abs(suggest(trial)["momentum"] - 0.5), n_trials)
     return [trial.params for trial in study.trials]
+
+
+def quick_sampler(base: BaseSampler | None = None, **arguments: Any) -> TTPSampler:
+    """A sampler with a seed that weighs four candidates."""
+    return make_sampler(base, **{"n_candidates": 4, "seed": 0, **arguments})
+
+
+def quick_tpe(seed: int = 1, **arguments: Any) -> TPESampler:
+    """A TPE sampler as it is by default in Optuna 5, also with Optuna 4."""
+    options = {"multivariate": True, "constant_liar": True, "n_startup_trials": 5}
+    return TPESampler(seed=seed, **{**options, **arguments})
+
+
+BASES: dict[str, Callable[[], BaseSampler]] = {
+    "random": lambda: RandomSampler(seed=1),
+    "tpe": quick_tpe,
+    "tpe-univariate": lambda: quick_tpe(multivariate=False, constant_liar=False),
+    "tpe-group": lambda: quick_tpe(group=True),
+    "qmc": lambda: QMCSampler(seed=1, warn_independent_sampling=False),
+    "nsgaii": lambda: NSGAIISampler(population_size=5, seed=1),
+    "gp": lambda: QuickGPSampler(seed=1, n_startup_trials=8),
+}
+
+
+def mixed_space(trial: optuna.Trial) -> float:
+    """An objective whose parameters are neither in the order of their names, nor ours first."""
+    params = suggest(trial)
+    dropout = trial.suggest_float("a_dropout", 0.0, 0.5, step=0.1)
+    layers = trial.suggest_int("layers", 1, 4)
+    return float(np.log(params["learning_rate"])) ** 2 + dropout + layers
+
+
+def params_of(sampler: BaseSampler, objective: Any, n_trials: int) -> list[dict[str, Any]]:
+    """The parameters of all trials of a new study."""
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective, n_trials=n_trials)
+    return [trial.params for trial in study.trials]
+
+
+def pruned_study(pruner: BasePruner | None = None, **arguments: Any) -> optuna.Study:
+    """A study with a random sampler and a pruner, by default one with these arguments."""
+    return optuna.create_study(
+        sampler=optuna.samplers.RandomSampler(seed=0),
+        pruner=make_pruner(**arguments) if pruner is None else pruner,
+    )
+
+
+def is_skipped(study: optuna.Study, params: dict[str, Any]) -> bool:
+    """Ask about a trial, and let it end as an objective would."""
+    trial = asked(study, params)
+    skipped = trial.should_prune()
+    study.tell(trial, None if skipped else 1.0, TrialState.PRUNED if skipped else None)
+    return skipped
+
+
+def decision_on(study: optuna.Study, number: int = -1) -> tuple[str, str]:
+    """The decision about a trial of a study, by default the last one."""
+    decision = decision_of(study.trials[number])
+    assert decision is not None
+    return decision.action, decision.reason

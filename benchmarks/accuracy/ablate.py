@@ -56,7 +56,7 @@ from optuna_ttp.calibration import LossCurve
 from optuna_ttp.calibration import Observation
 
 
-_NAMES = (
+_NAMES: tuple[str, ...] = (
     *("digits-0", "digits-1", "residual-0", "residual-1", "minilm-0", "minilm-1"),
     *("efficientnet-digits-0", "efficientnet-digits-1"),
     *("efficientnet-fashion-0", "efficientnet-fashion-1"),
@@ -94,7 +94,8 @@ class Recorded:
     def of(cls, names: tuple[str, ...], store: str | None, curves: Path, n: int) -> Recorded:
         """Load the runs, and predict ``n`` orders of every task with right and wrong spectra."""
         spectra = [spectrum_of(name, store) for name in names]
-        tasks, orders = [], []
+        tasks: list[Task] = []
+        orders: list[Order] = []
         for name, spectrum in zip(names, spectra, strict=True):
             path = curves / f"{name}.npz"
             tasks.append(load_task(path, spectrum))

@@ -12,7 +12,6 @@ import optuna
 from optuna_ttp.reporting import report
 from optuna_ttp.study import Action
 from optuna_ttp.study import observed_steps
-from optuna_ttp.visualization.matplotlib import label_plainly
 from optuna_ttp.visualization.matplotlib import plot_decisions
 from optuna_ttp.visualization.matplotlib import plot_predicted_vs_observed
 from optuna_ttp.visualization.matplotlib import plot_value_over_time
@@ -130,6 +129,7 @@ def draw(plain: Search, wrapped: Search, predictor: TrainingTimePredictor, pictu
     axes = figure.subplots(1, 3)
     plot_predicted_vs_observed(wrapped.study, predictor, ax=axes[0])
     plot_decisions(wrapped.study, ax=axes[1])
+    axes[2].set_yscale("log")
     plot_value_over_time(
         {s.name: s.study for s in (plain, wrapped)},
         head_start={s.name: s.head_start for s in (plain, wrapped)},
@@ -137,6 +137,4 @@ def draw(plain: Search, wrapped: Search, predictor: TrainingTimePredictor, pictu
         ax=axes[2],
     )
     axes[2].set_ylabel("Fastest fine-tuning found (s)")
-    axes[2].set_yscale("log")
-    label_plainly(axes[2].yaxis)
     figure.savefig(picture, dpi=110)

@@ -9,7 +9,7 @@ import optuna
 
 from optuna_ttp.reporting import report
 from optuna_ttp.study import Action
-from optuna_ttp.visualization.matplotlib import best_over_time
+from optuna_ttp.study import best_over_time
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from optuna_ttp._util.exceptions import CallOrderWarning
 from optuna_ttp._util.warn import warn_caller
+from optuna_ttp.study import Action
 from optuna_ttp.study import decision_of
+from optuna_ttp.study import DecisionRecord
 from optuna_ttp.study import is_first_warning
 from optuna_ttp.study import MissingParameterError
 
@@ -20,21 +22,21 @@ if TYPE_CHECKING:
     from optuna_ttp.study import HyperparameterMap
 
 
-_NO_PREDICTION = "no prediction: "
 _CURE = (
     "Call trial.should_prune() after the suggestions and before training: if it returns True, "
     "raise optuna.TrialPruned."
 )
 
 
-def reason_without_prediction(trial: FrozenTrial) -> str:
-    """Return the reason, in words, why a trial whose map gave no hyperparameters is not predicted.
+def decision_without_prediction(trial: FrozenTrial) -> DecisionRecord:
+    """Return the decision to run a trial that gives the hyperparameter map no hyperparameters.
 
-    Either the trial had no parameter yet, or the hyperparameter map does not apply to it.
+    Either the trial has no parameter yet, or the map does not apply to it.
     """
+    cause = "no parameter had been suggested when should_prune() was called"
     if trial.params:
-        return f"{_NO_PREDICTION}the hyperparameter map does not apply to this trial"
-    return f"{_NO_PREDICTION}no parameter had been suggested when should_prune() was called"
+        cause = "the hyperparameter map does not apply to this trial"
+    return DecisionRecord(Action.RUN, f"no prediction: {cause}", is_predicted=False)
 
 
 def warn_of_early_call(
@@ -59,7 +61,7 @@ def warn_of_early_call(
 def _was_early(trial: FrozenTrial, mapping: HyperparameterMap) -> bool:
     """Return True if a trial got no prediction, but its parameters now give hyperparameters."""
     decision = decision_of(trial)
-    if decision is None or not decision.reason.startswith(_NO_PREDICTION):
+    if decision is None or decision.is_predicted:
         return False
     try:
         return mapping.resolve(trial.params) is not None

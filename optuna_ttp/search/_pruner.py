@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp._util.checks import check_seed
 from optuna_ttp.prediction import check_predictor
-from optuna_ttp.search._call_order import reason_without_prediction
+from optuna_ttp.search._call_order import decision_without_prediction
 from optuna_ttp.search._call_order import warn_of_early_call
 from optuna_ttp.search._decided_trial import DecidedTrial
 from optuna_ttp.search._decided_trial import remember
@@ -318,7 +318,7 @@ class TTPPruner(BasePruner):
                 f"has {names}), so nothing is predicted for it. Pass "
                 "hyperparameters=HyperparameterMap(...) if they have other names."
             )
-        decision = DecisionRecord(Action.RUN, reason_without_prediction(trial))
+        decision = decision_without_prediction(trial)
         write_record(study, trial, TrialRecord(trial.number, None, decision))
         n_params = len(trial.params)
         return DecidedTrial.of(None, decision, shadow=self._shadow, n_params=n_params)

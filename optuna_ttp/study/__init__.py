@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from optuna_ttp.study._best_over_time import best_over_time
 from optuna_ttp.study._best_trials import best_depth
 from optuna_ttp.study._best_trials import incumbent
 from optuna_ttp.study._broken_training import broke_down
@@ -88,6 +89,7 @@ __all__ = [
     "UnusableCurve",
     "as_logged",
     "best_depth",
+    "best_over_time",
     "broke_down",
     "curve_of",
     "decision_of",

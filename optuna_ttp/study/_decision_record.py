@@ -61,6 +61,8 @@ class DecisionRecord:
         override: The reason why the trial runs in spite of an objection, or None.
         seconds_left: Seconds that a stopped trial would still have taken, NaN if unknown.
         log_sd: Standard deviation of the logarithm of ``seconds_left``.
+        is_predicted: False if the trial runs because it had no hyperparameters to predict for.
+            Records of version 0.1.0, which did not store this, are read as True.
     """
 
     action: Action
@@ -69,6 +71,7 @@ class DecisionRecord:
     override: Override | None = None
     seconds_left: float = math.nan
     log_sd: float = 0.0
+    is_predicted: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that are stored, under the names that version 0.1.0 gave them."""
@@ -80,6 +83,8 @@ class DecisionRecord:
         if self.action == Action.STOP:
             values["log_sd"] = self.log_sd
             values["seconds_left"] = or_none(self.seconds_left)
+        if not self.is_predicted:
+            values["predicted"] = False
         return values
 
     @classmethod
@@ -96,6 +101,7 @@ class DecisionRecord:
                 None if override is None else Override(override),
                 number(values.get("seconds_left")),
                 0.0 if math.isnan(log_sd) else log_sd,
+                values.get("predicted") is not False,
             )
         except MALFORMED:
             return None

@@ -7,7 +7,6 @@ from typing import Any
 
 import optuna
 from optuna.distributions import IntDistribution
-from optuna.pruners import BasePruner
 from optuna.trial import TrialState
 import pytest
 
@@ -15,59 +14,34 @@ from optuna_ttp import BestMetric
 from optuna_ttp import TrainingTimePredictor
 from optuna_ttp import TTPPruner
 from optuna_ttp import TTPSampler
-from optuna_ttp.study import decision_of
 from optuna_ttp.study import prediction_of
 from tests.models import small_spectrum
 from tests.studies import add_observed
-from tests.studies import asked
+from tests.studies import decision_on
 from tests.studies import DIVERGING
 from tests.studies import FAST
 from tests.studies import HOPELESS
-from tests.studies import make_pruner
+from tests.studies import is_skipped
 from tests.studies import objective
 from tests.studies import predicted_seconds
 from tests.studies import predicted_steps
+from tests.studies import pruned_study
 from tests.studies import SLOW
 from tests.studies import SPACE
-
-
-def _pruner(**arguments: Any) -> TTPPruner:
-    return make_pruner(**arguments)
-
-
-def _study(pruner: BasePruner | None = None, **arguments: Any) -> optuna.Study:
-    return optuna.create_study(
-        sampler=optuna.samplers.RandomSampler(seed=0),
-        pruner=_pruner(**arguments) if pruner is None else pruner,
-    )
-
-
-def _is_skipped(study: optuna.Study, params: dict[str, Any]) -> bool:
-    """Ask about a trial, and let it end as an objective would."""
-    trial = asked(study, params)
-    skipped = trial.should_prune()
-    study.tell(trial, None if skipped else 1.0, TrialState.PRUNED if skipped else None)
-    return skipped
-
-
-def _decision(study: optuna.Study, number: int = -1) -> tuple[str, str]:
-    decision = decision_of(study.trials[number])
-    assert decision is not None
-    return decision.action, decision.reason
 
 
 @pytest.mark.parametrize(
     ("params", "skipped"), [(FAST, False), (SLOW, False), (HOPELESS, True), (DIVERGING, True)]
 )
 def test_hopeless_trials_are_skipped_and_others_run(params: dict[str, Any], skipped: bool) -> None:
-    study = _study()
-    assert _is_skipped(study, params) is skipped
-    assert _decision(study)[0] == ("skip" if skipped else "run")
+    study = pruned_study()
+    assert is_skipped(study, params) is skipped
+    assert decision_on(study)[0] == ("skip" if skipped else "run")
 
 
 @pytest.mark.parametrize("params", [HOPELESS, DIVERGING])
 def test_a_skipped_trial_is_pruned_and_has_not_begun(params: dict[str, Any]) -> None:
-    study = _study()
+    study = pruned_study()
     study.enqueue_trial(params)
     study.optimize(objective, n_trials=1)
     [trial] = study.trials
@@ -77,16 +51,16 @@ def test_a_skipped_trial_is_pruned_and_has_not_begun(params: dict[str, Any]) -> 
 
 
 def test_without_a_budget_the_horizon_of_the_predictor_counts() -> None:
-    study = _study()
-    assert _is_skipped(study, HOPELESS)
-    assert _decision(study) == ("skip", "predicted not to reach the target in 60 steps")
+    study = pruned_study()
+    assert is_skipped(study, HOPELESS)
+    assert decision_on(study) == ("skip", "predicted not to reach the target in 60 steps")
     far = TrainingTimePredictor(small_spectrum(), target_fraction=0.5, max_steps=200_000)
-    assert not _is_skipped(_study(TTPPruner(far, BestMetric())), HOPELESS)
+    assert not is_skipped(pruned_study(TTPPruner(far, BestMetric())), HOPELESS)
 
 
 def test_a_budget_beyond_the_horizon_counts_instead_of_it() -> None:
-    assert _is_skipped(_study(), HOPELESS)
-    assert not _is_skipped(_study(max_steps=200_000), HOPELESS)
+    assert is_skipped(pruned_study(), HOPELESS)
+    assert not is_skipped(pruned_study(max_steps=200_000), HOPELESS)
 
 
 BUDGETS = ["max_steps", "max_epochs", "max_seconds"]
@@ -105,7 +79,7 @@ def _budget(name: str, share: float) -> dict[str, Any]:
 def test_a_trial_may_take_its_budget_and_half_as_much_again(
     budget: str, share: float, skipped: bool
 ) -> None:
-    assert _is_skipped(_study(**_budget(budget, share)), SLOW) is skipped
+    assert is_skipped(pruned_study(**_budget(budget, share)), SLOW) is skipped
 
 
 @pytest.mark.parametrize("tight", BUDGETS)
@@ -113,22 +87,22 @@ def test_the_tightest_of_several_budgets_counts(tight: str) -> None:
     budgets: dict[str, Any] = {}
     for name in BUDGETS:
         budgets |= _budget(name, 0.6 if name == tight else 1.1)
-    assert _is_skipped(_study(**budgets), SLOW)
+    assert is_skipped(pruned_study(**budgets), SLOW)
 
 
 @pytest.mark.parametrize(("tolerance", "skipped"), [(1.0, True), (1.8, True), (2.2, False)])
 def test_the_tolerance_can_be_chosen(tolerance: float, skipped: bool) -> None:
     half = _budget("max_steps", 0.5)
-    assert _is_skipped(_study(**half, tolerance=tolerance), SLOW) is skipped
+    assert is_skipped(pruned_study(**half, tolerance=tolerance), SLOW) is skipped
 
 
 @pytest.mark.filterwarnings("ignore:Training begins")
 def test_what_was_observed_moves_the_limit() -> None:
-    study = _study(**_budget("max_steps", 1.0))
-    assert not _is_skipped(study, SLOW)
+    study = pruned_study(**_budget("max_steps", 1.0))
+    assert not is_skipped(study, SLOW)
     add_observed(study, lambda steps: 2.0 * steps)
     # Now it takes twice its budget, where half as much again is tolerated.
-    assert _is_skipped(study, SLOW)
+    assert is_skipped(study, SLOW)
 
 
 def test_a_budget_in_seconds_needs_the_time_of_a_step() -> None:
@@ -136,8 +110,8 @@ def test_a_budget_in_seconds_needs_the_time_of_a_step() -> None:
     predictor = TrainingTimePredictor(spectrum, target_fraction=0.5, max_steps=60)
     with pytest.raises(ValueError, match=r"measure_speed=False\. Give max_steps or max_epochs"):
         TTPPruner(predictor, BestMetric(max_seconds=10.0))
-    study = _study(TTPPruner(predictor, BestMetric(max_epochs=6)))
-    assert [_is_skipped(study, SLOW), _is_skipped(study, FAST)] == [True, False]
+    study = pruned_study(TTPPruner(predictor, BestMetric(max_epochs=6)))
+    assert [is_skipped(study, SLOW), is_skipped(study, FAST)] == [True, False]
 
 
 @pytest.mark.parametrize(("batch_size", "counts_as"), [(20, 20), (40, 40), (100, 48)])

@@ -19,14 +19,17 @@ from optuna_ttp.study import decision_of
 from optuna_ttp.study import MissingParameterError
 from optuna_ttp.study import prediction_of
 from tests.studies import asked
+from tests.studies import decision_on
 from tests.studies import DIVERGING
 from tests.studies import FAST
 from tests.studies import HOPELESS
+from tests.studies import is_skipped
 from tests.studies import make_pruner
 from tests.studies import make_sampler
 from tests.studies import objective
 from tests.studies import predicted_seconds
 from tests.studies import predicted_steps
+from tests.studies import pruned_study
 from tests.studies import quick_predictor
 from tests.studies import SLOW
 from tests.studies import SPACE
@@ -44,31 +47,6 @@ class _Asked(BasePruner):
         return self.answers.pop(0)
 
 
-def _pruner(**arguments: Any) -> TTPPruner:
-    return make_pruner(**arguments)
-
-
-def _study(pruner: BasePruner | None = None, **arguments: Any) -> optuna.Study:
-    return optuna.create_study(
-        sampler=optuna.samplers.RandomSampler(seed=0),
-        pruner=_pruner(**arguments) if pruner is None else pruner,
-    )
-
-
-def _is_skipped(study: optuna.Study, params: dict[str, Any]) -> bool:
-    """Ask about a trial, and let it end as an objective would."""
-    trial = asked(study, params)
-    skipped = trial.should_prune()
-    study.tell(trial, None if skipped else 1.0, TrialState.PRUNED if skipped else None)
-    return skipped
-
-
-def _decision(study: optuna.Study, number: int = -1) -> tuple[str, str]:
-    decision = decision_of(study.trials[number])
-    assert decision is not None
-    return decision.action, decision.reason
-
-
 def _budget(name: str, share: float) -> dict[str, Any]:
     """A share of what SLOW takes; an epoch has 24 samples, three batches of eight."""
     steps = predicted_steps(SLOW)
@@ -82,7 +60,7 @@ def _tight() -> dict[str, Any]:
 
 
 def test_the_decision_is_made_once_and_then_stands() -> None:
-    study = _study(**_tight(), max_consecutive=1)
+    study = pruned_study(**_tight(), max_consecutive=1)
     first = asked(study, SLOW)
     assert first.should_prune()
     attributes = study.trials[0].user_attrs
@@ -90,7 +68,7 @@ def test_the_decision_is_made_once_and_then_stands() -> None:
     study.tell(first, state=TrialState.PRUNED)
     # The second one runs, for the first was skipped. What is decided later changes neither.
     assert not second.should_prune()
-    study.pruner = _pruner(**_tight(), max_consecutive=1)
+    study.pruner = make_pruner(**_tight(), max_consecutive=1)
     for step in range(5):
         second.report(1.0, step)
         assert not second.should_prune()
@@ -98,7 +76,7 @@ def test_the_decision_is_made_once_and_then_stands() -> None:
 
 
 def test_another_process_gives_the_same_answer() -> None:
-    study = _study(**_tight())
+    study = pruned_study(**_tight())
     slow, fast = asked(study, SLOW), asked(study, FAST)
     answers = [slow.should_prune(), fast.should_prune()]
     assert answers == [True, False]
@@ -106,22 +84,22 @@ def test_another_process_gives_the_same_answer() -> None:
     study.pruner = pickle.loads(pickle.dumps(study.pruner))
     assert [slow.should_prune(), fast.should_prune()] == answers
     # Even one that would decide otherwise.
-    study.pruner = _pruner(max_steps=1)
+    study.pruner = make_pruner(max_steps=1)
     assert [slow.should_prune(), fast.should_prune()] == answers
     assert [trial.user_attrs for trial in study.trials] == before
 
 
 def test_one_pruner_serves_several_studies() -> None:
     # In memory, all studies and all their first trials have the same ids.
-    pruner = _pruner(**_tight())
-    assert _is_skipped(_study(pruner), SLOW)
-    assert not _is_skipped(_study(pruner), FAST)
-    assert _is_skipped(_study(pruner), DIVERGING)
+    pruner = make_pruner(**_tight())
+    assert is_skipped(pruned_study(pruner), SLOW)
+    assert not is_skipped(pruned_study(pruner), FAST)
+    assert is_skipped(pruned_study(pruner), DIVERGING)
 
 
 def test_the_wrapped_pruner_decides_about_trials_that_run() -> None:
     wrapped = _Asked(False, True, False)
-    study = _study(_pruner(wrapped_pruner=wrapped))
+    study = pruned_study(make_pruner(wrapped_pruner=wrapped))
     trial = asked(study, FAST)
     assert not trial.should_prune()
     trial.report(1.0, 3)
@@ -133,7 +111,7 @@ def test_the_wrapped_pruner_decides_about_trials_that_run() -> None:
 
 def test_the_wrapped_pruner_is_not_asked_about_skipped_trials() -> None:
     wrapped = _Asked()
-    study = _study(_pruner(wrapped_pruner=wrapped))
+    study = pruned_study(make_pruner(wrapped_pruner=wrapped))
     trial = asked(study, DIVERGING)
     assert trial.should_prune()
     assert trial.should_prune()
@@ -152,23 +130,23 @@ def test_the_median_pruner_stops_what_it_would_stop_alone() -> None:
 
         mapping = HyperparameterMap(batch_size=8, momentum=0.0)
         if isinstance(pruner, TTPPruner):
-            pruner = _pruner(
+            pruner = make_pruner(
                 wrapped_pruner=optuna.pruners.MedianPruner(2), hyperparameters=mapping
             )
-        study = _study(pruner)
+        study = pruned_study(pruner)
         study.optimize(climb, n_trials=12)
         return [(trial.state, trial.last_step) for trial in study.trials]
 
     alone = states(optuna.pruners.MedianPruner(2))
-    assert states(_pruner()) == alone
+    assert states(make_pruner()) == alone
     assert {state for state, _ in alone} == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
 def test_a_search_space_without_hyperparameters_runs() -> None:
-    study = _study()
+    study = pruned_study()
     study.optimize(_report_and_ask, n_trials=1)
     assert study.trials[0].state == TrialState.COMPLETE
-    assert _decision(study) == (
+    assert decision_on(study) == (
         "run",
         "no prediction: the hyperparameter map does not apply to this trial",
     )
@@ -185,14 +163,14 @@ def _report_and_ask(trial: optuna.Trial) -> float:
 
 def test_a_trial_for_which_a_function_says_none_runs() -> None:
     mapping = HyperparameterMap(momentum=lambda p: 0.0 if p["learning_rate"] < 1 else None)
-    study = _study(hyperparameters=mapping)
-    assert _is_skipped(study, HOPELESS)
-    assert not _is_skipped(study, DIVERGING)
+    study = pruned_study(hyperparameters=mapping)
+    assert is_skipped(study, HOPELESS)
+    assert not is_skipped(study, DIVERGING)
 
 
 def test_a_batch_above_the_number_of_samples_is_a_full_batch() -> None:
-    study = _study(hyperparameters=HyperparameterMap(batch_size=4096))
-    assert not _is_skipped(study, FAST)
+    study = pruned_study(hyperparameters=HyperparameterMap(batch_size=4096))
+    assert not is_skipped(study, FAST)
     prediction = prediction_of(study.trials[0])
     assert prediction is not None
     assert prediction.batch_size == 24
@@ -203,7 +181,7 @@ def test_functions_and_fixed_values_reach_the_prediction() -> None:
     mapping = HyperparameterMap(
         learning_rate="lr", batch_size=lambda p: 2 ** p["log2_batch"], momentum=0.5
     )
-    study = _study(hyperparameters=mapping)
+    study = pruned_study(hyperparameters=mapping)
 
     def train(trial: optuna.Trial) -> float:
         trial.suggest_float("lr", 0.1, 0.1)
@@ -225,7 +203,7 @@ def test_functions_and_fixed_values_reach_the_prediction() -> None:
     ],
 )
 def test_a_wrong_name_is_an_error(mapping: HyperparameterMap) -> None:
-    study = _study(hyperparameters=mapping)
+    study = pruned_study(hyperparameters=mapping)
     with pytest.raises(MissingParameterError, match="learning_rate from the parameter 'lr'"):
         study.optimize(objective, n_trials=1)
     with pytest.raises(ValueError, match="learning_rate from the parameter 'lr'"):
@@ -238,7 +216,7 @@ def test_asking_before_the_parameters_are_suggested_is_an_error() -> None:
         return float(trial.should_prune())
 
     with pytest.raises(MissingParameterError, match=r"only has \['learning_rate'\]"):
-        _study().optimize(too_early, n_trials=1)
+        pruned_study().optimize(too_early, n_trials=1)
 
 
 def _with_optimizer(trial: optuna.Trial) -> float:
@@ -252,16 +230,16 @@ def _with_optimizer(trial: optuna.Trial) -> float:
 
 
 def test_a_trial_in_another_branch_of_a_conditional_space_runs() -> None:
-    study = _study()
+    study = pruned_study()
     study.enqueue_trial({**FAST, "optimizer": "sgd"})
     study.enqueue_trial({**HOPELESS, "optimizer": "adam"})
     study.optimize(_with_optimizer, n_trials=2)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2
-    assert _decision(study)[1].startswith("no prediction")
+    assert decision_on(study)[1].startswith("no prediction")
 
 
 def test_a_running_trial_knows_a_parameter_as_well_as_a_finished_one() -> None:
-    study = _study()
+    study = pruned_study()
     assert not asked(study, FAST).should_prune()  # and runs on
     study.enqueue_trial({**HOPELESS, "optimizer": "adam"})
     study.optimize(_with_optimizer, n_trials=1)
@@ -270,7 +248,7 @@ def test_a_running_trial_knows_a_parameter_as_well_as_a_finished_one() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, -0.1])
 def test_a_learning_rate_out_of_range_is_an_error(rate: float) -> None:
-    study = _study()
+    study = pruned_study()
     study.enqueue_trial({**FAST, "learning_rate": rate})
     trial = study.ask({**SPACE, "learning_rate": optuna.distributions.FloatDistribution(-1, 1)})
     with pytest.raises(ValueError, match="learning_rate must be positive"):
@@ -288,7 +266,7 @@ def test_switches_must_be_booleans(name: str) -> None:
 
 def test_the_pruner_works_without_our_sampler_and_with_it() -> None:
     for sampler in (optuna.samplers.TPESampler(seed=0), make_sampler(goal=BestMetric, seed=0)):
-        study = optuna.create_study(sampler=sampler, pruner=_pruner())
+        study = optuna.create_study(sampler=sampler, pruner=make_pruner())
         study.optimize(objective, n_trials=12)
         states = {trial.state for trial in study.trials}
         assert states <= {TrialState.COMPLETE, TrialState.PRUNED}
@@ -296,7 +274,7 @@ def test_the_pruner_works_without_our_sampler_and_with_it() -> None:
 
 
 def test_several_objectives_are_refused() -> None:
-    study = optuna.create_study(directions=["minimize", "maximize"], pruner=_pruner())
+    study = optuna.create_study(directions=["minimize", "maximize"], pruner=make_pruner())
     trial = study.ask(SPACE)
     with pytest.raises(ValueError, match="prunes studies with one objective but got 2"):
         study.pruner.prune(study, study.trials[trial.number])
@@ -306,7 +284,7 @@ def test_several_objectives_are_refused() -> None:
 @pytest.mark.parametrize("value", [0, -1, math.nan])
 def test_a_budget_that_is_not_positive_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be positive but got {value}"):
-        _pruner(**{name: value})
+        make_pruner(None, goal=BestMetric, **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -320,7 +298,7 @@ def test_a_budget_that_is_not_positive_is_refused(name: str, value: float) -> No
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _pruner(**arguments)
+        make_pruner(**arguments)
 
 
 @pytest.mark.parametrize(

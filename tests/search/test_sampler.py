@@ -14,9 +14,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 from optuna.samplers import BaseSampler
-from optuna.samplers import NSGAIISampler
 from optuna.samplers import PartialFixedSampler
-from optuna.samplers import QMCSampler
 from optuna.samplers import RandomSampler
 from optuna.samplers import TPESampler
 from optuna.trial import TrialState
@@ -30,36 +28,19 @@ from optuna_ttp.search import PreferenceRules
 from optuna_ttp.study import MissingParameterError
 from optuna_ttp.study import prediction_of
 from tests.studies import add_observed
+from tests.studies import BASES
 from tests.studies import FAST
 from tests.studies import make_sampler
+from tests.studies import mixed_space
+from tests.studies import params_of
 from tests.studies import predicted_seconds
 from tests.studies import predicted_steps
 from tests.studies import proposals
 from tests.studies import quick_predictor
-from tests.studies import QuickGPSampler
+from tests.studies import quick_sampler
+from tests.studies import quick_tpe
 from tests.studies import SPACE
 from tests.studies import suggest
-
-
-def _sampler(base: BaseSampler | None = None, **arguments: Any) -> TTPSampler:
-    return make_sampler(base, **{"n_candidates": 4, "seed": 0, **arguments})
-
-
-def _tpe(seed: int = 1, **arguments: Any) -> TPESampler:
-    # As it is by default in Optuna 5, also with Optuna 4.
-    options = {"multivariate": True, "constant_liar": True, "n_startup_trials": 5}
-    return TPESampler(seed=seed, **{**options, **arguments})
-
-
-BASES: dict[str, Callable[[], BaseSampler]] = {
-    "random": lambda: RandomSampler(seed=1),
-    "tpe": _tpe,
-    "tpe-univariate": lambda: _tpe(multivariate=False, constant_liar=False),
-    "tpe-group": lambda: _tpe(group=True),
-    "qmc": lambda: QMCSampler(seed=1, warn_independent_sampling=False),
-    "nsgaii": lambda: NSGAIISampler(population_size=5, seed=1),
-    "gp": lambda: QuickGPSampler(seed=1, n_startup_trials=8),
-}
 
 
 every_base = pytest.mark.parametrize("base", list(BASES.values()), ids=list(BASES))
@@ -76,27 +57,13 @@ def _other_space(trial: optuna.Trial) -> float:
     return z**2 + (kind == "a") + trial.suggest_int("k", 1, 100, log=True) / 100
 
 
-def _mixed_space(trial: optuna.Trial) -> float:
-    # Neither in the order of the names, nor with the three of ours first.
-    params = suggest(trial)
-    dropout = trial.suggest_float("a_dropout", 0.0, 0.5, step=0.1)
-    layers = trial.suggest_int("layers", 1, 4)
-    return float(np.log(params["learning_rate"])) ** 2 + dropout + layers
-
-
-def _params(sampler: BaseSampler, objective: Any, n_trials: int) -> list[dict[str, Any]]:
-    study = optuna.create_study(sampler=sampler)
-    study.optimize(objective, n_trials=n_trials)
-    return [trial.params for trial in study.trials]
-
-
 @every_base
 def test_a_space_without_hyperparameters_is_sampled_as_the_base_sampler_does(
     base: Callable[[], BaseSampler],
 ) -> None:
     n_trials = 14 if base is BASES["gp"] else 22
-    ours = _params(_sampler(base()), _other_space, n_trials)
-    assert ours == _params(base(), _other_space, n_trials)
+    ours = params_of(quick_sampler(base()), _other_space, n_trials)
+    assert ours == params_of(base(), _other_space, n_trials)
 
 
 @every_base
@@ -105,8 +72,8 @@ def test_with_nothing_to_choose_it_is_the_base_sampler(
     base: Callable[[], BaseSampler], arguments: dict[str, Any]
 ) -> None:
     n_trials = 12 if base is BASES["gp"] else 16
-    ours = _params(_sampler(base(), **arguments), _mixed_space, n_trials)
-    assert ours == _params(base(), _mixed_space, n_trials)
+    ours = params_of(quick_sampler(base(), **arguments), mixed_space, n_trials)
+    assert ours == params_of(base(), mixed_space, n_trials)
 
 
 @pytest.mark.filterwarnings("ignore:Predicted training times were further")
@@ -115,21 +82,21 @@ def test_predictions_that_do_not_rank_the_trials_leave_the_base_sampler(
     base: Callable[[], BaseSampler],
 ) -> None:
     def study_of(sampler: BaseSampler) -> optuna.Study:
-        study = optuna.create_study(sampler=_sampler(RandomSampler(seed=0)))
+        study = optuna.create_study(sampler=quick_sampler(RandomSampler(seed=0)))
         add_observed(study, lambda steps: 200.0 / steps)
         study.sampler = sampler
-        study.optimize(_mixed_space, n_trials=10)
+        study.optimize(mixed_space, n_trials=10)
         return study
 
-    ours, plain = study_of(_sampler(base())), study_of(base())
+    ours, plain = study_of(quick_sampler(base())), study_of(base())
     assert [t.params for t in ours.trials] == [t.params for t in plain.trials]
 
 
-@pytest.mark.parametrize("base", [RandomSampler, _tpe], ids=["random", "tpe"])
+@pytest.mark.parametrize("base", [RandomSampler, quick_tpe], ids=["random", "tpe"])
 def test_it_prefers_what_trains_fast(base: Callable[..., BaseSampler]) -> None:
     ours, plain = [], []
     for seed in range(3):
-        sampler = _sampler(base(seed=seed), n_candidates=8, seed=seed)
+        sampler = quick_sampler(base(seed=seed), n_candidates=8, seed=seed)
         ours.extend(proposals(sampler, 15))
         plain.extend(proposals(base(seed=seed), 15))
     typical = [np.exp(np.log(predicted_seconds(params)).mean()) for params in (ours, plain)]
@@ -140,15 +107,15 @@ def test_it_prefers_what_trains_fast(base: Callable[..., BaseSampler]) -> None:
 
 
 def test_more_candidates_are_faster_candidates() -> None:
-    samplers = [_sampler(RandomSampler(seed=1), n_candidates=n) for n in (1, 2, 16)]
+    samplers = [quick_sampler(RandomSampler(seed=1), n_candidates=n) for n in (1, 2, 16)]
     medians = [np.median(predicted_seconds(proposals(s, 30))) for s in samplers]
     assert medians[2] < medians[1] < medians[0]
 
 
 def test_the_design_comes_before_the_exploration() -> None:
     def proposed(exploration: float) -> list[dict[str, Any]]:
-        sampler = _sampler(exploration=exploration, search_space=SPACE)
-        return _params(sampler, lambda trial: suggest(trial)["learning_rate"], 12)
+        sampler = quick_sampler(exploration=exploration, search_space=SPACE)
+        return params_of(sampler, lambda trial: suggest(trial)["learning_rate"], 12)
 
     never, often = proposed(0.0), proposed(0.9)
     assert often[:5] == never[:5]
@@ -158,7 +125,7 @@ def test_the_design_comes_before_the_exploration() -> None:
 def test_exploration_keeps_proposing_what_is_slow() -> None:
     def share_of_hopeless(exploration: float) -> float:
         arguments = {"exploration": exploration, "search_space": SPACE, "n_candidates": 16}
-        proposed = proposals(_sampler(RandomSampler(seed=1), **arguments), 40)
+        proposed = proposals(quick_sampler(RandomSampler(seed=1), **arguments), 40)
         return float(np.mean(predicted_seconds(proposed) > 1.0))
 
     assert share_of_hopeless(0.0) == 0.0
@@ -167,7 +134,7 @@ def test_exploration_keeps_proposing_what_is_slow() -> None:
 
 def test_a_given_search_space_makes_the_first_trial_a_choice() -> None:
     def first(seed: int, **arguments: Any) -> dict[str, Any]:
-        return proposals(_sampler(RandomSampler(seed=seed), **arguments), 1)[0]
+        return proposals(quick_sampler(RandomSampler(seed=seed), **arguments), 1)[0]
 
     given = [first(s, search_space=SPACE, exploration=0.0) for s in range(30)]
     without = [first(s, exploration=0.0) for s in range(30)]
@@ -184,7 +151,7 @@ def test_other_parameters_come_along_as_they_are(base: Callable[[], BaseSampler]
         "width": IntDistribution(16, 64, step=16),
         "scheduler": CategoricalDistribution(["cosine", None, 3, 0.5, True]),
     }
-    study = optuna.create_study(sampler=_sampler(base()))
+    study = optuna.create_study(sampler=quick_sampler(base()))
     for number in range(30):
         trial = study.ask(space)
         for name, distribution in space.items():
@@ -209,8 +176,8 @@ def test_single_values_are_respected_and_the_others_chosen() -> None:
         trial.suggest_categorical("batch_size", [8])
         return trial.suggest_float("learning_rate", 1e-5, 0.1, log=True)
 
-    ours = _params(_sampler(RandomSampler(seed=1)), objective, 40)
-    plain = _params(RandomSampler(seed=1), objective, 40)
+    ours = params_of(quick_sampler(RandomSampler(seed=1)), objective, 40)
+    plain = params_of(RandomSampler(seed=1), objective, 40)
     assert {(p["momentum"], p["batch_size"]) for p in ours} == {(0.9, 8)}
     # Below the limit of stability, faster is larger.
     rates = [float(np.median([p["learning_rate"] for p in params])) for params in (ours, plain)]
@@ -227,7 +194,7 @@ def test_the_rest_of_an_enqueued_trial_is_chosen_to_go_with_it(fixed: dict[str, 
         assert all(fixed.items() <= trial.params.items() for trial in study.trials)
         return float(np.median(predicted_seconds([trial.params for trial in study.trials])))
 
-    ours = seconds(_sampler(RandomSampler(seed=1), exploration=0.0))
+    ours = seconds(quick_sampler(RandomSampler(seed=1), exploration=0.0))
     assert ours < 0.5 * seconds(RandomSampler(seed=1))
 
 
@@ -239,9 +206,9 @@ def test_the_rest_is_chosen_to_go_with_a_partially_fixed_trial(
 ) -> None:
     fixed = {"batch_size": 24}
     if outside:
-        ours: BaseSampler = PartialFixedSampler(fixed, _sampler(base()))
+        ours: BaseSampler = PartialFixedSampler(fixed, quick_sampler(base()))
     else:
-        ours = _sampler(PartialFixedSampler(fixed, base()))
+        ours = quick_sampler(PartialFixedSampler(fixed, base()))
     params = proposals(ours, 30)
     assert {p["batch_size"] for p in params} == {24}
     plain = proposals(PartialFixedSampler(fixed, base()), 30)
@@ -250,7 +217,7 @@ def test_the_rest_is_chosen_to_go_with_a_partially_fixed_trial(
 
 
 def test_what_is_shared_with_other_workers_is_what_is_proposed() -> None:
-    study = optuna.create_study(sampler=_sampler(_tpe(), exploration=0.0))
+    study = optuna.create_study(sampler=quick_sampler(quick_tpe(), exploration=0.0))
     n_shared = 0
     for number in range(20):
         trial = study.ask(SPACE)
@@ -268,8 +235,8 @@ def test_what_is_shared_with_other_workers_may_be_long(n_others: int) -> None:
     # The lengths of the draws differ: around 2,045 characters some need a chunk more than others.
     others = {f"p{i:03}": FloatDistribution(0.0, 1.0) for i in range(n_others)}
     space: dict[str, BaseDistribution] = {**SPACE, **others}
-    sampler = _sampler(
-        _tpe(n_startup_trials=2, n_ei_candidates=2), n_design_trials=2, exploration=0.0
+    sampler = quick_sampler(
+        quick_tpe(n_startup_trials=2, n_ei_candidates=2), n_design_trials=2, exploration=0.0
     )
     study = optuna.create_study(sampler=sampler)
     lengths = []
@@ -305,8 +272,8 @@ def test_only_one_branch_of_a_conditional_space_may_have_a_prediction() -> None:
             trial.suggest_float("momentum", 0.0, 0.95)
         return trial.number % 3
 
-    for base in (RandomSampler(seed=1), _tpe(), _tpe(group=True)):
-        study = optuna.create_study(sampler=_sampler(base, hyperparameters=mapping))
+    for base in (RandomSampler(seed=1), quick_tpe(), quick_tpe(group=True)):
+        study = optuna.create_study(sampler=quick_sampler(base, hyperparameters=mapping))
         study.optimize(objective, n_trials=15)
         assert {t.params["optimizer"] for t in study.trials} == {"adam", "sgd"}
         for trial in study.trials:
@@ -315,7 +282,7 @@ def test_only_one_branch_of_a_conditional_space_may_have_a_prediction() -> None:
 
 
 def test_a_parameter_that_other_trials_have_is_conditional_and_not_a_wrong_name() -> None:
-    study = optuna.create_study(sampler=_sampler(RandomSampler(seed=1)))
+    study = optuna.create_study(sampler=quick_sampler(RandomSampler(seed=1)))
     study.enqueue_trial({**FAST, "optimizer": "sgd"})
 
     def objective(trial: optuna.Trial) -> float:
@@ -338,9 +305,9 @@ def test_a_parameter_that_other_trials_have_is_conditional_and_not_a_wrong_name(
     ],
 )
 def test_a_wrong_name_is_an_error(mapping: HyperparameterMap) -> None:
-    study = optuna.create_study(sampler=_sampler(hyperparameters=mapping))
+    study = optuna.create_study(sampler=quick_sampler(hyperparameters=mapping))
     with pytest.raises(MissingParameterError, match="learning_rate from the parameter 'lr'"):
-        study.optimize(_mixed_space, n_trials=1)
+        study.optimize(mixed_space, n_trials=1)
 
 
 def test_a_trial_pruned_before_it_suggested_all_is_no_error() -> None:
@@ -349,7 +316,7 @@ def test_a_trial_pruned_before_it_suggested_all_is_no_error() -> None:
             raise optuna.TrialPruned
         return 0.0
 
-    study = optuna.create_study(sampler=_sampler())
+    study = optuna.create_study(sampler=quick_sampler())
     study.optimize(objective, n_trials=3)
     assert [t.state for t in study.trials] == [TrialState.PRUNED] * 3
     assert all(prediction_of(trial) is None for trial in study.trials)
@@ -360,7 +327,7 @@ def test_a_failed_trial_is_no_error_of_the_map() -> None:
         trial.suggest_int("batch_size", 1, 24)
         raise RuntimeError
 
-    study = optuna.create_study(sampler=_sampler())
+    study = optuna.create_study(sampler=quick_sampler())
     study.optimize(objective, n_trials=2, catch=(RuntimeError,))
     assert [t.state for t in study.trials] == [TrialState.FAIL] * 2
 
@@ -372,8 +339,8 @@ def test_functions_of_parameters_steer_the_choice() -> None:
         trial.suggest_int("log2_batch", 0, 4)
         return trial.suggest_float("learning_rate", 1e-5, 0.1, log=True)
 
-    ours = _params(_sampler(RandomSampler(seed=1), hyperparameters=mapping), objective, 40)
-    plain = _params(RandomSampler(seed=1), objective, 40)
+    ours = params_of(quick_sampler(RandomSampler(seed=1), hyperparameters=mapping), objective, 40)
+    plain = params_of(RandomSampler(seed=1), objective, 40)
     rates = [float(np.median([p["learning_rate"] for p in ps])) for ps in (ours, plain)]
     assert rates[0] > 3 * rates[1]
 
@@ -384,7 +351,7 @@ def test_batches_above_the_number_of_samples_are_full_batches() -> None:
         trial.suggest_float("momentum", 0.0, 0.5)
         return trial.suggest_float("learning_rate", 1e-3, 0.1, log=True)
 
-    study = optuna.create_study(sampler=_sampler(RandomSampler(seed=1)))
+    study = optuna.create_study(sampler=quick_sampler(RandomSampler(seed=1)))
     study.optimize(objective, n_trials=10)
     for trial in study.trials:
         prediction = prediction_of(trial)
@@ -393,7 +360,7 @@ def test_batches_above_the_number_of_samples_are_full_batches() -> None:
 
 
 def test_without_our_pruner_the_prediction_is_written_down_afterwards() -> None:
-    study = optuna.create_study(sampler=_sampler())
+    study = optuna.create_study(sampler=quick_sampler())
     study.enqueue_trial(FAST)
     study.optimize(lambda trial: suggest(trial)["momentum"], n_trials=1)
     prediction = prediction_of(study.trials[0])
@@ -405,7 +372,7 @@ def test_without_our_pruner_the_prediction_is_written_down_afterwards() -> None:
 def test_several_objectives_with_our_pruner_are_refused() -> None:
     study = optuna.create_study(
         directions=["minimize", "minimize"],
-        sampler=_sampler(),
+        sampler=quick_sampler(),
         pruner=TTPPruner(quick_predictor()),
     )
     with pytest.raises(ValueError, match=r"this one has 2 and a TTPPruner\. Use TTPSampler"):

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
@@ -26,34 +25,17 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_ttp import HyperparameterMap
-from optuna_ttp import TTPSampler
 from optuna_ttp.study import MissingParameterError
+from tests.studies import BASES
 from tests.studies import make_sampler
+from tests.studies import mixed_space
+from tests.studies import params_of
 from tests.studies import proposals
+from tests.studies import quick_sampler
+from tests.studies import quick_tpe
 from tests.studies import QuickGPSampler
 from tests.studies import SPACE
 from tests.studies import suggest
-
-
-def _sampler(base: BaseSampler | None = None, **arguments: Any) -> TTPSampler:
-    return make_sampler(base, **{"n_candidates": 4, "seed": 0, **arguments})
-
-
-def _tpe(seed: int = 1, **arguments: Any) -> TPESampler:
-    # As it is by default in Optuna 5, also with Optuna 4.
-    options = {"multivariate": True, "constant_liar": True, "n_startup_trials": 5}
-    return TPESampler(seed=seed, **{**options, **arguments})
-
-
-BASES: dict[str, Callable[[], BaseSampler]] = {
-    "random": lambda: RandomSampler(seed=1),
-    "tpe": _tpe,
-    "tpe-univariate": lambda: _tpe(multivariate=False, constant_liar=False),
-    "tpe-group": lambda: _tpe(group=True),
-    "qmc": lambda: QMCSampler(seed=1, warn_independent_sampling=False),
-    "nsgaii": lambda: NSGAIISampler(population_size=5, seed=1),
-    "gp": lambda: QuickGPSampler(seed=1, n_startup_trials=8),
-}
 
 
 class _Recording(RandomSampler):
@@ -91,20 +73,6 @@ class _CountingGPSampler(QuickGPSampler):
         return super().sample_relative(study, trial, search_space)
 
 
-def _mixed_space(trial: optuna.Trial) -> float:
-    # Neither in the order of the names, nor with the three of ours first.
-    params = suggest(trial)
-    dropout = trial.suggest_float("a_dropout", 0.0, 0.5, step=0.1)
-    layers = trial.suggest_int("layers", 1, 4)
-    return float(np.log(params["learning_rate"])) ** 2 + dropout + layers
-
-
-def _params(sampler: BaseSampler, objective: Any, n_trials: int) -> list[dict[str, Any]]:
-    study = optuna.create_study(sampler=sampler)
-    study.optimize(objective, n_trials=n_trials)
-    return [trial.params for trial in study.trials]
-
-
 def test_calls_around_a_trial_reach_the_base_sampler_once() -> None:
     def objective(trial: optuna.Trial) -> float:
         suggest(trial)
@@ -115,7 +83,7 @@ def test_calls_around_a_trial_reach_the_base_sampler_once() -> None:
         return 2.5
 
     base = _Recording()
-    study = optuna.create_study(sampler=_sampler(base))
+    study = optuna.create_study(sampler=quick_sampler(base))
     study.optimize(objective, n_trials=3, catch=(RuntimeError,))
     ends = [(TrialState.COMPLETE, [2.5]), (TrialState.PRUNED, None), (TrialState.FAIL, None)]
     expected: list[tuple[Any, ...]] = []
@@ -127,14 +95,14 @@ def test_calls_around_a_trial_reach_the_base_sampler_once() -> None:
 
 def test_reseeding_reaches_the_base_sampler_once() -> None:
     base = _Recording()
-    _sampler(base).reseed_rng()
+    quick_sampler(base).reseed_rng()
     assert base.calls == [("reseed_rng",)]
 
 
 def test_workers_that_reseed_do_not_explore_in_step() -> None:
     def run(reseed: bool) -> list[dict[str, Any]]:
         # This base sampler draws the same, reseeded or not.
-        sampler = _sampler(_Recording(), exploration=0.5, search_space=SPACE)
+        sampler = quick_sampler(_Recording(), exploration=0.5, search_space=SPACE)
         if reseed:
             sampler.reseed_rng()
         return proposals(sampler, 12)
@@ -146,7 +114,7 @@ def test_workers_that_reseed_do_not_explore_in_step() -> None:
 def test_after_trial_reaches_the_base_sampler_even_where_the_map_is_wrong() -> None:
     base = _Recording()
     mapping = HyperparameterMap(learning_rate="lr")
-    study = optuna.create_study(sampler=_sampler(base, hyperparameters=mapping))
+    study = optuna.create_study(sampler=quick_sampler(base, hyperparameters=mapping))
     with pytest.raises(MissingParameterError):
         study.optimize(lambda trial: suggest(trial)["momentum"], n_trials=1)
     assert [call[0] for call in base.calls] == ["before_trial", "after_trial"]
@@ -155,14 +123,14 @@ def test_after_trial_reaches_the_base_sampler_even_where_the_map_is_wrong() -> N
 
 @pytest.mark.parametrize("base", [BASES["random"], BASES["tpe"], BASES["gp"]])
 def test_the_same_seed_gives_the_same_trials(base: Callable[[], BaseSampler]) -> None:
-    runs = [_params(_sampler(base(), seed=seed), _mixed_space, 10) for seed in (3, 3, 4)]
+    runs = [params_of(quick_sampler(base(), seed=seed), mixed_space, 10) for seed in (3, 3, 4)]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
 
 
 def test_the_default_base_sampler_is_tpe_with_the_same_seed() -> None:
-    ours = _params(make_sampler(exploration=1.0, seed=7), _mixed_space, 15)
-    assert ours == _params(TPESampler(seed=7), _mixed_space, 15)
+    ours = params_of(make_sampler(exploration=1.0, seed=7), mixed_space, 15)
+    assert ours == params_of(TPESampler(seed=7), mixed_space, 15)
     assert str(make_sampler()) == "TTPSampler(TPESampler)"
 
 
@@ -205,8 +173,8 @@ def seeded_trials() -> list[dict[str, Any]]:
         learning_rate=lambda p: p["learning_rate"] * (1 + p["layers"]),
         batch_size=lambda p: p["batch_size"],
     )
-    sampler = _sampler(_tpe(), hyperparameters=mapping)
-    return _params(sampler, _mixed_space, 12)
+    sampler = quick_sampler(quick_tpe(), hyperparameters=mapping)
+    return params_of(sampler, mixed_space, 12)
 
 
 def test_one_sampler_serves_several_studies() -> None:
@@ -216,24 +184,24 @@ def test_one_sampler_serves_several_studies() -> None:
         return trial.suggest_float("learning_rate", 0.001, 0.002)
 
     # As its base sampler does. In memory, all studies have the same id.
-    sampler = _sampler(RandomSampler(seed=1))
-    _params(sampler, _mixed_space, 5)
-    params = _params(sampler, narrow, 10)
+    sampler = quick_sampler(RandomSampler(seed=1))
+    params_of(sampler, mixed_space, 5)
+    params = params_of(sampler, narrow, 10)
     assert all(0.001 <= p["learning_rate"] <= 0.002 for p in params)
     study = optuna.create_study(sampler=sampler, storage="sqlite://")
-    study.optimize(_mixed_space, n_trials=3)
+    study.optimize(mixed_space, n_trials=3)
     assert len(study.trials) == 3
 
 
 def test_the_gaussian_process_is_asked_once_a_trial() -> None:
     base = _CountingGPSampler()
-    _params(_sampler(base, exploration=0.0), _mixed_space, 9)
+    params_of(quick_sampler(base, exploration=0.0), mixed_space, 9)
     # The first trial finds the search space, and the design does not need it.
     assert base.asked == [0, 5, 6, 7, 8]
 
 
 def test_a_quasi_random_sequence_is_used_up_as_without_us() -> None:
-    ours = proposals(_sampler(QMCSampler(seed=1)), 20)
+    ours = proposals(quick_sampler(QMCSampler(seed=1)), 20)
     # The first trial is drawn at random, to find the search space.
     assert ours[1:] == proposals(QMCSampler(seed=1), 20)[1:]
 
@@ -250,16 +218,16 @@ def test_a_given_search_space_is_not_forced_on_a_base_sampler_that_does_not_know
         return trial.suggest_float("learning_rate", 1e-5, 100.0, log=True)
 
     # A quasi-random sequence takes numbers only; a grid none but its own parameters.
-    quasi_random = _sampler(
+    quasi_random = quick_sampler(
         QMCSampler(seed=1, warn_independent_sampling=False), search_space=space
     )
-    assert {p["momentum"] for p in _params(quasi_random, objective, 12)} == {0.0, 0.9}
+    assert {p["momentum"] for p in params_of(quasi_random, objective, 12)} == {0.0, 0.9}
     grid: dict[str, Sequence[float]] = {
         "learning_rate": [0.1, 1.0],
         "batch_size": [4, 8],
         "momentum": [0.0, 0.9],
     }
-    params = _params(_sampler(GridSampler(grid, seed=1), search_space=space), objective, 20)
+    params = params_of(quick_sampler(GridSampler(grid, seed=1), search_space=space), objective, 20)
     assert len(params) == 8
     assert len({tuple(sorted(p.items())) for p in params}) == 8
 
@@ -267,7 +235,7 @@ def test_a_given_search_space_is_not_forced_on_a_base_sampler_that_does_not_know
 def test_a_genetic_base_sampler_counts_its_generations_as_without_us() -> None:
     def generations(sampler: BaseSampler) -> list[int]:
         study = optuna.create_study(sampler=sampler)
-        study.optimize(_mixed_space, n_trials=20)
+        study.optimize(mixed_space, n_trials=20)
         return [
             next(v for k, v in t.system_attrs.items() if k.endswith("generation"))
             for t in study.trials
@@ -276,6 +244,6 @@ def test_a_genetic_base_sampler_counts_its_generations_as_without_us() -> None:
     def base() -> BaseSampler:
         return NSGAIISampler(population_size=5, seed=1)
 
-    ours = generations(_sampler(base(), search_space=SPACE))
+    ours = generations(quick_sampler(base(), search_space=SPACE))
     assert ours == generations(base())
     assert max(ours) == 3

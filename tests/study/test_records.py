@@ -95,6 +95,7 @@ _decisions = st.one_of(
         reason=st.text(),
         objection=st.one_of(st.none(), st.sampled_from(Objection)),
         override=st.one_of(st.none(), st.sampled_from(Override)),
+        is_predicted=st.booleans(),
     ),
     st.builds(
         DecisionRecord,
@@ -361,3 +362,11 @@ def test_replacing_a_field_leaves_the_record_as_it_was() -> None:
         for name, value in (record.decision.to_json() | {"decision": "run"}).items()
         if name not in ("log_sd", "seconds_left")
     }
+
+
+def test_a_decision_of_version_0_1_0_does_not_say_that_it_lacks_a_prediction() -> None:
+    reason = "no prediction: the hyperparameter map does not apply to this trial"
+    record = DecisionRecord.from_json({"decision": "run", "reason": reason})
+    assert record == DecisionRecord(Action.RUN, reason, is_predicted=True)
+    stored = DecisionRecord(Action.RUN, reason, is_predicted=False).to_json()
+    assert stored == {"decision": "run", "reason": reason, "predicted": False}

@@ -107,6 +107,21 @@ def test_value_over_time_has_a_line_for_each_study_that_starts_after_its_head_st
     assert np.asarray(first.get_xdata())[-1] == 200.0
 
 
+def test_the_value_of_a_study_with_several_objectives_is_refused_by_name() -> None:
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    study.add_trial(optuna.trial.create_trial(values=[1.0, 2.0]))
+    with pytest.raises(ValueError, match="studies must have one objective but 'both' has 2"):
+        plot_value_over_time({"both": study}, ax=Figure().subplots())
+
+
+def test_a_logarithmic_axis_of_values_has_plain_numbers() -> None:
+    ax = Figure().subplots()
+    ax.set_yscale("log")
+    plot_value_over_time({"all": study_with_every_decision()[0]}, ax=ax)
+    ax.set_ylim(0.1, 1.0)
+    assert {"0.1", "0.2", "0.5", "1"} <= {tick.get_text() for tick in ax.get_yticklabels()}
+
+
 def test_an_empty_study_gives_empty_plots() -> None:
     study = optuna.create_study()
     for ax in (

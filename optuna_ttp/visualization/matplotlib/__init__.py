@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from optuna_ttp.visualization.matplotlib._axes import label_plainly
 from optuna_ttp.visualization.matplotlib._decisions import plot_decisions
 from optuna_ttp.visualization.matplotlib._predicted_vs_observed import plot_predicted_vs_observed
-from optuna_ttp.visualization.matplotlib._value_over_time import best_over_time
 from optuna_ttp.visualization.matplotlib._value_over_time import plot_value_over_time
 
 
 __all__ = [
-    "best_over_time",
-    "label_plainly",
     "plot_decisions",
     "plot_predicted_vs_observed",
     "plot_value_over_time",

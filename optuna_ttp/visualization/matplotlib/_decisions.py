@@ -56,6 +56,8 @@ def plot_decisions(study: optuna.Study, *, ax: Axes | None = None) -> Axes:
         The axes.
 
     Raises:
+        TypeError:
+            If ``study`` is not a study of Optuna.
         ImportError:
             If Matplotlib is not installed.
     """

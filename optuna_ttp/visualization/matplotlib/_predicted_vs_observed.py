@@ -44,6 +44,8 @@ def plot_predicted_vs_observed(
         The axes.
 
     Raises:
+        TypeError:
+            If ``study`` is not a study of Optuna.
         ImportError:
             If Matplotlib is not installed.
     """

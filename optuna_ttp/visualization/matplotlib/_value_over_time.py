@@ -3,48 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-import math
 from typing import TYPE_CHECKING
 
-from optuna.study import StudyDirection
-from optuna.trial import TrialState
-
 from optuna_ttp._util.checks import check_kind
-from optuna_ttp.study import trials_of
+from optuna_ttp.study import best_over_time
+from optuna_ttp.study import is_multi_objective
+from optuna_ttp.visualization.matplotlib._axes import label_plainly
 from optuna_ttp.visualization.matplotlib._axes import resolve_axes
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     import optuna
-
-
-def best_over_time(
-    study: optuna.Study, *, head_start: float = 0.0
-) -> tuple[list[float], list[float]]:
-    """Return the times at which the best value of a study improved, and the best values.
-
-    ``study`` has one objective, and ``head_start`` is the number of seconds that were spent before
-    its first trial. The times are in seconds since the start of the first trial, plus
-    ``head_start``. Both lists have one entry for each completed trial that was better than all
-    before it.
-    """
-    sign = 1.0 if study.direction == StudyDirection.MINIMIZE else -1.0
-    ended = [
-        (trial.datetime_complete, trial)
-        for trial in trials_of(study)
-        if trial.datetime_complete is not None and trial.datetime_start is not None
-    ]
-    if not ended:
-        return [], []
-    begin = min(trial.datetime_start for _, trial in ended if trial.datetime_start is not None)
-    seconds, values, best = [], [], math.inf
-    for end, trial in sorted(ended, key=lambda pair: pair[0]):
-        if trial.state == TrialState.COMPLETE and sign * trial.values[0] < best:
-            best = sign * trial.values[0]
-            seconds.append(head_start + (end - begin).total_seconds())
-            values.append(trial.values[0])
-    return seconds, values
 
 
 def plot_value_over_time(
@@ -56,7 +26,8 @@ def plot_value_over_time(
 ) -> Axes:
     """Plot the best value so far against the seconds spent, one line for each study.
 
-    A study in which no trial was completed has no line.
+    A study in which no trial was completed has no line. If ``ax`` has a logarithmic axis of
+    values, it is labelled with plain numbers.
 
     Example:
         >>> from optuna_ttp.visualization.matplotlib import plot_value_over_time
@@ -80,11 +51,21 @@ def plot_value_over_time(
         The axes.
 
     Raises:
+        TypeError:
+            If ``studies`` is not a mapping of studies.
+        ValueError:
+            If a study has several objectives.
         ImportError:
             If Matplotlib is not installed.
     """
     check_kind("studies", studies, Mapping)
     ax = resolve_axes(ax, *studies.values())
+    for name, study in studies.items():
+        if is_multi_objective(study):
+            raise ValueError(
+                f"studies must have one objective but {name!r} has {len(study.directions)}. "
+                "optuna.visualization.plot_optimization_history(study, target=...) draws one."
+            )
     curves = {
         name: best_over_time(study, head_start=(head_start or {}).get(name, 0.0))
         for name, study in studies.items()
@@ -105,4 +86,6 @@ def plot_value_over_time(
     ax.set_title("Best value against seconds")
     if any(seconds for seconds, _ in curves.values()):
         ax.legend()
+    if ax.get_yscale() == "log":
+        label_plainly(ax.yaxis)
     return ax
