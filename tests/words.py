@@ -16,11 +16,11 @@ import tokenize
 
 
 # What stands for it: first passage times, loss level, forecast, short training run, prior scale,
-# stop reason, running trial, progress to the target, cost, knot, momentum. The last five words do
-# not say what a name holds.
+# stop reason, running trial, progress to the target, cost, knot, momentum, loss spike,
+# stable, unstable, lost progress. The last four words do not say what a name holds.
 _AS_NAME = re.compile(
     r"(^|_)(ladders?|rungs?|outlooks?|pilots?|doubts?|setbacks?|under_way|way_gone|ways_gone|gift"
-    r"|nodes?|mass|masses|told|own|found|kept)(_|$)",
+    r"|nodes?|mass|masses|catapult|calm|wild|wildness|thrown|told|own|found|kept)(_|$)",
     re.IGNORECASE,
 )
 _AS_CLASS = re.compile(r"Ladder|Rung|Outlook|Pilot|Doubt|Setback|UnderWay|Node")

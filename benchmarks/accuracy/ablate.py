@@ -67,8 +67,8 @@ _LEARNED = (1, 3, 10)
 _FRACTIONS = (0.5, 0.1)
 # Fields that are read while trials are learned from, not when the result is asked.
 _READ_BEFORE = (
-    *("n_recent", "most_compared", "unreached_error", "trust.calm_sd", "first_steps.fraction"),
-    *("first_steps.level_sd", "first_steps.calm_sd", "least_weight"),
+    *("n_recent", "most_compared", "unreached_error", "trust.stable_sd", "first_steps.fraction"),
+    *("first_steps.level_sd", "first_steps.stable_sd", "least_weight"),
 )
 Figures = dict[str, float]
 

@@ -36,8 +36,8 @@ from benchmarks.search.table import recorded
 from benchmarks.search.table import Table
 from optuna_ttp import OptunaTTPWarning
 from optuna_ttp.calibration import LossCurve
-from optuna_ttp.study import is_thrown_back
-from optuna_ttp.study import ThrownBackRules
+from optuna_ttp.study import has_lost_progress
+from optuna_ttp.study import LostProgressRules
 
 
 _SHARE = 0.7
@@ -184,14 +184,14 @@ def risen_runs(names: list[str], recordings: Path) -> dict[str, Any]:
                     predicted.expected_log_first_passage_times,
                 )
                 curve, initial = LossCurve.of(losses), run.training_losses[0]
-                if is_thrown_back(curve, *times, initial, ThrownBackRules()):
+                if has_lost_progress(curve, *times, initial, LostProgressRules()):
                     shares.append(k / epochs)
                     n_reached += bool(np.nanmin(run.training_losses[k:]) <= predictor.target.value)
                     n_close += table.is_close(run.value)
                     break
     return {
         "runs": n_runs,
-        "thrown_back": len(shares),
+        "lost_progress": len(shares),
         "share_of_epochs": round(float(np.mean(shares)), 3) if shares else None,
         "reached_the_target": n_reached,
         "close_to_the_best": n_close,

@@ -10,8 +10,8 @@ import numpy as np
 from optuna_ttp._util.arrays import Booleans
 from optuna_ttp.calibration._calibration import Calibration
 from optuna_ttp.calibration._divergence import DivergenceLimit
-from optuna_ttp.calibration._held_out import calm_start
 from optuna_ttp.calibration._held_out import held_out
+from optuna_ttp.calibration._held_out import stable_start
 from optuna_ttp.calibration._observation import failed
 from optuna_ttp.calibration._observation import Observation
 from optuna_ttp.calibration._paths import corrected
@@ -76,7 +76,7 @@ def calibrate(
         rules.errors.scale_weight + len(usable),
         len(every),
         *held_out(every[-rules.trust.most_compared :], rules),
-        calm_start(usable, rules),
+        stable_start(usable, rules),
         divergence,
         failure,
         rules,

@@ -20,8 +20,8 @@ from optuna_ttp.calibration._prior import prior
 from optuna_ttp.calibration._prior import PriorScale
 from optuna_ttp.calibration._rules import CalibrationRules
 from optuna_ttp.calibration._rules import RULES
+from optuna_ttp.calibration._trials import instability_sd
 from optuna_ttp.calibration._trials import Trials
-from optuna_ttp.calibration._trials import wildness
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,7 +57,7 @@ class Calibration:
             The sum of these trials' weights, which are one far from the edge of stability.
         superiority:
             The sum of predictions' minus the rule's squared errors, over its standard deviation.
-        calm_start:
+        stable_start:
             Logarithm of the simulated over the observed time of the first levels, from trials far
             from the edge of stability; NaN if there are none.
         divergence:
@@ -81,7 +81,7 @@ class Calibration:
     compared_error: float = math.nan
     n_compared: float = 0.0
     superiority: float = 0.0
-    calm_start: float = math.nan
+    stable_start: float = math.nan
     divergence: DivergenceLimit = field(default_factory=DivergenceLimit.of)
     failure: DivergenceLimit = field(
         default_factory=lambda: DivergenceLimit.of(rules=RULES.failure)
@@ -177,13 +177,13 @@ class Calibration:
         rules = self.rules.trust
         gross = self.log_error > rules.gross_error
         unranked = self.rank_agreement < rules.min_agreement
-        calm = self.n_compared >= rules.least_compared
-        sure = calm and self.superiority >= rules.least_superiority
+        stable = self.n_compared >= rules.least_compared
+        sure = stable and self.superiority >= rules.least_superiority
         if gross and (unranked or sure) and self.trust < rules.gross_trust:
             return False
         if self.n_observed < rules.min_distrust or not self.log_error > rules.harmless_error:
             return True
-        backwards = calm and self.rank_agreement <= rules.backwards
+        backwards = stable and self.rank_agreement <= rules.backwards
         if not (sure or backwards or (gross and unranked)):
             return True
         return not self.trust < (rules.clear_trust if unranked or gross else 0.0)
@@ -210,17 +210,17 @@ class Calibration:
 
         This needs three trials, typical errors of predictions above 28 %, and a factor above 1.49
         or below its inverse, by more than three standard deviations. Unless the factor is above
-        four or below a quarter, :attr:`calm_start` must also be above 0.25 in the same direction,
-        since trials near the edge of stability show little. :class:`FirstStepRules` has the
-        evidence.
+        four or below a quarter, :attr:`stable_start` must also be above 0.25 in the same
+        direction, since trials near the edge of stability show little. :class:`FirstStepRules`
+        has the evidence.
         """
         rules = self.rules.first_steps
         away = abs(float(self.log_growth[0]))
         known = away > rules.deviation_sds * float(self.log_growth_sd[0])
         enough = self.n_observed >= self.rules.trust.min_observations
         # Trials with large steps alone are no evidence.
-        calm = self.calm_start * math.copysign(1.0, float(self.log_growth[0]))
-        shown = calm > rules.calm_deviation or away > rules.gross_deviation
+        stable = self.stable_start * math.copysign(1.0, float(self.log_growth[0]))
+        shown = stable > rules.stable_deviation or away > rules.gross_deviation
         off = away > rules.deviation and known and shown
         return not (enough and self.log_error > rules.least_error and off)
 
@@ -240,9 +240,9 @@ class Calibration:
         logs, slopes = corrected(simulated, self.weights, self.rules.growth_prior)
         known = np.nan_to_num(slopes)
         variance = np.einsum("kpv,vw,kpw->kp", known, self.covariance, known)
-        calm = self.scale * (errors.trial_sd**2 + errors.level_sd**2)
-        wild = self.instability_scale * wildness(simulated.instability, errors) ** 2
-        return logs, np.sqrt(variance + calm + wild)
+        stable = self.scale * (errors.trial_sd**2 + errors.level_sd**2)
+        unstable = self.instability_scale * instability_sd(simulated.instability, errors) ** 2
+        return logs, np.sqrt(variance + stable + unstable)
 
     def remaining(
         self, running: Observation, depths: NDArray[np.float64], log_steps: NDArray[np.float64]

@@ -14,7 +14,7 @@ from optuna_ttp.calibration._loss_levels import deepest
 from optuna_ttp.calibration._loss_levels import DEPTHS
 from optuna_ttp.calibration._observation import Observation
 from optuna_ttp.calibration._rules import CalibrationRules
-from optuna_ttp.calibration._trials import wildness
+from optuna_ttp.calibration._trials import instability_sd
 
 
 class HeldOut(NamedTuple):
@@ -60,8 +60,10 @@ def held_out(observations: Sequence[Observation], rules: CalibrationRules) -> He
     recent = np.arange(len(observed)) >= len(observed) - trust.n_recent
     compared = np.isfinite(trivial).all(axis=0) & recent
     # Trials near the edge of stability may have large errors with any spectrum.
-    wild = wildness(np.array([o.instability for o in observations]), rules.errors)[chosen]
-    weights = 1.0 / (1.0 + (wild / trust.calm_sd) ** 2)
+    unstable = instability_sd(np.array([o.instability for o in observations]), rules.errors)[
+        chosen
+    ]
+    weights = 1.0 / (1.0 + (unstable / trust.stable_sd) ** 2)
     squared = _mean_square(trivial[:, compared], weights[compared])
     better = trivial[int(np.argmin(squared)) if compared.any() else 0]
     ahead = (weights * (errors**2 - better**2))[compared]
@@ -81,7 +83,7 @@ def held_out(observations: Sequence[Observation], rules: CalibrationRules) -> He
     )
 
 
-def calm_start(observations: Sequence[Observation], rules: CalibrationRules) -> float:
+def stable_start(observations: Sequence[Observation], rules: CalibrationRules) -> float:
     """Return the mean of log(simulated / observed time) of the first levels of trials.
 
     Trials near the edge of stability weigh little; NaN if all trials together weigh less than a
@@ -89,18 +91,18 @@ def calm_start(observations: Sequence[Observation], rules: CalibrationRules) -> 
     """
     first = rules.first_steps
     early = -math.log(first.fraction) + 1e-9 >= DEPTHS
-    total = weight = calm = 0.0
+    total = weight = stable = 0.0
     for one in observations:
         seen = np.isfinite(one.observed) & np.isfinite(one.predicted) & early
         if not seen.any():
             continue
         precision = 1.0 / (one.errors[seen] ** 2 + first.level_sd**2)
         ahead = float((one.predicted - one.observed)[seen] @ precision / precision.sum())
-        wild = float(wildness(one.instability, rules.errors)[seen].mean()) ** 2
-        share = 1.0 / (1.0 + (wild + 1.0 / float(precision.sum())) / first.calm_sd**2)
+        unstable = float(instability_sd(one.instability, rules.errors)[seen].mean()) ** 2
+        share = 1.0 / (1.0 + (unstable + 1.0 / float(precision.sum())) / first.stable_sd**2)
         total, weight = total + share * ahead, weight + share
-        calm += 1.0 / (1.0 + wild / first.calm_sd**2)
-    return total / weight if calm >= first.least_weight else math.nan
+        stable += 1.0 / (1.0 + unstable / first.stable_sd**2)
+    return total / weight if stable >= first.least_weight else math.nan
 
 
 def _mean_square(errors: Floats, weights: Floats) -> Floats:

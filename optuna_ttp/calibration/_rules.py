@@ -29,9 +29,9 @@ class ErrorRules:
     """Standard deviation that each factor e of instability adds."""
     instability_from: float = 0.6
     """Product of stability and kernel growth above which instability makes times scatter."""
-    catapult_sd: float = 1.0
+    spike_sd: float = 1.0
     """Standard deviation of the logarithm of a delay by a loss spike at the start of a trial."""
-    catapult_from: float = 0.3
+    spike_from: float = 0.3
     """Learning rate over the largest stable one above which such a spike is expected."""
     scale_weight: float = 2.0
     """Weight of the prior of the errors' scale, in trials."""
@@ -96,7 +96,7 @@ class FirstStepRules:
     """Share of the initial loss down to which the weights count as the pretrained ones."""
     level_sd: float = 0.05
     """Standard deviation of ordinary errors of single levels."""
-    calm_sd: float = 0.2
+    stable_sd: float = 0.2
     """Standard deviation of ordinary errors of a whole trial; trials with more instability than
     this weigh less."""
     least_weight: float = 1.0
@@ -107,7 +107,7 @@ class FirstStepRules:
     """Standard deviations that this logarithm must be away from zero."""
     least_error: float = 0.25
     """No correction is too large if the typical logarithmic error of predictions is below this."""
-    calm_deviation: float = 0.25
+    stable_deviation: float = 0.25
     """Least deviation of trials far from the edge of stability, in the same direction."""
     gross_deviation: float = math.log(4.0)
     """Logarithm of a correction that is too large even without such trials."""
@@ -155,7 +155,7 @@ class TrustRules:
     """Number of newest trials that are compared with rules, which learn from earlier trials."""
     unreached_error: float = 3.0
     """The logarithmic error of a prediction that the level is not reached."""
-    calm_sd: float = 0.2
+    stable_sd: float = 0.2
     """Standard deviation of the errors of trials with the weight one; instability that adds more
     to the errors makes a trial weigh less."""
 

@@ -74,7 +74,7 @@ class Trials:
         observed[rows, following] = self.bound[rows]
         # A spike, if one is to be expected, may have caused any part of the delay.
         away = self.bound[rows] - logs[rows, following]
-        spike = np.minimum(catapult(self.simulated.instability[rows], self.rules), 1.0)
+        spike = np.minimum(spike_sd(self.simulated.instability[rows], self.rules), 1.0)
         errors[rows, following] = np.hypot(
             self.rules.censored_error, np.maximum(spike * away, self.delay[rows])
         )
@@ -96,18 +96,18 @@ class Trials:
         """Return the covariance ``(n, P, P)`` of a trial's shared errors, scaled by ``scales``."""
         rules = self.rules
         apart = (DEPTHS[:, None] - DEPTHS[None, :]) / rules.trial_length
-        wild = wildness(self.simulated.instability, rules)
+        unstable = instability_sd(self.simulated.instability, rules)
         # An error that instability causes at one level stays at all later levels.
-        lasting = np.minimum(wild[:, :, None], wild[:, None, :]) ** 2
-        calm = scales[0] * rules.trial_sd**2 * np.exp(-0.5 * apart**2)
-        return np.asarray(calm + scales[1] * lasting)
+        lasting = np.minimum(unstable[:, :, None], unstable[:, None, :]) ** 2
+        stable = scales[0] * rules.trial_sd**2 * np.exp(-0.5 * apart**2)
+        return np.asarray(stable + scales[1] * lasting)
 
     def ratios(
         self, away: Floats, errors: Floats, seen: Booleans, scales: tuple[float, float]
     ) -> Floats:
         """Return the mean of ``away**2`` over its expected value at a trial's seen levels."""
-        calm, wild = self._variances(scales)
-        whole = wild + calm + np.nan_to_num(errors) ** 2
+        stable, unstable = self._variances(scales)
+        whole = unstable + stable + np.nan_to_num(errors) ** 2
         return np.asarray((_shares(seen) * away**2 / whole).sum(axis=1))
 
     def scales(
@@ -123,23 +123,23 @@ class Trials:
         Errors ``away``, their standard ``errors`` and ``seen`` are ``(n, P)``, ``importance`` are
         the weights of the trials, ``(n,)``, and ``expected`` the factors before any trial.
         """
-        calm, wild = self._variances(expected)
-        whole = wild + calm + np.nan_to_num(errors) ** 2
+        stable, unstable = self._variances(expected)
+        whole = unstable + stable + np.nan_to_num(errors) ** 2
         # A trial counts for the factor that its errors are expected to come from.
-        unstable = (_shares(seen) * wild / whole).sum(axis=1)
+        unstable_share = (_shares(seen) * unstable / whole).sum(axis=1)
         ratio = self.ratios(away, errors, seen, expected)
-        stable = importance * (1.0 - unstable)
+        stable_share = importance * (1.0 - unstable_share)
         weight = self.rules.scale_weight
         one, two = (
             (weight + (share * ratio).sum()) / (weight + share.sum())
-            for share in (stable, unstable)
+            for share in (stable_share, unstable_share)
         )
         return expected[0] * float(one), expected[1] * float(two)
 
     def _variances(self, scales: tuple[float, float]) -> tuple[float, Floats]:
         """Return the variance of a stable trial's errors, and that of instability ``(n, P)``."""
-        calm = scales[0] * (self.rules.trial_sd**2 + self.rules.level_sd**2)
-        return calm, scales[1] * wildness(self.simulated.instability, self.rules) ** 2
+        stable = scales[0] * (self.rules.trial_sd**2 + self.rules.level_sd**2)
+        return stable, scales[1] * instability_sd(self.simulated.instability, self.rules) ** 2
 
 
 def _shares(seen: Booleans) -> Floats:
@@ -159,20 +159,20 @@ def _extended(log_steps: Floats) -> Floats:
     return np.where(behind, log_steps[last] + slope * (DEPTHS - DEPTHS[last]), log_steps)
 
 
-def wildness(instability: Floats, rules: ErrorRules) -> Floats:
+def instability_sd(instability: Floats, rules: ErrorRules) -> Floats:
     """Return the standard deviation of logarithmic times that instability causes.
 
     ``instability``, see :class:`Observation`, has the levels in its last axis; the result has the
     same shape and never falls along the levels.
     """
     lasting = np.log1p(np.fmax.accumulate(instability, axis=-1) / rules.instability_from)
-    return rules.instability_sd * lasting + catapult(instability, rules)[..., None]
+    return rules.instability_sd * lasting + spike_sd(instability, rules)[..., None]
 
 
-def catapult(instability: Floats, rules: ErrorRules) -> Floats:
+def spike_sd(instability: Floats, rules: ErrorRules) -> Floats:
     """Return the standard deviation that a loss spike at the start of training causes.
 
     It depends on the instability at the first level; the result lacks the last axis, the levels.
     """
-    share = instability[..., 0] / (instability[..., 0] + rules.catapult_from)
-    return np.asarray(rules.catapult_sd * share**3)
+    share = instability[..., 0] / (instability[..., 0] + rules.spike_from)
+    return np.asarray(rules.spike_sd * share**3)

@@ -69,7 +69,9 @@ class SGD:
                 f"Nesterov momentum needs zero dampening, as in PyTorch, but got {self.dampening}."
             )
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
-            raise ValueError(f"weight_decay must not be negative but got {self.weight_decay}.")
+            raise ValueError(
+                f"weight_decay must be finite and not negative but got {self.weight_decay}."
+            )
 
     def configurations(
         self,

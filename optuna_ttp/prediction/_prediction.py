@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from optuna_ttp._util.arrays import Booleans
 from optuna_ttp._util.arrays import Floats
 from optuna_ttp._util.arrays import Integers
+from optuna_ttp._util.words import counted
 from optuna_ttp.prediction._outcome import Outcome
 
 
@@ -143,9 +144,9 @@ class Prediction:
         if self.outcome == Outcome.DIVERGES:
             return f"training diverges (probability {self.p_diverges.item():.0%})"
         if self.outcome == Outcome.NOT_REACHED:
-            return f"more than {self.max_steps.item():,} steps{unreliable}"
+            return f"more than {counted(self.max_steps.item(), 'step')}{unreliable}"
         interval = f"{_in_steps(self.steps_low)} to {_in_steps(self.steps_high)}"
-        return f"{self.steps.item():,.0f} steps ({interval}){unreliable}"
+        return f"{counted(self.steps.item(), 'step')} ({interval}){unreliable}"
 
     def __len__(self) -> int:
         return int(self.steps.size)
@@ -159,17 +160,19 @@ class Prediction:
         unreliable = "" if self.reliable.item() else "; unreliable"
         outcome = self.outcome
         if outcome == Outcome.CONVERGES:
-            text = f"{self.steps.item():,.0f} steps ({self.epochs.item():.3g} epochs"
+            epochs = counted(self.epochs.item(), "epoch", ".3g")
+            text = f"{counted(self.steps.item(), 'step')} ({epochs}"
             if np.isfinite(self.seconds.item()):
                 text += f", {self.seconds.item():.3g} s"
-            interval = f"{_in_steps(self.steps_low)} to {_in_steps(self.steps_high)} steps"
+            high = _in_steps(self.steps_high)
+            interval = f"{_in_steps(self.steps_low)} to {high} step{'' if high == '1' else 's'}"
             return f"converges: {text}), 80 % interval {interval}{unreliable}"
         if outcome == Outcome.DIVERGES:
             return (
                 f"diverges: the learning rate is {self.stability.item():.3g} times the largest "
                 f"stable one (probability {self.p_diverges.item():.0%})"
             )
-        return f"not reached within {self.max_steps.item():,} steps{unreliable}"
+        return f"not reached within {counted(self.max_steps.item(), 'step')}{unreliable}"
 
 
 def _in_steps(steps: Floats) -> str:

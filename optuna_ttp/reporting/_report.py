@@ -10,6 +10,7 @@ import math
 from typing import Any
 from typing import TYPE_CHECKING
 
+from optuna_ttp._util.words import counted
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.study import Action
 
@@ -170,9 +171,10 @@ class Report:
     def _summary(self) -> list[str]:
         """Return sentences on the decisions, the seconds paid and saved, and the calibration."""
         lines = [
-            f"{len(self.records)} trials: {self.n_skipped} skipped because of their prediction, "
-            f"{self.n_stopped} stopped while they ran. They took {self.paid_seconds:.1f} s; "
-            f"skipping and stopping avoided about {self.avoided_seconds:.1f} s.",
+            f"{counted(len(self.records), 'trial')}: {self.n_skipped} skipped because of their "
+            f"prediction, {self.n_stopped} stopped while they ran. They took "
+            f"{self.paid_seconds:.1f} s; skipping and stopping avoided about "
+            f"{self.avoided_seconds:.1f} s.",
             f"After subtracting the {self.spectrum_seconds:.1f} s of the spectrum and the "
             f"{self.prediction_seconds:.1f} s of the predictions, about {self._saved()}.",
         ]

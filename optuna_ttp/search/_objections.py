@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from optuna_ttp._util.words import counted
 from optuna_ttp.prediction import Outcome
 from optuna_ttp.study import best_depth
 from optuna_ttp.study import incumbent
@@ -64,15 +65,15 @@ def _miss_of_the_target(trial: PlannedTrial, rules: PrunerRules) -> str | None:
         least = min(least, rules.min_probability_at_first)
     if prediction.outcome == Outcome.NOT_REACHED and least >= 0.5:
         if math.isinf(trial.budget_steps):
-            return f"predicted not to reach the target in {horizon:,} steps"
+            return f"predicted not to reach the target in {counted(horizon, 'step')}"
         return (
-            f"predicted to miss the target by far: not reached in {horizon:,} steps, "
+            f"predicted to miss the target by far: not reached in {counted(horizon, 'step')}, "
             f"{rules.tolerance:g} times the budget of {trial.budget_steps:,.0f}"
         )
     probability = float(prediction.p_converges)
     if probability < least:
         return (
-            f"predicted to reach the target in {horizon:,} steps with a probability of "
+            f"predicted to reach the target in {counted(horizon, 'step')} with a probability of "
             f"{probability:.0%} only"
         )
     return None

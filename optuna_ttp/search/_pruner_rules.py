@@ -9,7 +9,7 @@ import math
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp._util.checks import check_number
 from optuna_ttp._util.checks import check_range
-from optuna_ttp.study import ThrownBackRules
+from optuna_ttp.study import LostProgressRules
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,17 @@ class RunningTrialRules:
             curve. Zero changes one of eight searches, and no time to a good trial.
         n_not_finite: Steps in a row without a finite loss after which a trial is stopped: weights
             that are NaN remain NaN, but one such loss may come from a batch that overflowed.
-        thrown_back: The rules of a loss that returned to its initial value and stays there.
+        lost_progress: The rules of a loss that returned to its initial value and stays there.
     """
 
     earliest: float = 0.2
     n_not_finite: int = 3
-    thrown_back: ThrownBackRules = field(default_factory=ThrownBackRules)
+    lost_progress: LostProgressRules = field(default_factory=LostProgressRules)
 
     def __post_init__(self) -> None:
         check_range("earliest", self.earliest, 0.0, 1.0)
         check_range("n_not_finite", self.n_not_finite, 1, kind=int)
-        check_kind("thrown_back", self.thrown_back, ThrownBackRules)
+        check_kind("lost_progress", self.lost_progress, LostProgressRules)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class PrunerRules:
             The share of the progress to the target from which ``sooner`` applies. 0.5 by default.
         n_skipped_to_warn:
             The least number of trials, all of them skipped, at which a warning says that
-            predictions are still unchecked. Five by default.
+            predictions are still unchecked. Five by default. It steers no trial, and matters only
+            if ``max_consecutive`` is smaller: two or three skipped trials are no reason to warn.
         running_trial:
             The numbers that decide when a running trial is stopped.
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from optuna.trial import TrialState
 
+from optuna_ttp._util.words import counted
 from optuna_ttp.calibration import Observation
 from optuna_ttp.calibration import probability_below
 from optuna_ttp.search._fastest_trial import fastest_trial
 from optuna_ttp.study import best_depth
+from optuna_ttp.study import has_lost_progress
 from optuna_ttp.study import InitialLoss
-from optuna_ttp.study import is_thrown_back
 from optuna_ttp.study import lost_steps
 from optuna_ttp.study import observation_of
 from optuna_ttp.study import trials_of
@@ -72,7 +73,7 @@ def lost_for_good(trial: FrozenTrial, rules: PrunerRules) -> StopReason | None:
     n_steps = lost_steps(trial)
     if n_steps < rules.running_trial.n_not_finite:
         return None
-    text = f"its training loss has been infinite or NaN for {n_steps:,} steps"
+    text = f"its training loss has been infinite or NaN for {counted(n_steps, 'step')}"
     return StopReason(text, True, math.nan, 0.0)
 
 
@@ -113,7 +114,7 @@ class RunningTrialCheck:
         if depth_now < depth < math.inf:
             limit = self._limit(trials, running, budget, aim)
             reason = self._too_late(running, prediction, depth, limit, budget)
-        return reason or self._thrown_back(running, curve, budget)
+        return reason or self._lost_progress(running, curve, budget)
 
     def _aim(self, trials: Sequence[FrozenTrial]) -> tuple[float, str]:
         """Return the depth that a running trial has to reach, and that aim in words.
@@ -134,14 +135,14 @@ class RunningTrialCheck:
         self, trials: Sequence[FrozenTrial], running: Observation, budget: float, aim: str
     ) -> _Limit:
         """Return a trial's limit: its budget, or for a time the fastest trial's steps if fewer."""
-        limit = _Limit(budget, f"{aim} within its budget of {budget:,.0f} steps")
+        limit = _Limit(budget, f"{aim} within its budget of {counted(budget, 'step')}")
         if not self.goal.is_time:
             return limit
         fastest = fastest_trial(self.study, trials, running, self.predictor)
         if fastest is None or not fastest.steps < budget:
             return limit
         text = f"be faster than trial {fastest.number}, the fastest"
-        note = f" ({fastest.steps:,.0f} steps of this trial take as long)"
+        note = f" ({counted(fastest.steps, 'step')} of this trial take as long)"
         return _Limit(fastest.steps, text, note, fastest.is_measured)
 
     def _too_late(
@@ -160,7 +161,7 @@ class RunningTrialCheck:
         n_steps = running.n_steps
         remaining = self.predictor.remaining_steps(running, prediction.configuration, depth)
         if limit.note and n_steps >= limit.steps:
-            text = f"after {n_steps:,.0f} steps it can no longer {limit.text}{limit.note}"
+            text = f"after {counted(n_steps, 'step')} it can no longer {limit.text}{limit.note}"
             steps, log_sd = (math.inf, 0.0) if remaining is None else remaining
             steps_left = min(steps, budget - n_steps)
             return StopReason(text, limit.is_measured, steps_left, log_sd)
@@ -171,13 +172,13 @@ class RunningTrialCheck:
         if chance >= self.rules.min_chance or not self.predictor.calibration.trusted:
             return None
         text = (
-            f"after {n_steps:,.0f} steps its chance to {limit.text}{limit.note} is {chance:.1%}: "
-            f"about {remaining[0]:,.0f} steps are left"
+            f"after {counted(n_steps, 'step')} its chance to {limit.text}{limit.note} is "
+            f"{chance:.1%}: about {remaining[0]:,.0f} steps are left"
         )
         steps_left = min(remaining[0], max(limit.steps - n_steps, 0.0))
         return StopReason(text, False, steps_left, remaining[1])
 
-    def _thrown_back(
+    def _lost_progress(
         self, running: Observation, curve: LossCurve, budget: float
     ) -> StopReason | None:
         """Return a stop reason if a trial's loss is back at its initial value, else None.
@@ -188,12 +189,12 @@ class RunningTrialCheck:
         if (early and math.isfinite(budget)) or not self.predictor.calibration.trusted:
             return None
         initial_loss = self.predictor.initial_loss
-        rules = self.rules.running_trial.thrown_back
-        if not is_thrown_back(curve, running.predicted, running.expected, initial_loss, rules):
+        rules = self.rules.running_trial.lost_progress
+        if not has_lost_progress(curve, running.predicted, running.expected, initial_loss, rules):
             return None
         text = (
-            f"after {curve.n_steps:,.0f} steps its training loss is back where it began, and "
-            "was predicted to be halved in less than half of the steps since it was below"
+            f"after {counted(curve.n_steps, 'step')} its training loss is back where it began, "
+            "and was predicted to be halved in less than half of the steps since it was below"
         )
         return StopReason(text, False, budget - curve.n_steps, 0.0)
 

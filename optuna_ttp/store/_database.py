@@ -61,6 +61,7 @@ class Database:
                 "%40) but could not be read."
             ) from None
         self._engine = self._open()
+        self._is_lost = False
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,6 +70,7 @@ class Database:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._url = state["_url"]
         self._engine = self._open()
+        self._is_lost = False
         self._process = os.getpid()
 
     @property
@@ -95,8 +97,9 @@ class Database:
         return self._do("write", work, {"ttp_write": True}, patience)
 
     def close(self) -> None:
-        """Close all connections. A later transaction opens new ones."""
+        """Close all connections. A later transaction opens new ones, unless all was in memory."""
         self._engine.dispose()
+        self._is_lost = self._url.get_backend_name() == "sqlite" and _is_in_memory(self._url)
 
     def vacuum(self) -> None:
         """Shrink a SQLite file by the space of deleted rows; other databases reuse it themselves.
@@ -123,6 +126,11 @@ class Database:
 
         ``verb`` says in the StoreError what failed.
         """
+        if self._is_lost:
+            raise StoreError(
+                f"Could not {verb} the store {self.shown}: it is in memory and was closed, so "
+                "that its spectra are gone. Use it inside its with block, or give a file's URL."
+            )
         if self._engine.dialect.name == "sqlite":
             # SQLite does not know this level; its transactions always see one state.
             options = {k: v for k, v in options.items() if k != "isolation_level"}

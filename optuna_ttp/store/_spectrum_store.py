@@ -120,7 +120,8 @@ class SpectrumStore:
     def close(self) -> None:
         """Close the connections to the database.
 
-        Using the store afterwards opens new ones. A database in memory ends with its connections.
+        Using the store afterwards opens new ones. A database in memory ends with its connections:
+        using it afterwards raises :exc:`~optuna_ttp.StoreError`.
         """
         self._database.close()
 

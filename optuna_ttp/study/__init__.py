@@ -6,8 +6,8 @@ from optuna_ttp.study._best_over_time import best_over_time
 from optuna_ttp.study._best_trials import best_depth
 from optuna_ttp.study._best_trials import incumbent
 from optuna_ttp.study._broken_training import broke_down
-from optuna_ttp.study._broken_training import is_thrown_back
-from optuna_ttp.study._broken_training import ThrownBackRules
+from optuna_ttp.study._broken_training import has_lost_progress
+from optuna_ttp.study._broken_training import LostProgressRules
 from optuna_ttp.study._curve_objections import CurveStart
 from optuna_ttp.study._curve_objections import InitialLoss
 from optuna_ttp.study._curve_objections import joint_objections
@@ -77,13 +77,13 @@ __all__ = [
     "HyperparameterMap",
     "InitialLoss",
     "Learner",
+    "LostProgressRules",
     "Memory",
     "MissingParameterError",
     "Objection",
     "Override",
     "PredictionRecord",
     "StudyBudget",
-    "ThrownBackRules",
     "TrainingLog",
     "TrialRecord",
     "UnusableCurve",
@@ -97,12 +97,12 @@ __all__ = [
     "fixed_params",
     "frozen",
     "has_constraints",
+    "has_lost_progress",
     "incumbent",
     "inner_fixed_params",
     "innermost_sampler",
     "is_first_warning",
     "is_multi_objective",
-    "is_thrown_back",
     "joint_objections",
     "learn_from_reports",
     "lost_steps",

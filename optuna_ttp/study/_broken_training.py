@@ -8,6 +8,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_ttp._util.checks import check_number
+from optuna_ttp._util.checks import check_range
 from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import LossCurve
 
@@ -29,9 +31,14 @@ class BrokenTrainingRules:
     spike: float = 1.3
     ample: float = 3.0
 
+    def __post_init__(self) -> None:
+        _check_share("not_learned", self.not_learned)
+        check_range("spike", self.spike, 1.0)
+        check_range("ample", self.ample)
+
 
 @dataclass(frozen=True)
-class ThrownBackRules:
+class LostProgressRules:
     """The numbers that decide whether the loss of a running trial has returned to its start.
 
     Such a trial is stopped, and a wrong answer costs a trial. So the steps are counted from when
@@ -52,6 +59,18 @@ class ThrownBackRules:
     ample: float = 2.0
     errors: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_share("not_learned", self.not_learned)
+        check_range("ample", self.ample)
+        check_range("errors", self.errors)
+
+
+def _check_share(name: str, value: float) -> None:
+    """Raise TypeError or ValueError if a value is not a share of a loss, in (0, 1]."""
+    check_number(name, value)
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1] but got {value}.")
+
 
 RULES = BrokenTrainingRules()
 
@@ -71,12 +90,12 @@ def broke_down(curve: LossCurve, predicted: NDArray[np.float64]) -> bool:
     return log_steps > log_halved + math.log(RULES.ample)
 
 
-def is_thrown_back(
+def has_lost_progress(
     curve: LossCurve,
     predicted: NDArray[np.float64],
     expected: NDArray[np.float64],
     initial_loss: float,
-    rules: ThrownBackRules,
+    rules: LostProgressRules,
 ) -> bool:
     """Return True if a running trial's loss fell, returned to ``initial_loss`` and stayed there.
 

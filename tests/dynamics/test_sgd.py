@@ -27,8 +27,8 @@ def _predictor(optimizer: SGD | None = None) -> TrainingTimePredictor:
         ({"dampening": 1.0}, r"dampening must be in \[0, 1\) but got 1.0"),
         ({"dampening": math.nan}, r"dampening must be in \[0, 1\) but got nan"),
         ({"dampening": 0.1, "nesterov": True}, "Nesterov momentum needs zero dampening"),
-        ({"weight_decay": -1e-3}, "weight_decay must not be negative but got -0.001"),
-        ({"weight_decay": math.inf}, "weight_decay must not be negative but got inf"),
+        ({"weight_decay": -1e-3}, "weight_decay must be finite and not negative but got -0.001"),
+        ({"weight_decay": math.inf}, "weight_decay must be finite and not negative but got inf"),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ import pytest
 from optuna_ttp import Outcome
 from optuna_ttp.prediction import TrainingTimePredictor
 from tests.cases import spectrum
+from tests.models import small_spectrum
 from tests.predictors import linear_predictor
 
 
@@ -139,3 +140,13 @@ def test_target_beyond_the_horizon_is_not_reached() -> None:
     both = predictor.predict(0.05, 12, max_steps=[steps, steps - 1])
     assert both.outcomes.tolist() == ["converges", "not_reached"]
     assert linear_predictor(max_steps=steps - 1).predict(0.05, 12).outcome == "not_reached"
+
+
+def test_one_step_and_one_epoch_are_in_the_singular() -> None:
+    predictor = TrainingTimePredictor(small_spectrum(), target_fraction=0.98)
+    prediction = predictor.predict(0.1, 24)
+    assert str(prediction).startswith("converges: 1 step (1 epoch, ")
+    assert prediction.summary.startswith("1 step (1 to ")
+    none = predictor.predict(1e-5, 24, max_steps=1)
+    assert str(none) == "not reached within 1 step"
+    assert none.summary == "more than 1 step"

@@ -22,6 +22,7 @@ from optuna_ttp import TrainingLog
 from optuna_ttp.search import RunningTrialRules
 from optuna_ttp.study import decision_of
 from optuna_ttp.study import DecisionRecord
+from optuna_ttp.study import LostProgressRules
 from tests.studies import add_observed
 from tests.studies import asked
 from tests.studies import DIVERGING
@@ -166,6 +167,22 @@ def test_asking_asks_the_wrapped_pruner_too() -> None:
 def test_the_pruner_refuses_what_makes_no_sense(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_pruner(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("not_learned", 0.0),
+        ("not_learned", math.nan),
+        ("ample", -1.0),
+        ("errors", math.nan),
+    ],
+)
+def test_a_rule_for_lost_progress_that_makes_no_sense_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must "):
+        LostProgressRules(**{name: value})
+    with pytest.raises(TypeError, match=f"{name} must be a number but got 'one'"):
+        LostProgressRules(**{name: "one"})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["earliest", "n_not_finite"])

@@ -65,7 +65,7 @@ def _follow(trial: optuna.Trial, curve: NDArray[np.float64]) -> int:
     return len(curve)
 
 
-def _thrown_back(n_steps: int, recovers: bool = False) -> NDArray[np.float64]:
+def _lost_progress(n_steps: int, recovers: bool = False) -> NDArray[np.float64]:
     """A loss that is halved in twelve steps, and back where it was soon after."""
     initial = quick_predictor().initial_loss
     curve = np.full(n_steps, 1.02 * initial)
@@ -203,12 +203,12 @@ def test_it_can_be_turned_off_and_does_nothing_in_the_shadow() -> None:
 
 
 @pytest.mark.parametrize("goal", [BestMetric, FastestToTarget])
-def test_a_trial_that_was_thrown_back_is_stopped(goal: Any) -> None:
+def test_a_trial_whose_loss_returned_to_its_start_is_stopped(goal: Any) -> None:
     study = _study(max_steps=200, goal=goal)
     trial = asked(study, FAST)
     assert not trial.should_prune()
     # No trial has completed: this does not depend on what others got to.
-    assert 40 <= _follow(trial, _thrown_back(200)) < 100
+    assert 40 <= _follow(trial, _lost_progress(200)) < 100
     decision = _decision(study)
     assert (decision.action, decision.objection) == ("stop", "chance")
     assert "its training loss is back where it began" in decision.reason
@@ -216,7 +216,7 @@ def test_a_trial_that_was_thrown_back_is_stopped(goal: Any) -> None:
 
 
 def test_one_that_recovers_and_one_that_comes_down_slowly_are_not() -> None:
-    for curve in (_thrown_back(200, recovers=True), losses(2000.0, 200)):
+    for curve in (_lost_progress(200, recovers=True), losses(2000.0, 200)):
         study = _study(max_steps=200)
         assert _follow(asked(study, FAST), curve) == 200
 

@@ -66,6 +66,23 @@ def test_database_in_memory_is_one_for_all_threads(
     assert SpectrumStore("sqlite://").list() == []
 
 
+@pytest.mark.parametrize("memory_url", ["sqlite://", "sqlite:///file:mem?mode=memory&uri=true"])
+def test_a_database_in_memory_that_was_closed_says_that_its_spectra_are_gone(
+    memory_url: str,
+) -> None:
+    with SpectrumStore(memory_url) as store:
+        store.put(spectrum())
+    for use in (store.list, lambda: store.put(spectrum())):
+        with pytest.raises(StoreError, match="is in memory and was closed, so that its spectra"):
+            use()
+
+
+def test_a_database_in_a_file_is_opened_again_after_it_was_closed(tmp_path: Path) -> None:
+    with SpectrumStore(f"sqlite:///{tmp_path / 'ttp.db'}") as store:
+        store.put(spectrum())
+    assert len(store.list()) == 1
+
+
 SECRETS = ("hunter2", "hun%74er2", "ter2", "s3cr3t")
 
 
