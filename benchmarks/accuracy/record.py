@@ -18,11 +18,9 @@ from collections.abc import Callable
 import copy
 from dataclasses import dataclass
 from dataclasses import replace
-import json
 import math
 from pathlib import Path
 import time
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +29,11 @@ import torch
 
 from benchmarks.accuracy.tasks import load
 from benchmarks.accuracy.tasks import Tuning
+from benchmarks.accuracy.training import accumulate_gradient
+from benchmarks.accuracy.training import evaluate
+from benchmarks.accuracy.training import mini_batches
+from benchmarks.accuracy.training import read_archive
+from benchmarks.accuracy.training import write_archive
 from benchmarks.environment import environment
 from optuna_ttp import SpectrumStore
 from optuna_ttp.dynamics import LinearisedModel
@@ -46,8 +49,6 @@ _GRID_DECADES = 2.5
 _GRID_MOMENTA = (0.0, 0.5, 0.9, 0.95)
 _GRID_SIZES = (8, 16, 32, 64, 128)
 _GRID_STEPS = {"digits": 3000, "residual": 1500}
-# Images that go through the network together; with frozen statistics, gradients just add up.
-_CHUNK = 50
 # Runs end where the full training loss is at this share of the initial one.
 _DEEPEST = 0.08
 
@@ -264,24 +265,22 @@ def train(
     """
     model = copy.deepcopy(tuning.model)
     optimiser = torch.optim.SGD(model.parameters(), lr=run.learning_rate, momentum=run.momentum)
-    generator = torch.Generator().manual_seed(1000 + run.seed)
     n_samples = len(tuning.labels)
+    batches = mini_batches(n_samples, run.batch_size, run.seed)
     losses: list[float] = []
     full: list[tuple[float, float, float]] = []
     seconds = 0.0
-    order: list[torch.Tensor] = []
     initial = math.nan
     for step in range(run.max_steps + 1):
         if run.batch_size < n_samples and _is_recorded(step):
-            full.append((step, *_evaluate(model, tuning)))
+            full.append((step, *evaluate(model, tuning)))
             initial = full[0][1]
             if step >= HORIZON and full[-1][1] < _DEEPEST * initial:
                 break
         started = clock()
-        if not order:
-            shuffled = torch.randperm(n_samples, generator=generator)
-            order = list(shuffled.split(run.batch_size))
-        loss, hits = _step(model, tuning, order.pop(0), optimiser)
+        optimiser.zero_grad()
+        loss, hits = accumulate_gradient(model, tuning, next(batches))
+        optimiser.step()
         seconds += clock() - started
         losses.append(loss)
         if run.batch_size == n_samples:
@@ -292,38 +291,6 @@ def train(
         if not math.isfinite(loss) or loss > 1e4 * max(initial, 1.0):
             break
     return np.array(losses), np.array(full).T, seconds
-
-
-def _step(
-    model: torch.nn.Module, tuning: Tuning, chosen: torch.Tensor, optimiser: torch.optim.Optimizer
-) -> tuple[float, int]:
-    """Take one step; return the loss before it and the samples classified rightly."""
-    optimiser.zero_grad()
-    total, hits = 0.0, 0
-    for part in chosen.split(_CHUNK):
-        outputs = model(tuning.inputs[part])
-        loss = tuning.loss(outputs, tuning.labels[part]) * (len(part) / len(chosen))
-        loss.backward()
-        total += float(loss.detach())
-        hits += _n_right(outputs, tuning.labels[part])
-    optimiser.step()
-    return total, hits
-
-
-def _evaluate(model: torch.nn.Module, tuning: Tuning) -> tuple[float, float]:
-    total, hits = 0.0, 0
-    with torch.no_grad():
-        for part in torch.arange(len(tuning.labels)).split(_CHUNK):
-            outputs = model(tuning.inputs[part])
-            share = len(part) / len(tuning.labels)
-            total += float(tuning.loss(outputs, tuning.labels[part])) * share
-            hits += _n_right(outputs, tuning.labels[part])
-    return total, hits / len(tuning.labels)
-
-
-def _n_right(outputs: torch.Tensor, labels: torch.Tensor) -> int:
-    classes = labels.argmax(dim=1) if labels.ndim == 2 else labels
-    return int((outputs.argmax(dim=1) == classes).sum())
 
 
 def _is_recorded(step: int) -> bool:
@@ -350,9 +317,7 @@ def read(path: Path) -> Recording:
     Returns:
         The recording.
     """
-    with np.load(path, allow_pickle=False) as archive:
-        arrays = {key: archive[key].astype(np.float64) for key in archive if key != "header"}
-        header = json.loads(archive["header"].tobytes())
+    header, arrays = read_archive(path)
     return Recording([Run(**run) for run in header["runs"]], **arrays)
 
 
@@ -379,23 +344,16 @@ def append(
     """
     old = read(path) if path.exists() else None
     runs = [run] if old is None else [*old.runs, run]
-    arrays: dict[str, Any] = {}
-    for key, row in zip(
-        ("batch_losses", "full_steps", "full_losses", "full_accuracies"),
-        (losses, *full),
-        strict=True,
-    ):
-        rows = [row] if old is None else [*getattr(old, key), row]
-        padded = np.full((len(rows), max(map(len, rows))), np.nan)
-        for target, values in zip(padded, rows, strict=True):
-            target[: len(values)] = values
-        arrays[key] = padded.astype(np.float32)
-    arrays["seconds"] = np.array([*([] if old is None else old.seconds), seconds])
+    rows = {
+        key: [row] if old is None else [*getattr(old, key), row]
+        for key, row in zip(
+            ("batch_losses", "full_steps", "full_losses", "full_accuracies"),
+            (losses, *full),
+            strict=True,
+        )
+    }
     header = {"environment": environment(), "runs": [vars(r) for r in runs]}
-    arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-    partial = path.with_suffix(".partial.npz")
-    np.savez_compressed(partial, **arrays)
-    partial.replace(path)
+    write_archive(path, header, rows, [*([] if old is None else old.seconds), seconds])
 
 
 if __name__ == "__main__":

@@ -70,11 +70,8 @@ def count(value: Any) -> int:
 
 
 def numbers(values: Any) -> NDArray[np.float64]:
-    """Return a list of n numbers, which may be infinite, as an array ``(n,)``; None gives NaN.
-
-    Raise TypeError for any other value.
-    """
-    # All types are checked at once, because long lists are read at every decision.
+    """Return a list of numbers as an array, NaN for each :obj:`None`; it may hold infinity."""
+    # The types are looked at together, because long lists are read at every decision.
     if not isinstance(values, list | tuple) or not set(map(type, values)) <= _TYPES_IN_LISTS:
         raise TypeError(f"A list of numbers was expected but got {values!r}.")
     return np.array(values, dtype=np.float64)

@@ -1,0 +1,1 @@
+"""Real training runs with AdamW, to measure predictions against."""
