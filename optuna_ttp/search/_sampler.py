@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from functools import partial
 import math
-import time
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -26,11 +25,11 @@ from optuna.trial import TrialState
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp._util.checks import check_seed
 from optuna_ttp.prediction import check_predictor
-from optuna_ttp.search._call_order import warn_of_missing_call
 from optuna_ttp.search._candidates import Candidates
 from optuna_ttp.search._candidates import drawn
 from optuna_ttp.search._choice import Choice
 from optuna_ttp.search._choice import resolved
+from optuna_ttp.search._end_of_trial import record_at_end
 from optuna_ttp.search._forecast import Forecast
 from optuna_ttp.search._goal import Goal
 from optuna_ttp.search._goal_of_study import GoalOfHalf
@@ -45,22 +44,16 @@ from optuna_ttp.search._search_space import check_space
 from optuna_ttp.search._search_space import settled_params
 from optuna_ttp.search._search_space import space_of_map
 from optuna_ttp.search._search_space import without_singles
-from optuna_ttp.study import decision_of
 from optuna_ttp.study import fail_trial
 from optuna_ttp.study import FINISHED
 from optuna_ttp.study import innermost_sampler
 from optuna_ttp.study import is_multi_objective
 from optuna_ttp.study import Learner
 from optuna_ttp.study import map_or_default
-from optuna_ttp.study import MissingParameterError
 from optuna_ttp.study import prediction_of
-from optuna_ttp.study import record_prediction
-from optuna_ttp.study import resolve_for_trial
 from optuna_ttp.study import single_value
-from optuna_ttp.study import TrialRecord
 from optuna_ttp.study import trials_of
 from optuna_ttp.study import weighed
-from optuna_ttp.study import write_record
 
 
 if TYPE_CHECKING:
@@ -344,37 +337,9 @@ class TTPSampler(BaseSampler):
         """
         try:
             if state != TrialState.FAIL and prediction_of(trial) is None:
-                self._record_prediction(study, trial, state)
+                record_at_end(study, trial, state, self._map, self._learner)
         finally:
             self._base.after_trial(study, trial, state, values)
-
-    def _record_prediction(self, study: Study, trial: FrozenTrial, state: TrialState) -> None:
-        """Store a prediction of a finishing trial; warn if the study's pruner was never asked."""
-        try:
-            configuration = resolve_for_trial(self._map, study, trial)
-        except MissingParameterError:
-            # A trial may have been pruned before it suggested its parameters.
-            if state == TrialState.COMPLETE:
-                raise
-            return
-        if configuration is None:
-            return
-        if state == TrialState.COMPLETE and half_of(study.pruner) is not None:
-            warn_of_missing_call(study, trial)
-        started = time.perf_counter()
-        trials = trials_of(study, (*FINISHED, TrialState.RUNNING))
-        # The prediction must not depend on this trial's own curve.
-        others = [t for t in trials if t.number != trial.number]
-        predictor = self._learner.informed(study, others)
-        configuration = configuration.clipped(predictor.n_samples)
-        record = record_prediction(
-            predictor,
-            configuration,
-            predictor.estimate(*configuration),
-            budget_steps=math.inf,
-            prediction_seconds=time.perf_counter() - started,
-        )
-        write_record(study, trial, TrialRecord(trial.number, record, decision_of(trial)))
 
     def _space_of_map(self, study: Study) -> dict[str, BaseDistribution]:
         """Return the distributions of parameters that the map reads, or none if one is unknown."""
