@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from optuna_ttp._util.exceptions import UnreliablePredictionWarning
     from optuna_ttp._util.exceptions import UnusableCurveWarning
     from optuna_ttp.calibration import Calibration
+    from optuna_ttp.dynamics import Adam
+    from optuna_ttp.dynamics import AdamW
+    from optuna_ttp.dynamics import optimizer_from_torch
+    from optuna_ttp.dynamics import ParameterGroup
     from optuna_ttp.dynamics import Schedule
     from optuna_ttp.dynamics import SGD
     from optuna_ttp.dynamics import Smoothing
@@ -61,6 +65,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SGD",
+    "Adam",
+    "AdamW",
     "ApproximationWarning",
     "BestMetric",
     "Calibration",
@@ -81,6 +87,7 @@ __all__ = [
     "OptunaTTPError",
     "OptunaTTPWarning",
     "Outcome",
+    "ParameterGroup",
     "Prediction",
     "PredictorSettings",
     "PrunerRules",
@@ -103,6 +110,7 @@ __all__ = [
     "__version__",
     "compute_spectrum",
     "learn_from_reports",
+    "optimizer_from_torch",
     "plan_spectrum",
     "report",
 ]
@@ -129,9 +137,13 @@ __getattr__, __dir__ = lazy_names(
         ),
         "calibration": ("Calibration",),
         "dynamics": (
+            "Adam",
+            "AdamW",
+            "ParameterGroup",
             "SGD",
             "Schedule",
             "Smoothing",
+            "optimizer_from_torch",
         ),
         "ntk": (
             "compute_spectrum",

@@ -8,13 +8,21 @@ from optuna_ttp._util.lazy import lazy_names
 
 
 if TYPE_CHECKING:
+    from optuna_ttp.dynamics._adam import Adam
+    from optuna_ttp.dynamics._adam_configurations import AdamConfigurations
+    from optuna_ttp.dynamics._adamw import AdamW
+    from optuna_ttp.dynamics._from_torch import optimizer_from_torch
     from optuna_ttp.dynamics._growth import KernelGrowth
     from optuna_ttp.dynamics._heavy_ball import first_passage_time
     from optuna_ttp.dynamics._linearised_model import LinearisedModel
+    from optuna_ttp.dynamics._optimizer import Optimizer
+    from optuna_ttp.dynamics._parameter_group import check_coverage
+    from optuna_ttp.dynamics._parameter_group import ParameterGroup
     from optuna_ttp.dynamics._residual_path import PathFollower
     from optuna_ttp.dynamics._residual_path import ResidualPath
     from optuna_ttp.dynamics._residual_path import times_to
     from optuna_ttp.dynamics._sampling import Sampling
+    from optuna_ttp.dynamics._saturation import Saturation
     from optuna_ttp.dynamics._schedule import Schedule
     from optuna_ttp.dynamics._sde import simulate_equation
     from optuna_ttp.dynamics._sgd import SGD
@@ -30,20 +38,28 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SGD",
+    "Adam",
+    "AdamConfigurations",
+    "AdamW",
     "KernelGrowth",
     "LinearisedModel",
+    "Optimizer",
+    "ParameterGroup",
     "PathFollower",
     "ResidualPath",
     "ResponseSurface",
     "SGDConfigurations",
     "SampleConvergence",
     "Sampling",
+    "Saturation",
     "Schedule",
     "Smoothing",
     "StabilityLimit",
     "Target",
     "Trajectories",
+    "check_coverage",
     "first_passage_time",
+    "optimizer_from_torch",
     "simulate",
     "simulate_equation",
     "times_to",
@@ -52,9 +68,18 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "_adam": ("Adam",),
+        "_adam_configurations": ("AdamConfigurations",),
+        "_adamw": ("AdamW",),
+        "_from_torch": ("optimizer_from_torch",),
         "_growth": ("KernelGrowth",),
         "_heavy_ball": ("first_passage_time",),
         "_linearised_model": ("LinearisedModel",),
+        "_optimizer": ("Optimizer",),
+        "_parameter_group": (
+            "check_coverage",
+            "ParameterGroup",
+        ),
         "_residual_path": (
             "PathFollower",
             "ResidualPath",
@@ -64,6 +89,7 @@ __getattr__, __dir__ = lazy_names(
         "_sde": ("simulate_equation",),
         "_sgd": ("SGD",),
         "_sgd_configurations": ("SGDConfigurations",),
+        "_saturation": ("Saturation",),
         "_sampling": ("Sampling",),
         "_simulation": ("simulate",),
         "_smoothing": ("Smoothing",),

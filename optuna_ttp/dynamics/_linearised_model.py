@@ -1,4 +1,4 @@
-"""The network, linearised at its pretrained weights, on the eigen-directions of a spectrum."""
+"""The network, linearised at its pretrained weights, on eigen-directions or single weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import torch
 
 from optuna_ttp._util.arrays import Floats
+from optuna_ttp.dynamics._single_weights import SingleWeights
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.task import Loss
 from optuna_ttp.task import output_gradients
@@ -47,6 +48,9 @@ class LinearisedModel:
     decay_factors: torch.Tensor | None = None
     """Factors on the weight decay of ``theta``, of shape ``(r,)``; see
     :class:`~optuna_ttp.Spectrum`. :obj:`None` if all are one."""
+    weights: SingleWeights | None = None
+    """The weights that the coordinates of ``theta`` stand for, see :meth:`from_columns`, or
+    :obj:`None` on the eigen-directions."""
 
     @classmethod
     def from_spectrum(
@@ -73,6 +77,51 @@ class LinearisedModel:
         if spectrum.validation is not None:
             held_out = spectrum.validation
             part = model(held_out.features, held_out.initial_outputs, held_out.targets)
+            whole = replace(whole, validation=part)
+        return whole
+
+    @classmethod
+    def from_columns(
+        cls,
+        spectrum: Spectrum,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> LinearisedModel:
+        """Return the model of a spectrum's sampled columns, whose state are changes of weights.
+
+        Its features are ``J_S u`` (see :class:`SingleWeights`), its ``pull`` is ``w_0``. The
+        methods that speak of the kernel or of a curvature are those of the eigen-directions only.
+        ValueError if the spectrum has no columns.
+        """
+        jacobian = spectrum.jacobian
+        if jacobian is None:
+            raise ValueError(
+                "An optimiser that acts on single weights, as Adam, AdamW and parameter groups "
+                "do, needs a spectrum with a sample of the Jacobian's columns but got one "
+                'without. Compute it again with engine="columns".'
+            )
+        has_rest = spectrum.weight_outputs is not None
+        weights = SingleWeights.of(jacobian, has_rest=has_rest, device=device, dtype=dtype)
+
+        def model(
+            columns: NDArray[Any], rest: Floats | None, outputs: Floats, targets: NDArray[Any]
+        ) -> LinearisedModel:
+            psi = columns * jacobian.inflation.astype(columns.dtype)
+            if has_rest:
+                decay = psi @ jacobian.weights.astype(psi.dtype)
+                last = np.zeros(len(psi)) if rest is None else rest.ravel() - decay
+                psi = np.concatenate([psi, last[:, None].astype(psi.dtype)], axis=1)
+            return cls._of_samples(psi, outputs, targets, spectrum.loss, device, dtype)
+
+        whole = model(
+            jacobian.columns, spectrum.weight_outputs, spectrum.initial_outputs, spectrum.targets
+        )
+        pull = np.append(jacobian.weights, 1.0) if has_rest else jacobian.weights
+        whole = replace(whole, pull=torch.as_tensor(pull).to(device, dtype), weights=weights)
+        if spectrum.validation is not None and jacobian.validation_columns is not None:
+            held_out, columns = spectrum.validation, jacobian.validation_columns
+            part = model(columns, None, held_out.initial_outputs, held_out.targets)
             whole = replace(whole, validation=part)
         return whole
 
@@ -129,7 +178,7 @@ class LinearisedModel:
 
     @property
     def rank(self) -> int:
-        """The number r of eigen-directions."""
+        """The number r of eigen-directions, or of other coordinates."""
         return int(self.features.shape[2])
 
     def outputs(self, theta: torch.Tensor) -> torch.Tensor:
@@ -180,6 +229,12 @@ class LinearisedModel:
     ) -> torch.Tensor:
         """Return the gradient ``(K, B, C)`` of a batch's mean loss with respect to its outputs."""
         return output_gradients(self.kind, outputs, soft_targets, normalisers)
+
+    def gradient_norms(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the norms ``(K, 1)`` of gradients by all weights from those by ``theta``."""
+        if self.weights is not None:
+            return self.weights.norms(gradient)
+        return gradient.square().sum(dim=1, keepdim=True).sqrt()
 
     def gradient(self, theta: torch.Tensor) -> torch.Tensor:
         """Return the gradient ``(K, r)`` of the training loss at states ``theta`` ``(K, r)``."""

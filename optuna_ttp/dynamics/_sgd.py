@@ -1,14 +1,15 @@
-"""The optimiser that is simulated."""
+"""Stochastic gradient descent."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from dataclasses import field
-import math
 from typing import TYPE_CHECKING
 
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp._util.checks import check_number
+from optuna_ttp.dynamics._optimizer import check_decay
+from optuna_ttp.dynamics._optimizer import Optimizer
 from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
 
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Optimizer):
     """Stochastic gradient descent as :class:`torch.optim.SGD` does it.
 
     It holds the settings that all trials of a search share. The learning rate and the batch size
@@ -41,6 +42,13 @@ class SGD:
         weight_decay:
             The L2 weight decay. Zero by default. With learning-rate multipliers the decay of the
             weights' change is approximate, that of the pretrained weights is exact.
+        max_grad_norm:
+            The norm to which longer gradients are shortened. No clipping by default. See
+            :class:`~optuna_ttp.dynamics.Optimizer`.
+        accumulation_steps:
+            The mini-batches of one step, whose mean gradients are averaged. One by default.
+        groups:
+            Parameters that have a learning rate or a weight decay of their own. None by default.
 
     Raises:
         TypeError:
@@ -55,9 +63,10 @@ class SGD:
     weight_decay: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_kind("nesterov", self.nesterov, bool)
         check_number("dampening", self.dampening)
-        check_number("weight_decay", self.weight_decay)
+        check_decay(self.weight_decay)
         if self.momentum is not None:
             check_number("momentum", self.momentum)
             if not 0.0 <= self.momentum < 1.0:
@@ -68,10 +77,16 @@ class SGD:
             raise ValueError(
                 f"Nesterov momentum needs zero dampening, as in PyTorch, but got {self.dampening}."
             )
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
-            raise ValueError(
-                f"weight_decay must be finite and not negative but got {self.weight_decay}."
-            )
+
+    @property
+    def default_momentum(self) -> float | None:
+        """The momentum of configurations without one; None if every trial must give one."""
+        return self.momentum
+
+    @property
+    def acts_on_single_weights(self) -> bool:
+        """True with groups: otherwise the kernel alone decides."""
+        return self.groups is not None
 
     def configurations(
         self,
@@ -99,4 +114,7 @@ class SGD:
             nesterov=bool(self.nesterov),
             weight_decay=self.weight_decay,
             schedule=schedule,
+            max_grad_norm=self.max_grad_norm,
+            accumulation_steps=self.accumulation_steps,
+            groups=self.groups,
         )

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from optuna_ttp._util.arrays import Booleans
 from optuna_ttp._util.arrays import Floats
 from optuna_ttp._util.arrays import Integers
+from optuna_ttp.dynamics._parameter_group import ParameterGroup
 from optuna_ttp.dynamics._schedule import Schedule
 
 
@@ -25,6 +26,13 @@ class SGDConfigurations:
     nesterov: Booleans
     weight_decay: Floats
     schedule: Schedule = field(default_factory=Schedule)
+    max_grad_norm: float | None = None
+    """The norm to which longer gradients are shortened, the same for all; None for no clipping."""
+    accumulation_steps: int = 1
+    """The mini-batches whose mean gradients are averaged for a step, the same for all."""
+    groups: tuple[ParameterGroup, ...] | None = None
+    """Parameters with a learning rate or weight decay of their own, which need a model of single
+    weights; the same for all. None if there are none."""
 
     @classmethod
     def of(
@@ -36,6 +44,9 @@ class SGDConfigurations:
         nesterov: ArrayLike = False,
         weight_decay: ArrayLike = 0.0,
         schedule: Schedule | None = None,
+        max_grad_norm: float | None = None,
+        accumulation_steps: int = 1,
+        groups: tuple[ParameterGroup, ...] | None = None,
     ) -> SGDConfigurations:
         """Return K configurations; each setting is a number or has the shape ``(K,)``."""
         rate, momenta, damp, ahead, decay = np.broadcast_arrays(
@@ -45,7 +56,9 @@ class SGDConfigurations:
             np.asarray(nesterov, dtype=bool),
             np.asarray(weight_decay, dtype=np.float64),
         )
-        return cls(rate, momenta, damp, ahead, decay, Schedule() if schedule is None else schedule)
+        plan = Schedule() if schedule is None else schedule
+        shared = plan, max_grad_norm, accumulation_steps, groups
+        return cls(rate, momenta, damp, ahead, decay, *shared)
 
     def __len__(self) -> int:
         return len(self.learning_rate)

@@ -1,9 +1,10 @@
-"""Mini-batch SGD on the linearised model, simulated step by step.
+"""Mini-batch training on the linearised model, simulated step by step.
 
 Nothing about the optimiser is approximated if the stride is one: the update of
-:class:`torch.optim.SGD` with momentum, dampening, Nesterov's variant, L2 weight decay and a
-schedule, on batches as a data loader draws them. Only linearisation and truncation remain as
-errors. Configurations with the same batch size advance together and see the same batches.
+:class:`torch.optim.SGD`, :class:`torch.optim.Adam` or :class:`torch.optim.AdamW` with all their
+settings, clipping, accumulation of gradients and a schedule, on batches as a data loader draws
+them. Only linearisation, and truncation or the sampling of columns, remain as errors.
+Configurations with the same batch size advance together and see the same batches.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ import torch
 from optuna_ttp._util.arrays import Booleans
 from optuna_ttp._util.arrays import Floats
 from optuna_ttp._util.arrays import Integers
+from optuna_ttp.dynamics._adam_configurations import AdamConfigurations
+from optuna_ttp.dynamics._adam_update import AdamUpdate
+from optuna_ttp.dynamics._batches import Batch
+from optuna_ttp.dynamics._batches import batches
 from optuna_ttp.dynamics._growth import KernelGrowth
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
 from optuna_ttp.dynamics._plan import Plan
@@ -23,7 +28,9 @@ from optuna_ttp.dynamics._plan import RULES
 from optuna_ttp.dynamics._plan import SimulationRules
 from optuna_ttp.dynamics._plan import strides
 from optuna_ttp.dynamics._sampling import Sampling
+from optuna_ttp.dynamics._saturation import Saturation
 from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
+from optuna_ttp.dynamics._sgd_update import SGDUpdate
 from optuna_ttp.dynamics._smoothing import Smoothing
 from optuna_ttp.dynamics._stability import StabilityLimit
 from optuna_ttp.dynamics._target import Target
@@ -31,12 +38,12 @@ from optuna_ttp.dynamics._trajectories import Record
 from optuna_ttp.dynamics._trajectories import Trajectories
 
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+OptimiserConfigurations = SGDConfigurations | AdamConfigurations
 
 
 def simulate(
     model: LinearisedModel,
-    sgd: SGDConfigurations,
+    configurations: OptimiserConfigurations,
     batch_size: Integers,
     *,
     max_steps: Integers,
@@ -47,6 +54,7 @@ def simulate(
     smoothing: Smoothing | None = None,
     growth: KernelGrowth | None = None,
     limit: StabilityLimit | None = None,
+    saturation: Saturation | None = None,
     seed: int = 0,
     steps_per_epoch: Integers | None = None,
     rules: SimulationRules = RULES,
@@ -56,27 +64,33 @@ def simulate(
     They are recorded at every step at first and then at steps 4 % apart. Arrays are of shape
     ``(K,)``. A curve ends after its ``max_steps``, when it reaches the target (unless
     ``full_curves`` is set, which also adds validation curves), or when its loss blows up. Several
-    slow steps are simulated as one, see :func:`strides`, unless ``exact`` or a smoothing of the
-    mini-batch losses is given. Batches are drawn from one permutation per epoch, whose last batch
-    may be smaller, or with replacement; ``seed`` decides their order.
+    slow steps of plain SGD are simulated as one, see :func:`strides`, unless ``exact`` or a
+    smoothing of the mini-batch losses is given. Batches are drawn from one permutation per epoch,
+    whose last batch may be smaller, or with replacement; ``seed`` decides their order.
 
     ``growth`` multiplies the kernel as the loss falls; with a ``limit`` the kernel grows only up
-    to the edge of stability, where training keeps it (Cohen et al., 2021, "Gradient descent on
-    neural networks typically occurs at the edge of stability", arXiv 2103.00065). A schedule per
-    epoch advances after ``steps_per_epoch`` steps, by default the batches in the model's samples.
-    Weight decay without :attr:`LinearisedModel.pull` raises a ValueError.
+    to the edge of stability, where training by SGD keeps it (Cohen et al., 2021, "Gradient descent
+    on neural networks typically occurs at the edge of stability", arXiv 2103.00065). With
+    ``saturation`` large steps move the outputs less far. A schedule per epoch advances after
+    ``steps_per_epoch`` steps, by default those of the model's samples. ValueError for weight decay
+    without :attr:`LinearisedModel.pull`, and for Adam or groups without
+    :attr:`LinearisedModel.weights`.
     """
-    if sgd.weight_decay.any() and model.pull is None:
-        raise ValueError("Weight decay needs a model that knows its pull.")
-    n_configurations = len(sgd)
+    check_model(model, configurations)
+    n_configurations = len(configurations)
+    together = batch_size * configurations.accumulation_steps
     if steps_per_epoch is None:
-        steps_per_epoch = -(-model.n_samples // batch_size)
+        n_batches = -(-model.n_samples // batch_size)
+        steps_per_epoch = -(-n_batches // configurations.accumulation_steps)
     stride = np.ones(n_configurations, dtype=np.int64)
-    if not exact and smoothing is None:
-        stride = strides(model, sgd, max_steps, growth, steps_per_epoch, rules)
     ceilings = np.full(n_configurations, np.inf)
-    if growth is not None and limit is not None:
-        ceilings = limit.headroom(sgd, batch_size, replacement=sampling == "replacement")
+    if isinstance(configurations, SGDConfigurations):
+        plain = model.weights is None and configurations.max_grad_norm is None
+        if plain and not exact and smoothing is None:
+            stride = strides(model, configurations, max_steps, growth, steps_per_epoch, rules)
+        if growth is not None and limit is not None:
+            replacement = sampling == "replacement"
+            ceilings = limit.headroom(configurations, together, replacement=replacement)
     quantities = _quantities(model, target, full_curves, smoothing)
     records: list[Record] = [[] for _ in range(n_configurations)]
     blown_up = np.zeros(n_configurations, dtype=bool)
@@ -87,15 +101,21 @@ def simulate(
             same = keys[:, todo] == np.array([[samples], [span], [per_epoch]])
             members = todo[same.all(axis=0)]
             coarse_steps = np.ceil(max_steps[members] / span).astype(np.int64)
-            coarse_batch = int(samples) * int(span)
-            # The noise of so many samples is negligible.
-            if sampling == "shuffle" or coarse_batch > max(int(samples), 16 * model.n_samples):
-                coarse_batch = min(coarse_batch, model.n_samples)
             blown_up[members] = _simulate_group(
                 model,
-                Plan.of(model, sgd[members], per_epoch, span, int(coarse_steps.max())),
-                _batches(model, coarse_batch, sampling, seed, across_epochs=span > 1),
+                _update(
+                    model,
+                    configurations[members],
+                    int(samples),
+                    int(per_epoch),
+                    int(span),
+                    int(coarse_steps.max()),
+                    saturation,
+                ),
+                _batches(model, configurations, int(samples), int(span), sampling, seed),
                 coarse_steps,
+                span,
+                configurations.max_grad_norm,
                 None if full_curves else target,
                 quantities,
                 smoothing,
@@ -110,6 +130,69 @@ def simulate(
             records[early].clear()
         stride = refined
     return Trajectories.of_records(records, quantities, blown_up, stride)
+
+
+def check_model(model: LinearisedModel, configurations: OptimiserConfigurations) -> None:
+    """Raise ValueError if a model lacks what an optimiser needs."""
+    adam = isinstance(configurations, AdamConfigurations)
+    if model.weights is None and (adam or configurations.groups is not None):
+        raise ValueError(
+            "Adam and parameter groups act on single weights and need a model of columns, "
+            "LinearisedModel.from_columns(spectrum), but got one of eigen-directions."
+        )
+    if model.pull is None and np.any(configurations.weight_decay):
+        raise ValueError("Weight decay needs a model that knows its pull.")
+    if model.decay_factors is not None and configurations.max_grad_norm is not None:
+        raise ValueError(
+            "max_grad_norm needs the norm of the gradient, which a spectrum with learning-rate "
+            "multipliers does not know. Give the optimiser groups instead of the multipliers."
+        )
+
+
+def _batches(
+    model: LinearisedModel,
+    configurations: OptimiserConfigurations,
+    batch_size: int,
+    stride: int,
+    sampling: Sampling,
+    seed: int,
+) -> Iterator[Batch]:
+    """Yield batches without end; one of a coarse step has the samples of all its steps."""
+    n_accumulated = configurations.accumulation_steps
+    if stride == 1:
+        n_drawn = min(batch_size, model.n_samples) if sampling == "shuffle" else batch_size
+        return batches(model, n_drawn, sampling, seed, accumulation_steps=n_accumulated)
+    coarse = batch_size * n_accumulated * stride
+    # The noise of so many samples is negligible.
+    if sampling == "shuffle" or coarse > max(batch_size, 16 * model.n_samples):
+        coarse = min(coarse, model.n_samples)
+    return batches(model, coarse, sampling, seed, across_epochs=True)
+
+
+def _update(
+    model: LinearisedModel,
+    configurations: OptimiserConfigurations,
+    batch_size: int,
+    steps_per_epoch: int,
+    stride: int,
+    n_steps: int,
+    saturation: Saturation | None,
+) -> SGDUpdate | AdamUpdate:
+    """Return the optimiser's state at the start for K configurations of one batch size."""
+    theta = model.features.new_zeros((len(configurations), model.rank))
+    samples = batch_size * configurations.accumulation_steps
+    if isinstance(configurations, AdamConfigurations):
+        return AdamUpdate(
+            model,
+            configurations,
+            theta,
+            steps_per_epoch=steps_per_epoch,
+            n_steps=n_steps,
+            batch_size=samples,
+            saturation=saturation,
+        )
+    plan = Plan.of(model, configurations, steps_per_epoch, stride, n_steps, samples, saturation)
+    return SGDUpdate(model, configurations, plan, theta)
 
 
 def _quantities(
@@ -159,9 +242,11 @@ def _refined_strides(
 @torch.inference_mode()
 def _simulate_group(
     model: LinearisedModel,
-    plan: Plan,
-    batches: Iterator[Batch],
+    update: SGDUpdate | AdamUpdate,
+    drawn: Iterator[Batch],
     max_steps: Integers,
+    stride: int,
+    max_grad_norm: float | None,
     target: Target | None,
     quantities: list[str],
     smoothing: Smoothing | None,
@@ -176,26 +261,27 @@ def _simulate_group(
     kernel grows by at most ``ceilings``; these and the returned mask have the shape ``(K,)``.
     """
     theta = model.features.new_zeros((len(records), model.rank))
-    velocity = torch.zeros_like(theta)
     filtered = None if smoothing is None else _Filter(smoothing)
     blown_up = np.zeros(len(records), dtype=bool)
     active = np.arange(len(records))
     initial = float(model.loss(model.initial_outputs[None]))
-    roots = theta.new_ones((len(records), 1))
+    roots: torch.Tensor | None = None
     lowest = np.full(len(records), initial)
     column = None if target is None else quantities.index(target.quantity)
-    now = plan.at(0)
     next_record, next_end = 0, int(max_steps.min())
     step = 0
     while True:
-        psi, offset, soft_targets, normalisers = next(batches)
-        outputs = (offset + theta @ psi.T).reshape(len(theta), len(normalisers), -1)
+        batch = next(drawn)
+        psi = batch.features
+        outputs = (batch.initial_outputs + theta @ psi.T).reshape(
+            len(theta), len(batch.normalisers), -1
+        )
         if filtered is not None:
-            filtered.update(model.batch_loss(outputs, soft_targets, normalisers))
+            filtered.update(batch.losses(model, outputs))
         if step >= next_record or step >= next_end:
             values = _observe(model, theta, quantities, filtered)
             for k, row in zip(active, values, strict=True):
-                records[k].append((float(step * plan.stride), *row))
+                records[k].append((float(step * stride), *row))
             bad = ~(values[:, 0] <= rules.blow_up * initial)
             blown_up[active[bad]] = True
             done = bad | (step >= max_steps[active])
@@ -205,13 +291,12 @@ def _simulate_group(
                 return blown_up
             if done.any():
                 keep = torch.as_tensor(~done, device=theta.device)
-                theta, velocity, outputs = (t[keep] for t in (theta, velocity, outputs))
-                plan = plan.restricted(keep)
+                theta, outputs = theta[keep], outputs[keep]
+                update.restrict(keep)
                 if filtered is not None:
                     filtered.restrict(keep)
                 active, values = active[~done], values[~done]
                 next_end = int(max_steps[active].min())
-                now = plan.at(step)
             if growth is not None:
                 # The growth follows the lowest loss so far: with the present loss it would
                 # amplify the oscillations of the loss.
@@ -219,28 +304,24 @@ def _simulate_group(
                 factors = growth.at(lowest[active, None] / initial)
                 factors = np.minimum(factors, ceilings[active, None])
                 roots = torch.as_tensor(np.sqrt(factors)).to(theta)
-            else:
-                roots = roots[: len(active)]
             next_record = max(step + 1, int(step * rules.spacing))
-        residuals = model.residuals(outputs, soft_targets, normalisers)
-        gradient = residuals.reshape(len(theta), -1) @ psi
-        if plan.decay is not None and model.pull is not None:
-            moved = theta if model.decay_factors is None else model.decay_factors * theta
-            gradient = gradient + plan.decay * (model.pull + moved)
-        if plan.changes:
-            now = plan.at(step)
-        # The Jacobian grows like the root of the kernel: a gradient enters the velocity with the
-        # root at the gradient's step, and the velocity moves the outputs with the present root.
-        gradient = roots * gradient
-        # PyTorch does not dampen the first gradient.
-        damped = gradient if now.gain is None or step == 0 else gradient * now.gain
-        velocity = torch.addcmul(damped, now.momentum, velocity)
-        direction = velocity
-        if plan.looks_ahead:
-            ahead = torch.addcmul(gradient, now.momentum, velocity)
-            direction = torch.where(plan.nesterov > 0, ahead, velocity)
-        theta = torch.addcmul(theta, roots * now.rate, direction, value=-1.0)
+        gradient = batch.residuals(model, outputs).reshape(len(theta), -1) @ psi
+        if model.weights is not None:
+            model.weights.without_rest(gradient)
+        if max_grad_norm is not None:
+            gradient = _clipped(model, gradient, roots, max_grad_norm)
+        theta = update.step(theta, gradient, roots)
         step += 1
+
+
+def _clipped(
+    model: LinearisedModel, gradient: torch.Tensor, roots: torch.Tensor | None, max_norm: float
+) -> torch.Tensor:
+    """Return gradients ``(K, r)``, shortened as :func:`torch.nn.utils.clip_grad_norm_` does it."""
+    norms = model.gradient_norms(gradient)
+    if roots is not None:
+        norms = roots * norms
+    return gradient * (max_norm / (norms + 1e-6)).clamp(max=1.0)
 
 
 def _observe(
@@ -286,36 +367,3 @@ class _Filter:
     def restrict(self, chosen: torch.Tensor) -> None:
         """Drop the curves that a mask ``(K,)`` does not choose."""
         self._recent = [losses[chosen] for losses in self._recent]
-
-
-def _batches(
-    model: LinearisedModel, batch_size: int, sampling: Sampling, seed: int, *, across_epochs: bool
-) -> Iterator[Batch]:
-    """Yield batches without end: ``Psi_b (B C, r)``, ``f_0 (B C,)``, targets and normalisers.
-
-    An epoch may end with a smaller batch, as in training; with ``across_epochs``, for coarse
-    steps, the last batch is filled up with samples of the next epoch instead.
-    """
-    n_samples, _, rank = model.features.shape
-    whole = [model.features, model.initial_outputs, model.soft_targets, model.normalisers]
-    generator = torch.Generator().manual_seed(seed)
-    rest = [a[:0] for a in whole]
-    while True:
-        epoch = whole
-        if batch_size < n_samples or sampling == "replacement":
-            if sampling == "shuffle":
-                order = torch.randperm(n_samples, generator=generator)
-            else:
-                order = torch.randint(n_samples, (n_samples,), generator=generator)
-            epoch = [a[order.to(a.device)] for a in whole]
-            if len(rest[0]):
-                epoch = [torch.cat(pair) for pair in zip(rest, epoch, strict=True)]
-        n_used = len(epoch[0])
-        if across_epochs:
-            n_used -= n_used % batch_size
-        for start in range(0, n_used, batch_size):
-            psi, offset, soft_targets, normalisers = (
-                a[start : min(start + batch_size, n_used)] for a in epoch
-            )
-            yield psi.reshape(-1, rank), offset.reshape(-1), soft_targets, normalisers
-        rest = [a[n_used:] for a in epoch]
