@@ -12,7 +12,6 @@ from optuna_ttp._util.arrays import Booleans
 from optuna_ttp._util.arrays import Floats
 from optuna_ttp._util.arrays import Integers
 from optuna_ttp.dynamics._growth import KernelGrowth
-from optuna_ttp.dynamics._linearised_model import LinearisedModel
 from optuna_ttp.dynamics._saturation import Saturation
 from optuna_ttp.dynamics._sgd_configurations import lag
 from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
@@ -41,7 +40,7 @@ RULES = SimulationRules()
 
 
 def strides(
-    model: LinearisedModel,
+    curvature: float,
     sgd: SGDConfigurations,
     max_steps: Integers,
     growth: KernelGrowth | None,
@@ -66,7 +65,7 @@ def strides(
             effective[alike] = rates.max(axis=1)
     if growth is not None:
         effective = effective * float(growth.factors.max())
-    change = np.maximum(effective * float(model.curvatures[0]), 1e-30)
+    change = np.maximum(effective * curvature, 1e-30)
     allowed = np.minimum(rules.coarse_step / change, max_steps / rules.min_coarse_steps)
     powers: Floats = np.floor(np.log2(np.clip(allowed, 1.0, 2.0**40)))
     return (2.0**powers).astype(np.int64)
@@ -109,7 +108,7 @@ class Plan:
     @classmethod
     def of(
         cls,
-        model: LinearisedModel,
+        like: torch.Tensor,
         sgd: SGDConfigurations,
         per_epoch: int,
         stride: int,
@@ -117,7 +116,10 @@ class Plan:
         batch_size: int,
         saturation: Saturation | None = None,
     ) -> Plan:
-        """Return a plan of ``n_steps`` simulated steps; an epoch has ``per_epoch`` real steps."""
+        """Return a plan of ``n_steps`` simulated steps; an epoch has ``per_epoch`` real steps.
+
+        Its tensors have the data type and the device of the tensor ``like``.
+        """
         n_values = 1 if sgd.schedule.is_constant else n_steps * stride
         rates, momenta = sgd.schedule.values(sgd.learning_rate, sgd.momentum, per_epoch, n_values)
         gain = np.where(momenta > 0, 1.0 - sgd.dampening[:, None], 1.0)
@@ -129,7 +131,7 @@ class Plan:
             gain, nesterov = np.ones_like(rates), np.zeros_like(nesterov)
 
         def tensor(values: Floats | Booleans) -> torch.Tensor:
-            return torch.as_tensor(np.ascontiguousarray(values)).to(model.features)
+            return torch.as_tensor(np.ascontiguousarray(values)).to(like)
 
         decay = tensor(sgd.weight_decay[:, None]) if sgd.weight_decay.any() else None
         return cls(tensor(rates), tensor(momenta), tensor(gain), tensor(nesterov), decay, stride)

@@ -44,14 +44,14 @@ class Saturation:
 
     def at(self, rate: Floats, batch_size: ArrayLike) -> Floats:
         """Return the ratios at learning rates and batch sizes that are broadcast together."""
-        rate, sizes = np.broadcast_arrays(rate, np.asarray(batch_size, dtype=np.float64))
+        rate, of_batch = np.broadcast_arrays(rate, np.asarray(batch_size, dtype=np.float64))
         with np.errstate(divide="ignore"):
             at, logs = np.log(rate), np.log(self._table)
         by_size = np.stack([np.interp(at, np.log(self.rates), row) for row in logs])
         if self.batch_sizes is None:
             return np.asarray(np.exp(by_size[0]))
         knots = np.log(self.batch_sizes)
-        place = np.interp(np.log(sizes), knots, np.arange(len(knots)))
+        place = np.interp(np.log(of_batch), knots, np.arange(len(knots)))
         low = np.floor(place).astype(np.int64)
         high = np.minimum(low + 1, len(knots) - 1)
         first, then = (np.take_along_axis(by_size, k[None], axis=0)[0] for k in (low, high))

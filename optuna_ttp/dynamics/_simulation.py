@@ -87,7 +87,8 @@ def simulate(
     if isinstance(configurations, SGDConfigurations):
         plain = model.weights is None and configurations.max_grad_norm is None
         if plain and not exact and smoothing is None:
-            stride = strides(model, configurations, max_steps, growth, steps_per_epoch, rules)
+            curvature = float(model.curvatures[0])
+            stride = strides(curvature, configurations, max_steps, growth, steps_per_epoch, rules)
         if growth is not None and limit is not None:
             replacement = sampling == "replacement"
             ceilings = limit.headroom(configurations, together, replacement=replacement)
@@ -191,7 +192,7 @@ def _update(
             batch_size=samples,
             saturation=saturation,
         )
-    plan = Plan.of(model, configurations, steps_per_epoch, stride, n_steps, samples, saturation)
+    plan = Plan.of(theta, configurations, steps_per_epoch, stride, n_steps, samples, saturation)
     return SGDUpdate(model, configurations, plan, theta)
 
 
