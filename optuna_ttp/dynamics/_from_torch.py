@@ -41,7 +41,8 @@ def optimizer_from_torch(
 
     Args:
         optimizer:
-            A :class:`torch.optim.SGD`, :class:`torch.optim.Adam` or :class:`torch.optim.AdamW`.
+            A :class:`torch.optim.SGD`, :class:`torch.optim.Adam` or :class:`torch.optim.AdamW`,
+            which may be wrapped by accelerate or Lightning.
         model:
             The model that it trains. It may be left out if there is one group, or if the
             optimiser was made of ``model.named_parameters()``.
@@ -67,6 +68,9 @@ def optimizer_from_torch(
         torch.optim.Adam: Adam,
         torch.optim.AdamW: AdamW,
     }
+    wrapped = getattr(optimizer, "optimizer", None)
+    if isinstance(wrapped, torch.optim.Optimizer):
+        optimizer = wrapped
     kind = kinds.get(type(optimizer))
     if kind is None:
         raise TypeError(

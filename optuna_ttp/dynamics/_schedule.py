@@ -35,18 +35,29 @@ class Schedule:
         every:
             ``"step"`` if the schedule advances with every step, ``"epoch"`` if it does so at the
             end of every pass over the data.
+        by_length:
+            Maps the length of training in steps to such a function, if the schedule depends on
+            the length, or is :obj:`None`.
+        n_epochs:
+            The length in passes over the data, from which the length in steps follows for each
+            configuration by its batch size, or :obj:`None`.
     """
 
     function: Callable[[int], float] | None = None
     factory: Callable[[Any], Any] | None = None
     every: Every = "step"
+    by_length: Callable[[int], Callable[[int], float]] | None = None
+    n_epochs: float | None = None
 
     def __post_init__(self) -> None:
         if self.every not in ("step", "epoch"):
             raise ValueError(f'every must be "step" or "epoch" but got {self.every!r}.')
-        if self.function is not None and self.factory is not None:
+        parts = self.function, self.factory, self.by_length
+        if sum(part is not None for part in parts) > 1:
             raise ValueError("A schedule has a function or a factory but got both.")
-        for part in (self.function, self.factory):
+        if (self.by_length is None) != (self.n_epochs is None):
+            raise ValueError("by_length and n_epochs belong together but got only one of them.")
+        for part in parts:
             if part is not None and not callable(part):
                 raise TypeError(f"A schedule must be callable but got {part!r}.")
 
@@ -174,6 +185,109 @@ class Schedule:
         return decay if warmup_steps == 0 else cls.warmup(warmup_steps, then=decay, every=every)
 
     @classmethod
+    def linear(
+        cls,
+        total_steps: int | None = None,
+        *,
+        n_epochs: float | None = None,
+        warmup_steps: int = 0,
+        warmup_ratio: float = 0.0,
+    ) -> Schedule:
+        """Raise the learning rate linearly during a warm-up, if any, and lower it to zero.
+
+        This is the default of ``transformers.Trainer``; see :meth:`trainer` for the arguments.
+
+        Example:
+            >>> schedule = Schedule.linear(n_epochs=3, warmup_ratio=0.1)
+
+        Args:
+            total_steps:
+                The length in steps, warm-up included.
+            n_epochs:
+                The length in passes over the data, instead of ``total_steps``.
+            warmup_steps:
+                The length of the warm-up. Zero by default.
+            warmup_ratio:
+                The length of the warm-up as a share of the whole, if ``warmup_steps`` is zero.
+
+        Returns:
+            The schedule.
+        """
+        return cls.trainer(
+            "linear",
+            total_steps,
+            n_epochs=n_epochs,
+            warmup_steps=warmup_steps,
+            warmup_ratio=warmup_ratio,
+        )
+
+    @classmethod
+    def trainer(
+        cls,
+        kind: Literal["linear", "cosine", "constant_with_warmup"],
+        total_steps: int | None = None,
+        *,
+        n_epochs: float | None = None,
+        warmup_steps: int = 0,
+        warmup_ratio: float = 0.0,
+    ) -> Schedule:
+        """Return a schedule of ``transformers.Trainer``, by its ``lr_scheduler_type``.
+
+        The warm-up rises from zero: step ``t``, from 0 on, has the share ``t / warmup_steps``. The
+        length follows from the epochs for every batch size, as the trainer computes it.
+
+        Args:
+            kind:
+                ``"linear"`` falls to zero at the end, ``"cosine"`` does so along half a cosine,
+                and ``"constant_with_warmup"`` stays.
+            total_steps:
+                The length in steps, warm-up included. The rate keeps its last value afterwards.
+            n_epochs:
+                The length in passes over the data, instead of ``total_steps``.
+            warmup_steps:
+                The length of the warm-up. Zero by default.
+            warmup_ratio:
+                The length of the warm-up as a share of the whole, if ``warmup_steps`` is zero.
+                Zero by default.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            ValueError:
+                If an argument is out of its range, or not exactly one length is given.
+        """
+        if kind not in _SHAPES:
+            raise ValueError(f"kind must be one of {', '.join(_SHAPES)} but got {kind!r}.")
+        if (total_steps is None) == (n_epochs is None):
+            raise ValueError(
+                "Exactly one of total_steps and n_epochs must be given but got "
+                f"{total_steps} and {n_epochs}."
+            )
+        if total_steps is not None:
+            _check_count("total_steps", total_steps)
+        elif not (n_epochs is not None and math.isfinite(n_epochs) and n_epochs > 0):
+            raise ValueError(f"n_epochs must be positive but got {n_epochs}.")
+        if not 0.0 <= warmup_ratio <= 1.0:
+            raise ValueError(f"warmup_ratio must be in [0, 1] but got {warmup_ratio}.")
+        if warmup_steps:
+            _check_count("warmup_steps", warmup_steps)
+
+        def by_length(length: int) -> Callable[[int], float]:
+            warm = warmup_steps or math.ceil(warmup_ratio * length)
+
+            def function(t: int) -> float:
+                if t < warm:
+                    return t / warm
+                return _SHAPES[kind](min(1.0, (t - warm) / max(1, length - warm)))
+
+            return function
+
+        if total_steps is not None:
+            return cls(by_length(total_steps))
+        return cls(by_length=by_length, n_epochs=n_epochs)
+
+    @classmethod
     def one_cycle(cls, total_steps: int, **settings: Any) -> Schedule:
         """Raise the learning rate up to the configuration's and lower it again, in one cycle.
 
@@ -224,7 +338,7 @@ class Schedule:
     @property
     def is_constant(self) -> bool:
         """True if the learning rate and the momentum stay constant."""
-        return self.function is None and self.factory is None
+        return self.function is None and self.factory is None and self.by_length is None
 
     def values(
         self,
@@ -255,7 +369,7 @@ class Schedule:
         """
         n_changes = n_steps if self.every == "step" else -(-n_steps // steps_per_epoch)
         if self.factory is None:
-            function = (lambda t: 1.0) if self.function is None else self.function
+            function = self._multiplier_of(steps_per_epoch)
             multiplier = np.array([_multiplier(function, t) for t in range(n_changes)])
             rates = learning_rate[:, None] * multiplier
             momenta = np.repeat(momentum[:, None], n_changes, axis=1)
@@ -273,6 +387,20 @@ class Schedule:
                 np.repeat(a, steps_per_epoch, axis=1)[:, :n_steps] for a in (rates, momenta)
             )
         return rates, momenta
+
+    def _multiplier_of(self, steps_per_epoch: int) -> Callable[[int], float]:
+        """Return the function from steps to multipliers, if an epoch has so many steps."""
+        if self.by_length is not None and self.n_epochs is not None:
+            return self.by_length(math.ceil(self.n_epochs * steps_per_epoch))
+        return (lambda t: 1.0) if self.function is None else self.function
+
+
+# The share of the learning rate by the share of the way from the warm-up's end to the end.
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda share: 1.0 - share,
+    "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
+    "constant_with_warmup": lambda share: 1.0,
+}
 
 
 def _multiplier(function: Callable[[int], float], t: int) -> float:

@@ -165,6 +165,39 @@ def test_warmup_goes_on_with_another_schedule() -> None:
     np.testing.assert_allclose(_values(schedule, 10, learning_rate=1.0)[0], expected)
 
 
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])
+@pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 4}, {"warmup_ratio": 0.15}], ids=str)
+@pytest.mark.parametrize("steps_per_epoch", [1, 7])
+def test_schedules_of_the_trainer_are_those_of_transformers(
+    kind: Any, warmup: dict[str, Any], steps_per_epoch: int
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    length = math.ceil(2.5 * steps_per_epoch)
+    warm = warmup.get("warmup_steps", math.ceil(warmup.get("warmup_ratio", 0.0) * length))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.3, 0.9)
+    scheduler = transformers.get_scheduler(kind, optimizer, warm, length)
+    expected = []
+    for _ in range(length):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    by_epochs = Schedule.trainer(kind, n_epochs=2.5, **warmup)
+    rates, _ = _values(by_epochs, length, steps_per_epoch)
+    np.testing.assert_allclose(rates, expected, atol=1e-15)
+    by_steps = Schedule.trainer(kind, length, **warmup)
+    np.testing.assert_allclose(_values(by_steps, length)[0], expected, atol=1e-15)
+    assert not by_epochs.is_constant
+    beyond = _values(by_steps, length + 9)[0]
+    last = 0.3 if kind == "constant_with_warmup" else 0.0
+    assert (beyond[max(length, warm) + 1 :] == last).all()
+
+
+def test_linear_is_the_default_of_the_trainer() -> None:
+    linear = Schedule.linear(n_epochs=2, warmup_steps=3)
+    same = Schedule.trainer("linear", n_epochs=2, warmup_steps=3)
+    np.testing.assert_array_equal(_values(linear, 14), _values(same, 14))
+
+
 def test_cosine_keeps_its_final_value() -> None:
     rates, _ = _values(Schedule.cosine(10, final=0.2, warmup_steps=3), 30, learning_rate=1.0)
     np.testing.assert_allclose(rates[10:], 0.2)
@@ -327,6 +360,15 @@ def test_learning_rate_that_falls_to_zero_may_never_get_there() -> None:
         (lambda: _UNTYPED.cosine(9, warmup_steps=9), ValueError, "from 0 to below total_steps"),
         (lambda: _UNTYPED.cosine(9, warmup_steps=-1), ValueError, "from 0 to below total_steps"),
         (lambda: _UNTYPED.one_cycle(0), ValueError, "total_steps must be a positive integer"),
+        (lambda: _UNTYPED.linear(), ValueError, "Exactly one of total_steps and n_epochs"),
+        (lambda: _UNTYPED.linear(9, n_epochs=2), ValueError, "Exactly one of total_steps and"),
+        (lambda: _UNTYPED.linear(0), ValueError, "total_steps must be a positive integer"),
+        (lambda: _UNTYPED.linear(n_epochs=0), ValueError, "n_epochs must be positive but got 0"),
+        (lambda: _UNTYPED.linear(n_epochs=math.inf), ValueError, "n_epochs must be positive"),
+        (lambda: _UNTYPED.linear(9, warmup_ratio=2), ValueError, r"must be in \[0, 1\] but got 2"),
+        (lambda: _UNTYPED.linear(9, warmup_steps=0.5), ValueError, "warmup_steps must be a pos"),
+        (lambda: _UNTYPED.trainer("sine", 9), ValueError, "kind must be one of linear, cosine"),
+        (lambda: _UNTYPED(n_epochs=3), ValueError, "by_length and n_epochs belong together"),
     ],
 )
 def test_bad_schedules_are_refused(
