@@ -3,10 +3,10 @@
 One field at a time gets the values of :mod:`benchmarks.search.ablation_values`, else half and
 twice its value, and what it can change is measured again:
 
-- Trust, of ``TrustRules`` and ``FirstStepRules``: after 3, 5 and 10 trials in random orders, each
-  predicted before it was learned from, the share of orders in which predictions are distrusted,
-  and in which a warning says that training does not begin as predicted. With the right spectra,
-  with shuffled rows of eigenvectors and with the spectra of other tasks.
+- Trust, of ``TrustRules``: after 3, 5 and 10 trials in random orders, each predicted before it
+  was learned from, the share of orders in which predictions are distrusted, and in which a
+  warning says that training does not begin as predicted. With the right spectra, with shuffled
+  rows of eigenvectors and with the spectra of other tasks.
 - Intervals, of ``UncertaintyRules`` and the rules of simulations: mean error, share of times in
   the 80 % interval before any trial, and the score of the intervals of logarithmic times (Gneiting
   and Raftery, 2007, equation 43; smaller is better), for 50 and 10 % of the initial loss. Also the
@@ -66,10 +66,12 @@ _COUNTS = (3, 5, 10)
 _LEARNED = (1, 3, 10)
 _FRACTIONS = (0.5, 0.1)
 # Fields that are read while trials are learned from, not when the result is asked.
-_READ_BEFORE = (
-    *("n_recent", "most_compared", "unreached_error", "trust.stable_sd", "first_steps.fraction"),
-    *("first_steps.level_sd", "first_steps.stable_sd", "least_weight"),
-)
+_READ_BEFORE = (*("n_recent", "most_compared", "unreached_error", "stable_sd"),)
+_HEADER = """\
+Shares are percentages. "Distrusted" are orders of trials after which predictions are ignored,
+"named" those with a warning that training does not begin as predicted, "either" both together.
+The first row of a measure has the default rules.
+"""
 Figures = dict[str, float]
 
 
@@ -245,7 +247,7 @@ def rows(recorded: Recorded, chosen: list[Field], n_repeats: int) -> Iterator[di
 def measure_of(field: Field) -> str | None:
     """Return the name of the measure that a field can change, or None."""
     kind = type(field.rules).__name__
-    if kind in ("TrustRules", "FirstStepRules"):
+    if kind == "TrustRules":
         return "trust"
     if kind in ("UncertaintyRules", "SimulationRules", "StabilityRules"):
         return "intervals"
@@ -268,13 +270,13 @@ def main() -> None:
     names, n_repeats, wanted = _NAMES, options.repeats, options.fields
     if options.smoke:
         names, n_repeats = _NAMES[:1], 2
-        wanted = ["backwards", "least_weight", "mismatch_sd", "most_error"]
+        wanted = ["clear_trust", "stable_sd", "mismatch_sd", "unknown_error"]
     chosen = [f for f in every_field() if not wanted or any(w in f.label for w in wanted)]
     recorded = Recorded.of(names, options.store, options.curves, n_repeats)
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "ablation.csv"
     lines = ["field,default,value,figure,measured"]
-    table = ["| field | default | value | measured |", "| --- | --- | --- | --- |"]
+    table = [_HEADER, "| field | default | value | measured |", "| --- | --- | --- | --- |"]
     for row in rows(recorded, chosen, max(1, n_repeats // 5)):
         print(row, flush=True)
         label = [f"{row.pop(name)}" for name in ("field", "default", "value")]

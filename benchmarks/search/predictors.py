@@ -14,13 +14,10 @@ from numpy.typing import NDArray
 
 from benchmarks.search.table import Table
 from optuna_ttp import TrainingTimePredictor
-from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import DEPTHS
 from optuna_ttp.calibration import Observation
-from optuna_ttp.dynamics import Target
 from optuna_ttp.prediction import Outcome
 from optuna_ttp.prediction import Prediction
-from optuna_ttp.spectrum import Throughput
 
 
 Steps = Callable[
@@ -34,85 +31,32 @@ _UNLIMITED = 1e6
 _LOG_SD = 0.2
 
 
+def _of_base(name: str) -> Any:
+    """Return a property, or method, that is the one of this name of ``self.base``."""
+    return property(lambda self: getattr(self.base, name))
+
+
 class _DerivedPredictor:
     """Answers what does not depend on predicted times as the predictor that it is derived from."""
 
     def __init__(self, base: TrainingTimePredictor) -> None:
         self.base = base
 
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the task."""
-        return self.base.fingerprint
-
-    @property
-    def setup_seconds(self) -> float:
-        """What the base cost before the first trial, in seconds."""
-        return self.base.setup_seconds
-
-    @property
-    def n_samples(self) -> int:
-        """The number of samples that are trained on."""
-        return self.base.n_samples
-
-    @property
-    def max_steps(self) -> int:
-        """The horizon of predictions, in steps."""
-        return self.base.max_steps
-
-    @property
-    def default_momentum(self) -> float | None:
-        """The momentum of trials that do not give one."""
-        return self.base.default_momentum
-
-    @property
-    def target(self) -> Target:
-        """What is to be reached."""
-        return self.base.target
-
-    @property
-    def target_depth(self) -> float:
-        """Logarithm of the initial training loss over that at the target."""
-        return self.base.target_depth
-
-    @property
-    def best_depth(self) -> float:
-        """The depth at which the validation loss is predicted to be lowest."""
-        return self.base.best_depth
-
-    @property
-    def initial_loss(self) -> float:
-        """The training loss at the pretrained weights."""
-        return self.base.initial_loss
-
-    @property
-    def initial_loss_sd(self) -> float:
-        """Standard deviation of the losses of single samples."""
-        return self.base.initial_loss_sd
-
-    @property
-    def throughput(self) -> Throughput | None:
-        """Seconds of a training step."""
-        return self.base.throughput
-
-    @property
-    def calibration(self) -> Calibration:
-        """What trials have taught the base."""
-        return self.base.calibration
-
-    @property
-    def observations(self) -> tuple[Observation, ...]:
-        """The trials that the base has learned from."""
-        return self.base.observations
-
-    @property
-    def has_surface(self) -> bool:
-        """Whether the base has a response surface."""
-        return self.base.has_surface
-
-    def seconds_per_step(self, batch_size: ArrayLike) -> NDArray[np.float64]:
-        """Return the seconds of a training step."""
-        return self.base.seconds_per_step(batch_size)
+    fingerprint = _of_base("fingerprint")
+    setup_seconds = _of_base("setup_seconds")
+    n_samples = _of_base("n_samples")
+    max_steps = _of_base("max_steps")
+    default_momentum = _of_base("default_momentum")
+    target = _of_base("target")
+    target_depth = _of_base("target_depth")
+    best_depth = _of_base("best_depth")
+    initial_loss = _of_base("initial_loss")
+    initial_loss_sd = _of_base("initial_loss_sd")
+    throughput = _of_base("throughput")
+    calibration = _of_base("calibration")
+    observations = _of_base("observations")
+    has_surface = _of_base("has_surface")
+    seconds_per_step = _of_base("seconds_per_step")
 
     def remaining_steps(
         self,

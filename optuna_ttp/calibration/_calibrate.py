@@ -11,7 +11,6 @@ from optuna_ttp._util.arrays import Booleans
 from optuna_ttp.calibration._calibration import Calibration
 from optuna_ttp.calibration._divergence import DivergenceLimit
 from optuna_ttp.calibration._held_out import held_out
-from optuna_ttp.calibration._held_out import stable_start
 from optuna_ttp.calibration._observation import failed
 from optuna_ttp.calibration._observation import Observation
 from optuna_ttp.calibration._paths import corrected
@@ -76,7 +75,6 @@ def calibrate(
         rules.errors.scale_weight + len(usable),
         len(every),
         *held_out(every[-rules.trust.most_compared :], rules),
-        stable_start(usable, rules),
         divergence,
         failure,
         rules,

@@ -57,9 +57,6 @@ class Calibration:
             The sum of these trials' weights, which are one far from the edge of stability.
         superiority:
             The sum of predictions' minus the rule's squared errors, over its standard deviation.
-        stable_start:
-            Logarithm of the simulated over the observed time of the first levels, from trials far
-            from the edge of stability; NaN if there are none.
         divergence:
             The learning rate above which training does not recover.
         failure:
@@ -81,7 +78,6 @@ class Calibration:
     compared_error: float = math.nan
     n_compared: float = 0.0
     superiority: float = 0.0
-    stable_start: float = math.nan
     divergence: DivergenceLimit = field(default_factory=DivergenceLimit.of)
     failure: DivergenceLimit = field(
         default_factory=lambda: DivergenceLimit.of(rules=RULES.failure)
@@ -167,24 +163,22 @@ class Calibration:
         """True if predictions may decide about trials of a search.
 
         They are distrusted after three trials if the typical error is above a factor e, trust is
-        below -1 (twice the rule's squared error), and Kendall's tau is below 0.2 or the rule's
-        superiority is significant (at least 1.05). After five trials they are distrusted if the
-        typical error is above a factor 1.65, trust is below zero (below 0.5 if tau is below 0.2
-        or the error above e), and one of three holds: the superiority is significant, tau is at
-        most -0.75, or the error is above e with tau below 0.2. Superiority and a tau of -0.75 do
-        not count if :attr:`n_compared` is below 0.5, as it is for trials near the edge alone.
+        below zero, and Kendall's tau is below 0.2 or the rule's superiority is significant (at
+        least 1.05). After five trials they are distrusted if the typical error is above a factor
+        1.65, trust is below zero (below 0.5 if tau is below 0.2 or the error above e), and the
+        superiority is significant, or the error is above e with tau below 0.2. The superiority
+        does not count if :attr:`n_compared` is below 0.5, as for trials near the edge alone.
         """
         rules = self.rules.trust
         gross = self.log_error > rules.gross_error
         unranked = self.rank_agreement < rules.min_agreement
-        stable = self.n_compared >= rules.least_compared
-        sure = stable and self.superiority >= rules.least_superiority
-        if gross and (unranked or sure) and self.trust < rules.gross_trust:
+        known = self.n_compared >= rules.least_compared
+        sure = known and self.superiority >= rules.least_superiority
+        if gross and (unranked or sure) and self.trust < 0.0:
             return False
         if self.n_observed < rules.min_distrust or not self.log_error > rules.harmless_error:
             return True
-        backwards = stable and self.rank_agreement <= rules.backwards
-        if not (sure or backwards or (gross and unranked)):
+        if not (sure or (gross and unranked)):
             return True
         return not self.trust < (rules.clear_trust if unranked or gross else 0.0)
 
@@ -208,21 +202,13 @@ class Calibration:
     def starts_as_predicted(self) -> bool:
         """False if :attr:`start_factor` is too far from one for the right spectrum.
 
-        This needs three trials, typical errors of predictions above 28 %, and a factor above 1.49
-        or below its inverse, by more than three standard deviations. Unless the factor is above
-        four or below a quarter, :attr:`stable_start` must also be above 0.25 in the same
-        direction, since trials near the edge of stability show little. :class:`FirstStepRules`
-        has the evidence.
+        This needs three trials, and a factor above 1.49 or below its inverse, see
+        :class:`TrustRules`.
         """
-        rules = self.rules.first_steps
-        away = abs(float(self.log_growth[0]))
-        known = away > rules.deviation_sds * float(self.log_growth_sd[0])
-        enough = self.n_observed >= self.rules.trust.min_observations
-        # Trials with large steps alone are no evidence.
-        stable = self.stable_start * math.copysign(1.0, float(self.log_growth[0]))
-        shown = stable > rules.stable_deviation or away > rules.gross_deviation
-        off = away > rules.deviation and known and shown
-        return not (enough and self.log_error > rules.least_error and off)
+        rules = self.rules.trust
+        if self.n_observed < rules.min_observations:
+            return True
+        return abs(float(self.log_growth[0])) <= rules.first_steps
 
     def correct(
         self, simulated: SimulatedFirstPassages

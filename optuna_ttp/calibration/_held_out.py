@@ -1,4 +1,4 @@
-"""The errors of predictions that were made before each trial, and of its first steps."""
+"""The errors of predictions that were made before each trial."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike
 
 from optuna_ttp._util.arrays import Floats
 from optuna_ttp.calibration._loss_levels import deepest
-from optuna_ttp.calibration._loss_levels import DEPTHS
 from optuna_ttp.calibration._observation import Observation
 from optuna_ttp.calibration._rules import CalibrationRules
 from optuna_ttp.calibration._trials import instability_sd
@@ -81,28 +80,6 @@ def held_out(observations: Sequence[Observation], rules: CalibrationRules) -> He
         float(weights[compared].sum()),
         float(ahead.sum() / max(float(np.linalg.norm(ahead)), 1e-12)),
     )
-
-
-def stable_start(observations: Sequence[Observation], rules: CalibrationRules) -> float:
-    """Return the mean of log(simulated / observed time) of the first levels of trials.
-
-    Trials near the edge of stability weigh little; NaN if all trials together weigh less than a
-    single trial far from it.
-    """
-    first = rules.first_steps
-    early = -math.log(first.fraction) + 1e-9 >= DEPTHS
-    total = weight = stable = 0.0
-    for one in observations:
-        seen = np.isfinite(one.observed) & np.isfinite(one.predicted) & early
-        if not seen.any():
-            continue
-        precision = 1.0 / (one.errors[seen] ** 2 + first.level_sd**2)
-        ahead = float((one.predicted - one.observed)[seen] @ precision / precision.sum())
-        unstable = float(instability_sd(one.instability, rules.errors)[seen].mean()) ** 2
-        share = 1.0 / (1.0 + (unstable + 1.0 / float(precision.sum())) / first.stable_sd**2)
-        total, weight = total + share * ahead, weight + share
-        stable += 1.0 / (1.0 + unstable / first.stable_sd**2)
-    return total / weight if stable >= first.least_weight else math.nan
 
 
 def _mean_square(errors: Floats, weights: Floats) -> Floats:

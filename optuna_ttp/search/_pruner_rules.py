@@ -20,7 +20,9 @@ class RunningTrialRules:
         earliest: Smallest share of the allowed steps after which a trial is stopped by its own
             curve. Zero changes one of eight searches, and no time to a good trial.
         n_not_finite: Steps in a row without a finite loss after which a trial is stopped: weights
-            that are NaN remain NaN, but one such loss may come from a batch that overflowed.
+            that are NaN remain NaN, but one such loss may come from a batch that overflowed. It
+            changes no replayed search of 12 trials; without it such trials would run to their end
+            (tests/search/test_running_trial.py).
         lost_progress: The rules of a loss that returned to its initial value and stays there.
     """
 
