@@ -55,3 +55,14 @@ def test_every_stop_of_a_walk_exists(file: str, name: str) -> None:
         }
         assert part in defined, f"{file} defines no {name}"
         body = defined[part].body
+
+
+def test_tests_and_results_that_the_package_names_exist() -> None:
+    named = re.compile(r"\b(?:tests|benchmarks)/[\w/.-]+\.(?:py|csv|md|json)\b")
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in sorted(ROOT.rglob("*.py"))
+        for name in named.findall(path.read_text(encoding="utf-8"))
+        if not (ROOT.parent / name).exists()
+    ]
+    assert missing == []

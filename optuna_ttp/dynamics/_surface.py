@@ -23,26 +23,36 @@ from optuna_ttp.dynamics._trajectories import Trajectories
 
 @dataclass(frozen=True)
 class SurfaceRules:
-    """The knots of a surface and their simulations. Numbers without a reason: not ablated."""
+    """The knots of a surface and their simulations.
+
+    Searches are those of ``benchmarks/search/results/ablation.md``. Momenta and batch sizes were
+    not measured one by one.
+    """
 
     momenta: tuple[float, ...] = (0.0, 0.6, 0.85, 0.95, 0.98, 0.995)
     """Momenta of the knots."""
     batch_sizes: tuple[int, ...] = (4, 8, 32)
     """Batch sizes of the knots, beside the full batch."""
     n_rates: int = 13
-    """Number of learning rates of the knots."""
+    """Number of learning rates of the knots. With half and twice of it searches are 1.4 and 1.3
+    times as long."""
     slow: float = 0.05
     """Change of the steepest direction per step below which the training time is inversely
-    proportional to the learning rate (the slow regime)."""
+    proportional to the learning rate (the slow regime). With half and twice of it searches are
+    1.1 times as long."""
     fast: float = 8.0
-    """Largest learning rate over the full-batch stability limit: above it, training diverges."""
+    """Largest learning rate over the full-batch stability limit: above it, training diverges.
+    With half and twice of it searches are 1.2 and 1.4 times as long."""
     patience: float = 5.0
-    """A knot's simulation stops after this factor times the slow regime's intrinsic time."""
+    """A knot's simulation stops after this factor times the slow regime's intrinsic time. Half
+    and twice of it change two and one of eight searches, none of them in length."""
     settling: float = 20.0
     """To that it adds this factor times ``1 / (1 - m)``, twice the time in which oscillations
-    decay."""
+    decay. Half and twice of it change two of eight searches, none of them in length."""
     furthest: float = 3.0
-    """Logarithm of the factor on the steps over which a loss is extrapolated past the target."""
+    """Logarithm of the factor on the steps over which a loss is extrapolated past the target.
+    Without extrapolation four of eight searches change, and one of them takes a sixth of the
+    trials; it stays, because a budget may end beyond the target."""
 
 
 RULES = SurfaceRules()

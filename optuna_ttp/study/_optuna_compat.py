@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
 
-# Points at which the Gaussian process' acquisition function is weighed. Not ablated yet.
+# Points at which the Gaussian process' acquisition function is weighed: a choice of cost.
 _N_POINTS = 512
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _T = TypeVar("_T")
