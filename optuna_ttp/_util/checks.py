@@ -35,6 +35,7 @@ def check_range(
     check_kind(name, value, kind)
     if not low <= value <= high:
         limits = "not be negative" if low == 0 else f"be at least {low:g}"
+        limits = "be a number" if math.isnan(value) else limits
         limits = limits if high == math.inf else f"be in [{low:g}, {high:g}]"
         raise ValueError(f"{name} must {limits} but got {value}.")
 

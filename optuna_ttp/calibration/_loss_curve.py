@@ -212,7 +212,10 @@ def _smoothed(
 
 
 def _pooled(variances: Floats, n_neighbours: int) -> Floats:
-    """Return means of variances over windows up to ``n_neighbours`` away; NaN stays NaN."""
+    """Return the mean variance of each window and its ``n_neighbours`` on both sides.
+
+    NaN, which is a variance that is not known, stays NaN and does not count in the means.
+    """
     known = np.isfinite(variances)
     if not known.any():
         return variances

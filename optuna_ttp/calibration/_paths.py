@@ -111,7 +111,10 @@ class Paths:
 
 
 def _hats(depths: Floats) -> Floats:
-    """Return the weights ``(..., M)`` of the knots in linear interpolation at depths ``(...)``."""
+    """Return the weights of the M knots, ``(..., M)``, by which values at depths are interpolated.
+
+    The depths have the shape ``(...)``; the interpolation is linear.
+    """
     place = np.interp(np.nan_to_num(depths), KNOTS, np.arange(len(KNOTS)))
     hats: Floats = np.maximum(0.0, 1.0 - np.abs(place[..., None] - np.arange(len(KNOTS))))
     return hats

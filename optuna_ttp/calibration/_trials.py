@@ -118,7 +118,10 @@ class Trials:
         importance: Floats,
         expected: tuple[float, float],
     ) -> tuple[float, float]:
-        """Return factors on two variances: that of stable trials, and that instability adds.
+        """Return two factors, by which the expected variances of the errors are multiplied.
+
+        The first variance is that of stable trials, the second is added by instability. The
+        factors are estimated from the errors of the trials.
 
         Errors ``away``, their standard ``errors`` and ``seen`` are ``(n, P)``, ``importance`` are
         the weights of the trials, ``(n,)``, and ``expected`` the factors before any trial.

@@ -182,10 +182,11 @@ def _coarse_optimiser(
 ) -> tuple[Floats, Floats]:
     """Return rates and momenta of heavy balls whose one step stands for ``s = stride`` steps.
 
-    They have the effective learning rate ``s eta_e`` and the lag ``(l - (s - 1) / 2) / s``, which
-    makes ``s`` times the rate of contraction (see :attr:`SGDConfigurations.lag`) to second order,
-    as long as this lag is not negative. Arrays have the shape ``(K, 1)``; with a schedule,
-    ``(K, T s)`` becomes ``(K, T)`` by means over ``s`` steps.
+    With the lag ``l`` of the real steps they have the effective learning rate ``s eta_e`` and the
+    lag ``(l - (s - 1) / 2) / s``. That makes ``s`` times the rate of contraction (see
+    :attr:`SGDConfigurations.lag`) to second order, as long as this lag is not negative. Arrays
+    have the shape ``(K, 1)``; with a schedule, ``(K, T s)`` becomes ``(K, T)`` by means over ``s``
+    steps.
     """
     effective = rates * gain / (1.0 - momenta)
     lags = lag(momenta, nesterov)

@@ -87,7 +87,7 @@ class StabilityLimit:
     def of(
         cls, model: LinearisedModel, n_samples: int | None = None, rules: StabilityRules = RULES
     ) -> StabilityLimit:
-        """Return the limits by the Hessian of a model at its initial outputs.
+        """Return the limits that follow from the Hessian of a model at its initial outputs.
 
         ``n_samples`` is N if the model has only a subset of the samples.
         """

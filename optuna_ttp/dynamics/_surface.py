@@ -313,7 +313,7 @@ class ResponseSurface:
 
 
 def _depths(curves: Trajectories, target: Target, levels: Floats, initial: float) -> Floats:
-    """Return the depths among ``levels`` above the target, and the target's depth, ascending."""
+    """Return the depths ``levels`` that come before the target, then the target's depth."""
     if target.quantity == "loss":
         deepest = float(np.log(initial / target.value))
     else:

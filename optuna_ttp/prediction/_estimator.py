@@ -225,7 +225,7 @@ class Estimator:
         full_curve: bool = False,
         n_seeds: int | None = None,
     ) -> list[Trajectories]:
-        """Return simulations, one per seed, with the kernel's :attr:`growth`."""
+        """Return simulations, one for each seed, in which the kernel grows by :attr:`growth`."""
         return self.simulator.run(
             configurations,
             growth=self.growth,

@@ -132,7 +132,9 @@ class FirstPassageTimes:
         return np.where(DEPTHS[None, :] <= self.depths[:, -1:] + 1e-6, values[:, :-1], np.nan)
 
     def warped_curve_steps(self, log_steps: Floats) -> Floats:
-        """Return steps ``(K, T)`` at which the curves pass their levels at corrected times.
+        """Return the steps ``(K, T)`` of curves whose time is stretched as the corrections say.
+
+        The curves then pass their loss levels at the corrected times.
 
         ``log_steps`` are logarithms of the corrected times, ``(K, P)``. Steps between levels are
         interpolated linearly; after the last level they are stretched by the factor at that level.

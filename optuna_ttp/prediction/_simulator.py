@@ -120,7 +120,7 @@ class Simulator:
 
     @property
     def spectrum_stability_limit(self) -> StabilityLimit:
-        """:attr:`stability_limit` for mini-batches drawn from the spectrum's samples only."""
+        """The stability limit if mini-batches were drawn from the samples of the spectrum only."""
         return replace(self.stability_limit, n_samples=self.spectrum.n_samples)
 
     @cached_property

@@ -60,10 +60,10 @@ def report(study: optuna.Study) -> Report:
 
 
 def _learned(study: optuna.Study, trials: list[FrozenTrial]) -> tuple[Calibration, dict[int, str]]:
-    """Return a calibration of the newest predicted trial's task, and unusable loss curves.
+    """Return the calibration that the trials of a study give, and why other curves are not used.
 
-    The calibration uses all trials of that task. The second value has the reasons why loss curves
-    cannot be used, in words, by trial number.
+    The calibration uses all trials of the task that was predicted last. The second value has the
+    reasons in words, by the number of the trial.
     """
     observations: dict[str, dict[int, Observation]] = {}
     starts: dict[int, CurveStart] = {}

@@ -18,7 +18,8 @@ class RitzRules:
             two pairs reduce the error of its predicted times from 19 % to nothing; networks
             whose trace is dominated by few directions need more.
         remainder:
-            Length of a new Krylov vector up to which it is rounding error. Not ablated yet.
+            Length of a new Krylov vector up to which it is rounding error: a property
+            of the data type, not a choice.
     """
 
     n_pairs: int = 4

@@ -234,7 +234,7 @@ class Spectrum:
         return blob.write(header, arrays, digest)
 
     def to_bytes(self) -> bytes:
-        """Return the spectrum in the form of :mod:`optuna_ttp.spectrum.blob`; without pickle."""
+        """Return the spectrum as bytes in the format of :mod:`optuna_ttp.spectrum.blob`."""
         return b"".join(self.to_pieces())
 
     @classmethod

@@ -21,9 +21,9 @@ class TimingRules:
         long_step:
             A step is long if it takes this multiple of the seconds given to a batch size; larger
             batch sizes are not timed then, because from there on the time grows in proportion to
-            the samples. Not ablated yet.
+            the samples. A choice of cost, without a measurement.
         most_repetitions:
-            The maximum number of timed steps of a batch size. Not ablated yet.
+            The maximum number of timed steps of a batch size: a choice of cost.
     """
 
     long_step: float = 10.0

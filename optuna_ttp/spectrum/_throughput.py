@@ -15,12 +15,13 @@ class ThroughputRules:
 
     Attributes:
         prior_sd:
-            Prior standard deviations of ``a`` and ``b`` in :func:`learned_throughput`. Not ablated
-            yet.
+            Prior standard deviations of ``a`` and ``b`` in :func:`learned_throughput`. Chosen
+            without a measurement.
         trial_sd:
-            Standard deviation of the logarithm of a trial's seconds per step. Not ablated yet.
+            Standard deviation of the logarithm of a trial's seconds per step. Chosen without
+            a measurement.
         n_reweightings:
-            Number of iterations of reweighted least squares. Not ablated yet.
+            Number of iterations of reweighted least squares: a choice of cost.
     """
 
     prior_sd: tuple[float, float] = (2.0, 0.3)

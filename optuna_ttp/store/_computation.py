@@ -167,7 +167,7 @@ class _Computation:
         return spectrum
 
     def _completed(self, stored: Spectrum) -> Spectrum:
-        """Return a stored spectrum with its probe and seconds per step, added if wanted."""
+        """Return a stored spectrum, adding its probe and seconds per step if they are wanted."""
         from optuna_ttp.ntk import resolve_device
         from optuna_ttp.spectrum import measure_throughput
 

@@ -128,7 +128,10 @@ def update(
 
 
 def _name(fingerprint: str, kind: str, settings: dict[str, Any]) -> str:
-    """Return a row's key, 64 hexadecimal digits; raise ValueError if ``kind`` has a bad length."""
+    """Return the key of a row, 64 hexadecimal digits made of all that names a learned value.
+
+    ValueError is raised if ``kind`` is empty or too long.
+    """
     if not 0 < len(kind) <= 64:
         raise ValueError(f"kind must have 1 to 64 characters but got {len(kind)}.")
     text = json.dumps([fingerprint, kind, settings], sort_keys=True, allow_nan=False)

@@ -39,7 +39,7 @@ class DamagedRow(Exception):
 
 
 def is_leased(key: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
-    """Return the SQL condition that the key in a column has a lease that has not expired."""
+    """Return an SQL condition: a worker has a lease of the key in a column that still counts."""
     alive = sa.select(leases.c.key).where(
         leases.c.key == key, leases.c.expires_at > DatabaseTime()
     )

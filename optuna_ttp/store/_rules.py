@@ -12,14 +12,14 @@ class StoreRules:
     Attributes:
         busy_seconds:
             Seconds that SQLite waits for another process's transaction, which may write a large
-            spectrum. Not ablated yet.
+            spectrum. A choice: waiting steers no result.
         patience_seconds:
             Seconds during which a lost connection is opened again: a server takes about this long
             to restart.
         opening_patience_seconds:
             The same while a store is opened, when the server may also not exist at all.
         lock_seconds:
-            Seconds that MySQL waits for another process's migration. Not ablated yet.
+            Seconds that MySQL waits for another process's migration. A choice, as above.
         beats_per_lease:
             Number of times that a worker prolongs its lease before it would expire: three of four
             attempts may fail.
@@ -37,7 +37,8 @@ class StoreRules:
             Age from which files of the object folder that no row names are deleted: a file is
             written before the row that names it is committed.
         learned_characters:
-            The maximum number of JSON characters of a learned value. Not ablated yet.
+            The maximum number of JSON characters of a learned value: a guard against
+            values of other programs.
         learned_tries:
             Attempts to change a learned value while other workers do the same.
     """

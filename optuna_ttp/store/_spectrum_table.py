@@ -87,9 +87,10 @@ class SpectrumTable:
     def put(
         self, spectrum: Spectrum, settings: dict[str, Any], *, overwrite: bool = False
     ) -> bool:
-        """Store a spectrum and return True; return False if its key has one, and keep that.
+        """Store a spectrum and return True.
 
-        With ``overwrite`` the new one replaces it.
+        If a spectrum with the same key is stored, it stays and False is returned; with
+        ``overwrite`` the new one replaces it.
         """
         key = key_of(spectrum.metadata.fingerprint, settings)
         here = spectra.c.key == key

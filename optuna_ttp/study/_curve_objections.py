@@ -128,7 +128,10 @@ class InitialLoss:
         )
 
     def _is_counted_from_elsewhere(self, record: CurveRecord, noise: float) -> bool:
-        """Return True if a curve begins late, but with the initial loss and an early fall."""
+        """Return True if the steps of a curve probably do not begin with the trial's first step.
+
+        It begins late then, but with the initial loss, and falls as a curve does at first.
+        """
         steps, losses = record.curve.steps, record.curve.losses
         soon = losses[steps <= 2 * steps[0]]
         is_still = noise < RULES.still and abs(losses[0] / self.mean - 1.0) < RULES.still

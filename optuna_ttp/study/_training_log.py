@@ -277,8 +277,8 @@ def _logs_of(study: optuna.Study, trial: FrozenTrial) -> list[TrainingLog]:
 def as_logged(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial:
     """Return a running trial with the curve of its log in this process.
 
-    It is the trial itself, or a copy with a newer curve: a log that has become half as long again
-    is written to the storage first.
+    It is the trial itself, or a copy with a newer curve. If the log has grown by half since it
+    was written to the storage, it is written again first.
     """
     for log in _logs_of(study, trial):
         if log.is_much_behind:

@@ -59,7 +59,7 @@ def _enter() -> None:
 
 
 def _leave() -> None:
-    """Restore ``checkpoint``'s two functions once no thread is in :func:`plain_checkpoints`."""
+    """Put back two functions of PyTorch when the last thread leaves :func:`plain_checkpoints`."""
     owner: Any = checkpointing
     with _lock:
         _inside.pop()

@@ -159,7 +159,7 @@ def test_asking_asks_the_wrapped_pruner_too() -> None:
         ({"min_chance": 1.5}, r"min_chance must be in \[0, 1\] but got 1.5"),
         ({"audit": -0.1}, r"audit must be in \[0, 1\] but got -0.1"),
         ({"min_probability": math.nan}, r"min_probability must be in \[0, 1\] but got nan"),
-        ({"half_way": math.nan}, "half_way must not be negative but got nan"),
+        ({"half_way": math.nan}, "half_way must be a number but got nan"),
         ({"n_skipped_to_warn": 0}, "n_skipped_to_warn must be at least 1 but got 0"),
         ({"max_cost_ratio": 0.5}, "max_cost_ratio must be finite and at least 1 but got 0.5"),
     ],
