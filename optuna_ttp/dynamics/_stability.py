@@ -238,8 +238,9 @@ def _spectral_radius(
 ) -> tuple[float, torch.Tensor]:
     """Return the spectral radius of ``P -> response * N(P)`` and the leading ``P``, ``(k, k)``.
 
-    The map takes covariances to covariances, so that power iteration from the covariance
-    ``start`` ends at one. Without noise the radius is zero, and ``start`` is returned.
+    The map takes covariances to covariances, so that power iteration that begins at the
+    covariance ``start`` ends at a covariance. Without noise the radius is zero, and ``start`` is
+    returned.
     """
     radius = 0.0
     covariance = start / start.trace()

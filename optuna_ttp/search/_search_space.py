@@ -28,7 +28,7 @@ Space = Mapping[str, BaseDistribution]
 
 
 def check_space(search_space: Any) -> None:
-    """Raise TypeError unless an argument maps names to distributions, or is None."""
+    """Raise TypeError unless a search space is None or maps names to distributions."""
     if search_space is not None and not isinstance(search_space, Mapping):
         raise TypeError(f"search_space must map names to distributions but got {search_space!r}.")
     for name, distribution in (search_space or {}).items():

@@ -24,7 +24,7 @@ def check_truncation(rank: int | None, explained_trace: float | None) -> None:
 
 
 def n_explaining(eigenvalues: NDArray[np.float64], amount: float) -> int:
-    """Return the least number of leading eigenvalues (descending) that sum to ``amount``, or r."""
+    """Return how many of r leading eigenvalues sum to ``amount`` or more; r if all sum to less."""
     cumulated = np.cumsum(eigenvalues)
     return min(int(np.searchsorted(cumulated, amount * (1 - 1e-12))) + 1, len(eigenvalues))
 

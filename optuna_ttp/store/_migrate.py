@@ -60,7 +60,7 @@ def _current(connection: sa.Connection) -> str | None:
 
 
 def _unknown_version(current: str) -> StoreVersionError:
-    """Return the error for a database of the revision ``current``, which this package lacks."""
+    """Return the error for a database whose revision, ``current``, this package does not know."""
     return StoreVersionError(
         f"The store must have a schema up to {HEAD} but got {current}: another version of "
         "optuna_ttp made it. Update optuna_ttp on this machine, or give the URL of another "

@@ -191,7 +191,7 @@ def _observations(
 ) -> list[Observation]:
     """Return usable observations, ordered by the number of the trial; warn of unusable curves.
 
-    Curves in :func:`joint_objections` are left out, too. Finished trials are read only once.
+    Curves that :func:`joint_objections` names are left out, too. Finished trials are read once.
     """
     memory = state_of(study).part(LearnerMemory)
     known = memory.observations.setdefault(predictor.fingerprint, {})

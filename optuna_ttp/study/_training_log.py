@@ -213,7 +213,7 @@ class TrainingLog:
         return self._written
 
     def _record(self) -> CurveRecord | UnusableCurve:
-        """Return the curve to be stored, joined with an earlier log's, or why it is unusable."""
+        """Return the curve to store, joined with that of an earlier log, or why it is unusable."""
         if self._unusable is not None:
             return self._unusable
         record = CurveRecord.of(self._losses, self._steps, self._seconds_per_step())
@@ -311,7 +311,7 @@ def unclosed(study: optuna.Study, trial: FrozenTrial) -> UnusableCurve | None:
 
 
 def _number(loss: Any) -> float:
-    """Return a loss as a float, without a tensor's warning about gradients; else TypeError."""
+    """Return a number or a tensor of one number as a float; raise TypeError for other losses."""
     item = getattr(loss, "item", None)
     try:
         if isinstance(loss, bool | str | bytes):

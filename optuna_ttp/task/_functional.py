@@ -18,9 +18,10 @@ def functional_call(
 ) -> Any:
     """Run a module with other tensors in the place of some of its parameters and buffers.
 
-    ``state`` maps one of the names of each to the other tensor, which is used under all names.
-    The module is as before afterwards, unlike with :func:`torch.func.functional_call`: that takes
-    a module registered under two names for two, and leaves the second with the other tensors.
+    ``state`` has the other tensors by the name of what they replace. A parameter that has several
+    names is replaced under all of them, whichever is given. The module is as before afterwards,
+    unlike with :func:`torch.func.functional_call`: that takes a module registered under two names
+    for two, and leaves the second with the other tensors.
     """
     slots: dict[int, list[str]] = {}
     for name, tensor in _slots(module):
