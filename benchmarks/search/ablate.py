@@ -63,7 +63,7 @@ that something changes: one search in eight makes most of it. Fields that change
 measured again on the recorded runs, see `benchmarks/accuracy/results/ablation.md`. They are
 deleted, or say in their docstring what they are for: most are limits of cost, guards of longer
 studies and of users' mistakes, and the accuracy of simulations. Deleted are `nearly_reached`,
-`nearly_done`, four that nothing read, `gross_trust`, `backwards`, `most_error` and all of
+`nearly_done`, four that nothing read, `gross_trust`, `backwards` and all of
 `first_steps` but its `deviation`, which is `trust.first_steps` now; their rows show what they were
 measured with.
 

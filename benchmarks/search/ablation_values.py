@@ -103,6 +103,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "LossCurveRules.sure_errors": (_INF,),
     "LossCurveRules.probable_errors": (_INF,),
     "LossCurveRules.excess_noise": (0.0,),
+    "LossCurveRules.most_error": (_INF,),
     "LossCurveRules.n_neighbours": (0,),
     "UncertaintyRules.depth_sd": (0.0,),
     "UncertaintyRules.mismatch_sd": (0.0,),

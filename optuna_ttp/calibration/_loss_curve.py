@@ -39,6 +39,10 @@ class LossCurveRules:
     the noise is as large as the fall. Measured: with noise of half the loss, first passage times
     of shallow levels otherwise have larger errors than estimated; on the recorded runs predictions
     do not depend on it."""
+    most_error: float = 1.5
+    """Largest standard error of a logarithmic time; such a time has hardly any weight. Without it
+    no recorded search or error changes. It stays because a flat curve would give errors of up to
+    a billion, which covariances are inverted with, and stored curves are checked against it."""
     unknown_error: float = 0.5
     """Standard error of the loss's logarithm if too few losses are known to estimate it. Half and
     twice of it change no recorded search, and no error or interval of benchmarks/accuracy."""
@@ -137,7 +141,7 @@ class LossCurve:
         lost = np.minimum(np.interp(crossing, self.steps, self._lost()), 0.99 * crossing)
         delay = -np.log1p(-lost / crossing)
         noise = np.hypot(noise, 0.3 / crossing)
-        errors[inside] = np.hypot(noise, delay)
+        errors[inside] = np.minimum(np.hypot(noise, delay), rules.most_error)
         return times, errors
 
     @property
@@ -208,7 +212,8 @@ def _smoothed(
         smoothed[row] = mean / float(np.exp(rate * x).mean())
         leverages[row] = 1.0 / len(part) + float(x.mean() ** 2) / spread
     errors = np.sqrt(_pooled(variances, rules.n_neighbours) * leverages)
-    return smoothed, np.nan_to_num(errors, nan=rules.unknown_error)
+    errors = np.nan_to_num(errors, nan=rules.unknown_error)
+    return smoothed, np.minimum(errors, rules.most_error)
 
 
 def _pooled(variances: Floats, n_neighbours: int) -> Floats:

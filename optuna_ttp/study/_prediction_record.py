@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # Upper bound of a stored logarithm's magnitude; those of steps and kernel growth are far smaller.
 _LARGEST_LOGARITHM = 300.0
 
+# Upper bound of a stored instability: what is computed of larger ones may be infinite.
+_LARGEST_INSTABILITY = 1e100
+
 
 @dataclass(frozen=True)
 class FirstPassageRecord:
@@ -79,8 +82,8 @@ class FirstPassageRecord:
         logarithms = (*record.predicted, *record.expected, *record.growth)
         if any(abs(value) > _LARGEST_LOGARITHM for value in logarithms):
             raise ValueError("A logarithm is too large.")
-        if any(value < 0.0 for value in record.instability):
-            raise ValueError("The instability must not be negative.")
+        if not all(0.0 <= value <= _LARGEST_INSTABILITY for value in record.instability):
+            raise ValueError("The instability must be finite and not negative.")
         return record
 
 

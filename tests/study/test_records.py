@@ -231,6 +231,8 @@ def test_no_damaged_attribute_stops_a_search(new: Any) -> None:
         (("prediction", "ladder", "growth"), None),
         (("prediction", "ladder", "expected"), KeyError),
         (("prediction", "ladder", "predicted"), [1.0]),
+        (("prediction", "ladder", "instability", 0), None),
+        (("prediction", "ladder", "instability", 0), 1e308),
         (("prediction", "momentum"), [[1]]),
         (("prediction", "momentum"), 1.0),
         (("prediction", "learning_rate"), -0.1),
@@ -240,7 +242,7 @@ def test_no_damaged_attribute_stops_a_search(new: Any) -> None:
     ],
 )
 def test_a_malformed_prediction_is_none_and_the_decision_stays(
-    path: tuple[str, ...], new: Any
+    path: tuple[str | int, ...], new: Any
 ) -> None:
     record = TrialRecord.from_json(_changed(_TRIALS[0].user_attrs["ttp:record"], path, new))
     assert record is not None
