@@ -46,8 +46,8 @@ _PACKAGES = ("numpy", "scipy", "sqlalchemy", "sklearn")
 _PER_CLASS = 40
 _N_TOKENS = 16
 _N_RUNS = 14
-_MAX_STEPS = 80
-_SPACING = 1.3
+_MAX_STEPS = 58
+_SPACING = 1.5
 
 
 class TextClassifier(torch.nn.Module):
