@@ -197,7 +197,9 @@ def _noise_shares(model: LinearisedModel, rules: StabilityRules) -> Floats:
 
 
 def _noise_radii(rooted: torch.Tensor, h: torch.Tensor, rules: StabilityRules) -> Floats:
-    """Return spectral radii of ``eta^2 G * N``, over ``(1 + m) / (1 - m)``, (momenta, knots).
+    """Return the spectral radii of the map ``eta^2 G * N``, divided by ``(1 + m) / (1 - m)``.
+
+    They are returned for each momentum and knot of the rules, in the shape (momenta, knots).
 
     ``rooted`` are the ``Z_i`` of per-sample Hessians ``Z_i^T Z_i``, of shape ``(N, C, k)``, in
     the eigenbasis of their mean, which has the descending eigenvalues ``h``, ``(k,)``.

@@ -347,7 +347,7 @@ class Estimator:
         return float(t.ppf(0.9, self.calibration.degrees_of_freedom))
 
     def _is_reliable(self, sd: Floats) -> Booleans:
-        """Return which predictions are reliable by the SD of their logarithmic times, ``(K,)``."""
+        """Return a mask of reliable predictions; ``sd`` is that of log times, both ``(K,)``."""
         if not self.calibration.n_observed:
             return np.full(len(sd), self.reliable)
         return (sd < RULES.unreliable_sd) & self.calibration.trusted

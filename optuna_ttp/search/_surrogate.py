@@ -60,9 +60,10 @@ class Surrogate:
         return cls(x, solved, np.asarray(inverse, dtype=np.float64), mean, sd, skill)
 
     def optimistic(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return minus the mean plus one standard deviation at raw features ``(K, F)``, ``(K,)``.
+        """Return an optimistic score of K configurations, ``(K,)``, of which larger is better.
 
-        Both are of the normal score of the value; larger is better.
+        It is minus the predicted mean plus one standard deviation, both of the normal score of
+        the value. ``features`` are the raw ones, ``(K, F)``.
         """
         k = _kernel((features - self.mean) / self.sd, self.x)
         variance = 1.0 - ((k @ self.inverse) * k).sum(axis=1)

@@ -174,7 +174,7 @@ class CurveStart:
     def of(
         cls, record: CurveRecord, prediction: PredictionRecord, initial: InitialLoss
     ) -> CurveStart:
-        """Return the beginning of a trial's curve; the prediction has the trial's batch size."""
+        """Return how a trial's curve begins, and its batch size, which the prediction has."""
         steps = record.curve.steps
         return cls(
             prediction.batch_size,
