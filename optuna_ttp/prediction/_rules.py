@@ -10,7 +10,8 @@ class PredictionRules:
     """The tuned numbers by which predictions simulate, correct and judge configurations.
 
     All but ``surface_trace`` change no search of ``benchmarks/search/results/ablation.md``. What
-    else they decide was measured on recorded runs of benchmarks/accuracy.
+    else they decide was measured on recorded runs of benchmarks/accuracy
+    (``python -m benchmarks.accuracy.prediction_rules``).
     """
 
     hopeless_stability: float = 8.0
