@@ -17,6 +17,7 @@ from optuna_ttp.ntk._probe import probe_linearisation
 from optuna_ttp.ntk._processes import by_first
 from optuna_ttp.ntk._processes import check_same_task
 from optuna_ttp.ntk._processes import in_all
+from optuna_ttp.ntk._saturation import measure_saturation
 from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
 from optuna_ttp.ntk.engines._choice import resolve_engine
 from optuna_ttp.ntk.engines._choice import widest_sketch
@@ -38,6 +39,7 @@ __all__ = [
     "eigenpairs",
     "exact_kernel",
     "in_all",
+    "measure_saturation",
     "plan_spectrum",
     "probe_linearisation",
     "resolve_device",

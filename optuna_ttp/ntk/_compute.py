@@ -27,6 +27,7 @@ from optuna_ttp.ntk._processes import by_first
 from optuna_ttp.ntk._processes import check_same_task
 from optuna_ttp.ntk._processes import has_group
 from optuna_ttp.ntk._processes import in_all
+from optuna_ttp.ntk._saturation import measure_saturation
 from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._checkpoint import check_checkpoint
 from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
@@ -104,8 +105,9 @@ def compute_spectrum(
             default). If False, ``throughput`` of the spectrum is :obj:`None`.
         probe:
             True to compare the network with its linearisation, by 10 to 15 backward passes over
-            the data (the default). If False, ``probe`` of the spectrum is :obj:`None`, and
-            predictions cannot say that they are unreliable.
+            the data, and by forward passes over a few samples after large steps (the default). If
+            False, ``probe`` and ``saturation`` of the spectrum are :obj:`None`, and predictions
+            cannot say that they are unreliable.
         show_progress_bar:
             Show a progress bar if the standard error stream is a terminal. True by default.
         seed:
@@ -213,8 +215,14 @@ def compute_spectrum(
     spectrum = probe_linearisation(
         task, spectrum, device=settings.device, dtype=settings.dtype, distributed=distributed
     )
+    steps = partial(
+        measure_saturation, task, spectrum, device=settings.device, dtype=settings.dtype
+    )
+    # All processes must get the same numbers.
+    saturation = by_first(steps) if distributed else steps()
     seconds = time.perf_counter() - started
-    return replace(spectrum, metadata=replace(spectrum.metadata, compute_seconds=seconds))
+    metadata = replace(spectrum.metadata, compute_seconds=seconds)
+    return replace(spectrum, saturation=saturation, metadata=metadata)
 
 
 def _check_engine_checkpoint(engine: str, checkpoint: KernelCheckpoint | None) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from optuna_ttp.spectrum._metadata import SpectrumMetadata
     from optuna_ttp.spectrum._probe import Probe
     from optuna_ttp.spectrum._sampled_jacobian import SampledJacobian
+    from optuna_ttp.spectrum._saturation import Saturation
     from optuna_ttp.spectrum._spectrum import Spectrum
     from optuna_ttp.spectrum._step_timing import measure_throughput
     from optuna_ttp.spectrum._throughput import learned_throughput
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Probe",
     "SampledJacobian",
+    "Saturation",
     "Spectrum",
     "SpectrumMetadata",
     "Throughput",
@@ -39,6 +41,7 @@ __getattr__, __dir__ = lazy_names(
         "_metadata": ("SpectrumMetadata",),
         "_probe": ("Probe",),
         "_sampled_jacobian": ("SampledJacobian",),
+        "_saturation": ("Saturation",),
         "_spectrum": ("Spectrum",),
         "_step_timing": ("measure_throughput",),
         "_throughput": (

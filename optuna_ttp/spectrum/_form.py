@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from optuna_ttp.spectrum._metadata import SpectrumMetadata
 from optuna_ttp.spectrum._probe import Probe
 from optuna_ttp.spectrum._sampled_jacobian import SampledJacobian
+from optuna_ttp.spectrum._saturation import Saturation
 from optuna_ttp.spectrum._throughput import Throughput
 from optuna_ttp.spectrum._validation import Validation
 from optuna_ttp.task import Loss
@@ -46,6 +47,11 @@ def header_and_arrays(
         for key, value in vars(spectrum["jacobian"]).items():
             if isinstance(value, np.ndarray):
                 arrays[f"jacobian.{key}"] = value
+    if spectrum["saturation"] is not None:
+        header["saturation_reason"] = spectrum["saturation"].reason
+        for key, value in vars(spectrum["saturation"]).items():
+            if key != "reason":
+                arrays[f"saturation.{key}"] = value
     if throughput is not None:
         arrays["throughput_batch_sizes"] = throughput.batch_sizes
         arrays["throughput_seconds"] = throughput.seconds
@@ -55,7 +61,7 @@ def header_and_arrays(
 def spectrum_fields(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
     """Return a spectrum's fields by name from a file's header and arrays.
 
-    Arrays of throughput, validation and probe are removed from ``arrays``. Missing, unknown or
+    Arrays of throughput and of the optional parts are removed from ``arrays``. Missing, unknown or
     unfit parts raise AttributeError, KeyError, TypeError or ValueError.
     """
     loss = dict(header["loss"])
@@ -68,8 +74,8 @@ def spectrum_fields(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> 
             arrays.pop("throughput_seconds"),
             _of_kind("str", "throughput_device", header["throughput_device"]),
         )
-    validation, probe, jacobian = (
-        _part(name, arrays) for name in ("validation", "probe", "jacobian")
+    validation, probe, jacobian, saturation = (
+        _part(name, arrays) for name in ("validation", "probe", "jacobian", "saturation")
     )
     for name in ("eigenvalues", "eigenvectors", "initial_outputs"):
         if arrays[name].dtype.kind != "f":
@@ -82,6 +88,11 @@ def spectrum_fields(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> 
         "probe": Probe(**probe) if probe else None,
         "jacobian": SampledJacobian(names=tuple(header["parameter_names"]), **jacobian)
         if jacobian
+        else None,
+        "saturation": Saturation(
+            reason=_of_kind("str", "saturation_reason", header["saturation_reason"]), **saturation
+        )
+        if saturation
         else None,
         "loss": Loss(**loss),
         "throughput": throughput,

@@ -21,6 +21,7 @@ from optuna_ttp.spectrum._metadata import SpectrumMetadata
 from optuna_ttp.spectrum._probe import Probe
 from optuna_ttp.spectrum._ritz import RULES
 from optuna_ttp.spectrum._sampled_jacobian import SampledJacobian
+from optuna_ttp.spectrum._saturation import Saturation
 from optuna_ttp.spectrum._throughput import Throughput
 from optuna_ttp.spectrum._truncation import check_truncation
 from optuna_ttp.spectrum._truncation import condensed
@@ -76,6 +77,9 @@ class Spectrum:
         jacobian:
             A sample of the Jacobian's columns, for optimisers that act on single weights, such as
             Adam; :obj:`None` if the engine kept none.
+        saturation:
+            How far the outputs move in a large step, over what linearisation says, or :obj:`None`
+            if it was not measured.
     """
 
     eigenvalues: NDArray[np.float64]
@@ -91,6 +95,7 @@ class Spectrum:
     validation: Validation | None = None
     probe: Probe | None = None
     jacobian: SampledJacobian | None = None
+    saturation: Saturation | None = None
 
     def __post_init__(self) -> None:
         shape = self.initial_outputs.shape

@@ -171,7 +171,8 @@ class _Computation:
         from optuna_ttp.ntk import resolve_device
         from optuna_ttp.spectrum import measure_throughput
 
-        if stored.probe is None and self._settings.get("probe", True):
+        incomplete = stored.probe is None or stored.saturation is None
+        if incomplete and self._settings.get("probe", True):
             stored = self._probed(stored)
         if stored.throughput is None and self._settings.get("measure_speed", True):
             device = resolve_device(self._task, self._settings.get("device"))
@@ -179,7 +180,8 @@ class _Computation:
         return stored
 
     def _probed(self, stored: Spectrum) -> Spectrum:
-        """Return the spectrum with its linearisation probed, and replace the stored one by it."""
+        """Return the spectrum with its probe and saturation, and replace the stored one by it."""
+        from optuna_ttp.ntk import measure_saturation
         from optuna_ttp.ntk import probe_linearisation
         from optuna_ttp.ntk import resolve_device
 
@@ -190,10 +192,14 @@ class _Computation:
                 continue
             with lease:
                 current = self._stored()
-                if current is not None and current.probe is not None:
+                if current is not None and current.probe is not None and current.saturation:
                     return current
+                stored = current or stored
                 device = resolve_device(self._task, self._settings.get("device"))
-                stored = probe_linearisation(self._task, stored, device=device)
+                if stored.probe is None:
+                    stored = probe_linearisation(self._task, stored, device=device)
+                saturation = measure_saturation(self._task, stored, device=device)
+                stored = replace(stored, saturation=saturation)
                 self._table.put(stored, self._identity, overwrite=True)
                 return stored
 

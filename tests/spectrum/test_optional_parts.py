@@ -29,10 +29,13 @@ def _whole() -> Spectrum:
 def test_bytes_keep_probe_validation_and_weight_outputs() -> None:
     one = _whole()
     again = Spectrum.from_bytes(one.to_bytes())
-    for part in ("probe", "validation"):
+    for part in ("probe", "validation", "saturation"):
         before, after = getattr(one, part), getattr(again, part)
         assert vars(before).keys() == vars(after).keys()
         for name, values in vars(before).items():
+            if name == "reason":
+                assert after.reason == values
+                continue
             assert getattr(after, name).dtype == values.dtype
             np.testing.assert_array_equal(getattr(after, name), values)
     assert one.weight_outputs is not None
@@ -41,16 +44,19 @@ def test_bytes_keep_probe_validation_and_weight_outputs() -> None:
     assert again.to_bytes() == one.to_bytes()
 
 
-@pytest.mark.parametrize("missing", ["probe", "validation", "weight_outputs"])
+_PARTS = ("probe", "validation", "weight_outputs", "saturation")
+
+
+@pytest.mark.parametrize("missing", _PARTS)
 def test_bytes_without_a_part(missing: str) -> None:
     changed: dict[str, Any] = {missing: None}
     again = Spectrum.from_bytes(replace(_whole(), **changed).to_bytes())
-    for name in ("probe", "validation", "weight_outputs"):
+    for name in _PARTS:
         assert (getattr(again, name) is None) == (name == missing)
 
 
 def test_a_spectrum_without_its_optional_parts_predicts_what_it_can() -> None:
-    one = replace(_whole(), weight_outputs=None, validation=None, probe=None)
+    one = replace(_whole(), weight_outputs=None, validation=None, probe=None, saturation=None)
     predictor = TrainingTimePredictor(one, target_fraction=0.6)
     assert predictor.spectrum.probe is None
     assert predictor.predict(0.05, 9).outcome == "converges"
@@ -60,7 +66,9 @@ def test_a_spectrum_without_its_optional_parts_predicts_what_it_can() -> None:
         TrainingTimePredictor(one, target_validation_accuracy=0.9)
 
 
-@pytest.mark.parametrize("missing", ["probe.fractions", "validation.targets", "eigenvalues"])
+@pytest.mark.parametrize(
+    "missing", ["probe.fractions", "validation.targets", "eigenvalues", "saturation.sgd_ratios"]
+)
 def test_bytes_without_an_array_are_refused(missing: str) -> None:
     content = blob.from_bytes(_whole().to_bytes())
     arrays = {name: array for name, array in content.arrays.items() if name != missing}
@@ -68,7 +76,8 @@ def test_bytes_without_an_array_are_refused(missing: str) -> None:
         Spectrum.from_bytes(blob.to_bytes(content.meta, arrays))
 
 
-def test_truncation_keeps_probe_and_weight_outputs() -> None:
+def test_truncation_keeps_probe_saturation_and_weight_outputs() -> None:
     cut = _whole().truncate(rank=4)
+    assert cut.saturation is _whole().saturation
     assert cut.probe is _whole().probe
     assert cut.weight_outputs is _whole().weight_outputs

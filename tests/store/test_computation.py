@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 import logging
 import threading
 import time
@@ -112,6 +113,24 @@ def test_the_time_of_a_step_is_measured_where_the_stored_spectrum_lacks_it() -> 
     again = store.get_or_compute(task, show_progress_bar=False)
     assert again.throughput is not None
     assert len(store.list()) == 1
+
+
+def test_saturation_is_measured_where_the_stored_spectrum_lacks_it() -> None:
+    """Spectra that the last release stored have a probe only."""
+    store = SpectrumStore("sqlite://")
+    counting = Counting()
+    settings = {**QUICK, "probe": True}
+    whole = store.get_or_compute(counting.task, **settings)
+    store.put(replace(whole, saturation=None), overwrite=True)
+    loaded = store.get(counting.task)
+    assert loaded is not None
+    assert loaded.saturation is None
+    for completed in (store.get_or_compute(counting.task, **settings), store.get(counting.task)):
+        assert completed is not None
+        assert completed.saturation is not None
+        assert whole.saturation is not None
+        for name, values in vars(whole.saturation).items():
+            np.testing.assert_array_equal(getattr(completed.saturation, name), values)
 
 
 def test_defaults_and_numpy_numbers_name_the_same_spectrum() -> None:
