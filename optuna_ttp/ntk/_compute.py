@@ -18,6 +18,7 @@ from optuna_ttp._util.checks import check_seed
 from optuna_ttp._util.exceptions import ApproximationWarning
 from optuna_ttp._util.warn import warn_caller
 from optuna_ttp.ntk._autocast import without_autocast
+from optuna_ttp.ntk._decomposition import columns_decomposition
 from optuna_ttp.ntk._decomposition import exact_decomposition
 from optuna_ttp.ntk._decomposition import sketched_decomposition
 from optuna_ttp.ntk._devices import resolve_device
@@ -179,6 +180,8 @@ def compute_spectrum(
         decomposition = exact_decomposition(
             task, settings, rank=rank, checkpoint=checkpoint, distributed=distributed
         )
+    elif chosen == "columns":
+        decomposition = columns_decomposition(task, settings, initial_outputs, rank=rank)
     elif chosen == "matrix_free":
         decomposition = leading_pairs(task, settings, rank=rank)
     else:
@@ -265,6 +268,7 @@ def _spectrum(
         weight_outputs=decomposition.weight_outputs,
         decay_factors=decomposition.decay_factors,
         validation=validation,
+        jacobian=decomposition.jacobian,
     )
 
 

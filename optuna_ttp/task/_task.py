@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import contextmanager
 import copy
 from dataclasses import asdict
@@ -265,9 +266,28 @@ class FineTuningTask:
             (inputs, targets) as the collate function makes them.
         """
         for first in range(start, self.n_samples, batch_size):
-            items = [self._dataset[i] for i in self._indices[first : first + batch_size]]
-            inputs, targets = split_batch(collated(self._collate, items, first))
-            yield map_tensors(inputs, lambda t: cast(t, device, dtype)), targets
+            last = min(first + batch_size, self.n_samples)
+            yield self.batch(range(first, last), device, dtype)
+
+    def batch(
+        self, samples: Sequence[int], device: torch.device, dtype: torch.dtype
+    ) -> tuple[Any, Any]:
+        """Read some of the training samples as one batch.
+
+        Args:
+            samples:
+                The numbers of the samples, from zero to N - 1.
+            device:
+                The device that the inputs are moved to.
+            dtype:
+                The type that floating-point inputs are cast to.
+
+        Returns:
+            (inputs, targets) as the collate function makes them.
+        """
+        items = [self._dataset[self._indices[i]] for i in samples]
+        inputs, targets = split_batch(collated(self._collate, items, samples[0]))
+        return map_tensors(inputs, lambda t: cast(t, device, dtype)), targets
 
     @contextmanager
     def frozen(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
-ENGINES = ("exact", "sketch", "refined_sketch", "matrix_free")
+ENGINES = ("exact", "columns", "sketch", "refined_sketch", "matrix_free")
 
 
 def resolve_engine(
@@ -29,7 +29,7 @@ def resolve_engine(
     check_task(task)
     check_memory(max_memory)
     if engine in ENGINES:
-        if engine != "exact":
+        if engine not in ("exact", "columns"):
             check_multipliers(task, engine)
         return engine, "asked for"
     if engine != "auto":
@@ -83,3 +83,14 @@ def widest_sketch(task: FineTuningTask, dtype: str, *, max_memory: int = 4 * 2**
     while width < CHOICE.max_sketch_width and 2 * width * row_bytes <= max_memory:
         width *= 2
     return width
+
+
+def most_columns(task: FineTuningTask, itemsize: int, max_memory: float) -> int:
+    """Return the most columns that a sample may have, of all weights, for a memory in bytes.
+
+    Columns of ``itemsize`` bytes a number are held about three times.
+    """
+    n_rows = task.n_samples * task.n_outputs
+    minimum = 3 * itemsize * n_rows * min(task.n_parameters, CHOICE.least_columns_a_row * n_rows)
+    check_enough_memory(max_memory, minimum, f"columns of {n_rows} outputs", "or fewer samples")
+    return int(min(task.n_parameters, max_memory // (3 * itemsize * n_rows)))

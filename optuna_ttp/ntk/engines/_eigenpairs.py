@@ -12,6 +12,7 @@ import torch
 
 from optuna_ttp.ntk._autocast import without_autocast
 from optuna_ttp.ntk.layers._rules import PRODUCTS
+from optuna_ttp.spectrum import SampledJacobian
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ class Decomposition:
     time_error: float | None = None
     trace_error: float | None = None
     n_ritz: int = 0
+    jacobian: SampledJacobian | None = None
 
 
 @without_autocast

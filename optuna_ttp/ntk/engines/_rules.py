@@ -26,6 +26,9 @@ class ChoiceRules:
         max_outputs:
             Most outputs for a sketch, which takes a backward pass per output of each batch, while
             matrix-free products take a few hundred in all.
+        least_columns_a_row:
+            Fewest columns of a sample per row of the Jacobian; with fewer, small eigenvalues are
+            lost.
     """
 
     kernel_share: float = 0.5
@@ -33,6 +36,7 @@ class ChoiceRules:
     sketch_width: int = 4096
     max_sketch_width: int = 32768
     max_outputs: int = 500
+    least_columns_a_row: int = 4
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class SketchRules:
         min_rank:
             Fewest eigenpairs on which gradient flow is followed for the error bar.
         n_entries:
-            Most numbers in the eigenvectors of more than ``min_rank`` pairs: they take a second.
+            Most numbers in the eigenvectors of more than ``min_rank`` pairs.
         error_quantile:
             The 95 % quantile of Student's t with three degrees of freedom: 90 % are within it.
     """
@@ -93,7 +97,7 @@ class SketchRules:
     batch_bytes: int = 2**27
     max_batch: int = 32
     min_rank: int = 200
-    n_entries: int = 10**6
+    n_entries: int = 2 * 10**5
     error_quantile: float = 2.353
 
 
@@ -151,7 +155,43 @@ class PairRules:
     columns_a_probe: int = 10
 
 
+@dataclass(frozen=True)
+class ColumnRules:
+    """Tuned numbers of the sample of columns.
+
+    Attributes:
+        n_rows:
+            Rows of the Jacobian, of different samples, from which probabilities are estimated.
+        modulus_share:
+            The share of the columns that is picked by mean absolute value, for Adam, and not by
+            norm.
+        smoothing:
+            Weight of the products of means by axis in the estimates for single weights.
+        columns_a_row:
+            Columns of the sample per row of the Jacobian.
+        min_columns:
+            Fewest columns of the sample.
+        n_kept:
+            Columns that a spectrum keeps for optimisers that act on single weights.
+        time_error:
+            Largest relative error of the predicted times by the sample; if it is larger, the
+            number of columns is doubled.
+        max_batch:
+            Most samples in a batch.
+    """
+
+    n_rows: int = 16
+    modulus_share: float = 0.5
+    smoothing: float = 0.2
+    columns_a_row: int = 40
+    min_columns: int = 40_000
+    n_kept: int = 12_000
+    time_error: float = 0.03
+    max_batch: int = 16
+
+
 CHOICE = ChoiceRules()
 EXACT = ExactRules()
 SKETCHES = SketchRules()
 PAIRS = PairRules()
+COLUMNS = ColumnRules()

@@ -36,7 +36,7 @@ def check_rows(
     chosen = [
         (int(rng.integers(task.n_samples)), int(rng.integers(task.n_outputs))) for _ in range(2)
     ]
-    rows = [_plain_row(task, frozen, n, c, settings) for n, c in chosen]
+    rows = [plain_row(task, frozen, n, c, settings) for n, c in chosen]
     multipliers = dict(zip(frozen.parameters, task.multipliers.values(), strict=True))
     indices = [n * task.n_outputs + c for n, c in chosen]
     norms = [_product(r, r, multipliers) ** 0.5 for r in rows]
@@ -74,7 +74,7 @@ def check_row_norms(
     n, c = int(rng.integers(task.n_samples)), int(rng.integers(task.n_outputs))
     if not first <= n < first + len(norms):
         return
-    row = _plain_row(task, frozen, n, c, settings)
+    row = plain_row(task, frozen, n, c, settings)
     expected = _product(row, row, dict.fromkeys(row, 1.0))
     actual = float(norms[n - first, c])
     if (
@@ -87,7 +87,7 @@ def check_row_norms(
         )
 
 
-def _plain_row(
+def plain_row(
     task: FineTuningTask,
     frozen: FrozenModel,
     n: int,

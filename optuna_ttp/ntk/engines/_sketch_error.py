@@ -35,7 +35,12 @@ class SketchError:
 
 
 def sketch_error(
-    follower: PathFollower, features: torch.Tensor, n_exact: int, pairs: Eigenpairs
+    follower: PathFollower,
+    features: torch.Tensor,
+    n_exact: int,
+    pairs: Eigenpairs,
+    *,
+    bias_ratio: float = 0.5,
 ) -> SketchError:
     """Estimate the relative error of the times that a sketch predicts.
 
@@ -43,6 +48,7 @@ def sketch_error(
     groups of ``d / 4``; ``pairs`` are the eigenpairs of ``Z Z^T``, of which the leading ones, at
     least 200, are used. If training does not reach half of the loss, the times are those to shares
     of the reduction that it reaches; the error is infinite if there is no such time.
+    ``bias_ratio`` is the bias of the whole over that of a half.
     """
     rank = min(len(pairs.eigenvalues), max(SKETCHES.min_rank, SKETCHES.n_entries // len(features)))
     basis = torch.as_tensor(pairs.eigenvectors[:, :rank])
@@ -68,7 +74,8 @@ def sketch_error(
     # Pairs of halves without a common group are the first and the last, and so on inwards.
     differences = (parts[:3] - parts[:2:-1]) / 2.0
     chance = np.sqrt(np.square(differences).mean(axis=0)) / together
-    on_average = np.abs(parts.mean(axis=0) - together) / together
+    excess = bias_ratio / (1.0 - bias_ratio)
+    on_average = excess * np.abs(parts.mean(axis=0) - together) / together
     return SketchError(
         float(np.maximum(chance, on_average).max()),
         float((SKETCHES.error_quantile * chance + on_average).max()),

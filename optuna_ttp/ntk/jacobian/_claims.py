@@ -18,6 +18,8 @@ from optuna_ttp.ntk.jacobian._tape import Tape
 from optuna_ttp.ntk.layers._call import Call
 from optuna_ttp.ntk.layers._rule import Contribution
 from optuna_ttp.ntk.layers._rule import Rule
+from optuna_ttp.ntk.layers._rule import Unsummed
+from optuna_ttp.ntk.layers._sums import Sums
 
 
 if TYPE_CHECKING:
@@ -78,16 +80,22 @@ class Claims:
 
         ``cotangents`` is emptied module by module, to free memory.
         """
+        for name, part in self.unsummed(recording, cotangents):
+            yield name, part.rows() if isinstance(part, Sums) else part
+
+    def unsummed(
+        self, recording: Recording, cotangents: Cotangents
+    ) -> Iterator[tuple[str, Unsummed]]:
+        """Yield what :meth:`gradients` yields, with scales and shifts as sums to be computed."""
         for module in list(cotangents):
             calls = zip(recording.calls[module], cotangents.pop(module), strict=True)
             for n, (call, parts) in enumerate(calls):
                 if not call.is_intact:
                     raise OverwrittenError(module)
+                flags = self.batched.get((module, n))
                 for claim in self.claims:
                     if claim.module == module:
-                        yield from claim_gradients(
-                            claim, call, parts, self.batched.get((module, n))
-                        )
+                        yield from claim_gradients(claim, call, parts, flags)
 
 
 class OverwrittenError(JacobianMismatchError):
@@ -115,7 +123,7 @@ def claim_gradients(
     call: Call,
     cotangents: list[list[torch.Tensor]],
     batched: tuple[bool, ...] | None = None,
-) -> Iterator[tuple[str, Contribution]]:
+) -> Iterator[tuple[str, Unsummed]]:
     """Yield the gradients that one call contributes to the parameters of one claim.
 
     ``cotangents`` has one list per output tensor of the call, with one cotangent per class.

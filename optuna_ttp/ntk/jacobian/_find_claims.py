@@ -235,7 +235,7 @@ def _wrong_parameters(
                     try:
                         for name, part in claim_gradients(claim, call, parts):
                             shape = FactorShape.of(part) if isinstance(part, Factors) else None
-                            rows = part.rows() if isinstance(part, Factors) else part
+                            rows = part if isinstance(part, torch.Tensor) else part.rows()
                             total = claimed.get(name)
                             if total is not None:
                                 known = claims.shapes[name]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +24,15 @@ from optuna_ttp.ntk.jacobian._tape import Gradients
 from optuna_ttp.ntk.jacobian._tape import join_classes
 from optuna_ttp.ntk.jacobian._tape import Recording
 from optuna_ttp.ntk.jacobian._tape import Tape
-from optuna_ttp.ntk.layers._rule import Contribution
+from optuna_ttp.ntk.layers._rule import Unsummed
 
 
 if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
     from optuna_ttp.task import FrozenModel
+
+
+_Part = TypeVar("_Part")
 
 
 class SampleReader:
@@ -59,6 +63,8 @@ class SampleReader:
         self.device, self._dtype = settings.device, settings.dtype
         self._reference = reference
         self._advance = advance
+        # The outputs (N, C) of the samples that were read with their contributions.
+        self.outputs = np.zeros(reference.shape)
         # On a GPU one vectorised pass keeps it busy; on a CPU it only copies more.
         self._batched = self.device.type == "cuda"
 
@@ -79,16 +85,31 @@ class SampleReader:
             self._check_unused(recording)
             rows = slice(first - start, first - start + batch_size)
             builder.begin(batch_size)
-            for classes, gradients in self._gradients(recording):
+            for classes, gradients in self._gradients(recording, self._claims.gradients):
                 builder.add(gradients, classes)
             inner[rows] = builder.end(weights).numpy()
             self._advance(batch_size * n_outputs)
             del recording
         return builder.finish(), inner
 
+    def contributions(self) -> Iterator[tuple[slice, slice, Iterator[tuple[str, Unsummed]]]]:
+        """Yield slices of samples and of outputs, with contributions to parameters' gradients.
+
+        Contributions to the same parameter, samples and outputs add up.
+        """
+        for first, recording in self._recordings(0, self._task.n_samples):
+            self._check_unused(recording)
+            samples = slice(first, first + len(recording.outputs))
+            self.outputs[samples] = recording.outputs.detach().double().cpu().numpy()
+            for classes, gradients in self._gradients(recording, self._claims.unsummed):
+                yield samples, classes, gradients
+            del recording
+
     def _gradients(
-        self, recording: Recording
-    ) -> Iterator[tuple[slice, Iterator[tuple[str, Contribution]]]]:
+        self,
+        recording: Recording,
+        differentiate: Callable[[Recording, Cotangents], Iterator[tuple[str, _Part]]],
+    ) -> Iterator[tuple[slice, Iterator[tuple[str, _Part]]]]:
         """Yield ranges of outputs with their contributions, by default one output at a time.
 
         On a GPU all outputs are one range. Modules without a rule, which run again to be
@@ -104,7 +125,7 @@ class SampleReader:
         if self._batched:
             try:
                 cotangents = recording.cotangents(directions, batched=True)
-                yield everything, self._claims.gradients(recording, cotangents)
+                yield everything, differentiate(recording, cotangents)
                 return
             except (RuntimeError, NotImplementedError):
                 # Not every operation has a vectorised derivative: one pass per output does.
@@ -114,9 +135,9 @@ class SampleReader:
             cotangents = recording.cotangents([direction], retain_graph=c + 1 < n_outputs)
             for module in self._claims.replayed:
                 join_classes(waiting, module, cotangents.pop(module))
-            yield slice(c, c + 1), self._claims.gradients(recording, cotangents)
+            yield slice(c, c + 1), differentiate(recording, cotangents)
         if waiting:
-            yield everything, self._claims.gradients(recording, waiting)
+            yield everything, differentiate(recording, waiting)
 
     def _recordings(self, start: int, stop: int) -> Iterator[tuple[int, Recording]]:
         """Yield the index of each batch's first sample, and its recording."""

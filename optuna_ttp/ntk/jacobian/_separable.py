@@ -48,6 +48,15 @@ class Separated:
         ]
         return sum(parts[1:], parts[0]).flatten(2)
 
+    def columns(self, picked: torch.Tensor) -> torch.Tensor:
+        """Return the columns ``(B, C, m)`` of the flattened weights ``picked``, ``(m,)``."""
+        n_rows = self.rows.shape[3]
+        channels, inputs = picked // n_rows, picked % n_rows
+        # Indices on both sides of a slice put the picked axis first.
+        return torch.einsum(
+            "bcmr,mbr->bcm", self.weights[:, :, channels], self.rows[:, channels, :, inputs]
+        )
+
     def inner(self, weight: torch.Tensor) -> torch.Tensor:
         """Return ``sum_{o, k} G[n, c, o, k] W[o, k]`` for a weight ``W``, of shape ``(B, C)``."""
         matrix = weight.reshape(self.rows.shape[1], -1)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from optuna_ttp.ntk.layers._call import Call
-from optuna_ttp.ntk.layers._rule import Contribution
 from optuna_ttp.ntk.layers._rule import scale_and_shift
+from optuna_ttp.ntk.layers._rule import Unsummed
 
 
-def batch_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
+def batch_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Unsummed]:
     """Return gradients of ``w`` and ``b`` in ``y = w (x - mean) / sqrt(variance + eps) + b``."""
     module: Any = call.module
     x = call.input.flatten(2) if call.input.ndim > 2 else call.input[..., None]

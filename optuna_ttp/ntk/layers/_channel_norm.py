@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as functional
 
 from optuna_ttp.ntk.layers._call import Call
-from optuna_ttp.ntk.layers._rule import Contribution
 from optuna_ttp.ntk.layers._rule import scale_and_shift
+from optuna_ttp.ntk.layers._rule import Unsummed
 
 
-def group_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
+def group_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Unsummed]:
     """Return the gradients of scale and shift of group normalisation."""
     module: Any = call.module
 
@@ -23,7 +23,7 @@ def group_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribu
     return _by_channel(call, call.cached("normalised", make), cotangents)
 
 
-def instance_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
+def instance_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Unsummed]:
     """Return the gradients of scale and shift of instance normalisation."""
     module: Any = call.module
 
@@ -35,7 +35,7 @@ def instance_norm(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contr
 
 def _by_channel(
     call: Call, normalised: torch.Tensor, cotangents: list[torch.Tensor]
-) -> dict[str, Contribution]:
+) -> dict[str, Unsummed]:
     """Return rows ``(B, C, k)`` of scale and shift from C cotangents; inputs are ``(B, k, S)``."""
     parts = [t.reshape(normalised.shape) for t in cotangents]
     return scale_and_shift(call, normalised, parts, sum_over=(2,))

@@ -8,11 +8,11 @@ import torch
 
 from optuna_ttp.ntk.layers._call import Call
 from optuna_ttp.ntk.layers._factors import Factors
-from optuna_ttp.ntk.layers._rule import Contribution
 from optuna_ttp.ntk.layers._rule import stacked
+from optuna_ttp.ntk.layers._rule import Unsummed
 
 
-def embedding(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
+def embedding(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Unsummed]:
     """Return the gradient of ``y_s = W[i_s]``, a linear layer whose inputs are one-hot."""
     module: Any = call.module
     ids = call.input.flatten(1) if call.input.ndim > 1 else call.input[:, None]

@@ -11,12 +11,12 @@ from torch.overrides import TorchFunctionMode
 
 from optuna_ttp._util.exceptions import JacobianMismatchError
 from optuna_ttp.ntk.layers._call import Call
-from optuna_ttp.ntk.layers._rule import Contribution
 from optuna_ttp.ntk.layers._rule import convolution_gradients
+from optuna_ttp.ntk.layers._rule import Unsummed
 from optuna_ttp.task import functional_call
 
 
-def prepared_convolution(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
+def prepared_convolution(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Unsummed]:
     """Return the gradients of a module that changes its inputs and then convolves them once."""
     inputs = call.cached("convolved", partial(_convolved, call))
     return convolution_gradients(call, inputs, cotangents, (), "zeros")
@@ -29,7 +29,7 @@ def _convolved(call: Call) -> torch.Tensor:
     """
     module: Any = call.module
     state = {name: tensor.detach() for name, tensor in call.state.items()}
-    with torch.no_grad(), _Convolutions() as seen:
+    with torch.no_grad(), _Convolutions(call.shapes[0]) as seen:
         output = functional_call(module, state, call.args, call.kwargs)
     n_axes = len(module.kernel_size)
     if len(seen.arguments) != 1 or seen.outputs[0] is not output:
@@ -51,19 +51,22 @@ def _per_axis(value: Any, n_axes: int) -> list[int]:
 
 
 class _Convolutions(TorchFunctionMode):
-    """Records the arguments and outputs of the convolutions that are computed under it."""
+    """Records the arguments of convolutions and returns empty outputs of the shape it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: torch.Size) -> None:
         super().__init__()
+        self._shape = shape
         self.arguments: list[dict[str, Any]] = []
         self.outputs: list[torch.Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         if func in (functional.conv1d, functional.conv2d, functional.conv3d):
+            # Only the arguments are of interest, and the convolution is most of the work.
+            result = args[0].new_empty(self._shape)
             names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
             self.arguments.append({**dict(zip(names, args, strict=False)), **(kwargs or {})})
             self.outputs.append(result)
-        return result
+            return result
+        return func(*args, **(kwargs or {}))

@@ -8,7 +8,6 @@ inputs (fan-in) in a group, ``s`` positions (tokens, pixels).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 from typing import TypeAlias
 
@@ -16,13 +15,17 @@ import torch
 
 from optuna_ttp.ntk.layers._call import Call
 from optuna_ttp.ntk.layers._factors import Factors
-from optuna_ttp.ntk.layers._patches import patches
+from optuna_ttp.ntk.layers._patches import Patches
+from optuna_ttp.ntk.layers._sums import Sums
 
 
 Contribution: TypeAlias = "Factors | torch.Tensor"
 """The gradient of one parameter: factors, or rows of shape ``(B, C, p)``."""
 
-Rule: TypeAlias = Callable[[Call, list[torch.Tensor]], dict[str, Contribution]]
+Unsummed: TypeAlias = "Factors | Sums | torch.Tensor"
+"""The gradient of one parameter as a rule gives it, scales and shifts not summed yet."""
+
+Rule: TypeAlias = Callable[[Call, list[torch.Tensor]], dict[str, Unsummed]]
 """Takes a call and one cotangent of its output per class; returns gradients by parameter name."""
 
 
@@ -39,28 +42,28 @@ def weight_and_bias(
     n_rows: int,
     *,
     transposed: bool = False,
-) -> dict[str, Contribution]:
+) -> dict[str, Unsummed]:
     """Return the gradients of ``y_s = W a_s + b`` for cotangents of shape ``(B, G, C, o, S)``.
 
     ``expand`` computes the inputs ``a`` of shape ``(B, G, k, S)`` from ``source``, and ``n_rows``
     is ``k``. The weight is laid out as ``(G, o, k)``, or as ``(G, k, o)`` with ``transposed``.
-    Only trained parameters are in the result: factors of ``"weight"``, rows of ``"bias"``.
+    Only trained parameters are in the result: factors of ``"weight"``, sums of ``"bias"``.
     """
-    contributions: dict[str, Contribution] = {}
+    contributions: dict[str, Unsummed] = {}
     names = trainable_names(call)
     if "weight" in names:
         contributions["weight"] = Factors(
             (source,), expand, (cotangents,), n_rows, transposed, (call.cache,)
         )
     if "bias" in names:
-        # (B, G, C, o) to (B, C, G o)
-        contributions["bias"] = cotangents.sum(-1).transpose(1, 2).flatten(2)
+        by_class = cotangents.unbind(2)
+        contributions["bias"] = Sums(tuple(d.flatten(1, 2) for d in by_class), None)
     return contributions
 
 
 def linear_gradients(
     call: Call, cotangents: list[torch.Tensor], *, transposed: bool = False
-) -> dict[str, Contribution]:
+) -> dict[str, Unsummed]:
     """Return gradients of ``y_s = W x_s + b``; with ``transposed`` the weight stores ``W^T``."""
     x = call.input.flatten(1, -2) if call.input.ndim > 2 else call.input[:, None]
     parts = [d.flatten(1, -2) if d.ndim > 2 else d[:, None] for d in cotangents]
@@ -79,7 +82,7 @@ def convolution_gradients(
     cotangents: list[torch.Tensor],
     padding: tuple[int, ...],
     mode: str,
-) -> dict[str, Contribution]:
+) -> dict[str, Unsummed]:
     """Return the gradients of a module that convolves ``inputs`` with its own weight.
 
     It is a linear layer on the patches of each group of channels. ``padding`` and ``mode`` are
@@ -87,8 +90,7 @@ def convolution_gradients(
     """
     module: Any = call.module
     d = stacked([t.flatten(2).unflatten(1, (module.groups, -1)) for t in cotangents], 2)
-    unfold = partial(
-        patches,
+    unfold = Patches(
         kernel=module.kernel_size,
         stride=tuple(module.stride),
         dilation=module.dilation,
@@ -105,23 +107,28 @@ def scale_and_shift(
     cotangents: list[torch.Tensor],
     *,
     sum_over: tuple[int, ...],
-) -> dict[str, Contribution]:
-    """Return the rows of ``y = w x + b``, element by element: ``sum_s d_s x_s``, ``sum_s d_s``.
+) -> dict[str, Unsummed]:
+    """Return the sums of ``y = w x + b``, by element: ``sum_s d_s x_s`` and ``sum_s d_s``.
 
     ``normalised`` is ``x``, of the shape of each cotangent ``d``; ``sum_over`` are the axes of the
     positions ``s``.
     """
 
-    def rows(values: list[torch.Tensor]) -> torch.Tensor:
-        sums = [v.sum(sum_over) if sum_over else v for v in values]
-        return torch.stack([s.flatten(1) for s in sums], 1)
+    def by_weight(values: torch.Tensor) -> torch.Tensor:
+        """Move the axes of the positions to the end: ``(B, k, S)``."""
+        others = [axis for axis in range(1, values.ndim) if axis not in sum_over]
+        moved = values.permute(0, *others, *sum_over)
+        return (
+            moved.flatten(1, len(others)).flatten(2) if sum_over else values.flatten(1)[..., None]
+        )
 
-    contributions: dict[str, Contribution] = {}
+    contributions: dict[str, Unsummed] = {}
     names = trainable_names(call)
+    parts = tuple(by_weight(d) for d in cotangents)
     if "weight" in names:
-        contributions["weight"] = rows([d * normalised for d in cotangents])
+        contributions["weight"] = Sums(parts, by_weight(normalised))
     if "bias" in names:
-        contributions["bias"] = rows(cotangents)
+        contributions["bias"] = Sums(parts, None)
     return contributions
 
 

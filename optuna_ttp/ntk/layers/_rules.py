@@ -27,6 +27,11 @@ class ProductRules:
             Fewest rows of a tile. Not ablated yet.
         max_tile:
             Most rows of a tile. Not ablated yet.
+        gather_cost:
+            Time in which one picked entry of a gradient is gathered, in entries of a product of
+            matrices.
+        gathered:
+            Elements that are gathered at a time, chosen to fit a processor's cache.
     """
 
     chunk: int = 2**14
@@ -36,6 +41,8 @@ class ProductRules:
     n_tiles: int = 10
     min_tile: int = 64
     max_tile: int = 256
+    gather_cost: int = 30
+    gathered: int = 2**17
 
 
 PRODUCTS = ProductRules()

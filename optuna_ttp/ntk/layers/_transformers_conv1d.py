@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from optuna_ttp.ntk.layers._call import Call
-from optuna_ttp.ntk.layers._rule import Contribution
 from optuna_ttp.ntk.layers._rule import linear_gradients
+from optuna_ttp.ntk.layers._rule import Unsummed
 
 
 def is_transformers_conv1d(module: torch.nn.Module) -> bool:
@@ -14,6 +14,6 @@ def is_transformers_conv1d(module: torch.nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def transformers_conv1d(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Contribution]:
+def transformers_conv1d(call: Call, cotangents: list[torch.Tensor]) -> dict[str, Unsummed]:
     """Return the gradients of a linear layer whose weight is laid out as (inputs, outputs)."""
     return linear_gradients(call, cotangents, transposed=True)

@@ -1,0 +1,379 @@
+"""The columns engine: a sample of the Jacobian's columns, each picked with a known probability.
+
+A few rows tell which weights matter; then each sample is differentiated once for each output, by
+cotangents only, and of every layer just the picked products are computed. Lookup tables are
+picked from last, because which of their rows matter is known only after all samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+import math
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+from tqdm import tqdm
+
+from optuna_ttp._util.exceptions import JacobianMismatchError
+from optuna_ttp.dynamics import PathFollower
+from optuna_ttp.ntk._settings import EngineSettings
+from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
+from optuna_ttp.ntk.engines._importance import Importance
+from optuna_ttp.ntk.engines._importance import inclusion_factor
+from optuna_ttp.ntk.engines._importance import probabilities
+from optuna_ttp.ntk.engines._importance import systematic_sample
+from optuna_ttp.ntk.engines._lookups import Lookups
+from optuna_ttp.ntk.engines._rules import COLUMNS
+from optuna_ttp.ntk.engines._rules import N_GROUPS
+from optuna_ttp.ntk.engines._self_check import plain_row
+from optuna_ttp.ntk.engines._sketch_error import sketch_error
+from optuna_ttp.ntk.engines._sketch_error import SketchError
+from optuna_ttp.ntk.jacobian._find_claims import find_claims
+from optuna_ttp.ntk.jacobian._prepare import lifting
+from optuna_ttp.ntk.jacobian._rules import CHECKS
+from optuna_ttp.ntk.jacobian._samples import check_singles
+from optuna_ttp.ntk.jacobian._samples import SampleReader
+from optuna_ttp.ntk.layers._factors import Factors
+from optuna_ttp.ntk.layers._picked import picked_columns
+from optuna_ttp.ntk.layers._rule import Unsummed
+from optuna_ttp.ntk.layers._sums import Sums
+from optuna_ttp.spectrum import SampledJacobian
+
+
+if TYPE_CHECKING:
+    from optuna_ttp.task import FineTuningTask
+    from optuna_ttp.task import FrozenModel
+
+
+@dataclass(frozen=True, eq=False)
+class PickedColumns:
+    """The picked columns of the Jacobian, in the engine's precision, on its device.
+
+    ``columns`` have the shape ``(N C, d)``, and ``validation`` ``(N_v C, d)``, or None without
+    validation samples. ``chances`` are ``t s``, ``(d,)``: the probability of a column is the
+    smaller one of this and one. ``positions`` are indices within the flattened parameters, whose
+    indices among the trainable ones are ``parameters``, both ``(d,)``; ``weights`` are their
+    pretrained values. ``weight_outputs`` are ``J diag(c) w_0``, of shape ``(N, C)``.
+    """
+
+    columns: torch.Tensor
+    validation: torch.Tensor | None
+    chances: torch.Tensor
+    parameters: torch.Tensor
+    positions: torch.Tensor
+    weights: torch.Tensor
+    weight_outputs: NDArray[np.float64]
+
+    def error(
+        self, follower: PathFollower, features: torch.Tensor, pairs: Eigenpairs
+    ) -> SketchError:
+        """Estimate the relative error of the times that the sample predicts.
+
+        ``features`` are the columns times the root of their inflation, and ``pairs`` the
+        eigenpairs of their products. Halves of the columns, with half the probabilities, have a
+        bias that is larger by the ratio of ``sum_j (1 / p_j - 1) |J_j|^2``: the variance of the
+        sampled trace is zero for certain columns, which all halves share.
+        """
+        certain = self.chances >= 1.0
+        if bool(certain.all()):
+            return SketchError(0.0, 0.0)
+        order = torch.cat([certain.nonzero(), (~certain).nonzero()]).flatten()
+        n_certain = int(certain.sum())
+        rest = order[n_certain:]
+        groups = [rest[k::N_GROUPS] for k in range(N_GROUPS)]
+        width = max(len(g) for g in groups)
+        parts = [features[:, order[:n_certain]]]
+        for group in groups:
+            part = features.new_zeros((len(features), width))
+            part[:, : len(group)] = features[:, group]
+            parts.append(part)
+        energy = features[:, rest].square().sum(0).double()
+        u = self.inflation[rest]
+        ratio = float((energy * (u - 1.0)).sum() / (energy * (2.0 * u - 1.0)).sum())
+        return sketch_error(follower, torch.cat(parts, 1), n_certain, pairs, bias_ratio=ratio)
+
+    def thinned(self, n_columns: int, task: FineTuningTask, seed: int) -> SampledJacobian:
+        """Return a sample of about ``n_columns`` of the columns, in half precision, to be kept.
+
+        They are picked by mean absolute value, for optimisers that act on single weights.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        scores = self.columns.abs().mean(0).double() * self.inflation
+        factor = inclusion_factor([scores], n_columns)
+        share = probabilities(scores, factor)
+        some = systematic_sample(share, generator)
+        columns = self.columns[:, some]
+        scales = columns.abs().amax(0)
+        scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+        precision = torch.float64 if columns.dtype == torch.float64 else torch.float16
+
+        def codes(values: torch.Tensor) -> NDArray[np.floating[Any]]:
+            return np.asarray((values / scales).to(precision).cpu().numpy())
+
+        def array(values: torch.Tensor) -> NDArray[Any]:
+            return np.asarray(values.cpu().numpy())
+
+        trainable = [p for p in task.model.parameters() if p.requires_grad]
+        return SampledJacobian(
+            codes=codes(columns),
+            scales=array(scales.float()) if precision == torch.float16 else array(scales),
+            inflation=array(self.inflation[some] / share[some].clamp(min=1e-300)),
+            weights=array(self.weights[some].double()),
+            parameters=array(self.parameters[some]),
+            positions=array(self.positions[some]),
+            names=tuple(task.multipliers),
+            n_weights=np.array([p.numel() for p in trainable]),
+            validation=None if self.validation is None else codes(self.validation[:, some]),
+        )
+
+    @property
+    def inflation(self) -> torch.Tensor:
+        """One over the probability of each column, ``(d,)``, in double precision."""
+        return 1.0 / self.chances.double().clamp(max=1.0)
+
+
+def pick_columns(
+    task: FineTuningTask,
+    settings: EngineSettings,
+    reference: NDArray[np.float64],
+    *,
+    n_columns: int,
+) -> PickedColumns:
+    """Pick about ``n_columns`` columns of a task's Jacobian, and compute them for all samples.
+
+    ``reference`` are the initial outputs ``(N, C)``. Errors are those of
+    :func:`~optuna_ttp.ntk.exact_kernel`.
+    """
+
+    def run(lifts: Mapping[str, int]) -> PickedColumns:
+        with ColumnReader(task, settings, reference, lifts) as reader:
+            return reader.pick(n_columns)
+
+    return lifting(run)
+
+
+class ColumnReader:
+    """A context in which columns of a task's Jacobian are picked and read.
+
+    ``lifts`` are those of :func:`~optuna_ttp.ntk.jacobian._prepare.lifting`.
+    """
+
+    def __init__(
+        self,
+        task: FineTuningTask,
+        settings: EngineSettings,
+        reference: NDArray[np.float64],
+        lifts: Mapping[str, int],
+    ) -> None:
+        self._task, self._settings, self._lifts = task, settings, lifts
+        self._reference = reference
+
+    def __enter__(self) -> ColumnReader:
+        task, device, dtype = self._task, self._settings.device, self._settings.dtype
+        with ExitStack() as stack:
+            self._frozen: FrozenModel = stack.enter_context(task.frozen(device, dtype))
+            check_singles(task, self._frozen, self._reference, self._settings)
+            n_checked = min(CHECKS.n_claim_samples, task.n_samples)
+            inputs, _ = next(task.batches(n_checked, device, dtype))
+            if device.type == "cpu" and dtype == torch.float32 and n_checked > 1:
+                self._frozen.try_channels_last(inputs)
+            self._claims = find_claims(
+                self._frozen, inputs, n_checked, self._settings.seed, self._lifts
+            )
+            self._tape = stack.enter_context(self._claims.tape(self._frozen).attached())
+            self._batch_size = max(1, min(COLUMNS.max_batch, -(-task.n_samples // 2)))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._stack.close()
+
+    def pick(self, n_columns: int) -> PickedColumns:
+        """Pick about ``n_columns`` columns and compute them for all samples."""
+        generator = torch.Generator().manual_seed(self._settings.seed)
+        importances = self._importances(generator)
+        totals = (
+            sum(float(i.squares.double().sqrt().sum()) for i in importances.values()),
+            sum(float(i.moduli.double().sum()) for i in importances.values()),
+        )
+        if not totals[0] > 0.0:
+            raise ValueError(
+                "The Jacobian must not be zero: no trainable parameter moves any output. Is the "
+                "head zero and the only trainable layer behind others?"
+            )
+        scores = {n: i.scores(*totals) for n, i in importances.items()}
+        factor = inclusion_factor(scores.values(), n_columns)
+        picks = {
+            name: systematic_sample(probabilities(score, factor), generator)
+            for name, score in scores.items()
+            if not self._is_table(name)
+        }
+        chances = {name: (scores[name] * factor)[picked] for name, picked in picks.items()}
+        columns, lookups, outputs = self._read(self._task, self._reference, picks)
+        for name, lookup in lookups.items():
+            score = lookup.importance().scores(*totals)
+            some = systematic_sample(probabilities(score, factor), generator)
+            picks[name], chances[name] = lookup.positions(some), (score * factor)[some]
+            columns = torch.cat([columns, lookup.columns(picks[name], columns)], 2)
+        self._check(columns, picks)
+        validation = None
+        if self._task.validation is not None:
+            task = self._task.validation
+            reference = task.initial_outputs(self._settings.device, self._settings.dtype)
+            validation, _, _ = self._read(task, reference, picks)
+        names = list(self._frozen.parameters)
+        weights = {n: w.detach().flatten() for n, w in self._frozen.parameters.items()}
+        return PickedColumns(
+            columns.flatten(0, 1),
+            None if validation is None else validation.flatten(0, 1),
+            torch.cat(list(chances.values())),
+            torch.cat([torch.full_like(p, names.index(n)) for n, p in picks.items()]),
+            torch.cat(list(picks.values())),
+            torch.cat([weights[n][p] for n, p in picks.items()]),
+            self._weight_outputs(outputs),
+        )
+
+    def _is_table(self, name: str) -> bool:
+        """Return whether a parameter is a lookup table, and only that."""
+        shape = self._claims.shapes[name]
+        return shape is not None and shape.is_table
+
+    def _weight_outputs(self, outputs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return ``J diag(c) w_0`` as the difference quotient of ``outputs`` along ``c w_0``.
+
+        One more forward pass; the error is about the root of the rounding error.
+        """
+        task, place = self._task, (self._settings.device, self._settings.dtype)
+        before = self._frozen.parameters
+        step = torch.finfo(self._settings.dtype).eps ** 0.5
+        factors = task.multipliers.values()
+        moved = {
+            name: (1.0 + step * c) * w.detach()
+            for (name, w), c in zip(before.items(), factors, strict=True)
+        }
+        self._frozen.replace_parameters(moved)
+        try:
+            with torch.no_grad():
+                parts = [
+                    self._frozen(inputs).double().cpu()
+                    for inputs, _ in task.batches(self._batch_size, *place)
+                ]
+        finally:
+            self._frozen.replace_parameters(before)
+        return np.asarray((torch.cat(parts).numpy() - outputs) / step)
+
+    def _check(self, columns: torch.Tensor, picks: dict[str, torch.Tensor]) -> None:
+        """Raise JacobianMismatchError if two random rows differ from plain reverse mode."""
+        rng = np.random.default_rng(self._settings.seed)
+        tolerance = CHECKS.kernel_tolerances[self._frozen.precision]
+        for _ in range(2):
+            n, c = int(rng.integers(self._task.n_samples)), int(rng.integers(columns.shape[1]))
+            row = plain_row(self._task, self._frozen, n, c, self._settings)
+            parts = columns[n, c].split([len(p) for p in picks.values()])
+            away = {
+                name: float((part - row[name].flatten()[picked]).norm())
+                for part, (name, picked) in zip(parts, picks.items(), strict=True)
+            }
+            scale = math.hypot(*(float(g.norm()) for g in row.values()))
+            if math.isfinite(scale) and not math.hypot(*away.values()) <= tolerance * scale:
+                worst = max(away, key=lambda name: away[name]).removeprefix("model.")
+                raise JacobianMismatchError(
+                    f"The gradient of output {c} of sample {n} must be that of plain automatic "
+                    f"differentiation but got one that differs by {max(away.values()):.2g} of "
+                    f"{scale:.2g}. The gradient of {worst!r} differs most."
+                )
+
+    def _importances(self, generator: torch.Generator) -> dict[str, Importance]:
+        """Estimate the columns' mean squares and mean absolute values from a few rows.
+
+        A row is the gradient of a sum of all outputs of one sample with random signs: its squared
+        entries are those of the outputs' rows, summed up, in expectation.
+        """
+        task = self._task
+        n_rows = min(COLUMNS.n_rows, task.n_samples)
+        chosen = torch.randperm(task.n_samples, generator=generator)[:n_rows].sort().values
+        collected: dict[str, list[torch.Tensor]] = {}
+        lookups: dict[str, Lookups] = {}
+        for start in range(0, n_rows, self._batch_size):
+            indices = chosen[start : start + self._batch_size].tolist()
+            inputs, _ = task.batch(indices, self._settings.device, self._settings.dtype)
+            recording = self._tape.record(inputs, len(indices))
+            signs = torch.randint(0, 2, recording.outputs.shape, generator=generator) * 2 - 1
+            cotangents = recording.cotangents([signs.to(recording.outputs)])
+            sums: dict[str, torch.Tensor] = {}
+            for name, part in self._claims.gradients(recording, cotangents):
+                if self._is_table(name) and isinstance(part, Factors):
+                    samples = slice(start, start + len(indices))
+                    lookups.setdefault(name, Lookups()).add(samples, slice(0, 1), part)
+                    continue
+                rows = (part.rows() if isinstance(part, Factors) else part)[:, 0]
+                sums[name] = sums[name] + rows if name in sums else rows
+            for name, rows in sums.items():
+                collected.setdefault(name, []).append(rows)
+        importances = {
+            name: Importance.of_rows(torch.cat(parts), _width(self._frozen.parameters[name]))
+            for name, parts in collected.items()
+        }
+        return {**importances, **{name: part.importance() for name, part in lookups.items()}}
+
+    def _read(
+        self, task: FineTuningTask, reference: NDArray[np.float64], picks: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, Lookups], NDArray[np.float64]]:
+        """Return picked columns ``(N, C, d)`` of a task's samples, parameter by parameter.
+
+        Contributions to lookup tables without picks are returned by name, to be picked from; then
+        the outputs, ``(N, C)``, from the same batches.
+        """
+        ends = np.cumsum([0, *(len(p) for p in picks.values())]).tolist()
+        places = {n: slice(a, b) for n, a, b in zip(picks, ends[:-1], ends[1:], strict=True)}
+        shape = (task.n_samples, task.n_outputs, ends[-1])
+        columns = torch.zeros(shape, **self._settings.place)
+        lookups: dict[str, Lookups] = {}
+        reader = SampleReader(
+            task,
+            self._frozen,
+            self._claims,
+            self._tape,
+            self._settings,
+            batch_size=self._batch_size,
+            reference=reference,
+        )
+        with self._bar(task.n_samples) as bar:
+            for samples, classes, contributions in reader.contributions():
+                for name, contribution in contributions:
+                    if name in picks:
+                        part = _picked(contribution, picks[name])
+                        columns[samples, classes, places[name]] += part
+                    elif isinstance(contribution, Factors):
+                        lookups.setdefault(name, Lookups()).add(samples, classes, contribution)
+                bar.update((samples.stop - samples.start) * (classes.stop - classes.start))
+        return columns, lookups, reader.outputs
+
+    def _bar(self, total: int) -> tqdm[Any]:
+        """Return a progress bar for ``total`` samples, hidden if the settings say so."""
+        return tqdm(
+            total=total * self._task.n_outputs,
+            desc="Rows of the Jacobian",
+            unit="row",
+            disable=None if self._settings.show_progress_bar else True,
+            leave=False,
+        )
+
+
+def _picked(contribution: Unsummed, picked: torch.Tensor) -> torch.Tensor:
+    """Return the picked columns ``(B, C, m)`` of a contribution to a gradient."""
+    if isinstance(contribution, Factors):
+        return picked_columns(contribution, picked)
+    if isinstance(contribution, Sums):
+        return contribution.columns(picked)
+    return contribution.index_select(2, picked)
+
+
+def _width(parameter: torch.Tensor) -> int:
+    """Return the length of a weight's first axis, one for a vector."""
+    return len(parameter) if parameter.ndim > 1 else 1
