@@ -172,7 +172,7 @@ def columns_decomposition(
         _validation_features(features, others, pairs),
         decay_factors,
         time_error=error.bar,
-        jacobian=picked.thinned(COLUMNS.n_kept, task, settings.seed),
+        jacobian=picked.thinned(COLUMNS.n_stored, task, settings.seed),
     )
 
 

@@ -171,7 +171,7 @@ class ColumnRules:
             Columns of the sample per row of the Jacobian.
         min_columns:
             Fewest columns of the sample.
-        n_kept:
+        n_stored:
             Columns that a spectrum keeps for optimisers that act on single weights.
         time_error:
             Largest relative error of the predicted times by the sample; if it is larger, the
@@ -185,7 +185,7 @@ class ColumnRules:
     smoothing: float = 0.2
     columns_a_row: int = 40
     min_columns: int = 40_000
-    n_kept: int = 12_000
+    n_stored: int = 12_000
     time_error: float = 0.03
     max_batch: int = 16
 

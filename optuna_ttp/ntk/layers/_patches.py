@@ -43,9 +43,9 @@ class Patches:
             return channels_at(x.flatten(2), channel)
         offsets: list[torch.Tensor] = []
         rest = row % self._area
-        for size in reversed(self.kernel):
-            offsets.insert(0, rest % size)
-            rest = rest // size
+        for length in reversed(self.kernel):
+            offsets.insert(0, rest % length)
+            rest = rest // length
         # An index behind a slice would put the picked axis first.
         where: tuple[slice | torch.Tensor, ...] = (slice(None), channel, *offsets)
         return self._view(x)[where].flatten(2)
