@@ -19,7 +19,7 @@ from optuna_ttp.visualization.matplotlib import plot_value_over_time
 
 if TYPE_CHECKING:
     from optuna_ttp.demo._search import Search
-    from optuna_ttp.prediction import TrainingTimePredictor
+    from optuna_ttp.prediction import SearchPredictor
     from optuna_ttp.reporting import Report
 
 
@@ -37,7 +37,7 @@ def one_line(search: Search) -> str:
     )
 
 
-def print_outcome(plain: Search, wrapped: Search, predictor: TrainingTimePredictor) -> None:
+def print_outcome(plain: Search, wrapped: Search, predictor: SearchPredictor) -> None:
     """Print predictions, skipped trials, the report's summary and a comparison of the searches."""
     ledger = report(wrapped.study)
     print("\nPredicted and real steps to the target of the trained trials:")
@@ -50,7 +50,7 @@ def print_outcome(plain: Search, wrapped: Search, predictor: TrainingTimePredict
     _print_verdict(plain, wrapped)
 
 
-def _print_predictions(study: optuna.Study, predictor: TrainingTimePredictor) -> None:
+def _print_predictions(study: optuna.Study, predictor: SearchPredictor) -> None:
     """Print predicted and observed steps per trial, and the typical factor between them."""
     rows = []
     for record in report(study).records:
@@ -114,7 +114,7 @@ def _print_verdict(plain: Search, wrapped: Search) -> None:
         print(f"The wrapped search did not find the best of the plain one, {value:.3f} s.")
 
 
-def draw(plain: Search, wrapped: Search, predictor: TrainingTimePredictor, picture: Path) -> None:
+def draw(plain: Search, wrapped: Search, predictor: SearchPredictor, picture: Path) -> None:
     """Draw predictions, decisions and both searches side by side into a file."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

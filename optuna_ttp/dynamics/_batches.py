@@ -56,34 +56,61 @@ def batches(
     the next epoch instead.
     """
     n_samples, _, rank = model.features.shape
-    whole = [model.features, model.initial_outputs, model.soft_targets, model.normalisers]
     generator = torch.Generator().manual_seed(seed)
-    rest = [a[:0] for a in whole]
     n_together = batch_size * accumulation_steps
+    rest = torch.arange(0)
+    drawn = _Drawn(model)
     while True:
-        epoch = whole
-        if batch_size < n_samples or sampling == "replacement":
-            if sampling == "shuffle":
-                order = torch.randperm(n_samples, generator=generator)
-            else:
-                order = torch.randint(n_samples, (n_samples,), generator=generator)
-            epoch = [a[order.to(a.device)] for a in whole]
-            if len(rest[0]):
-                epoch = [torch.cat(pair) for pair in zip(rest, epoch, strict=True)]
-        n_used = len(epoch[0])
+        if batch_size >= n_samples and sampling == "shuffle":
+            order = torch.arange(n_samples)
+        elif sampling == "shuffle":
+            order = torch.cat([rest, torch.randperm(n_samples, generator=generator)])
+        else:
+            draws = torch.randint(n_samples, (n_samples,), generator=generator)
+            order = torch.cat([rest, draws])
+        n_used = len(order)
         if across_epochs:
             n_used -= n_used % n_together
         for start in range(0, n_used, n_together):
-            psi, offset, soft_targets, normalisers = (
-                a[start : min(start + n_together, n_used)] for a in epoch
-            )
+            stop = min(start + n_together, n_used)
+            psi, offset, soft_targets, normalisers = drawn.at(start, order[start:stop])
             shares = None
             if accumulation_steps > 1:
                 shares = _shares(normalisers, batch_size)
             yield Batch(
                 psi.reshape(-1, rank), offset.reshape(-1), soft_targets, normalisers, shares
             )
-        rest = [a[n_used:] for a in epoch]
+        rest = order[n_used:]
+
+
+class _Drawn:
+    """Gathers samples of a model, always into the same memory, which is faster."""
+
+    def __init__(self, model: LinearisedModel) -> None:
+        self._whole = (
+            model.features,
+            model.initial_outputs,
+            model.soft_targets,
+            model.normalisers,
+        )
+        self._memory = model.features[:0]
+
+    def at(self, start: int, samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return features, initial outputs, soft targets and normalisers of some samples.
+
+        ``start`` is their place in the epoch, at which the features are put in the memory.
+        """
+        n_samples = len(self._whole[0])
+        if len(samples) == n_samples and bool((samples == torch.arange(n_samples)).all()):
+            return self._whole
+        stop = start + len(samples)
+        if stop > len(self._memory):
+            shape = max(stop, n_samples), *self._memory.shape[1:]
+            self._memory = self._whole[0].new_empty(shape)
+        samples = samples.to(self._memory.device)
+        features = self._memory[start:stop]
+        torch.index_select(self._whole[0], 0, samples, out=features)
+        return (features, *(a.index_select(0, samples) for a in self._whole[1:]))
 
 
 def _shares(normalisers: torch.Tensor, batch_size: int) -> torch.Tensor:

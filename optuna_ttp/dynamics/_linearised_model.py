@@ -107,7 +107,8 @@ class LinearisedModel:
         def model(
             columns: NDArray[Any], rest: Floats | None, outputs: Floats, targets: NDArray[Any]
         ) -> LinearisedModel:
-            psi = columns * jacobian.inflation.astype(columns.dtype)
+            # Rows are gathered by batches, which is fast if they are contiguous.
+            psi = np.ascontiguousarray(columns) * jacobian.inflation.astype(columns.dtype)
             if has_rest:
                 decay = psi @ jacobian.weights.astype(psi.dtype)
                 last = np.zeros(len(psi)) if rest is None else rest.ravel() - decay

@@ -11,6 +11,7 @@ import torch
 
 from optuna_ttp._util.arrays import Floats
 from optuna_ttp._util.arrays import Integers
+from optuna_ttp.dynamics._adam_configurations import AdamConfigurations
 from optuna_ttp.dynamics._growth import KernelGrowth
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
 from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
@@ -58,6 +59,7 @@ class SampleConvergence:
         model: LinearisedModel,
         target: Target,
         *,
+        configurations: SGDConfigurations | AdamConfigurations | None = None,
         growth: KernelGrowth | None = None,
         max_steps: int = 100_000,
         seed: int = 0,
@@ -66,7 +68,8 @@ class SampleConvergence:
         """Simulate full-batch training on an eighth, a quarter, a half and all of the samples.
 
         The subsets of the model's samples are random. A target loss is converted to the same
-        fraction of each subset's initial loss.
+        fraction of each subset's initial loss. One slow configuration is trained; by default it is
+        one of plain gradient descent.
         """
         n = model.n_samples
         subset_sizes = sorted({max(1, n // 8), max(1, n // 4), max(1, n // 2), n})
@@ -74,7 +77,10 @@ class SampleConvergence:
             target = replace(target, quantity="loss")
         whole = float(model.loss(model.initial_outputs[None]))
         generator = torch.Generator().manual_seed(seed)
-        rate = rules.change / max(float(model.curvatures[0]), 1e-30)
+        if configurations is None:
+            rate = rules.change / max(float(model.curvatures[0]), 1e-30)
+            configurations = SGDConfigurations.of(rate)
+        rate = float(configurations.learning_rate[0])
         means, spreads = [], []
         for n_chosen in subset_sizes:
             times = []
@@ -86,7 +92,7 @@ class SampleConvergence:
                     goal = replace(target, value=target.value * initial / whole)
                 curves = simulate(
                     part,
-                    SGDConfigurations.of(rate),
+                    configurations,
                     np.array([n_chosen]),
                     max_steps=np.array([max_steps]),
                     target=goal,

@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
+from abc import ABC
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace
-from typing import Any
+from typing import ClassVar
+from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from optuna_ttp._util.arrays import Booleans
 from optuna_ttp._util.arrays import Floats
 from optuna_ttp._util.arrays import Integers
-from optuna_ttp.dynamics._heavy_ball import first_passage_time
-from optuna_ttp.dynamics._linearised_model import LinearisedModel
-from optuna_ttp.dynamics._sgd import SGD
-from optuna_ttp.dynamics._simulation import simulate
 from optuna_ttp.dynamics._target import Target
 from optuna_ttp.dynamics._trajectories import Trajectories
 
 
 @dataclass(frozen=True)
 class SurfaceRules:
-    """The knots of a surface and their simulations.
+    """The use of a surface beyond its knots.
 
-    Searches are those of ``benchmarks/search/results/ablation.md``. Momenta and batch sizes were
-    not measured one by one.
+    Searches are those of ``benchmarks/search/results/ablation.md``.
     """
 
-    momenta: tuple[float, ...] = (0.0, 0.6, 0.85, 0.95, 0.98, 0.995)
-    """Momenta of the knots."""
-    batch_sizes: tuple[int, ...] = (4, 8, 32)
-    """Batch sizes of the knots, beside the full batch."""
-    n_rates: int = 13
-    """Number of learning rates of the knots. With half and twice of it searches are 1.4 and 1.3
-    times as long."""
-    slow: float = 0.05
-    """Change of the steepest direction per step below which the training time is inversely
-    proportional to the learning rate (the slow regime). With half and twice of it searches are
-    1.1 times as long."""
-    fast: float = 8.0
-    """Largest learning rate over the full-batch stability limit: above it, training diverges.
-    With half and twice of it searches are 1.2 and 1.4 times as long."""
     patience: float = 5.0
     """A knot's simulation stops after this factor times the slow regime's intrinsic time. Half
     and twice of it change two and one of eight searches, none of them in length."""
@@ -61,128 +44,77 @@ Correction = Callable[[Floats, Floats, Floats, Floats, Floats], Floats]
 
 
 @dataclass(frozen=True, eq=False)
-class ResponseSurface:
+class ResponseSurface(ABC):
     """Steps to one target as a function of learning rate, batch size and momentum.
 
-    In the slow regime all configurations need the same intrinsic time ``eta_e T``, with the
-    effective learning rate ``eta_e = eta / (1 - m)``; elsewhere its logarithm is smooth. It is
-    tabulated by simulation and interpolated linearly in three coordinates: ``-log(1 - m)``; the
-    noise scale ``gamma = (N - B) / ((N - 1) B)``, in which the steps are linear to first order;
-    and ``log(eta_e h_1)`` scaled to run from the slow regime to eight times the full-batch
-    stability limit ``2 (1 + m) / (1 - m)`` of the momentum.
+    The logarithm of the intrinsic time, the steps times a learning rate, is tabulated by
+    simulation and interpolated linearly in one coordinate of each.
     """
 
     momenta: Floats
     """``-log(1 - m)`` of the knots, ascending, a 1-D array."""
-    noise_scales: Floats
-    """``gamma`` of the knots, ascending from zero, a 1-D array."""
+    batch_knots: Floats
+    """The coordinate of the batch sizes of the knots, ascending, a 1-D array."""
     log_tau: Floats
-    """Logarithm of the intrinsic time ``eta_e T`` to the target, of shape (momenta, noise scales,
-    rates); infinite if a knot does not reach the target."""
+    """Logarithm of the intrinsic time to the target, of shape (momenta, batch sizes, rates);
+    infinite if a knot does not reach the target."""
     depths: Floats
     """Depths of loss levels: logarithms of the initial loss over the loss, ascending and ending
     with the depth of the target, shape ``(P,)``."""
     log_levels: Floats
-    """Logarithm of the intrinsic time at each depth, of shape (momenta, noise scales, rates, P);
+    """Logarithm of the intrinsic time at each depth, of shape (momenta, batch sizes, rates, P);
     NaN if a knot does not reach it. A knot may reach depths but not the target."""
-    curvature: float
-    """``h_1``, the largest curvature."""
     n_samples: int
     """N, the number of samples that batches are drawn from."""
     slow_tau: float
     """Intrinsic time to the target with small steps, or at the horizon if that comes first."""
-    rules: SurfaceRules = RULES
+    simulates_edges: ClassVar[bool] = True
+    """True if configurations between knots that reach the target and others that do not are
+    extrapolated."""
 
-    @classmethod
-    def build(
-        cls,
-        model: LinearisedModel,
-        target: Target,
-        levels: Floats,
-        *,
-        optimizer: SGD,
-        max_steps: int,
-        rules: SurfaceRules = RULES,
-        **settings: Any,
-    ) -> ResponseSurface:
-        """Return the surface of an optimiser, simulated at the knots.
+    @abstractmethod
+    def intrinsic_rate(self, learning_rate: Floats, momentum: Floats) -> Floats:
+        """Return the learning rates ``(K,)`` by which steps are multiplied to intrinsic times."""
 
-        Its depths are the given ``levels`` above the target, and the target's. Knots that take
-        longer than ``max_steps`` do not reach it. ``settings`` are arguments of :func:`simulate`.
+    @abstractmethod
+    def knots(self) -> tuple[Floats, Floats, Floats, Floats]:
+        """Return learning rates, noise scales, momenta and intrinsic rates of the knots, 3-D."""
+
+    @abstractmethod
+    def places(
+        self, learning_rate: Floats, batch_size: Floats, momentum: Floats
+    ) -> tuple[Floats, Booleans, Booleans]:
+        """Return points on the axes, ``(K, 3)``, and masks ``(K,)``: outside, hopeless.
+
+        Points are clipped to the outermost knots. Outside are those that have to be extrapolated,
+        hopeless are those that do not reach the target.
         """
-        curvature = max(float(model.curvatures[0]), 1e-30)
-        n = model.n_samples
-        batch_sizes = np.array([n, *(b for b in reversed(rules.batch_sizes) if b < 0.7 * n)])
-        momenta = np.array(rules.momenta)
-        m, b, effective = _knots(momenta, batch_sizes, rules.n_rates, curvature, rules)
-
-        def simulated(
-            rate: Floats, batch_size: Integers, momentum: Floats, horizon: Floats
-        ) -> Trajectories:
-            return simulate(
-                model,
-                optimizer.configurations(rate, momentum),
-                batch_size,
-                max_steps=np.ceil(horizon).astype(np.int64),
-                target=target,
-                **settings,
-            )
-
-        slow = np.array([rules.slow / curvature])
-        still = np.zeros(1)
-        slowest = simulated(slow, batch_sizes[:1], still, np.array([float(max_steps)]))
-        slow_steps = slowest.first_passage_times(target)
-        slow_tau = float((np.minimum(slow_steps, max_steps) * slow)[0])
-        curves = simulated(
-            (effective * (1 - m)).ravel(),
-            b.ravel(),
-            m.ravel(),
-            np.minimum(_patience(slow_tau, effective, m, rules), max_steps).ravel(),
-        )
-        steps = curves.first_passage_times(target).reshape(m.shape)
-        log_tau = np.log(effective * np.maximum(steps, 1.0))
-        initial = float(model.loss(model.initial_outputs[None]))
-        depths = _depths(curves, target, levels, initial)
-        log_times = curves.log_first_passage_times(initial * np.exp(-depths[:-1]))
-        at_target = np.where(np.isfinite(steps), log_tau - np.log(effective), np.nan)
-        log_levels = np.concatenate(
-            [log_times.reshape(*m.shape, -1), at_target[..., None]], axis=3
-        )
-        return cls(
-            -np.log1p(-momenta),
-            _noise_scale(batch_sizes, n),
-            log_tau,
-            depths,
-            np.maximum.accumulate(log_levels + np.log(effective)[..., None], axis=3),
-            curvature,
-            n,
-            slow_tau,
-            rules,
-        )
 
     def patience(self, learning_rate: Floats, momentum: Floats) -> Floats:
         """Return the steps ``(K,)`` up to which the surface was simulated for configurations.
 
         Only a simulation can tell whether one of them reaches the target later.
         """
-        effective = learning_rate / (1.0 - momentum)
-        return _patience(self.slow_tau, effective, momentum, self.rules)
+        return patience(self.slow_tau, self.intrinsic_rate(learning_rate, momentum), momentum)
 
     def steps(
         self, learning_rate: Floats, batch_size: Floats, momentum: Floats
     ) -> tuple[Floats, Booleans]:
         """Return interpolated steps to the target, and a mask of extrapolated ones, both ``(K,)``.
 
-        Steps are infinite beyond the fastest knot and if most of the surrounding knots do not
-        reach the target. They are extrapolated if the momentum or the noise scale is beyond the
-        outermost knot, or some but not all of the surrounding knots reach the target.
+        Steps are infinite if most of the surrounding knots do not reach the target. They are
+        extrapolated beyond the outermost knots, and, with :attr:`simulates_edges`, if some but not
+        all of the surrounding knots reach the target.
         """
-        effective, points, outside, hopeless = self._points(learning_rate, batch_size, momentum)
+        points, outside, hopeless = self.places(learning_rate, batch_size, momentum)
+        rate = self.intrinsic_rate(learning_rate, momentum)
         # Knots that do not reach the target are left out of the interpolation.
-        logs, share = self._interpolated(self.log_tau[..., None], points, effective, momentum)
+        logs, share = self.interpolated(self.log_tau[..., None], points, rate, momentum)
         logs, share = logs[:, 0], share[:, 0]
         steps = np.where((share > 0.5) & ~hopeless, np.ceil(np.exp(logs)), np.inf)
-        return steps, (outside | ((share > 1e-9) & (share < 1.0 - 1e-9))) & ~hopeless
+        if self.simulates_edges:
+            outside = outside | ((share > 1e-9) & (share < 1.0 - 1e-9))
+        return steps, outside & ~hopeless
 
     def log_first_passage_times(
         self, learning_rate: Floats, batch_size: Floats, momentum: Floats
@@ -192,8 +124,9 @@ class ResponseSurface:
         NaN if a depth is not reached; depths that are reached have times, also if the target is
         not reached.
         """
-        effective, points, _, hopeless = self._points(learning_rate, batch_size, momentum)
-        logs, share = self._interpolated(self.log_levels, points, effective, momentum)
+        points, _, hopeless = self.places(learning_rate, batch_size, momentum)
+        rate = self.intrinsic_rate(learning_rate, momentum)
+        logs, share = self.interpolated(self.log_levels, points, rate, momentum)
         known = (share > 0.5) & ~hopeless[:, None]
         return np.maximum.accumulate(np.where(known, logs, np.nan), axis=1)
 
@@ -217,7 +150,7 @@ class ResponseSurface:
         before = np.where(last < len(depths) - 1, last, len(depths) - 2)
         first, then = logs[rows, before], logs[rows, after]
         slope = (depths[after] - depths[before]) / np.maximum(then - first, 1e-3)
-        rest = np.clip(goal - logs[rows, last], 0.0, self.rules.furthest)
+        rest = np.clip(goal - logs[rows, last], 0.0, RULES.furthest)
         further = np.where(np.isfinite(slope), slope * rest, 0.0)
         # No further than the next level, of which the surface knows that it was not passed.
         further = np.where(
@@ -225,91 +158,71 @@ class ResponseSurface:
         )
         return np.asarray(np.where(np.isfinite(logs[rows, last]), depths[last] + further, 0.0))
 
-    def retimed(self, correct: Correction) -> ResponseSurface:
+    def retimed(self, correct: Correction) -> Self:
         """Return a surface whose times at the knots are corrected by a function.
 
         ``correct`` maps logarithms of steps at :attr:`depths`, ``(K, P)``, NaN if not reached,
         learning rates, noise scales and momenta ``(K,)`` and depths ``(1, P)`` to corrected
         logarithms ``(K, P)``.
         """
-        shape = self.log_tau.shape
-        momentum, noise, effective = _knots(
-            -np.expm1(-self.momenta), self.noise_scales, shape[2], self.curvature, self.rules
-        )
-        rate = (effective * (1 - momentum)).ravel()
-        logs = self.log_levels - np.log(effective)[..., None]
+        rate, noise, momentum, intrinsic = self.knots()
+        shape = self.log_levels.shape
+        logs = self.log_levels - np.log(intrinsic)[..., None]
         new = correct(
-            logs.reshape(-1, shape_p := logs.shape[3]),
-            rate,
+            logs.reshape(-1, shape[3]),
+            rate.ravel(),
             noise.ravel(),
             momentum.ravel(),
             self.depths[None, :],
-        ).reshape(*shape, shape_p)
-        log_levels = new + np.log(effective)[..., None]
+        ).reshape(shape)
+        log_levels = new + np.log(intrinsic)[..., None]
         reached = np.isfinite(self.log_tau)
         log_tau = np.where(reached, log_levels[..., -1], np.inf)
         return replace(self, log_tau=log_tau, log_levels=log_levels)
 
-    def _interpolated(
-        self, table: Floats, points: Floats, effective: Floats, momentum: Floats
+    def interpolated(
+        self, table: Floats, points: Floats, rate: Floats, momentum: Floats
     ) -> tuple[Floats, Floats]:
         """Return logarithms of steps, and the share of surrounding knots with a time, ``(K, P)``.
 
-        ``table`` has logarithms of intrinsic times, of shape (momenta, noise scales, rates, P).
-        Below the slowest knots' learning rate the intrinsic time without the delay by momentum
-        tends to that of momentum zero, in proportion to the effective learning rate, and momentum
-        delays by as many steps as at the knots, which may be most of the time to a first level.
+        ``table`` has logarithms of intrinsic times, of shape (momenta, batch sizes, rates, P), and
+        ``rate`` are the intrinsic rates ``(K,)``.
         """
+        logs, share = self.among_knots(table, points)
+        return logs - np.log(rate)[:, None], share
+
+    def among_knots(self, table: Floats, points: Floats) -> tuple[Floats, Floats]:
+        """Return interpolated entries of a table, and the share of known knots, ``(K, P)``."""
         from scipy.interpolate import RegularGridInterpolator
 
         known = np.isfinite(table)
         both = np.stack([np.where(known, table, 0.0), known], axis=4)
-        at = RegularGridInterpolator(self._axes, both)
+        at = RegularGridInterpolator(self.axes, both)
         totals, share = np.moveaxis(at(points), 2, 0)
-        logs = totals / np.where(share > 0, share, 1.0)
-        slow = self.rules.slow / self.curvature
-        late = np.flatnonzero((effective < slow) & (momentum > 0.0))
-        steps = logs - np.log(effective)[:, None]
-        if not len(late):
-            return steps, share
-        plain, there = np.moveaxis(at(points[late] * [0.0, 1.0, 1.0]), 2, 0)
-        lag = (momentum / (1.0 - momentum))[late, None]
-        ahead = np.exp(logs[late]) / slow
-        log_distance = np.log(slow * (ahead + lag * np.expm1(-ahead / lag)))
-        log_plain = np.where(there > 0, plain / np.where(there > 0, there, 1.0), log_distance)
-        nearness = (effective[late] / slow)[:, None]
-        log_distance = log_plain + nearness * (log_distance - log_plain)
-        one = np.ones_like(ahead)
-        distance = np.exp(log_distance) / effective[late, None]
-        steps[late] = np.log(first_passage_time(distance, one, 0.0 * one, lag * one))
-        return steps, share
+        return totals / np.where(share > 0, share, 1.0), share
 
     @property
-    def _axes(self) -> tuple[Floats, ...]:
+    def axes(self) -> tuple[Floats, Floats, Floats]:
         """The coordinates of the knots along each axis of the table."""
-        return self.momenta, self.noise_scales, np.linspace(0, 1, self.log_tau.shape[2])
+        return self.momenta, self.batch_knots, np.linspace(0, 1, self.log_tau.shape[2])
 
-    def _points(
-        self, learning_rate: Floats, batch_size: Floats, momentum: Floats
-    ) -> tuple[Floats, Floats, Booleans, Booleans]:
-        """Return effective learning rates, points on the axes, and masks: outside, hopeless.
 
-        Points, ``(K, 3)``, are clipped to the outermost knots. The masks ``(K,)`` are true for a
-        momentum or noise scale beyond these, and for a learning rate above the fastest knot.
-        """
-        effective = learning_rate / (1 - momentum)
-        slow, fast = self.rules.slow, _fastest(momentum, self.rules)
-        u = np.log(effective * self.curvature / slow) / np.log(fast / slow)
-        axes = self._axes
-        wanted = (-np.log1p(-momentum), _noise_scale(batch_size, self.n_samples), u)
-        points = np.stack(
-            [np.clip(v, knots[0], knots[-1]) for v, knots in zip(wanted, axes, strict=True)],
-            axis=1,
-        )
-        outside = np.zeros(len(effective), dtype=bool)
-        for value, knots in zip(wanted[:2], axes[:2], strict=True):
-            outside |= value > knots[-1] + 1e-9
-        return effective, points, outside, u > 1.0 + 1e-9
+def tables(
+    curves: Trajectories, target: Target, levels: Floats, initial: float, rates: Floats
+) -> tuple[Floats, Floats, Floats]:
+    """Return ``log_tau``, ``depths`` and ``log_levels`` of a surface from the knots' curves.
+
+    ``rates`` are the intrinsic rates of the knots, a 3-D array; ``initial`` is the loss at first.
+    """
+    steps = curves.first_passage_times(target).reshape(rates.shape)
+    log_tau = np.log(rates * np.maximum(steps, 1.0))
+    depths = _depths(curves, target, levels, initial)
+    log_times = curves.log_first_passage_times(initial * np.exp(-depths[:-1]))
+    at_target = np.where(np.isfinite(steps), log_tau - np.log(rates), np.nan)
+    log_levels = np.concatenate(
+        [log_times.reshape(*rates.shape, -1), at_target[..., None]], axis=3
+    )
+    return log_tau, depths, np.maximum.accumulate(log_levels + np.log(rates)[..., None], axis=3)
 
 
 def _depths(curves: Trajectories, target: Target, levels: Floats, initial: float) -> Floats:
@@ -324,30 +237,17 @@ def _depths(curves: Trajectories, target: Target, levels: Floats, initial: float
     return np.append(levels[levels < deepest], deepest)
 
 
-def _patience(slow_tau: float, effective: Floats, momentum: Floats, rules: SurfaceRules) -> Floats:
+def patience(slow_tau: float, rate: Floats, momentum: Floats) -> Floats:
     """Return the steps after which a knot's simulation stops if the target is not reached.
 
-    These are ``patience * slow_tau / effective + settling / (1 - momentum)`` steps; ``effective``,
-    the effective learning rates, and the result have the shape of ``momentum``.
+    These are ``patience * slow_tau / rate + settling / (1 - momentum)`` steps; ``rate``, the
+    intrinsic rates, and the result have the shape of ``momentum``.
     """
-    settled = rules.settling / (1.0 - momentum)
-    return np.asarray(rules.patience * slow_tau / effective + settled)
+    settled = RULES.settling / (1.0 - momentum)
+    return np.asarray(RULES.patience * slow_tau / rate + settled)
 
 
-def _knots(
-    momenta: Floats, noises: NDArray[Any], n_rates: int, curvature: float, rules: SurfaceRules
-) -> tuple[Floats, NDArray[Any], Floats]:
-    """Return momenta, noises and effective learning rates of the grid of knots, 3-D arrays."""
-    m, b, u = np.meshgrid(momenta, noises, np.linspace(0, 1, n_rates), indexing="ij")
-    return m, b, rules.slow * (_fastest(m, rules) / rules.slow) ** u / curvature
-
-
-def _fastest(momentum: Floats, rules: SurfaceRules) -> Floats:
-    """Return the largest effective learning rate of the knots times ``h_1``, by momentum."""
-    return rules.fast * 2.0 * (1 + momentum) / (1 - momentum)
-
-
-def _noise_scale(batch_size: Integers | Floats, n_samples: int) -> Floats:
+def noise_scale(batch_size: Integers | Floats, n_samples: int) -> Floats:
     """Return ``gamma = (N - B) / ((N - 1) B)`` of batch sizes B."""
     b = np.asarray(batch_size, dtype=np.float64)
     return np.asarray((n_samples - b) / (max(n_samples - 1, 1) * b))

@@ -18,8 +18,8 @@ from optuna_ttp.prediction._prediction import Prediction
 if TYPE_CHECKING:
     from optuna_ttp.calibration import Calibration
     from optuna_ttp.dynamics import KernelGrowth
+    from optuna_ttp.dynamics import Optimizer
     from optuna_ttp.dynamics import Schedule
-    from optuna_ttp.dynamics import SGD
     from optuna_ttp.dynamics import Target
     from optuna_ttp.prediction._estimator import Estimator
     from optuna_ttp.spectrum import Throughput
@@ -35,14 +35,14 @@ class ConfigurationPredictor:
     _estimator: Estimator
 
     @property
-    def optimizer(self) -> SGD:
+    def optimizer(self) -> Optimizer:
         """The optimiser that training uses."""
         return self._estimator.simulator.optimizer
 
     @property
     def default_momentum(self) -> float | None:
         """The momentum of configurations without one, or None if every trial must give one."""
-        return self.optimizer.momentum
+        return self.optimizer.default_momentum
 
     @property
     def schedule(self) -> Schedule:

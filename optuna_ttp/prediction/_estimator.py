@@ -30,6 +30,7 @@ from optuna_ttp.calibration import stability_sd
 from optuna_ttp.calibration import Z_90
 from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import ResponseSurface
+from optuna_ttp.dynamics import SGD
 from optuna_ttp.dynamics import Trajectories
 from optuna_ttp.prediction._configurations import Configurations
 from optuna_ttp.prediction._first_passage_times import FirstPassageTimes
@@ -82,7 +83,9 @@ class Estimator:
         if not self.log_growth.any():
             return predicted
         uncorrected = KernelGrowth.none() if predicted is None else predicted
-        return uncorrected.times(KNOTS, self.log_growth)
+        # The trials' correction is one of the speed, the growth is one of the kernel.
+        exponent = self.simulator.training.growth_exponent
+        return uncorrected.times(KNOTS, self.log_growth / exponent)
 
     @cached_property
     def surface(self) -> ResponseSurface | None:
@@ -96,8 +99,9 @@ class Estimator:
         ) -> Floats:
             """Return ``logs`` ``(K, P)`` of the surface's times, corrected by the calibration."""
             batch_size = simulator.n_samples / (1.0 + noise * (simulator.n_samples - 1))
-            step = learning_rate / (1.0 - momentum) * float(simulator.model.curvatures[0])
-            stability = learning_rate / simulator.max_learning_rate(batch_size, momentum)
+            training = simulator.training
+            step = training.relative_step(learning_rate, batch_size, momentum)
+            stability = learning_rate / training.max_learning_rate(batch_size, momentum)
             return self.calibration.expected(
                 SimulatedFirstPassages(
                     depths,
@@ -112,10 +116,14 @@ class Estimator:
         return surface.retimed(correct)
 
     def seconds_per_step(self, batch_size: ArrayLike) -> Floats:
-        """Return the seconds per step at batch sizes of any shape; NaN if not measured."""
+        """Return the seconds per step at batch sizes of any shape; NaN if not measured.
+
+        A step of the optimiser takes as many mini-batches as are accumulated.
+        """
         if self.throughput is None:
             return np.full(np.shape(batch_size), np.nan)
-        return self.throughput.seconds_per_step(batch_size)
+        seconds = self.throughput.seconds_per_step(batch_size)
+        return seconds * self.simulator.optimizer.accumulation_steps
 
     def stability(self, configurations: Configurations) -> Floats:
         """Return each learning rate over the largest stable learning rate, shape ``(K,)``."""
@@ -125,7 +133,7 @@ class Estimator:
 
     def is_hopeless(self, configurations: Configurations) -> Booleans:
         """Return a mask ``(K,)`` of configurations that are certain to blow up."""
-        return self.stability(configurations) > RULES.hopeless_stability
+        return self.stability(configurations) > self.simulator.training.hopeless_stability
 
     def predict(self, configurations: Configurations, *, full_curve: bool) -> Prediction:
         """Return simulated predictions; curves end at the target or, if full, at the horizon."""
@@ -149,7 +157,7 @@ class Estimator:
             patience = surface.patience(places[0], places[2])
             end = np.minimum(patience, self.simulator.max_steps)
             outside |= ~np.isfinite(steps) & (longest > end)
-            longest = np.minimum(longest, np.ceil(RULES.patience * patience).astype(np.int64))
+            longest = np.minimum(longest, np.ceil(RULES.patience * patience)).astype(np.int64)
         times = FirstPassageTimes.interpolated(depths, logs, hopeless)
         rows = np.flatnonzero(outside & ~hopeless)
         if len(rows):
@@ -268,7 +276,7 @@ class Estimator:
             sd = np.sqrt(
                 times.log_sd**2
                 + linearisation_sd(simulator.spectrum.probe, simulator.loss_fraction) ** 2
-                + simulator.truncation_log_error**2
+                + simulator.approximation_log_error**2
                 + simulator.subset_sd**2
                 + stability_sd(stability) ** 2
             )
@@ -305,7 +313,9 @@ class Estimator:
         whole = np.where(finite, np.maximum(1.0, np.ceil(median - 1e-9)), np.inf)
         steps = np.where(whole > c.max_steps, np.inf, whole)
         widths = np.exp(self._quantile * sd)
-        p_diverges = self.calibration.divergence.probability(stability)
+        p_diverges = np.zeros(len(c))
+        if math.isfinite(self.simulator.training.hopeless_stability):
+            p_diverges = self.calibration.divergence.probability(stability)
         p_diverges = np.where(times.blown_up, np.maximum(p_diverges, 0.5), p_diverges)
         p_converges = (1.0 - p_diverges) * probability_below(whole, sd, c.max_steps)
         blown_up = times.blown_up | self.is_hopeless(c)
@@ -319,7 +329,7 @@ class Estimator:
             steps=steps.reshape(shape),
             steps_low=np.maximum(1.0, np.ceil(median / widths - 1e-9)).reshape(shape),
             steps_high=np.maximum(1.0, np.ceil(median * widths - 1e-9)).reshape(shape),
-            epochs=(steps / np.ceil(self.simulator.n_samples / c.batch_size)).reshape(shape),
+            epochs=(steps / self.simulator.steps_per_epoch(c.batch_size)).reshape(shape),
             seconds=(steps * self.seconds_per_step(c.batch_size)).reshape(shape),
             outcomes=_outcomes(steps, blown_up).reshape(shape),
             p_converges=p_converges.reshape(shape),
@@ -356,13 +366,18 @@ class Estimator:
 def unreliability(simulator: Simulator) -> str:
     """Return the text of the warning that linearisation does not hold up to the target."""
     probe, fraction = simulator.spectrum.probe, simulator.loss_fraction
+    remedy = "Trials recorded with TrainingLog correct much of the error"
+    if isinstance(simulator.optimizer, SGD) and simulator.optimizer.groups is None:
+        remedy = (
+            "A short training run of twenty steps, predictor.short_run(task), corrects much of "
+            "the error, as do trials recorded with TrainingLog"
+        )
     return (
         f"At {simulator.excess_fraction:.0%} of the initial training loss the network is far from "
         f"its linearisation: a weight matrix changes by {displacement(probe, fraction):.2g} times "
         "its norm, and the kernel differs from the predicted one by a factor of "
         f"{math.exp(kernel_mismatch(probe, fraction)):.2g}. The intervals are wider because of "
-        "this. A short training run of twenty steps, predictor.short_run(task), corrects much of "
-        "the error, as do trials recorded with TrainingLog; or choose an easier target."
+        f"this. {remedy}; or choose an easier target."
     )
 
 

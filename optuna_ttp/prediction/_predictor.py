@@ -19,6 +19,7 @@ from optuna_ttp.calibration import calibrate
 from optuna_ttp.calibration import Calibration
 from optuna_ttp.calibration import Observation
 from optuna_ttp.calibration import prior_scale
+from optuna_ttp.dynamics import Optimizer
 from optuna_ttp.dynamics import SampleConvergence
 from optuna_ttp.dynamics import Schedule
 from optuna_ttp.dynamics import SGD
@@ -38,8 +39,9 @@ if TYPE_CHECKING:
 class TrainingTimePredictor(ConfigurationPredictor):
     """Predicts the training time until a loss or an accuracy reaches a target, without training.
 
-    The network is linearised at its pretrained weights, and mini-batch SGD is simulated on the
-    linearised model with the user's learning rate, batch size and momentum. The training time is
+    The network is linearised at its pretrained weights, and training by mini-batches is simulated
+    on the linearised model with the user's optimiser, learning rate, batch size and momentum,
+    which is ``beta_1`` of Adam. The training time is
     the first step at which the chosen quantity reaches the target (Zancato et al., NeurIPS
     2020, section 5). Exactly one of the ``target_`` arguments must be given.
 
@@ -66,8 +68,10 @@ class TrainingTimePredictor(ConfigurationPredictor):
             value at the horizon by at most this share of its whole change. See
             :class:`~optuna_ttp.dynamics.Target`.
         optimizer:
-            The optimiser that trains. ``SGD()`` by default, without momentum, dampening and
-            weight decay.
+            The optimiser that trains: an :class:`~optuna_ttp.SGD`, :class:`~optuna_ttp.Adam` or
+            :class:`~optuna_ttp.AdamW`. The last two, and parameter groups, need a spectrum with
+            columns of the Jacobian. ``SGD()`` by default, without momentum, dampening and weight
+            decay.
         schedule:
             A :class:`~optuna_ttp.Schedule`, or a function from the number of steps done to the
             multiplier of the learning rate. Constant by default.
@@ -99,7 +103,7 @@ class TrainingTimePredictor(ConfigurationPredictor):
         target_validation_loss: float | None = None,
         target_validation_accuracy: float | None = None,
         target_epsilon: float | None = None,
-        optimizer: SGD | None = None,
+        optimizer: Optimizer | None = None,
         schedule: Schedule | Callable[[int], float] | None = None,
         max_steps: int = 10_000,
         n_samples: int | None = None,
@@ -194,7 +198,7 @@ class TrainingTimePredictor(ConfigurationPredictor):
         throughput = learned_throughput(
             self.throughput,
             np.array([o.batch_size for o in timed], dtype=np.int64),
-            np.array([o.seconds_per_step for o in timed]),
+            np.array([o.seconds_per_step for o in timed]) / self.optimizer.accumulation_steps,
         )
         scale = prior_scale(self.spectrum.probe)
         twin = self.calibrated(calibrate(every, scale, rules=self.calibration.rules))

@@ -45,6 +45,11 @@ class PredictionRules:
     """Standard deviation of the logarithm of a time ``T_eps`` if the spectrum has only a subset of
     the samples: both ends of the curve move, mostly together. Chosen without a
     measurement: no recorded task has such a target and a subset."""
+    adam_steps: float = 30.0
+    """Steps of slow training by Adam that would use up the initial loss at its first speed. Not
+    ablated yet."""
+    most_adam_steps: int = 1_000
+    """Largest number of steps of slow training by Adam. Not ablated yet."""
     short_run_shares: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
     """Learning rates that a short training run chooses from, over the largest stable one. On
     the small networks of benchmarks/accuracy (digits-0, digits-1, residual-0, residual-1) times

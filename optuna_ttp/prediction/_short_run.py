@@ -15,6 +15,7 @@ from optuna_ttp.calibration import FRACTIONS
 from optuna_ttp.calibration import LossCurve
 from optuna_ttp.calibration import Observation
 from optuna_ttp.dynamics import LinearisedModel
+from optuna_ttp.dynamics import SGD
 from optuna_ttp.dynamics import Target
 from optuna_ttp.ntk import resolve_device
 from optuna_ttp.prediction._configurations import Configurations
@@ -77,6 +78,12 @@ def observe_short_run(
     Return the observation, the seconds of the training, and a text that says why nothing can be
     learned from it, or an empty text. ValueError or TypeError if an argument is invalid.
     """
+    optimizer = estimator.simulator.optimizer
+    if not isinstance(optimizer, SGD) or optimizer.groups is not None:
+        raise ValueError(
+            "A short training run trains by SGD without parameter groups, of which an optimiser "
+            f"that acts on single weights learns nothing, but got {optimizer}."
+        )
     given = {"learning_rate": learning_rate, "momentum": momentum}
     for name, value in given.items():
         if value is not None:

@@ -16,8 +16,11 @@ from optuna_ttp._util.checks import check_count
 from optuna_ttp._util.checks import check_kind
 from optuna_ttp.calibration import covariates
 from optuna_ttp.calibration import DEPTHS
+from optuna_ttp.dynamics import Adam
+from optuna_ttp.dynamics import AdamConfigurations
 from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
+from optuna_ttp.dynamics import Optimizer
 from optuna_ttp.dynamics import ResponseSurface
 from optuna_ttp.dynamics import SampleConvergence
 from optuna_ttp.dynamics import Schedule
@@ -25,13 +28,16 @@ from optuna_ttp.dynamics import SGD
 from optuna_ttp.dynamics import SGDConfigurations
 from optuna_ttp.dynamics import simulate
 from optuna_ttp.dynamics import simulate_equation
-from optuna_ttp.dynamics import StabilityLimit
 from optuna_ttp.dynamics import Target
 from optuna_ttp.dynamics import Trajectories
+from optuna_ttp.prediction._adam_training import AdamTraining
 from optuna_ttp.prediction._configurations import Configurations
+from optuna_ttp.prediction._optimizer_checks import check_optimizer
 from optuna_ttp.prediction._rules import RULES
 from optuna_ttp.prediction._settings import PredictorSettings
+from optuna_ttp.prediction._sgd_training import SGDTraining
 from optuna_ttp.prediction._targets import resolve_target
+from optuna_ttp.prediction._training import Training
 from optuna_ttp.spectrum import Spectrum
 
 
@@ -46,7 +52,7 @@ class Simulator:
     spectrum: Spectrum
     model: LinearisedModel
     n_samples: int
-    optimizer: SGD
+    optimizer: Optimizer
     schedule: Schedule
     settings: PredictorSettings
     target: Target
@@ -58,7 +64,7 @@ class Simulator:
         spectrum: Spectrum,
         targets: dict[str, float | None],
         *,
-        optimizer: SGD,
+        optimizer: Optimizer,
         schedule: Schedule,
         max_steps: int,
         n_samples: int | None,
@@ -71,14 +77,8 @@ class Simulator:
         """
         if not isinstance(spectrum, Spectrum):
             raise TypeError(f"spectrum must be a Spectrum but got {type(spectrum).__name__}.")
-        if not isinstance(optimizer, SGD):
-            raise TypeError(f"optimizer must be an optuna_ttp.SGD but got {optimizer!r}.")
         check_kind("settings", settings, PredictorSettings)
-        if optimizer.weight_decay and spectrum.weight_outputs is None:
-            raise ValueError(
-                "weight_decay needs a spectrum that stores the weights' contribution to the "
-                "outputs but got one that was computed by an older version. Compute it again."
-            )
+        check_optimizer(optimizer, spectrum, settings.method)
         max_steps = check_count("max_steps", max_steps)
         count = spectrum.n_samples if n_samples is None else check_count("n_samples", n_samples)
         if count < spectrum.n_samples:
@@ -92,7 +92,7 @@ class Simulator:
 
     def __getstate__(self) -> dict[str, Any]:
         # These are derived from the spectrum again; the model is larger than the spectrum.
-        derived = ("model", "stability_limit", "kernel_growth", "surface")
+        derived = ("model", "training", "kernel_growth", "surface")
         return {k: v for k, v in self.__dict__.items() if k not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -114,14 +114,14 @@ class Simulator:
         )
 
     @cached_property
-    def stability_limit(self) -> StabilityLimit:
-        """The limit of stable learning rates at the pretrained weights, for all samples."""
-        return StabilityLimit.of(self.model, self.n_samples)
-
-    @property
-    def spectrum_stability_limit(self) -> StabilityLimit:
-        """The stability limit if mini-batches were drawn from the samples of the spectrum only."""
-        return replace(self.stability_limit, n_samples=self.spectrum.n_samples)
+    def training(self) -> Training:
+        """What is particular to training by this optimiser."""
+        if isinstance(self.optimizer, SGD):
+            return SGDTraining(
+                self.spectrum, self.model, self.optimizer, self.n_samples, self.settings
+            )
+        assert isinstance(self.optimizer, Adam)
+        return AdamTraining(self.spectrum, self.optimizer, self.n_samples, self.settings)
 
     @cached_property
     def initial_loss(self) -> float:
@@ -137,11 +137,6 @@ class Simulator:
         away = losses - self.initial_loss * model.normalisers
         return float(away.square().mean().sqrt() / model.normalisers.double().mean())
 
-    @property
-    def slow_rate(self) -> float:
-        """A learning rate at which full-batch training is slow and stable: 0.5 / curvature."""
-        return 0.5 / max(float(self.model.curvatures[0]), 1e-30)
-
     @cached_property
     def excess_fraction(self) -> float:
         """The training loss at the target over the initial one, above the lowest possible loss.
@@ -155,7 +150,7 @@ class Simulator:
             return math.nan
         if self.target.quantity in ("loss", "smoothed_loss"):
             return (self.target.value - floor) / (initial - floor)
-        curves = _slow_run(self.model, self.slow_rate, self.target).curves
+        curves = self.training.slow_run(self.target).curves
         return (float(np.nanmin(curves["loss"])) - floor) / (initial - floor)
 
     @cached_property
@@ -173,7 +168,7 @@ class Simulator:
         if self.model.validation is None:
             return math.inf
         aim = Target("validation_loss", 1e-12)
-        run = _slow_run(self.model, self.slow_rate, aim, max_steps=20_000, full_curves=True)
+        run = self.training.slow_run(aim, max_steps=20_000, full_curves=True)
         losses = run.curves["validation_loss"][0]
         known = np.flatnonzero(np.isfinite(losses) & np.isfinite(run.steps[0]))
         best = known[int(np.argmin(losses[known]))]
@@ -185,7 +180,8 @@ class Simulator:
     def has_surface(self) -> bool:
         """True if times depend on learning rate, batch size and momentum alone."""
         linear = self.settings.method == "linear"
-        return bool(self.schedule.is_constant and not self.target.settled and linear)
+        plain = not (isinstance(self.optimizer, SGD) and self.optimizer.groups)
+        return bool(self.schedule.is_constant and not self.target.settled and linear and plain)
 
     @cached_property
     def surface(self) -> ResponseSurface | None:
@@ -195,28 +191,13 @@ class Simulator:
         """
         if not self.has_surface:
             return None
-        share = min(RULES.surface_trace, self.spectrum.explained_trace)
-        model = LinearisedModel.from_spectrum(
-            self.spectrum.truncate(explained_trace=share), device=self.settings.device
-        )
-        return ResponseSurface.build(
-            model,
-            self.target,
-            DEPTHS,
-            max_steps=self.max_steps,
-            optimizer=self.optimizer,
-            sampling=self.settings.sampling,
-            smoothing=self.settings.smoothing,
-            growth=self.kernel_growth,
-            limit=self.spectrum_stability_limit,
-            seed=self.settings.seed,
-        )
+        return self.training.surface(self.target, DEPTHS, self.kernel_growth, self.max_steps)
 
     @cached_property
     def sample_convergence(self) -> SampleConvergence:
         """Predicted times as a function of the number of samples in the spectrum."""
-        return SampleConvergence.measure(
-            self.model, self.target, growth=self.kernel_growth, seed=self.settings.seed
+        return self.training.sample_convergence(
+            self.target, self.kernel_growth, self.settings.seed
         )
 
     @cached_property
@@ -229,47 +210,31 @@ class Simulator:
         return self.sample_convergence.error(self.n_samples)
 
     @cached_property
-    def truncation_log_error(self) -> float:
-        """The absolute change of a log time due to the eigenpairs that the spectrum lacks.
+    def approximation_log_error(self) -> float:
+        """The absolute error of a log time due to eigenpairs or columns that are not there."""
+        return self.training.approximation_log_error(self.target)
 
-        It is estimated by dropping as much of the trace again; 1 if a target is not reached then.
-        """
-        explained, spectrum = self.spectrum.explained_trace, self.spectrum
-        if explained > 1.0 - 1e-6 or self.target.settled:
-            return 0.0
-        shorter = spectrum.truncate(explained_trace=max(1.0 - 2.0 * (1.0 - explained), 0.01))
-        if shorter.rank == spectrum.rank and spectrum.rank > 1:
-            # Equal eigenvalues are kept together.
-            shorter = spectrum.truncate(rank=spectrum.rank - 1)
-        models = (self.model, LinearisedModel.from_spectrum(shorter))
-        target = self.target
-        if target.quantity == "smoothed_loss":
-            target = replace(target, quantity="loss")
-        times = [_slow_first_passage_time(m, self.slow_rate, target) for m in models]
-        if min(times) < RULES.few_steps:
-            rate = self.slow_rate / RULES.few_steps
-            times = [_slow_first_passage_time(m, rate, target) for m in models]
-        if not np.isfinite(times).all():
-            return 1.0
-        return abs(math.log(max(times[1], 1.0) / max(times[0], 1.0)))
+    def samples_per_step(self, batch_size: Integers | Floats) -> Integers | Floats:
+        """Return the samples of one step of the optimiser for batch sizes ``(K,)``, at most N."""
+        return np.minimum(batch_size * self.optimizer.accumulation_steps, self.n_samples)
 
-    def max_learning_rate(self, batch_size: Integers | Floats, momentum: Floats) -> Floats:
+    def steps_per_epoch(self, batch_size: Integers) -> Integers:
+        """Return the steps of the optimiser in a pass over the data for batch sizes ``(K,)``."""
+        n_batches = -(-self.n_samples // batch_size)
+        return -(-n_batches // self.optimizer.accumulation_steps)
+
+    def max_learning_rate(self, batch_size: Integers, momentum: Floats) -> Floats:
         """Return the largest stable learning rates of K configurations, shape ``(K,)``."""
-        return self.stability_limit.max_learning_rate(
-            batch_size,
-            momentum,
-            dampening=self.optimizer.dampening,
-            nesterov=self.optimizer.nesterov,
-            weight_decay=self.optimizer.weight_decay,
-            replacement=self.settings.sampling == "replacement",
-        )
+        return self.training.max_learning_rate(self.samples_per_step(batch_size), momentum)
 
     def covariates(self, configurations: Configurations) -> Floats:
         """Return :func:`optuna_ttp.calibration.covariates` of K configurations, ``(K, 2)``."""
-        n, batch_size = self.n_samples, configurations.batch_size
-        step = configurations.learning_rate / (1.0 - configurations.momentum)
-        noise = (n - batch_size) / (max(n - 1, 1) * batch_size)
-        return covariates(step * float(self.model.curvatures[0]), noise)
+        n, samples = self.n_samples, self.samples_per_step(configurations.batch_size)
+        step = self.training.relative_step(
+            configurations.learning_rate, samples, configurations.momentum
+        )
+        noise = (n - samples) / (max(n - 1, 1) * samples)
+        return covariates(step, noise)
 
     def instability(self, depths: Floats, stability: Floats) -> Floats:
         """Return the learning rate over the largest stable one, times the growth at depths.
@@ -279,18 +244,20 @@ class Simulator:
         """
         if self.kernel_growth is None:
             return np.broadcast_to(stability[:, None], (len(stability), depths.shape[1]))
-        return np.asarray(stability[:, None] * self.kernel_growth.at(np.exp(-depths)))
+        growth = self.kernel_growth.at(np.exp(-depths))
+        return np.asarray(stability[:, None] * growth**self.training.growth_exponent)
 
     def simulated_batch_size(self, batch_size: Integers) -> Integers:
-        """Return batch sizes ``(K,)`` with the same noise if drawn from the spectrum's samples.
+        """Return samples per step ``(K,)`` with the same noise if drawn from the spectrum's.
 
         ``gamma = (N - B) / ((N - 1) B)`` on all ``N`` samples is that of
         ``N_0 / (1 + gamma (N_0 - 1))`` among the ``N_0`` samples of the spectrum.
         """
         n, n_spectrum = self.n_samples, self.spectrum.n_samples
+        samples = self.samples_per_step(batch_size).astype(np.int64)
         if n == n_spectrum:
-            return batch_size
-        gamma = (n - batch_size) / ((n - 1) * batch_size)
+            return samples
+        gamma = (n - samples) / ((n - 1) * samples)
         equivalent = n_spectrum / (1.0 + gamma * (n_spectrum - 1))
         return np.maximum(1, np.rint(equivalent)).astype(np.int64)
 
@@ -308,69 +275,52 @@ class Simulator:
         The kernel is multiplied by the given growth. Simulations end after ``margin`` horizons;
         with ``full_curve`` they go on past the target. One seed does if nothing is random.
         """
-        sgd = self.optimizer.configurations(
+        optimizer, batch_size = self.optimizer, configurations.batch_size
+        if self.n_samples > self.spectrum.n_samples:
+            batch_size = self.simulated_batch_size(batch_size)
+            optimizer = replace(optimizer, accumulation_steps=1)
+        trained = optimizer.configurations(
             configurations.learning_rate, configurations.momentum, self.schedule
         )
         # The horizon counts real steps, of which the corrected simulation may need more or fewer.
         max_steps = np.maximum(1, np.ceil(margin * configurations.max_steps)).astype(np.int64)
-        batch_size = self.simulated_batch_size(configurations.batch_size)
         common = {
             "max_steps": max_steps,
             "target": self.target,
             "full_curves": full_curve or self.target.settled,
-            "steps_per_epoch": -(-self.n_samples // configurations.batch_size),
+            "steps_per_epoch": self.steps_per_epoch(configurations.batch_size),
         }
         n_runs = self.settings.n_seeds if n_seeds is None else n_seeds
         if self.settings.method == "linear":
-            noisy = (batch_size < self.spectrum.n_samples).any()
+            samples = batch_size * optimizer.accumulation_steps
+            noisy = (samples < self.spectrum.n_samples).any()
             if not noisy and self.settings.sampling != "replacement":
                 n_runs = 1
             common["growth"] = growth
         seeds = range(self.settings.seed, self.settings.seed + n_runs)
-        return [self._run(sgd, batch_size, seed, common) for seed in seeds]
+        return [self._run(trained, batch_size, seed, common) for seed in seeds]
 
     def _run(
-        self, sgd: SGDConfigurations, batch_size: Integers, seed: int, common: dict[str, Any]
+        self,
+        trained: SGDConfigurations | AdamConfigurations,
+        batch_size: Integers,
+        seed: int,
+        common: dict[str, Any],
     ) -> Trajectories:
         """Return simulated curves of K configurations for the sample order of one seed."""
         if self.settings.method != "linear":
+            assert isinstance(trained, SGDConfigurations)
             return simulate_equation(
-                self.model, sgd, batch_size, method=self.settings.method, seed=seed, **common
+                self.model, trained, batch_size, method=self.settings.method, seed=seed, **common
             )
         return simulate(
-            self.model,
-            sgd,
+            self.training.model,
+            trained,
             batch_size,
             exact=self.settings.exact or self.target.settled,
             sampling=self.settings.sampling,
             smoothing=self.settings.smoothing,
-            limit=self.spectrum_stability_limit,
+            limit=self.training.growth_limit,
             seed=seed,
             **common,
         )
-
-
-def _slow_run(
-    model: LinearisedModel,
-    learning_rate: float,
-    target: Target,
-    *,
-    max_steps: int = 5_000,
-    full_curves: bool = False,
-) -> Trajectories:
-    """Return the curves of full-batch training with one learning rate and no momentum."""
-    return simulate(
-        model,
-        SGDConfigurations.of(np.array([learning_rate])),
-        np.array([model.n_samples]),
-        max_steps=np.array([max_steps]),
-        target=target,
-        full_curves=full_curves,
-    )
-
-
-def _slow_first_passage_time(
-    model: LinearisedModel, learning_rate: float, target: Target
-) -> float:
-    """Return the full-batch steps to a target, infinity if it is not reached."""
-    return float(_slow_run(model, learning_rate, target).first_passage_times(target)[0])

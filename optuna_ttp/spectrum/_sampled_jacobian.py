@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,52 @@ class SampledJacobian:
         """The columns of the validation samples, ``(N_v C, d)``, or :obj:`None`."""
         return None if self.validation is None else self._decoded(self.validation)
 
+    def thinned(self, n_columns: int, rng: np.random.Generator) -> SampledJacobian:
+        """Return a sample of about so many of these columns, drawn with known probabilities.
+
+        Column j is picked with a probability proportional to ``u_j`` times its mean absolute
+        value, at most one, and its inflation divided by that probability.
+
+        Args:
+            n_columns:
+                The expected number of columns, positive.
+            rng:
+                Draws the columns.
+
+        Returns:
+            The sample, or this one if it has no more columns.
+        """
+        if n_columns >= self.n_columns:
+            return self
+        means = np.abs(self.codes, dtype=np.float32).mean(axis=0, dtype=np.float64) * self.scales
+        shares = self.inflation * means
+        probability = _probabilities(shares, n_columns)
+        picked = np.flatnonzero(rng.random(self.n_columns) < probability)
+        held_out = self.validation
+        by_column = ("scales", "weights", "parameters", "positions")
+        return replace(
+            self,
+            codes=np.take(self.codes, picked, axis=1),
+            inflation=self.inflation[picked] / probability[picked],
+            validation=None if held_out is None else np.take(held_out, picked, axis=1),
+            **{name: getattr(self, name)[picked] for name in by_column},
+        )
+
     def _decoded(self, codes: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
         """Return codes times scales, in single precision or, of such codes, in double."""
         precision = np.float64 if codes.dtype == np.float64 else np.float32
         return np.asarray(codes.astype(precision) * self.scales.astype(precision))
+
+
+def _probabilities(shares: NDArray[np.float64], n_columns: int) -> NDArray[np.float64]:
+    """Return probabilities proportional to shares, at most one, whose sum is ``n_columns``."""
+    certain = np.zeros(len(shares), dtype=bool)
+    while True:
+        rest = shares[~certain].sum()
+        if not rest > 0.0:
+            return np.ones(len(shares))
+        probability = np.where(certain, 1.0, (n_columns - certain.sum()) * shares / rest)
+        above = probability > 1.0
+        if not above.any():
+            return probability
+        certain |= above

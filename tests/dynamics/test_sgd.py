@@ -63,5 +63,5 @@ def test_its_momentum_counts_where_none_is_given() -> None:
 
 
 def test_anything_else_is_no_optimiser() -> None:
-    with pytest.raises(TypeError, match=r"optimizer must be an optuna_ttp\.SGD but got 'sgd'"):
+    with pytest.raises(TypeError, match="SGD, Adam or AdamW but got 'sgd'"):
         _predictor("sgd")  # type: ignore[arg-type]

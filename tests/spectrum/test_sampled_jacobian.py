@@ -72,3 +72,29 @@ def test_arrays_that_do_not_fit_are_refused(field: str, value: Any, message: str
 def test_spectrum_refuses_columns_of_other_samples() -> None:
     with pytest.raises(ValueError, match=r"jacobian\.codes"):
         replace(small_spectrum(), jacobian=_sampled(3))
+
+
+def test_a_thinned_sample_is_unbiased_and_picks_large_columns() -> None:
+    sampled = _sampled(6, width=5, n_validation=4)
+    wanted = (sampled.columns * sampled.inflation).sum(axis=1)
+    sums, counts = [], []
+    for seed in range(600):
+        thin = sampled.thinned(3, np.random.default_rng(seed))
+        assert (thin.inflation >= 1.0).all()
+        assert thin.validation is not None
+        assert thin.validation.shape == (4, thin.n_columns)
+        sums.append((thin.columns * thin.inflation).sum(axis=1))
+        counts.append(thin.n_columns)
+    error = np.std(sums, axis=0) / np.sqrt(600.0)
+    assert (np.abs(np.mean(sums, axis=0) - wanted) < 4.5 * error).all()
+    assert np.mean(counts) == pytest.approx(3.0, abs=0.2)
+    assert sampled.thinned(5, np.random.default_rng(0)) is sampled
+
+
+def test_columns_that_are_certain_are_all_picked() -> None:
+    sampled = _sampled(6, width=5)
+    large = replace(sampled, scales=sampled.scales * np.array([1e6, 1, 1, 1, 1], np.float32))
+    for seed in range(20):
+        thin = large.thinned(3, np.random.default_rng(seed))
+        assert thin.weights[0] == large.weights[0]
+        assert thin.inflation[0] == large.inflation[0]
