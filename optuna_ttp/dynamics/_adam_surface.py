@@ -28,8 +28,9 @@ from optuna_ttp.dynamics._trajectories import Trajectories
 class AdamSurfaceRules:
     """The knots of a surface of Adam. Not ablated yet."""
 
-    momenta: tuple[float, ...] = (0.0, 0.9, 0.98)
-    """``beta_1`` of the knots."""
+    momenta: tuple[float, ...] = (0.0, 0.8, 0.95)
+    """``beta_1`` of the knots. On a digits network with 100 samples, steps of 60 configurations
+    were off by 7.4 % (median; 21 % for the worst tenth); with (0, 0.9, 0.98) by 8.8 and 38 %."""
     batch_sizes: tuple[int, ...] = (4, 16, 64)
     """Batch sizes of the knots, or the full batch in place of the larger ones."""
     n_rates: int = 8
@@ -64,6 +65,8 @@ class AdamSurface(ResponseSurface):
     Adam's steps have the length of the learning rate, so that slow configurations need about the
     same intrinsic time ``eta T``. Its logarithm is tabulated by simulation and interpolated
     linearly in ``-log(1 - beta_1)`` and the logarithms of the batch size and the learning rate.
+    The batch size is the harmonic mean over the batches of an epoch, because the mean square of
+    the gradients holds the mean of their noise: a last batch of few samples makes training slower.
     """
 
     rules: AdamSurfaceRules = RULES
@@ -87,7 +90,9 @@ class AdamSurface(ResponseSurface):
         longer than ``max_steps`` do not reach it. ``settings`` are arguments of :func:`simulate`.
         """
         n = model.n_samples
-        batch_sizes = np.unique(np.minimum(rules.batch_sizes, n))
+        # Batches of nearly equal sizes, so that the last one is not small.
+        n_batches = np.maximum(1, np.rint(n / np.array(rules.batch_sizes)))
+        batch_sizes = np.unique(np.ceil(n / n_batches).astype(np.int64))
         momenta = np.array(rules.momenta)
         optimizer = replace(optimizer, accumulation_steps=1)
 
@@ -120,7 +125,7 @@ class AdamSurface(ResponseSurface):
         curves = simulated(rate.ravel(), b.ravel().astype(np.int64), m.ravel(), horizon.ravel())
         initial = float(model.loss(model.initial_outputs[None]))
         log_tau, depths, log_levels = tables(curves, target, levels, initial, rate)
-        knots = -np.log1p(-momenta), np.log(batch_sizes)
+        knots = -np.log1p(-momenta), np.log(_harmonic_mean(batch_sizes.astype(np.float64), n))
         return cls(*knots, log_tau, depths, log_levels, n, slow_tau, rules)
 
     def intrinsic_rate(self, learning_rate: Floats, momentum: Floats) -> Floats:
@@ -145,7 +150,8 @@ class AdamSurface(ResponseSurface):
         """
         span = np.log(self.rules.longest / self.rules.shortest)
         u = np.log(learning_rate * self.rules.longest / self.slow_tau) / span
-        wanted = (-np.log1p(-momentum), np.log(batch_size), u)
+        effective = _harmonic_mean(batch_size, self.n_samples)
+        wanted = (-np.log1p(-momentum), np.log(effective), u)
         points = np.stack(
             [np.clip(v, k[0], k[-1]) for v, k in zip(wanted, self.axes, strict=True)], axis=1
         )
@@ -160,6 +166,15 @@ class AdamSurface(ResponseSurface):
     def patience(self, learning_rate: Floats, momentum: Floats) -> Floats:
         """Return infinity, ``(K,)``: what has not reached the target in time never does."""
         return np.full(np.broadcast_shapes(learning_rate.shape, momentum.shape), np.inf)
+
+
+def _harmonic_mean(batch_size: Floats, n_samples: int) -> Floats:
+    """Return the harmonic mean of the batches' sizes in an epoch of N samples, ``(K,)``."""
+    n_whole = n_samples // batch_size
+    rest = n_samples - n_whole * batch_size
+    last = (rest > 0).astype(np.float64)
+    inverse = n_whole / batch_size + last / np.maximum(rest, 1.0)
+    return np.asarray((n_whole + last) / inverse)
 
 
 def _knots(

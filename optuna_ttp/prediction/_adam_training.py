@@ -133,9 +133,15 @@ class AdamTraining:
     def surface(
         self, target: Target, levels: Floats, growth: KernelGrowth | None, max_steps: int
     ) -> ResponseSurface:
-        """Return the response surface of simulated times."""
+        """Return the response surface of simulated times, from a part of the columns."""
+        model, jacobian = self.model, self.spectrum.jacobian
+        assert jacobian is not None
+        if jacobian.n_columns > RULES.surface_columns:
+            rng = np.random.default_rng(self.settings.seed)
+            part = replace(self.spectrum, jacobian=jacobian.thinned(RULES.surface_columns, rng))
+            model = LinearisedModel.from_columns(part, device=self.settings.device)
         return AdamSurface.build(
-            self.model,
+            model,
             target,
             levels,
             max_steps=max_steps,

@@ -259,3 +259,15 @@ def test_a_short_training_run_is_for_sgd() -> None:
     task = FineTuningTask(mlp().double(), (x.double(), y))
     with pytest.raises(ValueError, match="A short training run trains by SGD without"):
         _adamw().short_run(task)
+
+
+def test_a_surface_knows_that_a_small_last_batch_is_noisy() -> None:
+    # 24 samples are 23 and 1, or 12 and 12.
+    predictor = _adamw()
+    surface = predictor._estimator.simulator.surface
+    assert surface is not None
+    rate = surface.slow_tau / 60.0
+    ragged, even = predictor.predict(rate, [23, 12]).steps
+    assert ragged > 1.1 * even
+    quick = predictor.estimate(rate, [23, 12]).steps
+    assert quick[0] > 1.1 * quick[1]
