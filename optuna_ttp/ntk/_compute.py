@@ -37,6 +37,8 @@ from optuna_ttp.ntk.engines._eigenpairs import Decomposition
 from optuna_ttp.ntk.engines._matrix_free import leading_pairs
 from optuna_ttp.spectrum import check_truncation
 from optuna_ttp.spectrum import measure_throughput
+from optuna_ttp.spectrum import Probe
+from optuna_ttp.spectrum import Saturation
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import SpectrumMetadata
 from optuna_ttp.spectrum import Throughput
@@ -215,17 +217,17 @@ def compute_spectrum(
         spectrum = spectrum.truncate(explained_trace=_within_reach(spectrum, explained_trace))
     if not probe:
         return spectrum
-    spectrum = probe_linearisation(
-        task, spectrum, device=settings.device, dtype=settings.dtype, distributed=distributed
-    )
-    steps = partial(
-        measure_saturation, task, spectrum, device=settings.device, dtype=settings.dtype
-    )
+
+    def probed() -> tuple[Probe | None, Saturation]:
+        compared = probe_linearisation(task, spectrum, **settings.place)
+        steps = measure_saturation(task, spectrum, seed=settings.seed, **settings.place)
+        return compared.probe, steps
+
     # All processes must get the same numbers.
-    saturation = by_first(steps) if distributed else steps()
+    linearity, saturation = by_first(probed) if distributed else probed()
     seconds = time.perf_counter() - started
     metadata = replace(spectrum.metadata, compute_seconds=seconds)
-    return replace(spectrum, saturation=saturation, metadata=metadata)
+    return replace(spectrum, probe=linearity, saturation=saturation, metadata=metadata)
 
 
 def _check_engine_checkpoint(engine: str, checkpoint: KernelCheckpoint | None) -> None:

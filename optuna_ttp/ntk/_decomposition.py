@@ -132,7 +132,7 @@ def columns_decomposition(
     """Decompose the products of a sample of columns that is large enough for accurate times.
 
     The number of columns is doubled until the standard error and the bias of the times of gradient
-    flow to 50, 25 and 10 % of the initial loss are at most 3 %. If the memory does not allow that,
+    flow to 50, 25 and 10 % of the initial loss are at most 8 %. If the memory does not allow that,
     an :exc:`~optuna_ttp.ApproximationWarning` is given. The decomposition holds a smaller sample
     of these columns, for optimisers that act on single weights.
     """

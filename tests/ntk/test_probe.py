@@ -33,7 +33,7 @@ from tests.probes import probed_spectrum
 from tests.probes import quiet_predictor
 
 
-_DEPTHS = [0.85, 0.7, 0.35, 0.15, 0.05]
+_DEPTHS = [0.6, 0.25, 0.05]
 
 
 def _path(model: LinearisedModel, n_steps: int) -> tuple[torch.Tensor, NDArray[np.float64]]:
@@ -74,7 +74,7 @@ def test_displacement_is_how_far_the_linearised_path_takes_a_weight_matrix(
         )(weights).items()
     }
     basis = torch.as_tensor(one.eigenvectors / np.sqrt(one.eigenvalues))
-    assert len(probe.fractions) > 2
+    assert len(probe.fractions) >= 2
     assert (probe.fractions[0], probe.relative_displacements[0]) == (1.0, 0.0)
     for k, fraction in enumerate(probe.fractions[1:6], 1):
         t = int(np.argmin(np.abs(fractions - fraction)))
@@ -94,7 +94,7 @@ def test_points_are_the_first_of_the_path_at_each_depth() -> None:
     one = probed_spectrum(linear_task("mse", n_samples=6))
     _, fractions = _path(LinearisedModel.from_spectrum(one, dtype=torch.float64), 5_000)
     first = {fractions[np.argmax(fractions <= f)] for f in _DEPTHS if fractions[-1] <= f}
-    assert len(first) > 3
+    assert len(first) == len(_DEPTHS)
     expected = [1.0, *sorted(first, reverse=True)]
     np.testing.assert_allclose(probe_of(one).fractions, expected, rtol=1e-9)
 
@@ -248,7 +248,7 @@ def test_deviations_and_kernel_ratios_are_those_of_the_displaced_network(
     one = probed_spectrum(task, rank=rank)
     probe = probe_of(one)
     model = LinearisedModel.from_spectrum(one, dtype=torch.float64)
-    thetas, fractions = _path(model, 1500)
+    thetas, fractions = _path(model, 5_000)
     basis = torch.as_tensor(one.eigenvectors / np.sqrt(one.eigenvalues))
     weights = {n: p.detach() for n, p in network.named_parameters()}
 
@@ -276,4 +276,4 @@ def test_deviations_and_kernel_ratios_are_those_of_the_displaced_network(
         moved = (expected[0] - model.initial_outputs).norm()
         assert probe.output_deviations[k] == pytest.approx(float(away / moved), rel=1e-6)
     assert (probe.kernel_ratios[0], probe.output_deviations[0]) == (1.0, 0.0)
-    assert abs(probe.kernel_ratios[3] - 1.0) > 1e-3
+    assert abs(probe.kernel_ratios[-1] - 1.0) > 1e-3

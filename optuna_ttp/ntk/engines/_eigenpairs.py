@@ -112,12 +112,18 @@ def eigenpairs_of_features(
 
 
 def _products(matrix: torch.Tensor) -> NDArray[Any]:
-    """Return ``M^T M`` in the precision of ``M``, with sums over many rows in double precision."""
-    total: torch.Tensor | None = None
+    """Return ``M^T M`` in the precision of ``M``, with sums over many rows in double precision.
+
+    Only the lower triangle is multiplied, in tiles, and then mirrored.
+    """
+    n = matrix.shape[1]
+    total = torch.zeros((n, n), dtype=torch.float64)
+    tile = max(PRODUCTS.max_tile, n // PRODUCTS.n_tiles)
     for start in range(0, len(matrix), PRODUCTS.chunk):
         piece = matrix[start : start + PRODUCTS.chunk]
-        part = (piece.T @ piece).cpu().double()
-        total = part if total is None else total.add_(part)
-    assert total is not None
+        for first in range(0, n, tile):
+            last = min(first + tile, n)
+            total[first:last, :last] += (piece[:, first:last].T @ piece[:, :last]).cpu()
+    whole = total.tril() + total.tril(-1).T
     precision = np.float32 if matrix.dtype == torch.float32 else np.float64
-    return total.numpy().astype(precision)
+    return whole.numpy().astype(precision)

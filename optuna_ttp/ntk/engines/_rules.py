@@ -174,8 +174,9 @@ class ColumnRules:
         n_stored:
             Columns that a spectrum keeps for optimisers that act on single weights.
         time_error:
-            Largest relative error of the predicted times by the sample; if it is larger, the
-            number of columns is doubled.
+            Largest expected relative error of the predicted times by the sample; if it is larger,
+            the number of columns is doubled. Below it a second pass would cost more than it gives:
+            the linearisation itself is further off. The error is reported in any case.
         max_batch:
             Most samples in a batch.
     """
@@ -186,7 +187,7 @@ class ColumnRules:
     columns_a_row: int = 40
     min_columns: int = 40_000
     n_stored: int = 12_000
-    time_error: float = 0.03
+    time_error: float = 0.08
     max_batch: int = 16
 
 
