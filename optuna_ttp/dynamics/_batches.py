@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
+from optuna_ttp.dynamics._low_rank_products import LowRankProducts
 from optuna_ttp.dynamics._sampling import Sampling
 
 
@@ -26,6 +27,25 @@ class Batch:
     shares: torch.Tensor | None = None
     """With several mini-batches, the factor ``(B,)`` on the loss of each sample that makes the
     mean over all samples the mean of the mini-batches' means."""
+    low_rank: LowRankProducts | None = None
+    """Low-rank adapters, of the samples."""
+
+    def outputs(self, theta: torch.Tensor) -> torch.Tensor:
+        """Return the outputs ``(K, B, C)`` at K states ``theta`` of shape ``(K, r)``."""
+        n_products = 0 if self.low_rank is None else self.low_rank.n_weights
+        flat = self.initial_outputs + theta[:, n_products:] @ self.features.T
+        outputs = flat.reshape(len(theta), len(self.normalisers), -1)
+        if self.low_rank is not None:
+            outputs += self.low_rank.output_changes(theta[:, :n_products])
+        return outputs
+
+    def gradient(self, theta: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
+        """Return the gradient ``(K, r)`` by ``theta`` for that by the outputs, ``(K, B, C)``."""
+        gradient = residuals.reshape(len(residuals), -1) @ self.features
+        if self.low_rank is None:
+            return gradient
+        of_products = self.low_rank.gradient(theta[:, : self.low_rank.n_weights], residuals)
+        return torch.cat([of_products, gradient], dim=1)
 
     def losses(self, model: LinearisedModel, outputs: torch.Tensor) -> torch.Tensor:
         """Return the mean loss ``(K,)`` for outputs ``(K, B, C)``."""
@@ -55,7 +75,7 @@ def batches(
     training; with ``across_epochs``, for coarse steps, the last batch is filled up with samples of
     the next epoch instead.
     """
-    n_samples, _, rank = model.features.shape
+    n_samples = model.n_samples
     generator = torch.Generator().manual_seed(seed)
     n_together = batch_size * accumulation_steps
     rest = torch.arange(0)
@@ -73,12 +93,14 @@ def batches(
             n_used -= n_used % n_together
         for start in range(0, n_used, n_together):
             stop = min(start + n_together, n_used)
-            psi, offset, soft_targets, normalisers = drawn.at(start, order[start:stop])
+            samples = order[start:stop]
+            psi, offset, soft_targets, normalisers = drawn.at(start, samples)
             shares = None
             if accumulation_steps > 1:
                 shares = _shares(normalisers, batch_size)
+            low_rank = None if model.low_rank is None else model.low_rank.of(samples)
             yield Batch(
-                psi.reshape(-1, rank), offset.reshape(-1), soft_targets, normalisers, shares
+                psi.flatten(0, 1), offset.reshape(-1), soft_targets, normalisers, shares, low_rank
             )
         rest = order[n_used:]
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import torch
 
 from optuna_ttp._util.arrays import Floats
+from optuna_ttp.dynamics._low_rank_products import LowRankProducts
 from optuna_ttp.dynamics._single_weights import SingleWeights
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.task import Loss
@@ -51,6 +52,9 @@ class LinearisedModel:
     weights: SingleWeights | None = None
     """The weights that the coordinates of ``theta`` stand for, see :meth:`from_columns`, or
     :obj:`None` on the eigen-directions."""
+    low_rank: LowRankProducts | None = None
+    """Low-rank adapters, which change the outputs by products of their weights. These are the
+    first coordinates of ``theta``, followed by those of the features; :obj:`None` without."""
 
     @classmethod
     def from_spectrum(
@@ -90,9 +94,10 @@ class LinearisedModel:
     ) -> LinearisedModel:
         """Return the model of a spectrum's sampled columns, whose state are changes of weights.
 
-        Its features are ``J_S u`` (see :class:`SingleWeights`), its ``pull`` is ``w_0``. The
-        methods that speak of the kernel or of a curvature are those of the eigen-directions only.
-        ValueError if the spectrum has no columns.
+        Its features are ``J_S u`` (see :class:`SingleWeights`), its ``pull`` is ``w_0``. Low-rank
+        adapters are not linearised, only the network in their products. The methods that speak of
+        the kernel or of a curvature are those of the eigen-directions only. ValueError if the
+        spectrum has no columns.
         """
         jacobian = spectrum.jacobian
         if jacobian is None:
@@ -102,27 +107,49 @@ class LinearisedModel:
                 'without. Compute it again with engine="columns".'
             )
         has_rest = spectrum.weight_outputs is not None
-        weights = SingleWeights.of(jacobian, has_rest=has_rest, device=device, dtype=dtype)
+        weights = SingleWeights.of(
+            jacobian, spectrum.low_rank, has_rest=has_rest, device=device, dtype=dtype
+        )
+
+        def products(*, held_out: bool) -> LowRankProducts | None:
+            return LowRankProducts.of_layers(
+                spectrum.low_rank, held_out=held_out, device=device, dtype=dtype
+            )
 
         def model(
-            columns: NDArray[Any], rest: Floats | None, outputs: Floats, targets: NDArray[Any]
+            columns: NDArray[Any],
+            rest: Floats | None,
+            outputs: Floats,
+            targets: NDArray[Any],
+            low_rank: LowRankProducts | None,
         ) -> LinearisedModel:
             # Rows are gathered by batches, which is fast if they are contiguous.
             psi = np.ascontiguousarray(columns) * jacobian.inflation.astype(columns.dtype)
             if has_rest:
                 decay = psi @ jacobian.weights.astype(psi.dtype)
+                if rest is not None and low_rank is not None:
+                    rest = rest - np.asarray(low_rank.weight_outputs().double().cpu().numpy())
                 last = np.zeros(len(psi)) if rest is None else rest.ravel() - decay
                 psi = np.concatenate([psi, last[:, None].astype(psi.dtype)], axis=1)
-            return cls._of_samples(psi, outputs, targets, spectrum.loss, device, dtype)
+            one = cls._of_samples(psi, outputs, targets, spectrum.loss, device, dtype)
+            return replace(one, low_rank=low_rank)
 
         whole = model(
-            jacobian.columns, spectrum.weight_outputs, spectrum.initial_outputs, spectrum.targets
+            jacobian.columns,
+            spectrum.weight_outputs,
+            spectrum.initial_outputs,
+            spectrum.targets,
+            products(held_out=False),
         )
-        pull = np.append(jacobian.weights, 1.0) if has_rest else jacobian.weights
-        whole = replace(whole, pull=torch.as_tensor(pull).to(device, dtype), weights=weights)
+        initial = np.append(jacobian.weights, 1.0) if has_rest else jacobian.weights
+        pull = torch.as_tensor(initial).to(device, dtype)
+        if whole.low_rank is not None:
+            pull = torch.cat([whole.low_rank.initial_weights, pull])
+        whole = replace(whole, pull=pull, weights=weights)
         if spectrum.validation is not None and jacobian.validation_columns is not None:
             held_out, columns = spectrum.validation, jacobian.validation_columns
-            part = model(columns, None, held_out.initial_outputs, held_out.targets)
+            low_rank = products(held_out=True)
+            part = model(columns, None, held_out.initial_outputs, held_out.targets, low_rank)
             whole = replace(whole, validation=part)
         return whole
 
@@ -170,6 +197,7 @@ class LinearisedModel:
             soft_targets=self.soft_targets[samples],
             normalisers=self.normalisers[samples],
             labels=None if self.labels is None else self.labels[samples],
+            low_rank=None if self.low_rank is None else self.low_rank.of(samples),
         )
 
     @property
@@ -180,12 +208,21 @@ class LinearisedModel:
     @property
     def rank(self) -> int:
         """The number r of eigen-directions, or of other coordinates."""
-        return int(self.features.shape[2])
+        return int(self.features.shape[2]) + self.n_low_rank
+
+    @property
+    def n_low_rank(self) -> int:
+        """The number of coordinates that are weights of low-rank adapters, the first ones."""
+        return 0 if self.low_rank is None else self.low_rank.n_weights
 
     def outputs(self, theta: torch.Tensor) -> torch.Tensor:
         """Return the outputs ``(K, N, C)`` at K states ``theta`` of shape ``(K, r)``."""
-        flat = theta @ self.features.reshape(-1, self.rank).T
-        return self.initial_outputs + flat.reshape(len(theta), *self.initial_outputs.shape)
+        flat = theta[:, self.n_low_rank :] @ self.features.flatten(0, 1).T
+        shape = (len(theta), *self.initial_outputs.shape)
+        outputs: torch.Tensor = self.initial_outputs + flat.reshape(shape)
+        if self.low_rank is not None:
+            outputs += self.low_rank.output_changes(theta[:, : self.n_low_rank])
+        return outputs
 
     def loss(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return the mean loss ``(K,)`` over all samples for outputs ``(K, N, C)``."""
@@ -240,7 +277,15 @@ class LinearisedModel:
     def gradient(self, theta: torch.Tensor) -> torch.Tensor:
         """Return the gradient ``(K, r)`` of the training loss at states ``theta`` ``(K, r)``."""
         residuals = self.residuals(self.outputs(theta), self.soft_targets, self.normalisers)
-        return residuals.reshape(len(theta), -1) @ self.features.reshape(-1, self.rank)
+        return self.pulled_back(theta, residuals)
+
+    def pulled_back(self, theta: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
+        """Return gradients ``(K, r)`` at states ``(K, r)`` for those by outputs, ``(K, N, C)``."""
+        gradient = residuals.flatten(1) @ self.features.flatten(0, 1)
+        if self.low_rank is None:
+            return gradient
+        of_products = self.low_rank.gradient(theta[:, : self.n_low_rank], residuals)
+        return torch.cat([of_products, gradient], dim=1)
 
     @cached_property
     def sample_gradients(self) -> torch.Tensor:

@@ -273,10 +273,7 @@ def _simulate_group(
     step = 0
     while True:
         batch = next(drawn)
-        psi = batch.features
-        outputs = (batch.initial_outputs + theta @ psi.T).reshape(
-            len(theta), len(batch.normalisers), -1
-        )
+        outputs = batch.outputs(theta)
         if filtered is not None:
             filtered.update(batch.losses(model, outputs))
         if step >= next_record or step >= next_end:
@@ -306,7 +303,7 @@ def _simulate_group(
                 factors = np.minimum(factors, ceilings[active, None])
                 roots = torch.as_tensor(np.sqrt(factors)).to(theta)
             next_record = max(step + 1, int(step * rules.spacing))
-        gradient = batch.residuals(model, outputs).reshape(len(theta), -1) @ psi
+        gradient = batch.gradient(theta, batch.residuals(model, outputs))
         if model.weights is not None:
             model.weights.without_rest(gradient)
         if max_grad_norm is not None:

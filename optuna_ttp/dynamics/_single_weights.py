@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from optuna_ttp.spectrum import LowRankLayer
 from optuna_ttp.spectrum import SampledJacobian
 
 
@@ -38,16 +40,27 @@ class SingleWeights:
     def of(
         cls,
         jacobian: SampledJacobian,
+        low_rank: Sequence[LowRankLayer] = (),
         *,
         has_rest: bool,
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> SingleWeights:
-        """Return the coordinates of picked columns, with or without one for the others."""
+        """Return the coordinates of picked columns, with or without one for the others.
+
+        Those of low-rank adapters come first.
+        """
         inflation, parameters = jacobian.inflation, jacobian.parameters
         if has_rest:
+            n_weights = jacobian.n_weights.copy()
+            for layer in low_rank:
+                n_weights[layer.parameters] = 0
             inflation = np.append(inflation, 1.0)
-            parameters = np.append(parameters, jacobian.n_weights.argmax())
+            parameters = np.append(parameters, n_weights.argmax())
+        for layer in reversed(low_rank):
+            factors = np.repeat(layer.parameters, [layer.first.size, layer.second.size])
+            inflation = np.concatenate([np.ones(layer.n_weights), inflation])
+            parameters = np.concatenate([factors, parameters])
         return cls(
             torch.as_tensor(inflation).to(device, dtype),
             torch.as_tensor(parameters).to(device),

@@ -271,6 +271,7 @@ def _spectrum(
         decay_factors=decomposition.decay_factors,
         validation=validation,
         jacobian=decomposition.jacobian,
+        low_rank=decomposition.low_rank,
     )
 
 

@@ -173,6 +173,7 @@ def columns_decomposition(
         decay_factors,
         time_error=error.bar,
         jacobian=picked.thinned(COLUMNS.n_stored, task, settings.seed),
+        low_rank=picked.low_rank,
     )
 
 

@@ -8,6 +8,7 @@ from optuna_ttp._util.lazy import lazy_names
 
 
 if TYPE_CHECKING:
+    from optuna_ttp.spectrum._low_rank_layer import LowRankLayer
     from optuna_ttp.spectrum._metadata import SpectrumMetadata
     from optuna_ttp.spectrum._probe import Probe
     from optuna_ttp.spectrum._sampled_jacobian import SampledJacobian
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "LowRankLayer",
     "Probe",
     "SampledJacobian",
     "Saturation",
@@ -38,6 +40,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "_low_rank_layer": ("LowRankLayer",),
         "_metadata": ("SpectrumMetadata",),
         "_probe": ("Probe",),
         "_sampled_jacobian": ("SampledJacobian",),

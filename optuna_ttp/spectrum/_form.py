@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optuna_ttp.spectrum._low_rank_layer import LowRankLayer
 from optuna_ttp.spectrum._metadata import SpectrumMetadata
 from optuna_ttp.spectrum._probe import Probe
 from optuna_ttp.spectrum._sampled_jacobian import SampledJacobian
@@ -47,6 +48,10 @@ def header_and_arrays(
         for key, value in vars(spectrum["jacobian"]).items():
             if isinstance(value, np.ndarray):
                 arrays[f"jacobian.{key}"] = value
+    for k, layer in enumerate(spectrum["low_rank"]):
+        for key, value in vars(layer).items():
+            if value is not None:
+                arrays[f"low_rank.{k}.{key}"] = value
     if spectrum["saturation"] is not None:
         header["saturation_reason"] = spectrum["saturation"].reason
         for key, value in vars(spectrum["saturation"]).items():
@@ -89,6 +94,7 @@ def spectrum_fields(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> 
         "jacobian": SampledJacobian(names=tuple(header["parameter_names"]), **jacobian)
         if jacobian
         else None,
+        "low_rank": _low_rank_layers(arrays),
         "saturation": Saturation(
             reason=_of_kind("str", "saturation_reason", header["saturation_reason"]), **saturation
         )
@@ -104,7 +110,15 @@ def spectrum_fields(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> 
 def _part(name: str, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Remove the arrays ``"{name}.key"`` of a part such as ``"probe"``; return them by ``key``."""
     keys = sorted(key for key in arrays if key.startswith(f"{name}."))
-    return {key.partition(".")[2]: arrays.pop(key) for key in keys}
+    return {key.removeprefix(f"{name}."): arrays.pop(key) for key in keys}
+
+
+def _low_rank_layers(arrays: dict[str, NDArray[Any]]) -> tuple[LowRankLayer, ...]:
+    """Remove the arrays ``"low_rank.{k}.key"`` of layers k = 0, 1, ...; return the layers."""
+    layers: list[LowRankLayer] = []
+    while part := _part(f"low_rank.{len(layers)}", arrays):
+        layers.append(LowRankLayer(**part))
+    return tuple(layers)
 
 
 def _of_kind(kind: str, name: str, value: Any) -> Any:

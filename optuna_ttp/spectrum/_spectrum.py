@@ -17,6 +17,7 @@ from optuna_ttp._util.exceptions import DamagedSpectrumError
 from optuna_ttp.spectrum import blob
 from optuna_ttp.spectrum._form import header_and_arrays
 from optuna_ttp.spectrum._form import spectrum_fields
+from optuna_ttp.spectrum._low_rank_layer import LowRankLayer
 from optuna_ttp.spectrum._metadata import SpectrumMetadata
 from optuna_ttp.spectrum._probe import Probe
 from optuna_ttp.spectrum._ritz import RULES
@@ -80,6 +81,9 @@ class Spectrum:
         saturation:
             How far the outputs move in a large step, over what linearisation says, or :obj:`None`
             if it was not measured.
+        low_rank:
+            The layers with low-rank adapters (LoRA), whose weights have no columns in
+            ``jacobian``. None by default.
     """
 
     eigenvalues: NDArray[np.float64]
@@ -96,6 +100,7 @@ class Spectrum:
     probe: Probe | None = None
     jacobian: SampledJacobian | None = None
     saturation: Saturation | None = None
+    low_rank: tuple[LowRankLayer, ...] = ()
 
     def __post_init__(self) -> None:
         shape = self.initial_outputs.shape
@@ -131,6 +136,12 @@ class Spectrum:
         if self.jacobian is not None:
             codes = self.jacobian.codes
             arrays["jacobian.codes"] = (codes, (shape[0] * shape[1], self.jacobian.n_columns))
+        if self.low_rank and self.jacobian is None:
+            raise ValueError("Layers with low-rank adapters need columns of the other weights.")
+        for layer in self.low_rank:
+            layer.check(
+                shape[0], shape[1], 0 if self.jacobian is None else len(self.jacobian.names)
+            )
         if self.probe is not None:
             points = self.probe.fractions.shape
             arrays.update({f"probe.{k}": (v, points) for k, v in vars(self.probe).items()})

@@ -46,7 +46,7 @@ CHUNK = 2 * 2**20
 MOST_COMPRESSED = 64 * 2**20
 """The maximum total number of bytes, uncompressed, of the compressed arrays of one blob."""
 _MOST_HEADER = 2**20
-_MOST_ARRAYS = 64
+_MOST_ARRAYS = 4096
 _MOST_DIMENSIONS = 8
 _FIXED_HEAD = struct.Struct("<8sHI32s")
 _CHUNK_HEAD = struct.Struct("<I32s")

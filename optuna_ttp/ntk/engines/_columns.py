@@ -28,6 +28,9 @@ from optuna_ttp.ntk.engines._importance import inclusion_factor
 from optuna_ttp.ntk.engines._importance import probabilities
 from optuna_ttp.ntk.engines._importance import systematic_sample
 from optuna_ttp.ntk.engines._lookups import Lookups
+from optuna_ttp.ntk.engines._low_rank import AdaptedLayer
+from optuna_ttp.ntk.engines._low_rank import AdapterReader
+from optuna_ttp.ntk.engines._low_rank import stored_layers
 from optuna_ttp.ntk.engines._rules import COLUMNS
 from optuna_ttp.ntk.engines._rules import N_GROUPS
 from optuna_ttp.ntk.engines._self_check import plain_row
@@ -39,9 +42,11 @@ from optuna_ttp.ntk.jacobian._rules import CHECKS
 from optuna_ttp.ntk.jacobian._samples import check_singles
 from optuna_ttp.ntk.jacobian._samples import SampleReader
 from optuna_ttp.ntk.layers._factors import Factors
+from optuna_ttp.ntk.layers._low_rank_adapters import low_rank_adapters
 from optuna_ttp.ntk.layers._picked import picked_columns
 from optuna_ttp.ntk.layers._rule import Unsummed
 from optuna_ttp.ntk.layers._sums import Sums
+from optuna_ttp.spectrum import LowRankLayer
 from optuna_ttp.spectrum import SampledJacobian
 
 
@@ -58,7 +63,8 @@ class PickedColumns:
     validation samples. ``chances`` are ``t s``, ``(d,)``: the probability of a column is the
     smaller one of this and one. ``positions`` are indices within the flattened parameters, whose
     indices among the trainable ones are ``parameters``, both ``(d,)``; ``weights`` are their
-    pretrained values. ``weight_outputs`` are ``J diag(c) w_0``, of shape ``(N, C)``.
+    pretrained values. ``weight_outputs`` are ``J diag(c) w_0``, of shape ``(N, C)``. ``low_rank``
+    are the layers with low-rank adapters, whose weights are among the picked ones, too.
     """
 
     columns: torch.Tensor
@@ -68,6 +74,7 @@ class PickedColumns:
     positions: torch.Tensor
     weights: torch.Tensor
     weight_outputs: NDArray[np.float64]
+    low_rank: tuple[LowRankLayer, ...] = ()
 
     def error(
         self, follower: PathFollower, features: torch.Tensor, pairs: Eigenpairs
@@ -100,10 +107,14 @@ class PickedColumns:
     def thinned(self, n_columns: int, task: FineTuningTask, seed: int) -> SampledJacobian:
         """Return a sample of about ``n_columns`` of the columns, in half precision, to be kept.
 
-        They are picked by mean absolute value, for optimisers that act on single weights.
+        They are picked by mean absolute value, for optimisers that act on single weights. Factors
+        of low-rank adapters have no columns in it.
         """
         generator = torch.Generator().manual_seed(seed)
         scores = self.columns.abs().mean(0).double() * self.inflation
+        for layer in self.low_rank:
+            factors = torch.as_tensor(layer.parameters).to(self.parameters)
+            scores[torch.isin(self.parameters, factors)] = 0.0
         factor = inclusion_factor([scores], n_columns)
         share = probabilities(scores, factor)
         some = systematic_sample(share, generator)
@@ -175,6 +186,8 @@ class ColumnReader:
 
     def __enter__(self) -> ColumnReader:
         task, device, dtype = self._task, self._settings.device, self._settings.dtype
+        # Before the model is put in evaluation mode, in which adapters have no dropout.
+        self._adapters = low_rank_adapters(task.model)
         with ExitStack() as stack:
             self._frozen: FrozenModel = stack.enter_context(task.frozen(device, dtype))
             check_singles(task, self._frozen, self._reference, self._settings)
@@ -214,7 +227,8 @@ class ColumnReader:
             if not self._is_table(name)
         }
         chances = {name: (scores[name] * factor)[picked] for name, picked in picks.items()}
-        columns, lookups, outputs = self._read(self._task, self._reference, picks)
+        adapted = self._adapter_reader(self._task)
+        columns, lookups, outputs = self._read(self._task, self._reference, picks, adapted)
         for name, lookup in lookups.items():
             score = lookup.importance().scores(*totals)
             some = systematic_sample(probabilities(score, factor), generator)
@@ -222,12 +236,16 @@ class ColumnReader:
             columns = torch.cat([columns, lookup.columns(picks[name], columns)], 2)
         self._check(columns, picks)
         validation = None
+        validation_layers: tuple[AdaptedLayer | None, ...] = (None,) * len(self._adapters)
         if self._task.validation is not None:
             task = self._task.validation
             reference = task.initial_outputs(self._settings.device, self._settings.dtype)
-            validation, _, _ = self._read(task, reference, picks)
+            reader = self._adapter_reader(task)
+            validation, _, _ = self._read(task, reference, picks, reader)
+            validation_layers = reader.layers()
         names = list(self._frozen.parameters)
         weights = {n: w.detach().flatten() for n, w in self._frozen.parameters.items()}
+        plain = {n.removeprefix("model."): w for n, w in self._frozen.parameters.items()}
         return PickedColumns(
             columns.flatten(0, 1),
             None if validation is None else validation.flatten(0, 1),
@@ -236,6 +254,13 @@ class ColumnReader:
             torch.cat(list(picks.values())),
             torch.cat([weights[n][p] for n, p in picks.items()]),
             self._weight_outputs(outputs),
+            stored_layers(self._adapters, adapted.layers(), validation_layers, plain),
+        )
+
+    def _adapter_reader(self, task: FineTuningTask) -> AdapterReader:
+        """Return what collects inputs and cotangents of adapted layers of a task's samples."""
+        return AdapterReader(
+            self._adapters, "model.", task.n_samples, task.n_outputs, self._settings.max_memory
         )
 
     def _is_table(self, name: str) -> bool:
@@ -322,12 +347,17 @@ class ColumnReader:
         return {**importances, **{name: part.importance() for name, part in lookups.items()}}
 
     def _read(
-        self, task: FineTuningTask, reference: NDArray[np.float64], picks: dict[str, torch.Tensor]
+        self,
+        task: FineTuningTask,
+        reference: NDArray[np.float64],
+        picks: dict[str, torch.Tensor],
+        adapted: AdapterReader,
     ) -> tuple[torch.Tensor, dict[str, Lookups], NDArray[np.float64]]:
         """Return picked columns ``(N, C, d)`` of a task's samples, parameter by parameter.
 
-        Contributions to lookup tables without picks are returned by name, to be picked from; then
-        the outputs, ``(N, C)``, from the same batches.
+        Contributions to factors of low-rank adapters are added to ``adapted``, too. Those to
+        lookup tables without picks are returned by name, to be picked from; then the outputs,
+        ``(N, C)``, from the same batches.
         """
         ends = np.cumsum([0, *(len(p) for p in picks.values())]).tolist()
         places = {n: slice(a, b) for n, a, b in zip(picks, ends[:-1], ends[1:], strict=True)}
@@ -346,6 +376,7 @@ class ColumnReader:
         with self._bar(task.n_samples) as bar:
             for samples, classes, contributions in reader.contributions():
                 for name, contribution in contributions:
+                    adapted.add(samples, classes, name, contribution)
                     if name in picks:
                         part = _picked(contribution, picks[name])
                         columns[samples, classes, places[name]] += part

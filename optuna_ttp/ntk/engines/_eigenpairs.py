@@ -12,6 +12,7 @@ import torch
 
 from optuna_ttp.ntk._autocast import without_autocast
 from optuna_ttp.ntk.layers._rules import PRODUCTS
+from optuna_ttp.spectrum import LowRankLayer
 from optuna_ttp.spectrum import SampledJacobian
 
 
@@ -46,6 +47,7 @@ class Decomposition:
     trace_error: float | None = None
     n_ritz: int = 0
     jacobian: SampledJacobian | None = None
+    low_rank: tuple[LowRankLayer, ...] = ()
 
 
 @without_autocast
