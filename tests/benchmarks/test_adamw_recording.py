@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import get_linear_schedule_with_warmup
 
+from benchmarks.accuracy.adamw import lora
 from benchmarks.accuracy.adamw.configurations import configurations
 from benchmarks.accuracy.adamw.recording import append
 from benchmarks.accuracy.adamw.recording import Curve
@@ -204,3 +205,21 @@ def test_configurations_spread_over_the_range_of_rates(name: str) -> None:
     # One rate in each of 32 equal parts of at most 3.6 decades.
     assert gaps.max() <= 2 * 3.6 / 32
     assert {run.batch_size for run in first} == {8, 16, 32, 64}
+
+
+def test_runs_of_adapters_spread_over_rates_batch_sizes_and_scalings() -> None:
+    runs = lora.configurations()
+    assert runs == lora.configurations()
+    first = [run for run in runs if run.seed == 0]
+    assert len(first) == 14
+    assert {replace(run, seed=0) for run in runs} == set(first)
+    gaps = np.diff(np.log10(sorted(run.learning_rate for run in first)))
+    # One rate in each of 14 equal parts of two decades.
+    assert gaps.max() <= 2 * 2 / 14
+    assert {run.batch_size for run in first} == {8, 16}
+    assert {(run.alpha, run.rank_stabilised) for run in first} == {
+        (8.0, False),
+        (16.0, False),
+        (32.0, False),
+        (8.0, True),
+    }
