@@ -294,9 +294,21 @@ class LinearisedModel:
         Their mean is the gradient of the training loss. The product of two of them equals that of
         the network's gradients, ``r_n^T Theta_nm r_m`` with the residuals ``r`` (the derivatives
         of a sample's loss by its outputs), so that no further pass over the data is needed.
+        Weights of low-rank adapters are left out.
         """
         whole = self.residuals(self.initial_outputs[None], self.soft_targets, self.normalisers)[0]
         return self.n_samples * torch.einsum("ncr,nc->nr", self.features, whole)
+
+    @cached_property
+    def gradient_moments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance over the samples of each sample's gradient, each ``(r,)``."""
+        mean = self.sample_gradients.mean(dim=0)
+        variance = self.gradient_variances
+        if self.low_rank is None:
+            return mean, variance
+        whole = self.residuals(self.initial_outputs[None], self.soft_targets, self.normalisers)[0]
+        parts = self.low_rank.gradient_moments(whole)
+        return torch.cat([parts[0], mean]), torch.cat([parts[1], variance])
 
     @cached_property
     def gradient_variances(self) -> torch.Tensor:
@@ -318,7 +330,7 @@ class LinearisedModel:
         ``H = Z^T Z / sum_i n_i`` with ``Z`` of :meth:`rooted_features`: the Hessian of the
         linearised model's training loss, the generalised Gauss-Newton matrix of the network.
         """
-        flat = self.rooted_features(outputs).reshape(-1, self.rank).double()
+        flat = self.rooted_features(outputs).flatten(0, 1).double()
         hessian = flat.T @ flat / self.normalisers.sum().double()
         values = torch.linalg.eigvalsh(hessian).flip(0).clamp(min=0)
         return np.asarray(values.cpu().numpy())
@@ -326,13 +338,36 @@ class LinearisedModel:
     def rooted_features(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return ``Z`` with ``Z_i^T Z_i = Psi_i^T S_i Psi_i``, of shape ``(N, C, r)``.
 
+        Weights of low-rank adapters are left out, see :meth:`rooted_product` for them.
         ``S_i = (sum_c q_ic)(diag(p) - p p^T)`` for the cross-entropy and ``S_i = (2 / C) I`` for
         the mean squared error is the Hessian of a sample's loss at its outputs, shape ``(N, C)``.
         """
+        return self._rooted(self.features, outputs)
+
+    def _rooted(self, values: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """Return ``R_i v_i`` with ``R_i^T R_i = S_i`` for values ``v`` of shape ``(N, C, m)``."""
         if self.kind == "mse":
-            return self.features * math.sqrt(2.0 / self.features.shape[1])
+            return values * math.sqrt(2.0 / values.shape[1])
         p = outputs.softmax(dim=1)
-        centred = self.features - torch.einsum("nc,ncr->nr", p, self.features)[:, None, :]
+        centred = values - torch.einsum("nc,ncr->nr", p, values)[:, None, :]
         total = self.soft_targets.sum(dim=1)[:, None]
         rooted: torch.Tensor = centred * (p * total).sqrt()[:, :, None]
         return rooted
+
+    def rooted_product(self, inverse: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        """Return ``Z diag(inverse) Z^T v`` for low-rank adapters at the start, shape ``(N C,)``.
+
+        ``inverse`` has the shape ``(p,)`` of their weights, ``vector`` that of the result.
+        """
+        assert self.low_rank is not None
+        values, outputs = vector.reshape(self.initial_outputs.shape), self.initial_outputs
+        if self.kind == "mse":
+            pulled = values * math.sqrt(2.0 / values.shape[1])
+        else:
+            p = outputs.softmax(dim=1)
+            scaled = (p * self.soft_targets.sum(dim=1)[:, None]).sqrt() * values
+            pulled = scaled - p * scaled.sum(dim=1, keepdim=True)
+        start = values.new_zeros((1, self.n_low_rank))
+        step = inverse * self.low_rank.gradient(start, pulled[None])
+        moved = self.low_rank.first_order(step)[0]
+        return self._rooted(moved[:, :, None], outputs).flatten()

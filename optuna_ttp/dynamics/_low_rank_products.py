@@ -174,6 +174,44 @@ class LowRankProducts:
             gradients += [total.flatten(1) for total in sums]
         return torch.cat(gradients, dim=1)
 
+    def first_order(self, change: torch.Tensor) -> torch.Tensor:
+        """Return the changes of the outputs ``(K, N, C)`` to first order in ``(K, p)`` changes.
+
+        That is ``<G, dB A_0 + B_0 dA>``: each factor changes alone.
+        """
+        total = torch.zeros((), dtype=change.dtype, device=change.device)
+        for part in (0, 1):
+            alone = change * (self._parts == part)
+            if part == 1 or any(bool(layer.second.any()) for layer in self.layers):
+                total = total + self.output_changes(alone)
+        return total
+
+    def gradient_moments(self, residuals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and variance ``(p,)`` over the samples of each sample's gradient.
+
+        They are those of N times the gradients for residuals ``(N, C)``, at the start.
+        """
+        means, variances = [], []
+        for layer in self.layers:
+            by_output = torch.einsum("ncso,nc->nso", layer.cotangents, len(residuals) * residuals)
+            by_hidden, hidden = by_output @ layer.second, layer.inputs @ layer.first.T
+            for left, right in ((by_hidden, layer.inputs), (by_output, hidden)):
+                gradients = torch.bmm(left.transpose(1, 2), right).flatten(1)
+                means.append(gradients.mean(dim=0))
+                variances.append(gradients.var(dim=0, correction=0))
+        return torch.cat(means), torch.cat(variances)
+
+    @property
+    def _parts(self) -> torch.Tensor:
+        """Zero for weights of A and one for those of B, of shape ``(p,)``."""
+        return torch.cat(
+            [
+                torch.full_like(w.flatten(), part)
+                for layer in self.layers
+                for part, w in enumerate((layer.first, layer.second))
+            ]
+        )
+
     def weight_outputs(self) -> torch.Tensor:
         """Return the contribution ``J w_0`` of the pretrained A and B to the outputs, ``(N, C)``.
 

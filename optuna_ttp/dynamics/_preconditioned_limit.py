@@ -61,18 +61,16 @@ class PreconditionedLimit:
         assert model.weights is not None
         n = model.n_samples if n_samples is None else n_samples
         batch_sizes = np.unique(np.geomspace(1, n, rules.n_batch_sizes).round())
-        gradients = model.sample_gradients
         # Both are multiplied by the inflation, which cancels against that of the features.
-        mean = gradients.mean(dim=0).square()
-        variance = gradients.var(dim=0, correction=0)
-        rooted = model.rooted_features(model.initial_outputs).reshape(-1, model.rank)
+        mean, variance = model.gradient_moments
+        rooted = model.rooted_features(model.initial_outputs).flatten(0, 1)
         curvatures = []
         start = rooted.new_ones(len(rooted))
         for batch_size in batch_sizes:
             noise = (n - batch_size) / (max(n - 1, 1) * batch_size)
-            scale = (mean + noise * variance).sqrt() + eps * model.weights.inflation
+            scale = (mean.square() + noise * variance).sqrt() + eps * model.weights.inflation
             inverse = model.weights.without_rest((1.0 / scale)[None])[0]
-            curvature, start = _largest(rooted, inverse, start, rules)
+            curvature, start = _largest(model, rooted, inverse, start, rules)
             curvatures.append(curvature / float(model.normalisers.sum()))
         with np.errstate(divide="ignore"):
             return cls(np.log(batch_sizes), np.log(np.array(curvatures)))
@@ -86,15 +84,19 @@ class PreconditionedLimit:
 
 @torch.inference_mode()
 def _largest(
+    model: LinearisedModel,
     rooted: torch.Tensor,
     inverse: torch.Tensor,
     start: torch.Tensor,
     rules: PreconditionedLimitRules,
 ) -> tuple[float, torch.Tensor]:
     """Return the largest eigenvalue of ``Z diag(inverse) Z^T`` and its vector, from a start."""
+    of_products, of_features = inverse.split([model.n_low_rank, rooted.shape[1]])
     vector, value = start / start.norm(), 0.0
     for _ in range(rules.most_iterations):
-        following = rooted @ (inverse * (vector @ rooted))
+        following = rooted @ (of_features * (vector @ rooted))
+        if model.low_rank is not None:
+            following = following + model.rooted_product(of_products, vector)
         before, value = value, float(following.norm())
         if not value > 0.0:
             return 0.0, start

@@ -21,8 +21,10 @@ from optuna_ttp import ParameterGroup
 from optuna_ttp import Schedule
 from optuna_ttp import SGD
 from optuna_ttp import Spectrum
+from optuna_ttp import TrainingTimePredictor
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.dynamics import Optimizer
+from optuna_ttp.dynamics import PreconditionedLimit
 from optuna_ttp.dynamics import simulate
 from optuna_ttp.dynamics import Trajectories
 from tests.columns import rows_of
@@ -231,3 +233,42 @@ def test_half_precision_on_disk_changes_the_loss_by_less_than_a_thousandth() -> 
     curves = [_simulated(m, AdamW(), 0.01, 5, 40).curves["loss"][0] for m in (_model(), coarse)]
     assert curves[0][-1] < 0.95 * curves[0][0]
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("kind", ["cross_entropy", "mse"])
+def test_the_limit_of_stability_is_that_of_the_network_at_the_start(
+    kind: str, started: bool
+) -> None:
+    model = replace(_model(started=started), kind=kind)
+    assert model.low_rank is not None
+    units = torch.eye(model.n_low_rank, dtype=torch.float64)
+    tangent = model.low_rank.first_order(units).permute(1, 2, 0)
+    # The same Jacobian as columns.
+    features = torch.cat([tangent, model.features], dim=2)
+    step = 1e-7
+    quotient = (model.low_rank.output_changes(step * units) / step).permute(1, 2, 0)
+    np.testing.assert_allclose(tangent.numpy(), quotient.numpy(), atol=1e-5)
+    linear = replace(model, features=features, low_rank=None)
+    limits = [PreconditionedLimit.of(m, 1e-3) for m in (model, linear)]
+    np.testing.assert_allclose(
+        limits[0].log_curvatures, limits[1].log_curvatures, rtol=0.0, atol=1e-9
+    )
+    gradient = model.gradient(torch.zeros(1, model.rank).double())
+    np.testing.assert_allclose(model.gradient_moments[0][None], gradient, atol=1e-12)
+
+
+def test_times_of_adapters_are_predicted() -> None:
+    spectrum = _spectrum(n_samples=24)
+    predictor = TrainingTimePredictor(spectrum, target_fraction=0.95, optimizer=AdamW())
+    prediction = predictor.predict(0.01, 8)
+    losses = train(
+        adapted_task(n_samples=24),
+        torch.nn.CrossEntropyLoss(),
+        lambda m: torch.optim.AdamW(m.parameters(), 0.01),
+        batch_size=8,
+        n_steps=80,
+    )
+    real = int((losses <= 0.95 * losses[0]).argmax())
+    assert real > 5
+    assert prediction.steps == pytest.approx(real, rel=0.25)
