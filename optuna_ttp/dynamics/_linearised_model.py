@@ -274,6 +274,19 @@ class LinearisedModel:
             return self.weights.norms(gradient)
         return gradient.square().sum(dim=1, keepdim=True).sqrt()
 
+    def gradient_length(self, batch_size: int) -> float:
+        """Return the root mean square norm of a mini-batch's gradient at ``theta = 0``.
+
+        ``sqrt(|g|^2 + gamma (mean_n |g_n|^2 - |g|^2))`` with the gradients ``g_n`` of samples,
+        their mean ``g`` and ``gamma = (N - B) / ((N - 1) B)``, for batches without replacement.
+        """
+        samples, n = self.sample_gradients, self.n_samples
+        mean = float(self.gradient_norms(samples.mean(dim=0, keepdim=True)).square())
+        square = float(self.gradient_norms(samples).square().mean())
+        batch = min(batch_size, n)
+        gamma = (n - batch) / (max(n - 1, 1) * batch)
+        return math.sqrt(mean + gamma * max(square - mean, 0.0))
+
     def gradient(self, theta: torch.Tensor) -> torch.Tensor:
         """Return the gradient ``(K, r)`` of the training loss at states ``theta`` ``(K, r)``."""
         residuals = self.residuals(self.outputs(theta), self.soft_targets, self.normalisers)

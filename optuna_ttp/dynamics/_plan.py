@@ -12,7 +12,6 @@ from optuna_ttp._util.arrays import Booleans
 from optuna_ttp._util.arrays import Floats
 from optuna_ttp._util.arrays import Integers
 from optuna_ttp.dynamics._growth import KernelGrowth
-from optuna_ttp.dynamics._saturation import Saturation
 from optuna_ttp.dynamics._sgd_configurations import lag
 from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
 
@@ -121,8 +120,6 @@ class Plan:
         per_epoch: int,
         stride: int,
         n_steps: int,
-        batch_size: int,
-        saturation: Saturation | None = None,
     ) -> Plan:
         """Return a plan of ``n_steps`` simulated steps; an epoch has ``per_epoch`` real steps.
 
@@ -131,8 +128,6 @@ class Plan:
         n_values = 1 if sgd.schedule.is_constant else n_steps * stride
         rates, momenta = sgd.schedule.values(sgd.learning_rate, sgd.momentum, per_epoch, n_values)
         gain = np.where(momenta > 0, 1.0 - sgd.dampening[:, None], 1.0)
-        if saturation is not None:
-            rates = rates * saturation.at(rates * gain / (1.0 - momenta), batch_size)
         nesterov = sgd.nesterov[:, None]
         if stride > 1:
             rates, momenta = _coarse_optimiser(rates, momenta, gain, nesterov, stride)

@@ -7,15 +7,21 @@ import torch
 from optuna_ttp.dynamics._linearised_model import LinearisedModel
 from optuna_ttp.dynamics._plan import Plan
 from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
+from optuna_ttp.dynamics._slowed_steps import SlowedSteps
 
 
 class SGDUpdate:
     """The velocities of K configurations, and a step of SGD on eigen-directions or weights."""
 
     def __init__(
-        self, model: LinearisedModel, sgd: SGDConfigurations, plan: Plan, theta: torch.Tensor
+        self,
+        model: LinearisedModel,
+        sgd: SGDConfigurations,
+        plan: Plan,
+        theta: torch.Tensor,
+        slowed: SlowedSteps | None = None,
     ) -> None:
-        self._model, self._plan = model, plan
+        self._model, self._plan, self._slowed = model, plan, slowed
         self._velocity = torch.zeros_like(theta)
         self._count = 0
         self._now = plan.at(0)
@@ -80,4 +86,6 @@ class SGDUpdate:
         rate = now.rate if roots is None else roots * now.rate
         if self._factors is not None:
             direction = direction * self._factors
+        if self._slowed is not None:
+            rate = rate * self._slowed.ratios(rate, direction)
         return torch.addcmul(theta, rate, direction, value=-1.0)

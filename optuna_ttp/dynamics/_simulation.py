@@ -31,6 +31,7 @@ from optuna_ttp.dynamics._sampling import Sampling
 from optuna_ttp.dynamics._saturation import Saturation
 from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
 from optuna_ttp.dynamics._sgd_update import SGDUpdate
+from optuna_ttp.dynamics._slowed_steps import SlowedSteps
 from optuna_ttp.dynamics._smoothing import Smoothing
 from optuna_ttp.dynamics._stability import StabilityLimit
 from optuna_ttp.dynamics._target import Target
@@ -192,8 +193,14 @@ def _update(
             batch_size=samples,
             saturation=saturation,
         )
-    plan = Plan.of(theta, configurations, steps_per_epoch, stride, n_steps, samples, saturation)
-    return SGDUpdate(model, configurations, plan, theta)
+    plan = Plan.of(theta, configurations, steps_per_epoch, stride, n_steps)
+    slowed = None
+    # Steps that are simulated as one are short.
+    if saturation is not None and stride == 1:
+        rates, ratios = saturation.of_batch_size(samples)
+        inflation = None if model.weights is None else model.weights.inflation
+        slowed = SlowedSteps(rates * model.gradient_length(samples), ratios, theta, inflation)
+    return SGDUpdate(model, configurations, plan, theta, slowed)
 
 
 def _quantities(

@@ -20,6 +20,7 @@ from optuna_ttp.dynamics import natural_rate
 from optuna_ttp.dynamics import PreconditionedLimit
 from optuna_ttp.dynamics import ResponseSurface
 from optuna_ttp.dynamics import SampleConvergence
+from optuna_ttp.dynamics import Saturation
 from optuna_ttp.dynamics import simulate
 from optuna_ttp.dynamics import Target
 from optuna_ttp.dynamics import Trajectories
@@ -69,6 +70,18 @@ class AdamTraining:
     def stability_limit(self) -> PreconditionedLimit:
         """The limit of stable learning rates with the preconditioner at the start."""
         return PreconditionedLimit.of(self.model, self.optimizer.eps, self.n_samples)
+
+    @cached_property
+    def saturation(self) -> Saturation | None:
+        """How much large steps are slowed; None if that was not measured, or is not wanted."""
+        measured = self.spectrum.saturation
+        if measured is None or self.settings.kernel_growth == "frozen":
+            return None
+        return Saturation.from_measurement(
+            measured.adam_batch_sizes,
+            measured.adam_rates,
+            measured.adam_ratios,
+        )
 
     def max_learning_rate(self, batch_size: Integers | Floats, momentum: Floats) -> Floats:
         """Return the largest stable learning rates of K configurations, shape ``(K,)``."""
@@ -149,6 +162,7 @@ class AdamTraining:
             sampling=self.settings.sampling,
             smoothing=self.settings.smoothing,
             growth=growth,
+            saturation=self.saturation,
             seed=self.settings.seed,
         )
 

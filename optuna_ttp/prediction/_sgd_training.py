@@ -15,6 +15,7 @@ from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.dynamics import ResponseSurface
 from optuna_ttp.dynamics import SampleConvergence
+from optuna_ttp.dynamics import Saturation
 from optuna_ttp.dynamics import SGD
 from optuna_ttp.dynamics import SGDConfigurations
 from optuna_ttp.dynamics import SGDSurface
@@ -67,6 +68,19 @@ class SGDTraining:
     def growth_limit(self) -> StabilityLimit:
         """The stability limit if mini-batches were drawn from the samples of the spectrum only."""
         return replace(self.stability_limit, n_samples=self.spectrum.n_samples)
+
+    @cached_property
+    def saturation(self) -> Saturation | None:
+        """How much large steps are slowed; None if that was not measured, or is not wanted."""
+        measured = self.spectrum.saturation
+        if measured is None or not self.settings.sgd_saturation:
+            return None
+        return Saturation.from_measurement(
+            measured.sgd_batch_sizes,
+            measured.sgd_rates,
+            measured.sgd_ratios,
+            of_sgd=True,
+        )
 
     def max_learning_rate(self, batch_size: Integers | Floats, momentum: Floats) -> Floats:
         """Return the largest stable learning rates of K configurations, shape ``(K,)``."""
@@ -148,6 +162,7 @@ class SGDTraining:
             smoothing=self.settings.smoothing,
             growth=growth,
             limit=self.growth_limit,
+            saturation=self.saturation,
             seed=self.settings.seed,
         )
 

@@ -79,6 +79,11 @@ class Simulator:
             raise TypeError(f"spectrum must be a Spectrum but got {type(spectrum).__name__}.")
         check_kind("settings", settings, PredictorSettings)
         check_optimizer(optimizer, spectrum, settings.method)
+        if settings.sgd_saturation and spectrum.saturation is None:
+            raise ValueError(
+                "sgd_saturation=True needs a spectrum with its saturation but got one that was "
+                "computed with probe=False or by an older version. Compute it again."
+            )
         max_steps = check_count("max_steps", max_steps)
         count = spectrum.n_samples if n_samples is None else check_count("n_samples", n_samples)
         if count < spectrum.n_samples:
@@ -321,6 +326,7 @@ class Simulator:
             sampling=self.settings.sampling,
             smoothing=self.settings.smoothing,
             limit=self.training.growth_limit,
+            saturation=self.training.saturation,
             seed=seed,
             **common,
         )

@@ -10,6 +10,7 @@ from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import LinearisedModel
 from optuna_ttp.dynamics import ResponseSurface
 from optuna_ttp.dynamics import SampleConvergence
+from optuna_ttp.dynamics import Saturation
 from optuna_ttp.dynamics import StabilityLimit
 from optuna_ttp.dynamics import Target
 from optuna_ttp.dynamics import Trajectories
@@ -33,6 +34,10 @@ class Training(Protocol):
     @property
     def growth_limit(self) -> StabilityLimit | None:
         """The limit up to which the kernel grows in simulations; None if it grows without."""
+
+    @property
+    def saturation(self) -> Saturation | None:
+        """How much large steps are slowed; None if that was not measured, or is not wanted."""
 
     def max_learning_rate(self, batch_size: Integers | Floats, momentum: Floats) -> Floats:
         """Return the largest stable learning rates of K configurations, shape ``(K,)``."""

@@ -162,14 +162,11 @@ def test_under_adam_a_kernel_four_times_as_large_is_twice_as_fast() -> None:
     np.testing.assert_allclose(grown, _losses(_model(), optimizer, 0.004, 30), rtol=1e-9)
 
 
-@pytest.mark.parametrize("optimizer", [SGD(0.5), AdamW(weight_decay=0.0)], ids=["sgd", "adamw"])
-def test_saturation_multiplies_the_steps_by_the_ratio_at_their_rate(optimizer: Optimizer) -> None:
-    eigen = LinearisedModel.from_spectrum(_spectrum(), dtype=torch.float64)
-    model = eigen if isinstance(optimizer, SGD) else _model()
-    factor = 2.0 if isinstance(optimizer, SGD) else 1.0
-    ratio = Saturation(factor * np.array([0.01, 0.04]), np.array([1.0, 0.25]))
-    slowed = _curves(model, optimizer, [0.01, 0.02, 0.04], 20, saturation=ratio)
-    plain = _curves(model, optimizer, [0.01, 0.01, 0.01], 20)
+def test_saturation_multiplies_the_steps_of_adam_by_the_ratio_at_their_rate() -> None:
+    optimizer = AdamW(weight_decay=0.0)
+    ratio = Saturation(np.array([0.01, 0.04]), np.array([1.0, 0.25]))
+    slowed = _curves(_model(), optimizer, [0.01, 0.02, 0.04], 20, saturation=ratio)
+    plain = _curves(_model(), optimizer, [0.01, 0.01, 0.01], 20)
     np.testing.assert_allclose(slowed.curves["loss"], plain.curves["loss"], rtol=1e-9)
 
 
