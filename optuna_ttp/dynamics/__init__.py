@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from optuna_ttp.dynamics._sampling import Sampling
     from optuna_ttp.dynamics._saturation import Saturation
     from optuna_ttp.dynamics._schedule import Schedule
+    from optuna_ttp.dynamics._scheduled_surface import ScheduledSurface
     from optuna_ttp.dynamics._sde import simulate_equation
     from optuna_ttp.dynamics._sgd import SGD
     from optuna_ttp.dynamics._sgd_configurations import SGDConfigurations
@@ -60,6 +61,7 @@ __all__ = [
     "Sampling",
     "Saturation",
     "Schedule",
+    "ScheduledSurface",
     "Smoothing",
     "StabilityLimit",
     "Target",
@@ -97,6 +99,7 @@ __getattr__, __dir__ = lazy_names(
             "times_to",
         ),
         "_schedule": ("Schedule",),
+        "_scheduled_surface": ("ScheduledSurface",),
         "_sde": ("simulate_equation",),
         "_sgd": ("SGD",),
         "_sgd_configurations": ("SGDConfigurations",),

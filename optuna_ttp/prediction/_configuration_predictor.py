@@ -254,8 +254,9 @@ class ConfigurationPredictor:
         Returns:
             Booleans of the common shape. True for momentum above 0.995, for batches of fewer than
             four samples, if only some of the simulated configurations nearby reach the target,
-            and always if the learning rate follows a schedule or the target depends on the end of
-            the curve.
+            and always if the target depends on the end of the curve, or the learning rate follows
+            a schedule (under Adam: one of PyTorch). Under Adam they are those outside of the
+            simulated momenta, up to 0.95, batch sizes, down to four samples, and learning rates.
         """
         configurations = self._configurations(learning_rate, batch_size, momentum)
         return self._estimator.is_extrapolated(configurations).reshape(configurations.shape)

@@ -30,6 +30,7 @@ from optuna_ttp.calibration import stability_sd
 from optuna_ttp.calibration import Z_90
 from optuna_ttp.dynamics import KernelGrowth
 from optuna_ttp.dynamics import ResponseSurface
+from optuna_ttp.dynamics import ScheduledSurface
 from optuna_ttp.dynamics import SGD
 from optuna_ttp.dynamics import Trajectories
 from optuna_ttp.prediction._configurations import Configurations
@@ -88,7 +89,7 @@ class Estimator:
         return uncorrected.times(KNOTS, self.log_growth / exponent)
 
     @cached_property
-    def surface(self) -> ResponseSurface | None:
+    def surface(self) -> ResponseSurface | ScheduledSurface | None:
         """The simulator's surface, its times corrected by the calibration; None if it has none."""
         simulator, surface = self.simulator, self.simulator.surface
         if surface is None or not self.calibration.n_observed:
@@ -388,7 +389,7 @@ def _outcomes(steps: Floats, blown_up: Booleans) -> NDArray[np.str_]:
 
 
 def _steps_on(
-    surface: ResponseSurface | None, places: tuple[Floats, Floats, Floats]
+    surface: ResponseSurface | ScheduledSurface | None, places: tuple[Floats, Floats, Floats]
 ) -> tuple[Floats, Booleans]:
     """Return the steps ``(K,)`` to the target and a mask of extrapolated configurations.
 

@@ -24,6 +24,7 @@ from optuna_ttp.dynamics import Optimizer
 from optuna_ttp.dynamics import ResponseSurface
 from optuna_ttp.dynamics import SampleConvergence
 from optuna_ttp.dynamics import Schedule
+from optuna_ttp.dynamics import ScheduledSurface
 from optuna_ttp.dynamics import SGD
 from optuna_ttp.dynamics import SGDConfigurations
 from optuna_ttp.dynamics import simulate
@@ -184,19 +185,24 @@ class Simulator:
     @property
     def has_surface(self) -> bool:
         """True if times depend on learning rate, batch size and momentum alone."""
-        linear = self.settings.method == "linear"
-        plain = not (isinstance(self.optimizer, SGD) and self.optimizer.groups)
-        return bool(self.schedule.is_constant and not self.target.settled and linear and plain)
+        if self.settings.method != "linear" or self.target.settled:
+            return False
+        if isinstance(self.optimizer, SGD):
+            return self.schedule.is_constant and self.optimizer.groups is None
+        return self.schedule.factory is None
 
     @cached_property
-    def surface(self) -> ResponseSurface | None:
+    def surface(self) -> ResponseSurface | ScheduledSurface | None:
         """The response surface of simulated times, for many configurations at once.
 
         None if times depend on more than the three hyperparameters, see :attr:`has_surface`.
         """
         if not self.has_surface:
             return None
-        return self.training.surface(self.target, DEPTHS, self.kernel_growth, self.max_steps)
+        surface = self.training.surface(self.target, DEPTHS, self.kernel_growth, self.max_steps)
+        if surface is None or self.schedule.is_constant:
+            return surface
+        return ScheduledSurface(surface, self.schedule, self.n_samples, self.max_steps)
 
     @cached_property
     def sample_convergence(self) -> SampleConvergence:

@@ -22,6 +22,7 @@ from optuna_ttp import SGD
 from optuna_ttp import Spectrum
 from optuna_ttp import Throughput
 from optuna_ttp import TrainingTimePredictor
+from optuna_ttp.dynamics import AdamSurface
 from optuna_ttp.dynamics import Optimizer
 from tests.cases import linear_task
 from tests.cases import spectrum
@@ -96,7 +97,7 @@ def test_the_surface_is_close_to_simulations() -> None:
     predictor = _adamw()
     generator = np.random.default_rng(0)
     surface = predictor._estimator.simulator.surface
-    assert surface is not None
+    assert isinstance(surface, AdamSurface)
     rates = surface.slow_tau / generator.uniform(12.0, 180.0, 30)
     batch_sizes, momenta = generator.integers(4, 25, 30), generator.uniform(0.5, 0.95, 30)
     exact = predictor.predict(rates, batch_sizes, momenta)
@@ -111,8 +112,8 @@ def test_the_surface_is_close_to_simulations() -> None:
 def test_slow_learning_rates_take_longer_in_proportion() -> None:
     predictor = _adamw()
     surface = predictor._estimator.simulator.surface
-    assert surface is not None
-    slow = surface.slow_tau / surface.rules.longest  # type: ignore[attr-defined]
+    assert isinstance(surface, AdamSurface)
+    slow = surface.slow_tau / surface.rules.longest
     steps = predictor.estimate(slow * np.array([0.25, 0.5]), 16).steps
     assert steps[0] / steps[1] == pytest.approx(2.0, rel=0.02)
 
@@ -265,9 +266,46 @@ def test_a_surface_knows_that_a_small_last_batch_is_noisy() -> None:
     # 24 samples are 23 and 1, or 12 and 12.
     predictor = _adamw()
     surface = predictor._estimator.simulator.surface
-    assert surface is not None
+    assert isinstance(surface, AdamSurface)
     rate = surface.slow_tau / 60.0
     ragged, even = predictor.predict(rate, [23, 12]).steps
     assert ragged > 1.1 * even
     quick = predictor.estimate(rate, [23, 12]).steps
     assert quick[0] > 1.1 * quick[1]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Schedule.linear(n_epochs=40), Schedule.trainer("cosine", 120, warmup_ratio=0.1)],
+    ids=["linear", "cosine"],
+)
+def test_the_surface_under_a_schedule_is_close_to_simulations(schedule: Schedule) -> None:
+    # Without saturation, which makes the intrinsic time depend more on the learning rate.
+    predictor = _predictor(AdamW(), replace(_spectrum(), saturation=None), schedule=schedule)
+    constant = _adamw()._estimator.simulator.surface
+    assert isinstance(constant, AdamSurface)
+    rates = constant.slow_tau / np.array([15.0, 25.0, 40.0, 60.0, 90.0, 140.0])
+    batch_sizes = np.array([8, 12, 24, 8, 12, 24])
+    exact, quick = (f(rates, batch_sizes) for f in (predictor.predict, predictor.estimate))
+    assert (np.isfinite(exact.steps) == np.isfinite(quick.steps)).all()
+    reached = np.isfinite(exact.steps)
+    assert reached.sum() >= 3
+    error = np.abs(np.log(quick.steps[reached] / exact.steps[reached]))
+    assert np.median(error) < 0.1
+    assert error.max() < 0.25
+    depths = predictor.depth_after(rates, batch_sizes, np.full(6, 0.9), exact.steps)
+    np.testing.assert_allclose(depths[reached], predictor.target_depth, rtol=0.25)
+
+
+def test_training_that_ends_before_the_target_does_not_reach_it() -> None:
+    predictor = _predictor(AdamW(), schedule=Schedule.linear(n_epochs=2))
+    assert predictor.has_surface
+    assert np.isinf(predictor.score(1e-4, 8))
+    assert predictor.estimate(1e-4, 8).outcome == "not_reached"
+
+
+def test_a_scheduler_of_torch_is_simulated() -> None:
+    schedule = Schedule.from_torch(lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.999))
+    predictor = _predictor(AdamW(), schedule=schedule)
+    assert not predictor.has_surface
+    assert predictor.estimate(0.003, 8).steps > _adamw().predict(0.003, 8).steps - 1
