@@ -63,7 +63,7 @@ GRIDS = {
     # Large batches of the transformer would take longer than all other runs together.
     "minilm": Grid(6e-6, 5e-3, (8, 8, 8, 16, 16, 16, 32, 64), 120, 40, 1.2),
     "residual": Grid(3e-5, 5e-2, (8, 16, 32, 64), 700, 100, 1.05),
-    "digits": Grid(3e-5, 1e-1, (8, 16, 32, 64), 800, 50, 1.05),
+    "digits": Grid(5e-5, 3e-1, (8, 16, 32, 64), 400, 50, 1.05),
 }
 
 

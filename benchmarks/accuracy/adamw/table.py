@@ -2,8 +2,8 @@
 
 How many runs came how far, how many failed, and how much the order of the samples changes.
 
-The difference of two orders of the samples is the mean of ``|ln(one time / other time)|`` over
-targets at 70, 50, 25 and 10 % of the initial loss that both came to.
+The difference of two orders of the samples is ``|ln(one time / other time)|``, its mean and median
+over runs and over targets at 70, 50, 25 and 10 % of the initial loss that both came to.
 
 Writes ``recordings.md`` beside the recordings. Run with
 ``python -m benchmarks.accuracy.adamw.table``.
@@ -27,7 +27,7 @@ from benchmarks.accuracy.record import RESULTS
 _TARGETS = (0.7, 0.5, 0.25, 0.1)
 _HEAD = [
     "| task | configurations | to 70 % | to 50 % | to 25 % | to 10 % | diverged | not to 50 %, "
-    "of the fastest third of rates | other order of the samples | seconds |",
+    "of the fastest third of rates | other order of the samples, mean | seconds |",
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
 ]
 
@@ -53,7 +53,10 @@ def _line(recording: Recording) -> str:
     fastest = sorted(first, key=lambda k: -recording.runs[k].learning_rate)[: len(first) // 3]
     failed = sum(not math.isfinite(times[k, 1]) for k in fastest)
     differences = _seed_differences(recording, times)
-    shown = f"{np.mean(differences):.3f} (n = {len(differences)})" if len(differences) else "-"
+    shown = "-"
+    if len(differences):
+        mean, median = np.mean(differences), np.median(differences)
+        shown = f"{mean:.3f}, median {median:.3f} of {len(differences)}"
     seconds = sum(c.seconds for c in recording.curves)
     cells = [recording.task["name"], len(first), *reached, diverged, failed, shown]
     return "| " + " | ".join(map(str, [*cells, f"{seconds:.0f}"])) + " |"
