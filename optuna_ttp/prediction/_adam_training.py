@@ -75,7 +75,7 @@ class AdamTraining:
     def saturation(self) -> Saturation | None:
         """How much large steps are slowed; None if that was not measured, or is not wanted."""
         measured = self.spectrum.saturation
-        if measured is None or self.settings.kernel_growth == "frozen":
+        if measured is None or not self.settings.saturation:
             return None
         return Saturation.from_measurement(
             measured.adam_batch_sizes,

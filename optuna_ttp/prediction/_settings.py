@@ -49,12 +49,12 @@ class PredictorSettings:
             the kernel stays as it is if the spectrum has no probe, and for the paper's equation).
             ``"frozen"`` keeps the kernel as it is. A
             :class:`~optuna_ttp.dynamics.KernelGrowth` is used as given.
-        sgd_saturation:
-            True to slow large steps of SGD down by the saturation that the spectrum measured. On
-            ImageNet weights that makes errors before any trial a tenth to a third smaller, but on
-            a sentence encoder larger, and after trials it makes them no smaller, because trials
-            teach it anyway (False, the default). Steps of Adam are always slowed down, unless the
-            kernel is frozen.
+        saturation:
+            True to slow large steps down by the saturation that the spectrum measured. Under SGD
+            that makes errors before any trial a tenth to a third smaller on ImageNet weights, but
+            larger on a sentence encoder, and after trials no smaller, because trials teach it
+            anyway. Under Adam errors are larger: shorter steps overshoot less, so that large
+            learning rates are predicted to be faster. False by default.
         n_seeds:
             The number of orders of the samples that are simulated; the prediction is their
             geometric mean. Two by default.
@@ -81,7 +81,7 @@ class PredictorSettings:
     sampling: Sampling = "shuffle"
     method: Method = "linear"
     kernel_growth: Literal["predicted", "frozen"] | KernelGrowth = "predicted"
-    sgd_saturation: bool = False
+    saturation: bool = False
     n_seeds: int = 2
     seed: int = 0
     device: str = "cpu"
@@ -95,7 +95,7 @@ class PredictorSettings:
             if value is not None:
                 check_kind(name, value, kind)
         check_seed(self.seed)
-        for name in ("exact", "sgd_saturation"):
+        for name in ("exact", "saturation"):
             check_kind(name, getattr(self, name), bool)
         check_count("n_seeds", self.n_seeds)
         check_choice("sampling", self.sampling, get_args(Sampling))
@@ -110,8 +110,8 @@ class PredictorSettings:
             raise ValueError(
                 f'smoothing belongs to method="linear" but got method={self.method!r}.'
             )
-        if self.sgd_saturation and self.method != "linear":
+        if self.saturation and self.method != "linear":
             raise ValueError(
-                f'sgd_saturation belongs to method="linear" but got method={self.method!r}.'
+                f'saturation belongs to method="linear" but got method={self.method!r}.'
             )
         check_device(self.device)

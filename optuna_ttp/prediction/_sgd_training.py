@@ -73,7 +73,7 @@ class SGDTraining:
     def saturation(self) -> Saturation | None:
         """How much large steps are slowed; None if that was not measured, or is not wanted."""
         measured = self.spectrum.saturation
-        if measured is None or not self.settings.sgd_saturation:
+        if measured is None or not self.settings.saturation:
             return None
         return Saturation.from_measurement(
             measured.sgd_batch_sizes,

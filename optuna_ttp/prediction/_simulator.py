@@ -80,9 +80,9 @@ class Simulator:
             raise TypeError(f"spectrum must be a Spectrum but got {type(spectrum).__name__}.")
         check_kind("settings", settings, PredictorSettings)
         check_optimizer(optimizer, spectrum, settings.method)
-        if settings.sgd_saturation and spectrum.saturation is None:
+        if settings.saturation and spectrum.saturation is None:
             raise ValueError(
-                "sgd_saturation=True needs a spectrum with its saturation but got one that was "
+                "saturation=True needs a spectrum with its saturation but got one that was "
                 "computed with probe=False or by an older version. Compute it again."
             )
         max_steps = check_count("max_steps", max_steps)
