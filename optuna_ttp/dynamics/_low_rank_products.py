@@ -75,12 +75,12 @@ class AdaptedWeight:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradients by A and B, by the chain rule through the product.
 
-        ``residuals`` ``(N, C, K)`` are the derivatives of the loss by the network's outputs.
+        ``residuals`` ``(N, K, C)`` are the derivatives of the loss by the network's outputs.
         """
         n_samples, n_positions, _ = self.inputs.shape
-        mixed = torch.bmm(self.cotangents.flatten(2).transpose(1, 2), residuals)
+        mixed = torch.bmm(residuals, self.cotangents.flatten(2)).transpose(0, 1)
         # The derivative of the loss by the layer's outputs, (K, N S, o).
-        by_output = mixed.permute(2, 0, 1).reshape(-1, n_samples * n_positions, len(self.second))
+        by_output = mixed.reshape(-1, n_samples * n_positions, len(self.second))
         x = self.inputs.flatten(0, 1)
         hidden = (x @ first.flatten(0, 1).T).unflatten(1, first.shape[:2]).transpose(0, 1)
         by_hidden = torch.bmm(by_output, second)
@@ -161,7 +161,7 @@ class LowRankProducts:
 
     def gradient(self, change: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
         """Return the gradient ``(K, p)`` at changes ``(K, p)`` for residuals ``(K, N, C)``."""
-        moved = residuals.permute(1, 2, 0).contiguous()
+        moved = residuals.transpose(0, 1).contiguous()
         gradients = []
         for layer, one in zip(self.layers, self._split(change), strict=True):
             first, second = layer.factors(one)

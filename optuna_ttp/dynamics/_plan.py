@@ -41,6 +41,9 @@ class SimulationRules:
     spacing: float = 1.04
     """Ratio of successive recorded steps after the first ones, which are all recorded. With 1.02
     searches are as long, with 1.08 1.33 times as long."""
+    product_spacing: float = 1.15
+    """The same with low-rank adapters, whose outputs for all samples take as long as several
+    steps: a quarter of the time of a run of SmolLM2-135M, instead of two thirds with 1.04."""
 
 
 RULES = SimulationRules()

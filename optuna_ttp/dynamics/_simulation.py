@@ -276,6 +276,7 @@ def _simulate_group(
     roots: torch.Tensor | None = None
     lowest = np.full(len(records), initial)
     column = None if target is None else quantities.index(target.quantity)
+    spacing = rules.spacing if model.low_rank is None else rules.product_spacing
     next_record, next_end = 0, int(max_steps.min())
     step = 0
     while True:
@@ -309,7 +310,7 @@ def _simulate_group(
                 factors = growth.at(lowest[active, None] / initial)
                 factors = np.minimum(factors, ceilings[active, None])
                 roots = torch.as_tensor(np.sqrt(factors)).to(theta)
-            next_record = max(step + 1, int(step * rules.spacing))
+            next_record = max(step + 1, int(step * spacing))
         gradient = batch.gradient(theta, batch.residuals(model, outputs))
         if model.weights is not None:
             model.weights.without_rest(gradient)

@@ -7,6 +7,7 @@ picked from last, because which of their rows matter is known only after all sam
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -236,7 +237,7 @@ class ColumnReader:
             columns = torch.cat([columns, lookup.columns(picks[name], columns)], 2)
         self._check(columns, picks)
         validation = None
-        validation_layers: tuple[AdaptedLayer | None, ...] = (None,) * len(self._adapters)
+        validation_layers: Iterable[AdaptedLayer | None] = [None] * len(self._adapters)
         if self._task.validation is not None:
             task = self._task.validation
             reference = task.initial_outputs(self._settings.device, self._settings.dtype)

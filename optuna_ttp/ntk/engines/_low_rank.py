@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,23 +79,21 @@ class AdapterReader:
                 moved = cotangent[:, 0].transpose(2, 3)
                 self._keep(k, 1, _Part(samples, classes, moved.detach()))
 
-    def layers(self) -> tuple[AdaptedLayer | None, ...]:
-        """Return the arrays of each adapter, None for those that no output depends on.
+    def layers(self) -> Iterator[AdaptedLayer | None]:
+        """Yield the arrays of each adapter, None for those that no output depends on.
 
-        Positions that a sample lacks are zero.
+        Positions that a sample lacks are zero. What was collected is released one by one.
         """
         n_samples, n_outputs = self._shape
-        layers: list[AdaptedLayer | None] = []
         for inputs, cotangents in self._parts:
             if not cotangents:
-                layers.append(None)
+                yield None
                 continue
             x = _joined(inputs, (n_samples,))
             d = _joined(cotangents, (n_samples, n_outputs))
-            layers.append(AdaptedLayer(x, d))
             inputs.clear()
             cotangents.clear()
-        return tuple(layers)
+            yield AdaptedLayer(x, d)
 
     def _keep(self, k: int, part: int, new: _Part) -> None:
         """Append a contribution, as a copy."""
@@ -143,8 +143,8 @@ def _joined(parts: list[_Part], shape: tuple[int, ...]) -> torch.Tensor:
 
 def stored_layers(
     adapters: tuple[LowRankAdapter, ...],
-    layers: tuple[AdaptedLayer | None, ...],
-    validation: tuple[AdaptedLayer | None, ...],
+    layers: Iterable[AdaptedLayer | None],
+    validation: Iterable[AdaptedLayer | None],
     weights: Mapping[str, torch.Tensor],
 ) -> tuple[LowRankLayer, ...]:
     """Return the layers as arrays, in half precision unless they are in double precision.
