@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--store", help="URL of the spectrum store; the default one by default")
     parser.add_argument("--recordings", type=Path, default=RESULTS / "adamw")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--frozen", action="store_true", help="with a frozen kernel, too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     recorded = {p.stem for p in options.recordings.glob("*.npz") if "lora" not in p.stem}
@@ -74,12 +75,14 @@ def main() -> None:
     for name in options.tasks or sorted(recorded):
         recording = read(options.recordings / f"{name}.npz")
         spectrum = _spectrum(name, options.store)
-        points += evaluate(name, recording, spectrum)
+        points += evaluate(name, recording, spectrum, frozen=options.frozen)
         print(name, figures([p for p in points if p.task == name and p.method == "ours"]))
     _write(points, options.recordings, options.output)
 
 
-def evaluate(name: str, recording: Recording, spectrum: Spectrum) -> list[Point]:
+def evaluate(
+    name: str, recording: Recording, spectrum: Spectrum, *, frozen: bool = False
+) -> list[Point]:
     """Return the points of all methods for one task.
 
     Args:
@@ -89,12 +92,15 @@ def evaluate(name: str, recording: Recording, spectrum: Spectrum) -> list[Point]
             Its recorded runs.
         spectrum:
             With a sample of the Jacobian's columns.
+        frozen:
+            Also predict with a kernel that does not grow, which takes as long again.
     """
     runs = recording.runs
     real = np.array([[curve.steps_to(f) for f in FRACTIONS] for curve in recording.curves])
     points = _rules(name, runs, real)
     for k, run in enumerate(runs):
-        for method, growth in (("ours", "probed"), ("frozen", "frozen")):
+        print(name, k, flush=True)
+        for method, growth in (("ours", "probed"), ("frozen", "frozen"))[: 1 + frozen]:
             predicted = predict(spectrum, run, growth)
             points += [
                 Point(name, k, method, f, real[k, c], *predicted[c])
@@ -127,7 +133,7 @@ def predict(spectrum: Spectrum, run: Run, growth: str) -> list[tuple[float, floa
     if growth == "frozen":
         settings = replace(settings, kernel_growth="frozen")
     # A run that had to stop may be predicted to go on for a while.
-    most = run.max_steps if schedule is not None else 3 * run.max_steps
+    most = run.max_steps if schedule is not None else 2 * run.max_steps
     times = []
     for fraction in FRACTIONS:
         with warnings.catch_warnings():
