@@ -1,4 +1,4 @@
-"""How long gradient flow takes: what a sketch is judged by."""
+"""How long gradient flow takes: what approximate spectra are judged by."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ def test_the_modules_of_study_and_search_do_not_load_torch() -> None:
     assert "torch" not in loaded
 
 
-@pytest.mark.parametrize("engine", ["exact", "sketch", "matrix_free"])
+@pytest.mark.parametrize("engine", ["exact", "columns", "matrix_free"])
 def test_computing_a_spectrum_loads_no_compiler(engine: str) -> None:
     """It takes a second, longer than the spectrum of a small network."""
     loaded = _in_fresh_process(

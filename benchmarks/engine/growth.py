@@ -24,7 +24,7 @@ from benchmarks.engine.record import measure
 from benchmarks.environment import environment
 
 
-METHODS = ("ours_exact", "ours_sketch", "torch_func")
+METHODS = ("ours_exact", "ours_columns", "torch_func")
 N_CLASSES = (2, 5, 10, 20)
 WIDTHS = (0.5, 1.0, 2.0, 3.0)
 # What the other varies around.

@@ -23,7 +23,6 @@ from benchmarks.engine.peers import DISTRIBUTIONS
 from benchmarks.engine.peers import EIGENVALUES
 from benchmarks.engine.peers import KERNELS
 from benchmarks.engine.peers import PROJECTIONS
-from benchmarks.engine.peers import WIDTH
 from benchmarks.environment import peak_memory
 
 
@@ -68,7 +67,7 @@ def main() -> None:
         name = DISTRIBUTIONS[options.method]
         result["version"] = f"{name} {importlib.metadata.version(name)}"
     if options.gram is not None:
-        projected = options.method in PROJECTIONS or options.method == "ours_sketch"
+        projected = options.method in PROJECTIONS or options.method == "ours_columns"
         np.save(options.gram, found @ found.T if projected else found)
     print(json.dumps(result))
 
@@ -83,12 +82,15 @@ def _run(
     from optuna_ttp import FineTuningTask
     from optuna_ttp.ntk import exact_kernel
     from optuna_ttp.ntk._settings import EngineSettings
-    from optuna_ttp.ntk.engines._sketch import sketch_jacobian
+    from optuna_ttp.ntk.engines._choice import first_columns
+    from optuna_ttp.ntk.engines._columns import pick_columns
 
     task = FineTuningTask(model, (inputs, labels))
     settings = EngineSettings(torch.device("cpu"), getattr(torch, dtype), show_progress_bar=False)
-    if method == "ours_sketch":
-        return np.asarray(sketch_jacobian(task, settings, width=WIDTH).features().numpy())
+    if method == "ours_columns":
+        reference = task.initial_outputs(settings.device, settings.dtype)
+        picked = pick_columns(task, settings, reference, n_columns=first_columns(task))
+        return np.asarray((picked.columns * picked.inflation.sqrt().to(picked.columns)).numpy())
     return exact_kernel(task, **vars(settings)).gram
 
 

@@ -21,7 +21,7 @@ import torch
 
 Array = NDArray[np.floating[Any]]
 N_EIGENVALUES = 50
-# Numbers a row of a projection; our sketch's as well.
+# Numbers a row of a projection.
 WIDTH = 4096
 
 

@@ -46,7 +46,6 @@ from benchmarks.engine.peers import DISTRIBUTIONS
 from benchmarks.engine.peers_jax import IMPLEMENTATIONS
 from benchmarks.environment import environment
 from optuna_ttp import FineTuningTask
-from optuna_ttp.ntk import plan_spectrum
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.spectrum import SpectrumMetadata
 from tests.gradient_flow import follow_flow
@@ -81,7 +80,7 @@ class Cell:
         return f"{self.network}-{self.n_samples}"
 
 
-_OURS = ("ours_exact", "ours_sketch")
+_OURS = ("ours_exact", "ours_columns")
 _PEERS = ("torch_func", "torch_func_by_parameter", "torchjd")
 # What takes minutes at larger sizes.
 _SLOW = (
@@ -104,7 +103,7 @@ CELLS = (
     Cell("efficientnet", 200, (*_OURS, *_PEERS), n_classes=5),
     Cell("minilm", 240, (*_OURS, *_PEERS), n_classes=6),
 )
-SMOKE = (Cell("residual", 4, ("ours_exact", "ours_sketch", "torch_func", "torch_func_products")),)
+SMOKE = (Cell("residual", 4, ("ours_exact", "ours_columns", "torch_func", "torch_func_products")),)
 _SPARE_MEMORY = 2**30
 # Rows from which on simulating gradient flow takes as long as the kernels do.
 _MOST_ROWS = 1500
@@ -155,7 +154,6 @@ def _measured(cell: Cell, options: Any) -> dict[str, Any]:
         "n_samples": cell.n_samples,
         "n_classes": cell.n_classes,
         "threads": options.threads,
-        "plan": _plan(cell),
         "bound": _bound(cell),
         "results": results,
     }
@@ -304,12 +302,6 @@ class _Errors:
             SpectrumMetadata("", "", "", "", "", task.n_parameters, 0.0, "", "", ""),
         )
         return follow_flow(spectrum, rank=spectrum.rank).times
-
-
-def _plan(cell: Cell) -> dict[str, Any]:
-    model, inputs, labels = problem(cell.network, cell.n_samples, cell.n_classes)
-    plan = plan_spectrum(FineTuningTask(model, (inputs, labels)))
-    return {"seconds": round(plan.seconds, 2), "mib": round(plan.bytes / 2**20, 1)}
 
 
 def _bound(cell: Cell) -> dict[str, float]:

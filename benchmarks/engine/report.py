@@ -22,7 +22,7 @@ from benchmarks.engine.command import RESULTS
 
 # What grows, and where its sizes are.
 _AXES = {"n_samples": "samples N", "n_classes": "outputs C", "n_parameters": "weights D"}
-_METHODS = ("ours_exact", "ours_sketch", "torch_func")
+_METHODS = ("ours_exact", "ours_columns", "torch_func")
 _COSTS = {"cpu_seconds": "CPU seconds", "peak_mib": "peak memory, MiB"}
 Point = tuple[float, float]
 

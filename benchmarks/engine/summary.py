@@ -24,10 +24,8 @@ def main() -> None:
     folder = parser.parse_args().results
     exact = json.loads((folder / "exact.json").read_text())
     cells = exact["cells"]
-    sketch = _read(folder / "sketch.json")
     products = _read(folder / "matrix_free.json") or {}
-    plans = _read(folder / "plans.json") or {}
-    processes = (_read(folder / "distributed.json") or {"cells": []})["cells"]
+    columns = (_read(folder / "columns.json") or {"cells": []})["cells"]
     alone = [c for c in cells if c["threads"] == 1]
     residual = [c for c in alone if c["network"] == "residual"]
     resnet = [c for c in alone if (c["network"], c["n_samples"]) == ("resnet18", 24)]
@@ -38,33 +36,14 @@ def main() -> None:
         "resnet18_vs_torch_func_memory": _ratio(resnet, _TORCH_FUNC, "peak_mib"),
         "resnet18_vs_torchjd_cpu_seconds": _ratio(resnet, ("torchjd",), "cpu_seconds"),
         "resnet18_vs_torchjd_memory": _ratio(resnet, ("torchjd",), "peak_mib"),
-        "sketch_vs_best_peer_cpu_seconds": _sketch_ratio(residual, sketch, "cpu_seconds"),
-        "sketch_vs_best_peer_memory": _sketch_ratio(residual, sketch, "peak_mib"),
-        "sketch_n_samples": None if sketch is None else sketch["n_samples"],
-        "sketch_predicted_time_error": None
-        if sketch is None
-        else max(sketch["sketch"]["time_errors"]),
         "matrix_free_peak_gib": products.get("large", {}).get("peak_gib"),
         "matrix_free_eigenvalue_error": products.get("eigenvalue_error"),
         "share_of_lower_bound": min(
             c["bound"]["cpu_seconds"] / _median(c, "ours_exact", "cpu_seconds") for c in alone
         ),
-        "distributed_error": max((c["relative_difference"] for c in processes), default=None),
-        "distributed_share_of_flops": max(
-            (c["largest_share_of_gflop"] for c in processes), default=None
-        ),
-        "distributed_share_of_cpu_seconds": max(
-            (c["largest_share_of_cpu_seconds"] for c in processes), default=None
-        ),
-        "sketch_predicted_time_error_slow_spectrum": None
-        if sketch is None or "slow_spectrum" not in sketch
-        else max(sketch["slow_spectrum"]["sketch"]["time_errors"]),
-        "plan_factor_of_seconds": _planned(
-            plans.get("largest_factor_of_seconds", 1.0), cells, "seconds", "cpu_seconds"
-        ),
-        "plan_factor_of_memory": _planned(
-            plans.get("largest_factor_of_memory", 1.0), cells, "mib", "peak_mib"
-        ),
+        "columns_time_error": _of_columns(columns, "time_error_mean"),
+        "columns_bar_coverage": _of_columns(columns, "share_within_bar"),
+        "columns_full_batch_steps": _of_columns(columns, "full_batch_steps"),
         "environment": exact["environment"],
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -88,10 +67,9 @@ def _median(cell: dict[str, Any], method: str, key: str) -> float:
     return statistics.median(values) if values else float("nan")
 
 
-def _planned(largest: float, cells: list[dict[str, Any]], planned: str, measured: str) -> float:
-    """The largest factor between plan and measurement, of the exact engine's cells too."""
-    ratios = [_median(c, "ours_exact", measured) / c["plan"][planned] for c in cells]
-    return round(float(max([largest, *(max(r, 1.0 / r) for r in ratios)])), 3)
+def _of_columns(cells: list[dict[str, Any]], key: str) -> dict[str, float]:
+    """A figure of the sample of columns by network."""
+    return {c["network"]: c["columns"][key] for c in cells}
 
 
 def _fastest(cell: dict[str, Any]) -> str:
@@ -113,19 +91,6 @@ def _ratio(cells: list[dict[str, Any]], ways: tuple[str, ...], key: str) -> floa
         for c in cells
         for way in ways
         if any("error" in r for r in c["results"] if r["method"] == way)
-    ]
-    return max(ratios, default=None)
-
-
-def _sketch_ratio(
-    cells: list[dict[str, Any]], sketch: dict[str, Any] | None, key: str
-) -> float | None:
-    """At the size at which predicted times were compared."""
-    n_sketched = None if sketch is None else sketch["n_samples"]
-    ratios = [
-        _median(c, "ours_sketch", key) / _median(c, _fastest(c), key)
-        for c in cells
-        if c["n_samples"] == n_sketched
     ]
     return max(ratios, default=None)
 

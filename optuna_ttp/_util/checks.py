@@ -50,7 +50,7 @@ def check_seed(seed: Any) -> int:
     """Return a whole number from 0 to ``2**62 - 1`` as an int; raise ValueError for others."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0 but got {seed!r}.")
-    # A sketch derives four seeds from this one, and PyTorch's seeds have 64 bits.
+    # PyTorch's seeds have 64 bits, and others are derived from this one.
     if seed >= 2**62:
         raise ValueError(f"seed must be less than 2**62 but got {seed!r}.")
     return int(seed)

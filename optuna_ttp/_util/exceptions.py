@@ -64,4 +64,4 @@ class JacobianMismatchError(OptunaTTPError):
 
 
 class ApproximationWarning(OptunaTTPWarning):
-    """A sketch of the Jacobian is less accurate than it should be."""
+    """A sample of the Jacobian's columns, or eigenpairs, are less accurate than they should be."""

@@ -19,8 +19,8 @@ from optuna_ttp.ntk._processes import check_same_task
 from optuna_ttp.ntk._processes import in_all
 from optuna_ttp.ntk._saturation import measure_saturation
 from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
+from optuna_ttp.ntk.engines._choice import column_limit
 from optuna_ttp.ntk.engines._choice import resolve_engine
-from optuna_ttp.ntk.engines._choice import widest_sketch
 from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs
 from optuna_ttp.ntk.engines._exact import exact_kernel
@@ -35,6 +35,7 @@ __all__ = [
     "SpectrumPlan",
     "by_first",
     "check_same_task",
+    "column_limit",
     "compute_spectrum",
     "eigenpairs",
     "exact_kernel",
@@ -44,5 +45,4 @@ __all__ = [
     "probe_linearisation",
     "resolve_device",
     "resolve_engine",
-    "widest_sketch",
 ]

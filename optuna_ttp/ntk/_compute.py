@@ -20,13 +20,11 @@ from optuna_ttp._util.warn import warn_caller
 from optuna_ttp.ntk._autocast import without_autocast
 from optuna_ttp.ntk._decomposition import columns_decomposition
 from optuna_ttp.ntk._decomposition import exact_decomposition
-from optuna_ttp.ntk._decomposition import sketched_decomposition
 from optuna_ttp.ntk._devices import resolve_device
 from optuna_ttp.ntk._devices import resolve_dtype
 from optuna_ttp.ntk._probe import probe_linearisation
 from optuna_ttp.ntk._processes import by_first
 from optuna_ttp.ntk._processes import check_same_task
-from optuna_ttp.ntk._processes import has_group
 from optuna_ttp.ntk._processes import in_all
 from optuna_ttp.ntk._saturation import measure_saturation
 from optuna_ttp.ntk._settings import EngineSettings
@@ -85,14 +83,14 @@ def compute_spectrum(
             kernel, and four Ritz pairs that replace the dropped eigenpairs in the decay of the
             initial residual, see :meth:`Spectrum.truncate`. All eigenpairs by default.
         engine:
-            ``"exact"``, the whole kernel; ``"sketch"``, a random projection of the Jacobian, as
-            wide as accurate predicted times need; ``"refined_sketch"``, a sketch whose leading
-            100 eigenpairs are refined by two more passes over the data; ``"matrix_free"``, the
-            leading ``rank`` eigenpairs from products with the kernel, in memory proportional to
-            N C, and one or two dozen Ritz pairs that replace the other eigenpairs; or ``"auto"``
-            (the default), one of ``"exact"``, ``"sketch"`` and ``"matrix_free"``, chosen by
-            N, C, D and ``max_memory``, see :func:`~optuna_ttp.ntk.resolve_engine`. Only the exact
-            engine, which ``"auto"`` then takes, supports learning-rate multipliers but one.
+            ``"columns"``, a sample of the Jacobian's columns, as many as accurate predicted times
+            need, all of them for a network of few weights; ``"exact"``, the whole kernel;
+            ``"matrix_free"``, the leading ``rank`` eigenpairs from products with the kernel, in
+            memory proportional to N C, and one or two dozen Ritz pairs that replace the other
+            eigenpairs; or ``"auto"`` (the default), ``"columns"`` unless they do not fit
+            ``max_memory`` or there are too many outputs, in which case it is ``"matrix_free"``,
+            see :func:`~optuna_ttp.ntk.resolve_engine`. Predictions for Adam and AdamW need
+            ``"columns"``; ``"matrix_free"`` does not support learning-rate multipliers but one.
         dtype:
             Precision of the Jacobian: ``"float32"`` (the default), ``"float64"``, or
             ``"bfloat16"``, for the exact engine: computed in single precision, stored in half the
@@ -114,7 +112,7 @@ def compute_spectrum(
         show_progress_bar:
             Show a progress bar if the standard error stream is a terminal. True by default.
         seed:
-            The seed of a sketch's projection, of the start vectors of ``"matrix_free"``, and of
+            The seed of the sample of columns, of the start vectors of ``"matrix_free"``, and of
             the samples and directions in which gradients are checked. Zero by default.
         checkpoint:
             An object that stores finished blocks of the kernel, so that an interrupted computation
@@ -122,7 +120,7 @@ def compute_spectrum(
         distributed:
             Share the work with the other processes of the default group of
             :mod:`torch.distributed`, as under ``torchrun``; all must be given the same task, and
-            get the same spectrum. Only for the exact engine. False by default.
+            get the same spectrum. Only for the engine ``"columns"``. False by default.
 
     Returns:
         The spectrum with its metadata. An :exc:`~optuna_ttp.ApproximationWarning` says if it is
@@ -157,7 +155,7 @@ def compute_spectrum(
         return chosen, settings
 
     chosen, settings = in_all(checked, distributed=distributed)
-    if distributed and has_group():
+    if distributed:
         # This comes before any check that only some of the processes might fail.
         check_same_task(
             task,
@@ -169,27 +167,22 @@ def compute_spectrum(
                 "seed": settings.seed,
                 "measure_speed": measure_speed,
                 "probe": probe,
-                # The memory budget only matters for the choice of an engine.
-                "max_memory": max_memory if engine == "auto" else None,
+                "max_memory": max_memory,
             },
         )
+    if chosen != "columns" and distributed:
+        raise ValueError(f'distributed=True needs the engine "columns" but got {chosen!r}.')
     started = time.perf_counter()
     fingerprint = task.fingerprint
     initial_outputs = task.initial_outputs(settings.device, settings.dtype)
-    if chosen != "exact" and distributed:
-        raise ValueError(f'distributed=True needs the engine "exact" but got {chosen!r}.')
     if chosen == "exact":
-        decomposition = exact_decomposition(
-            task, settings, rank=rank, checkpoint=checkpoint, distributed=distributed
-        )
+        decomposition = exact_decomposition(task, settings, rank=rank, checkpoint=checkpoint)
     elif chosen == "columns":
-        decomposition = columns_decomposition(task, settings, initial_outputs, rank=rank)
-    elif chosen == "matrix_free":
-        decomposition = leading_pairs(task, settings, rank=rank)
-    else:
-        decomposition = sketched_decomposition(
-            task, settings, initial_outputs, refined=chosen == "refined_sketch", rank=rank
+        decomposition = columns_decomposition(
+            task, settings, initial_outputs, rank=rank, distributed=distributed
         )
+    else:
+        decomposition = leading_pairs(task, settings, rank=rank)
     throughput = None
     if measure_speed:
         timed = partial(measure_throughput, task, device=settings.device)
@@ -206,7 +199,6 @@ def compute_spectrum(
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         package_version=__version__,
         torch_version=torch.__version__,
-        sketch_width=decomposition.sketch_width,
         seed=None if chosen == "exact" else settings.seed,
         time_error=decomposition.time_error,
         trace_error=decomposition.trace_error,

@@ -1,7 +1,8 @@
-"""Decompositions of the exact kernel and of a sketch into leading eigenpairs."""
+"""Decompositions of the exact kernel and of a sample of columns into leading eigenpairs."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -12,31 +13,24 @@ import torch
 from optuna_ttp._util.exceptions import ApproximationWarning
 from optuna_ttp._util.warn import warn_caller
 from optuna_ttp.dynamics import PathFollower
+from optuna_ttp.ntk._processes import by_first
 from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
-from optuna_ttp.ntk.engines._choice import check_sketch_memory
+from optuna_ttp.ntk.engines._choice import first_columns
 from optuna_ttp.ntk.engines._choice import most_columns
-from optuna_ttp.ntk.engines._choice import widest_sketch
 from optuna_ttp.ntk.engines._columns import pick_columns
+from optuna_ttp.ntk.engines._columns import PickedColumns
 from optuna_ttp.ntk.engines._eigenpairs import Decomposition
 from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
 from optuna_ttp.ntk.engines._exact import exact_kernel
-from optuna_ttp.ntk.engines._refine import refine
-from optuna_ttp.ntk.engines._rules import CHOICE
 from optuna_ttp.ntk.engines._rules import COLUMNS
-from optuna_ttp.ntk.engines._rules import SKETCHES
-from optuna_ttp.ntk.engines._sketch import sketch_jacobian
-from optuna_ttp.ntk.engines._sketch_error import sketch_error
-from optuna_ttp.ntk.engines._sketch_error import SketchError
+from optuna_ttp.ntk.engines._time_error import TimeError
 
 
 if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
-
-
-_NO_ERROR = SketchError(0.0, 0.0)
 
 
 def exact_decomposition(
@@ -45,10 +39,9 @@ def exact_decomposition(
     *,
     rank: int | None,
     checkpoint: KernelCheckpoint | None,
-    distributed: bool,
 ) -> Decomposition:
     """Compute the exact kernel and its leading ``rank`` eigenpairs (by default all)."""
-    kernel = exact_kernel(task, checkpoint=checkpoint, distributed=distributed, **vars(settings))
+    kernel = exact_kernel(task, checkpoint=checkpoint, **vars(settings))
     pairs = eigenpairs(kernel.gram, rank=rank)
     decay_factors = None
     if kernel.stretched is not None:
@@ -61,93 +54,35 @@ def exact_decomposition(
     return Decomposition(pairs, kernel.weight_outputs, features, decay_factors)
 
 
-def sketched_decomposition(
-    task: FineTuningTask,
-    settings: EngineSettings,
-    initial_outputs: NDArray[np.float64],
-    *,
-    refined: bool,
-    rank: int | None,
-) -> Decomposition:
-    """Decompose a sketch that is wide enough for accurate predicted times.
-
-    The width is doubled until the standard error and the bias of the times of gradient flow to 50,
-    25 and 10 % of the initial loss are at most 3 %, see
-    :func:`~optuna_ttp.ntk.engines._sketch_error.sketch_error`. If the memory does not allow that,
-    an :exc:`~optuna_ttp.ApproximationWarning` is given. ``time_error`` of the result is the error
-    that nine sketches in ten do not exceed. With ``refined`` the leading eigenpairs are refined by
-    two more passes; then ``time_error`` is an upper bound, that of the sketch before.
-    """
-    width = CHOICE.sketch_width
-    check_sketch_memory(task, settings.dtype.itemsize, settings.max_memory)
-    widest = widest_sketch(
-        task, str(settings.dtype).removeprefix("torch."), max_memory=settings.max_memory
-    )
-    follower = PathFollower(task, initial_outputs)
-    while True:
-        sketch = sketch_jacobian(task, settings, width=width)
-        features = sketch.features()
-        n_exact = features.shape[1] - width
-        pairs = eigenpairs_of_features(features, trace=sketch.trace)
-        error = _NO_ERROR
-        if not sketch.is_exact:
-            error = sketch_error(follower, features, n_exact, pairs)
-        if error.expected <= SKETCHES.time_error or width >= widest:
-            break
-        width *= 2
-    others = sketch.validation_features()
-    if refined:
-        features, others = refine(
-            task, features, pairs, settings, others=others, n_refined=SKETCHES.n_refined
-        )
-        # The error is at most that of the unrefined sketch. An error bar from the refined groups
-        # would be too small, because they determine the refined pairs: it held 64 % of the errors
-        # (benchmarks/engine/coverage.py).
-        pairs = eigenpairs_of_features(features, trace=sketch.trace)
-    if not error.expected <= SKETCHES.time_error:
-        by_what = f"uncertain by {error.bar:.0%}" if np.isfinite(error.bar) else "unknown"
-        warn_caller(
-            f"The sketch of width {width} leaves predicted times {by_what}. "
-            'Give more memory, or use engine="exact".',
-            ApproximationWarning,
-        )
-    if rank is not None:
-        pairs = Eigenpairs(pairs.eigenvalues[:rank], pairs.eigenvectors[:, :rank], pairs.trace)
-    return Decomposition(
-        pairs,
-        sketch.weight_outputs,
-        _validation_features(features, others, pairs),
-        sketch_width=width,
-        time_error=error.bar,
-    )
-
-
 def columns_decomposition(
     task: FineTuningTask,
     settings: EngineSettings,
     initial_outputs: NDArray[np.float64],
     *,
     rank: int | None,
+    distributed: bool = False,
 ) -> Decomposition:
     """Decompose the products of a sample of columns that is large enough for accurate times.
 
     The number of columns is doubled until the standard error and the bias of the times of gradient
     flow to 50, 25 and 10 % of the initial loss are at most 8 %. If the memory does not allow that,
     an :exc:`~optuna_ttp.ApproximationWarning` is given. The decomposition holds a smaller sample
-    of these columns, for optimisers that act on single weights.
+    of these columns, for optimisers that act on single weights. With ``distributed`` all processes
+    of the default group share the samples.
     """
-    n_rows = task.n_samples * task.n_outputs
     most = most_columns(task, settings.dtype.itemsize, settings.max_memory)
-    n_columns = min(most, max(COLUMNS.min_columns, COLUMNS.columns_a_row * n_rows))
+    n_columns = min(most, first_columns(task))
     follower = PathFollower(task, initial_outputs)
     while True:
-        picked = pick_columns(task, settings, initial_outputs, n_columns=n_columns)
+        picked = pick_columns(
+            task, settings, initial_outputs, n_columns=n_columns, distributed=distributed
+        )
         factors = torch.as_tensor(list(task.multipliers.values()), dtype=torch.float64)
         multipliers = factors.to(picked.parameters.device)[picked.parameters]
         roots = (picked.inflation * multipliers).sqrt()
         features = picked.columns * roots.to(picked.columns)
-        pairs = eigenpairs_of_features(features)
-        error = picked.error(follower, features, pairs)
+        judged = partial(_judged, picked, features, follower)
+        pairs, error = by_first(judged) if distributed else judged()
         if error.expected <= COLUMNS.time_error or n_columns >= most:
             break
         n_columns = min(2 * n_columns, most)
@@ -175,6 +110,14 @@ def columns_decomposition(
         jacobian=picked.thinned(COLUMNS.n_stored, task, settings.seed),
         low_rank=picked.low_rank,
     )
+
+
+def _judged(
+    picked: PickedColumns, features: torch.Tensor, follower: PathFollower
+) -> tuple[Eigenpairs, TimeError]:
+    """Return the eigenpairs of the products of features, and the error of their times."""
+    pairs = eigenpairs_of_features(features)
+    return pairs, picked.error(follower, features, pairs)
 
 
 def _validation_features(

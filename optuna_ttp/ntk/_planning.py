@@ -1,12 +1,9 @@
-"""Planning a spectrum: a few samples are timed, and seconds and bytes of the rest estimated."""
+"""Planning a spectrum: which engine, how many passes over the data, and how much memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
-import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,24 +15,21 @@ from optuna_ttp.ntk._devices import resolve_dtype
 from optuna_ttp.ntk._plan import LayerPlan
 from optuna_ttp.ntk._plan import SpectrumPlan
 from optuna_ttp.ntk._settings import EngineSettings
-from optuna_ttp.ntk.engines._choice import check_sketch_memory
+from optuna_ttp.ntk.engines._choice import first_columns
+from optuna_ttp.ntk.engines._choice import least_bytes
+from optuna_ttp.ntk.engines._choice import most_columns
 from optuna_ttp.ntk.engines._choice import resolve_engine
 from optuna_ttp.ntk.engines._exact import choose_grouping
 from optuna_ttp.ntk.engines._exact import expected_bytes
-from optuna_ttp.ntk.engines._exact import Grouping
 from optuna_ttp.ntk.engines._matrix_free import by_directions
 from optuna_ttp.ntk.engines._matrix_free import check_vectors_memory
 from optuna_ttp.ntk.engines._matrix_free import columns_of
+from optuna_ttp.ntk.engines._matrix_free import n_start_columns
 from optuna_ttp.ntk.engines._matrix_free import probes_of
-from optuna_ttp.ntk.engines._matrix_free import sketch_width
-from optuna_ttp.ntk.engines._rules import CHOICE
-from optuna_ttp.ntk.engines._rules import SKETCHES
-from optuna_ttp.ntk.engines._sketch import Passes
-from optuna_ttp.ntk.jacobian._directions import Directions
+from optuna_ttp.ntk.engines._rules import COLUMNS
 from optuna_ttp.ntk.jacobian._prepare import lifting
 from optuna_ttp.ntk.jacobian._prepare import Preparation
 from optuna_ttp.ntk.jacobian._prepare import prepare
-from optuna_ttp.ntk.jacobian._rules import LAYOUTS
 from optuna_ttp.ntk.jacobian._samples import check_singles
 from optuna_ttp.ntk.jacobian._samples import SampleReader
 from optuna_ttp.spectrum import check_truncation
@@ -46,24 +40,10 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
-# With this number of timed samples, the fixed costs of a batch are a small part.
-_N_TIMED = 12
-_MATRIX = 1024
+# This number of samples is differentiated.
+_N_READ = 12
 # This is the usual number of blocks of products of the matrix-free engine.
 _N_BLOCKS = 2
-# This number of directions is timed.
-_N_DIRECTIONS = 4
-
-
-@dataclass(frozen=True)
-class _Estimate:
-    """Claims and layout (None without rows), grouping, and the estimated seconds and bytes."""
-
-    preparation: Preparation | None
-    seconds: float
-    grouping: Grouping
-    n_bytes: int
-    trace_seconds: float = 0.0
 
 
 @without_autocast
@@ -77,20 +57,19 @@ def plan_spectrum(
     max_memory: int = 4 * 2**30,
     seed: int = 0,
 ) -> SpectrumPlan:
-    """Estimate how a spectrum would be computed, in what time and memory, without computing it.
+    """Say how a spectrum would be computed, in how many passes and what memory.
 
-    The derivatives of a few samples and a matrix product are timed, and extrapolated. On a CPU the
-    seconds exclude the processor time of other programs. They exclude the eigenvectors, the timing
-    of training steps and the probe. For a sketch they are for the narrowest one, which is repeated
-    with twice the width while its error bar is too large; for the matrix-free engine they are for
-    two blocks of products, which most spectra take.
+    Only the gradients of a few samples are computed, to find out how each layer is differentiated.
+    For columns the plan is for the first sample, which is repeated with twice as many columns
+    while its error bar is too large; for the matrix-free engine it is for two blocks of products,
+    which most spectra take.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
         >>> task = FineTuningTask(model, (torch.randn(8, 3), torch.randint(2, (8,))))
         >>> plan = plan_spectrum(task)
         >>> plan.engine
-        'exact'
+        'columns'
 
     Args:
         task:
@@ -109,7 +88,7 @@ def plan_spectrum(
             The seed of the random directions in which gradients are compared. Zero by default.
 
     Returns:
-        The plan: engine, seconds, bytes, and one entry per parameter; printing it shows a table.
+        The plan: engine, passes, bytes, and one entry per parameter; printing it shows a table.
 
     Raises:
         TypeError:
@@ -126,215 +105,134 @@ def plan_spectrum(
     settings = EngineSettings(
         resolve_device(task, device), kind, held, max_memory, seed, show_progress_bar=False
     )
-    planner = _Planner(task, settings)
-    if name == "exact":
-        estimate = planner.exact()
-    elif name == "matrix_free":
-        estimate = planner.matrix_free(rank)
+    # What can be refused without a pass is refused first.
+    n_columns = _n_columns(task, name, settings)
+    if name == "matrix_free":
+        check_vectors_memory(task, columns_of(task, rank), max_memory)
+    preparation = lifting(partial(_prepared, task, settings))
+    if name == "columns":
+        n_passes, n_bytes, minimum = _of_columns(task, settings)
+    elif name == "exact":
+        n_passes, n_bytes, minimum = _of_exact(task, settings, preparation)
     else:
-        estimate = planner.sketch(refined=name == "refined_sketch")
-    grouping = estimate.grouping
-    if estimate.n_bytes > max_memory:
-        reason += (
-            f"; the peak is above max_memory of {max_memory / 2**20:,.3g} MiB, which limits rows "
-            "and kernel, but not the activations and gradients of a batch"
-        )
+        n_passes, n_bytes, minimum = _of_products(task, settings, rank)
+    if n_bytes > max_memory:
+        reason += f"; the peak is above max_memory of {max_memory / 2**20:,.3g} MiB"
     return SpectrumPlan(
         engine=name,
         reason=reason,
         n_samples=task.n_samples,
         n_outputs=task.n_outputs,
         n_parameters=task.n_parameters,
-        seconds=estimate.seconds,
-        trace_seconds=estimate.trace_seconds,
-        bytes=estimate.n_bytes,
-        batch_size=grouping.batch,
-        block_size=grouping.held,
-        stream_size=grouping.streamed,
-        minimum_bytes=grouping.minimum,
-        layers=() if estimate.preparation is None else _layers(task, estimate.preparation),
+        n_columns=n_columns,
+        n_passes=n_passes,
+        bytes=n_bytes,
+        stored_bytes=_stored_bytes(task, name, rank, settings),
+        minimum_bytes=minimum,
+        layers=_layers(preparation, name),
     )
 
 
-class _Planner:
-    """Estimates seconds and bytes of each engine for one task with one set of settings."""
-
-    def __init__(self, task: FineTuningTask, settings: EngineSettings) -> None:
-        self._task, self._settings = task, settings
-        self._device, self._dtype = settings.device, settings.dtype
-        self._n_rows = task.n_samples * task.n_outputs
-        self._itemsize = self._dtype.itemsize
-        self._n_timed = min(_N_TIMED, task.n_samples)
-        self._few = task.subset(self._n_timed)
-        n_held_out = 0 if task.validation is None else task.validation.n_samples
-        self._n_read = task.n_samples + n_held_out
-
-    def exact(self) -> _Estimate:
-        """Return the estimate for the exact engine, from timed derivatives of a few samples."""
-        task, device, dtype = self._task, self._device, self._dtype
-
-        def measure(lifts: Mapping[str, int]) -> _Estimate:
-            clock = _Clock(device)
-            reference = task.initial_outputs(device, dtype)
-            with task.frozen(device, dtype) as frozen:
-                check_singles(task, frozen, reference, self._settings)
-                preparation = prepare(task, frozen, self._settings, lifts)
-                setup = clock.seconds()
-                grouping = choose_grouping(task, preparation, self._settings)
-                with preparation.claims.tape(frozen).attached() as tape:
-                    reader = SampleReader(
-                        task,
-                        frozen,
-                        preparation.claims,
-                        tape,
-                        self._settings,
-                        batch_size=min(grouping.batch, self._n_timed),
-                        reference=reference,
-                    )
-                    seconds = _fastest(
-                        lambda: reader.read(preparation.layout, 0, self._n_timed), device, 2
-                    )
-            total = setup + _exact_seconds(
+def _prepared(
+    task: FineTuningTask, settings: EngineSettings, lifts: Mapping[str, int]
+) -> Preparation:
+    """Return how each parameter is differentiated, from the gradients of a few samples."""
+    reference = task.initial_outputs(settings.device, settings.dtype)
+    with task.frozen(settings.device, settings.dtype) as frozen:
+        check_singles(task, frozen, reference, settings)
+        preparation = prepare(task, frozen, settings, lifts)
+        n_few = min(_N_READ, task.n_samples)
+        with preparation.claims.tape(frozen).attached() as tape:
+            reader = SampleReader(
                 task,
-                preparation,
-                grouping,
-                seconds / self._n_timed,
-                _flops_per_second(device, dtype),
+                frozen,
+                preparation.claims,
+                tape,
+                settings,
+                batch_size=n_few,
+                reference=reference,
             )
-            return _Estimate(
-                preparation, total, grouping, expected_bytes(task, preparation, grouping, dtype)
-            )
-
-        return lifting(measure)
-
-    def sketch(self, *, refined: bool) -> _Estimate:
-        """Return the estimate for the narrowest sketch, with ``refined`` and its refinement."""
-        minimum = check_sketch_memory(self._task, self._itemsize, self._settings.max_memory)
-
-        def measure(lifts: Mapping[str, int]) -> _Estimate:
-            clock = _Clock(self._device)
-            with self._passes(self._task, lifts) as passes:
-                setup, preparation = clock.seconds(), passes.preparation
-                n_bytes, batch = passes.sketch_bytes(CHOICE.sketch_width), passes.batch_size
-            seconds = setup + self._n_read * self._sketched(lifts)
-            if refined:
-                seconds += self._n_read * self._multiplied(lifts, SKETCHES.n_refined)
-                n_bytes += self._task.n_parameters * SKETCHES.n_refined * self._itemsize
-            grouping = Grouping(batch, batch, batch, minimum)
-            return _Estimate(preparation, seconds, grouping, n_bytes)
-
-        return lifting(measure)
-
-    def matrix_free(self, rank: int | None) -> _Estimate:
-        """Return the estimate for ``rank`` eigenpairs by the matrix-free engine (None: 100)."""
-        n_columns = columns_of(self._task, rank)
-        minimum = check_vectors_memory(self._task, n_columns, self._settings.max_memory)
-        if by_directions(self._task, n_columns, self._dtype, self._settings.max_memory):
-            return self._directions(n_columns, minimum)
-
-        def measure(lifts: Mapping[str, int]) -> _Estimate:
-            clock = _Clock(self._device)
-            with self._passes(self._task, lifts) as passes:
-                setup, preparation = clock.seconds(), passes.preparation
-                width = sketch_width(self._n_rows, self._dtype, self._settings.max_memory)
-                sketching, batch = passes.sketch_bytes(width), passes.batch_size
-                making = passes.sketch_bytes(0)
-            seconds = 2.0 * setup + self._n_read * (
-                self._sketched(lifts) + _N_BLOCKS * self._multiplied(lifts, n_columns)
-            )
-            # These are the basis, its images and combinations; then products with the weights.
-            vectors = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
-            held = self._task.n_parameters * n_columns * self._itemsize
-            # The part of one layer is a tensor of its own before it is added.
-            part = (
-                max(p.n_weights for p in preparation.layout.parameters)
-                * n_columns
-                * self._itemsize
-            )
-            multiplying = making + vectors + min(held, self._settings.max_memory // 2) + part
-            # The sketch is held about three times when its leading space is taken.
-            n_bytes = max(3 * sketching - 2 * making, multiplying)
-            grouping = Grouping(batch, batch, batch, minimum)
-            return _Estimate(preparation, seconds, grouping, n_bytes)
-
-        return lifting(measure)
-
-    def _directions(self, n_columns: int, minimum: int) -> _Estimate:
-        """Return the estimate for matrix-free products by direction, ``n_columns`` at a time."""
-        task, device, dtype = self._task, self._device, self._dtype
-        clock = _Clock(device)
-        reference = task.initial_outputs(device, dtype)
-        with task.frozen(device, dtype) as frozen:
-            check_singles(task, frozen, reference, self._settings)
-            setup = clock.seconds()
-            directions = Directions(self._few, frozen, self._settings)
-            vectors = torch.ones(
-                (self._n_timed * task.n_outputs, _N_DIRECTIONS), dtype=dtype, device=device
-            )
-            seconds = _fastest(lambda: directions.images(vectors), device, 1)
-        per_direction = self._n_read / self._n_timed * seconds / _N_DIRECTIONS
-        # The start vectors are multiplied as well.
-        total = setup + (_N_BLOCKS + 1) * n_columns * per_direction
-        held = (2 * _N_BLOCKS + 2) * self._n_rows * n_columns * 8
-        weights = task.n_parameters * directions.n_together * self._itemsize
-        n_bytes = held + weights
-        grouping = Grouping(1, 1, 1, minimum)
-        tracing = probes_of(n_columns) * per_direction
-        return _Estimate(None, total + tracing, grouping, n_bytes, tracing)
-
-    def _passes(self, task: FineTuningTask, lifts: Mapping[str, int]) -> Passes:
-        """Return passes over the data of a task with the settings of the planner."""
-        return Passes(task, self._settings, lifts)
-
-    def _sketched(self, lifts: Mapping[str, int]) -> float:
-        """Return the seconds for projecting one sample, from a timed sketch of a few samples."""
-        with self._passes(self._few, lifts) as passes:
-            seconds = _fastest(
-                lambda: passes.sketch(CHOICE.sketch_width),
-                self._device,
-                1,
-            )
-        return seconds / self._few_read
-
-    def _multiplied(self, lifts: Mapping[str, int], n_columns: int) -> float:
-        """Return the seconds per sample for a product of the kernel with ``n_columns`` vectors."""
-        vectors = torch.ones(
-            (self._n_timed * self._task.n_outputs, n_columns),
-            dtype=self._dtype,
-            device=self._device,
-        )
-        with self._passes(self._few, lifts) as passes:
-            seconds = _fastest(lambda: passes.images(vectors), self._device, 1)
-        return seconds / self._n_timed
-
-    @property
-    def _few_read(self) -> int:
-        """The number of samples in a timed sketch: the timed ones and all validation samples."""
-        return self._n_timed + self._n_read - self._task.n_samples
+            # Layers that only some samples reach show in a larger batch.
+            reader.read(preparation.layout, 0, n_few, weight_outputs=False)
+        return preparation
 
 
-def _exact_seconds(
-    task: FineTuningTask,
-    preparation: Preparation,
-    grouping: Grouping,
-    per_sample: float,
-    rate: float,
-) -> float:
-    """Return the seconds of the exact engine for ``per_sample`` seconds and ``rate`` flops/s."""
-    n = task.n_samples
-    n_held_out = 0 if task.validation is None else task.validation.n_samples
+def _n_columns(task: FineTuningTask, engine: str, settings: EngineSettings) -> int:
+    """Return the number of columns of the first sample, zero for other engines."""
+    if engine != "columns":
+        return 0
+    most = most_columns(task, settings.dtype.itemsize, settings.max_memory)
+    return min(most, first_columns(task))
+
+
+def _of_columns(task: FineTuningTask, settings: EngineSettings) -> tuple[float, int, int]:
+    """Return passes, bytes and the smallest budget for a sample of columns."""
+    n_columns = _n_columns(task, "columns", settings)
+    n_rows, itemsize = task.n_samples * task.n_outputs, settings.dtype.itemsize
+    return (
+        _column_passes(task),
+        3 * n_columns * n_rows * itemsize,
+        least_bytes(task, itemsize),
+    )
+
+
+def _column_passes(task: FineTuningTask) -> float:
+    """Return the passes of a sample: rows of a few samples, then all, and outputs twice."""
+    few = 2.0 * min(COLUMNS.n_rows, task.n_samples) / task.n_samples
+    return 2.0 + few + (1 + task.n_outputs) * _share_read(task)
+
+
+def _of_exact(
+    task: FineTuningTask, settings: EngineSettings, preparation: Preparation
+) -> tuple[float, int, int]:
+    """Return passes, bytes and the smallest budget for the exact kernel."""
+    grouping = choose_grouping(task, preparation, settings)
+    n, held_out = task.n_samples, _share_read(task) - 1.0
     starts = range(0, n, grouping.held)
-    n_read = sum(n - start + n_held_out for start in starts)
-    flops = 0.0
-    for p in preparation.layout.parameters:
-        cost = p.flops_per_pair * (LAYOUTS.ghost_overhead if p.method == "ghost" else 1.0)
-        flops += cost * n * (LAYOUTS.triangle * n + n_held_out)
-        if p.method == "panels":
-            flops += p.flops_per_sample * n_read
-    return n_read * per_sample + flops / rate
+    n_read = sum(1.0 - start / n + held_out for start in starts)
+    n_bytes = expected_bytes(task, preparation, grouping, settings.dtype)
+    return 1.0 + (1 + task.n_outputs) * n_read, n_bytes, grouping.minimum
 
 
-def _layers(task: FineTuningTask, preparation: Preparation) -> tuple[LayerPlan, ...]:
+def _of_products(
+    task: FineTuningTask, settings: EngineSettings, rank: int | None
+) -> tuple[float, int, int]:
+    """Return passes, bytes and the smallest budget for matrix-free products."""
+    n_columns, itemsize = columns_of(task, rank), settings.dtype.itemsize
+    n_rows = task.n_samples * task.n_outputs
+    minimum = check_vectors_memory(task, n_columns, settings.max_memory)
+    # These are the basis, its images and combinations.
+    vectors = (2 * _N_BLOCKS + 2) * n_rows * n_columns * 8
+    weights = min(task.n_parameters * n_columns * itemsize, settings.max_memory // 2)
+    if by_directions(task, n_columns, settings.dtype, settings.max_memory):
+        n_directions = (_N_BLOCKS + 1) * n_columns + probes_of(n_columns)
+        return 1.0 + 4.0 * n_directions, vectors + weights, minimum
+    start = 3 * n_start_columns(task, settings.dtype, settings.max_memory) * n_rows * itemsize
+    n_passes = _column_passes(task) + 2.0 * _N_BLOCKS * (1 + task.n_outputs) * _share_read(task)
+    return n_passes, max(start, vectors + weights), minimum
+
+
+def _share_read(task: FineTuningTask) -> float:
+    """Return the training and validation samples, as a share of the training samples."""
+    n_held_out = 0 if task.validation is None else task.validation.n_samples
+    return 1.0 + n_held_out / task.n_samples
+
+
+def _stored_bytes(
+    task: FineTuningTask, engine: str, rank: int | None, settings: EngineSettings
+) -> int:
+    """Return the bytes of eigenvectors and, with the columns engine, of the columns kept."""
+    n_rows = task.n_samples * task.n_outputs
+    n_read = round(n_rows * _share_read(task))
+    n_pairs = columns_of(task, rank) if engine == "matrix_free" else min(n_rows, rank or n_rows)
+    total = n_read * min(n_pairs, task.n_parameters) * settings.dtype.itemsize
+    if engine == "columns":
+        itemsize = 8 if settings.dtype == torch.float64 else 2
+        total += n_read * min(COLUMNS.n_stored, task.n_parameters) * itemsize
+    return total
+
+
+def _layers(preparation: Preparation, engine: str) -> tuple[LayerPlan, ...]:
     """Return the plan of each parameter, in the order of the layout."""
     claims = {n: c for c in preparation.claims.claims for n, _ in c.parameters}
     return tuple(
@@ -343,44 +241,7 @@ def _layers(task: FineTuningTask, preparation: Preparation) -> tuple[LayerPlan, 
             n_weights=p.n_weights,
             claimed_by=claims[p.name].module.removeprefix("model."),
             derivative=claims[p.name].kind,
-            method=p.method,
-            flops=task.n_samples
-            * (p.flops_per_sample + LAYOUTS.triangle * task.n_samples * p.flops_per_pair),
-            bytes=p.bytes_per_sample * task.n_samples,
+            method="columns" if engine == "columns" else p.method,
         )
         for p in preparation.layout.parameters
     )
-
-
-class _Clock:
-    """A stopwatch that starts at its construction; on a CPU it excludes other programs' time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._wall, self._processor = time.perf_counter(), time.process_time()
-
-    def seconds(self) -> float:
-        """Return the seconds since the start: on a CPU, the smaller of wall and processor time."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            return time.perf_counter() - self._wall
-        # With several threads the processor time exceeds the wall time.
-        processor = time.process_time() - self._processor
-        return min(time.perf_counter() - self._wall, processor)
-
-
-def _fastest(function: Callable[[], object], device: torch.device, n_times: int) -> float:
-    """Return the seconds of the fastest of ``n_times`` calls."""
-    seconds = []
-    for _ in range(n_times):
-        clock = _Clock(device)
-        function()
-        seconds.append(clock.seconds())
-    return min(seconds)
-
-
-@cache
-def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the flops per second of a matrix product, timed once per process."""
-    matrix = torch.ones((_MATRIX, _MATRIX), dtype=dtype, device=device)
-    return 2.0 * _MATRIX**3 / _fastest(lambda: matrix @ matrix, device, 3)

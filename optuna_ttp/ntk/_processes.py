@@ -11,6 +11,7 @@ from typing import cast
 from typing import TYPE_CHECKING
 from typing import TypeVar
 
+import torch
 import torch.distributed as distributed
 
 from optuna_ttp._util.exceptions import JacobianMismatchError
@@ -148,6 +149,17 @@ def shared_out(run: Callable[[_Item], _Object], items: Sequence[_Item]) -> list[
     items_here = items[n_processes - 1 - distributed.get_rank() :: n_processes]
     parts = gathered_objects(together(lambda: [run(item) for item in items_here]))
     return [parts[n_processes - 1 - k % n_processes][k // n_processes] for k in range(len(items))]
+
+
+def part_of_this_process(n_items: int) -> slice:
+    """Return the range of a number of items that belongs to this process."""
+    rank, n_processes = distributed.get_rank(), distributed.get_world_size()
+    return slice(n_items * rank // n_processes, n_items * (rank + 1) // n_processes)
+
+
+def add_up(tensor: torch.Tensor) -> None:
+    """Replace a tensor by the sum of those of all processes, in every process."""
+    distributed.all_reduce(tensor)
 
 
 def in_all(run: Callable[[], _Object], *, distributed: bool) -> _Object:

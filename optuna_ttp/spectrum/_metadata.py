@@ -21,20 +21,21 @@ class SpectrumMetadata:
         created_at:
             The time of the computation in ISO 8601, UTC.
         sketch_width:
-            The length to which each row of the Jacobian was projected, or :obj:`None` without a
-            projection.
+            The length to which an engine of version 0.1.0 projected each row of the Jacobian.
+            :obj:`None` without a projection.
         seed:
-            Seed of the projection or of the starting vectors; :obj:`None` if nothing is random.
+            Seed of the sample of columns or of the starting vectors; :obj:`None` if nothing is
+            random.
         time_error:
             The relative error that nine out of ten gradient-flow times (to half, a quarter and a
-            tenth of the loss) stay below. A sketch estimates it from its four groups; a refined
-            sketch reports the unrefined sketch's error, an upper bound; the matrix-free engine
-            reports the change due to its last products. :obj:`None` for the exact engine.
+            tenth of the loss) stay below. The columns engine estimates it from four groups of
+            columns; the matrix-free engine reports the change due to its last products.
+            :obj:`None` for the exact engine.
         n_ritz:
             The number of pairs that are Ritz pairs, see :meth:`Spectrum.truncate`.
         trace_error:
             Standard error of the trace divided by the trace, if the trace is an estimate (of the
-            matrix-free engine with more outputs than products). :obj:`None` if it is exact.
+            matrix-free engine). :obj:`None` if it is exact.
     """
 
     fingerprint: str

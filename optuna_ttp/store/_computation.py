@@ -42,9 +42,9 @@ def get_or_compute(
 
     ``compute`` is :func:`~optuna_ttp.compute_spectrum`.
     """
+    from optuna_ttp.ntk import column_limit
     from optuna_ttp.ntk import in_all
     from optuna_ttp.ntk import resolve_engine
-    from optuna_ttp.ntk import widest_sketch
 
     budget = {k: settings[k] for k in ("max_memory",) if k in settings}
 
@@ -55,7 +55,8 @@ def get_or_compute(
     is_distributed = settings.get("distributed", False)
     settings = {**settings, "engine": in_all(resolved, distributed=is_distributed)}
     identity = {k: settings[k] for k in SETTING_DEFAULTS if k in settings}
-    identity["max_sketch_width"] = widest_sketch(task, settings.get("dtype", "float32"), **budget)
+    if settings["engine"] == "columns":
+        identity["max_columns"] = column_limit(task, settings.get("dtype", "float32"), **budget)
     computation = _Computation(table, task, compute, lease_seconds, identity, settings)
     if is_distributed:
         return computation.by_all()

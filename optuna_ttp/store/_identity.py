@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import hashlib
 import json
 from typing import Any
@@ -18,12 +19,16 @@ SETTING_DEFAULTS: dict[str, Any] = {
     "explained_trace": None,
     "seed": 0,
     "max_sketch_width": 32768,
+    "max_columns": None,
 }
-# Settings that only some engines read.
+# Engines of version 0.1.0, whose spectra can still be read.
 _SKETCHES = ("sketch", "refined_sketch")
+_WHOLE_NUMBERS = ("rank", "seed", "max_sketch_width", "max_columns")
+# Settings that only some engines read.
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "seed": (*_SKETCHES, "matrix_free"),
+    "seed": ("columns", "matrix_free", *_SKETCHES),
     "max_sketch_width": _SKETCHES,
+    "max_columns": ("columns",),
 }
 
 
@@ -44,7 +49,8 @@ def complete(settings: dict[str, Any]) -> dict[str, Any]:
             raise TypeError(f"{name} must be a name but got {settings[name]!r}.")
     check_truncation(settings.get("rank"), settings.get("explained_trace"))
     # NumPy's numbers, which JSON does not know, name the same spectrum as Python's.
-    kinds = {"rank": int, "explained_trace": float, "seed": int, "max_sketch_width": int}
+    kinds: dict[str, Callable[[Any], Any]] = dict.fromkeys(_WHOLE_NUMBERS, int)
+    kinds["explained_trace"] = float
     plain = {k: kinds[k](v) if k in kinds and v is not None else v for k, v in settings.items()}
     every = {**SETTING_DEFAULTS, **plain}
     unused = {k for k, engines in _ONLY_FOR.items() if every["engine"] not in engines}

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
+# Without an engine, a spectrum by the first of them is returned.
+_ENGINES = ("columns", "exact", "matrix_free")
+
+
 class SpectrumStore:
     """Keeps spectra in any database that Optuna supports: SQLite, PostgreSQL, MySQL.
 
@@ -146,9 +150,10 @@ class SpectrumStore:
                 the requested one; they replace those in ``settings``. Waits by default.
             settings:
                 Keyword arguments of :func:`~optuna_ttp.compute_spectrum`. Engine, precision and
-                truncation, and of a sketch its seed and the width that memory allows, identify
-                the spectrum; the others only matter when computing. The time of a step is
-                measured, and the linearisation probed, if the stored spectrum lacks it.
+                truncation, and of a sample of columns its seed and the number of columns that
+                memory allows, identify the spectrum; the others only matter when computing. The
+                time of a step is measured, and the linearisation probed, if the stored spectrum
+                lacks it.
 
         Returns:
             The spectrum.
@@ -172,7 +177,9 @@ class SpectrumStore:
             task:
                 The task, or its fingerprint.
             settings:
-                ``engine``, ``dtype``, ``rank`` and ``explained_trace`` of its computation.
+                ``engine``, ``dtype``, ``rank`` and ``explained_trace`` of its computation. Without
+                ``engine``, the first that is there of ``"columns"``, ``"exact"`` and
+                ``"matrix_free"``.
 
         Returns:
             The spectrum, or :obj:`None` if there is none, or only a damaged one, which is put
@@ -182,7 +189,13 @@ class SpectrumStore:
             FingerprintMismatchError:
                 If the stored arrays belong to another task.
         """
-        return self._table.get(_fingerprint(task), settings)
+        fingerprint = _fingerprint(task)
+        engines = (settings["engine"],) if "engine" in settings else _ENGINES
+        for engine in engines:
+            spectrum = self._table.get(fingerprint, {**settings, "engine": engine})
+            if spectrum is not None:
+                return spectrum
+        return None
 
     def put(self, spectrum: Spectrum, *, overwrite: bool = False, **settings: Any) -> None:
         """Store a spectrum.
@@ -194,7 +207,8 @@ class SpectrumStore:
                 Replace a stored one of the same task and settings. The stored one stays by
                 default.
             settings:
-                ``engine``, ``dtype``, ``rank`` and ``explained_trace`` of its computation.
+                ``dtype``, ``rank`` and ``explained_trace`` of its computation. Engine and seed are
+                the spectrum's.
 
         Raises:
             TypeError:
@@ -206,7 +220,10 @@ class SpectrumStore:
             raise TypeError(f"spectrum must be a Spectrum but got {type(spectrum).__name__}.")
         complete(settings)
         check_settings(spectrum, settings)
-        self._table.put(spectrum, settings, overwrite=overwrite)
+        origin: dict[str, Any] = {"engine": spectrum.metadata.engine}
+        if spectrum.metadata.seed is not None:
+            origin["seed"] = spectrum.metadata.seed
+        self._table.put(spectrum, {**origin, **settings}, overwrite=overwrite)
 
     def list(self) -> list[StoredSpectrum]:
         """Return descriptions of the stored spectra, oldest first, without reading the arrays.

@@ -105,7 +105,7 @@ def _gradients_of_losses(case: Case, losses: list[torch.Tensor]) -> NDArray[np.f
     return np.array(rows)
 
 
-@pytest.mark.parametrize("engine", ["exact", "sketch", "matrix_free"])
+@pytest.mark.parametrize("engine", ["exact", "columns", "matrix_free"])
 @pytest.mark.parametrize(
     "loss",
     [

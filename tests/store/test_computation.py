@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from optuna_ttp import ApproximationWarning
 from optuna_ttp.spectrum import Spectrum
 from optuna_ttp.store import SpectrumStore
 from optuna_ttp.task import FineTuningTask
@@ -64,31 +65,64 @@ def test_spectrum_is_computed_again_for_other_weights_or_settings() -> None:
     assert store.get_or_compute(counting.task, rank=3, **QUICK).rank == 3
 
 
-def test_a_sketch_is_filed_under_its_seed_and_the_width_that_memory_allows() -> None:
+def test_columns_are_filed_under_their_seed_and_the_number_that_memory_allows() -> None:
     task = FineTuningTask(mlp(), vectors(20))
     store = SpectrumStore("sqlite://")
-    settings: dict[str, Any] = {"engine": "sketch", "measure_speed": False, "probe": False}
+    settings: dict[str, Any] = {"engine": "columns", "measure_speed": False, "probe": False}
     first = store.get_or_compute(task, **settings)
     other = store.get_or_compute(task, seed=1, **settings)
     assert (first.metadata.seed, other.metadata.seed) == (0, 1)
     assert len(store.list()) == 2
     assert_equal(store.get_or_compute(task, seed=1, **settings), other)
-    loaded = store.get(task, engine="sketch", seed=1)
+    loaded = store.get(task, engine="columns", seed=1)
     assert loaded is not None
     assert_equal(loaded, other)
-    # 60 rows of 4096 numbers, twice: no wider sketch fits.
-    narrow = store.get_or_compute(task, max_memory=60 * 4096 * 4 * 2, **settings)
-    assert len(store.list()) == 3
-    assert store.get(task, engine="sketch", max_sketch_width=4096) is not None
+    # More memory changes nothing, because all columns are there.
+    assert_equal(store.get_or_compute(task, max_memory=2**34, **settings), first)
+    # 60 rows of all but one column, three times.
+    n_columns = task.n_parameters - 1
+    with pytest.raises(ValueError, match="max_memory must be at least"):
+        store.get_or_compute(task, max_memory=60 * n_columns * 4 * 3, **settings)
     with pytest.raises(ValueError, match="computed with seed=1 but got seed=0"):
-        store.put(other, engine="sketch", seed=0)
-    with pytest.raises(ValueError, match="The sketch has width 4096"):
-        store.put(narrow, engine="sketch", max_sketch_width=2048)
+        store.put(other, engine="columns", seed=0)
     # What is exact has no seed.
     exact = {**settings, "engine": "exact"}
     for seed in (0, 1):
         store.get_or_compute(task, seed=seed, **exact)
-    assert len(store.list()) == 4
+    assert len(store.list()) == 3
+
+
+def test_fewer_columns_for_less_memory_are_another_spectrum() -> None:
+    torch.manual_seed(0)
+    data = (torch.randn(6, 400), torch.arange(6) % 3)
+    task = FineTuningTask(torch.nn.Linear(400, 3), data)
+    store = SpectrumStore("sqlite://")
+    settings: dict[str, Any] = {"measure_speed": False, "probe": False}
+    whole = store.get_or_compute(task, **settings)
+    with pytest.warns(ApproximationWarning, match="Give more memory"):
+        fewer = store.get_or_compute(task, max_memory=18 * 600 * 4 * 3, **settings)
+    assert len(store.list()) == 2
+    found = store.get(task)
+    assert found is not None
+    assert_equal(found, whole)
+    stored = store.get(task, engine="columns", max_columns=600)
+    assert stored is not None
+    assert_equal(stored, fewer)
+
+
+def test_without_an_engine_any_stored_spectrum_is_found() -> None:
+    task = FineTuningTask(mlp(), vectors(20))
+    store = SpectrumStore("sqlite://")
+    settings: dict[str, Any] = {"measure_speed": False, "probe": False}
+    for engine in ("matrix_free", "exact", "columns"):
+        computed = store.get_or_compute(task, engine=engine, **settings)
+        found = store.get(task)
+        assert found is not None
+        assert_equal(found, computed)
+    other = SpectrumStore("sqlite://")
+    other.put(computed)
+    assert other.get(task, engine="exact") is None
+    assert other.get(task, engine="columns") is not None
 
 
 def test_where_and_how_fast_it_is_computed_is_no_setting() -> None:

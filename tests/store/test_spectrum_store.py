@@ -60,7 +60,7 @@ def test_put_keeps_what_is_there() -> None:
 @pytest.mark.parametrize("method", ["get", "put"])
 def test_unknown_settings_are_refused(url: str, method: str) -> None:
     subject = {"get": spectrum().metadata.fingerprint, "put": spectrum()}[method]
-    with pytest.raises(TypeError, match=r"max_sketch_width but got device"):
+    with pytest.raises(TypeError, match=r"max_columns but got device"):
         getattr(SpectrumStore(url), method)(subject, device="cpu")
     with pytest.raises(ValueError, match="rank must be a positive integer"):
         getattr(SpectrumStore(url), method)(subject, rank=0)
@@ -94,6 +94,7 @@ def test_list_and_delete() -> None:
         "explained_trace": None,
         "seed": 0,
         "max_sketch_width": 32768,
+        "max_columns": None,
     }
     assert (cut.n_samples, cut.n_outputs) == (12, 3)
     assert cut.n_bytes == len(first.truncate(rank=2).to_bytes())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from optuna_ttp._util.checks import check_enough_memory
 from optuna_ttp._util.checks import check_memory
 from optuna_ttp.ntk.engines._rules import CHOICE
+from optuna_ttp.ntk.engines._rules import COLUMNS
 from optuna_ttp.task import check_task
 
 
@@ -14,11 +15,13 @@ if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
 
 
-ENGINES = ("exact", "columns", "sketch", "refined_sketch", "matrix_free")
+# The memory budget by default.
+MAX_MEMORY = 4 * 2**30
+ENGINES = ("exact", "columns", "matrix_free")
 
 
 def resolve_engine(
-    task: FineTuningTask, engine: str = "auto", *, max_memory: int = 4 * 2**30
+    task: FineTuningTask, engine: str = "auto", *, max_memory: int = MAX_MEMORY
 ) -> tuple[str, str]:
     """Return the name of the engine, chosen if ``engine`` is ``"auto"``, and the reason in words.
 
@@ -35,22 +38,15 @@ def resolve_engine(
     if engine != "auto":
         known = ", ".join(f'"{name}"' for name in ("auto", *ENGINES))
         raise ValueError(f"engine must be one of {known} but got {engine!r}.")
-    n_rows = task.n_samples * task.n_outputs
     if any(factor != 1.0 for factor in task.multipliers.values()):
-        return "exact", "the only engine that supports learning-rate multipliers"
-    # An entry takes twelve bytes: its sum in double precision and the entry itself.
-    if 12 * n_rows**2 > CHOICE.kernel_share * max_memory:
-        reason = "the kernel would take too much memory"
-    elif float(n_rows) ** 2 * task.n_parameters / 2 > CHOICE.max_product:
-        reason = "the product of all rows would take too long"
-    else:
-        return "exact", "the kernel fits, and its product is affordable"
-    # The narrowest sketch is held in single precision, together with a copy.
-    if 2 * 4 * CHOICE.sketch_width * n_rows > max_memory:
-        return "matrix_free", f"{reason}, and so would a sketch"
+        return "columns", "it supports learning-rate multipliers"
+    if least_bytes(task, 4) > max_memory:
+        return "matrix_free", "a sample of the Jacobian's columns would take too much memory"
     if task.n_outputs > CHOICE.max_outputs:
-        return "matrix_free", f"{reason}, and there are too many outputs for a sketch"
-    return "sketch", reason
+        return "matrix_free", "there are too many outputs for a sample of the Jacobian's columns"
+    if first_columns(task) == task.n_parameters:
+        return "columns", "there are so few weights that all columns of the Jacobian are taken"
+    return "columns", "a sample of the Jacobian's columns costs the least"
 
 
 def check_multipliers(task: FineTuningTask, engine: str) -> None:
@@ -59,38 +55,45 @@ def check_multipliers(task: FineTuningTask, engine: str) -> None:
         if factor != 1.0:
             raise ValueError(
                 f'learning_rate_multipliers must all be one for the engine "{engine}" but got '
-                f'{factor} for {name!r}. Use engine="exact", the only one that supports them.'
+                f'{factor} for {name!r}. Use engine="columns" or engine="exact".'
             )
 
 
-def check_sketch_memory(task: FineTuningTask, itemsize: int, max_memory: float) -> int:
-    """Return the bytes of the narrowest sketch; raise ValueError if they exceed ``max_memory``.
-
-    ``itemsize`` is the number of bytes per number.
-    """
+def first_columns(task: FineTuningTask) -> int:
+    """Return the number of columns of the first sample, if the memory allows it."""
     n_rows = task.n_samples * task.n_outputs
-    # The sketch is held together with a copy.
-    minimum = 2 * n_rows * CHOICE.sketch_width * itemsize
-    what = f"a sketch of {n_rows} outputs"
-    check_enough_memory(max_memory, minimum, what, "or fewer samples")
-    return minimum
-
-
-def widest_sketch(task: FineTuningTask, dtype: str, *, max_memory: int = 4 * 2**30) -> int:
-    """Return the largest width of a sketch, from 4096 to 32768, for a memory budget in bytes."""
-    row_bytes = 2 * (8 if dtype == "float64" else 4) * task.n_samples * task.n_outputs
-    width = CHOICE.sketch_width
-    while width < CHOICE.max_sketch_width and 2 * width * row_bytes <= max_memory:
-        width *= 2
-    return width
+    return min(task.n_parameters, max(COLUMNS.min_columns, COLUMNS.columns_a_row * n_rows))
 
 
 def most_columns(task: FineTuningTask, itemsize: int, max_memory: float) -> int:
-    """Return the most columns that a sample may have, of all weights, for a memory in bytes.
+    """Return the most columns that a sample may have, for a memory in bytes.
 
-    Columns of ``itemsize`` bytes a number are held about three times.
+    Columns of ``itemsize`` bytes a number are held about three times. ValueError is raised if the
+    memory does not suffice for the smallest sample.
     """
     n_rows = task.n_samples * task.n_outputs
-    minimum = 3 * itemsize * n_rows * min(task.n_parameters, CHOICE.least_columns_a_row * n_rows)
+    minimum = least_bytes(task, itemsize)
     check_enough_memory(max_memory, minimum, f"columns of {n_rows} outputs", "or fewer samples")
-    return int(min(task.n_parameters, max_memory // (3 * itemsize * n_rows)))
+    allowed = int(max_memory // (3 * itemsize * n_rows))
+    return min(task.n_parameters, allowed, COLUMNS.most_growth * first_columns(task))
+
+
+def column_limit(
+    task: FineTuningTask, dtype: str = "float32", *, max_memory: int = MAX_MEMORY
+) -> int | None:
+    """Return the most columns of a sample, or None if it is what the default memory allows.
+
+    It is part of the identity of a stored spectrum.
+    """
+    itemsize = 8 if dtype == "float64" else 4
+    limit = most_columns(task, itemsize, max_memory)
+    if least_bytes(task, itemsize) > MAX_MEMORY:
+        return limit
+    return None if limit == most_columns(task, itemsize, MAX_MEMORY) else limit
+
+
+def least_bytes(task: FineTuningTask, itemsize: int) -> int:
+    """Return the bytes of the smallest sample of columns, with ``itemsize`` bytes a number."""
+    n_rows = task.n_samples * task.n_outputs
+    n_columns = min(task.n_parameters, CHOICE.least_columns_a_row * n_rows)
+    return 3 * itemsize * n_rows * n_columns

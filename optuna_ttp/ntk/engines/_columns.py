@@ -7,13 +7,16 @@ picked from last, because which of their rows matter is known only after all sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 import math
 from typing import Any
 from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +25,11 @@ from tqdm import tqdm
 
 from optuna_ttp._util.exceptions import JacobianMismatchError
 from optuna_ttp.dynamics import PathFollower
+from optuna_ttp.ntk._processes import add_up
+from optuna_ttp.ntk._processes import by_first
+from optuna_ttp.ntk._processes import gathered_objects
+from optuna_ttp.ntk._processes import in_all
+from optuna_ttp.ntk._processes import part_of_this_process
 from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._importance import Importance
@@ -35,8 +43,8 @@ from optuna_ttp.ntk.engines._low_rank import stored_layers
 from optuna_ttp.ntk.engines._rules import COLUMNS
 from optuna_ttp.ntk.engines._rules import N_GROUPS
 from optuna_ttp.ntk.engines._self_check import plain_row
-from optuna_ttp.ntk.engines._sketch_error import sketch_error
-from optuna_ttp.ntk.engines._sketch_error import SketchError
+from optuna_ttp.ntk.engines._time_error import time_error
+from optuna_ttp.ntk.engines._time_error import TimeError
 from optuna_ttp.ntk.jacobian._find_claims import find_claims
 from optuna_ttp.ntk.jacobian._prepare import lifting
 from optuna_ttp.ntk.jacobian._rules import CHECKS
@@ -54,6 +62,9 @@ from optuna_ttp.spectrum import SampledJacobian
 if TYPE_CHECKING:
     from optuna_ttp.task import FineTuningTask
     from optuna_ttp.task import FrozenModel
+
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +90,7 @@ class PickedColumns:
 
     def error(
         self, follower: PathFollower, features: torch.Tensor, pairs: Eigenpairs
-    ) -> SketchError:
+    ) -> TimeError:
         """Estimate the relative error of the times that the sample predicts.
 
         ``features`` are the columns times the root of their inflation, and ``pairs`` the
@@ -89,7 +100,7 @@ class PickedColumns:
         """
         certain = self.chances >= 1.0
         if bool(certain.all()):
-            return SketchError(0.0, 0.0)
+            return TimeError(0.0, 0.0)
         order = torch.cat([certain.nonzero(), (~certain).nonzero()]).flatten()
         n_certain = int(certain.sum())
         rest = order[n_certain:]
@@ -103,7 +114,7 @@ class PickedColumns:
         energy = features[:, rest].square().sum(0).double()
         u = self.inflation[rest]
         ratio = float((energy * (u - 1.0)).sum() / (energy * (2.0 * u - 1.0)).sum())
-        return sketch_error(follower, torch.cat(parts, 1), n_certain, pairs, bias_ratio=ratio)
+        return time_error(follower, torch.cat(parts, 1), n_certain, pairs, bias_ratio=ratio)
 
     def thinned(self, n_columns: int, task: FineTuningTask, seed: int) -> SampledJacobian:
         """Return a sample of about ``n_columns`` of the columns, in half precision, to be kept.
@@ -143,6 +154,18 @@ class PickedColumns:
             validation=None if self.validation is None else codes(self.validation[:, some]),
         )
 
+    def trace(self) -> tuple[float, float | None]:
+        """Return the trace of the kernel, and its standard error relative to the trace.
+
+        The error is that of independent picks, which is larger; None if all columns are certain.
+        """
+        squares = torch.linalg.vector_norm(self.columns, dim=0).double().square()
+        u = self.inflation
+        trace = float((u * squares).sum())
+        if bool((u == 1.0).all()):
+            return trace, None
+        return trace, float((u * (u - 1.0) * squares.square()).sum()) ** 0.5 / trace
+
     @property
     def inflation(self) -> torch.Tensor:
         """One over the probability of each column, ``(d,)``, in double precision."""
@@ -155,24 +178,41 @@ def pick_columns(
     reference: NDArray[np.float64],
     *,
     n_columns: int,
+    distributed: bool = False,
 ) -> PickedColumns:
     """Pick about ``n_columns`` columns of a task's Jacobian, and compute them for all samples.
 
-    ``reference`` are the initial outputs ``(N, C)``. Errors are those of
+    ``reference`` are the initial outputs ``(N, C)``. With ``distributed`` each process of the
+    default group reads its part of the samples, and all get all columns. Errors are those of
     :func:`~optuna_ttp.ntk.exact_kernel`.
     """
 
     def run(lifts: Mapping[str, int]) -> PickedColumns:
-        with ColumnReader(task, settings, reference, lifts) as reader:
+        with ColumnReader(task, settings, reference, lifts, distributed) as reader:
             return reader.pick(n_columns)
 
     return lifting(run)
 
 
+@dataclass(frozen=True, eq=False)
+class _FirstPicks:
+    """Columns that are picked before all samples are read.
+
+    ``totals`` are the scales of scores, ``factor`` is ``t``; ``picks`` are indices within the
+    flattened parameters and ``chances`` their ``t s``, by the parameters' names.
+    """
+
+    totals: tuple[float, float]
+    factor: float
+    picks: dict[str, torch.Tensor]
+    chances: dict[str, torch.Tensor]
+
+
 class ColumnReader:
     """A context in which columns of a task's Jacobian are picked and read.
 
-    ``lifts`` are those of :func:`~optuna_ttp.ntk.jacobian._prepare.lifting`.
+    ``lifts`` are those of :func:`~optuna_ttp.ntk.jacobian._prepare.lifting`. With ``distributed``
+    the first process of the default group picks, and each reads its part of the samples.
     """
 
     def __init__(
@@ -181,28 +221,33 @@ class ColumnReader:
         settings: EngineSettings,
         reference: NDArray[np.float64],
         lifts: Mapping[str, int],
+        distributed: bool = False,
     ) -> None:
         self._task, self._settings, self._lifts = task, settings, lifts
-        self._reference = reference
+        self._reference, self._distributed = reference, distributed
 
     def __enter__(self) -> ColumnReader:
+        with ExitStack() as stack:
+            in_all(partial(self._enter, stack), distributed=self._distributed)
+            self._stack = stack.pop_all()
+        return self
+
+    def _enter(self, stack: ExitStack) -> None:
+        """Freeze the model, and find out how each parameter is differentiated."""
         task, device, dtype = self._task, self._settings.device, self._settings.dtype
         # Before the model is put in evaluation mode, in which adapters have no dropout.
         self._adapters = low_rank_adapters(task.model)
-        with ExitStack() as stack:
-            self._frozen: FrozenModel = stack.enter_context(task.frozen(device, dtype))
-            check_singles(task, self._frozen, self._reference, self._settings)
-            n_checked = min(CHECKS.n_claim_samples, task.n_samples)
-            inputs, _ = next(task.batches(n_checked, device, dtype))
-            if device.type == "cpu" and dtype == torch.float32 and n_checked > 1:
-                self._frozen.try_channels_last(inputs)
-            self._claims = find_claims(
-                self._frozen, inputs, n_checked, self._settings.seed, self._lifts
-            )
-            self._tape = stack.enter_context(self._claims.tape(self._frozen).attached())
-            self._batch_size = max(1, min(COLUMNS.max_batch, -(-task.n_samples // 2)))
-            self._stack = stack.pop_all()
-        return self
+        self._frozen: FrozenModel = stack.enter_context(task.frozen(device, dtype))
+        check_singles(task, self._frozen, self._reference, self._settings)
+        n_checked = min(CHECKS.n_claim_samples, task.n_samples)
+        inputs, _ = next(task.batches(n_checked, device, dtype))
+        if device.type == "cpu" and dtype == torch.float32 and n_checked > 1:
+            self._frozen.try_channels_last(inputs)
+        self._claims = find_claims(
+            self._frozen, inputs, n_checked, self._settings.seed, self._lifts
+        )
+        self._tape = stack.enter_context(self._claims.tape(self._frozen).attached())
+        self._batch_size = max(1, min(COLUMNS.max_batch, -(-task.n_samples // 2)))
 
     def __exit__(self, *details: object) -> None:
         self._stack.close()
@@ -210,32 +255,15 @@ class ColumnReader:
     def pick(self, n_columns: int) -> PickedColumns:
         """Pick about ``n_columns`` columns and compute them for all samples."""
         generator = torch.Generator().manual_seed(self._settings.seed)
-        importances = self._importances(generator)
-        totals = (
-            sum(float(i.squares.double().sqrt().sum()) for i in importances.values()),
-            sum(float(i.moduli.double().sum()) for i in importances.values()),
-        )
-        if not totals[0] > 0.0:
-            raise ValueError(
-                "The Jacobian must not be zero: no trainable parameter moves any output. Is the "
-                "head zero and the only trainable layer behind others?"
-            )
-        scores = {n: i.scores(*totals) for n, i in importances.items()}
-        factor = inclusion_factor(scores.values(), n_columns)
-        picks = {
-            name: systematic_sample(probabilities(score, factor), generator)
-            for name, score in scores.items()
-            if not self._is_table(name)
-        }
-        chances = {name: (scores[name] * factor)[picked] for name, picked in picks.items()}
+        first = self._once(partial(self._first_picks, generator, n_columns))
+        picks, chances = dict(first.picks), dict(first.chances)
         adapted = self._adapter_reader(self._task)
         columns, lookups, outputs = self._read(self._task, self._reference, picks, adapted)
         for name, lookup in lookups.items():
-            score = lookup.importance().scores(*totals)
-            some = systematic_sample(probabilities(score, factor), generator)
-            picks[name], chances[name] = lookup.positions(some), (score * factor)[some]
+            picked = partial(self._picked_of_table, lookup, first, generator)
+            picks[name], chances[name] = self._once(picked)
             columns = torch.cat([columns, lookup.columns(picks[name], columns)], 2)
-        self._check(columns, picks)
+        in_all(partial(self._check, columns, picks), distributed=self._distributed)
         validation = None
         validation_layers: Iterable[AdaptedLayer | None] = [None] * len(self._adapters)
         if self._task.validation is not None:
@@ -263,6 +291,58 @@ class ColumnReader:
         return AdapterReader(
             self._adapters, "model.", task.n_samples, task.n_outputs, self._settings.max_memory
         )
+
+    def _once(self, run: Callable[[], _Result]) -> _Result:
+        """Return ``run()``, which the first of several processes alone calls."""
+        return by_first(run) if self._distributed else run()
+
+    def _first_picks(self, generator: torch.Generator, n_columns: int) -> _FirstPicks:
+        """Pick columns of all parameters but lookup tables, by a few rows of the Jacobian."""
+        importances = self._importances(generator)
+        totals = (
+            sum(float(i.squares.double().sqrt().sum()) for i in importances.values()),
+            sum(float(i.moduli.double().sum()) for i in importances.values()),
+        )
+        if not math.isfinite(totals[0]):
+            self._refuse_overflow()
+        if not totals[0] > 0.0:
+            raise ValueError(
+                "The Jacobian must not be zero: no trainable parameter moves any output. Is the "
+                "head zero and the only trainable layer behind others?"
+            )
+        scores = {n: i.scores(*totals) for n, i in importances.items()}
+        factor = inclusion_factor(scores.values(), n_columns)
+        picks = {
+            name: systematic_sample(probabilities(score, factor), generator)
+            for name, score in scores.items()
+            if not self._is_table(name)
+        }
+        chances = {name: (scores[name] * factor)[picked] for name, picked in picks.items()}
+        return _FirstPicks(totals, factor, picks, chances)
+
+    def _refuse_overflow(self) -> None:
+        """Raise ValueError that names the first gradient that is not finite, or the overflow."""
+        for n in range(self._task.n_samples):
+            for c in range(self._task.n_outputs):
+                row = plain_row(self._task, self._frozen, n, c, self._settings)
+                if not all(bool(torch.isfinite(g).all()) for g in row.values()):
+                    raise ValueError(
+                        f"The gradient of output {c} of sample {n} must be finite but got NaN or "
+                        "infinity."
+                    )
+        kind = str(self._settings.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"The kernel must be finite but overflowed in {kind}. Scale the inputs, or compute "
+            'with dtype="float64".'
+        )
+
+    def _picked_of_table(
+        self, lookup: Lookups, first: _FirstPicks, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the picked columns of a lookup table, and their chances."""
+        score = lookup.importance().scores(*first.totals)
+        some = systematic_sample(probabilities(score, first.factor), generator)
+        return lookup.positions(some), (score * first.factor)[some]
 
     def _is_table(self, name: str) -> bool:
         """Return whether a parameter is a lookup table, and only that."""
@@ -294,7 +374,13 @@ class ColumnReader:
         return np.asarray((torch.cat(parts).numpy() - outputs) / step)
 
     def _check(self, columns: torch.Tensor, picks: dict[str, torch.Tensor]) -> None:
-        """Raise JacobianMismatchError if two random rows differ from plain reverse mode."""
+        """Raise JacobianMismatchError if two random rows differ from plain reverse mode.
+
+        ValueError is raised if a gradient is not finite.
+        """
+        # A sum over all entries is not finite if one is not, and takes no memory.
+        if not math.isfinite(float(columns.sum())) and not bool(torch.isfinite(columns).all()):
+            self._refuse_overflow()
         rng = np.random.default_rng(self._settings.seed)
         tolerance = CHECKS.kernel_tolerances[self._frozen.precision]
         for _ in range(2):
@@ -360,10 +446,31 @@ class ColumnReader:
         lookup tables without picks are returned by name, to be picked from; then the outputs,
         ``(N, C)``, from the same batches.
         """
+        shape = (task.n_samples, task.n_outputs, sum(len(p) for p in picks.values()))
+        columns = torch.zeros(shape, **self._settings.place)
+        read = partial(self._read_part, task, reference, picks, adapted, columns)
+        lookups, outputs = in_all(read, distributed=self._distributed)
+        if self._distributed:
+            for whole in (columns, torch.from_numpy(outputs)):
+                add_up(whole)
+            lookups = Lookups.joined(gathered_objects(lookups))
+            adapted.join(gathered_objects(adapted.parts))
+        return columns, lookups, outputs
+
+    def _read_part(
+        self,
+        task: FineTuningTask,
+        reference: NDArray[np.float64],
+        picks: dict[str, torch.Tensor],
+        adapted: AdapterReader,
+        columns: torch.Tensor,
+    ) -> tuple[dict[str, Lookups], NDArray[np.float64]]:
+        """Write the columns of this process's samples; return lookups and outputs, as `_read`.
+
+        What belongs to samples of other processes stays zero.
+        """
         ends = np.cumsum([0, *(len(p) for p in picks.values())]).tolist()
         places = {n: slice(a, b) for n, a, b in zip(picks, ends[:-1], ends[1:], strict=True)}
-        shape = (task.n_samples, task.n_outputs, ends[-1])
-        columns = torch.zeros(shape, **self._settings.place)
         lookups: dict[str, Lookups] = {}
         reader = SampleReader(
             task,
@@ -374,17 +481,20 @@ class ColumnReader:
             batch_size=self._batch_size,
             reference=reference,
         )
-        with self._bar(task.n_samples) as bar:
-            for samples, classes, contributions in reader.contributions():
+        part = (
+            part_of_this_process(task.n_samples) if self._distributed else slice(0, task.n_samples)
+        )
+        with self._bar(part.stop - part.start) as bar:
+            for samples, classes, contributions in reader.contributions(part.start, part.stop):
                 for name, contribution in contributions:
                     adapted.add(samples, classes, name, contribution)
                     if name in picks:
-                        part = _picked(contribution, picks[name])
-                        columns[samples, classes, places[name]] += part
+                        picked = _picked(contribution, picks[name])
+                        columns[samples, classes, places[name]] += picked
                     elif isinstance(contribution, Factors):
                         lookups.setdefault(name, Lookups()).add(samples, classes, contribution)
                 bar.update((samples.stop - samples.start) * (classes.stop - classes.start))
-        return columns, lookups, reader.outputs
+        return lookups, reader.outputs
 
     def _bar(self, total: int) -> tqdm[Any]:
         """Return a progress bar for ``total`` samples, hidden if the settings say so."""

@@ -42,7 +42,6 @@ class Decomposition:
     weight_outputs: NDArray[np.float64]
     validation_features: NDArray[np.floating[Any]] | None
     decay_factors: NDArray[np.float64] | None = None
-    sketch_width: int | None = None
     time_error: float | None = None
     trace_error: float | None = None
     n_ritz: int = 0

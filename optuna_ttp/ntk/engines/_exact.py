@@ -25,8 +25,6 @@ from optuna_ttp._util.checks import check_bytes
 from optuna_ttp._util.checks import check_enough_memory
 from optuna_ttp._util.checks import check_seed
 from optuna_ttp.ntk._autocast import without_autocast
-from optuna_ttp.ntk._processes import check_same_task
-from optuna_ttp.ntk._processes import together
 from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._checkpoint import check_checkpoint
 from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
@@ -34,7 +32,6 @@ from optuna_ttp.ntk.engines._checkpoint import load_arrays
 from optuna_ttp.ntk.engines._kernel import Kernel
 from optuna_ttp.ntk.engines._rules import EXACT
 from optuna_ttp.ntk.engines._self_check import check_rows
-from optuna_ttp.ntk.engines._sharded import sharded_kernel
 from optuna_ttp.ntk.jacobian._prepare import lifting
 from optuna_ttp.ntk.jacobian._prepare import Preparation
 from optuna_ttp.ntk.jacobian._prepare import prepare
@@ -74,7 +71,6 @@ def exact_kernel(
     show_progress_bar: bool = True,
     seed: int = 0,
     checkpoint: KernelCheckpoint | None = None,
-    distributed: bool = False,
     held: torch.dtype | None = None,
 ) -> Kernel:
     """Compute the empirical NTK ``Theta = J J^T`` without storing the whole Jacobian.
@@ -84,32 +80,24 @@ def exact_kernel(
     blocks are differentiated again, which makes ``(K + 1) / 2`` passes over the data. Validation
     samples are differentiated once per block. Activations of one sample may exceed the budget.
 
-    A ``checkpoint`` stores finished blocks. With ``distributed``, samples and weights are shared
-    with the other processes of the default group of :mod:`torch.distributed`, all of which must
-    call this with the same task; then stored rows are not limited to ``max_memory``, and nothing
-    is written to ``checkpoint``. ``held`` is the precision for storing the Jacobian, by default
-    ``dtype``.
+    A ``checkpoint`` stores finished blocks. ``held`` is the precision for storing the Jacobian, by
+    default ``dtype``.
 
-    ValueError is raised if two samples do not fit the memory, a gradient is not finite, an output
-    depends on no trainable parameter or on other samples, or processes were given different tasks;
-    JacobianMismatchError if rows differ from those of plain automatic differentiation.
+    ValueError is raised if two samples do not fit the memory, a gradient is not finite, or an
+    output depends on no trainable parameter or on other samples; JacobianMismatchError if rows
+    differ from those of plain automatic differentiation.
     """
     check_bytes(max_memory)
     check_checkpoint(checkpoint)
     seed = check_seed(seed)
-    if distributed:
-        # This comes before any check that only some of the processes might fail.
-        check_same_task(task, {"dtype": dtype, "held": held, "seed": seed})
-
     settings = EngineSettings(device, dtype, held, max_memory, seed, show_progress_bar)
-    return lifting(partial(_kernel, task, settings, checkpoint, distributed))
+    return lifting(partial(_kernel, task, settings, checkpoint))
 
 
 def _kernel(
     task: FineTuningTask,
     settings: EngineSettings,
     checkpoint: KernelCheckpoint | None,
-    distributed: bool,
     lifts: Mapping[str, int],
 ) -> Kernel:
     """Compute the kernel with ``lifts`` as for :func:`prepare`; see :func:`exact_kernel`."""
@@ -117,13 +105,9 @@ def _kernel(
     reference = task.initial_outputs(device, dtype)
     held_out = None if task.validation is None else task.validation.initial_outputs(device, dtype)
     with task.frozen(device, dtype) as frozen:
-
-        def prepared() -> tuple[Preparation, Grouping]:
-            check_singles(task, frozen, reference, settings)
-            preparation = prepare(task, frozen, settings, lifts)
-            return preparation, choose_grouping(task, preparation, settings)
-
-        preparation, grouping = together(prepared) if distributed else prepared()
+        check_singles(task, frozen, reference, settings)
+        preparation = prepare(task, frozen, settings, lifts)
+        grouping = choose_grouping(task, preparation, settings)
         if checkpoint is not None:
             grouping = _cut(grouping, task.n_samples)
         blocks = _blocks(task.n_samples, grouping.held)
@@ -156,13 +140,10 @@ def _kernel(
             if task.validation is not None and held_out is not None:
                 others = reader(task.validation, held_out)
             training = reader(task, reference)
-            if distributed:
-                kernel = sharded_kernel(task, preparation, training, others, dtype)
-            else:
-                assembly = _Assembly(task, preparation, training, others, dtype, checkpoint)
-                for block in blocks:
-                    assembly.add_block(block, grouping.streamed)
-                kernel = assembly.kernel()
+            assembly = _Assembly(task, preparation, training, others, dtype, checkpoint)
+            for block in blocks:
+                assembly.add_block(block, grouping.streamed)
+            kernel = assembly.kernel()
         check_rows(task, frozen, preparation.claims, kernel, settings)
     return kernel
 

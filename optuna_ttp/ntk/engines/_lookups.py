@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Sequence
+
 import torch
 
 from optuna_ttp.ntk.engines._importance import Importance
@@ -21,6 +24,15 @@ class Lookups:
     def add(self, samples: slice, classes: slice, factors: Factors) -> None:
         """Add a contribution of some samples to the gradients of some outputs."""
         self._parts.append((samples, classes, factors))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Mapping[str, Lookups]]) -> dict[str, Lookups]:
+        """Return contributions by table from those that several processes have read."""
+        tables: dict[str, Lookups] = {}
+        for part in parts:
+            for name, lookups in part.items():
+                tables.setdefault(name, cls())._parts.extend(lookups._parts)
+        return tables
 
     @property
     def _used(self) -> torch.Tensor:

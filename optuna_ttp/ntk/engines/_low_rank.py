@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ class AdapterReader:
             for part, name in enumerate((a.first, a.second))
         }
         # By adapter and part: the samples, the outputs and the tensor of each contribution.
-        self._parts: list[tuple[list[_Part], list[_Part]]] = [([], []) for _ in adapters]
+        self.parts: list[tuple[list[_Part], list[_Part]]] = [([], []) for _ in adapters]
 
     def add(self, samples: slice, classes: slice, name: str, contribution: Unsummed) -> None:
         """Add a contribution to the gradient of a parameter, if it is a factor of an adapter."""
@@ -79,13 +80,19 @@ class AdapterReader:
                 moved = cotangent[:, 0].transpose(2, 3)
                 self._keep(k, 1, _Part(samples, classes, moved.detach()))
 
+    def join(self, parts: Sequence[list[tuple[list[_Part], list[_Part]]]]) -> None:
+        """Take over what several processes have collected, each of its part of the samples."""
+        for k, (inputs, cotangents) in enumerate(self.parts):
+            inputs[:] = [part for of_process in parts for part in of_process[k][0]]
+            cotangents[:] = [part for of_process in parts for part in of_process[k][1]]
+
     def layers(self) -> Iterator[AdaptedLayer | None]:
         """Yield the arrays of each adapter, None for those that no output depends on.
 
         Positions that a sample lacks are zero. What was collected is released one by one.
         """
         n_samples, n_outputs = self._shape
-        for inputs, cotangents in self._parts:
+        for inputs, cotangents in self.parts:
             if not cotangents:
                 yield None
                 continue
@@ -97,7 +104,7 @@ class AdapterReader:
 
     def _keep(self, k: int, part: int, new: _Part) -> None:
         """Append a contribution, as a copy."""
-        self._parts[k][part].append(_Part(new.samples, new.classes, new.values.contiguous()))
+        self.parts[k][part].append(_Part(new.samples, new.classes, new.values.contiguous()))
         self._n_bytes += new.values.nbytes
 
     def _check_memory(self, samples: slice) -> None:

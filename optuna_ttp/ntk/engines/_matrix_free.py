@@ -1,11 +1,11 @@
 """The matrix-free engine: leading eigenpairs from products ``J J^T V`` alone.
 
-Neither the kernel nor a wide sketch is stored: memory grows with N C times a few hundred columns.
-A block Krylov method with a Rayleigh-Ritz projection (Saad, "Numerical Methods for Large
-Eigenvalue Problems", 2011, chapter 6) starts at the leading space of a narrow sketch, or at
-random, and continues with the residuals. The result is Nystrom's approximation from all products,
-which is one step of subspace iteration more accurate than the projection (Tropp, Yurtsever, Udell
-and Cevher, NeurIPS 2017, arXiv 1706.05736).
+Neither the kernel nor many columns of the Jacobian are stored: memory grows with N C times a few
+hundred columns. A block Krylov method with a Rayleigh-Ritz projection (Saad, "Numerical Methods
+for Large Eigenvalue Problems", 2011, chapter 6) starts at the leading space of a small sample of
+columns, or at random, and continues with the residuals. The result is Nystrom's approximation from
+all products, which is one step of subspace iteration more accurate than the projection (Tropp,
+Yurtsever, Udell and Cevher, NeurIPS 2017, arXiv 1706.05736).
 
 The rest of the kernel moves the outputs as well. The loss depends on it only through its products
 with the residual (the gradient of the loss by the outputs), so that the residual is in the first
@@ -30,15 +30,14 @@ from optuna_ttp.dynamics import PathFollower
 from optuna_ttp.dynamics import ResidualPath
 from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines._choice import check_multipliers
+from optuna_ttp.ntk.engines._columns import pick_columns
 from optuna_ttp.ntk.engines._eigenpairs import Decomposition
 from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
 from optuna_ttp.ntk.engines._nystrom import check_overflow
 from optuna_ttp.ntk.engines._nystrom import nystrom
-from optuna_ttp.ntk.engines._rules import N_GROUPS
+from optuna_ttp.ntk.engines._passes import Passes
 from optuna_ttp.ntk.engines._rules import PAIRS
-from optuna_ttp.ntk.engines._sketch import Passes
-from optuna_ttp.ntk.engines._sketch import sketch_jacobian
 from optuna_ttp.ntk.jacobian._directions import Directions
 from optuna_ttp.ntk.jacobian._prepare import lifting
 from optuna_ttp.ntk.jacobian._samples import check_singles
@@ -86,11 +85,11 @@ def columns_of(task: FineTuningTask, rank: int | None) -> int:
     return min(n_rows, n_wanted + max(10, int(PAIRS.extra_columns * n_wanted)))
 
 
-def sketch_width(n_rows: int, dtype: torch.dtype, max_memory: int) -> int:
-    """Return the width of the sketch that gives the start vectors, for ``n_rows = N C``."""
-    itemsize = dtype.itemsize
-    width = int(PAIRS.sketch_share * max_memory / (n_rows * itemsize))
-    return max(N_GROUPS, min(PAIRS.max_sketch_width, width) // N_GROUPS * N_GROUPS)
+def n_start_columns(task: FineTuningTask, dtype: torch.dtype, max_memory: int) -> int:
+    """Return the number of columns of the Jacobian whose leading space has the start vectors."""
+    n_rows = task.n_samples * task.n_outputs
+    n_columns = int(PAIRS.start_share * max_memory / (n_rows * dtype.itemsize))
+    return max(1, min(PAIRS.start_columns, n_columns, task.n_parameters))
 
 
 def check_vectors_memory(task: FineTuningTask, n_columns: int, max_memory: float) -> int:
@@ -124,20 +123,18 @@ def _by_rows(
     task: FineTuningTask, settings: EngineSettings, n_wanted: int, n_columns: int
 ) -> Decomposition:
     """Compute the pairs from products that compute rows of the Jacobian, batch by batch."""
-    n_rows = task.n_samples * task.n_outputs
-    width = sketch_width(n_rows, settings.dtype, settings.max_memory)
-    sketch = sketch_jacobian(task, settings, width=width)
-    trace, weight_outputs = sketch.trace, sketch.weight_outputs
-    if not trace > 0.0:
-        raise ValueError("The Jacobian must not be zero: no trainable parameter moves any output.")
-    features = sketch.features()
-    del sketch
+    reference = task.initial_outputs(settings.device, settings.dtype)
+    n_start = n_start_columns(task, settings.dtype, settings.max_memory)
+    picked = pick_columns(task, settings, reference, n_columns=n_start)
+    trace, trace_error, weight_outputs = *picked.trace(), picked.weight_outputs
+    features = picked.columns * picked.inflation.sqrt().to(picked.columns)
+    del picked
     start = eigenpairs_of_features(features, rank=n_columns).eigenvectors
     del features
     # Single precision saves memory: they are stored until the end, for a second run.
     vectors = _filled(torch.as_tensor(start), n_columns, settings.seed).float()
     del start
-    follower = PathFollower(task, task.initial_outputs(settings.device, settings.dtype))
+    follower = PathFollower(task, reference)
 
     def run(lifts: Mapping[str, int]) -> Decomposition:
         with Passes(task, settings, lifts) as passes:
@@ -158,6 +155,7 @@ def _by_rows(
             weight_outputs,
             features,
             time_error=all_pairs.time_error,
+            trace_error=trace_error,
             n_ritz=all_pairs.n_ritz,
         )
 
@@ -357,7 +355,7 @@ def _with_ritz_pairs(
         warn_caller(
             f"{n_leading} eigenpairs, and {n_ritz} Ritz pairs for the rest of the kernel, leave "
             f"predicted times {by_what}. Ask for a larger rank, or use "
-            'engine="exact" or "sketch".',
+            'engine="exact" or "columns".',
             ApproximationWarning,
         )
     return _AllPairs(all_values, all_vectors, n_ritz, error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-# A sketch is the mean of four independent projections; their halves give its error bar.
+# A sample of columns is cut into four groups; their halves give its error bar.
 N_GROUPS = 4
 
 
@@ -14,27 +14,14 @@ class ChoiceRules:
     """Limits that decide which engine computes a spectrum.
 
     Attributes:
-        kernel_share:
-            The share of the memory budget that the kernel may take. Not ablated yet.
-        max_product:
-            Most multiplications in a product of all rows; contractions need a fraction of them.
-            Not ablated yet.
-        sketch_width:
-            Numbers per row of the first, narrowest sketch. Not ablated yet.
-        max_sketch_width:
-            Numbers per row of the widest sketch. Not ablated yet.
         max_outputs:
-            Most outputs for a sketch, which takes a backward pass per output of each batch, while
-            matrix-free products take a few hundred in all.
+            Most outputs for a sample of columns, which takes a backward pass per output of each
+            batch, while matrix-free products take a few hundred in all.
         least_columns_a_row:
             Fewest columns of a sample per row of the Jacobian; with fewer, small eigenvalues are
             lost.
     """
 
-    kernel_share: float = 0.5
-    max_product: float = 2e14
-    sketch_width: int = 4096
-    max_sketch_width: int = 32768
     max_outputs: int = 500
     least_columns_a_row: int = 4
 
@@ -64,24 +51,10 @@ class ExactRules:
 
 
 @dataclass(frozen=True)
-class SketchRules:
-    """Tuned numbers of the sketch, its refinement and its error bar.
+class ErrorRules:
+    """Tuned numbers of the error bar of predicted times.
 
     Attributes:
-        time_error:
-            Largest relative error of the predicted times by the projection; if it is larger, the
-            width of the sketch is doubled.
-        n_refined:
-            Leading eigenpairs that are refined: 100, and 50 more so that the last of the 100
-            converge.
-        max_exact_weights:
-            Most weights of a parameter that is not projected. Not ablated yet.
-        exact_share:
-            Most columns of all such parameters, relative to the width. Not ablated yet.
-        batch_bytes:
-            Bytes for the activations and the stored Jacobian of a batch. Not ablated yet.
-        max_batch:
-            Most samples in a batch. Not ablated yet.
         min_rank:
             Fewest eigenpairs on which gradient flow is followed for the error bar.
         n_entries:
@@ -90,12 +63,6 @@ class SketchRules:
             The 95 % quantile of Student's t with three degrees of freedom: 90 % are within it.
     """
 
-    time_error: float = 0.03
-    n_refined: int = 150
-    max_exact_weights: int = 2048
-    exact_share: float = 0.5
-    batch_bytes: int = 2**27
-    max_batch: int = 32
     min_rank: int = 200
     n_entries: int = 2 * 10**5
     error_quantile: float = 2.353
@@ -117,11 +84,16 @@ class PairRules:
             behind the block.
         max_blocks:
             Most blocks of products. Not ablated yet.
-        max_sketch_width:
-            Most numbers per row of the sketch for the start vectors. Not ablated yet.
-        sketch_share:
-            The share of the memory budget for that sketch: a half over three, because its columns
+        start_columns:
+            Most columns of the sample of the Jacobian whose leading space has the start vectors.
+            Not ablated yet.
+        start_share:
+            The share of the memory budget for that sample: a half over three, because its columns
             are held about three times.
+        batch_bytes:
+            Bytes for the activations and the stored Jacobian of a batch. Not ablated yet.
+        max_batch:
+            Most samples in a batch. Not ablated yet.
         time_error:
             Largest relative change of the predicted times by the last block of products; the error
             is then about a tenth of it.
@@ -144,8 +116,10 @@ class PairRules:
     extra_columns: float = 1.5
     pair_tolerance: float = 0.05
     max_blocks: int = 8
-    max_sketch_width: int = 4096
-    sketch_share: float = 0.5 / 3.0
+    start_columns: int = 4096
+    start_share: float = 0.5 / 3.0
+    batch_bytes: int = 2**27
+    max_batch: int = 32
     time_error: float = 0.1
     condensed_error: float = 0.01
     max_narrow_blocks: int = 3
@@ -171,6 +145,9 @@ class ColumnRules:
             Columns of the sample per row of the Jacobian.
         min_columns:
             Fewest columns of the sample.
+        most_growth:
+            How many times as many columns as the first sample the last one may have. Not ablated
+            yet.
         n_stored:
             Columns that a spectrum keeps for optimisers that act on single weights.
         time_error:
@@ -186,6 +163,7 @@ class ColumnRules:
     smoothing: float = 0.2
     columns_a_row: int = 40
     min_columns: int = 40_000
+    most_growth: int = 8
     n_stored: int = 12_000
     time_error: float = 0.08
     max_batch: int = 16
@@ -193,6 +171,6 @@ class ColumnRules:
 
 CHOICE = ChoiceRules()
 EXACT = ExactRules()
-SKETCHES = SketchRules()
+ERRORS = ErrorRules()
 PAIRS = PairRules()
 COLUMNS = ColumnRules()

@@ -58,35 +58,6 @@ def check_rows(
             )
 
 
-def check_row_norms(
-    task: FineTuningTask,
-    frozen: FrozenModel,
-    first: int,
-    norms: torch.Tensor,
-    settings: EngineSettings,
-) -> None:
-    """Raise JacobianMismatchError if the squared norm of a random row is not that of reverse mode.
-
-    ``norms`` are the squared norms ``(B, C)`` of a batch whose first sample has the index
-    ``first``. Nothing is compared if the random row is not in this batch.
-    """
-    rng = np.random.default_rng(settings.seed)
-    n, c = int(rng.integers(task.n_samples)), int(rng.integers(task.n_outputs))
-    if not first <= n < first + len(norms):
-        return
-    row = plain_row(task, frozen, n, c, settings)
-    expected = _product(row, row, dict.fromkeys(row, 1.0))
-    actual = float(norms[n - first, c])
-    if (
-        np.isfinite(actual)
-        and abs(actual - expected) > CHECKS.kernel_tolerances[frozen.precision] * expected
-    ):
-        raise JacobianMismatchError(
-            f"The squared gradient of output {c} of sample {n} must be {expected:.6g}, the value "
-            f"of plain automatic differentiation, but got {actual:.6g}."
-        )
-
-
 def plain_row(
     task: FineTuningTask,
     frozen: FrozenModel,

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """How one parameter's part of the Jacobian is stored and multiplied, and the cost of that.
+    """How one parameter's part of the Jacobian is stored and multiplied.
 
     The method is ``"rows"``, which are stored and multiplied; ``"panels"``, which are slices of
     rows, computed from stored inputs and cotangents when they are multiplied; ``"ghost"``, which
     contracts stored inputs and cotangents without rows; or ``"separable"``, for cotangents that
-    are products of a channel's weight and a pattern. ``flops_per_sample`` are for computing rows,
-    ``flops_per_pair`` for their product; ``scratch_per_sample`` are bytes for unfolded inputs.
+    are products of a channel's weight and a pattern. ``scratch_per_sample`` are bytes for unfolded
+    inputs.
     """
 
     name: str
@@ -31,8 +31,6 @@ class ParameterLayout:
     multiplier: float
     method: str
     bytes_per_sample: int
-    flops_per_sample: float
-    flops_per_pair: float
     scratch_per_sample: int = 0
 
 
@@ -137,7 +135,7 @@ def _parameter_layout(
     row_bytes = n_outputs * n_weights * itemsize
     product = 2.0 * n_outputs**2 * n_weights
     if shape is None:
-        return ParameterLayout(name, n_weights, multiplier, "rows", row_bytes, 0.0, product)
+        return ParameterLayout(name, n_weights, multiplier, "rows", row_bytes)
     g, o, s, k = shape.groups, shape.width, shape.positions, shape.n_rows
     factor_bytes = n_outputs * g * o * s * itemsize
     # Indices have eight bytes.
@@ -148,22 +146,17 @@ def _parameter_layout(
     making = 0.0 if shape.is_table else 2.0 * n_outputs * n_weights * s
     if shape.is_table:
         if row_bytes <= factor_bytes:
-            return ParameterLayout(name, n_weights, multiplier, "rows", row_bytes, making, product)
-        return ParameterLayout(name, n_weights, multiplier, "ghost", factor_bytes, 0.0, ghost)
+            return ParameterLayout(name, n_weights, multiplier, "rows", row_bytes)
+        return ParameterLayout(name, n_weights, multiplier, "ghost", factor_bytes)
     # Unfolded inputs are in single precision at least.
     unfolded = g * k * s * max(4, itemsize)
     if separable:
         held = g * o * (n_outputs + k) * itemsize
-        once = 2.0 * g * o * (k + n_outputs**2)
-        return ParameterLayout(
-            name, n_weights, multiplier, "separable", held, 2.0 * n_weights * s, once
-        )
+        return ParameterLayout(name, n_weights, multiplier, "separable", held)
     # Only the lower triangle is multiplied: this is the number of pairs per sample.
     pairs = LAYOUTS.triangle * n_samples
     if LAYOUTS.ghost_overhead * ghost * pairs < product * pairs + making:
-        return ParameterLayout(
-            name, n_weights, multiplier, "ghost", factor_bytes, 0.0, ghost, unfolded
-        )
+        return ParameterLayout(name, n_weights, multiplier, "ghost", factor_bytes, unfolded)
     method, held = ("rows", row_bytes) if row_bytes <= factor_bytes else ("panels", factor_bytes)
     scratch = unfolded if method == "panels" else 0
-    return ParameterLayout(name, n_weights, multiplier, method, held, making, product, scratch)
+    return ParameterLayout(name, n_weights, multiplier, method, held, scratch)

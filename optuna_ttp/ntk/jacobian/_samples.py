@@ -92,12 +92,15 @@ class SampleReader:
             del recording
         return builder.finish(), inner
 
-    def contributions(self) -> Iterator[tuple[slice, slice, Iterator[tuple[str, Unsummed]]]]:
+    def contributions(
+        self, start: int, stop: int
+    ) -> Iterator[tuple[slice, slice, Iterator[tuple[str, Unsummed]]]]:
         """Yield slices of samples and of outputs, with contributions to parameters' gradients.
 
-        Contributions to the same parameter, samples and outputs add up.
+        Samples are those from ``start`` up to, but without, ``stop``. Contributions to the same
+        parameter, samples and outputs add up.
         """
-        for first, recording in self._recordings(0, self._task.n_samples):
+        for first, recording in self._recordings(start, stop):
             self._check_unused(recording)
             samples = slice(first, first + len(recording.outputs))
             self.outputs[samples] = recording.outputs.detach().double().cpu().numpy()

@@ -73,7 +73,11 @@ def _check(found: Spectrum, exact: Spectrum, rank: int) -> None:
     assert relative_error(rebuilt, target) < 0.02
     assert found.weight_outputs is not None
     assert exact.weight_outputs is not None
-    assert relative_error(found.weight_outputs, exact.weight_outputs) < 1e-4
+    # In products by rows they are difference quotients.
+    quotient = found.metadata.dtype == "float32" and exact.n_outputs == 3
+    assert relative_error(found.weight_outputs, exact.weight_outputs) < (
+        1e-3 if quotient else 1e-4
+    )
     assert found.validation is not None
     assert whole.validation is not None
     predictions = (
@@ -262,17 +266,6 @@ def test_what_has_not_converged_is_said(monkeypatch: pytest.MonkeyPatch) -> None
         compute_spectrum(_many_outputs(), engine="matrix_free", rank=20, **SETTINGS)
 
 
-def test_a_plan_says_where_the_trace_is_an_estimate() -> None:
-    task = _many_outputs()
-    plan = plan_spectrum(task, engine="matrix_free", rank=20)
-    assert 0.0 < plan.trace_seconds < plan.seconds
-    assert "the trace is an estimate" in str(plan)
-    for of, engine in ((task, "exact"), (_few_outputs(), "matrix_free")):
-        other = plan_spectrum(of, engine=engine, rank=5)
-        assert other.trace_seconds == 0.0
-        assert "the trace is an estimate" not in str(other)
-
-
 @pytest.mark.parametrize("n_outputs", [3, 400])
 def test_a_jacobian_of_zeros_is_refused(n_outputs: int) -> None:
     data = (torch.zeros(4, 5), torch.arange(4) % 3)
@@ -281,17 +274,16 @@ def test_a_jacobian_of_zeros_is_refused(n_outputs: int) -> None:
         compute_spectrum(task, engine="matrix_free", rank=5, **SETTINGS)
 
 
-@pytest.mark.parametrize("engine", ["sketch", "refined_sketch", "matrix_free"])
 @pytest.mark.parametrize("run", [compute_spectrum, plan_spectrum, resolve_engine])
-def test_multipliers_are_refused(run: Any, engine: str) -> None:
+def test_multipliers_are_refused(run: Any) -> None:
     task = FineTuningTask(mlp(), vectors(4), learning_rate_multipliers={"0.b": 2.0})
     message = (
-        f'learning_rate_multipliers must all be one for the engine "{engine}" but got 2.0 for '
-        "'0.bias'. Use engine=\"exact\""
+        'learning_rate_multipliers must all be one for the engine "matrix_free" but got 2.0 for '
+        "'0.bias'. Use engine=\"columns\""
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        run(task, engine=engine)
-    assert plan_spectrum(task).engine == "exact"
+        run(task, engine="matrix_free")
+    assert plan_spectrum(task).engine == "columns"
 
 
 # Products one direction at a time
@@ -396,7 +388,7 @@ model = torch.nn.Sequential(
 task = FineTuningTask(model, (torch.randn(6, 3, 4), torch.arange(6)))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    for engine in ("exact", "sketch", "refined_sketch", "matrix_free"):
+    for engine in ("exact", "columns", "matrix_free"):
         compute_spectrum(task, engine=engine, rank=5)
 print(*[w.message for w in caught if issubclass(w.category, (DeprecationWarning, FutureWarning))])
 # The user's own are not lost.

@@ -61,7 +61,7 @@ def test_layers_whose_samples_lie_along_the_second_axis(
 
 
 @pytest.mark.parametrize("n_tokens", [3, 5])
-@pytest.mark.parametrize("engine", ["exact", "sketch", "matrix_free"])
+@pytest.mark.parametrize("engine", ["exact", "columns", "matrix_free"])
 def test_inputs_whose_samples_lie_along_the_second_axis_are_refused(
     engine: str, n_tokens: int
 ) -> None:

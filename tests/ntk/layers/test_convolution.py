@@ -147,7 +147,7 @@ for as_module in (True, False):
     one = Case(Net(as_module), data)
     jacobian = brute_force_jacobian(one)
     expected = np.linalg.eigvalsh(jacobian @ jacobian.T)[-5:][::-1]
-    for engine in ("exact", "refined_sketch", "matrix_free"):
+    for engine in ("exact", "columns", "matrix_free"):
         spectrum = compute_spectrum(
             FineTuningTask(one.model, data), engine=engine, device="cpu", measure_speed=False
         )
@@ -166,6 +166,6 @@ def test_pointwise_convolutions_of_few_channels_with_a_stride() -> None:
         check=False,
         cwd=Path(__file__).parents[3],
     )
-    engines = ("exact", "refined_sketch", "matrix_free")
+    engines = ("exact", "columns", "matrix_free")
     right = [f"{as_module} {engine}" for as_module in (True, False) for engine in engines]
     assert (done.returncode, done.stdout.splitlines()) == (0, right), done.stderr[-2000:]

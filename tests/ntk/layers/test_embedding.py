@@ -31,7 +31,7 @@ def test_embeddings(seed: int, vocabulary: int, n_tokens: int, padded: bool) -> 
     check_kernel(with_head(layer, tokens, -1), derivatives={"layer.weight": "rule"})
 
 
-@pytest.mark.parametrize("engine", ["exact", "sketch", "matrix_free"])
+@pytest.mark.parametrize("engine", ["exact", "columns", "matrix_free"])
 @pytest.mark.parametrize("layer", [torch.nn.Embedding, torch.nn.EmbeddingBag])
 def test_tables_that_renormalise_their_rows(layer: Any, engine: str) -> None:
     """They write to their weights whenever they run; the user's must stay as they are."""
