@@ -19,12 +19,12 @@ from optuna_ttp.ntk.engines._checkpoint import KernelCheckpoint
 from optuna_ttp.ntk.engines._choice import first_columns
 from optuna_ttp.ntk.engines._choice import most_columns
 from optuna_ttp.ntk.engines._columns import pick_columns
-from optuna_ttp.ntk.engines._columns import PickedColumns
 from optuna_ttp.ntk.engines._eigenpairs import Decomposition
 from optuna_ttp.ntk.engines._eigenpairs import Eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs
 from optuna_ttp.ntk.engines._eigenpairs import eigenpairs_of_features
 from optuna_ttp.ntk.engines._exact import exact_kernel
+from optuna_ttp.ntk.engines._picked_columns import PickedColumns
 from optuna_ttp.ntk.engines._rules import COLUMNS
 from optuna_ttp.ntk.engines._time_error import TimeError
 
