@@ -14,7 +14,7 @@ from optuna_ttp.ntk import compute_spectrum
 from optuna_ttp.ntk._settings import EngineSettings
 from optuna_ttp.ntk.engines import _columns
 from optuna_ttp.ntk.engines._columns import pick_columns
-from optuna_ttp.ntk.engines._columns import PickedColumns
+from optuna_ttp.ntk.engines._picked_columns import PickedColumns
 from optuna_ttp.ntk.layers._picked import picked_columns
 from optuna_ttp.task import FineTuningTask
 from tests.cases import Case
