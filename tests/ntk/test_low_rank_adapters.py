@@ -240,7 +240,7 @@ def _task(layer: torch.nn.Module) -> FineTuningTask:
         (_embedding, "one of an embedding"),
         (_biased, "a factor A with a bias"),
     ],
-    ids=str,
+    ids=["DoRA", "magnitude", "variant", "dropout", "merged", "off", "several", "table", "biased"],
 )
 def test_what_is_not_plain_lora_is_refused_by_name(
     make: Callable[[], AdaptedLinear], message: str
