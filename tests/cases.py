@@ -206,7 +206,9 @@ def spectrum(
 ) -> Spectrum:
     """A small spectrum of full rank, of an exactly linear model, in double precision."""
     task = linear_task(loss, n_samples, n_outputs, seed)
-    return compute_spectrum(task, dtype="float64", measure_speed=False, device="cpu")
+    return compute_spectrum(
+        task, engine="exact", dtype="float64", measure_speed=False, device="cpu"
+    )
 
 
 def linear_task(

@@ -232,7 +232,8 @@ class _Sample:
         factors = self._part.multipliers.values()
         triples = zip(self._start.items(), direction, factors, strict=True)
         self._frozen.replace_parameters(
-            {n: torch.add(w, u, alpha=-rate * c) for (n, w), u, c in triples}
+            # Other threads that look at the user's model meanwhile see trainable weights.
+            {n: torch.add(w, u, alpha=-rate * c).requires_grad_() for (n, w), u, c in triples}
         )
         outputs = self._frozen(self._inputs).double().cpu()
         self._frozen.replace_parameters(self._start)

@@ -121,7 +121,9 @@ class FineTuningTask:
         self.forward = forward
         self.loss = Loss.from_user(loss)
         self.name = type(self.model).__name__ if name is None else name
-        check_parameters(self.model)
+        # Not while another thread runs the same model with other weights.
+        with locked(self.model):
+            check_parameters(self.model)
         with preserved_random_state():
             self._dataset, self._indices, self._collate = read_data_argument(data)
             self._check_reproducible()
@@ -133,7 +135,8 @@ class FineTuningTask:
                 'of shape (batch, 1). Give it two outputs, one per class, or take loss="mse".'
             )
         self.targets = check_targets(raw_targets, self.loss, self.n_outputs)
-        self.multipliers = rate_multipliers(self.model, learning_rate_multipliers or {})
+        with locked(self.model):
+            self.multipliers = rate_multipliers(self.model, learning_rate_multipliers or {})
         self.validation = self._validation_task(validation_data)
 
     def __repr__(self) -> str:

@@ -35,7 +35,9 @@ def _task() -> FineTuningTask:
 
 @cache
 def _spectrum() -> Spectrum:
-    return compute_spectrum(_task(), dtype="float64", measure_speed=False, device="cpu")
+    return compute_spectrum(
+        _task(), engine="exact", dtype="float64", measure_speed=False, device="cpu"
+    )
 
 
 def _model(n_columns: float = np.inf, seed: int = 0) -> LinearisedModel:

@@ -47,7 +47,9 @@ def _grouped_task(multipliers: dict[str, float] | None = None) -> FineTuningTask
 
 
 def _spectrum(task: FineTuningTask) -> Spectrum:
-    return compute_spectrum(task, dtype="float64", measure_speed=False, device="cpu", probe=False)
+    return compute_spectrum(
+        task, engine="exact", dtype="float64", measure_speed=False, device="cpu", probe=False
+    )
 
 
 @pytest.mark.parametrize("batch_size", [5, 12])

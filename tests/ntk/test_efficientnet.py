@@ -34,7 +34,12 @@ def test_an_efficientnet_as_it_is(device: torch.device) -> None:
     jacobian = brute_force_jacobian(Case(model, data))
     task = FineTuningTask(model, data)
     spectrum = compute_spectrum(
-        task, device=device, measure_speed=False, probe=False, show_progress_bar=False
+        task,
+        engine="exact",
+        device=device,
+        measure_speed=False,
+        probe=False,
+        show_progress_bar=False,
     )
     expected = np.linalg.eigvalsh(jacobian @ jacobian.T)[::-1]
     assert spectrum.metadata.engine == "exact"

@@ -217,7 +217,8 @@ def test_models_of_the_transformers_library(
     assert np.isfinite(kernel.weight_outputs).all()
 
 
-@pytest.mark.parametrize("engine", ["exact", "columns", "matrix_free"])
+# The columns engine refuses DoRA by name, see test_low_rank_adapters.py.
+@pytest.mark.parametrize("engine", ["exact", "matrix_free"])
 def test_every_engine_differentiates_weights_of_modules_among_the_arguments(engine: str) -> None:
     # DoRA hands one module to another, whose weights then carry a gradient of their own.
     torch.manual_seed(0)

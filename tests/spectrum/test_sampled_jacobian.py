@@ -50,7 +50,8 @@ def test_spectrum_with_columns_is_read_back_as_it_was_written() -> None:
     for name, value in vars(spectrum.jacobian).items():
         np.testing.assert_array_equal(getattr(again.jacobian, name), value)
     assert again.jacobian.codes.dtype == np.float16
-    assert Spectrum.from_bytes(small_spectrum().to_bytes()).jacobian is None
+    without = replace(spectrum, jacobian=None)
+    assert Spectrum.from_bytes(without.to_bytes()).jacobian is None
 
 
 @pytest.mark.parametrize(

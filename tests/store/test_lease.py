@@ -51,7 +51,7 @@ def test_a_dead_owner_is_succeeded(any_url: str) -> None:
 def _key_of_task(store: SpectrumStore) -> str:
     from optuna_ttp.store._identity import key
 
-    return key(small_task().fingerprint, {})
+    return key(small_task().fingerprint, {"engine": "columns"})
 
 
 def test_only_one_takes_over(any_url: str) -> None:

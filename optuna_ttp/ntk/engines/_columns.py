@@ -68,16 +68,18 @@ def pick_columns(
     *,
     n_columns: int,
     distributed: bool = False,
+    products: bool = True,
 ) -> PickedColumns:
     """Pick about ``n_columns`` columns of a task's Jacobian, and compute them for all samples.
 
     ``reference`` are the initial outputs ``(N, C)``. With ``distributed`` each process of the
-    default group reads its part of the samples, and all get all columns. Errors are those of
+    default group reads its part of the samples, and all get all columns. Without ``products`` the
+    weights of low-rank adapters are weights like others. Errors are those of
     :func:`~optuna_ttp.ntk.exact_kernel`.
     """
 
     def run(lifts: Mapping[str, int]) -> PickedColumns:
-        with ColumnReader(task, settings, reference, lifts, distributed) as reader:
+        with ColumnReader(task, settings, reference, lifts, distributed, products) as reader:
             return reader.pick(n_columns)
 
     return lifting(run)
@@ -111,8 +113,10 @@ class ColumnReader:
         reference: NDArray[np.float64],
         lifts: Mapping[str, int],
         distributed: bool = False,
+        products: bool = True,
     ) -> None:
         self._task, self._settings, self._lifts = task, settings, lifts
+        self._products = products
         self._reference, self._distributed = reference, distributed
 
     def __enter__(self) -> ColumnReader:
@@ -125,7 +129,7 @@ class ColumnReader:
         """Freeze the model, and find out how each parameter is differentiated."""
         task, device, dtype = self._task, self._settings.device, self._settings.dtype
         # Before the model is put in evaluation mode, in which adapters have no dropout.
-        self._adapters = low_rank_adapters(task.model)
+        self._adapters = low_rank_adapters(task.model) if self._products else ()
         self._frozen: FrozenModel = stack.enter_context(task.frozen(device, dtype))
         check_singles(task, self._frozen, self._reference, self._settings)
         n_checked = min(CHECKS.n_claim_samples, task.n_samples)
@@ -248,7 +252,8 @@ class ColumnReader:
         step = torch.finfo(self._settings.dtype).eps ** 0.5
         factors = task.multipliers.values()
         moved = {
-            name: (1.0 + step * c) * w.detach()
+            # Other threads that look at the user's model meanwhile see trainable weights.
+            name: ((1.0 + step * c) * w.detach()).requires_grad_()
             for (name, w), c in zip(before.items(), factors, strict=True)
         }
         self._frozen.replace_parameters(moved)

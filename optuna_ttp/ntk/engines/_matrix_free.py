@@ -125,7 +125,7 @@ def _by_rows(
     """Compute the pairs from products that compute rows of the Jacobian, batch by batch."""
     reference = task.initial_outputs(settings.device, settings.dtype)
     n_start = n_start_columns(task, settings.dtype, settings.max_memory)
-    picked = pick_columns(task, settings, reference, n_columns=n_start)
+    picked = pick_columns(task, settings, reference, n_columns=n_start, products=False)
     trace, trace_error, weight_outputs = *picked.trace(), picked.weight_outputs
     features = picked.columns * picked.inflation.sqrt().to(picked.columns)
     del picked
