@@ -46,6 +46,9 @@ def main() -> None:
         "columns_full_batch_steps": _of_columns(columns, "full_batch_steps"),
         "environment": exact["environment"],
     }
+    setup = _read(folder / "setup.json") or {}
+    for name in ("efficientnet", "minilm", "residual"):
+        summary[f"setup_steps_{name}"] = setup.get(name, {}).get("everything_steps")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for cell in cells:
         print(f"{cell['network']}, N = {cell['n_samples']}, threads: {cell['threads']}")
