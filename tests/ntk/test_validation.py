@@ -30,7 +30,8 @@ from tests.validated import validation_of
 
 
 def test_validation_changes_nothing_else() -> None:
-    plain, validated = linear_spectrum(), spectrum_of()
+    plain = linear_spectrum()
+    validated = validated_spectrum(validated_task(), engine="exact")
     np.testing.assert_array_equal(plain.eigenvalues, validated.eigenvalues)
     np.testing.assert_array_equal(plain.initial_outputs, validated.initial_outputs)
     steps = [

@@ -88,7 +88,7 @@ def test_list_and_delete() -> None:
     assert cut.fingerprint == first.metadata.fingerprint
     assert cut.name == first.metadata.name
     assert cut.settings == {
-        "engine": "columns",
+        "engine": "exact",
         "dtype": "float32",
         "rank": 2,
         "explained_trace": None,
